@@ -1,0 +1,32 @@
+"""cumo_kernels: Mixture-of-Experts kernels for multimodal models, exact, deterministic, sync-free.
+
+routing = route(router_logits, top_k=2)
+out = expert_mlp(x, routing, up_proj, down_proj, up_bias, down_bias, activation="quick_gelu")
+"""
+
+from importlib import metadata
+
+from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.dispatch import explain, use_backend
+from cumo_kernels.ops import activate, combine, expert_mlp, grouped_gemm, permute, route, routing_from_topk
+from cumo_kernels.types import RouterStats, Routing
+
+try:
+    __version__ = metadata.version("cumo")
+except metadata.PackageNotFoundError:  # a checkout on the path that was never installed
+    __version__ = "0+uninstalled"
+
+__all__ = [
+    "ACTIVATIONS",
+    "RouterStats",
+    "Routing",
+    "activate",
+    "combine",
+    "expert_mlp",
+    "explain",
+    "grouped_gemm",
+    "permute",
+    "route",
+    "routing_from_topk",
+    "use_backend",
+]

@@ -1,0 +1,32 @@
+"""python -m cumo_kernels explain: which backend would run each op on this machine, and why."""
+
+import argparse
+
+import torch
+
+from cumo_kernels import __version__
+from cumo_kernels.dispatch import OPS, explain
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="cumo-kernels", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"cumo {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("explain", help="print the backend of each op and why the others refuse")
+    command.add_argument("--op", choices=sorted(OPS), help="one op only")
+    command.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    try:
+        x = torch.empty(1, 1, dtype=DTYPES[args.dtype], device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    for op in [args.op] if args.op else OPS:
+        print(explain(op, x))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,26 @@
+"""The truth: plain PyTorch, on any device and in any float dtype including fp64.
+
+Forward functions are differentiable by autograd, which is how tests check the hand-written backward
+functions beside them; those exist so that the CPU path recomputes nothing.
+"""
+
+from cumo_kernels.backends.reference.activation import activate, activate_backward
+from cumo_kernels.backends.reference.experts import expert_mlp, expert_mlp_backward
+from cumo_kernels.backends.reference.grouped_gemm import grouped_gemm, grouped_gemm_weight_grad
+from cumo_kernels.backends.reference.permutation import combine, combine_backward, permute
+from cumo_kernels.backends.reference.routing import route, route_backward, sort_by_expert
+
+__all__ = [
+    "activate",
+    "activate_backward",
+    "combine",
+    "combine_backward",
+    "expert_mlp",
+    "expert_mlp_backward",
+    "grouped_gemm",
+    "grouped_gemm_weight_grad",
+    "permute",
+    "route",
+    "route_backward",
+    "sort_by_expert",
+]

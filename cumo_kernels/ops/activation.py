@@ -1,0 +1,64 @@
+"""activate: an elementwise activation, plain or gated, on rows of any number."""
+
+import torch
+from torch import Tensor
+
+from cumo_kernels import dispatch
+from cumo_kernels.activations import ACTIVATIONS, get_activation
+from cumo_kernels.ops.checks import check_float
+
+
+@torch.library.custom_op("cumo::activate", mutates_args=())
+def _activate(x: Tensor, name: str, backend: str) -> Tensor:
+    return dispatch.implementation(backend, "activate")(x, name)
+
+
+@_activate.register_fake
+def _(x, name, backend):
+    width = x.shape[-1] // 2 if ACTIVATIONS[name].is_gated else x.shape[-1]
+    return x.new_empty(*x.shape[:-1], width)
+
+
+@torch.library.custom_op("cumo::activate_backward", mutates_args=())
+def _activate_backward(grad: Tensor, x: Tensor, name: str, backend: str) -> Tensor:
+    return dispatch.implementation(backend, "activate_backward")(grad, x, name)
+
+
+@_activate_backward.register_fake
+def _(grad, x, name, backend):
+    return x.new_empty(x.shape)
+
+
+def _save(ctx, inputs, output):
+    x, ctx.name, ctx.backend = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx, grad):
+    (x,) = ctx.saved_tensors
+    return _activate_backward(grad, x, ctx.name, ctx.backend), None, None
+
+
+_activate.register_autograd(_backward, setup_context=_save)
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """Apply an activation, computed in fp32 inside.
+
+    Args:
+        x: (..., I), or (..., 2I) with the gate first when the activation is gated; float.
+        name: a row of `cumo_kernels.activations.ACTIVATIONS`.
+
+    Returns:
+        (..., I), dtype of `x`.
+
+    Raises:
+        ValueError: no activation has that name, `x` is not float, or a gated width is odd.
+    """
+    activation = get_activation(name)
+    check_float("x", x)
+    if x.ndim == 0:
+        raise ValueError("x must have at least one dimension, got a scalar")
+    if activation.is_gated and x.shape[-1] % 2:
+        raise ValueError(f"x must have an even last dimension for {name} (gate and up), got {tuple(x.shape)}")
+    return _activate(x, name, dispatch.choose("activate", x))

@@ -1,0 +1,239 @@
+"""expert_mlp: the whole expert layer as one autograd node with its own backward.
+
+One node, so that a backend can fuse across its steps, skip what needs no gradient, and choose what to keep.
+"""
+
+import torch
+from torch import Tensor
+
+from cumo_kernels import dispatch
+from cumo_kernels.activations import ACTIVATIONS, get_activation
+from cumo_kernels.ops.checks import autocast, check_device, check_float, check_like, check_shape
+from cumo_kernels.types import Routing
+
+MEMORY_PLANS = ("x", "preact", "all")
+
+
+@torch.library.custom_op("cumo::expert_mlp", mutates_args=())
+def _expert_mlp(
+    x: Tensor,
+    topk_weights: Tensor,
+    permutation: Tensor,
+    inverse_permutation: Tensor,
+    expert_offsets: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    memory: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return dispatch.implementation(backend, "expert_mlp")(
+        x,
+        topk_weights,
+        permutation,
+        inverse_permutation,
+        expert_offsets,
+        up_proj,
+        down_proj,
+        up_bias,
+        down_bias,
+        activation,
+        memory,
+    )
+
+
+@_expert_mlp.register_fake
+def _(
+    x, topk_weights, permutation, inverse_permutation, expert_offsets, up_proj, down_proj, up_bias, down_bias,
+    activation, memory, backend,
+):  # fmt: skip
+    num_slots = permutation.shape[0]
+    out = x.new_empty(x.shape[0], down_proj.shape[1])
+    z = x.new_empty(num_slots, up_proj.shape[1]) if memory in ("preact", "all") else x.new_empty(0)
+    a = x.new_empty(num_slots, down_proj.shape[2]) if memory == "all" else x.new_empty(0)
+    return out, z, a
+
+
+@torch.library.custom_op("cumo::expert_mlp_backward", mutates_args=())
+def _expert_mlp_backward(
+    grad: Tensor,
+    x: Tensor,
+    topk_weights: Tensor,
+    permutation: Tensor,
+    inverse_permutation: Tensor,
+    expert_offsets: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    z: Tensor,
+    a: Tensor,
+    activation: str,
+    memory: str,
+    need_x: bool,
+    need_weights: bool,
+    need_up: bool,
+    need_down: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return dispatch.implementation(backend, "expert_mlp_backward")(
+        grad,
+        x,
+        topk_weights,
+        permutation,
+        inverse_permutation,
+        expert_offsets,
+        up_proj,
+        down_proj,
+        up_bias,
+        down_bias,
+        z,
+        a,
+        activation,
+        memory,
+        need_x,
+        need_weights,
+        need_up,
+        need_down,
+    )
+
+
+@_expert_mlp_backward.register_fake
+def _(
+    grad, x, topk_weights, permutation, inverse_permutation, expert_offsets, up_proj, down_proj, up_bias,
+    down_bias, z, a, activation, memory, need_x, need_weights, need_up, need_down, backend,
+):  # fmt: skip
+    def like(tensor, needed):
+        return tensor.new_empty(tensor.shape) if needed and tensor is not None else x.new_empty(0)
+
+    return (
+        like(x, need_x),
+        topk_weights.new_empty(topk_weights.shape if need_weights else 0),
+        like(up_proj, need_up),
+        like(up_bias, need_up),
+        like(down_proj, need_down),
+        like(down_bias, need_down),
+    )
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.activation, ctx.memory, ctx.backend = inputs
+    _, z, a = output
+    ctx.save_for_backward(*tensors, z, a)
+    ctx.mark_non_differentiable(z, a)
+
+
+def _backward(ctx, grad, _z, _a):
+    x, topk_weights, permutation, inverse_permutation, expert_offsets, *rest = ctx.saved_tensors
+    need_x, need_weights, _, _, _, need_up, need_down, need_up_bias, need_down_bias = ctx.needs_input_grad[:9]
+    dx, dweights, dup, dup_bias, ddown, ddown_bias = _expert_mlp_backward(
+        grad.contiguous(),
+        x,
+        topk_weights,
+        permutation,
+        inverse_permutation,
+        expert_offsets,
+        *rest,
+        ctx.activation,
+        ctx.memory,
+        need_x,
+        need_weights,
+        need_up or need_up_bias,
+        need_down or need_down_bias,
+        ctx.backend,
+    )
+    return (
+        dx if need_x else None,
+        dweights if need_weights else None,
+        None,
+        None,
+        None,
+        dup if need_up else None,
+        ddown if need_down else None,
+        dup_bias if need_up_bias else None,
+        ddown_bias if need_down_bias else None,
+        None,
+        None,
+        None,
+    )
+
+
+_expert_mlp.register_autograd(_backward, setup_context=_save)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def expert_mlp(
+    x: Tensor,
+    routing: Routing,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "swiglu",
+    memory: str = "preact",
+) -> Tensor:
+    """sum_k topk_weights[t, k] * (act(x[t] @ up_proj[e].T + up_bias[e]) @ down_proj[e].T + down_bias[e]).
+
+    e is topk_indices[t, k]. 2 * S * (rows of up_proj * H + O * I) FLOPs forward, twice that backward.
+
+    Args:
+        x: (T, H) float.
+        routing: plan for these T tokens and E experts.
+        up_proj: (E, I, H), or (E, 2I, H) for a gated activation, gate rows first; dtype of `x`.
+        down_proj: (E, O, I), dtype of `x`.
+        up_bias: (E, I) or (E, 2I).
+        down_bias: (E, O).
+        activation: name from `cumo_kernels.activations`.
+        memory: what is kept for backward: "x" only the input (GEMM 1 runs again), "preact" also the (S, I)
+            pre-activation, "all" also the activation.
+
+    Returns:
+        (T, O), dtype of `x`, or autocast's.
+
+    Raises:
+        ValueError: a shape, dtype, device or name does not fit; the message names the argument.
+    """
+    check_float("x", x)
+    x, up_proj, down_proj, up_bias, down_bias = autocast(x, up_proj, down_proj, up_bias, down_bias)
+    num_experts = routing.num_experts
+    check_shape("x", x, routing.num_tokens, "H")
+    check_device("routing", routing.permutation, "x", x)
+    check_shape(
+        "up_proj", up_proj, num_experts, "2I" if get_activation(activation).is_gated else "I", x.shape[1]
+    )
+    width = up_proj.shape[1] // 2 if ACTIVATIONS[activation].is_gated else up_proj.shape[1]
+    if ACTIVATIONS[activation].is_gated and up_proj.shape[1] % 2:
+        raise ValueError(f"up_proj must be (E, 2I, H) for {activation}, got {tuple(up_proj.shape)}")
+    check_shape("down_proj", down_proj, num_experts, "O", width)
+    check_like("up_proj", up_proj, "x", x)
+    check_like("down_proj", down_proj, "x", x)
+    if up_bias is not None:
+        check_shape("up_bias", up_bias, num_experts, up_proj.shape[1])
+        check_like("up_bias", up_bias, "x", x)
+    if down_bias is not None:
+        check_shape("down_bias", down_bias, num_experts, down_proj.shape[1])
+        check_like("down_bias", down_bias, "x", x)
+    if memory not in MEMORY_PLANS:
+        raise ValueError(f"memory must be one of {MEMORY_PLANS}, got {memory!r}")
+    if not _needs_grad(x, routing.topk_weights, up_proj, down_proj, up_bias, down_bias):
+        memory = "none"
+    out, _, _ = _expert_mlp(
+        x,
+        routing.topk_weights,
+        routing.permutation,
+        routing.inverse_permutation,
+        routing.expert_offsets,
+        up_proj,
+        down_proj,
+        up_bias,
+        down_bias,
+        activation,
+        memory,
+        dispatch.choose("expert_mlp", x),
+    )
+    return out

@@ -1,0 +1,154 @@
+"""grouped_gemm: every expert's rows times that expert's weight, ragged in rows.
+
+Its adjoints are the same op with transposed weights (for the input) and the k-grouped form, ragged in the
+reduction (for weight and bias).
+"""
+
+import torch
+from torch import Tensor
+
+from cumo_kernels import dispatch
+from cumo_kernels.activations import ACTIVATIONS, get_activation
+from cumo_kernels.ops.activation import _activate_backward
+from cumo_kernels.ops.checks import (
+    autocast,
+    check_device,
+    check_float,
+    check_int32,
+    check_like,
+    check_shape,
+)
+from cumo_kernels.ops.permutation import _combine
+from cumo_kernels.types import Routing
+
+
+@torch.library.custom_op("cumo::grouped_gemm", mutates_args=())
+def _grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    permutation: Tensor | None,
+    inverse_permutation: Tensor | None,
+    top_k: int,
+    activation: str | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return dispatch.implementation(backend, "grouped_gemm")(
+        x, weight, expert_offsets, bias, permutation, inverse_permutation, top_k, activation
+    )
+
+
+@_grouped_gemm.register_fake
+def _(x, weight, expert_offsets, bias, permutation, inverse_permutation, top_k, activation, backend):
+    num_rows = x.shape[0] if permutation is None else permutation.shape[0]
+    width = weight.shape[1]
+    if activation is None:
+        return x.new_empty(num_rows, width), x.new_empty(0)
+    out_width = width // 2 if ACTIVATIONS[activation].is_gated else width
+    return x.new_empty(num_rows, out_width), x.new_empty(num_rows, width)
+
+
+@torch.library.custom_op("cumo::grouped_gemm_weight_grad", mutates_args=())
+def _grouped_gemm_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    expert_offsets: Tensor,
+    permutation: Tensor | None,
+    inverse_permutation: Tensor | None,
+    top_k: int,
+    need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return dispatch.implementation(backend, "grouped_gemm_weight_grad")(
+        grad, x, expert_offsets, permutation, inverse_permutation, top_k, need_bias
+    )
+
+
+@_grouped_gemm_weight_grad.register_fake
+def _(grad, x, expert_offsets, permutation, inverse_permutation, top_k, need_bias, backend):
+    num_experts = expert_offsets.shape[0] - 1
+    width = grad.shape[1]
+    return grad.new_empty(num_experts, width, x.shape[1]), grad.new_empty(
+        num_experts, width if need_bias else 0
+    )
+
+
+def _save(ctx, inputs, output):
+    x, weight, expert_offsets, bias, permutation, inverse_permutation, top_k, activation, backend = inputs
+    _, pre_activation = output
+    ctx.top_k, ctx.activation, ctx.backend, ctx.has_bias = top_k, activation, backend, bias is not None
+    ctx.save_for_backward(x, weight, expert_offsets, permutation, inverse_permutation, pre_activation)
+    ctx.mark_non_differentiable(pre_activation)
+
+
+def _backward(ctx, grad, _):
+    x, weight, expert_offsets, permutation, inverse_permutation, pre_activation = ctx.saved_tensors
+    need_x, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+    if ctx.activation is not None:
+        grad = _activate_backward(grad, pre_activation, ctx.activation, ctx.backend)
+    dx = dweight = dbias = None
+    if need_x:
+        dx, _ = _grouped_gemm(
+            grad, weight.transpose(1, 2), expert_offsets, None, None, None, 1, None, ctx.backend
+        )
+        if permutation is not None:
+            dx = _combine(dx, None, permutation, inverse_permutation, ctx.top_k, ctx.backend)
+    if need_weight or need_bias:
+        dweight, dbias = _grouped_gemm_weight_grad(
+            grad, x, expert_offsets, permutation, inverse_permutation, ctx.top_k, ctx.has_bias, ctx.backend
+        )
+    return dx, dweight, None, dbias if ctx.has_bias else None, None, None, None, None, None
+
+
+_grouped_gemm.register_autograd(_backward, setup_context=_save)
+
+
+def grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    gather: Routing | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """act(x[p] @ weight[e].T + bias[e]) for the rows p of every expert e.
+
+    Args:
+        x: (S, K) float rows in expert order, or (T, K) in token order when `gather` is given.
+        weight: (E, N, K), as E stacked torch.nn.Linear weights; for a gated activation N is 2I, gate first.
+        expert_offsets: (E + 1,) int32, starts with 0; expert e owns rows [offsets[e], offsets[e + 1]).
+            Rows past the last offset give zeros.
+        bias: (E, N).
+        gather: take row p from x[gather.permutation[p] // top_k] instead of a permuted copy.
+        activation: name from `cumo_kernels.activations`, applied after the bias.
+
+    Returns:
+        (S, N), or (S, N / 2) for a gated activation; dtype of `x`, or autocast's.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+    """
+    check_float("x", x)
+    x, weight, bias = autocast(x, weight, bias)
+    check_shape("x", x, "S" if gather is None else gather.num_tokens, "K")
+    check_shape("weight", weight, "E", "N", x.shape[1])
+    check_like("weight", weight, "x", x)
+    check_shape("expert_offsets", expert_offsets, weight.shape[0] + 1)
+    check_int32("expert_offsets", expert_offsets)
+    check_device("expert_offsets", expert_offsets, "x", x)
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[0], weight.shape[1])
+        check_like("bias", bias, "x", x)
+    if activation is not None and get_activation(activation).is_gated and weight.shape[1] % 2:
+        raise ValueError(f"weight must be (E, 2I, K) for {activation}, got {tuple(weight.shape)}")
+    permutation, inverse_permutation, top_k = None, None, 1
+    if gather is not None:
+        check_device("gather", gather.permutation, "x", x)
+        permutation, inverse_permutation, top_k = gather.permutation, gather.inverse_permutation, gather.top_k
+    backend = dispatch.choose("grouped_gemm", x)
+    out, _ = _grouped_gemm(
+        x, weight, expert_offsets, bias, permutation, inverse_permutation, top_k, activation, backend
+    )
+    return out

@@ -1,0 +1,212 @@
+"""route: from router logits to a routing plan with the statistics the auxiliary losses need."""
+
+import torch
+from torch import Tensor
+
+from cumo_kernels import dispatch
+from cumo_kernels.ops.checks import autocast, check_device, check_float, check_int32, check_like, check_shape
+from cumo_kernels.types import RouterStats, Routing, accumulate_dtype
+
+COMPAT = (None, "cumo", "cumo_llm")
+
+
+@torch.library.custom_op("cumo::route", mutates_args=())
+def _route(
+    x: Tensor,
+    gate_weight: Tensor | None,
+    group_offsets: Tensor | None,
+    num_groups: int,
+    top_k: int,
+    renormalize: bool,
+    compat: str | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return dispatch.implementation(backend, "route")(
+        x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat
+    )
+
+
+@_route.register_fake
+def _(x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat, backend):
+    num_tokens, num_experts = x.shape[0], (x.shape[1] if gate_weight is None else gate_weight.shape[0])
+    wide = accumulate_dtype(x.dtype)
+    return (
+        x.new_empty(num_tokens, top_k, dtype=wide),
+        x.new_empty(num_tokens, top_k, dtype=torch.int32),
+        x.new_empty(num_groups, num_experts, dtype=wide),
+        x.new_empty(num_groups, num_experts, dtype=wide),
+        x.new_empty(num_groups, dtype=wide),
+    )
+
+
+@torch.library.custom_op("cumo::route_backward", mutates_args=())
+def _route_backward(
+    grad_weights: Tensor,
+    grad_mean_probs: Tensor,
+    grad_z: Tensor,
+    x: Tensor,
+    gate_weight: Tensor | None,
+    topk_indices: Tensor,
+    group_offsets: Tensor | None,
+    renormalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return dispatch.implementation(backend, "route_backward")(
+        grad_weights, grad_mean_probs, grad_z, x, gate_weight, topk_indices, group_offsets, renormalize
+    )
+
+
+@_route_backward.register_fake
+def _(
+    grad_weights, grad_mean_probs, grad_z, x, gate_weight, topk_indices, group_offsets, renormalize, backend
+):
+    return x.new_empty(x.shape), x.new_empty(0) if gate_weight is None else gate_weight.new_empty(
+        gate_weight.shape
+    )
+
+
+def _save(ctx, inputs, output):
+    x, gate_weight, group_offsets, _, _, ctx.renormalize, _, ctx.backend = inputs
+    _, topk_indices, _, top1_density, _ = output
+    ctx.save_for_backward(x, gate_weight, topk_indices, group_offsets)
+    ctx.mark_non_differentiable(topk_indices, top1_density)
+
+
+def _backward(ctx, grad_weights, _indices, grad_mean_probs, _density, grad_z):
+    x, gate_weight, topk_indices, group_offsets = ctx.saved_tensors
+    dx, dgate = _route_backward(
+        grad_weights,
+        grad_mean_probs,
+        grad_z,
+        x,
+        gate_weight,
+        topk_indices,
+        group_offsets,
+        ctx.renormalize,
+        ctx.backend,
+    )
+    return dx, None if gate_weight is None else dgate, None, None, None, None, None, None
+
+
+_route.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("cumo::sort_by_expert", mutates_args=())
+def _sort_by_expert(
+    topk_indices: Tensor, num_experts: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return dispatch.implementation(backend, "sort_by_expert")(topk_indices, num_experts)
+
+
+@_sort_by_expert.register_fake
+def _(topk_indices, num_experts, backend):
+    new, num_slots = topk_indices.new_empty, topk_indices.numel()
+    return new(num_experts), new(num_experts + 1), new(num_slots), new(num_slots)
+
+
+def _check_groups(groups: int | Tensor, num_tokens: int, x: Tensor) -> tuple[Tensor | None, int]:
+    if isinstance(groups, Tensor):
+        check_shape("groups", groups, "G+1")
+        check_int32("groups", groups)
+        check_device("groups", groups, "x", x)
+        if groups.shape[0] < 2:
+            raise ValueError(
+                f"groups must hold the G + 1 offsets of at least one group, got {tuple(groups.shape)}"
+            )
+        return groups, groups.shape[0] - 1
+    if groups < 1 or num_tokens % groups:
+        raise ValueError(f"groups must divide the {num_tokens} tokens evenly, got {groups}")
+    return None, groups
+
+
+def route(
+    x: Tensor,
+    top_k: int,
+    gate_weight: Tensor | None = None,
+    *,
+    groups: int | Tensor = 1,
+    renormalize: bool = True,
+    compat: str | None = None,
+) -> Routing:
+    """Softmax, top-k, renormalised weights, loss statistics, and the stable sort of slots by expert.
+
+    CuMo section 3.1 (arXiv 2405.05949) as its code computes it: weights are divided by their sum. Ties go
+    to the lowest expert index.
+
+    Args:
+        x: (T, E) router logits, or (T, H) hidden states when `gate_weight` is given.
+        top_k: experts per token, 1 <= top_k <= E.
+        gate_weight: (E, H), dtype of `x`; logits are x @ gate_weight.T.
+        groups: what one balance loss averages over. An int G: G equal runs of consecutive tokens (crops,
+            images); a (G + 1,) int32 tensor of offsets: runs of any length, tokens past the last offset
+            counting in none.
+        renormalize: divide each token's weights by their sum.
+        compat: None computes in fp32; "cumo" repeats the original's rounding in CLIP and connector,
+            "cumo_llm" that in Mixtral.
+
+    Returns:
+        Routing with `stats`. Weights and statistics are fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError: a shape, dtype or value does not fit. On the CPU also when a row of logits has no finite
+            maximum (NaN, +inf, or only -inf); on a GPU such a row yields NaN weights instead of a sync.
+    """
+    check_float("x", x)
+    if gate_weight is None:
+        check_shape("x", x, "T", "E")
+        num_experts = x.shape[1]
+    else:
+        x, gate_weight = autocast(x, gate_weight)
+        check_shape("x", x, "T", "H")
+        check_shape("gate_weight", gate_weight, "E", x.shape[1])
+        check_like("gate_weight", gate_weight, "x", x)
+        num_experts = gate_weight.shape[0]
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must be between 1 and the {num_experts} experts, got {top_k}")
+    if compat not in COMPAT:
+        raise ValueError(f"compat must be one of {COMPAT}, got {compat!r}")
+    group_offsets, num_groups = _check_groups(groups, x.shape[0], x)
+    backend = dispatch.choose("route", x)
+    weights, indices, mean_probs, top1_density, z = _route(
+        x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat, backend
+    )
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not weights.isfinite().all():
+        token = int((~weights.detach().isfinite()).any(1).nonzero()[0])
+        logits = x[token] if gate_weight is None else x[token] @ gate_weight.T
+        raise ValueError(
+            f"router logits must have a finite maximum in every row, got {logits.tolist()} for token {token}"
+        )
+    stats = RouterStats(mean_probs, top1_density, z)
+    return Routing(weights, indices, *_sort_by_expert(indices, num_experts, backend), stats)
+
+
+def routing_from_topk(topk_weights: Tensor, topk_indices: Tensor, num_experts: int) -> Routing:
+    """The plan for experts somebody else has chosen (a transformers router, a fixed assignment).
+
+    Args:
+        topk_weights: (T, K) float; gradients flow back into it.
+        topk_indices: (T, K) integer expert ids in [0, E]; E itself drops the slot.
+        num_experts: E.
+
+    Returns:
+        Routing without `stats`; weights in fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError: a shape or dtype does not fit; on the CPU also an id outside [0, E].
+    """
+    check_float("topk_weights", topk_weights)
+    check_shape("topk_weights", topk_weights, "T", "K")
+    check_shape("topk_indices", topk_indices, *topk_weights.shape)
+    check_device("topk_indices", topk_indices, "topk_weights", topk_weights)
+    if topk_indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"topk_indices must be int32 or int64, got {topk_indices.dtype}")
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    if topk_indices.device.type == "cpu" and topk_indices.numel() and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in topk_indices.aminmax())
+        if low < 0 or high > num_experts:
+            raise ValueError(f"topk_indices must lie in [0, {num_experts}], got values from {low} to {high}")
+    weights = topk_weights.to(accumulate_dtype(topk_weights.dtype))
+    indices = topk_indices.int()
+    backend = dispatch.choose("sort_by_expert", weights)
+    return Routing(weights, indices, *_sort_by_expert(indices, num_experts, backend))

@@ -1,0 +1,73 @@
+"""The routing plan of one MoE layer, and the one place where shape letters are defined.
+
+T  num_tokens          rows after flattening batch and sequence
+E  num_experts         experts in the layer
+K  top_k               experts per token
+S  num_slots           T * K; a slot is one (token, choice) pair, numbered token * K + choice
+H  hidden_size         width of a token
+I  intermediate_size   inner width of an expert
+O  output_size         width an expert returns (H unless said otherwise)
+G  num_groups          sets of tokens over which router statistics are averaged (crop, image, batch)
+N, K of a GEMM         rows and columns of one expert's (N, K) weight, as in torch.nn.Linear
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RouterStats:
+    """What the auxiliary losses need, per group of tokens.
+
+    A group without tokens has zeros. Gradients flow through `mean_probs` and `mean_squared_logsumexp`.
+    """
+
+    mean_probs: Tensor  # (G, E) fp32: mean softmax probability
+    top1_density: Tensor  # (G, E) fp32: share of tokens whose first choice is the expert; no gradient
+    mean_squared_logsumexp: Tensor  # (G,) fp32: mean of logsumexp(logits)^2
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which token goes to which expert with what weight, and the sort that groups slots by expert.
+
+    Sorted position p belongs to expert e when expert_offsets[e] <= p < expert_offsets[e + 1]; inside an
+    expert, slots keep their order. A slot whose expert index is E ("dropped", as expert parallelism
+    produces) is sorted past expert_offsets[E] and has inverse_permutation -1: it contributes nothing.
+    """
+
+    topk_weights: Tensor  # (T, K) fp32; rows sum to 1 when renormalised; carries gradient
+    topk_indices: Tensor  # (T, K) int32
+    tokens_per_expert: Tensor  # (E,) int32
+    expert_offsets: Tensor  # (E + 1,) int32, starts with 0
+    permutation: Tensor  # (S,) int32: sorted position -> slot
+    inverse_permutation: Tensor  # (S,) int32: slot -> sorted position, -1 if dropped
+    stats: RouterStats | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.topk_indices.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.tokens_per_expert.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.topk_indices.shape[1]
+
+    @property
+    def num_slots(self) -> int:
+        return self.permutation.shape[0]
+
+    @property
+    def token_indices(self) -> Tensor:
+        """(S,) int32: sorted position -> token."""
+        return self.permutation // self.top_k
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over `dtype` values are kept: fp64 for fp64, fp32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,88 @@
+"""Fixtures every test shares: where it runs, with which numbers, and what uninitialised memory holds."""
+
+import os
+
+# before torch and transformers are imported: no test may wait for a hub, and cuBLAS reads this once
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import random
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from cumo_kernels.dispatch import BACKENDS
+from cumo_kernels.testing import poisoned_memory
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+try:
+    import hypothesis
+except ModuleNotFoundError:
+    pass
+else:
+    # the same examples on every machine; pytest-timeout is the only clock
+    hypothesis.settings.register_profile("cumo", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("cumo")
+
+HAS_CUDA = torch.cuda.is_available()
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_CUDA else ["cpu"]
+
+
+def refusal(backend: str, device: str) -> str | None:
+    """Why `backend` cannot run fp32 tensors on `device`, or None."""
+    row = next(row for row in BACKENDS if row.name == backend)
+    return row.refuse("permute", device, torch.float32)
+
+
+def runs_somewhere(backend: str) -> bool:
+    return refusal(backend, "cpu") is None or (HAS_CUDA and refusal(backend, "cuda") is None)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[row.name for row in BACKENDS if runs_somewhere(row.name)])
+def backend(request, device) -> str:
+    """Every backend of this machine that runs on `device`; force it with `use_backend(backend)`."""
+    reason = refusal(request.param, device)
+    if reason is not None:
+        pytest.skip(f"{request.param} on {device}: {reason}")
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def dtype(request) -> torch.dtype:
+    """Every dtype that every backend supports."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poison(request):
+    """Under tests/kernels, torch.empty holds NaN: a kernel that leaves a hole or reads one is seen."""
+    if Path(__file__).parent / "kernels" not in request.node.path.parents:
+        yield
+        return
+    with poisoned_memory():
+        yield
+
+
+def pytest_collection_modifyitems(items):
+    if HAS_CUDA:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

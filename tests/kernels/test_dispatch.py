@@ -1,0 +1,80 @@
+"""The choice of a backend: forced, refused, explained."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cumo_kernels
+from cumo_kernels import dispatch, explain, use_backend
+from cumo_kernels.dispatch import BACKENDS, OPS
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_cpu_tensors_run_on_the_reference():
+    assert dispatch.choose("route", torch.zeros(1, 1, dtype=torch.float64)) == "reference"
+
+
+def test_fp64_is_refused_by_everyone_but_the_reference():
+    for backend in BACKENDS[:-1]:
+        assert backend.refuse("route", "cuda", torch.float64)
+
+
+@pytest.mark.parametrize("backend", [b.name for b in BACKENDS])
+@pytest.mark.parametrize("op", OPS)
+def test_every_backend_that_exists_implements_every_op(backend, op):
+    if dispatch._missing(f"cumo_kernels.backends.{backend}"):
+        pytest.skip(f"{backend} is not in this installation")
+    if backend == "cuda" and dispatch._CUDA_MISSING:
+        pytest.skip("the extension is not built")
+    assert callable(dispatch.implementation(backend, op))
+
+
+def test_a_forced_refusal_raises_with_the_reason():
+    x = torch.zeros(2, 4, dtype=torch.float64)
+    with (
+        use_backend("cuda"),
+        pytest.raises(RuntimeError, match=r"no backend runs route \(forced: cuda\): cuda: "),
+    ):
+        cumo_kernels.route(x, 2)
+
+
+def test_use_backend_restores_and_rejects_unknown_names():
+    with use_backend("reference"):
+        with (
+            pytest.raises(ValueError, match=r"backend must be one of .*'triton'.*, got 'tpu'"),
+            use_backend("tpu"),
+        ):
+            pass
+        assert dispatch._forced == "reference"
+    assert dispatch._forced == dispatch._environment
+
+
+def test_explain_names_every_backend():
+    text = explain("expert_mlp", torch.zeros(1, dtype=torch.float64))
+    assert "reference  chosen" in text and "cuda       refuses: " in text and "triton     refuses: " in text
+    with use_backend("reference"):
+        assert "not asked: reference is forced" in explain("expert_mlp", torch.zeros(1))
+    with pytest.raises(ValueError, match=r"op must be one of .*, got 'nothing'"):
+        explain("nothing", torch.zeros(1))
+
+
+def test_environment_forces_a_backend():
+    code = "import torch, cumo_kernels; print(cumo_kernels.explain('route', torch.zeros(1)))"
+    assert "not asked: reference is forced" in run(code, CUMO_BACKEND="reference").stdout
+    failed = run(code, CUMO_BACKEND="tpu")
+    assert failed.returncode and "CUMO_BACKEND must be one of" in failed.stderr
+
+
+def test_command_line_explains():
+    done = run(
+        "from cumo_kernels.__main__ import main; main(['explain', '--op', 'route', '--device', 'cpu'])"
+    )
+    assert done.returncode == 0 and "route on cpu bfloat16:" in done.stdout
