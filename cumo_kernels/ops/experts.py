@@ -3,8 +3,11 @@
 One node, so that a backend can fuse across its steps, skip what needs no gradient, and choose what to keep.
 """
 
+import math
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from cumo_kernels import dispatch
 from cumo_kernels.activations import ACTIVATIONS, get_activation
@@ -161,6 +164,19 @@ def _backward(ctx, grad, _z, _a):
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.cumo.expert_mlp)
+def _flops(x, topk_weights, permutation, inverse, offsets, up_proj, down_proj, *args, out_shape=None, **kwargs):
+    """2 * S * (rows of up_proj * H + O * I), so that torch's FlopCounterMode sees the layer."""
+    num_slots = math.prod(topk_weights)
+    return 2 * num_slots * (math.prod(up_proj[1:]) + math.prod(down_proj[1:]))
+
+
+@register_flop_formula(torch.ops.cumo.expert_mlp_backward)
+def _flops_backward(grad, *args, out_shape=None, **kwargs):
+    """Twice the forward, all gradients assumed wanted; recomputation not counted."""
+    return 2 * _flops(*args[:7])
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from cumo_kernels import ACTIVATIONS, expert_mlp, routing_from_topk, use_backend
 from cumo_kernels.backends import reference
@@ -154,6 +155,14 @@ def test_memory_plan_saves_what_it_says(memory, saved_elements):
         op_and_truth(routing, "quick_gelu", memory)[0](*leaves)
     kept = sum(t.numel() for t in saved if t.is_floating_point() and t.data_ptr() not in given)
     assert kept == saved_elements
+
+
+def test_flop_counter_sees_the_layer():
+    routing, inputs = make_case((30, 16, 24, 12, 4, 2), "swiglu", False, torch.float32, "cpu")
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    with FlopCounterMode(display=False) as counter:
+        op_and_truth(routing, "swiglu")[0](*leaves).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * (30 * 2) * (48 * 16 + 12 * 24)
 
 
 def test_autocast():

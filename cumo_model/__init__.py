@@ -1,0 +1,29 @@
+"""cumo_model: CuMo, a vision-language model with Mixture-of-Experts in tower, connector and language model.
+
+Importing registers the model with transformers' Auto classes.
+"""
+
+from cumo_model.checkpoint import original_layout
+from cumo_model.clip_moe import CumoVisionModel
+from cumo_model.config import CumoConfig, CumoVisionConfig
+from cumo_model.cumo import CumoForConditionalGeneration, CumoModel, CumoOutput
+from cumo_model.losses import load_balancing_loss, router_z_loss
+from cumo_model.moe import MoELayer, RoutingRecord, record_routing
+from cumo_model.upcycle import step0_difference, upcycle
+
+__all__ = [
+    "CumoConfig",
+    "CumoForConditionalGeneration",
+    "CumoModel",
+    "CumoOutput",
+    "CumoVisionConfig",
+    "CumoVisionModel",
+    "MoELayer",
+    "RoutingRecord",
+    "load_balancing_loss",
+    "original_layout",
+    "record_routing",
+    "router_z_loss",
+    "step0_difference",
+    "upcycle",
+]

@@ -1,0 +1,317 @@
+"""CumoModel and CumoForConditionalGeneration: image -> tower -> connector -> language model.
+
+    total = language + balance_loss_coef * sum(balance) + router_z_loss_coef * sum(z)
+
+over the places that are Mixture-of-Experts, in training only. The language model's own terms count only if
+tower or connector have experts too: without them the original trains Mixtral on the language loss alone.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.models.auto import AutoModel, AutoModelForImageTextToText
+from transformers.utils.generic import can_return_tuple
+
+from cumo_model.clip_moe import CumoVisionModel
+from cumo_model.config import CumoConfig
+from cumo_model.llm_moe import build_language_model
+from cumo_model.losses import place_losses
+from cumo_model.mlp_moe import CumoProjector
+from cumo_model.moe import MoEHostMixin, RoutingRecord, record_routing
+from cumo_model.vision import crop_counts, image_pyramid, merge_scales
+
+PLACES = ("mlp", "clip", "llm")  # the order in which the original adds their losses
+
+
+@dataclass
+class CumoModelOutput(BaseModelOutputWithPast):
+    image_hidden_states: Tensor | None = None  # (B, image_seq_length, H) after the connector
+
+
+@dataclass
+class CumoOutput(ModelOutput):
+    """`loss_parts`: terms of `loss`, unweighted and detached: language, and {clip,mlp,llm}_{balance,z}."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+    loss_parts: dict[str, Tensor] | None = None
+
+
+class CumoPreTrainedModel(MoEHostMixin, PreTrainedModel):
+    config: CumoConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CumoProjector):
+            module.reset_parameters()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs) -> None:
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs must have use_reentrant False, got True: "
+                "reentrant recomputation loses the gradients of the router losses"
+            )
+        super().gradient_checkpointing_enable(
+            {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, **kwargs
+        )
+
+
+class CumoModel(CumoPreTrainedModel):
+    def __init__(self, config: CumoConfig):
+        super().__init__(config)
+        self.vision_tower = CumoVisionModel(config.vision_config)
+        self.multi_modal_projector = CumoProjector(config)
+        self.language_model = build_language_model(config.text_config, config.compat)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, all_routers: bool = False) -> Tensor:
+        """(B, 3, s, s) -> (B, image_seq_length, H of the text); `all_routers` as in the tower's forward."""
+        config, vision = self.config, self.config.vision_config
+        wanted = (vision.num_channels, vision.image_size, vision.image_size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != wanted:
+            raise ValueError(
+                f"pixel_values must be (B, {', '.join(map(str, wanted))}), got {tuple(pixel_values.shape)}"
+            )
+        crops = image_pyramid(pixel_values, config.scales)
+        features = self.vision_tower(
+            crops, feature_layer=config.vision_feature_layer, all_routers=all_routers
+        ).last_hidden_state
+        if config.vision_feature_select_strategy == "default":
+            features = merge_scales(features[:, 1:], config.scales, vision.image_size // vision.patch_size)
+        return self.multi_modal_projector(features)
+
+    def _check_placeholders(self, is_image: Tensor, num_images: int) -> None:
+        """Every row holds whole images, and together they hold all of them."""
+        per_image, token = self.config.image_seq_length, self.config.image_token_index
+        counts = is_image.sum(1).tolist()  # the one host sync of a forward pass
+        if sum(counts) != num_images * per_image:
+            raise ValueError(
+                f"input_ids must have {num_images * per_image} image tokens (id {token}), {per_image} for "
+                f"each of the {num_images} images in pixel_values, got {sum(counts)}"
+            )
+        for row, count in enumerate(counts):
+            if count % per_image:
+                raise ValueError(
+                    f"input_ids must have a multiple of {per_image} image tokens (id {token}) in every row, "
+                    f"got {count} in row {row}"
+                )
+
+    def _embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None, continues: bool, all_routers: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, S) -> embeddings (B, S, H) with the images' features at their placeholders; the features."""
+        embed_tokens = self.get_input_embeddings()
+        if pixel_values is None and continues:
+            return embed_tokens(input_ids), None
+        is_image = input_ids == self.config.image_token_index
+        if not torch.compiler.is_compiling():
+            self._check_placeholders(is_image, 0 if pixel_values is None else pixel_values.shape[0])
+        if pixel_values is None:
+            return embed_tokens(input_ids), None
+        # the placeholder may lie outside the vocabulary
+        embeds = embed_tokens(input_ids.masked_fill(is_image, 0))
+        features = self.get_image_features(pixel_values, all_routers)
+        return embeds.masked_scatter(is_image[:, :, None], features.to(embeds.dtype)), features
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        all_routers: bool = False,
+        **kwargs,
+    ) -> CumoModelOutput:
+        """As `CumoForConditionalGeneration.forward`, without head and loss."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given, got both or neither")
+        features = None
+        if input_ids is not None:
+            continues = past_key_values is not None and past_key_values.get_seq_length() > 0
+            inputs_embeds, features = self._embed(input_ids, pixel_values, continues, all_routers)
+        elif pixel_values is not None:
+            raise ValueError("pixel_values must come with input_ids, whose image tokens say where they go")
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=not self.training if use_cache is None else use_cache,
+            **kwargs,
+        )
+        return CumoModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=features,
+        )
+
+
+class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    # the Trainer divides by the accumulation steps itself, for the auxiliary losses too
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: CumoConfig):
+        super().__init__(config)
+        self.model = CumoModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """As in transformers, in the layout of this model's own state_dict.
+
+        Stacked experts on disk load through `load_state_dict` too, which is how the Trainer resumes.
+        `save_original_format=True` writes Mixtral's experts one by one.
+        """
+        return super().save_pretrained(
+            save_directory, *args, save_original_format=save_original_format, **kwargs
+        )
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        return self.model.get_image_features(pixel_values)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
+        **kwargs,
+    ) -> CumoOutput:
+        """Logits, and with `labels` the loss.
+
+        Args:
+            input_ids: (B, S) int64; image_seq_length tokens image_token_index stand for each image, in order.
+            pixel_values: (number of images, 3, s, s).
+            attention_mask: (B, S), 0 on padding, left or right.
+            labels: (B, S) int64, -100 where no token is to be predicted.
+            logits_to_keep: how many last positions, or which, get logits; 0 is all, as labels need.
+            skip_logits: with labels, run the head only where a token is to be predicted and return no logits:
+                the same loss for a fraction of the head's time and memory.
+
+        Raises:
+            ValueError: placeholders and images do not match, or a shape does not fit.
+        """
+        with_aux = self.training and labels is not None and self._has_expert_losses()
+        with record_routing() if with_aux else nullcontext([]) as records:
+            outputs = self.model(
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                all_routers=with_aux,
+                **kwargs,
+            )
+        hidden_states = outputs.last_hidden_state
+        loss, logits, loss_parts = None, None, None
+        if skip_logits and labels is not None:
+            loss = self._loss_without_logits(hidden_states, labels)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept, :])
+            if labels is not None:
+                loss = language_loss(logits, labels)
+        if loss is not None:
+            loss_parts = {"language": loss.detach()}
+            if with_aux:
+                num_images = 0 if pixel_values is None else pixel_values.shape[0]
+                loss = self._add_expert_losses(loss, loss_parts, records, num_images)
+        return CumoOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            loss_parts=loss_parts,
+        )
+
+    def _loss_without_logits(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """`language_loss` of (B, S, H) states, whose head runs on the rows before a label only."""
+        _check_labels(labels, hidden_states)
+        targets = labels[:, 1:]
+        predicts = targets != -100
+        logits = self.lm_head(hidden_states[:, :-1][predicts]).float()
+        total = nn.functional.cross_entropy(logits, targets[predicts], reduction="sum")
+        return total / max(1, len(logits))
+
+    def _has_expert_losses(self) -> bool:
+        return self.config.vision_config.num_experts > 1 or self.config.projector_num_experts > 1
+
+    def _add_expert_losses(
+        self, loss: Tensor, loss_parts: dict[str, Tensor], records: list[RoutingRecord], num_images: int
+    ) -> Tensor:
+        for place in PLACES:
+            layers = [record.routing.stats for record in records if record.place == place]
+            if not layers:
+                continue
+            scales = crop_counts(num_images, self.config.scales) if place == "clip" else None
+            terms = zip(("balance", "z"), place_losses(layers, scales), strict=True)
+            for (name, value), coef in zip(
+                terms, (self.config.balance_loss_coef, self.config.router_z_loss_coef), strict=True
+            ):
+                loss_parts[f"{place}_{name}"] = value.detach()
+                if coef:
+                    loss = loss + coef * value
+        return loss
+
+
+def language_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy over the tokens to predict; position t predicts labels[:, t + 1].
+
+    Args:
+        logits: (B, S, V), cast to fp32.
+        labels: (B, S) int64, -100 is ignored.
+
+    Returns:
+        Scalar fp32; 0 if there is no token to predict.
+    """
+    _check_labels(labels, logits)
+    targets = nn.functional.pad(
+        labels[:, 1:], (0, 1), value=-100
+    ).flatten()  # shifting labels spares a copy of logits
+    total = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)
+
+
+def _check_labels(labels: Tensor, rows: Tensor) -> None:
+    if labels.shape != rows.shape[:2]:
+        raise ValueError(f"labels must be {tuple(rows.shape[:2])} like input_ids, got {tuple(labels.shape)}")
+
+
+AutoModel.register(CumoConfig, CumoModel)
+AutoModelForImageTextToText.register(CumoConfig, CumoForConditionalGeneration)

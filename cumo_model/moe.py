@@ -1,0 +1,174 @@
+"""MoELayer: gate, routing and experts. Tower, connector and language model all use this one class.
+
+    logits = gate(x)                                            x (T, H) -> (T, E)
+    out[t] = sum_k w[t, k] * expert[idx[t, k]](x[t])            cumo_kernels: route, expert_mlp
+
+Shape letters are those of cumo_kernels/types.py.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cumo_kernels import ACTIVATIONS, Routing, expert_mlp, route
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    place: str  # "clip" | "mlp" | "llm"
+    layer: int
+    routing: Routing
+
+
+_recorders: list[list[RoutingRecord]] = []
+
+
+@contextmanager
+def record_routing() -> Iterator[list[RoutingRecord]]:
+    """Collect the routing of every MoE layer that runs inside the `with`, in order of execution.
+
+    The recomputation of a checkpointed layer during backward is not a second run and is not recorded.
+    """
+    records: list[RoutingRecord] = []
+    _recorders.append(records)
+    try:
+        yield records
+    finally:
+        # by identity: two empty recordings are equal lists
+        del _recorders[next(i for i, active in enumerate(_recorders) if active is records)]
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class MoEHostMixin:
+    """What a transformers model says of itself when its experts are MoELayers."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return False  # cumo_kernels dispatches, not transformers
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # transformers skips modules without parameters of their own in code from outside, and with them the
+        # initialisation of every block; that is for code whose _init_weights ignores what was loaded
+        super()._initialize_weights(module, is_custom_code=False)
+
+
+class Experts(nn.Module):
+    """E two-layer MLPs with stacked weights, under the parameter names of transformers v5.
+
+    up_proj (E, I, H), or gate_up_proj (E, 2I, H) with the gate rows first when gated; down_proj (E, O, I).
+    With bias also up_proj_bias (E, I) or gate_up_proj_bias (E, 2I), and down_proj_bias (E, O).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        output_size: int,
+        num_experts: int,
+        activation: str,
+        bias: bool,
+    ):
+        super().__init__()
+        self.activation = activation
+        is_gated = ACTIVATIONS[activation].is_gated
+        self.up_name = "gate_up_proj" if is_gated else "up_proj"
+        width = 2 * intermediate_size if is_gated else intermediate_size
+        self.register_parameter(self.up_name, nn.Parameter(torch.empty(num_experts, width, hidden_size)))
+        self.register_parameter(
+            f"{self.up_name}_bias", nn.Parameter(torch.empty(num_experts, width)) if bias else None
+        )
+        self.down_proj = nn.Parameter(torch.empty(num_experts, output_size, intermediate_size))
+        self.down_proj_bias = nn.Parameter(torch.empty(num_experts, output_size)) if bias else None
+        self.reset_parameters()
+
+    @property
+    def up(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the first layer, under whichever name they have."""
+        return getattr(self, self.up_name), getattr(self, f"{self.up_name}_bias")
+
+    def reset_parameters(self) -> None:
+        """What E separate nn.Linear pairs would start from."""
+        for weight, bias in (self.up, (self.down_proj, self.down_proj_bias)):
+            bound = 1 / math.sqrt(weight.shape[2])
+            nn.init.uniform_(weight, -bound, bound)
+            if bias is not None:
+                nn.init.uniform_(bias, -bound, bound)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """x (T, H) -> (T, O). The kernel runs inside this call: FSDP and ZeRO-3 gather parameters for it."""
+        up_proj, up_bias = self.up
+        return expert_mlp(x, routing, up_proj, self.down_proj, up_bias, self.down_proj_bias, self.activation)
+
+
+class MoELayer(nn.Module):
+    """Top-k routed experts.
+
+    Args:
+        hidden_size, intermediate_size: H and I.
+        num_experts, top_k: E and K.
+        activation: name in `cumo_kernels.ACTIVATIONS`; a gated one makes gated experts.
+        output_size: O; H unless given.
+        bias: whether the experts have biases; the gate has none.
+        compat: rounding of the router, see `cumo_kernels.route`.
+        place, layer: what `record_routing` calls this layer.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        activation: str,
+        output_size: int | None = None,
+        bias: bool = True,
+        compat: str | None = None,
+        place: str = "",
+        layer: int = 0,
+    ):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k must be between 1 and the {num_experts} experts, got {top_k}")
+        self.hidden_size, self.top_k, self.compat = hidden_size, top_k, compat
+        self.place, self.layer = place, layer
+        self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        self.experts = Experts(
+            hidden_size, intermediate_size, output_size or hidden_size, num_experts, activation, bias
+        )
+        self.reset_gate()
+
+    def reset_parameters(self) -> None:
+        self.experts.reset_parameters()
+        self.reset_gate()
+
+    def reset_gate(self) -> None:
+        """U(-1/sqrt(H), 1/sqrt(H)), where the original's gates start, upcycled or not."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        nn.init.uniform_(self.gate.weight, -bound, bound)
+
+    def route(self, x: Tensor, groups: int = 1) -> Routing:
+        """x (..., H) as T tokens -> their plan, with statistics over `groups` equal runs of tokens."""
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x must be (..., {self.hidden_size}), got {tuple(x.shape)}")
+        logits = self.gate(x.reshape(-1, self.hidden_size))
+        routing = route(logits, self.top_k, groups=groups, compat=self.compat)
+        if _recorders and not _in_backward():
+            record = RoutingRecord(self.place, self.layer, routing)
+            for records in _recorders:
+                records.append(record)
+        return routing
+
+    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
+        """x (..., H) -> (..., O); `groups` as in `route`."""
+        routing = self.route(x, groups)
+        out = self.experts(x.reshape(-1, self.hidden_size), routing)
+        return out.view(*x.shape[:-1], out.shape[-1])

@@ -1,0 +1,137 @@
+"""Mixtral with MoELayer against transformers' Mixtral and a literal loop; checkpoints; what is refused."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.func import functional_call
+from torch.nn.functional import silu
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, MixtralModel, Qwen3MoeConfig
+
+from cumo_kernels.testing import assert_as_accurate_as_torch
+from cumo_model import MoELayer, load_balancing_loss, record_routing, router_z_loss
+from cumo_model.llm_moe import CumoMixtralModel, build_language_model
+
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 30,
+    "max_position_embeddings": 64,
+}
+
+
+def mixtral_config(**options) -> MixtralConfig:
+    return MixtralConfig(**SIZES, num_local_experts=5, initializer_range=0.3, **options)
+
+
+def literal(x, gate, gate_up, down):
+    """x (B, S, H): one group of all tokens -> output, balance loss, z loss."""
+    tokens, E = x.flatten(0, 1), gate.shape[0]
+    T = len(tokens)
+    rows, first, probs, z = [], [0] * E, 0, 0
+    for token in tokens:
+        logits = gate @ token
+        p = logits.softmax(0)
+        best = p.argsort(descending=True)[:2].tolist()
+        out = 0
+        for e in best:
+            w1, w3 = gate_up[e].chunk(2)
+            out = out + p[e] / p[best].sum() * (down[e] @ (silu(w1 @ token) * (w3 @ token)))
+        rows.append(out)
+        first[best[0]] += 1
+        probs = probs + p
+        z = z + logits.logsumexp(0) ** 2
+    balance = E**2 * sum(f / T * P / T for f, P in zip(first, probs, strict=True)) / E
+    return torch.stack(rows).view_as(x), balance, z / T
+
+
+def test_output_losses_and_gradients_are_the_loops():
+    mlp = CumoMixtralModel(mixtral_config()).layers[1].mlp
+    names = [name for name, _ in mlp.named_parameters()]
+    assert names == ["gate.weight", "experts.gate_up_proj", "experts.down_proj"]
+
+    def op(x, *values):
+        with record_routing() as records:
+            out = functional_call(mlp, dict(zip(names, values, strict=True)), (x,))
+        (record,) = records
+        assert (record.place, record.layer) == ("llm", 1)
+        return out, load_balancing_loss(record.routing.stats), router_z_loss(record.routing.stats)
+
+    assert_as_accurate_as_torch(op, literal, torch.randn(2, 7, 16), *(p.detach() for p in mlp.parameters()))
+
+
+def test_whole_model_is_transformers_mixtral():
+    theirs = MixtralModel(mixtral_config(experts_implementation="eager"))
+    ours = build_language_model(mixtral_config())
+    ours.load_state_dict(theirs.state_dict())
+    names = [name for name, _ in ours.named_parameters()]
+    input_ids = torch.randint(30, (2, 9))
+    mask = torch.ones_like(input_ids)
+    mask[0, :4] = 0
+
+    def run(model):
+        def function(*values):
+            arguments = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
+            return functional_call(model, dict(zip(names, values, strict=True)), kwargs=arguments)[0][:, 4:]
+
+        return function
+
+    assert_as_accurate_as_torch(run(ours), run(theirs), *(p.detach() for p in theirs.parameters()))
+
+
+def test_padding_counts_in_the_statistics():
+    model = build_language_model(mixtral_config()).eval()
+    input_ids = torch.randint(30, (2, 6))
+    for mask in (torch.ones_like(input_ids), torch.tensor([[1] * 6, [1] * 2 + [0] * 4])):
+        with record_routing() as records:
+            model(input_ids=input_ids, attention_mask=mask)
+        assert [r.routing.num_tokens for r in records] == [12, 12]
+        assert records[0].routing.stats.mean_probs.shape == (1, 5)
+
+
+@pytest.mark.parametrize("per_expert", [True, False], ids=["per-expert", "stacked"])
+def test_checkpoints_of_transformers_load_unchanged(tmp_path, per_expert):
+    theirs = MixtralModel(mixtral_config()).eval()
+    theirs.save_pretrained(tmp_path, save_original_format=per_expert)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert any("block_sparse_moe.experts.4.w1.weight" in key for key in file.keys()) == per_expert
+    ours, info = CumoMixtralModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[name]), name
+    ours.save_pretrained(tmp_path / "again")
+    again = MixtralModel.from_pretrained(tmp_path / "again").state_dict()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, again[name]), name
+
+
+def test_compat_reaches_the_layers():
+    assert {layer.mlp.compat for layer in build_language_model(mixtral_config(), "cumo").layers} == {
+        "cumo_llm"
+    }
+    assert {layer.mlp.compat for layer in build_language_model(mixtral_config()).layers} == {None}
+
+
+def test_weights_start_as_transformers():
+    model = build_language_model(mixtral_config())
+    for name, parameter in model.layers[0].mlp.named_parameters():
+        assert abs(parameter.std().item() / 0.3 - 1) < 0.2, name
+
+
+@pytest.mark.parametrize("config", [MistralConfig(**SIZES), LlamaConfig(**SIZES)], ids=["mistral", "llama"])
+def test_dense_models_stay_as_they_are(config):
+    model = build_language_model(config)
+    assert type(model).__module__.startswith("transformers.")
+    assert not any(isinstance(module, MoELayer) for module in model.modules())
+
+
+def test_what_cannot_run_is_named():
+    sparse = Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=8)
+    with pytest.raises(ValueError, match=r"model_type must be mixtral or a dense model, got 'qwen3_moe'"):
+        build_language_model(sparse)
+    with pytest.raises(ValueError, match=r"text_config.router_jitter_noise must be 0, got 0.1"):
+        build_language_model(mixtral_config(router_jitter_noise=0.1))
+    with pytest.raises(ValueError, match=r"text_config.hidden_act must be one of .*, got 'relu'"):
+        build_language_model(mixtral_config(hidden_act="relu"))
