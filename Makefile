@@ -1,0 +1,88 @@
+# Every target makes one virtual environment from constraints.txt the first time and reuses it.
+#   ARGS="..."      goes to the program a target runs: make test ARGS="-k routing", make demo ARGS=--quick
+#   VENV=system     uses $(PYTHON) as it is, for a machine that already carries torch and cannot download
+#   WORKERS=N       test processes, one torch thread each
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format bench gpu clean
+.DEFAULT_GOAL := help
+
+ifeq ($(VENV),system)
+PY := $(PYTHON)
+INSTALLED :=
+else
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+endif
+EXTRAS := demo,test,dev
+BUILT := build/.extension
+READY := $(INSTALLED) $(BUILT)
+LOG := $(VENV)/setup.log
+
+# pip's own log goes to $(LOG); of it the screen shows the large downloads, so that a slow line looks alive
+define install
+$(PY) -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt $(1) 2>&1 | tee -a $(LOG) \
+  | sed -unE -e 's/^ *(Downloading|Using cached) (.+)-([^-]+)-[^-]+-[^-]+-[^-]+\.whl.*\(([0-9]{2,}\.[0-9]+ MB)\)$$/  \2 \3 (\4)/p' \
+    -e 's/^Installing collected packages:.* torch,.*/  unpacking/p' \
+  || { tail -n 25 $(LOG); echo "setup failed; all of pip's output is in $(LOG)"; exit 1; }
+endef
+
+help:
+	@echo "make demo     train, upcycle and compare two small CuMos on this CPU   (ARGS=--quick for a short run)"
+	@echo "make test     the tests; ARGS go to pytest"
+	@echo "make lint     ruff check and ruff format --check                       (make format repairs)"
+	@echo "make bench    speed on this machine, each row behind a correctness gate"
+	@echo "make gpu      build for, test on and describe this machine's CUDA device"
+	@echo "make setup    only the virtual environment $(VENV)"
+	@echo "make clean    remove what was built; the virtual environment stays"
+
+setup: $(READY)
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	@echo "setup: $(VENV); the first time brings about 3 GB, nearly all of it torch and its CUDA libraries"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@: > $(LOG)
+	@$(call install,setuptools wheel)
+	@export CUMO_BUILD=0; $(call install,--no-build-isolation -e ".[$(EXTRAS)]")
+	@echo "setup: done"
+	@touch $@
+
+$(BUILT): setup.py $(wildcard csrc/*) | $(INSTALLED)
+	@mkdir -p $(@D)
+	@$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+demo: $(READY)
+	@$(PY) -m cumo_model demo $(ARGS)
+
+test: $(READY)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(INSTALLED)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+format: $(INSTALLED)
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+bench: $(READY)
+	@test -d benchmarks || { echo "bench: benchmarks/ is not in this tree yet, so there is nothing to measure"; exit 1; }
+	@$(PY) -m benchmarks $(ARGS)
+
+gpu: $(READY)
+	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu: torch sees no CUDA device on this machine, so there is nothing to run')"
+	@$(PY) -m cumo_kernels explain
+	@$(PY) -m pytest -m gpu $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis cumo_kernels/_C*.so
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,96 @@
+"""Install cumo; build the CUDA extension `cumo_kernels._C` from csrc/ where that can be done.
+
+    CUMO_BUILD unset   build if csrc/, nvcc and a CUDA torch are here, else say why not and install without
+    CUMO_BUILD=1       build, or fail with the reason
+    CUMO_BUILD=0       do not build
+
+No GPU is needed or asked for: the code is compiled for TORCH_CUDA_ARCH_LIST, by default `ARCHITECTURES`.
+Everything that needs no decision is in pyproject.toml.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+ARCHITECTURES = "8.0;9.0a;10.0+PTX"  # A100, Hopper with its own instructions, Blackwell and what follows
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
+
+
+def ask_nvcc(nvcc: str) -> tuple[str, str]:
+    """-> (release such as "13.0", root of the toolkit); nvcc knows its root even behind a wrapper script."""
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    plan = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
+    ).stderr
+    top = re.search(r"TOP=(\S+)", plan)
+    root = Path(top[1]).resolve() if top else Path(nvcc).resolve().parents[1]
+    return re.search(r"release (\d+\.\d+)", version)[1], str(root)
+
+
+def refusal() -> str | None:
+    """Why the extension is not built, or None. torch is imported only when nothing cheaper refuses."""
+    if os.environ.get("CUMO_BUILD") == "0":
+        return "CUMO_BUILD=0"
+    if not (ROOT / "csrc" / "bindings.cpp").exists():
+        return "this tree has no csrc/bindings.cpp"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return "there is no nvcc on PATH or under CUDA_HOME"
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed in the build environment (pip install --no-build-isolation uses yours)"
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    release, _ = ask_nvcc(nvcc)
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is CUDA {release}, torch {torch.__version__} is CUDA {torch.version.cuda}"
+    return None
+
+
+def extension() -> dict:
+    """Arguments of setup() that build cumo_kernels._C."""
+    os.environ["CUDA_HOME"] = ask_nvcc(find_nvcc())[1]
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+
+    sources = sorted(
+        p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").iterdir() if p.suffix in (".cpp", ".cu")
+    )
+    module = CUDAExtension(
+        "cumo_kernels._C",
+        sources,
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": ["-O3"], "nvcc": ["-O3", "-lineinfo"]},
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def build_arguments() -> dict:
+    wish = os.environ.get("CUMO_BUILD", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"CUMO_BUILD must be 0, 1 or unset, got {wish!r}")
+    reason = refusal()
+    if reason is None:
+        return extension()
+    if wish == "1":
+        raise SystemExit(f"CUMO_BUILD=1, but cumo_kernels._C cannot be built: {reason}")
+    print(f"cumo_kernels._C is not built: {reason}")
+    return {}
+
+
+if __name__ == "__main__":
+    # pip runs this file several times; only a command that compiles needs the decision
+    metadata_only = {"egg_info", "dist_info", "sdist", "clean"} & set(sys.argv)
+    setup(**({} if metadata_only else build_arguments()))

@@ -1,0 +1,252 @@
+"""The shape of the tree: who may import whom, the same stem everywhere, short files, an honest README.
+
+The tables below are the architecture. When the tree changes, they and CONTRIBUTING.md change with it.
+"""
+
+import ast
+import itertools
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOP = ("cumo_kernels", "cumo_model", "benchmarks", "tests")
+STEMS = ("routing", "permutation", "grouped_gemm", "activation", "experts")
+MAX_LINES = 500
+
+# Who may import whom among our own modules: the first row whose pattern fits a module is its row. "a" means
+# the module a itself (for a package: its public names), "a.*" everything below, "." the module's own package.
+ARROWS = {
+    "cumo_kernels.types": (),
+    "cumo_kernels.activations": (),
+    "cumo_kernels.hardware": (),
+    "cumo_kernels.tuning": ("cumo_kernels.hardware",),
+    "cumo_kernels.dispatch": (),
+    "cumo_kernels.ops*": (
+        "cumo_kernels.ops.*",
+        "cumo_kernels.activations",
+        "cumo_kernels.dispatch",
+        "cumo_kernels.types",
+    ),
+    "cumo_kernels.backends": (),
+    "cumo_kernels.backends.reference*": (".", "cumo_kernels.activations", "cumo_kernels.types"),
+    "cumo_kernels.backends.triton*": (
+        ".",
+        "cumo_kernels.activations",
+        "cumo_kernels.tuning",
+        "cumo_kernels.types",
+    ),
+    "cumo_kernels.backends.cuda*": (
+        ".",
+        "cumo_kernels._C",
+        "cumo_kernels.activations",
+        "cumo_kernels.tuning",
+        "cumo_kernels.types",
+    ),
+    "cumo_kernels.testing": ("cumo_kernels.ops*", "cumo_kernels.types"),
+    "cumo_kernels.integrations*": ("cumo_kernels", "cumo_kernels.ops*", "cumo_kernels.types"),
+    "cumo_kernels": (
+        "cumo_kernels.activations",
+        "cumo_kernels.dispatch",
+        "cumo_kernels.ops*",  # ops.grouped_gemm is a module and, in the package's names, its function
+        "cumo_kernels.types",
+    ),
+    "cumo_kernels.*": ("cumo_kernels", "cumo_kernels.*"),  # the front door and its subcommands
+    "cumo_model*": ("cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.types"),
+    "benchmarks*": (
+        "benchmarks",
+        "benchmarks.*",
+        "cumo_model",
+        "cumo_model.*",
+        "cumo_kernels",
+        "cumo_kernels.*",
+    ),
+    "tests*": ("cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.*"),
+}
+
+# Inside cumo_model a module imports only modules of earlier rows (or of its own row's package).
+LAYERS = (
+    ("config", "losses", "vision", "conversation", "processing", "files"),
+    ("moe", "data"),
+    ("clip_moe", "mlp_moe", "llm_moe"),
+    ("cumo",),
+    ("upcycle", "checkpoint"),
+    ("train", "chat"),
+    ("demo",),
+    ("__main__",),
+)
+
+# Heavy or optional packages stay where they belong; benchmarks and tests may use anything.
+FOREIGN = {
+    "triton": ("cumo_kernels.backends.triton*",),
+    "transformers": ("cumo_kernels.integrations*", "cumo_model*"),
+    "matplotlib": ("cumo_model.demo*",),
+    "resvg_py": ("cumo_model.demo*",),
+}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for top in TOP for path in sorted((ROOT / top).rglob("*.py"))}
+
+
+def is_module(name: str) -> bool:
+    return name in FILES or (ROOT / name.replace(".", "/")).is_dir() or name == "cumo_kernels._C"
+
+
+def imports(module: str, source: str) -> Iterator[str]:
+    """Every module that `source` imports, at any depth; `from package import submodule` is the submodule."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if FILES[module].name == "__init__.py" else module.split(".")[:-1]
+                base = ".".join(package[: len(package) - node.level + 1] + ([base] if base else []))
+            submodules = {alias.name for alias in node.names if is_module(f"{base}.{alias.name}")}
+            yield from (f"{base}.{name}" for name in submodules)
+            if len(submodules) < len(node.names):
+                yield base
+
+
+def package_of(module: str) -> str:
+    return module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
+def forbidden(module: str, source: str) -> list[str]:
+    """The arrows of one file that the tables above do not have."""
+    allowed = next((row for pattern, row in ARROWS.items() if fnmatch(module, pattern)), None)
+    if allowed is None:
+        return [f"{module} is in no row of ARROWS"]
+    own = package_of(module)
+    found = []
+    for target in imports(module, source):
+        root = target.split(".")[0]
+        if root in FOREIGN and not module.startswith(("benchmarks", "tests")):
+            if not any(fnmatch(module, pattern) for pattern in FOREIGN[root]):
+                found.append(f"{module} -> {target}")
+        if root not in TOP or target == module:
+            continue
+        inside = "." in allowed and (target == own or target.startswith(f"{own}."))
+        if not inside and not any(fnmatch(target, pattern) for pattern in allowed):
+            found.append(f"{module} -> {target}")
+        if root == "cumo_model" and module.startswith("cumo_model.") and layer(target) > layer(module):
+            found.append(f"{module} -> {target} (a later layer)")
+    return found
+
+
+def layer(module: str) -> int:
+    """Row of LAYERS; the package itself and modules outside it come last, so everybody notices."""
+    part = module.split(".")[1] if "." in module else ""
+    return next((i for i, row in enumerate(LAYERS) if part in row), len(LAYERS))
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_no_arrow_points_up(module):
+    assert forbidden(module, FILES[module].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("cumo_kernels.types", "from cumo_kernels.dispatch import choose"),
+        ("cumo_kernels.backends.reference.routing", "from cumo_kernels.ops import route"),
+        ("cumo_kernels.backends.reference.routing", "from cumo_kernels.backends import triton"),
+        ("cumo_kernels.backends.reference.routing", "def f():\n    import triton"),
+        ("cumo_kernels.ops.routing", "from cumo_kernels.backends import reference"),
+        ("cumo_kernels.ops.routing", "from ..backends.reference import routing"),
+        ("cumo_kernels.dispatch", "import transformers"),
+        ("cumo_kernels", "import cumo_model"),
+    ],
+)
+def test_a_forbidden_arrow_is_seen(module, line):
+    assert len(forbidden(module, line)) == 1
+
+
+def test_every_model_module_has_a_layer():
+    modules = {name.split(".")[1] for name in FILES if name.startswith("cumo_model.")}
+    assert modules <= set(itertools.chain(*LAYERS))
+
+
+def backends() -> list[str]:
+    return sorted(path.parent.name for path in (ROOT / "cumo_kernels/backends").glob("*/__init__.py"))
+
+
+def places(stem: str) -> list[str]:
+    """Every file that a kernel stem must have; a place that the tree does not have yet demands nothing."""
+    paths = [f"cumo_kernels/ops/{stem}.py", f"tests/kernels/test_{stem}.py"]
+    paths += [f"cumo_kernels/backends/{backend}/{stem}.py" for backend in backends()]
+    paths += [f"csrc/{stem}.cu"] if (ROOT / "csrc").is_dir() else []
+    paths += [f"benchmarks/bench_{stem}.py"] if (ROOT / "benchmarks").is_dir() else []
+    return paths
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_stem_is_everywhere(stem):
+    assert [path for path in places(stem) if not (ROOT / path).is_file()] == []
+
+
+def test_every_op_belongs_to_a_stem():
+    from cumo_kernels import dispatch
+
+    assert set(dispatch.OPS.values()) == set(STEMS)
+    assert {row.name for row in dispatch.BACKENDS} >= set(backends())
+
+
+def test_files_are_short():
+    lengths = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def tree_paths(tree: str) -> Iterator[str]:
+    """Paths named by an indented tree.
+
+    A line is `name name ...  clause`, two spaces apart; `{a,b}` expands, and `<word>` or `*` stands for any
+    name. Deeper lines belong to the last folder, a name that ends in /.
+    """
+    folders: list[tuple[int, str]] = []
+    for line in tree.splitlines():
+        names = re.match(r"[\s│├└─]*", line).end()
+        if names == len(line):
+            continue
+        while folders and folders[-1][0] >= names:
+            folders.pop()
+        parent = folders[-1][1] if folders else ""
+        entries = re.split(r"\s{2,}|\s+#", line[names:], maxsplit=1)[0].split()
+        for entry in itertools.chain.from_iterable(map(expand, entries)):
+            yield parent + entry
+        if entries[-1].endswith("/"):
+            folders.append((names, parent + entries[-1]))
+
+
+def expand(entry: str) -> list[str]:
+    match = re.fullmatch(r"(.*)\{(.+)\}(.*)", re.sub(r"<\w+>", "*", entry))
+    if match is None:
+        return [re.sub(r"<\w+>", "*", entry)]
+    return [match[1] + word + match[3] for word in match[2].split(",")]
+
+
+def test_readme_tree_names_only_what_exists():
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("README.md is not written yet")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", readme.read_text(), flags=re.MULTILINE | re.DOTALL)
+    trees = [block for block in blocks if re.search(r"^\S*cumo_kernels/(\s|$)", block, flags=re.MULTILINE)]
+    assert len(trees) == 1, (
+        "README.md must have one tree: a code block with a line that begins with cumo_kernels/"
+    )
+    paths = list(tree_paths(trees[0]))
+    assert len(paths) > 10
+    assert [path for path in paths if not list(ROOT.glob(path))] == []
+
+
+def test_tree_parser():
+    tree = "a/        things\n  b.py c.py   two files\n  d/\n    x_{p,q}.cu  kernels\ne.md\n"
+    assert list(tree_paths(tree)) == ["a/", "a/b.py", "a/c.py", "a/d/", "a/d/x_p.cu", "a/d/x_q.cu", "e.md"]

@@ -1,0 +1,179 @@
+"""The package as others meet it: one version, agreeing pins, working commands, a build that says why not."""
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+
+
+def read_pins() -> dict[str, str]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    return dict(line.split("==") for line in lines if line)
+
+
+def load_setup():
+    spec = importlib.util.spec_from_file_location("cumo_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_one_version():
+    import cumo_kernels
+
+    changelog = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1]
+    assert changelog == PROJECT["version"]
+    try:
+        installed = metadata.version("cumo")
+    except metadata.PackageNotFoundError:
+        installed = "0+uninstalled"
+    else:
+        assert installed == PROJECT["version"], "pyproject.toml changed since the last `make setup`"
+    assert cumo_kernels.__version__ == installed
+
+
+def test_every_dependency_is_pinned_once():
+    extras = [requirement for extra in PROJECT["optional-dependencies"].values() for requirement in extra]
+    wanted = PYPROJECT["build-system"]["requires"] + PROJECT["dependencies"] + extras
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in wanted}
+    assert names <= set(read_pins())
+
+
+def test_every_import_is_a_dependency():
+    demo = PROJECT["optional-dependencies"]["demo"]
+    declared = {re.match(r"[\w-]+", requirement)[0] for requirement in PROJECT["dependencies"] + demo}
+    declared = {"PIL" if name == "pillow" else name.replace("-", "_") for name in declared}
+    known = declared | set(sys.stdlib_module_names) | {"cumo_kernels", "cumo_model"}
+    files = [path for top in ("cumo_kernels", "cumo_model") for path in (ROOT / top).rglob("*.py")]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
+    imported = {
+        alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names
+    }
+    imported |= {
+        node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and node.module
+    }
+    assert imported - known == set()
+
+
+def test_ruff_has_one_version():
+    hooks = re.findall(r"ruff==([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert set(hooks) == {read_pins()["ruff"]}
+
+
+@pytest.mark.parametrize("script", PROJECT["scripts"].values(), ids=list(PROJECT["scripts"]))
+def test_a_command_exists(script):
+    module, function = script.split(":")
+    assert importlib.util.find_spec(module) is not None
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+REASONS = {  # what is missing -> the words that say so
+    "csrc": "csrc/bindings.cpp",
+    "nvcc": "nvcc",
+    "torch": "torch is not installed",
+    "cuda": "without CUDA",
+}
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """machine(missing) -> setup.py on a machine that could build, except for one thing."""
+
+    def make(missing: str | None):
+        setup = load_setup()
+        monkeypatch.delenv("CUMO_BUILD", raising=False)
+        monkeypatch.setattr(setup, "ROOT", tmp_path)
+        (tmp_path / "csrc").mkdir(exist_ok=True)
+        if missing != "csrc":
+            (tmp_path / "csrc/bindings.cpp").touch()
+        monkeypatch.setattr(setup, "find_nvcc", lambda: None if missing == "nvcc" else "/cuda/bin/nvcc")
+        monkeypatch.setattr(setup, "ask_nvcc", lambda nvcc: ("13.0", "/cuda"))
+        monkeypatch.setattr("torch.version.cuda", None if missing == "cuda" else "13.0")
+        find_spec = importlib.util.find_spec
+        absent = "torch" if missing == "torch" else None
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name: None if name == absent else find_spec(name)
+        )
+        return setup
+
+    return make
+
+
+@pytest.mark.parametrize("missing", REASONS)
+def test_a_build_that_cannot_be_says_why_in_one_line(machine, missing, capsys):
+    assert machine(missing).build_arguments() == {}
+    out = capsys.readouterr().out
+    assert REASONS[missing] in out and out.count("\n") == 1
+
+
+@pytest.mark.parametrize("missing", REASONS)
+def test_a_forced_build_that_cannot_be_fails(machine, missing, monkeypatch):
+    setup = machine(missing)
+    monkeypatch.setenv("CUMO_BUILD", "1")
+    with pytest.raises(SystemExit, match=REASONS[missing]):
+        setup.build_arguments()
+
+
+def test_nothing_missing_no_refusal(machine, monkeypatch):
+    setup = machine(None)
+    assert setup.refusal() is None
+    monkeypatch.setattr(setup, "ask_nvcc", lambda nvcc: ("12.4", "/cuda"))
+    assert "nvcc is CUDA 12.4" in setup.refusal()
+    monkeypatch.setenv("CUMO_BUILD", "0")
+    assert setup.refusal() == "CUMO_BUILD=0"
+    monkeypatch.setenv("CUMO_BUILD", "yes")
+    with pytest.raises(SystemExit, match="CUMO_BUILD must be 0, 1 or unset, got 'yes'"):
+        setup.build_arguments()
+
+
+def test_the_wheel_holds_both_packages(tmp_path):
+    """Built from a copy, without network, torch or csrc, as pip does it."""
+    for needed in ("setuptools", "wheel", "pip"):
+        pytest.importorskip(needed)
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for name in ("cumo_kernels", "cumo_model"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "MANIFEST.in"):
+        shutil.copy(ROOT / name, source)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(out),
+        ".",
+    ]
+    done = subprocess.run(
+        command, cwd=source, capture_output=True, text=True, env=os.environ | {"CUMO_BUILD": "0"}
+    )
+    assert done.returncode == 0, done.stderr
+
+    (wheel,) = out.glob("cumo-*.whl")
+    assert wheel.name == f"cumo-{PROJECT['version']}-py3-none-any.whl"
+    names = set(zipfile.ZipFile(wheel).namelist())
+    ours = {
+        path.relative_to(source).as_posix()
+        for top in ("cumo_kernels", "cumo_model")
+        for path in (source / top).rglob("*")
+        if path.suffix in (".py", ".json")
+    }
+    assert ours <= names
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
