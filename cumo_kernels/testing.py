@@ -128,7 +128,8 @@ def _assert_close(name: str, got: Tensor, native: Tensor, truth: Tensor, eps: fl
             worst = torch.unravel_index((got - truth).abs().argmax(), got.shape)
             raise AssertionError(
                 f"{name} is off {measure} by {error:.3e}, allowed {allowed:.3e} (torch itself "
-                f"{of(native - truth):.3e}); worst at index {[int(i) for i in worst[1:]]} of {tuple(got.shape[1:])}"
+                f"{of(native - truth):.3e}); worst at index "
+                f"{[int(i) for i in worst[1:]]} of {tuple(got.shape[1:])}"
             )
 
 

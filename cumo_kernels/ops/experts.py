@@ -167,16 +167,17 @@ _expert_mlp.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.cumo.expert_mlp)
-def _flops(x, topk_weights, permutation, inverse, offsets, up_proj, down_proj, *args, out_shape=None, **kwargs):
+def _flops(*shapes, out_shape=None, **kwargs):
     """2 * S * (rows of up_proj * H + O * I), so that torch's FlopCounterMode sees the layer."""
+    _, topk_weights, _, _, _, up_proj, down_proj = shapes[:7]
     num_slots = math.prod(topk_weights)
     return 2 * num_slots * (math.prod(up_proj[1:]) + math.prod(down_proj[1:]))
 
 
 @register_flop_formula(torch.ops.cumo.expert_mlp_backward)
-def _flops_backward(grad, *args, out_shape=None, **kwargs):
+def _flops_backward(*shapes, out_shape=None, **kwargs):
     """Twice the forward, all gradients assumed wanted; recomputation not counted."""
-    return 2 * _flops(*args[:7])
+    return 2 * _flops(*shapes[1:8])  # behind the upstream gradient the forward's own arguments
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
