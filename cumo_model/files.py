@@ -1,0 +1,29 @@
+"""Folders that appear in one move, so that nobody ever reads half of one."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` at the end of the `with`; an error leaves nothing.
+
+    Raises:
+        ValueError: `path` exists and is not an empty folder; it is left as it is.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} exists already: choose another folder or delete it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        yield work
+        work.chmod(0o755)
+        os.replace(work, path)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
