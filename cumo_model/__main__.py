@@ -1,0 +1,74 @@
+"""python -m cumo_model {demo,chat}: the front door. The work is in the library; errors come as one line."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from cumo_model.demo.run import run_demo
+
+    out = args.out or Path("runs", "demo-quick" if args.quick else "demo")
+    return run_demo(out, args.quick, args.seed)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from cumo_model.chat import chat
+
+    chat(args.checkpoint, args.image, args.question, args.template, args.max_new_tokens)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cumo", description="CuMo: a mixture-of-experts vision-language model"
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="train a small CuMo through all three stages and question it")
+    demo.add_argument(
+        "--quick", action="store_true", help="the same path in under two minutes; learns little"
+    )
+    demo.add_argument("--out", type=Path, help="folder of the run, resumed if it is there (runs/demo)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+    chat = commands.add_parser("chat", help="ask a checkpoint about a picture")
+    chat.add_argument(
+        "--checkpoint", type=Path, required=True, help="folder with config, safetensors, processor"
+    )
+    chat.add_argument("--image", type=Path, help="the picture; without one only text is talked about")
+    chat.add_argument("--question", help="ask this and end; without it questions are read from the terminal")
+    chat.add_argument(
+        "--template", default="mistral_instruct", help="how turns are written (mistral_instruct)"
+    )
+    chat.add_argument("--max-new-tokens", type=int, default=64)
+    chat.set_defaults(run=_chat)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    # nothing here needs a hub: a name that is no folder is an error at once, not after a time-out
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("cumo: stopped", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
+        print(f"cumo: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        from cumo_model.train import Interrupted
+
+        if not isinstance(error, Interrupted):
+            raise
+        print(f"cumo: {error}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,101 @@
+"""Talk to a checkpoint about a picture."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, TextStreamer
+
+from cumo_model.conversation import IMAGE_MARKER, TEMPLATES, tokenize_prompt
+from cumo_model.cumo import CumoForConditionalGeneration
+from cumo_model.processing import load_image
+
+NEW_TOKENS = 64
+
+
+def load(checkpoint: str | os.PathLike, device: torch.device | None = None):
+    """(model, processor) from a folder that `train` or `save_pretrained` wrote.
+
+    Raises:
+        ValueError: the folder is missing or not a whole checkpoint; the message says what is wrong with it.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {str(folder)!r} is not a folder")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"checkpoint {str(folder)!r} has no config.json")
+    try:
+        model, info = CumoForConditionalGeneration.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True
+        )
+        processor = AutoProcessor.from_pretrained(folder)
+    except Exception as error:  # whatever a damaged file makes the loaders raise, the user needs one line
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"checkpoint {str(folder)!r} cannot be loaded: {reason[0] if reason else error!r}"
+        ) from error
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(f"checkpoint {str(folder)!r} lacks {len(info['missing_keys'])} tensors: {some}, ...")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), processor
+
+
+@torch.no_grad()
+def answer(
+    model: CumoForConditionalGeneration,
+    processor,
+    picture: Image.Image | None,
+    turns: list[dict[str, str]],
+    template: str,
+    max_new_tokens: int = NEW_TOKENS,
+    streamer: TextStreamer | None = None,
+) -> str:
+    """Greedy answer to the last of `turns` ([{"from": "human" | "gpt", "value": str}, ...])."""
+    ids = tokenize_prompt(turns, processor.tokenizer, template, model.config.image_seq_length)[None]
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
+    if picture is not None:
+        pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+        inputs["pixel_values"] = pixels.to(model.device, model.dtype)
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    return processor.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def chat(
+    checkpoint: str | os.PathLike,
+    image: str | os.PathLike | None,
+    question: str | None = None,
+    template: str = "mistral_instruct",
+    max_new_tokens: int = NEW_TOKENS,
+) -> None:
+    """Ask one question, or read questions from the terminal until an empty line; the conversation is kept."""
+    if template not in TEMPLATES or not TEMPLATES[template].instruct:
+        raise ValueError(f"template must be an instruct template, got {template!r}")
+    picture = load_image(image) if image is not None else None
+    model, processor = load(checkpoint)
+    turns: list[dict[str, str]] = []
+    asked = iter([question]) if question is not None else _typed()
+    for text in asked:
+        if IMAGE_MARKER in text:
+            print(f"the question must not hold {IMAGE_MARKER}: --image gives the picture", file=sys.stderr)
+            continue
+        first = picture is not None and not turns
+        turns.append({"from": "human", "value": f"{IMAGE_MARKER}\n{text}" if first else text})
+        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        said = answer(model, processor, picture, turns, template, max_new_tokens, streamer)
+        turns.append({"from": "gpt", "value": said})
+
+
+def _typed():
+    if sys.stdin.isatty():
+        print("ask about the picture; an empty line ends")
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not text:
+            return
+        yield text

@@ -1,0 +1,189 @@
+"""What a trained model knows about pictures it never saw, and where its tokens went.
+
+Exact match: the greedy answer equals the record's. Choice: of four answers, the one to which the model gives
+the highest likelihood (summed log-probability of its tokens and the end of the answer); chance is 25 %.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cumo_model.conversation import tokenize_conversation, tokenize_prompt
+from cumo_model.cumo import CumoForConditionalGeneration
+from cumo_model.data import ConversationDataset
+from cumo_model.moe import record_routing
+
+BATCH = 64
+CHOICE_KINDS = ("name", "kind")  # asked as a choice too; the others have too few answers to say more by it
+
+
+class Examiner:
+    """Asks a model the questions of one test file."""
+
+    def __init__(
+        self,
+        model: CumoForConditionalGeneration,
+        processor,
+        test_path: Path,
+        template: str,
+        limit: int | None = None,
+    ):
+        self.model, self.template = model.eval(), template
+        self.tokenizer = processor.tokenizer
+        self.dataset = ConversationDataset(test_path, test_path.parent, processor, template)
+        seen: dict[str, int] = defaultdict(int)
+        self.rows = []
+        for i, record in enumerate(self.dataset.records):
+            seen[record["kind"]] += 1
+            if limit is None or seen[record["kind"]] <= limit:
+                self.rows.append(i)
+
+    def _pixels(self, rows: list[int]) -> Tensor:
+        pixels = torch.stack([self.dataset.pixels(i) for i in rows])
+        return self.dataset.normalise(pixels).to(self.model.device)
+
+    def _prompt(self, row: int) -> Tensor:
+        turns = self.dataset.records[row]["conversations"][:1]
+        return tokenize_prompt(turns, self.tokenizer, self.template, self.model.config.image_seq_length)
+
+    @torch.no_grad()
+    def answers(self) -> dict[int, str]:
+        """Row -> greedy answer."""
+        found = {}
+        prompts = {row: self._prompt(row) for row in self.rows}
+        for rows in _batches(sorted(self.rows, key=lambda row: len(prompts[row]))):
+            ids, mask = _left_pad([prompts[row] for row in rows], self.tokenizer.pad_token_id)
+            out = self.model.generate(
+                input_ids=ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                pixel_values=self._pixels(rows),
+                max_new_tokens=16,
+                do_sample=False,
+            )
+            texts = self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            found |= {row: text.strip() for row, text in zip(rows, texts, strict=True)}
+        return found
+
+    @torch.no_grad()
+    def choices(self, field: str) -> dict[int, int]:
+        """Row -> which of record[field] is likeliest, for the rows that have the field."""
+        records = self.dataset.records
+        rows = [r for r in self.rows if records[r]["kind"] in CHOICE_KINDS and field in records[r]]
+        tasks = [(row, c) for row in rows for c in range(len(self.dataset.records[row][field]))]
+        scores: dict[int, dict[int, float]] = defaultdict(dict)
+        for part in _batches(tasks):
+            samples = [self._answered(row, self.dataset.records[row][field][c]) for row, c in part]
+            for (row, c), score in zip(part, self._likelihood([r for r, _ in part], samples), strict=True):
+                scores[row][c] = score
+        return {row: max(found, key=found.get) for row, found in scores.items()}
+
+    def _answered(self, row: int, answer: str) -> tuple[Tensor, Tensor]:
+        question = self.dataset.records[row]["conversations"][0]
+        turns = [question, {"from": "gpt", "value": answer}]
+        return tokenize_conversation(turns, self.tokenizer, self.template, self.model.config.image_seq_length)
+
+    def _likelihood(self, rows: list[int], samples: list[tuple[Tensor, Tensor]]) -> list[float]:
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids = pad([ids for ids, _ in samples], True, self.tokenizer.pad_token_id).to(self.model.device)
+        labels = pad([labels for _, labels in samples], True, -100).to(self.model.device)
+        mask = pad([torch.ones_like(ids) for ids, _ in samples], True, 0).to(self.model.device)
+        logits = self.model(
+            input_ids=ids, attention_mask=mask, pixel_values=self._pixels(rows), use_cache=False
+        ).logits
+        targets = labels[:, 1:]
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
+        )
+        return (-losses.view(targets.shape).sum(1)).tolist()
+
+    def scores(self) -> dict:
+        """{"exact": {kind: [right, asked]}, "choice": {kind or "name, same kind": [right, asked]}}."""
+        exact, choice = defaultdict(lambda: [0, 0]), defaultdict(lambda: [0, 0])
+        records = self.dataset.records
+        for row, answer in self.answers().items():
+            _count(exact[records[row]["kind"]], answer == records[row]["answer"])
+        for field, suffix in (("choices", ""), ("choices_same_kind", ", same kind")):
+            for row, picked in self.choices(field).items():
+                record = records[row]
+                _count(choice[record["kind"] + suffix], record[field][picked] == record["answer"])
+        return {"exact": dict(exact), "choice": dict(choice)}
+
+    @torch.no_grad()
+    def expert_load(self) -> dict[str, dict[str, list[list[float]]]]:
+        """Place -> kind of question -> per layer, each expert's share of the routed slots."""
+        slots: dict = defaultdict(lambda: defaultdict(dict))
+        by_kind = defaultdict(list)
+        for row in self.rows:
+            by_kind[self.dataset.records[row]["kind"]].append(row)
+        for kind, rows in by_kind.items():
+            for part in _batches(rows):
+                samples = [self.dataset.samples[row] for row in part]
+                width = max(len(ids) for ids, _ in samples)
+                ids = torch.full((len(part), width), self.tokenizer.pad_token_id)
+                mask = torch.zeros_like(ids)
+                for i, (row_ids, _) in enumerate(samples):
+                    ids[i, : len(row_ids)], mask[i, : len(row_ids)] = row_ids, 1
+                with record_routing() as records:
+                    self.model.model(
+                        input_ids=ids.to(self.model.device),
+                        attention_mask=mask.to(self.model.device),
+                        pixel_values=self._pixels(part),
+                        use_cache=False,
+                    )
+                real = mask.flatten().bool()
+                for record in records:
+                    indices = record.routing.topk_indices.cpu()
+                    if record.place == "llm":  # padding is no question
+                        indices = indices[real]
+                    count = torch.bincount(indices.flatten(), minlength=record.routing.num_experts)
+                    layers = slots[record.place][kind]
+                    layers[record.layer] = layers.get(record.layer, 0) + count
+        return {
+            place: {
+                kind: [(layers[i] / layers[i].sum()).tolist() for i in sorted(layers)]
+                for kind, layers in kinds.items()
+            }
+            for place, kinds in slots.items()
+        }
+
+
+def load_entropy(load: dict[str, list[list[float]]]) -> float:
+    """Mean over layers of the entropy of the expert load over all kinds, 1 when even, 0 when collapsed."""
+    shares = torch.tensor(list(load.values())).mean(0)  # (layers, E)
+    entropy = torch.special.entr(shares).sum(1) / torch.log(torch.tensor(float(shares.shape[1])))
+    return float(entropy.mean())
+
+
+@torch.no_grad()
+def patch_experts(model: CumoForConditionalGeneration, pixel_values: Tensor) -> dict[tuple[str, int], Tensor]:
+    """One picture (1, 3, s, s) -> (place, layer) -> first-choice expert of each patch, a square of ids."""
+    with record_routing() as records:
+        model.eval().get_image_features(pixel_values.to(model.device))
+    found = {}
+    for record in records:
+        first = record.routing.topk_indices[:, 0].cpu()
+        if record.place == "clip":
+            first = first[1:]  # without the class token
+        side = round(len(first) ** 0.5)
+        found[record.place, record.layer] = first.view(side, side)
+    return found
+
+
+def _count(row: list[int], right: bool) -> None:
+    row[0] += int(right)
+    row[1] += 1
+
+
+def _batches(items: list) -> list[list]:
+    return [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
+
+
+def _left_pad(rows: list[Tensor], value: int) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), value)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :], mask[i, width - len(row) :] = row, 1
+    return ids, mask

@@ -1,0 +1,183 @@
+"""The end of the demo: the table, the pictures, a few answers, and the checkpoint checked by reloading it."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from cumo_model.chat import answer, load
+from cumo_model.demo.evaluate import patch_experts
+from cumo_model.demo.plots import PLACES, plot_expert_load, plot_losses, plot_patches
+from cumo_model.demo.settings import TEMPLATE, Settings
+from cumo_model.processing import load_image
+from cumo_model.train import read_history
+
+STAGES = {  # folder -> title of its curve
+    "vision": "stage 0: vision tower (contrastive)",
+    "text": "stage 0: language model",
+    "pretrain": "stage 1: connector",
+    "pft": "stage 2: everything",
+    "sft": "stage 3: MoE",
+    "sft_plain": "stage 3: dense twin",
+}
+CHANCE = 0.25
+
+
+def report(out: Path, settings: Settings, seconds: float) -> None:
+    """Print and save everything there is to see of a finished run."""
+    histories = {name: read_history(out / name) for name in STAGES}
+    scores = {name: json.loads((out / f"scores-{name}.json").read_text()) for name in ("sft", "sft_plain")}
+    baselines = json.loads((out / "data" / "baselines.json").read_text())
+    compute = json.loads((out / "compute.json").read_text())
+
+    pictures = out / "plots"
+    pictures.mkdir(exist_ok=True)
+    plot_losses({STAGES[name]: history for name, history in histories.items()}, pictures / "losses.png")
+    plot_expert_load(scores["sft"]["expert_load"], pictures / "expert_load.png")
+
+    model, processor = load(out / "sft")
+    _plot_patches(out, model, processor, pictures / "patches.png")
+
+    console = Console(record=True, width=100)
+    console.print(_accuracy_table(scores, baselines, "test_a", "unseen drawings of known things (test A)"))
+    console.print(_accuracy_table(scores, baselines, "test_b", "things never seen (test B)"))
+    console.print(_expert_table(histories["sft"], scores["sft"]))
+    console.print(_compute_table(histories, compute))
+    console.print(_answers_table(out, model, processor, settings.seed))
+    headline = _share(scores["sft"]["test_a"]["choice"]["name"])
+    exact = _total(scores["sft"]["test_a"]["exact"])
+    console.print(
+        f"step-0 difference of upcycling {compute['step0_difference']:.1e}; checkpoint {out / 'sft'} reloads "
+        f"to the same logits (difference {scores['sft']['reload_difference']:.0e})"
+    )
+    console.print(
+        f"headline: 4-way choice {headline:.1%} (chance 25 %), exact match {_share(exact):.1%} "
+        f"(majority {baselines['all']['test_a']['accuracy']:.1%}) on unseen drawings; "
+        f"{seconds / 60:.1f} minutes"
+    )
+    console.print(
+        f"pictures in {pictures}; ask it yourself:\n"
+        f"  python -m cumo_model chat --checkpoint {out / 'sft'} --image {_some_picture(out)}"
+    )
+    part = out / ".report.txt.part"
+    part.write_text(console.export_text())
+    part.replace(out / "report.txt")
+
+
+def _share(row: list[int]) -> float:
+    return row[0] / max(row[1], 1)
+
+
+def _total(rows: dict[str, list[int]]) -> list[int]:
+    return [sum(column) for column in zip(*rows.values(), strict=True)]
+
+
+def _cell(row: list[int]) -> str:
+    share, asked = _share(row), max(row[1], 1)
+    spread = math.sqrt(share * (1 - share) / asked)  # one standard error of a share
+    return f"{share:6.1%} ±{spread:5.1%}"
+
+
+def _accuracy_table(scores: dict, baselines: dict, part: str, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("question", "asked", "MoE", "dense twin", "majority answer", "chance"):
+        table.add_column(column, justify="left" if column == "question" else "right")
+    moe, dense = scores["sft"][part], scores["sft_plain"][part]
+    for kind, row in moe["exact"].items():
+        majority = f"{baselines[kind][part]['accuracy']:.1%}"
+        table.add_row(f"exact: {kind}", str(row[1]), _cell(row), _cell(dense["exact"][kind]), majority, "-")
+    total, total_dense = _total(moe["exact"]), _total(dense["exact"])
+    majority = f"{baselines['all'][part]['accuracy']:.1%}"
+    table.add_row("exact: all", str(total[1]), _cell(total), _cell(total_dense), majority, "-", style="bold")
+    table.add_section()
+    for kind, row in moe["choice"].items():
+        style = "bold" if kind == "name" else None
+        table.add_row(
+            f"4-way choice: {kind}", str(row[1]), _cell(row), _cell(dense["choice"][kind]),
+            "-", f"{CHANCE:.1%}", style=style,
+        )  # fmt: skip
+    return table
+
+
+def _expert_table(history: dict, scores: dict) -> Table:
+    table = Table(title="experts in stage 3", title_justify="left")
+    for column in (
+        "place",
+        "balance loss: first",
+        "last",
+        "z-loss: first",
+        "last",
+        "load entropy (1 = even)",
+    ):
+        table.add_column(column, justify="left" if column == "place" else "right")
+    for place, title in PLACES.items():
+        cells = []
+        for kind in ("balance", "z"):
+            values = history["series"][f"{place}_{kind}"]
+            window = max(1, len(values) // 20)
+            cells += [f"{sum(v) / len(v):.3f}" for v in (values[:window], values[-window:])]
+        table.add_row(title, *cells, f"{scores['load_entropy'][place]:.3f}")
+    return table
+
+
+def _compute_table(histories: dict, compute: dict) -> Table:
+    table = Table(title="compute", title_justify="left")
+    for column in ("stage", "steps", "tokens", "CPU s", "tokens per wall s"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for name, title in STAGES.items():
+        history = histories[name]
+        tokens = sum(history["series"]["tokens"])
+        table.add_row(
+            title, str(len(history["series"]["loss"])), f"{tokens:,}", f"{history['cpu_seconds']:.0f}",
+            f"{tokens / history['wall_seconds']:,.0f}",
+        )  # fmt: skip
+    per_step = {
+        name: histories[name]["cpu_seconds"] / len(histories[name]["series"]["loss"])
+        for name in ("sft", "sft_plain")
+    }
+    slowdown = per_step["sft"] / per_step["sft_plain"]
+    table.caption = (
+        f"a MoE step has {compute['flops_ratio']:.2f}x the FLOPs of a dense one and took {slowdown:.2f}x its "
+        f"CPU time: {slowdown / compute['flops_ratio']:.2f}x what its FLOPs say; parameters "
+        f"{compute['parameters']['dense']:,} dense, {compute['parameters']['moe']:,} MoE"
+    )
+    return table
+
+
+def _answers_table(out: Path, model, processor, seed: int) -> Table:
+    records = json.loads((out / "data" / "test_a.json").read_text())
+    by_picture: dict[str, list[dict]] = {}
+    for record in records:
+        by_picture.setdefault(record["image"], []).append(record)
+    chosen = random.Random(seed).sample(sorted(by_picture), 3)
+    table = Table(title="a few questions about unseen drawings", title_justify="left")
+    for column in ("picture", "question", "answer", "truth"):
+        table.add_column(column)
+    for image in chosen:
+        picture = load_image(out / "data" / image)
+        for record in by_picture[image]:
+            question = record["conversations"][0]["value"].removeprefix("<image>\n")
+            turns = [{"from": "human", "value": f"<image>\n{question}"}]
+            table.add_row(
+                Path(image).name,
+                question,
+                answer(model, processor, picture, turns, TEMPLATE),
+                record["answer"],
+            )
+        table.add_section()
+    return table
+
+
+def _some_picture(out: Path) -> Path:
+    return min((out / "data" / "images" / "test_a").glob("*.png"))
+
+
+def _plot_patches(out: Path, model, processor, path: Path) -> None:
+    picture = load_image(_some_picture(out))
+    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+    experts = {key: value.numpy() for key, value in patch_experts(model, pixels).items()}
+    plot_patches(np.asarray(picture), experts, model.config.vision_config.num_experts, path)

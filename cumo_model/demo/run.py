@@ -1,0 +1,118 @@
+"""The demo from nothing to a table: data, three stages, a dense twin, held-out scores, pictures.
+
+Every step leaves a finished folder or file behind, so the same command goes on wherever it was stopped.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cumo_model.demo.questions import make_dataset
+from cumo_model.demo.settings import Settings, quick
+from cumo_model.train import Interrupted
+
+PHASES = (  # tasks that run side by side, and how many threads each one has
+    ("vision", "text"),
+    ("dense",),
+    ("moe", "twin"),
+)
+# glibc returns big blocks to the system at every free and pays page faults for them at every step; keeping
+# them made a CPU training step of the experts a quarter faster
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
+DONE_BY = {
+    "vision": "vision",
+    "text": "text",
+    "dense": "compute.json",
+    "moe": "scores-sft.json",
+    "twin": "scores-sft_plain.json",
+}
+
+
+def run_demo(out_dir: str | os.PathLike, is_quick: bool = False, seed: int = 0) -> int:
+    """Run what is not done yet in `out_dir`, then print the table.
+
+    Raises:
+        ValueError: `out_dir` holds something else, or a demo with other settings; it is left as it is.
+        Interrupted: stopped on request; the same call goes on.
+    """
+    out = Path(out_dir)
+    start = time.monotonic()
+    settings = Settings(seed=seed)
+    settings = quick(settings) if is_quick else settings
+    _claim(out, settings)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    print(f"CuMo demo in {out} on {_machine(cores)}; Ctrl-C stops it, the same command goes on", flush=True)
+    make_dataset(out / "data", settings.image_size, seed=seed, quick=is_quick)
+    for tasks in PHASES:
+        _run_tasks(out, [task for task in tasks if not (out / DONE_BY[task]).exists()], cores)
+    from cumo_model.demo.report import report  # matplotlib, and a model to ask: not before training is done
+
+    report(out, settings, time.monotonic() - start)
+    return 0
+
+
+def _claim(out: Path, settings: Settings) -> None:
+    path, wanted = out / "settings.json", json.loads(json.dumps(dataclasses.asdict(settings)))
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            found = None
+        if found != wanted:
+            raise ValueError(f"{out} holds a demo with other settings: choose another --out or delete it")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} holds something that is not a demo: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(".settings.json.part")
+    part.write_text(json.dumps(wanted, indent=1))
+    os.replace(part, path)
+
+
+def _machine(cores: int) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} CPU cores"
+
+
+def _run_tasks(out: Path, tasks: list[str], cores: int) -> None:
+    """Run tasks side by side; ends them all when one fails or a stop is asked for."""
+    if not tasks:
+        return
+    threads = max(1, cores // len(tasks))
+    # threads that spin while they wait take the core from those they wait for
+    environment = MALLOC | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    running = {}
+    try:
+        for position, task in enumerate(tasks):
+            command = [sys.executable, "-m", "cumo_model.demo.task", task, str(out)]
+            command += ["--position", str(position), "--threads", str(threads)]
+            running[task] = subprocess.Popen(command, env={**environment, **os.environ})
+        codes = {}
+        while len(codes) < len(running):
+            for task, process in running.items():
+                if task not in codes and process.poll() is not None:
+                    codes[task] = process.returncode
+                    if process.returncode:
+                        _stop(running)
+            time.sleep(0.1)
+    except KeyboardInterrupt:  # the tasks got it too, and are saving
+        _stop(running)
+        codes = {task: process.wait() for task, process in running.items()}
+    print("\n" * (len(tasks) - 1), end="", flush=True)
+    failed = {task: code for task, code in codes.items() if code not in (0, 130, -signal.SIGTERM)}
+    if failed:
+        raise RuntimeError(f"{', '.join(failed)} failed; what was reached is kept in {out}")
+    if any(codes.values()):
+        raise Interrupted(f"stopped; the same command goes on from {out}")
+
+
+def _stop(running: dict[str, subprocess.Popen]) -> None:
+    for process in running.values():
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
