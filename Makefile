@@ -52,6 +52,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	@: > $(LOG)
 	@$(call install,setuptools wheel)
 	@export CUMO_BUILD=0; $(call install,--no-build-isolation -e ".[$(EXTRAS)]")
+	@$(call install,--no-deps --upgrade --target $(VENV)/mistral-common mistral-common)
 	@echo "setup: done"
 	@touch $@
 

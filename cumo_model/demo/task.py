@@ -108,7 +108,13 @@ def dense(run: Run) -> None:
     model.lm_head.load_state_dict(language.lm_head.state_dict())
     model = run.stage("pretrain", model.to(run.device), "stage 1: connector")
     model = run.stage("pft", model, "stage 2: everything")
-    write_json(run.folder / "compute.json", measure_flops(run, model))
+    compute = measure_flops(run, model)
+    write_json(run.folder / "compute.json", compute)
+    before, after = (f"{compute['parameters'][name]:,}" for name in ("dense", "moe"))
+    difference = f"{compute['step0_difference']:.1e}"
+    print(
+        f"upcycled: {before} -> {after} parameters, logits differ by {difference} at step 0", file=sys.stderr
+    )
 
 
 def upcycled(run: Run, model: CumoForConditionalGeneration) -> CumoForConditionalGeneration:

@@ -92,3 +92,15 @@ def test_layer_and_primitives_agree():
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     for a, b in zip(layer(*inputs), layer_of_primitives(*inputs), strict=True):
         assert torch.allclose(a, b, rtol=1e-12)
+
+
+def test_autocast_reaches_gate_and_grouped_gemm():
+    plan = make_routing("uniform", T, E, K)
+    x, gate, weight = torch.randn(T, H), torch.randn(E, H), torch.randn(E, I, H)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = grouped_gemm(x, weight, plan.expert_offsets, gather=plan)
+        routing = route(x, K, gate)
+    low = (x.bfloat16(), gate.bfloat16(), weight.bfloat16())
+    assert torch.equal(out, grouped_gemm(low[0], low[2], plan.expert_offsets, gather=plan))
+    assert torch.equal(routing.topk_weights, route(low[0], K, low[1]).topk_weights)
+    assert out.dtype == torch.bfloat16 and routing.topk_weights.dtype == torch.float32

@@ -1,7 +1,7 @@
 """conversation: token ids and label masks of every template, with the real Mistral tokenizer and with the
 demo's."""
 
-import importlib.util
+import sys
 import warnings
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from cumo_model.conversation import (
     tokenize_prompt,
     turn_problem,
 )
-from cumo_model.demo.packages import default_cache
 from cumo_model.demo.tokenizer import train_tokenizer
 
 TWO_ROUNDS = [
@@ -38,18 +37,11 @@ def demo():
 
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory):
-    """Mistral-7B-v0.1's SentencePiece model, from the wheel mistral-common (imported by nobody: it would want
-    its own dependencies)."""
-    spec = importlib.util.find_spec("mistral_common")
-    package = (
-        Path(spec.origin).parent
-        if spec and spec.origin
-        else default_cache() / "mistral-common" / "mistral_common"
-    )
-    model = package / "data" / "tokenizer.model.v1"
+    """Mistral-7B-v0.1's SentencePiece model, from the wheel mistral-common, which `make setup` lays beside the
+    environment: inside it transformers would import the package and want its dependencies."""
+    model = Path(sys.prefix) / "mistral-common" / "mistral_common" / "data" / "tokenizer.model.v1"
     if not model.is_file():
-        target = default_cache() / "mistral-common"
-        pytest.skip(f"no Mistral tokenizer: pip install --no-deps --target {target} mistral-common==1.13.1")
+        pytest.skip(f"no Mistral tokenizer at {model}: `make setup` brings it")
     from transformers import LlamaTokenizer
 
     folder = tmp_path_factory.mktemp("mistral")
