@@ -37,8 +37,8 @@ def demo():
 
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory):
-    """Mistral-7B-v0.1's SentencePiece model, from the wheel mistral-common, which `make setup` lays beside the
-    environment: inside it transformers would import the package and want its dependencies."""
+    """Mistral-7B-v0.1's SentencePiece model, from the wheel mistral-common that `make setup` lays beside
+    the environment: inside it transformers would import the package and want its dependencies."""
     model = Path(sys.prefix) / "mistral-common" / "mistral_common" / "data" / "tokenizer.model.v1"
     if not model.is_file():
         pytest.skip(f"no Mistral tokenizer at {model}: `make setup` brings it")
