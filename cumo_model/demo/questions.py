@@ -61,7 +61,7 @@ VARIANTS = {"core": 16, "full": 8}  # pictures per training drawing
 QUICK_VARIANTS = 4
 RECORDS_PER_PICTURE = 2  # stage 3
 VOCAB_SIZE = 1200
-FORMAT = 2  # one more whenever pictures, texts or their mixture change
+FORMAT = 3  # one more whenever pictures, texts or their mixture change
 
 
 @dataclass(frozen=True)
@@ -276,8 +276,8 @@ def _choose_names(picture: Picture, names: list[str], rng: random.Random) -> lis
 def _vqa(picture: Picture, number: int, rng: random.Random) -> dict:
     answers = picture.answers
     asked = [kind for kind in QUESTIONS if kind in answers]
-    if len(asked) == 5:  # four turns a record; the ground is learnt soonest: leave it out most often
-        asked.remove(rng.choices(("kind", "colour", "background", "group"), weights=(1, 1, 4, 1))[0])
+    if len(asked) == 5:  # four turns a record, one of them always the name
+        asked.remove(rng.choice([kind for kind in asked if kind != "name"]))
     rng.shuffle(asked)
     return _conversation(picture, [(QUESTIONS[kind], answers[kind]) for kind in asked], number)
 

@@ -92,7 +92,10 @@ def _run_tasks(out: Path, tasks: list[str], cores: int) -> None:
         for position, task in enumerate(tasks):
             command = [sys.executable, "-m", "cumo_model.demo.task", task, str(out)]
             command += ["--position", str(position), "--threads", str(threads)]
-            running[task] = subprocess.Popen(command, env={**environment, **os.environ})
+            # a session of its own: Ctrl-C reaches only this process, which then asks the tasks to stop
+            running[task] = subprocess.Popen(
+                command, env={**environment, **os.environ}, start_new_session=True
+            )
         codes = {}
         while len(codes) < len(running):
             for task, process in running.items():
@@ -101,7 +104,7 @@ def _run_tasks(out: Path, tasks: list[str], cores: int) -> None:
                     if process.returncode:
                         _stop(running)
             time.sleep(0.1)
-    except KeyboardInterrupt:  # the tasks got it too, and are saving
+    except KeyboardInterrupt:
         _stop(running)
         codes = {task: process.wait() for task, process in running.items()}
     print("\n" * (len(tasks) - 1), end="", flush=True)

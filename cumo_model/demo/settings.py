@@ -25,11 +25,11 @@ class Settings:
     text_layers: int = 2
     num_experts: int = 4
     top_k: int = 2
-    vision: Schedule = Schedule(220, 64, 1e-3, warmup_ratio=0.1)  # stand-in for CLIP's pre-training
-    text: Schedule = Schedule(220, 64, 2e-3, warmup_ratio=0.1)  # stand-in for Mistral's
-    pretrain: Schedule = Schedule(80, 64, 2e-3)
+    vision: Schedule = Schedule(180, 64, 1e-3, warmup_ratio=0.1)  # stand-in for CLIP's pre-training
+    text: Schedule = Schedule(200, 64, 2e-3, warmup_ratio=0.1)  # stand-in for Mistral's
+    pretrain: Schedule = Schedule(70, 64, 2e-3)
     pft: Schedule = Schedule(300, 32, 1.5e-3)
-    sft: Schedule = Schedule(550, 32, 1.5e-3)  # the dense twin gets as many FLOPs
+    sft: Schedule = Schedule(520, 32, 1.5e-3)  # the dense twin gets as many FLOPs
     seed: int = 0
     quick: bool = False
     eval_limit: int | None = None  # questions of each kind
