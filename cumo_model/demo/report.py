@@ -61,7 +61,8 @@ def report(out: Path, settings: Settings, seconds: float) -> None:
     )
     console.print(
         f"pictures in {pictures}; ask it yourself:\n"
-        f"  python -m cumo_model chat --checkpoint {out / 'sft'} --image {_some_picture(out)}"
+        f"  python -m cumo_model chat --checkpoint {out / 'sft'} --image {_some_picture(out)}",
+        soft_wrap=True,
     )
     part = out / ".report.txt.part"
     part.write_text(console.export_text())
