@@ -72,11 +72,12 @@ def _refuse_reference(op: str, device: str, dtype: torch.dtype) -> str | None:
 class Backend:
     name: str  # folder under cumo_kernels/backends
     refuse: Callable[[str, str, torch.dtype], str | None]  # why it cannot run this call, or None
+    on_request: str | None = None  # why it runs only when it is forced, or None
 
 
 BACKENDS = (
     Backend("cuda", _refuse_cuda),
-    Backend("triton", _refuse_triton),
+    Backend("triton", _refuse_triton, on_request="it has not run on a GPU yet: force it to try"),
     Backend("reference", _refuse_reference),
 )
 _NAMES = tuple(backend.name for backend in BACKENDS)
@@ -98,6 +99,8 @@ def choose(op: str, x: torch.Tensor) -> str:
     for backend in BACKENDS:
         if _forced is None or _forced == backend.name:
             reason = backend.refuse(op, x.device.type, x.dtype)
+            if reason is None and _forced is None:
+                reason = backend.on_request
             if reason is None:
                 return backend.name
             reasons.append(f"{backend.name}: {reason}")
@@ -144,6 +147,8 @@ def explain(op: str, x: torch.Tensor) -> str:
             verdict = f"not asked: {_forced} is forced"
         elif reason is not None:
             verdict = f"refuses: {reason}"
+        elif backend.on_request is not None and _forced is None:
+            verdict = f"only on request: {backend.on_request}"
         else:
             verdict, chosen = ("available", chosen) if chosen else ("chosen", True)
         lines.append(f"  {backend.name:<10} {verdict}")

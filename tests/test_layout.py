@@ -36,6 +36,7 @@ ARROWS = {
     "cumo_kernels.backends.triton*": (
         ".",
         "cumo_kernels.activations",
+        "cumo_kernels.hardware",
         "cumo_kernels.tuning",
         "cumo_kernels.types",
     ),
@@ -81,7 +82,7 @@ LAYERS = (
 
 # Heavy or optional packages stay where they belong; benchmarks and tests may use anything.
 FOREIGN = {
-    "triton": ("cumo_kernels.backends.triton*",),
+    "triton": ("cumo_kernels.backends.triton*", "cumo_kernels.codegen", "cumo_kernels.tuning"),
     "transformers": ("cumo_kernels.integrations*", "cumo_model*"),
     "matplotlib": ("cumo_model.demo*",),
     "resvg_py": ("cumo_model.demo*",),

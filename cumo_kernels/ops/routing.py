@@ -138,7 +138,7 @@ def route(
         top_k: experts per token, 1 <= top_k <= E.
         gate_weight: (E, H), dtype of `x`; logits are x @ gate_weight.T.
         groups: what one balance loss averages over. An int G: G equal runs of consecutive tokens (crops,
-            images); a (G + 1,) int32 tensor of offsets: runs of any length, tokens past the last offset
+            images); a (G + 1,) int32 tensor of offsets: runs of any length, tokens outside of all
             counting in none.
         renormalize: divide each token's weights by their sum.
         compat: None computes in fp32; "cumo" repeats the original's rounding in CLIP and connector,

@@ -36,7 +36,7 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(lambda z: cumo_kernels.activate(z, name), z)
 
 
-@pytest.mark.parametrize("shape", [(0, 64), (1, 2), (57, 194), (2, 3, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 64), (1, 2), (57, 194), (2, 3, 128), (3, 3072)], ids=str)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activate(backend, device, dtype, name, shape):
     z = torch.randn(shape, device=device, dtype=dtype)

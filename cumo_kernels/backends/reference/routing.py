@@ -16,14 +16,20 @@ from torch import Tensor
 from cumo_kernels.types import accumulate_dtype
 
 
+def _group_of_tokens(num_tokens: int, group_offsets: Tensor) -> Tensor:
+    """(T,): the group of each token, G for those before the first and past the last."""
+    tokens = torch.arange(num_tokens, device=group_offsets.device, dtype=group_offsets.dtype)
+    group = torch.searchsorted(group_offsets, tokens, right=True) - 1
+    return torch.where(group < 0, group_offsets.shape[0] - 1, group)
+
+
 def group_mean(values: Tensor, group_offsets: Tensor | None, num_groups: int) -> Tensor:
     """(T, ...) -> (G, ...): the mean over each group's tokens, zero for a group without tokens."""
     if values.shape[0] == 0:
         return values.new_zeros(num_groups, *values.shape[1:])
     if group_offsets is None:
         return values.unflatten(0, (num_groups, -1)).mean(1)
-    tokens = torch.arange(values.shape[0], device=values.device, dtype=group_offsets.dtype)
-    group = torch.searchsorted(group_offsets, tokens, right=True) - 1  # G for tokens past the last group
+    group = _group_of_tokens(values.shape[0], group_offsets)
     counts = (group_offsets[1:] - group_offsets[:-1]).clamp(min=1)
     sums = values.new_zeros(num_groups + 1, *values.shape[1:]).index_add(0, group, values)[:num_groups]
     return sums / counts.view(-1, *[1] * (values.ndim - 1))
@@ -37,8 +43,7 @@ def spread_group_grad(grad: Tensor, num_tokens: int, group_offsets: Tensor | Non
     if group_offsets is None:
         size = num_tokens // num_groups
         return (grad / size).repeat_interleave(size, dim=0)
-    tokens = torch.arange(num_tokens, device=grad.device, dtype=group_offsets.dtype)
-    group = torch.searchsorted(group_offsets, tokens, right=True) - 1
+    group = _group_of_tokens(num_tokens, group_offsets)
     counts = (group_offsets[1:] - group_offsets[:-1]).clamp(min=1)
     scaled = grad / counts.view(-1, *[1] * (grad.ndim - 1))
     return torch.cat([scaled, scaled.new_zeros(1, *grad.shape[1:])]).index_select(0, group)

@@ -1,0 +1,107 @@
+"""What the Triton kernels share: the dot that is right everywhere, and the activations as device functions.
+
+Compiled for a GPU or run by Triton's interpreter on CPU tensors (TRITON_INTERPRET=1), with one difference:
+the interpreter multiplies bf16 tiles wrongly, so there `dot` widens its operands first.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+INTERPRETING: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+QUICK_GELU_ALPHA: tl.constexpr = tl.constexpr(1.702)
+SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
+SQRT_8_OVER_PI: tl.constexpr = tl.constexpr(1.5957691216057308)
+GELU_CUBIC: tl.constexpr = tl.constexpr(0.044715)
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How `dot` multiplies: "tf32" for fp32 operands when torch's own matmul may use it, else "ieee"."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+def tile_of_rows(width: int, element_size: int, rows: int | None = None) -> tuple[int, int]:
+    """Rows x columns that a 4-warp program moves: four 16-byte pieces per thread.
+
+    Columns are a power of two, of `width` if that leaves pieces of a KiB or more, else around it.
+    """
+    elements = 4 * 128 * 16 // element_size
+    divisor = width & -width
+    columns = divisor if divisor * element_size >= 1024 else triton.next_power_of_2(width)
+    columns = min(columns, elements)
+    return (1 if rows == 1 else elements // columns), columns
+
+
+_zeros: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def cached_zeros(count: int, device: torch.device) -> Tensor:
+    """(>= count,) int32 zeros for arrival counters, which the kernel that takes them must leave at zero.
+
+    One buffer per device and stream, as kernels of one stream follow each other. A graph being captured gets
+    its own, since its replays may run on any stream.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    if key not in _zeros or _zeros[key].numel() < count:
+        _zeros[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return _zeros[key]
+
+
+@triton.jit
+def precise_exp(x):
+    """exp to the last bit or two; tl.exp loses more the larger its argument."""
+    if INTERPRETING:
+        return tl.exp(x)
+    return libdevice.exp(x)
+
+
+@triton.jit
+def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
+    """acc + a @ b, with acc fp32; a (M, K), b (K, N) share one of fp32, bf16, fp16."""
+    if INTERPRETING:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def sigmoid_and_grad(z):
+    """-> s = sigmoid(z), s * (1 - s), neither losing digits where the other is near 1."""
+    t = tl.exp(-tl.abs(z))
+    inverse = 1.0 / (1.0 + t)
+    return tl.where(z >= 0.0, 1.0, t) * inverse, t * inverse * inverse
+
+
+@triton.jit
+def act_and_grad(z, NAME: tl.constexpr):
+    """-> act(z), act'(z) of the elementwise part of activation NAME (what a gate goes through); z is fp32."""
+    if NAME == "quick_gelu":
+        s, ds = sigmoid_and_grad(QUICK_GELU_ALPHA * z)
+        return z * s, s + QUICK_GELU_ALPHA * z * ds
+    elif NAME == "gelu" or NAME == "geglu":
+        cdf = 0.5 * (1.0 + tl.erf(z * SQRT_HALF))
+        return z * cdf, cdf + z * INV_SQRT_2PI * tl.exp(-0.5 * z * z)
+    elif NAME == "gelu_tanh" or NAME == "geglu_tanh":
+        # (1 + tanh(u)) / 2 is sigmoid(2 u)
+        s, ds = sigmoid_and_grad(SQRT_8_OVER_PI * (z + GELU_CUBIC * z * z * z))
+        return z * s, s + z * ds * SQRT_8_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * z * z)
+    elif NAME == "relu":
+        # not max(z, 0), which would turn NaN into 0
+        return tl.where(z <= 0.0, 0.0, z), tl.where(z > 0.0, 1.0, 0.0)
+    else:
+        tl.static_assert(NAME == "silu" or NAME == "swiglu", "no such activation")
+        s, ds = sigmoid_and_grad(z)
+        return z * s, s + z * ds
+
+
+@triton.jit
+def act(z, NAME: tl.constexpr):
+    """act(z) alone; bitwise what `act_and_grad` gives."""
+    value, _ = act_and_grad(z, NAME)
+    return value

@@ -1,0 +1,324 @@
+"""Expert MLPs (Triton): three launches forward, and a backward that never stores a gathered row.
+
+    a[p] = act(x[token(p)] @ up_proj[e].T + up_bias[e])       y[p] = a[p] @ down_proj[e].T + down_bias[e]
+    out[t] = sum_k topk_weights[t, k] * y[position of (t, k)]
+
+Backward, with g[p] = grad[token(p)] and w[p] its routing weight: grad_hidden.py multiplies h = g @ down_proj
+and, while a tile is in registers, turns it into dz = w h act'(z), into w a, which is what the gradient of
+down_proj needs beside g, and into its share of <h, a>, the gradient of w but for <g, down_bias>. Two weight
+gradients, the input gradient and its combine follow. FLOPs and saved bytes: cumo_kernels/ops/experts.py.
+Contract: cumo_kernels/ops/experts.py. Truth: cumo_kernels/backends/reference/experts.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.backends.triton.common import act
+from cumo_kernels.backends.triton.grad_hidden import launch_grad_hidden
+from cumo_kernels.backends.triton.grouped_gemm import launch_gemm
+from cumo_kernels.backends.triton.permutation import combine
+from cumo_kernels.backends.triton.tiles import on_device_of_first
+from cumo_kernels.backends.triton.weight_grad import launch_weight_grad
+
+
+@triton.jit
+def _weigh_rows_kernel(
+    source_ptr,  # (T, N) with GATHER, else (S, N) or, gated, (S, 2N)
+    topk_weights_ptr,  # (S,) fp32 by slot
+    permutation_ptr,  # (S,) int32
+    end_ptr,  # () int32: expert_offsets[E]
+    out_ptr,  # (S, N)
+    N,
+    top_k,
+    stride_source_s,
+    stride_source_n,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    GATHER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < tl.load(end_ptr)
+    mask = inside[:, None] & (cols < N)[None, :]
+    slots = tl.load(permutation_ptr + rows, mask=inside, other=0)
+    weights = tl.load(topk_weights_ptr + slots, mask=inside, other=0.0)
+    # int64: a row number times its stride passes 2**31
+    source = (slots // top_k if GATHER else rows).to(tl.int64)
+    ptrs = source_ptr + source[:, None] * stride_source_s + cols.to(tl.int64)[None, :] * stride_source_n
+    value = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    if ACTIVATION is not None:
+        value = act(value, ACTIVATION)
+    if GATED:
+        value = value * tl.load(ptrs + N, mask=mask, other=0.0).to(tl.float32)
+    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
+    tl.store(out_ptrs, (weights[:, None] * value).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _weigh_rows(
+    source: Tensor,
+    topk_weights: Tensor,
+    permutation: Tensor,
+    expert_offsets: Tensor,
+    activation: str | None,
+) -> Tensor:
+    """(S, N): w[p] * act(z[p]) of a pre-activation; without an activation w[p] * grad[token(p)]."""
+    gated = activation is not None and ACTIVATIONS[activation].is_gated
+    num_rows, width = permutation.shape[0], source.shape[1] // (1 + gated)
+    out = source.new_empty(num_rows, width)
+    if out.numel():
+        block_m, block_n = 8, min(triton.next_power_of_2(width), 512)
+        _weigh_rows_kernel[(triton.cdiv(num_rows, block_m) * triton.cdiv(width, block_n),)](
+            source,
+            topk_weights,
+            permutation,
+            expert_offsets[-1],
+            out,
+            width,
+            topk_weights.shape[1],
+            *source.stride(),
+            ACTIVATION=activation,
+            GATED=gated,
+            GATHER=activation is None,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+        )
+    return out
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def _topk_weights_grad_kernel(
+    dots_ptr,  # (S, tiles) fp32 by sorted position
+    grad_ptr,  # (T, O)
+    down_bias_ptr,  # (E, O) or None
+    inverse_permutation_ptr,  # (S,) int32
+    expert_offsets_ptr,  # (E + 1,) int32
+    out_ptr,  # (S,) fp32 by slot
+    num_slots,
+    O,
+    top_k,
+    stride_grad_t,
+    stride_grad_o,
+    TILES: tl.constexpr,
+    TILES_POW2: tl.constexpr,
+    E: tl.constexpr,
+    E_POW2: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    slots = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    positions = tl.load(inverse_permutation_ptr + slots, mask=slots < num_slots, other=-1)
+    kept = positions >= 0
+    tiles = tl.arange(0, TILES_POW2)
+    dots = tl.load(
+        dots_ptr + positions.to(tl.int64)[:, None] * TILES + tiles[None, :],
+        mask=kept[:, None] & (tiles < TILES)[None, :],
+        other=0.0,
+    )
+    total = tl.sum(dots, 1)
+    if down_bias_ptr is not None:
+        experts = tl.arange(0, E_POW2)
+        ends = tl.load(expert_offsets_ptr + 1 + experts, mask=experts < E, other=2**31 - 1)
+        expert = tl.sum((ends[None, :] <= positions[:, None]).to(tl.int32), 1)
+        acc = tl.zeros((BLOCK_S, BLOCK_O), tl.float32)
+        for first in tl.range(0, O, BLOCK_O):
+            cols = first + tl.arange(0, BLOCK_O)
+            mask = kept[:, None] & (cols < O)[None, :]
+            grad_ptrs = grad_ptr + (slots // top_k).to(tl.int64)[:, None] * stride_grad_t
+            grad = tl.load(grad_ptrs + cols.to(tl.int64)[None, :] * stride_grad_o, mask=mask, other=0.0)
+            bias = tl.load(down_bias_ptr + expert[:, None] * O + cols[None, :], mask=mask, other=0.0)
+            acc += grad.to(tl.float32) * bias.to(tl.float32)
+        total += tl.sum(acc, 1)
+    tl.store(out_ptr + slots, total, mask=slots < num_slots)
+
+
+def _topk_weights_grad(
+    dots: Tensor,
+    grad: Tensor,
+    down_bias: Tensor | None,
+    inverse_permutation: Tensor,
+    expert_offsets: Tensor,
+    topk_weights: Tensor,
+) -> Tensor:
+    """<h, a> + <g, down_bias> for every slot, (T, K); 0 for a dropped one."""
+    out = torch.empty_like(topk_weights)
+    num_slots, num_experts, tiles = out.numel(), expert_offsets.shape[0] - 1, dots.shape[1]
+    if num_slots:
+        block_s = 8
+        _topk_weights_grad_kernel[(triton.cdiv(num_slots, block_s),)](
+            dots,
+            grad,
+            None if down_bias is None else down_bias.contiguous(),
+            inverse_permutation,
+            expert_offsets,
+            out,
+            num_slots,
+            grad.shape[1],
+            topk_weights.shape[1],
+            *grad.stride(),
+            TILES=tiles,
+            TILES_POW2=triton.next_power_of_2(tiles),
+            E=num_experts,
+            E_POW2=triton.next_power_of_2(num_experts),
+            BLOCK_S=block_s,
+            BLOCK_O=min(triton.next_power_of_2(grad.shape[1]), 256),
+        )
+    return out
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _combine_splits_kernel(
+    partials_ptr,  # (SPLITS, S, N) fp32
+    topk_weights_ptr,  # (T, TOP_K) fp32 or None
+    inverse_permutation_ptr,  # (S,) int32
+    out_ptr,  # (T, N)
+    num_rows,
+    N,
+    TOP_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    # int64: SPLITS * S * N passes 2**31
+    token = (tl.program_id(0) // tiles_n).to(tl.int64)
+    cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for choice in tl.static_range(TOP_K):
+        position = tl.load(inverse_permutation_ptr + token * TOP_K + choice).to(tl.int64)
+        mask = (cols < N) & (position >= 0)
+        row = tl.zeros((BLOCK_N,), tl.float32)
+        for split in tl.static_range(SPLITS):
+            row += tl.load(partials_ptr + (position + split * num_rows) * N + cols, mask=mask, other=0.0)
+        if topk_weights_ptr is not None:
+            # a dropped slot's weight may be anything
+            row *= tl.load(topk_weights_ptr + token * TOP_K + choice, mask=position >= 0, other=0.0)
+        total += row
+    tl.store(out_ptr + token * N + cols, total.to(out_ptr.dtype.element_ty), mask=cols < N)
+
+
+def _multiply_and_combine(
+    rows: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+    inverse_permutation: Tensor,
+    top_k: int,
+) -> Tensor:
+    """Sum over each token's slots of weight times row, (T, N); the combine also adds up split-k's parts."""
+    y, _ = launch_gemm(rows, weight, expert_offsets, bias, None, top_k, None, zero_tail=False)
+    if y.ndim == 2:
+        return combine(y, topk_weights, inverse_permutation, top_k)
+    num_splits, num_rows, width = y.shape
+    out = rows.new_empty(num_rows // top_k, width)
+    block_n = min(triton.next_power_of_2(width), 1024)
+    _combine_splits_kernel[(out.shape[0] * triton.cdiv(width, block_n),)](
+        y,
+        topk_weights,
+        inverse_permutation,
+        out,
+        num_rows,
+        width,
+        TOP_K=top_k,
+        SPLITS=num_splits,
+        BLOCK_N=block_n,
+    )
+    return out
+
+
+@on_device_of_first
+def expert_mlp(
+    x: Tensor,
+    topk_weights: Tensor,
+    permutation: Tensor,
+    inverse_permutation: Tensor,
+    expert_offsets: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    memory: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (out (T, O), z, a); z and a are empty unless the memory plan keeps them for backward."""
+    top_k = topk_weights.shape[1]
+    keep_z = memory in ("preact", "all")
+    a, z = launch_gemm(
+        x, up_proj, expert_offsets, up_bias, permutation, top_k, activation, keep_pre=keep_z, zero_tail=False
+    )
+    out = _multiply_and_combine(
+        a, down_proj, expert_offsets, down_bias, topk_weights.contiguous(), inverse_permutation, top_k
+    )
+    return out, z, a if memory == "all" else x.new_empty(0)
+
+
+@on_device_of_first
+def expert_mlp_backward(
+    grad: Tensor,
+    x: Tensor,
+    topk_weights: Tensor,
+    permutation: Tensor,
+    inverse_permutation: Tensor,
+    expert_offsets: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    z: Tensor,
+    a: Tensor,
+    activation: str,
+    memory: str,
+    need_x: bool,
+    need_weights: bool,
+    need_up: bool,
+    need_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients at x, topk_weights, up_proj, up_bias, down_proj, down_bias; empty where not needed."""
+    top_k = topk_weights.shape[1]
+    topk_weights = topk_weights.contiguous()
+    dx, dup, dup_bias, ddown, ddown_bias = (x.new_empty(0) for _ in range(5))
+    dweights = topk_weights.new_empty(0)
+    plan = (topk_weights, permutation, expert_offsets)
+    if memory == "x":
+        _, z = launch_gemm(
+            x, up_proj, expert_offsets, up_bias, permutation, top_k, activation,
+            keep_out=False, keep_pre=True, zero_tail=False,
+        )  # fmt: skip
+
+    # with `a` at hand its weight is cheaper to put on the narrower g
+    need_weighted = need_down and memory != "all"
+    weighted = dz = x.new_empty(0)
+    if need_x or need_up or need_weights:
+        dz, weighted, dots = launch_grad_hidden(
+            grad, *plan, down_proj, z, activation,
+            need_dz=need_x or need_up, need_weighted=need_weighted, need_dots=need_weights,
+        )  # fmt: skip
+        if need_weights:
+            dweights = _topk_weights_grad(
+                dots, grad, down_bias, inverse_permutation, expert_offsets, topk_weights
+            )
+    elif need_weighted:
+        weighted = _weigh_rows(z, *plan, activation)
+
+    if need_down and memory == "all":
+        weighted_grad = _weigh_rows(grad, *plan, None)
+        ddown, ddown_bias = launch_weight_grad(
+            weighted_grad, a, expert_offsets, None, top_k, down_bias is not None
+        )
+    elif need_down:
+        ddown, ddown_bias = launch_weight_grad(
+            grad, weighted, expert_offsets, permutation, top_k, down_bias is not None,
+            gather="grad", row_weights=topk_weights,
+        )  # fmt: skip
+    if need_up:
+        dup, dup_bias = launch_weight_grad(dz, x, expert_offsets, permutation, top_k, up_bias is not None)
+    if need_x:
+        dx = _multiply_and_combine(
+            dz, up_proj.transpose(1, 2), expert_offsets, None, None, inverse_permutation, top_k
+        )
+    return dx, dweights, dup, dup_bias, ddown, ddown_bias

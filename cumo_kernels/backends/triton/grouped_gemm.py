@@ -1,0 +1,303 @@
+"""Grouped GEMM (Triton): rows of expert e times the weight of expert e.
+
+    out[p] = act(x[p] @ weight[e].T + bias[e])                x (S, K)   weight (E, N, K)   out (S, N)
+
+With `permutation`, row p is x[permutation[p] // top_k], gathered as the tile is loaded. Grid: as many
+programs as the chip holds at once, each walking over tiles whose expert it finds from expert_offsets, so one
+captured graph serves every routing. Few tiles and a long sum are split (tuning.splits). 2 * S * N * K FLOPs;
+moves x, the weights of the experts hit, and out. The k-grouped form, ragged in the sum: weight_grad.py.
+Contract: cumo_kernels/ops/grouped_gemm.py. Truth: cumo_kernels/backends/reference/grouped_gemm.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cumo_kernels import tuning
+from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.backends.triton.common import act, dot, input_precision
+from cumo_kernels.backends.triton.tiles import (
+    count_tiles,
+    describe,
+    find_tile,
+    halves,
+    load_rows,
+    load_weight,
+    on_device_of_first,
+    sum_splits,
+    upper_bound,
+)
+from cumo_kernels.backends.triton.weight_grad import launch_weight_grad
+
+
+@triton.jit
+def _finish(
+    acc,  # (BLOCK_M, columns) fp32
+    acc_up,  # the same for the up half of a gated activation, else unused
+    bias_ptr,  # (E, N) or, gated, (E, 2N), or None
+    out_ptr,  # (S, N); under split-k (SPLITS, S, N) fp32, offset to this split
+    pre_ptr,  # (S, N) or, gated, (S, 2N), or None
+    expert,
+    rows,
+    end,
+    first_col,
+    N,
+    with_bias,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Bias, pre-activation, activation, and the stores of one tile, PARTS times a part of its columns.
+
+    A whole tile would not fit into registers beside its addresses.
+    """
+    if PARTS > 1:
+        left, right = halves(acc)
+        left_up, right_up = left, right
+        if GATED:
+            left_up, right_up = halves(acc_up)
+        half: tl.constexpr = acc.shape[1] // 2
+        _finish(
+            left, left_up, bias_ptr, out_ptr, pre_ptr, expert, rows, end, first_col, N, with_bias,
+            ACTIVATION, GATED, PARTS // 2,
+        )  # fmt: skip
+        _finish(
+            right, right_up, bias_ptr, out_ptr, pre_ptr, expert, rows, end, first_col + half, N, with_bias,
+            ACTIVATION, GATED, PARTS // 2,
+        )  # fmt: skip
+    else:
+        cols = first_col + tl.arange(0, acc.shape[1])
+        mask = (rows < end)[:, None] & (cols < N)[None, :]
+        width = 2 * N if GATED else N
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + expert * width + cols, mask=(cols < N) & with_bias, other=0.0)
+            acc += bias.to(tl.float32)[None, :]
+            if GATED:
+                bias_up = tl.load(bias_ptr + expert * width + N + cols, mask=cols < N, other=0.0)
+                acc_up += bias_up.to(tl.float32)[None, :]
+        if pre_ptr is not None:
+            pre_ptrs = pre_ptr + rows.to(tl.int64)[:, None] * width + cols[None, :]
+            tl.store(pre_ptrs, acc.to(pre_ptr.dtype.element_ty), mask=mask)
+            if GATED:
+                tl.store(pre_ptrs + N, acc_up.to(pre_ptr.dtype.element_ty), mask=mask)
+        if out_ptr is not None:
+            if ACTIVATION is not None:
+                acc = act(acc, ACTIVATION)
+            if GATED:
+                acc = acc * acc_up
+            out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
+            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _zero_rows(ptr, first, end, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """ptr[first : end] = 0 of a contiguous (rows, width), shared among all programs."""
+    tiles_n = tl.cdiv(width, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(end - first, BLOCK_M) * tiles_n, tl.num_programs(0)):
+        rows = first + tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), ptr.dtype.element_ty)
+        mask = (rows < end)[:, None] & (cols < width)[None, :]
+        tl.store(ptr + rows.to(tl.int64)[:, None] * width + cols[None, :], zeros, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def grouped_gemm_kernel(
+    x_ptr,  # (S, K), or (T, K) with permutation; None with a descriptor
+    x_desc,  # (S, K) or None
+    weight_ptr,  # (E, N, K) or, gated, (E, 2N, K); None with a descriptor
+    weight_desc,  # the same, innermost dimension as stored, or None
+    bias_ptr,  # (E, N) or (E, 2N), or None
+    expert_offsets_ptr,  # (E + 1,) int32
+    permutation_ptr,  # (S,) int32 or None
+    out_ptr,  # (S, N); under split-k (SPLITS, S, N) fp32; or None
+    pre_ptr,  # (S, N) or (S, 2N), or None
+    num_rows,
+    N,
+    K,
+    top_k,
+    stride_x_s,
+    stride_x_k,
+    stride_w_e,
+    stride_w_n,
+    stride_w_k,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    ZERO_TAIL: tl.constexpr,
+    K_INNER: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+    E: tl.constexpr,
+    E_POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles, tile_ends = count_tiles(expert_offsets_ptr, tiles_n * SPLITS, E, E_POW2, BLOCK_M)
+    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
+    for tile in tl.range(tl.program_id(0), tl.sum(tiles, 0), tl.num_programs(0), flatten=FLATTEN):
+        expert, end, first_row, tile_n, split = find_tile(
+            tile, tiles, tile_ends, expert_offsets_ptr, tiles_n, SPLITS, BLOCK_M, GROUP_M
+        )
+        rows = first_row + tl.arange(0, BLOCK_M)
+        first_col = tile_n * BLOCK_N
+        row_ptrs = None
+        if x_desc is None:
+            # rows past the expert's end are computed from its last row and never stored
+            source = tl.minimum(rows, end - 1)
+            if permutation_ptr is not None:
+                source = tl.load(permutation_ptr + source) // top_k
+            row_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_x_s
+        expert_ptr = None
+        if weight_desc is None:
+            expert_ptr = weight_ptr + expert.to(tl.int64) * stride_w_e
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in tl.range(0, steps):
+            k = (split * steps + step) * BLOCK_K
+            a = load_rows(row_ptrs, x_desc, first_row, k, K, stride_x_k, BLOCK_K, EVEN_K)
+            b = load_weight(
+                expert_ptr, weight_desc, expert, first_col, k, N, K, stride_w_n, stride_w_k,
+                K_INNER, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K,
+            )  # fmt: skip
+            acc = dot(a, b, acc, INPUT_PRECISION)
+            if GATED:
+                b_up = load_weight(
+                    expert_ptr, weight_desc, expert, N + first_col, k, 2 * N, K, stride_w_n, stride_w_k,
+                    K_INNER, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K,
+                )  # fmt: skip
+                acc_up = dot(a, b_up, acc_up, INPUT_PRECISION)
+
+        split_ptr = out_ptr
+        if SPLITS > 1:
+            split_ptr = out_ptr + split.to(tl.int64) * num_rows * N
+        _finish(
+            acc, acc_up, bias_ptr, split_ptr, pre_ptr, expert, rows, end, first_col, N, split == 0,
+            ACTIVATION, GATED, PARTS,
+        )  # fmt: skip
+
+    if ZERO_TAIL:
+        tail = tl.load(expert_offsets_ptr + E)
+        for split in tl.static_range(SPLITS):
+            _zero_rows(out_ptr + split * num_rows.to(tl.int64) * N, tail, num_rows, N, BLOCK_M, BLOCK_N)
+        if pre_ptr is not None:
+            _zero_rows(pre_ptr, tail, num_rows, 2 * N if GATED else N, BLOCK_M, BLOCK_N)
+
+
+def launch_gemm(
+    x: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    permutation: Tensor | None,
+    top_k: int,
+    activation: str | None,
+    *,
+    keep_out: bool = True,
+    keep_pre: bool = False,
+    zero_tail: bool = True,
+    config: tuning.Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """-> out and pre-activation, empty where not kept; out is (SPLITS, S, N) fp32 where k was split.
+
+    Without `zero_tail`, rows past the last expert's end are left as they are.
+    """
+    num_rows = x.shape[0] if permutation is None else permutation.shape[0]
+    num_experts, width, in_features = weight.shape
+    gated = activation is not None and ACTIVATIONS[activation].is_gated
+    out_width = width // 2 if gated else width
+    gpu = tuning.gpu_of(x.device)
+    if config is None:
+        rows, gathered = tuning.bucket(num_rows), permutation is not None
+        problem = tuning.Problem(
+            "gemm", x.dtype, rows, out_width, in_features, num_experts, gated, gathered, activation is None
+        )
+        config = tuning.get_config(problem, gpu)
+    out, pre = x.new_empty(0), x.new_empty(0)
+    if keep_out and config.SPLITS > 1:
+        out = x.new_empty(config.SPLITS, num_rows, out_width, dtype=torch.float32)
+    elif keep_out:
+        out = x.new_empty(num_rows, out_width)
+    if keep_pre:
+        pre = x.new_empty(num_rows, width)
+    if num_rows * width == 0:
+        return out, pre
+
+    k_inner = weight.stride(2) == 1
+    x_desc = describe(x, [config.BLOCK_M, config.BLOCK_K], gpu.has_tma and permutation is None)
+    if k_inner:
+        weight_desc = describe(weight, [1, config.BLOCK_N, config.BLOCK_K], gpu.has_tma)
+    else:
+        # the up half of a gated tile could start at a column that is not 16-byte aligned
+        block = [1, config.BLOCK_K, config.BLOCK_N]
+        weight_desc = describe(weight.transpose(1, 2), block, gpu.has_tma and not gated)
+    tiles = upper_bound(num_rows, num_experts, config.BLOCK_M) * triton.cdiv(out_width, config.BLOCK_N)
+    grouped_gemm_kernel[(min(gpu.sms * config.PER_SM, tiles * config.SPLITS),)](
+        None if x_desc else x,
+        x_desc,
+        None if weight_desc else weight,
+        weight_desc,
+        None if bias is None else bias.contiguous(),
+        expert_offsets,
+        permutation,
+        out if keep_out else None,
+        pre if keep_pre else None,
+        num_rows,
+        out_width,
+        in_features,
+        top_k,
+        *x.stride(),
+        *weight.stride(),
+        ACTIVATION=activation,
+        GATED=gated,
+        ZERO_TAIL=zero_tail,
+        K_INNER=k_inner,
+        EVEN_N=out_width % config.BLOCK_N == 0,
+        EVEN_K=in_features % (config.BLOCK_K * config.SPLITS) == 0,
+        INPUT_PRECISION=input_precision(x.dtype),
+        PARTS=config.epilogue_parts(config.BLOCK_M, config.BLOCK_N, tuning.EPILOGUE_SUMS // (1 + gated)),
+        E=num_experts,
+        E_POW2=triton.next_power_of_2(num_experts),
+        **config.constants(),
+    )
+    return out, pre
+
+
+@on_device_of_first
+def grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    permutation: Tensor | None,
+    inverse_permutation: Tensor | None,
+    top_k: int,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """-> (out, pre_activation); without an activation the second is empty."""
+    out, pre = launch_gemm(
+        x, weight, expert_offsets, bias, permutation, top_k, activation, keep_pre=activation is not None
+    )
+    return sum_splits(out, x.dtype) if out.ndim == 3 else out, pre
+
+
+@on_device_of_first
+def grouped_gemm_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    expert_offsets: Tensor,
+    permutation: Tensor | None,
+    inverse_permutation: Tensor | None,
+    top_k: int,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """-> grad_weight (E, N, K) and grad_bias (E, N); without `need_bias` the second is empty."""
+    return launch_weight_grad(grad, x, expert_offsets, permutation, top_k, need_bias)

@@ -1,0 +1,183 @@
+"""Permutation (Triton): token order -> expert order, and the weighted way back.
+
+    permute:           out[p] = x[permutation[p] // K]                            x (T, H)     out (S, H)
+    combine:           out[t] = sum_k topk_weights[t, k] * rows[inverse[t * K + k]]
+                                                                                  rows (S, H)  out (T, H)
+    combine_backward:  drows[inverse[s]] = topk_weights[s] * grad[s // K]
+                       dweights[s] = <grad[s // K], rows[inverse[s]]>             grad (T, H)
+
+Sorted positions of dropped slots (inverse -1) get zeros and are never read.
+_permute_kernel, _combine_kernel: one program per tile of rows x columns; memory bound, S * H + T * H elements
+(permute reads a token K times, from L2). _combine_backward_kernel: one program per BLOCK_S slots, whole rows;
+2 * S * H + T * H elements. Rows are moved in 16-byte pieces when H and the strides allow it.
+
+Contract: cumo_kernels/ops/permutation.py. Truth: cumo_kernels/backends/reference/permutation.py.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cumo_kernels.backends.triton.common import tile_of_rows
+from cumo_kernels.backends.triton.tiles import on_device_of_first
+
+
+@triton.jit(do_not_specialize=["S"])
+def _permute_kernel(
+    x_ptr,  # (T, H)
+    permutation_ptr,  # (S,) int32
+    inverse_ptr,  # (S,) int32
+    out_ptr,  # (S, H)
+    stride_x_t,
+    S,
+    H,
+    K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    col_tiles = tl.cdiv(H, BLOCK_H)
+    positions = tl.program_id(0) // col_tiles * BLOCK_S + tl.arange(0, BLOCK_S)
+    cols = tl.program_id(0) % col_tiles * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = positions < S
+    slots = tl.load(permutation_ptr + positions, mask=mask, other=0)
+    kept = mask & (tl.load(inverse_ptr + slots, mask=mask, other=-1) >= 0)
+    # int64: row * stride passes 2**31 at S * H = 2G elements
+    tokens = (slots // K).to(tl.int64)
+    in_row = (cols < H)[None, :]
+    x = tl.load(x_ptr + tokens[:, None] * stride_x_t + cols[None, :], mask=kept[:, None] & in_row, other=0.0)
+    tl.store(out_ptr + positions.to(tl.int64)[:, None] * H + cols[None, :], x, mask=mask[:, None] & in_row)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _combine_kernel(
+    rows_ptr,  # (S, H)
+    weights_ptr,  # (T, K) fp32
+    inverse_ptr,  # (S,) int32
+    out_ptr,  # (T, H)
+    stride_rows_s,
+    T,
+    H,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    col_tiles = tl.cdiv(H, BLOCK_H)
+    tokens = (tl.program_id(0) // col_tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    cols = tl.program_id(0) % col_tiles * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = tokens < T
+    in_row = (cols < H)[None, :]
+    acc = tl.zeros((BLOCK_T, BLOCK_H), dtype=tl.float32)
+    # unrolled, so that the rows of all choices are on their way at once
+    for k in tl.static_range(K):
+        positions = tl.load(inverse_ptr + tokens * K + k, mask=mask, other=-1).to(tl.int64)
+        kept = positions >= 0
+        row_ptrs = rows_ptr + positions[:, None] * stride_rows_s + cols[None, :]
+        row = tl.load(row_ptrs, mask=kept[:, None] & in_row, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            weight = tl.load(weights_ptr + tokens * K + k, mask=kept, other=0.0)
+            acc += weight[:, None] * row
+        else:
+            acc += row
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + tokens[:, None] * H + cols[None, :], out, mask=mask[:, None] & in_row)
+
+
+@triton.jit(do_not_specialize=["S"])
+def _combine_backward_kernel(
+    grad_ptr,  # (T, H)
+    rows_ptr,  # (S, H)
+    weights_ptr,  # (S,) fp32
+    permutation_ptr,  # (S,) int32
+    inverse_ptr,  # (S,) int32
+    drows_ptr,  # (S, H)
+    dweights_ptr,  # (S,) fp32
+    stride_grad_t,
+    stride_rows_s,
+    S,
+    H,
+    K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    slots = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask = slots < S
+    tokens = (slots // K).to(tl.int64)
+    positions = tl.load(inverse_ptr + slots, mask=mask, other=-1).to(tl.int64)
+    kept = positions >= 0
+    weights = tl.load(weights_ptr + slots, mask=kept, other=0.0)
+    # rows no slot points at: those of the same numbers as our slots are ours to clear
+    owners = tl.load(permutation_ptr + slots, mask=mask, other=0)
+    dropped = mask & (tl.load(inverse_ptr + owners, mask=mask, other=0) < 0)
+    acc = tl.zeros((BLOCK_S, BLOCK_H), dtype=tl.float32)
+    for h in range(0, H, BLOCK_H):
+        cols = h + tl.arange(0, BLOCK_H)
+        in_row = (cols < H)[None, :]
+        row_mask = kept[:, None] & in_row
+        grad_ptrs = grad_ptr + tokens[:, None] * stride_grad_t + cols[None, :]
+        grad = tl.load(grad_ptrs, mask=row_mask, other=0.0).to(tl.float32)
+        row_ptrs = rows_ptr + positions[:, None] * stride_rows_s + cols[None, :]
+        acc += grad * tl.load(row_ptrs, mask=row_mask, other=0.0).to(tl.float32)
+        drow = (weights[:, None] * grad).to(drows_ptr.dtype.element_ty)
+        tl.store(drows_ptr + positions[:, None] * H + cols[None, :], drow, mask=row_mask)
+        zero = tl.zeros((BLOCK_S, BLOCK_H), dtype=drows_ptr.dtype.element_ty)
+        zero_ptrs = drows_ptr + slots.to(tl.int64)[:, None] * H + cols[None, :]
+        tl.store(zero_ptrs, zero, mask=dropped[:, None] & in_row)
+    tl.store(dweights_ptr + slots, tl.sum(acc, 1), mask=mask)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@on_device_of_first
+def permute(x: Tensor, permutation: Tensor, inverse_permutation: Tensor, top_k: int) -> Tensor:
+    num_slots, hidden_size = permutation.shape[0], x.shape[1]
+    out = x.new_empty(num_slots, hidden_size)
+    if out.numel() == 0:
+        return out
+    x = _rows(x)
+    block_s, block_h = tile_of_rows(hidden_size, x.element_size())
+    grid = (triton.cdiv(num_slots, block_s) * triton.cdiv(hidden_size, block_h),)
+    _permute_kernel[grid](
+        x, permutation, inverse_permutation, out, x.stride(0), num_slots, hidden_size,
+        K=top_k, BLOCK_S=block_s, BLOCK_H=block_h,
+    )  # fmt: skip
+    return out
+
+
+@on_device_of_first
+def combine(rows: Tensor, topk_weights: Tensor | None, inverse_permutation: Tensor, top_k: int) -> Tensor:
+    num_tokens, hidden_size = inverse_permutation.shape[0] // top_k, rows.shape[1]
+    out = rows.new_empty(num_tokens, hidden_size)
+    if out.numel() == 0:
+        return out
+    rows = _rows(rows)
+    weighted = topk_weights is not None
+    block_t, block_h = tile_of_rows(hidden_size, rows.element_size())
+    grid = (triton.cdiv(num_tokens, block_t) * triton.cdiv(hidden_size, block_h),)
+    _combine_kernel[grid](
+        rows, topk_weights.contiguous() if weighted else None, inverse_permutation, out,
+        rows.stride(0), num_tokens, hidden_size,
+        K=top_k, BLOCK_T=block_t, BLOCK_H=block_h, WEIGHTED=weighted,
+    )  # fmt: skip
+    return out
+
+
+@on_device_of_first
+def combine_backward(
+    grad: Tensor, rows: Tensor, topk_weights: Tensor, permutation: Tensor, inverse_permutation: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient at the output (T, H) -> gradients at rows (S, H) and topk_weights (T, K)."""
+    (num_slots, hidden_size), top_k = rows.shape, topk_weights.shape[1]
+    drows, dweights = rows.new_empty(rows.shape), topk_weights.new_empty(topk_weights.shape)
+    if num_slots == 0:
+        return drows, dweights
+    grad, rows = _rows(grad), _rows(rows)
+    block_s, block_h = tile_of_rows(hidden_size, rows.element_size())
+    _combine_backward_kernel[(triton.cdiv(num_slots, block_s),)](
+        grad, rows, topk_weights.contiguous(), permutation, inverse_permutation, drows, dweights,
+        grad.stride(0), rows.stride(0), num_slots, hidden_size,
+        K=top_k, BLOCK_S=block_s, BLOCK_H=block_h,
+    )  # fmt: skip
+    return drows, dweights

@@ -1,0 +1,496 @@
+"""Routing (Triton): from logits to top-k weights and loss statistics in one kernel; the sort in one or two.
+
+    logits = x, or x @ gate_weight.T rounded to the dtype of x, as torch.nn.Linear would
+    p = softmax(logits)          idx = the K largest logits, ties to the lowest index, NaN above all
+    w = p[idx] / sum(p[idx])     (or p[idx] when not renormalised)
+    mean_probs[g], top1_density[g], mean_squared_logsumexp[g]: means over the tokens of group g
+
+_route_kernel: grid (cdiv(T, BLOCK_T)). A program writes one row of sums per group its tokens touch; rows of a
+group lie side by side, and the program that finishes a group last adds them in row order. Memory bound:
+reads x once, T * H elements (T * E without a gate).
+_route_backward_kernel: grid (min(cdiv(T, BLOCK_T), programs)); reads x and writes dx, 2 * T * H elements. The
+gate's gradient is summed per program in fp32, then over programs in order by _sum_rows_kernel.
+sort_by_expert is in sorting.py.
+
+Contract: cumo_kernels/ops/routing.py. Truth: cumo_kernels/backends/reference/routing.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cumo_kernels.backends.triton.common import cached_zeros, dot, input_precision, precise_exp
+from cumo_kernels.backends.triton.sorting import sort_by_expert
+from cumo_kernels.backends.triton.tiles import on_device_of_first
+from cumo_kernels.hardware import gpu_of
+
+__all__ = ["route", "route_backward", "sort_by_expert"]
+
+COMPAT = {None: 0, "cumo": 1, "cumo_llm": 2}
+FUSED_GATE_EXPERTS = 32  # a wider gate has enough arithmetic for a GEMM of its own in backward
+
+
+@triton.jit
+def _count_below(sorted_ptr, value, length, steps):
+    """How many of the `length` ascending int32 at sorted_ptr are below `value` (int32 scalar or block)."""
+    low = value * 0
+    high = low + length
+    for _ in range(steps):
+        middle = (low + high) // 2
+        searching = low < high
+        below = searching & (tl.load(sorted_ptr + middle, mask=searching, other=0) < value)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(searching & (below == 0), middle, high)
+    return low
+
+
+@triton.jit
+def _group_bounds(group_offsets_ptr, g, group_size, T, RAGGED: tl.constexpr):
+    """First and end token of group g."""
+    if RAGGED:
+        begin = tl.load(group_offsets_ptr + g)
+        end = tl.load(group_offsets_ptr + g + 1)
+    else:
+        begin = g * group_size
+        end = begin + group_size
+    return tl.minimum(tl.maximum(begin, 0), T), tl.minimum(tl.maximum(end, 0), T)
+
+
+@triton.jit
+def _load_logits(
+    x_ptr,  # (T, E), or (T, H) with a gate
+    gate_ptr,  # (E, H)
+    tokens,  # (BLOCK_T,) int64
+    token_mask,
+    stride_x_t,
+    stride_gate_e,
+    H,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """(BLOCK_T, BLOCK_E) fp32; -inf right of E, zero below the last token."""
+    experts = tl.arange(0, BLOCK_E)
+    if HAS_GATE:
+        logits = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
+        x_ptrs = x_ptr + tokens[:, None] * stride_x_t
+        gate_ptrs = gate_ptr + experts[None, :] * stride_gate_e
+        for h in range(0, H, BLOCK_H):
+            cols = h + tl.arange(0, BLOCK_H)
+            x = tl.load(x_ptrs + cols[None, :], mask=token_mask[:, None] & (cols < H)[None, :], other=0.0)
+            gate = tl.load(
+                gate_ptrs + cols[:, None], mask=(cols < H)[:, None] & (experts < E)[None, :], other=0.0
+            )
+            logits = dot(x, gate, logits, INPUT_PRECISION)
+        logits = logits.to(x_ptr.dtype.element_ty).to(tl.float32)
+    else:
+        logits = tl.load(
+            x_ptr + tokens[:, None] * stride_x_t + experts[None, :],
+            mask=token_mask[:, None] & (experts < E)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+    return tl.where((experts < E)[None, :], logits, float("-inf"))
+
+
+@triton.jit
+def _rounded(value, DTYPE: tl.constexpr):
+    return value.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _logsumexp_in_dtype(logits, top, DTYPE: tl.constexpr):
+    """logsumexp with every step rounded to DTYPE, as torch.logsumexp computes it in that dtype."""
+    powers = _rounded(precise_exp(_rounded(logits - top[:, None], DTYPE)), DTYPE)
+    return _rounded(_rounded(tl.log(_rounded(tl.sum(powers, 1), DTYPE)), DTYPE) + top, DTYPE)
+
+
+@triton.jit
+def _rank_keys(values, experts, E: tl.constexpr):
+    """int32 in the order of fp32 `values`; -0 equals 0, NaN is above all, columns right of E below all."""
+    bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
+    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    keys = tl.where(values != values, 0x7FFFFFFF, keys)
+    return tl.where((experts < E)[None, :], keys, -0x80000000)
+
+
+@triton.jit(do_not_specialize=["T", "G", "group_size", "steps"])
+def _route_kernel(
+    x_ptr,  # (T, E), or (T, H) with a gate
+    gate_ptr,  # (E, H)
+    group_offsets_ptr,  # (G + 1,) int32
+    weights_ptr,  # (T, K) fp32
+    indices_ptr,  # (T, K) int32
+    mean_probs_ptr,  # (G, E) fp32
+    density_ptr,  # (G, E) fp32
+    z_ptr,  # (G,) fp32
+    sums_ptr,  # (programs + G, 2 * E + 1) fp32: probs, first choices, squared logsumexp
+    arrivals_ptr,  # (G,) int32, zero before and after
+    stride_x_t,
+    stride_gate_e,
+    T,
+    H,
+    G,
+    group_size,
+    steps,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    COMPAT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    tile = tl.program_id(0)
+    num_tiles = tl.num_programs(0)
+    tokens = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_mask = tokens < T
+    experts = tl.arange(0, BLOCK_E)
+    choices = tl.arange(0, BLOCK_K)
+    # int64: token * stride passes 2**31 at T * H = 2G elements
+    logits = _load_logits(
+        x_ptr, gate_ptr, tokens.to(tl.int64), token_mask, stride_x_t, stride_gate_e, H,
+        E, BLOCK_T, BLOCK_E, BLOCK_H, HAS_GATE, INPUT_PRECISION,
+    )  # fmt: skip
+
+    top = tl.max(logits, 1)
+    powers = precise_exp(logits - top[:, None])
+    total = tl.sum(powers, 1)
+    probs = tl.div_rn(powers, tl.broadcast_to(total[:, None], (BLOCK_T, BLOCK_E)))
+    if COMPAT == 1:
+        probs = _rounded(probs, DTYPE)
+    if COMPAT == 0:
+        lse = tl.log(total) + top
+        squared = lse * lse
+    else:
+        lse = _logsumexp_in_dtype(logits, top, DTYPE)
+        squared = _rounded(lse * lse, DTYPE)
+
+    keys = _rank_keys(probs if COMPAT == 1 else logits, experts, E)
+    values = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
+    indices = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.int32)
+    for k in range(K):
+        best = tl.max(keys, 1)
+        choice = tl.min(tl.where(keys == best[:, None], experts[None, :], BLOCK_E), 1)
+        chosen = experts[None, :] == choice[:, None]
+        value = tl.sum(tl.where(chosen, probs, 0.0), 1)
+        values = tl.where((choices == k)[None, :], value[:, None], values)
+        indices = tl.where((choices == k)[None, :], choice[:, None], indices)
+        keys = tl.where(chosen, -0x80000000, keys)
+    if RENORMALIZE:
+        kept = tl.sum(values, 1)
+        if COMPAT == 1:
+            kept = _rounded(kept, DTYPE)
+        values = tl.div_rn(values, tl.broadcast_to(kept[:, None], (BLOCK_T, BLOCK_K)))
+    if COMPAT != 0:
+        values = _rounded(values, DTYPE)
+    slots = tokens.to(tl.int64)[:, None] * K + choices[None, :]
+    slot_mask = token_mask[:, None] & (choices < K)[None, :]
+    tl.store(weights_ptr + slots, values, mask=slot_mask)
+    tl.store(indices_ptr + slots, indices, mask=slot_mask)
+    first = tl.sum(tl.where((choices == 0)[None, :], indices, 0), 1)
+
+    # the groups whose tokens, or whose place if they are empty, lie in this tile
+    begin_tile = tile * BLOCK_T
+    end_tile = tl.minimum(begin_tile + BLOCK_T, T)
+    if RAGGED:
+        g_first = _count_below(group_offsets_ptr, begin_tile, G + 1, steps)
+        boundary = tl.load(group_offsets_ptr + g_first, mask=g_first <= G, other=begin_tile)
+        g_first = tl.maximum(tl.where(boundary == begin_tile, g_first, g_first - 1), 0)
+        g_end = tl.minimum(_count_below(group_offsets_ptr, end_tile, G + 1, steps), G)
+        g_end = tl.where(tile == num_tiles - 1, G, g_end)
+    else:
+        g_first = begin_tile // group_size
+        g_end = (end_tile - 1) // group_size + 1
+    expert_mask = experts < E
+    for g in range(g_first, g_end):
+        begin, end = _group_bounds(group_offsets_ptr, g, group_size, T, RAGGED)
+        mine = token_mask & (tokens >= begin) & (tokens < end)
+        # consecutive (tile, group) pairs that touch have consecutive tile + g
+        row_ptr = sums_ptr + (tile + g).to(tl.int64) * (2 * E + 1)
+        prob_sum = tl.sum(tl.where(mine[:, None], probs, 0.0), 0)
+        first_sum = tl.sum(tl.where(mine[:, None] & (first[:, None] == experts[None, :]), 1.0, 0.0), 0)
+        tl.store(row_ptr + experts, prob_sum, mask=expert_mask)
+        tl.store(row_ptr + E + experts, first_sum, mask=expert_mask)
+        tl.store(row_ptr + 2 * E, tl.sum(tl.where(mine, squared, 0.0), 0))
+
+        first_tile = tl.minimum(begin // BLOCK_T, num_tiles - 1)
+        last_tile = tl.maximum(tl.minimum((end - 1) // BLOCK_T, num_tiles - 1), first_tile)
+        # every thread's sums before the arrival is counted, the arrival before anybody's sums are read
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals_ptr + g, 1, sem="acq_rel")
+        if arrived == last_tile - first_tile:
+            tl.debug_barrier()
+            prob_acc = tl.zeros((BLOCK_R, BLOCK_E), dtype=tl.float32)
+            first_acc = tl.zeros((BLOCK_R, BLOCK_E), dtype=tl.float32)
+            z_acc = tl.zeros((BLOCK_R,), dtype=tl.float32)
+            for start in range(first_tile, last_tile + 1, BLOCK_R):
+                tiles = start + tl.arange(0, BLOCK_R)
+                row_mask = tiles <= last_tile
+                mask = row_mask[:, None] & expert_mask[None, :]
+                rows_ptr = sums_ptr + (tiles + g).to(tl.int64) * (2 * E + 1)
+                block_ptr = rows_ptr[:, None] + experts[None, :]
+                prob_acc += tl.load(block_ptr, mask=mask, other=0.0, cache_modifier=".cg")
+                first_acc += tl.load(block_ptr + E, mask=mask, other=0.0, cache_modifier=".cg")
+                z_acc += tl.load(rows_ptr + 2 * E, mask=row_mask, other=0.0, cache_modifier=".cg")
+            count = tl.maximum(end - begin, 1).to(tl.float32)
+            prob_mean = tl.sum(prob_acc, 0) / count
+            if COMPAT == 1:
+                prob_mean = _rounded(prob_mean, DTYPE)
+            out = tl.cast(g, tl.int64) * E + experts
+            tl.store(mean_probs_ptr + out, prob_mean, mask=expert_mask)
+            tl.store(density_ptr + out, tl.sum(first_acc, 0) / count, mask=expert_mask)
+            tl.store(z_ptr + g, tl.sum(z_acc, 0) / count)
+            tl.store(arrivals_ptr + g, 0)
+
+
+@triton.jit(do_not_specialize=["T", "G", "group_size", "steps"])
+def _route_backward_kernel(
+    grad_weights_ptr,  # (T, K) fp32
+    grad_mean_probs_ptr,  # (G, E) fp32
+    grad_z_ptr,  # (G,) fp32
+    x_ptr,  # (T, E), or (T, H) with a gate
+    gate_ptr,  # (E, H)
+    indices_ptr,  # (T, K) int32
+    group_offsets_ptr,  # (G + 1,) int32
+    dx_ptr,  # like x, contiguous
+    dgate_sums_ptr,  # (programs, E, H) fp32
+    stride_x_t,
+    stride_gate_e,
+    T,
+    H,
+    G,
+    group_size,
+    steps,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    experts = tl.arange(0, BLOCK_E)
+    expert_mask = experts < E
+    for tile in range(pid, tl.cdiv(T, BLOCK_T), num_programs):
+        tokens = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        token_mask = tokens < T
+        tokens64 = tokens.to(tl.int64)
+        mask = token_mask[:, None] & expert_mask[None, :]
+        logits = _load_logits(
+            x_ptr, gate_ptr, tokens64, token_mask, stride_x_t, stride_gate_e, H,
+            E, BLOCK_T, BLOCK_E, BLOCK_H, HAS_GATE, INPUT_PRECISION,
+        )  # fmt: skip
+        top = tl.max(logits, 1)
+        powers = precise_exp(logits - top[:, None])
+        total = tl.sum(powers, 1)
+        probs = powers / total[:, None]
+        lse = tl.log(total) + top
+
+        # the share of each token in the means of its group
+        if RAGGED:
+            group = _count_below(group_offsets_ptr, tokens + 1, G + 1, steps) - 1
+            in_group = token_mask & (group >= 0) & (group < G)
+            begin = tl.load(group_offsets_ptr + group, mask=in_group, other=0)
+            end = tl.load(group_offsets_ptr + group + 1, mask=in_group, other=1)
+            share = 1.0 / (end - begin).to(tl.float32)
+        else:
+            group = tokens // group_size
+            in_group = token_mask
+            share = 1.0 / group_size.to(tl.float32)
+        group_probs = group.to(tl.int64)[:, None] * E + experts[None, :]
+        dprobs = tl.load(grad_mean_probs_ptr + group_probs, mask=in_group[:, None] & mask, other=0.0)
+        dz = tl.load(grad_z_ptr + group, mask=in_group, other=0.0) * share
+        if RAGGED:
+            dprobs = dprobs * share[:, None]
+        else:
+            dprobs = dprobs * share
+
+        # grad_weights and the choice itself, spread over the experts
+        dweights = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
+        chosen = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.int32)
+        for k in range(K):
+            choice = tl.load(indices_ptr + tokens64 * K + k, mask=token_mask, other=-1)
+            grad = tl.load(grad_weights_ptr + tokens64 * K + k, mask=token_mask, other=0.0)
+            here = experts[None, :] == choice[:, None]
+            dweights = tl.where(here, grad[:, None], dweights)
+            chosen = tl.where(here, 1, chosen)
+        if RENORMALIZE:
+            kept = tl.where(token_mask, tl.sum(tl.where(chosen != 0, probs, 0.0), 1), 1.0)
+            along = tl.sum(dweights * probs, 1) / kept
+            dweights = tl.where(chosen != 0, (dweights - along[:, None]) / kept[:, None], 0.0)
+        dprobs += dweights
+        dlogits = probs * (dprobs - tl.sum(dprobs * probs, 1)[:, None] + (2.0 * lse * dz)[:, None])
+        dlogits = tl.where(mask, dlogits, 0.0).to(DTYPE)
+
+        if HAS_GATE:
+            for h in range(0, H, BLOCK_H):
+                cols = h + tl.arange(0, BLOCK_H)
+                x_mask = token_mask[:, None] & (cols < H)[None, :]
+                gate_mask = expert_mask[:, None] & (cols < H)[None, :]
+                gate = tl.load(
+                    gate_ptr + experts[:, None] * stride_gate_e + cols[None, :], mask=gate_mask, other=0.0
+                )
+                dx = dot(dlogits, gate, tl.zeros((BLOCK_T, BLOCK_H), dtype=tl.float32), INPUT_PRECISION)
+                tl.store(dx_ptr + tokens64[:, None] * H + cols[None, :], dx.to(DTYPE), mask=x_mask)
+                x = tl.load(x_ptr + tokens64[:, None] * stride_x_t + cols[None, :], mask=x_mask, other=0.0)
+                # this program's own sums: nothing on its first tile, then what it wrote on the last
+                sum_ptrs = dgate_sums_ptr + (pid.to(tl.int64) * E + experts[:, None]) * H + cols[None, :]
+                before = tl.load(sum_ptrs, mask=gate_mask & (tile != pid), other=0.0)
+                tl.store(sum_ptrs, dot(tl.trans(dlogits), x, before, INPUT_PRECISION), mask=gate_mask)
+            tl.debug_barrier()
+        else:
+            tl.store(dx_ptr + tokens64[:, None] * E + experts[None, :], dlogits, mask=mask)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _sum_rows_kernel(
+    rows_ptr,  # (R, N) fp32
+    out_ptr,  # (N,)
+    R,
+    N,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+    for start in range(0, R, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        acc += tl.load(
+            rows_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :],
+            mask=(rows < R)[:, None] & (cols < N)[None, :],
+            other=0.0,
+        )
+    tl.store(out_ptr + cols, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=cols < N)
+
+
+def _block_t(num_tokens: int, num_experts: int, has_gate: bool, device: torch.device) -> int:
+    """Tokens per program: enough programs for the chip first, then fewer and larger ones."""
+    if not has_gate:
+        return max(8, min(128, 1024 // triton.next_power_of_2(num_experts)))
+    per_program = num_tokens // (2 * gpu_of(device).sms)
+    return 64 if per_program >= 64 else 32 if per_program >= 32 else 16
+
+
+def _tiles(num_tokens: int, num_experts: int, hidden_size: int, has_gate: bool, device: torch.device) -> dict:
+    """What forward and backward share, so that both compute the same logits."""
+    block_e = triton.next_power_of_2(num_experts)
+    return {
+        "E": num_experts,
+        "BLOCK_T": _block_t(num_tokens, num_experts, has_gate, device),
+        # 16: the least width of a tensor-core tile
+        "BLOCK_E": max(16, block_e) if has_gate else block_e,
+        "BLOCK_H": min(64 if block_e > 64 else 128, max(16, triton.next_power_of_2(hidden_size))),
+        "HAS_GATE": has_gate,
+        "num_warps": 8 if has_gate and block_e > 64 else 4,
+    }
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@on_device_of_first
+def route(
+    x: Tensor,
+    gate_weight: Tensor | None,
+    group_offsets: Tensor | None,
+    num_groups: int,
+    top_k: int,
+    renormalize: bool,
+    compat: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> topk_weights (T, K), topk_indices (T, K) int32, mean_probs (G, E), top1_density (G, E), z (G,)."""
+    has_gate = gate_weight is not None
+    num_tokens, hidden_size = x.shape
+    num_experts = gate_weight.shape[0] if has_gate else hidden_size
+    new = torch.empty if num_tokens else torch.zeros
+    wide = {"dtype": torch.float32, "device": x.device}
+    weights = new(num_tokens, top_k, **wide)
+    indices = new(num_tokens, top_k, dtype=torch.int32, device=x.device)
+    mean_probs, density = new(num_groups, num_experts, **wide), new(num_groups, num_experts, **wide)
+    z = new(num_groups, **wide)
+    if num_tokens == 0:
+        return weights, indices, mean_probs, density, z
+    x = _rows(x)
+    gate = _rows(gate_weight) if has_gate else x
+    tiles = _tiles(num_tokens, num_experts, hidden_size, has_gate, x.device)
+    programs = triton.cdiv(num_tokens, tiles["BLOCK_T"])
+    sums = torch.empty(programs + num_groups, 2 * num_experts + 1, **wide)
+    _route_kernel[(programs,)](
+        x, gate, group_offsets, weights, indices, mean_probs, density, z,
+        sums, cached_zeros(num_groups, x.device),
+        x.stride(0), gate.stride(0), num_tokens, hidden_size, num_groups,
+        num_tokens // num_groups, (num_groups + 1).bit_length(),
+        K=top_k, BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_R=max(4, min(64, 1024 // tiles["BLOCK_E"])),
+        RAGGED=group_offsets is not None, RENORMALIZE=renormalize, COMPAT=COMPAT[compat],
+        INPUT_PRECISION=input_precision(x.dtype), num_stages=4, **tiles,
+    )  # fmt: skip
+    return weights, indices, mean_probs, density, z
+
+
+@on_device_of_first
+def route_backward(
+    grad_weights: Tensor,
+    grad_mean_probs: Tensor,
+    grad_z: Tensor,
+    x: Tensor,
+    gate_weight: Tensor | None,
+    topk_indices: Tensor,
+    group_offsets: Tensor | None,
+    renormalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients at topk_weights, mean_probs and z -> gradients at x and gate_weight (empty without one).
+
+    With v = p[idx] and s = sum(v): dv = (dw - <dw, w>) / s. Then dp collects dv and the groups' share,
+    and dlogits = p * (dp - <dp, p> + 2 * lse * the groups' share of dz).
+    """
+    has_gate = gate_weight is not None
+    if has_gate and gate_weight.shape[0] > FUSED_GATE_EXPERTS:
+        dlogits, _ = route_backward(
+            grad_weights, grad_mean_probs, grad_z, x @ gate_weight.T, None, topk_indices, group_offsets,
+            renormalize,
+        )  # fmt: skip
+        return dlogits @ gate_weight, dlogits.T @ x
+    (num_tokens, hidden_size), (num_groups, num_experts) = x.shape, grad_mean_probs.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if num_tokens == 0:
+        return dx, torch.zeros_like(gate_weight) if has_gate else x.new_empty(0)
+    x = _rows(x)
+    gate = _rows(gate_weight) if has_gate else x
+    tiles = _tiles(num_tokens, num_experts, hidden_size, has_gate, x.device)
+    programs = triton.cdiv(num_tokens, tiles["BLOCK_T"])
+    sums = grad_z
+    if has_gate:
+        programs = min(programs, 2 * gpu_of(x.device).sms)
+        sums = torch.empty(programs, num_experts, hidden_size, dtype=torch.float32, device=x.device)
+    _route_backward_kernel[(programs,)](
+        grad_weights.contiguous(), grad_mean_probs.contiguous(), grad_z.contiguous(),
+        x, gate, topk_indices.contiguous(), group_offsets, dx, sums,
+        x.stride(0), gate.stride(0), num_tokens, hidden_size, num_groups,
+        num_tokens // num_groups, (num_groups + 1).bit_length(),
+        K=topk_indices.shape[1], RAGGED=group_offsets is not None, RENORMALIZE=renormalize,
+        INPUT_PRECISION=input_precision(x.dtype), num_stages=3, **tiles,
+    )  # fmt: skip
+    if not has_gate:
+        return dx, x.new_empty(0)
+    dgate = torch.empty(num_experts, hidden_size, dtype=x.dtype, device=x.device)
+    _sum_rows_kernel[(triton.cdiv(dgate.numel(), 128),)](
+        sums, dgate, programs, dgate.numel(), BLOCK_R=32, BLOCK_N=128
+    )
+    return dx, dgate

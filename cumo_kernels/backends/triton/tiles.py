@@ -1,0 +1,182 @@
+"""How a persistent program finds its tile and brings the operands of one step (shared by the GEMM kernels).
+
+Rows of expert e are [expert_offsets[e], expert_offsets[e + 1]). An expert owns cdiv(its rows, BLOCK_M) *
+tiles_n * SPLITS tiles; tiles are numbered expert by expert, so which expert a tile belongs to is found on the
+device from the offsets alone, and the grid needs no routing.
+
+An operand is a pointer with strides, or a descriptor that the copy engine of Hopper and later reads
+(`describe`); descriptors give zeros outside the tensor.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+def on_device_of_first(function: Callable) -> Callable:
+    """Triton launches on the current device: make that the device of the first argument."""
+
+    @wraps(function)
+    def launch(first: Tensor, *args):
+        with torch.cuda.device_of(first):
+            return function(first, *args)
+
+    return launch
+
+
+def describe(tensor: Tensor, block_shape: list[int], has_tma: bool) -> TensorDescriptor | None:
+    """A descriptor of `tensor`, or None where the copy engine is missing or cannot address it."""
+    size = tensor.element_size()
+    if not has_tma or tensor.numel() == 0 or tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
+        return None
+    if any(stride <= 0 or stride * size % 16 for stride in tensor.stride()[:-1]):
+        return None
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block_shape)
+
+
+def upper_bound(num_rows: int, num_experts: int, block_m: int) -> int:
+    """Row tiles that any routing of `num_rows` rows can need."""
+    return min(triton.cdiv(num_rows, block_m) + num_experts - 1, num_rows)
+
+
+@triton.jit
+def count_tiles(
+    expert_offsets_ptr,  # (E + 1,) int32
+    tiles_per_row_tile,
+    E: tl.constexpr,
+    E_POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """-> tiles of each expert, and the number of the tile after each expert's last, (E_POW2,) int32 both."""
+    experts = tl.arange(0, E_POW2)
+    begins = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
+    ends = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
+    tiles = tl.cdiv(ends - begins, BLOCK_M) * tiles_per_row_tile
+    return tiles, tl.cumsum(tiles, 0)
+
+
+@triton.jit
+def find_tile(
+    tile,
+    tiles,  # (E_POW2,) from count_tiles
+    tile_ends,  # (E_POW2,) from count_tiles
+    expert_offsets_ptr,  # (E + 1,) int32
+    tiles_n,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """-> expert, its end row, the tile's first row, the tile's column index, the tile's split."""
+    earlier = tile_ends <= tile
+    expert = tl.sum(earlier.to(tl.int32), 0)
+    local = tile - tl.sum(tl.where(earlier, tiles, 0), 0)
+    begin = tl.load(expert_offsets_ptr + expert)
+    end = tl.load(expert_offsets_ptr + expert + 1)
+    tiles_m = tl.cdiv(end - begin, BLOCK_M)
+    split = 0
+    if SPLITS > 1:
+        split = local // (tiles_m * tiles_n)
+        local = local % (tiles_m * tiles_n)
+    tile_m, tile_n = grouped_order(local, tiles_m, tiles_n, GROUP_M)
+    return expert, end, begin + tile_m * BLOCK_M, tile_n, split
+
+
+@triton.jit
+def grouped_order(local, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """GROUP_M row tiles take turns at one column tile, so that what runs together shares L2 lines."""
+    group = local // (GROUP_M * tiles_n)
+    within = local % (GROUP_M * tiles_n)
+    size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    return group * GROUP_M + within % size, within // size
+
+
+@triton.jit
+def load_rows(
+    row_ptrs,  # (BLOCK_M, 1) pointers to the first element of each row, or None with a descriptor
+    x_desc,  # (rows, K) or None
+    first_row,
+    k,
+    K,
+    stride_x_k,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """x[rows, k : k + BLOCK_K], zero past K."""
+    if x_desc is not None:
+        tile = x_desc.load([first_row, k])
+    else:
+        cols = k + tl.arange(0, BLOCK_K)
+        # int64: a transposed view has stride T here, and K * T passes 2**31
+        ptrs = row_ptrs + cols.to(tl.int64)[None, :] * stride_x_k
+        if EVEN_K:
+            tile = tl.load(ptrs)
+        else:
+            tile = tl.load(ptrs, mask=cols[None, :] < K, other=0.0)
+    return tile
+
+
+@triton.jit
+def load_weight(
+    expert_ptr,  # to weight[expert], or None with a descriptor
+    weight_desc,  # (E, N, K) when K_INNER, else (E, K, N), or None
+    expert,
+    first_n,
+    k,
+    N,
+    K,
+    stride_w_n,
+    stride_w_k,
+    K_INNER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """weight[expert, first_n : first_n + BLOCK_N, k : k + BLOCK_K] transposed, (BLOCK_K, BLOCK_N)."""
+    if weight_desc is not None:
+        if K_INNER:
+            tile = weight_desc.load([expert, first_n, k]).reshape(BLOCK_N, BLOCK_K).T
+        else:
+            tile = weight_desc.load([expert, k, first_n]).reshape(BLOCK_K, BLOCK_N)
+    else:
+        cols_n = (first_n + tl.arange(0, BLOCK_N))[None, :]
+        cols_k = (k + tl.arange(0, BLOCK_K))[:, None]
+        ptrs = expert_ptr + cols_k.to(tl.int64) * stride_w_k + cols_n.to(tl.int64) * stride_w_n
+        if EVEN_N and EVEN_K:
+            tile = tl.load(ptrs)
+        else:
+            tile = tl.load(ptrs, mask=(cols_k < K) & (cols_n < N), other=0.0)
+    return tile
+
+
+@triton.jit
+def halves(tile):
+    """(M, N) -> its left and right half, (M, N / 2) each."""
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    return tl.reshape(tile, (M, 2, N // 2)).permute(0, 2, 1).split()
+
+
+@triton.jit(do_not_specialize=["numel"])
+def _sum_splits_kernel(partials_ptr, out_ptr, numel, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    # int64: SPLITS * numel passes 2**31
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    total = tl.load(partials_ptr + offsets, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(partials_ptr + split * numel.to(tl.int64) + offsets, mask=mask, other=0.0)
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def sum_splits(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """(SPLITS, ...) fp32 -> (...): the sum over the first dimension, in order."""
+    out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
+    if out.numel():
+        grid = (triton.cdiv(out.numel(), 1024),)
+        _sum_splits_kernel[grid](partials, out, out.numel(), SPLITS=partials.shape[0], BLOCK=1024)
+    return out

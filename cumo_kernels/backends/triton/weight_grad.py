@@ -1,0 +1,294 @@
+"""The k-grouped GEMM (Triton): each expert's rows are the reduction, for gradients of weights and biases.
+
+    grad_weight[e] = grad_e.T @ x_e          grad (S, N)   x (S, K)   grad_weight (E, N, K)
+    grad_bias[e] = sum of grad_e             grad_bias (E, N)
+
+Rows of e are [expert_offsets[e], expert_offsets[e + 1]); without rows the sums are exactly zero. Either
+operand may be gathered from token order. Few tiles with very many rows each are split by rows, and the parts
+added in a fixed order (tuning.splits). Whole blocks of rows need no mask and may come through the copy
+engine; the last, ragged one is masked on both sides, since the rows after it belong to another expert and
+may hold anything. 2 * S * N * K FLOPs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cumo_kernels import tuning
+from cumo_kernels.backends.triton.common import dot, input_precision
+from cumo_kernels.backends.triton.tiles import describe, grouped_order, halves, sum_splits
+
+
+@triton.jit
+def _load_ragged(
+    ptr,  # (rows, width)
+    desc,  # the same, or None
+    sources,  # (BLOCK_M,) rows to take
+    first_row,
+    rows_left,
+    first_col,
+    width,
+    stride_s,
+    stride_c,
+    MASK_ROWS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """A (BLOCK_M, BLOCK_C) tile of what is summed over rows; MASK_ROWS: `rows_left` rows, then zeros."""
+    if desc is not None and not MASK_ROWS:
+        tile = desc.load([first_row, first_col])
+    else:
+        cols = (first_col + tl.arange(0, BLOCK_C))[None, :]
+        ptrs = ptr + sources.to(tl.int64)[:, None] * stride_s + cols.to(tl.int64) * stride_c
+        if MASK_ROWS:
+            inside = (tl.arange(0, BLOCK_M) < rows_left)[:, None]
+            tile = tl.load(ptrs, mask=inside & (cols < width), other=0.0)
+        elif EVEN:
+            tile = tl.load(ptrs)
+        else:
+            tile = tl.load(ptrs, mask=cols < width, other=0.0)
+    return tile
+
+
+@triton.jit
+def _add_rows(
+    acc,  # (BLOCK_N, BLOCK_K) fp32
+    acc_bias,  # (BLOCK_N, 16) fp32, whose columns add up to the bias gradient
+    slots,  # (BLOCK_M,) permutation[rows], or the rows themselves
+    grad_ptr, grad_desc, x_ptr, x_desc, row_weights_ptr,
+    row, end, first_n, first_k, N, K, top_k,
+    stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
+    GATHER_GRAD: tl.constexpr, GATHER_X: tl.constexpr, WITH_BIAS: tl.constexpr, MASK_ROWS: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One step of the sum: the BLOCK_M rows from `row` on."""
+    rows = row + tl.arange(0, BLOCK_M)
+    grad = _load_ragged(
+        grad_ptr, grad_desc, slots // top_k if GATHER_GRAD else rows, row, end - row, first_n, N,
+        stride_grad_s, stride_grad_n, MASK_ROWS, EVEN_N, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    x = _load_ragged(
+        x_ptr, x_desc, slots // top_k if GATHER_X else rows, row, end - row, first_k, K,
+        stride_x_s, stride_x_k, MASK_ROWS, EVEN_K, BLOCK_M, BLOCK_K,
+    )  # fmt: skip
+    acc = dot(grad.T, x, acc, INPUT_PRECISION)
+    if WITH_BIAS:
+        # the tensor cores add up the bias gradient too: the tile times a column of ones, or of row weights
+        columns = tl.arange(0, 16)[None, :]
+        zeros = tl.zeros((BLOCK_M, 16), x.dtype)
+        if row_weights_ptr is None:
+            ones = tl.where(columns == 0, tl.full((BLOCK_M, 16), 1.0, tl.float32).to(x.dtype), zeros)
+        else:
+            weights = tl.load(row_weights_ptr + slots, mask=rows < end, other=0.0)
+            # a weight and what its rounding lost, in two columns: 16 bits of it survive in bf16
+            high = weights.to(x.dtype)
+            low = (weights - high.to(tl.float32)).to(x.dtype)
+            ones = tl.where(columns == 0, high[:, None], tl.where(columns == 1, low[:, None], zeros))
+        acc_bias = dot(grad.T, ones, acc_bias, INPUT_PRECISION)
+    return acc, acc_bias
+
+
+@triton.jit
+def _sum_rows(
+    grad_ptr, grad_desc, x_ptr, x_desc, permutation_ptr, row_weights_ptr,
+    begin, end, first_n, first_k, N, K, top_k,
+    stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
+    GATHER_GRAD: tl.constexpr, GATHER_X: tl.constexpr, WITH_BIAS: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sum over the rows [begin, end): whole blocks without a mask, then the rest with one."""
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    acc_bias = tl.zeros((BLOCK_N, 16), tl.float32)
+    whole = begin + (end - begin) // BLOCK_M * BLOCK_M
+    slots = begin + tl.arange(0, BLOCK_M)
+    if permutation_ptr is not None:
+        slots = tl.load(permutation_ptr + slots, mask=slots < end, other=0)
+    for row in tl.range(begin, whole, BLOCK_M):
+        next_slots = row + BLOCK_M + tl.arange(0, BLOCK_M)
+        if permutation_ptr is not None:
+            # a step ahead: a row can be asked for without waiting for its number
+            next_slots = tl.load(permutation_ptr + next_slots, mask=next_slots < end, other=0)
+        acc, acc_bias = _add_rows(
+            acc, acc_bias, slots, grad_ptr, grad_desc, x_ptr, x_desc, row_weights_ptr,
+            row, end, first_n, first_k, N, K, top_k,
+            stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
+            GATHER_GRAD, GATHER_X, WITH_BIAS, False, EVEN_N, EVEN_K, INPUT_PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        slots = next_slots
+    if whole < end:
+        acc, acc_bias = _add_rows(
+            acc, acc_bias, slots, grad_ptr, grad_desc, x_ptr, x_desc, row_weights_ptr,
+            whole, end, first_n, first_k, N, K, top_k,
+            stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
+            GATHER_GRAD, GATHER_X, WITH_BIAS, True, EVEN_N, EVEN_K, INPUT_PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    return acc, acc_bias
+
+
+@triton.jit
+def _store(
+    acc,  # (BLOCK_N, columns) fp32
+    out_ptr,  # (N, K) of one expert
+    cols_n,
+    first_k,
+    N,
+    K,
+    PARTS: tl.constexpr,
+):
+    """out = acc, PARTS times a part of its columns: a whole tile overflows the registers."""
+    if PARTS > 1:
+        left, right = halves(acc)
+        half: tl.constexpr = acc.shape[1] // 2
+        _store(left, out_ptr, cols_n, first_k, N, K, PARTS // 2)
+        _store(right, out_ptr, cols_n, first_k + half, N, K, PARTS // 2)
+    else:
+        cols_k = first_k + tl.arange(0, acc.shape[1])
+        mask = (cols_n < N)[:, None] & (cols_k < K)[None, :]
+        out_ptrs = out_ptr + cols_n.to(tl.int64)[:, None] * K + cols_k[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def weight_grad_kernel(
+    grad_ptr,  # (S, N), or (T, N) with GATHER_GRAD
+    grad_desc,  # (S, N) or None
+    x_ptr,  # (S, K), or (T, K) with GATHER_X
+    x_desc,  # (S, K) or None
+    expert_offsets_ptr,  # (E + 1,) int32
+    permutation_ptr,  # (S,) int32 or None
+    row_weights_ptr,  # (S,) fp32 by slot, what the bias gradient weighs rows with, or None
+    out_ptr,  # (E, N, K); when rows are split (SPLITS, E, N, K) fp32
+    bias_out_ptr,  # (E, N); when rows are split (SPLITS, E, N) fp32; or None
+    N,
+    K,
+    top_k,
+    stride_grad_s,
+    stride_grad_n,
+    stride_x_s,
+    stride_x_k,
+    GATHER_GRAD: tl.constexpr,
+    GATHER_X: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    for tile in tl.range(tl.program_id(0), E * SPLITS * tiles_n * tiles_k, tl.num_programs(0)):
+        part = tile // (tiles_n * tiles_k)
+        tile_n, tile_k = grouped_order(tile % (tiles_n * tiles_k), tiles_n, tiles_k, GROUP_M)
+        expert = part // SPLITS
+        split = part % SPLITS
+        begin = tl.load(expert_offsets_ptr + expert)
+        end = tl.load(expert_offsets_ptr + expert + 1)
+        if SPLITS > 1:
+            share = tl.cdiv(tl.cdiv(end - begin, BLOCK_M), SPLITS) * BLOCK_M
+            begin = tl.minimum(begin + split * share, end)
+            end = tl.minimum(begin + share, end)
+        first_n = tile_n * BLOCK_N
+        first_k = tile_k * BLOCK_K
+        # int64: SPLITS * E * N * K passes 2**31
+        slab = split.to(tl.int64) * E + expert
+        cols_n = first_n + tl.arange(0, BLOCK_N)
+        with_bias = False
+        if bias_out_ptr is not None:
+            with_bias = tile_k == 0
+        if with_bias:
+            acc, acc_bias = _sum_rows(
+                grad_ptr, grad_desc, x_ptr, x_desc, permutation_ptr, row_weights_ptr,
+                begin, end, first_n, first_k, N, K, top_k,
+                stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
+                GATHER_GRAD, GATHER_X, True, EVEN_N, EVEN_K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            bias = tl.sum(acc_bias, 1).to(bias_out_ptr.dtype.element_ty)
+            tl.store(bias_out_ptr + slab * N + cols_n, bias, mask=cols_n < N)
+        else:
+            acc, _ = _sum_rows(
+                grad_ptr, grad_desc, x_ptr, x_desc, permutation_ptr, None,
+                begin, end, first_n, first_k, N, K, top_k,
+                stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
+                GATHER_GRAD, GATHER_X, False, EVEN_N, EVEN_K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        _store(acc, out_ptr + slab * N * K, cols_n, first_k, N, K, PARTS)
+
+
+def launch_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    expert_offsets: Tensor,
+    permutation: Tensor | None,
+    top_k: int,
+    need_bias: bool,
+    *,
+    gather: str = "x",
+    row_weights: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    config: tuning.Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """-> grad_weight (E, N, K) and grad_bias (E, N); `permutation` gathers "x" or "grad".
+
+    With `row_weights`, (S,) by slot, row p counts row_weights[permutation[p]] times in the bias gradient.
+    """
+    num_experts = expert_offsets.shape[0] - 1
+    width, in_features = grad.shape[1], x.shape[1]
+    num_rows = x.shape[0] if gather == "grad" or permutation is None else grad.shape[0]
+    gpu = tuning.gpu_of(x.device)
+    if config is None:
+        rows, gathered = tuning.bucket(num_rows), permutation is not None
+        problem = tuning.Problem(
+            "weight_grad", x.dtype, rows, width, in_features, num_experts, False, gathered, True
+        )
+        config = tuning.get_config(problem, gpu)
+    split = config.SPLITS > 1
+    make = lambda *size: x.new_empty(
+        (config.SPLITS, *size) if split else size, dtype=torch.float32 if split else x.dtype
+    )
+    grad_weight = make(num_experts, width, in_features)
+    grad_bias = make(num_experts, width) if need_bias else x.new_empty(num_experts, 0)
+    if grad_weight.numel() == 0:
+        return grad_weight, grad_bias
+
+    gather_grad = permutation is not None and gather == "grad"
+    gather_x = permutation is not None and gather == "x"
+    tiles = triton.cdiv(width, config.BLOCK_N) * triton.cdiv(in_features, config.BLOCK_K) * num_experts
+    weight_grad_kernel[(min(gpu.sms * config.PER_SM, tiles * config.SPLITS),)](
+        grad,
+        describe(grad, [config.BLOCK_M, config.BLOCK_N], gpu.has_tma and not gather_grad),
+        x,
+        describe(x, [config.BLOCK_M, config.BLOCK_K], gpu.has_tma and not gather_x),
+        expert_offsets,
+        permutation,
+        row_weights,
+        grad_weight,
+        grad_bias if need_bias else None,
+        width,
+        in_features,
+        top_k,
+        *grad.stride(),
+        *x.stride(),
+        GATHER_GRAD=gather_grad,
+        GATHER_X=gather_x,
+        EVEN_N=width % config.BLOCK_N == 0,
+        EVEN_K=in_features % config.BLOCK_K == 0,
+        INPUT_PRECISION=input_precision(x.dtype),
+        PARTS=config.epilogue_parts(config.BLOCK_N, config.BLOCK_K),
+        E=num_experts,
+        **config.constants("FLATTEN"),
+    )
+    if split:
+        grad_weight = sum_splits(grad_weight, x.dtype)
+        grad_bias = sum_splits(grad_bias, x.dtype) if need_bias else grad_bias
+    return grad_weight, grad_bias

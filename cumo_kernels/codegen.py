@@ -1,0 +1,318 @@
+"""What the assembler makes of every Triton kernel, for GPUs that need not be here.
+
+    python -m cumo_kernels.codegen --write benchmarks/results/codegen.md
+    python -m cumo_kernels.codegen --gpu nvidia_h100 --shape clip --dtype bf16 --kernel route
+
+The launchers run on meta tensors with the driver replaced, and what they would launch is compiled instead:
+the same specialisation, tile sizes and options as on the GPU. Registers, stack and SASS come from cuobjdump.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from cumo_kernels import hardware
+from cumo_kernels.hardware import Gpu
+from cumo_kernels.tune import DTYPES, SHAPES
+
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+TARGETS = ("nvidia_a100", "nvidia_h100", "nvidia_b200", "nvidia_rtx_pro_6000")  # sm_80, 90, 100, 120
+ACTIVATION = {"clip": "quick_gelu", "mlp": "gelu", "llm": "swiglu"}
+TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "OMMA")
+ASYNC_COPY = ("LDGSTS", "UTMALDG", "UBLKCP")
+SPILL = ("LDL", "STL")
+# these move whole rows and nothing else: they must do so 16 bytes at a time
+STREAMING = ("_permute_kernel", "_combine_kernel", "_combine_backward_kernel", "_activate_kernel")
+
+
+HEAD = """# What the assembler makes of every Triton kernel
+
+Made by `python -m cumo_kernels.codegen` with Triton {} and torch {}: compiled, not run, so nothing here is a
+measurement. {} kernels, {} with a problem. Wanted: no stack, no local loads or stores; tensor cores in every
+16-bit dot; asynchronous copies in every loop over operands; 16-byte accesses where rows are only moved;
+shared memory that the chip has.
+
+"""
+
+
+@dataclass
+class Report:
+    """One compiled kernel; `cases` names the calls that launch it."""
+
+    kernel: str
+    gpu: Gpu
+    dtype: str
+    constants: dict[str, object]
+    num_warps: int
+    num_stages: int
+    registers: int
+    stack: int
+    shared: int
+    opcodes: dict[str, int]  # how often an instruction stands in the SASS
+    wide: int  # 16-byte loads and stores of global memory
+    has_dot: bool
+    has_loop_dot: bool
+    cases: list[str] = field(default_factory=list)
+
+    def count(self, names: Iterable[str]) -> int:
+        return sum(self.opcodes.get(name, 0) for name in names)
+
+    @property
+    def problems(self) -> list[str]:
+        """What a shipped kernel must not have, in words."""
+        found = []
+        if self.stack or self.count(SPILL):
+            found.append(f"spills: {self.stack} bytes of stack, {self.count(SPILL)} local accesses")
+        if self.shared > self.gpu.shared_memory:
+            found.append(
+                f"{self.shared} bytes of shared memory, {self.gpu.name} has {self.gpu.shared_memory}"
+            )
+        if self.has_dot and self.dtype != "fp32" and not self.count(TENSOR_CORE):
+            found.append("a dot without tensor cores")
+        if self.has_loop_dot and self.num_stages > 1 and not self.count(ASYNC_COPY):
+            found.append("a loop over operands without asynchronous copies")
+        if self.kernel in STREAMING and not self.wide:
+            found.append("no 16-byte access")
+        return found
+
+    @property
+    def tile(self) -> str:
+        return " ".join(
+            f"{name.removeprefix('BLOCK_').lower()}{value}"
+            for name, value in self.constants.items()
+            if name.startswith("BLOCK_") or name == "SPLITS"
+        )
+
+
+class _Driver:
+    """Enough of a driver for Triton to choose a target; kernels are cached per `device`."""
+
+    def __init__(self, gpu: Gpu):
+        self.gpu = gpu
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.gpu.capability, 32)
+
+    def get_current_device(self) -> str:
+        return self.gpu.name
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def _disassemble(cubin: bytes) -> tuple[int, int, str]:
+    """-> registers, stack bytes, SASS."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return registers, stack, sass
+
+
+def _report(kernel: JITFunction, compiled, gpu: Gpu, constants: dict[str, object]) -> Report:
+    registers, stack, sass = _disassemble(compiled.asm["cubin"])
+    mnemonics = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)((?:\.[\w:]+)*)", sass, re.M)
+    opcodes: dict[str, int] = {}
+    for name, _ in mnemonics:
+        opcodes[name] = opcodes.get(name, 0) + 1
+    types = re.findall(
+        r"!tt\.ptr<(\w+?)>|!tt\.tensordesc<[^>]*x(\w+?)>", compiled.asm["ttir"].split("{", 2)[1]
+    )
+    floats = {name for pair in types for name in pair} & {"bf16", "f16"}
+    ttir = compiled.asm["ttir"]
+    return Report(
+        kernel.fn.__name__,
+        gpu,
+        floats.pop().replace("f16", "fp16").replace("bfp16", "bf16") if floats else "fp32",
+        constants,
+        compiled.metadata.num_warps,
+        compiled.metadata.num_stages,
+        registers,
+        stack,
+        compiled.metadata.shared,
+        opcodes,
+        sum(name in ("LDG", "STG") and ".128" in rest for name, rest in mnemonics),
+        "tt.dot" in ttir,
+        bool(re.search(r"scf\.(for|while).*\n(?:.*\n)*?.*tt\.dot", ttir)),
+    )
+
+
+@contextmanager
+def compiling(gpu: Gpu, wanted: Callable[[str], bool] = bool) -> Iterator[list[tuple[Report, bool]]]:
+    """Inside, launches compile for `gpu` instead of running; each adds its report, and whether it is new.
+
+    Only kernels whose name `wanted` accepts are compiled.
+    """
+    launched: list[tuple[Report, bool]] = []
+    known: dict[str, Report] = {}
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        if not wanted(self.fn.__name__):
+            return
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        is_new = compiled.hash not in known
+        if is_new:
+            constants = {name: value for name, value in kwargs.items() if name.isupper()}
+            known[compiled.hash] = _report(self, compiled, gpu, constants)
+        launched.append((known[compiled.hash], is_new))
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
+    JITFunction.run = compile_only
+    driver.set_active(_Driver(gpu))
+    try:
+        with hardware.assume(gpu):
+            yield launched
+    finally:
+        # None: the next launch looks for the machine's own driver, which there need not be
+        driver.set_active(None)
+        JITFunction.run = run
+
+
+def calls(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every op of one layer, forward and backward, on meta tensors: name and call."""
+    from cumo_kernels.backends.triton import activation, experts, grouped_gemm, permutation, routing
+
+    H, I, O, E, K, gated, _ = SHAPES[shape]
+    T, S, W, name = num_tokens, num_tokens * K, I * (1 + gated), ACTIVATION[shape]
+    meta = lambda *size, dtype=dtype: torch.empty(size, dtype=dtype, device="meta")
+    ints = lambda *size: meta(*size, dtype=torch.int32)
+    wide = lambda *size: meta(*size, dtype=torch.float32)
+    x, gate, logits = meta(T, H), meta(E, H), meta(T, E)
+    weights, indices, perm, inverse, offsets = wide(T, K), ints(T, K), ints(S), ints(S), ints(E + 1)
+    up, down = meta(E, W, H), meta(E, O, I)
+    up_bias, down_bias = (None, None) if gated else (meta(E, W), meta(E, O))
+    grads = wide(T, K), wide(1, E), wide(1)
+
+    yield "route from x", lambda: routing.route(x, gate, None, 1, K, True, None)
+    yield "route, cumo", lambda: routing.route(x, gate, None, 1, K, True, "cumo")
+    yield "route, ragged", lambda: routing.route(x, gate, ints(10), 9, K, True, None)
+    yield "route from logits", lambda: routing.route(logits, None, None, 1, K, True, None)
+    yield "route backward", lambda: routing.route_backward(*grads, x, gate, indices, None, True)
+    yield "route backward, logits", lambda: routing.route_backward(*grads, logits, None, indices, None, True)
+    yield "sort", lambda: routing.sort_by_expert(indices, E)
+    yield "permute", lambda: permutation.permute(x, perm, inverse, K)
+    yield "combine", lambda: permutation.combine(meta(S, O), weights, inverse, K)
+    yield "combine, unit", lambda: permutation.combine(meta(S, H), None, inverse, K)
+    yield (
+        "combine backward",
+        lambda: permutation.combine_backward(meta(T, O), meta(S, O), weights, perm, inverse),
+    )
+    yield "activate", lambda: activation.activate(meta(S, W), name)
+    yield "activate backward", lambda: activation.activate_backward(meta(S, I), meta(S, W), name)
+    yield (
+        "grouped_gemm",
+        lambda: grouped_gemm.grouped_gemm(x, up, offsets, up_bias, perm, inverse, K, name),
+    )
+    yield (
+        "grouped_gemm, transposed",
+        lambda: grouped_gemm.grouped_gemm(meta(S, W), up.transpose(1, 2), offsets, None, None, None, K, None),
+    )
+    yield (
+        "grouped_gemm_weight_grad",
+        lambda: grouped_gemm.grouped_gemm_weight_grad(meta(S, W), x, offsets, perm, inverse, K, not gated),
+    )
+    layer = (x, weights, perm, inverse, offsets, up, down, up_bias, down_bias)
+    for memory in ("none", "x", "preact", "all"):
+        yield f"expert_mlp, {memory}", lambda memory=memory: experts.expert_mlp(*layer, name, memory)
+        if memory != "none":
+            z = meta(S, W) if memory in ("preact", "all") else meta(0)
+            a = meta(S, I) if memory == "all" else meta(0)
+            yield (
+                f"expert_mlp backward, {memory}",
+                lambda z=z, a=a, memory=memory: experts.expert_mlp_backward(
+                    meta(T, O), *layer, z, a, name, memory, True, True, True, True
+                ),
+            )
+
+
+def survey(
+    gpu: Gpu,
+    shapes: Iterable[str],
+    dtypes: Iterable[str],
+    tokens: Callable[[str], Iterable[int]] = lambda shape: SHAPES[shape][6],
+    wanted: Callable[[str], bool] = bool,
+) -> list[Report]:
+    """Every kernel that layers of these shapes launch on `gpu`, each compiled once."""
+    found: list[Report] = []
+    with compiling(gpu, wanted) as launched:
+        for shape in shapes:
+            for num_tokens in tokens(shape):
+                for dtype in dtypes:
+                    for name, call in calls(shape, num_tokens, DTYPES[dtype]):
+                        launched.clear()
+                        call()
+                        for report, is_new in launched:
+                            report.cases.append(f"{shape} T={num_tokens} {dtype}: {name}")
+                            if is_new:
+                                found.append(report)
+                                print(f"{gpu.name} {report.cases[0]}: {report.kernel}", file=sys.stderr)
+    return found
+
+
+def table(reports: Iterable[Report]) -> str:
+    """Markdown: a row per kernel and GPU."""
+    lines = [
+        "| kernel | GPU | dtype | tile | warps x stages | registers | stack | shared KiB | tensor core "
+        "| async copies | 16-byte | used by | verdict |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(reports, key=lambda r: (r.kernel, r.gpu.capability, r.dtype)):
+        more = f" and {len(r.cases) - 1} more" if len(r.cases) > 1 else ""
+        core = ", ".join(f"{name} {r.opcodes[name]}" for name in TENSOR_CORE if name in r.opcodes) or "-"
+        copies = ", ".join(f"{name} {r.opcodes[name]}" for name in ASYNC_COPY if name in r.opcodes) or "-"
+        cells = (
+            f"`{r.kernel}`", f"sm_{r.gpu.capability}", r.dtype, r.tile, f"{r.num_warps} x {r.num_stages}",
+            r.registers, r.stack, f"{r.shared / 1024:.0f}", core, copies, r.wide, r.cases[0] + more,
+            "; ".join(r.problems) or "ok",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cumo_kernels.codegen", description=__doc__)
+    parser.add_argument("--gpu", nargs="+", default=TARGETS, help="names in cumo_kernels/hardware.py")
+    parser.add_argument("--shape", nargs="+", default=tuple(SHAPES), choices=tuple(SHAPES))
+    parser.add_argument("--dtype", nargs="+", default=("bf16", "fp16", "fp32"), choices=tuple(DTYPES))
+    parser.add_argument("--kernel", default="", help="only kernels with this in their name")
+    parser.add_argument("--write", type=Path, help="file for the table instead of the screen")
+    args = parser.parse_args(argv)
+    reports = []
+    for name in args.gpu:
+        gpu = hardware.find(name)
+        reports += survey(gpu, args.shape, args.dtype, wanted=lambda kernel: args.kernel in kernel)
+    bad = [r for r in reports if r.problems]
+    text = HEAD.format(triton.__version__, torch.__version__, len(reports), len(bad)) + table(reports) + "\n"
+    if args.write:
+        args.write.parent.mkdir(parents=True, exist_ok=True)
+        args.write.write_text(text)
+    else:
+        print(text)
+    for r in bad:
+        print(f"{r.kernel} on {r.gpu.name} ({r.cases[0]}): {'; '.join(r.problems)}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    raise SystemExit(main())

@@ -1,0 +1,315 @@
+"""Which tile sizes a GEMM runs with: a Problem is what is asked, a Config how to run it.
+
+`get_config` is a pure function of the problem and the GPU: the entry of the GPU's file in configs/ whose
+shape is nearest, made to fit that GPU, with split-k where tiles alone would leave the chip idle. Nothing is
+searched at run time; `search` tries neighbours of that choice on the GPU itself, and `save` writes the file
+(python -m cumo_kernels tune).
+
+    CUMO_PRINT_CONFIG=1      prints every choice once
+    CUMO_BATCH_INVARIANT=1   forward, a row's result does not depend on how many rows come with it
+"""
+
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from cumo_kernels.hardware import GPUS, INTERPRETER, KIB, Gpu, gpu_of
+
+__all__ = ["Config", "Entry", "Problem", "bucket", "get_config", "gpu_of", "refuse", "save", "search"]
+
+CONFIGS = Path(__file__).parent / "configs"
+KINDS = ("gemm", "grad_hidden", "weight_grad")
+PRINT_CONFIG = os.environ.get("CUMO_PRINT_CONFIG") == "1"
+BATCH_INVARIANT = os.environ.get("CUMO_BATCH_INVARIANT") == "1"
+INVARIANT_ROWS = 65536
+EPILOGUE_SUMS = 32  # sums a thread finishes at a time; with more the compiler spills at 128 x 256
+MIN_STEPS = 8  # a shorter sum would spend its time filling and draining the pipeline
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One grouped GEMM.
+
+    kind    "gemm": out (rows, n) = x (rows, k) @ weight (E, n, k); "grad_hidden": the same, followed by the
+            activation's backward; "weight_grad": out (E, n, k), summed over rows.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    rows: int  # all experts together
+    n: int
+    k: int
+    experts: int
+    gated: bool = False  # a tile has a gate and an up half, n columns each
+    gathered: bool = False  # rows come in token order
+    can_split: bool = False  # partial sums over k (over rows in "weight_grad") are allowed
+
+
+@dataclass(frozen=True)
+class Config:
+    """Names as the kernels' constants. In "weight_grad" BLOCK_M rows are one step of the sum."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    GROUP_M: int = 8  # row tiles that take turns at one column tile
+    PER_SM: int = 1  # programs that one multiprocessor is to hold
+    FLATTEN: bool = False  # fetch the next tile's operands during a tile's epilogue
+    SPLITS: int = 1  # set by get_config, not by the files
+
+    def epilogue_parts(self, rows: int, cols: int, sums: int = EPILOGUE_SUMS) -> int:
+        """In how many parts of its columns a (rows, cols) tile is finished, each with `sums` per thread."""
+        return max(1, min(rows * cols // (32 * self.num_warps * sums), cols // 16))
+
+    def constants(self, *without: str) -> dict[str, int | bool]:
+        """What the kernel takes as keywords."""
+        return {name: value for name, value in asdict(self).items() if name not in ("PER_SM", *without)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a file in configs/."""
+
+    problem: Problem
+    config: Config
+    ms: float | None = None  # None: derived by reasoning, not measured
+
+
+def tile_shape(config: Config, problem: Problem) -> tuple[int, int, int]:
+    """Rows and columns of the sums a program holds, and the length of one step."""
+    if problem.kind == "weight_grad":
+        return config.BLOCK_N, config.BLOCK_K, config.BLOCK_M
+    return config.BLOCK_M, config.BLOCK_N * (1 + problem.gated), config.BLOCK_K
+
+
+def shared_memory(config: Config, problem: Problem) -> int:
+    """Bytes of shared memory a block needs, from above: the stages, and the tile on its way out."""
+    size = torch.finfo(problem.dtype).bits // 8
+    rows, cols, step = tile_shape(config, problem)
+    stages = config.num_stages * (rows + cols) * step * size + KIB
+    # sums change their owner threads through shared memory, as fp32 in the worst case
+    leaving = rows * cols * 4
+    leaving //= config.epilogue_parts(rows, cols)
+    return stages + leaving if config.FLATTEN else max(stages, leaving)
+
+
+def refuse(config: Config, problem: Problem, gpu: Gpu) -> str | None:
+    """Why `config` cannot run `problem` on `gpu`, or None; the one place that states the limits."""
+    for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "GROUP_M", "SPLITS"):
+        value = getattr(config, name)
+        if value < 1 or value & (value - 1):
+            return f"{name} must be a power of two, got {value}"
+    if min(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K) < 16:
+        return "tensor cores take tiles of at least 16"
+    if max(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K) > 256:
+        return "the copy engine takes boxes of at most 256"
+    if config.PER_SM < 1 or config.num_stages < 1:
+        return "PER_SM and num_stages must be at least 1"
+    if config.SPLITS > 1 and not problem.can_split:
+        return "this problem's epilogue needs the whole sum"
+    if config.FLATTEN and problem.kind == "weight_grad":
+        return "sums of unequal length cannot be flattened"
+    needed = shared_memory(config, problem)
+    if needed > gpu.shared_memory:
+        return f"{needed} bytes of shared memory needed, {gpu.shared_memory} there"
+    rows, cols, _ = tile_shape(config, problem)
+    # beyond 128 sums a thread its 255 registers overflow into memory
+    if rows * cols > 128 * 32 * config.num_warps:
+        return f"{rows * cols} sums do not fit into the registers of {config.num_warps} warps"
+    if config.num_warps * config.PER_SM > 16:
+        return f"{config.PER_SM} programs of {config.num_warps} warps do not fit into the registers of one SM"
+    return None
+
+
+def bucket(rows: int) -> int:
+    """`rows` to three or four significant bits, upwards: a training run's batches share few choices."""
+    step = 1 << max(rows.bit_length() - 4, 0)
+    return -(-rows // step) * step
+
+
+@cache
+def entries(name: str) -> tuple[Entry, ...]:
+    """The lines of configs/<name>.json."""
+    rows = json.loads((CONFIGS / f"{name}.json").read_text())["entries"]
+    return tuple(
+        Entry(
+            Problem(**{**row["problem"], "dtype": getattr(torch, row["problem"]["dtype"])}),
+            Config(**row["config"]),
+            row["ms"],
+        )
+        for row in rows
+    )
+
+
+@cache
+def file_of(gpu: Gpu) -> str:
+    """The file `gpu` chooses from: its own, else that of the nearest generation that is not younger."""
+    if (CONFIGS / f"{gpu.name}.json").exists():
+        return gpu.name
+    known = [row for row in GPUS if (CONFIGS / f"{row.name}.json").exists()]
+    older = [row for row in known if row.capability <= gpu.capability]
+    name = max(older or known, key=lambda row: row.capability).name
+    warnings.warn(
+        f"no tile sizes for {gpu.name}, using those of {name}; `python -m cumo_kernels tune` finds better",
+        stacklevel=2,
+    )
+    return name
+
+
+def distance(asked: Problem, known: Problem) -> float:
+    """How unlike two shapes are, in octaves of rows per expert, columns, length of the sum and experts."""
+    if (asked.kind, asked.gated, asked.dtype == torch.float32) != (
+        known.kind, known.gated, known.dtype == torch.float32,
+    ):  # fmt: skip
+        return math.inf
+    octaves = lambda a, b: abs(math.log2(max(a, 1) / max(b, 1)))
+    return (
+        octaves(asked.rows / asked.experts, known.rows / known.experts)
+        + octaves(asked.n, known.n) / 2
+        + octaves(asked.k, known.k) / 2
+        + octaves(asked.experts, known.experts) / 4
+        + (asked.gathered != known.gathered) / 4
+    )
+
+
+def fit(config: Config, problem: Problem, gpu: Gpu) -> Config:
+    """`config` with fewer stages, and then smaller tiles, until `gpu` can hold it."""
+    while (reason := refuse(config, problem, gpu)) is not None:
+        largest = max(("BLOCK_M", "BLOCK_N", "BLOCK_K"), key=lambda name: getattr(config, name))
+        if config.PER_SM > 1 and config.num_warps * config.PER_SM > 16:
+            config = replace(config, PER_SM=config.PER_SM - 1)
+        elif config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif getattr(config, largest) > 16:
+            config = replace(config, **{largest: getattr(config, largest) // 2})
+        else:
+            raise RuntimeError(f"no tile fits: {reason}; {problem}, {gpu}")
+    return config
+
+
+def splits(problem: Problem, config: Config, gpu: Gpu) -> int:
+    """Into how many partial sums to cut: as long as all of them run at once and each has work to do."""
+    if not problem.can_split:
+        return 1
+    hit = max(min(problem.experts, problem.rows), 1)
+    rows = problem.rows / hit
+    if problem.kind == "weight_grad":
+        tiles = (
+            math.ceil(problem.n / config.BLOCK_N) * math.ceil(problem.k / config.BLOCK_K) * problem.experts
+        )
+        steps = rows / config.BLOCK_M
+    else:
+        tiles = math.ceil(rows / config.BLOCK_M) * math.ceil(problem.n / config.BLOCK_N) * hit
+        steps = problem.k / config.BLOCK_K
+    count = 1
+    while 2 * count * tiles <= gpu.sms * config.PER_SM and steps >= 2 * count * MIN_STEPS:
+        count *= 2
+    return count
+
+
+# what Triton's interpreter runs: small, so that small tests have whole tiles, tails and several of each
+INTERPRETED = Config(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=1, num_stages=1, GROUP_M=2)
+
+
+@cache
+def get_config(problem: Problem, gpu: Gpu) -> Config:
+    """How to run `problem` on `gpu`."""
+    if BATCH_INVARIANT:
+        problem = replace(problem, rows=INVARIANT_ROWS, can_split=False)
+    if gpu == INTERPRETER:
+        config, source = INTERPRETED, "interpreter"
+    else:
+        source = file_of(gpu)
+        nearest = min(entries(source), key=lambda entry: distance(problem, entry.problem))
+        config = fit(nearest.config, problem, gpu)
+    config = replace(config, SPLITS=splits(problem, config, gpu))
+    if PRINT_CONFIG:
+        print(f"cumo_kernels: {problem} -> {config} (configs/{source})", file=sys.stderr)
+    return config
+
+
+STEPS = {  # what `search` may change, one field at a time
+    "BLOCK_M": (16, 32, 64, 128, 256),
+    "BLOCK_N": (32, 64, 128, 256),
+    "BLOCK_K": (32, 64, 128, 256),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4, 5),
+    "PER_SM": (1, 2, 4),
+    "FLATTEN": (False, True),
+    "GROUP_M": (1, 4, 8, 16),
+}
+
+
+def neighbours(config: Config, problem: Problem, gpu: Gpu) -> Iterator[Config]:
+    """Configs one step of one field away, and the trade of 4 warps for 8 together with the tile's width."""
+    tried = [
+        replace(config, **{name: value})
+        for name, values in STEPS.items()
+        for value in values
+        if abs(values.index(value) - values.index(getattr(config, name))) == 1
+    ]
+    tried += [replace(config, BLOCK_N=config.BLOCK_N // 2, num_warps=4, PER_SM=2, FLATTEN=False)]
+    tried += [replace(config, BLOCK_N=config.BLOCK_N * 2, num_warps=8, PER_SM=1)]
+    yield from (other for other in dict.fromkeys(tried) if refuse(other, problem, gpu) is None)
+
+
+def search(problem: Problem, gpu: Gpu, time_ms: Callable[[Config], float], seconds: float) -> Entry:
+    """The fastest config met by walking from the current choice to better neighbours for at most `seconds`.
+
+    Args:
+        time_ms: runs `problem` with a config and returns its milliseconds, inf if it cannot.
+    """
+    stop = time.monotonic() + seconds
+    best = get_config(problem, gpu)
+    times = {best: time_ms(best)}
+    improved = True
+    while improved:
+        improved = False
+        for other in list(neighbours(best, problem, gpu)):
+            other = replace(other, SPLITS=splits(problem, other, gpu))
+            if other in times:
+                continue
+            if time.monotonic() > stop:
+                break
+            times[other] = time_ms(other)
+            if times[other] < times[best]:
+                best, improved = other, True
+    return Entry(problem, replace(best, SPLITS=1), times[best])
+
+
+def save(name: str, found: Iterable[Entry], note: str) -> Path:
+    """Put `found` into configs/<name>.json in place of the entries for the same problems; all or nothing."""
+    path = CONFIGS / f"{name}.json"
+    known = {entry.problem: entry for entry in entries(name)} if path.exists() else {}
+    known |= {entry.problem: entry for entry in found}
+    rows = [
+        {
+            "problem": {**asdict(entry.problem), "dtype": str(entry.problem.dtype).removeprefix("torch.")},
+            "config": {key: value for key, value in asdict(entry.config).items() if key != "SPLITS"},
+            "ms": entry.ms,
+        }
+        for entry in known.values()
+    ]
+    CONFIGS.mkdir(exist_ok=True)
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    text = f'{{"gpu": {json.dumps(name)}, "note": {json.dumps(note)}, "entries": [\n{lines}\n]}}\n'
+    with tempfile.NamedTemporaryFile("w", dir=CONFIGS, suffix=".tmp", delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    entries.cache_clear()
+    file_of.cache_clear()
+    get_config.cache_clear()
+    return path
