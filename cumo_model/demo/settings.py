@@ -92,9 +92,9 @@ def quick(settings: Settings) -> Settings:
         vision=Schedule(20, 64, 1e-3, warmup_ratio=0.1),
         text=Schedule(40, 32, 2e-3, warmup_ratio=0.1),
         pretrain=Schedule(15, 32, 2e-3),
-        pft=Schedule(50, 16, 1.5e-3),
-        sft=Schedule(60, 16, 1.5e-3),
-        eval_limit=16,
+        pft=Schedule(30, 16, 1.5e-3),
+        sft=Schedule(30, 16, 1.5e-3),
+        eval_limit=8,
     )
 
 
