@@ -333,3 +333,10 @@ def test_names_the_bad_argument():
         route(logits, 2)
     with pytest.raises(ValueError, match=r"topk_indices must lie in \[0, 4\], got values from 0 to 5"):
         routing_from_topk(torch.ones(2, 1), torch.tensor([[0], [5]]), 4)
+
+
+def test_zeros_of_both_signs_tie(backend, device, dtype):
+    logits = torch.tensor([[-1.0, -0.0, 0.0, 0.0], [-0.0, 0.0, -2.0, -3.0]], device=device, dtype=dtype)
+    with use_backend(backend):
+        routing = route(logits, 2)
+    assert routing.topk_indices.tolist() == [[1, 2], [0, 1]]

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels.backends.triton.common import cached_zeros, dot, input_precision, precise_exp
+from cumo_kernels import tuning
+from cumo_kernels.backends.triton.common import cached_zeros, dot, input_precision, narrow, precise_exp
 from cumo_kernels.backends.triton.sorting import sort_by_expert
 from cumo_kernels.backends.triton.tiles import on_device_of_first
 from cumo_kernels.hardware import gpu_of
@@ -86,7 +87,7 @@ def _load_logits(
                 gate_ptrs + cols[:, None], mask=(cols < H)[:, None] & (experts < E)[None, :], other=0.0
             )
             logits = dot(x, gate, logits, INPUT_PRECISION)
-        logits = logits.to(x_ptr.dtype.element_ty).to(tl.float32)
+        logits = narrow(logits, x_ptr.dtype.element_ty).to(tl.float32)
     else:
         logits = tl.load(
             x_ptr + tokens[:, None] * stride_x_t + experts[None, :],
@@ -98,7 +99,7 @@ def _load_logits(
 
 @triton.jit
 def _rounded(value, DTYPE: tl.constexpr):
-    return value.to(DTYPE).to(tl.float32)
+    return narrow(value, DTYPE).to(tl.float32)
 
 
 @triton.jit
@@ -335,7 +336,7 @@ def _route_backward_kernel(
             dweights = tl.where(chosen != 0, (dweights - along[:, None]) / kept[:, None], 0.0)
         dprobs += dweights
         dlogits = probs * (dprobs - tl.sum(dprobs * probs, 1)[:, None] + (2.0 * lse * dz)[:, None])
-        dlogits = tl.where(mask, dlogits, 0.0).to(DTYPE)
+        dlogits = narrow(tl.where(mask, dlogits, 0.0), DTYPE)
 
         if HAS_GATE:
             for h in range(0, H, BLOCK_H):
@@ -346,7 +347,7 @@ def _route_backward_kernel(
                     gate_ptr + experts[:, None] * stride_gate_e + cols[None, :], mask=gate_mask, other=0.0
                 )
                 dx = dot(dlogits, gate, tl.zeros((BLOCK_T, BLOCK_H), dtype=tl.float32), INPUT_PRECISION)
-                tl.store(dx_ptr + tokens64[:, None] * H + cols[None, :], dx.to(DTYPE), mask=x_mask)
+                tl.store(dx_ptr + tokens64[:, None] * H + cols[None, :], narrow(dx, DTYPE), mask=x_mask)
                 x = tl.load(x_ptr + tokens64[:, None] * stride_x_t + cols[None, :], mask=x_mask, other=0.0)
                 # this program's own sums: nothing on its first tile, then what it wrote on the last
                 sum_ptrs = dgate_sums_ptr + (pid.to(tl.int64) * E + experts[:, None]) * H + cols[None, :]
@@ -375,14 +376,15 @@ def _sum_rows_kernel(
             mask=(rows < R)[:, None] & (cols < N)[None, :],
             other=0.0,
         )
-    tl.store(out_ptr + cols, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=cols < N)
+    tl.store(out_ptr + cols, narrow(tl.sum(acc, 0), out_ptr.dtype.element_ty), mask=cols < N)
 
 
 def _block_t(num_tokens: int, num_experts: int, has_gate: bool, device: torch.device) -> int:
     """Tokens per program: enough programs for the chip first, then fewer and larger ones."""
     if not has_gate:
         return max(8, min(128, 1024 // triton.next_power_of_2(num_experts)))
-    per_program = num_tokens // (2 * gpu_of(device).sms)
+    # tiles of other heights add up in another order
+    per_program = 0 if tuning.BATCH_INVARIANT else num_tokens // (2 * gpu_of(device).sms)
     return 64 if per_program >= 64 else 32 if per_program >= 32 else 16
 
 

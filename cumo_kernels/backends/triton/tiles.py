@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cumo_kernels.backends.triton.common import narrow
+
 
 def on_device_of_first(function: Callable) -> Callable:
     """Triton launches on the current device: make that the device of the first argument."""
@@ -52,18 +54,16 @@ def count_tiles(
     E_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """-> tiles of each expert, and the number of the tile after each expert's last, (E_POW2,) int32 both."""
+    """-> the number of the tile after each expert's last, (E_POW2,) int32."""
     experts = tl.arange(0, E_POW2)
     begins = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
     ends = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
-    tiles = tl.cdiv(ends - begins, BLOCK_M) * tiles_per_row_tile
-    return tiles, tl.cumsum(tiles, 0)
+    return tl.cumsum(tl.cdiv(ends - begins, BLOCK_M) * tiles_per_row_tile, 0)
 
 
 @triton.jit
 def find_tile(
     tile,
-    tiles,  # (E_POW2,) from count_tiles
     tile_ends,  # (E_POW2,) from count_tiles
     expert_offsets_ptr,  # (E + 1,) int32
     tiles_n,
@@ -74,7 +74,7 @@ def find_tile(
     """-> expert, its end row, the tile's first row, the tile's column index, the tile's split."""
     earlier = tile_ends <= tile
     expert = tl.sum(earlier.to(tl.int32), 0)
-    local = tile - tl.sum(tl.where(earlier, tiles, 0), 0)
+    local = tile - tl.max(tl.where(earlier, tile_ends, 0), 0)
     begin = tl.load(expert_offsets_ptr + expert)
     end = tl.load(expert_offsets_ptr + expert + 1)
     tiles_m = tl.cdiv(end - begin, BLOCK_M)
@@ -170,7 +170,7 @@ def _sum_splits_kernel(partials_ptr, out_ptr, numel, SPLITS: tl.constexpr, BLOCK
     total = tl.load(partials_ptr + offsets, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):
         total += tl.load(partials_ptr + split * numel.to(tl.int64) + offsets, mask=mask, other=0.0)
-    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offsets, narrow(total, out_ptr.dtype.element_ty), mask=mask)
 
 
 def sum_splits(partials: Tensor, dtype: torch.dtype) -> Tensor:
