@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from cumo_kernels.ops.checks import check_top_k
 from cumo_kernels.ops.routing import routing_from_topk
 from cumo_kernels.types import Routing
 
@@ -32,6 +33,7 @@ def make_routing(
     """
     if pattern not in PATTERNS:
         raise ValueError(f"pattern must be one of {PATTERNS}, got {pattern!r}")
+    check_top_k(top_k, num_experts)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(num_tokens, num_experts, generator=generator).clamp(min=1e-9)
     experts = torch.arange(num_experts)

@@ -30,6 +30,7 @@ from cumo_kernels.backends.triton.grouped_gemm import launch_gemm
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "codegen.md"
 MODULES = (activation, experts, grad_hidden, grouped_gemm, permutation, routing, sorting, tiles, weight_grad)
+HOPPER = hardware.find("nvidia_h100")
 KERNELS = {
     name
     for module in MODULES
@@ -38,19 +39,16 @@ KERNELS = {
 }
 
 
-@pytest.fixture(scope="module")
-def clip_on_hopper():
-    """What a CLIP layer launches in bf16, for one image and for eight."""
-    return codegen.survey(
-        hardware.find("nvidia_h100"), ["clip"], ["bf16"], tokens=lambda shape, dtype: (577, 4616)
-    )
-
-
 @pytest.mark.slow
-def test_a_layer_launches_every_kernel_and_none_has_a_problem(clip_on_hopper):
-    assert {report.kernel for report in clip_on_hopper} == KERNELS
-    assert {report.kernel: report.problems for report in clip_on_hopper if report.problems} == {}
-    gemms = [r for r in clip_on_hopper if r.kernel == "grouped_gemm_kernel"]
+def test_every_kernel_compiles_for_hopper_and_none_has_a_problem():
+    tokens = {
+        "clip": (577, 4616),
+        "llm": (64,),
+    }  # split sums, plain ones and one sort of each kind; no biases
+    reports = codegen.survey(HOPPER, tokens, ["bf16"], lambda shape, dtype: tokens[shape])
+    assert {report.kernel for report in reports} == KERNELS
+    assert {report.kernel: report.problems for report in reports if report.problems} == {}
+    gemms = [r for r in reports if r.kernel == "grouped_gemm_kernel"]
     assert all(r.opcodes.get("HGMMA") and r.opcodes.get("UTMALDG") for r in gemms)
 
 
@@ -65,28 +63,26 @@ def test_the_gemms_of_other_generations(name):
 
 @pytest.mark.slow
 def test_a_tile_too_large_for_its_warps_is_reported():
-    gpu = hardware.find("nvidia_h100")
     spilling = tuning.Config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=4, num_stages=2)
     x, weight = (
         torch.empty(*size, dtype=torch.bfloat16, device="meta") for size in ((256, 512), (4, 512, 512))
     )
     offsets = torch.empty(5, dtype=torch.int32, device="meta")
-    with codegen.compiling(gpu) as launched:
+    with codegen.compiling(HOPPER) as launched:
         launch_gemm(x, weight, offsets, None, None, 1, "gelu", config=spilling)
     (report, _), *_ = launched
     assert any("spills" in problem for problem in report.problems), report
 
 
 def test_each_problem_has_its_words():
-    gpu = hardware.find("nvidia_h100")
     good = codegen.Report(
-        "_permute_kernel", gpu, "bf16", {}, 4, 3, 64, 0, 1024, {"HMMA": 1, "LDGSTS": 1}, 2, True, True
+        "_permute_kernel", HOPPER, "bf16", {}, 4, 3, 64, 0, 1024, {"HMMA": 1, "LDGSTS": 1}, 2, True, True
     )
     assert good.problems == []
     for change, word in (
         ({"stack": 8}, "spills"),
         ({"opcodes": {"HMMA": 1, "LDGSTS": 1, "STL": 1}}, "spills"),
-        ({"shared": gpu.shared_memory + 1}, "shared memory"),
+        ({"shared": HOPPER.shared_memory + 1}, "shared memory"),
         ({"opcodes": {"FFMA": 1, "LDGSTS": 1}}, "without tensor cores"),
         ({"opcodes": {"HMMA": 1}}, "without asynchronous copies"),
         ({"wide": 0}, "no 16-byte access"),

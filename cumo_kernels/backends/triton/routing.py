@@ -110,12 +110,14 @@ def _logsumexp_in_dtype(logits, top, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _rank_keys(values, experts, E: tl.constexpr):
-    """int32 in the order of fp32 `values`; -0 equals 0, NaN is above all, columns right of E below all."""
+def _rank_keys(values):
+    """int32 in the order of fp32 `values`; -0 equals 0, NaN of either sign is above all.
+
+    Columns right of E hold the least value there is, and of equals the leftmost is chosen: never one of them.
+    """
     bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
     keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    keys = tl.where(values != values, 0x7FFFFFFF, keys)
-    return tl.where((experts < E)[None, :], keys, -0x80000000)
+    return tl.where(values != values, 0x7FFFFFFF, keys)
 
 
 @triton.jit(do_not_specialize=["T", "G", "group_size", "steps"])
@@ -176,7 +178,7 @@ def _route_kernel(
         lse = _logsumexp_in_dtype(logits, top, DTYPE)
         squared = _rounded(lse * lse, DTYPE)
 
-    keys = _rank_keys(probs if COMPAT == 1 else logits, experts, E)
+    keys = _rank_keys(probs if COMPAT == 1 else logits)
     values = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
     indices = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.int32)
     for k in range(K):

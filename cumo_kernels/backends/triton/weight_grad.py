@@ -202,10 +202,14 @@ def weight_grad_kernel(
         # int64: SPLITS * E * N * K passes 2**31
         slab = split.to(tl.int64) * E + expert
         cols_n = first_n + tl.arange(0, BLOCK_N)
-        with_bias = False
-        if bias_out_ptr is not None:
-            with_bias = tile_k == 0
-        if with_bias:
+        if bias_out_ptr is None:
+            acc, _ = _sum_rows(
+                grad_ptr, grad_desc, x_ptr, x_desc, permutation_ptr, None,
+                begin, end, first_n, first_k, N, K, top_k,
+                stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
+                GATHER_GRAD, GATHER_X, False, EVEN_N, EVEN_K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        elif tile_k == 0:
             acc, acc_bias = _sum_rows(
                 grad_ptr, grad_desc, x_ptr, x_desc, permutation_ptr, row_weights_ptr,
                 begin, end, first_n, first_k, N, K, top_k,
