@@ -15,7 +15,7 @@ PLACES = {"clip": "CLIP-MoE", "mlp": "MLP-MoE", "llm": "LLM-MoE"}
 
 def _smooth(values: list[float], window: int) -> np.ndarray:
     values = np.asarray(values)
-    window = max(1, min(window, len(values)))
+    window = max(1, min(window, len(values) // 5))
     return np.convolve(values, np.ones(window) / window, "valid")
 
 

@@ -155,11 +155,12 @@ def twin(run: Run) -> None:
 def examine(run: Run, model: CumoForConditionalGeneration, name: str, **facts) -> None:
     """Score a model on both tests; the scores, and `facts`, go to scores-NAME.json."""
     path, result = run.folder / f"scores-{name}.json", dict(facts)
+    majority = {kind: row.get("answer") for kind, row in read_json(run.data / "baselines.json").items()}
     for part in ("test_a", "test_b"):
         examiner = Examiner(
             model, run.processor, run.data / f"{part}.json", TEMPLATE, run.settings.eval_limit
         )
-        result[part] = examiner.scores()
+        result[part] = examiner.scores(majority)
         if part == "test_a" and name == "sft":
             result["expert_load"] = examiner.expert_load()
             result["load_entropy"] = {

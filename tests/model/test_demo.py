@@ -67,8 +67,10 @@ def test_exact_match_counts_equal_answers_only(examiner, monkeypatch):
     said = {0: "red", 1: "redd", 2: "green", 3: "green", 4: "dark", 5: "dark red"}
     monkeypatch.setattr(examiner, "answers", lambda: said)
     monkeypatch.setattr(examiner, "choices", lambda field: {0: 0, 2: 0, 4: 3} if field == "choices" else {})
-    scores = examiner.scores()
+    truth = [record["answer"] for record in examiner.dataset.records]
+    scores = examiner.scores({"name": truth[0], "kind": "none of them"})
     assert scores["exact"] == {"name": [2, 3], "kind": [2, 3]}
+    assert scores["majority"]["name"][0] >= 1 and scores["majority"]["kind"] == [0, 3]
     assert scores["choice"] == {"name": [2, 3]}
 
 
@@ -89,6 +91,15 @@ def test_expert_load_is_a_share_per_layer_and_ignores_padding(examiner):
     for kinds in load.values():
         for layers in kinds.values():
             assert all(math.isclose(sum(shares), 1, rel_tol=1e-6) and len(shares) == 4 for shares in layers)
+
+
+def test_a_loss_that_does_not_fall_is_seen():
+    from cumo_model.demo.report import _fell
+
+    falling, flat = [3.0, 2.5, 2.0, 1.5, 1.0], [2.0, 1.0, 3.0, 1.0, 2.0]
+    assert _fell({"series": {"loss": falling}}) and not _fell({"series": {"loss": flat}})
+    assert not _fell({"series": {"loss": falling, "language": flat}})
+    assert not _fell({"series": {"loss": [1.0, math.nan]}})
 
 
 def test_load_entropy():
