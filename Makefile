@@ -37,7 +37,7 @@ endef
 
 help:
 	@echo "make demo     train, upcycle and compare two small CuMos on this CPU   (ARGS=--quick for a short run)"
-	@echo "make test     the tests; ARGS go to pytest"
+	@echo "make test     the tests, but those that download; ARGS go to pytest"
 	@echo "make lint     ruff check and ruff format --check                       (make format repairs)"
 	@echo "make bench    speed on this machine, each row behind a correctness gate"
 	@echo "make gpu      build for, test on and describe this machine's CUDA device"
@@ -65,7 +65,7 @@ demo: $(READY)
 	@$(PY) -m cumo_model demo $(ARGS)
 
 test: $(READY)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not network" $(ARGS)
 
 lint: $(INSTALLED)
 	@$(PY) -m ruff check .

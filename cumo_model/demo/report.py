@@ -13,6 +13,7 @@ from cumo_model.chat import answer, load
 from cumo_model.demo.evaluate import patch_experts
 from cumo_model.demo.plots import PLACES, plot_expert_load, plot_losses, plot_patches
 from cumo_model.demo.settings import TEMPLATE, Settings
+from cumo_model.demo.task import read_json
 from cumo_model.processing import load_image
 from cumo_model.train import read_history
 
@@ -34,8 +35,10 @@ def report(out: Path, settings: Settings, seconds: float) -> None:
         RuntimeError: a stage's loss did not fall; raised last, so that there is something to look at.
     """
     histories = {name: read_history(out / name) for name in STAGES}
-    scores = {name: json.loads((out / f"scores-{name}.json").read_text()) for name in ("sft", "sft_plain")}
-    compute = json.loads((out / "compute.json").read_text())
+    scores = {
+        name: read_json(out / f"scores-{name}.json", "test_a", "test_b") for name in ("sft", "sft_plain")
+    }
+    compute = read_json(out / "compute.json", "flops_ratio", "step0_difference", "parameters")
 
     pictures = out / "plots"
     pictures.mkdir(exist_ok=True)
