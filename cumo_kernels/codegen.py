@@ -66,6 +66,7 @@ class Report:
     wide: int  # 16-byte accesses of global memory
     has_dot: bool
     has_loop_dot: bool  # deeper than the function's own level
+    failure: str | None = None  # what the compiler said instead of compiling
     cases: list[str] = field(default_factory=list)
 
     def count(self, names: Iterable[str]) -> int:
@@ -74,6 +75,8 @@ class Report:
     @property
     def problems(self) -> list[str]:
         """What a shipped kernel must not have, in words."""
+        if self.failure:
+            return [f"does not compile: {self.failure}"]
         found = []
         if self.stack or self.count(SPILL):
             found.append(f"spills: {self.stack} bytes of stack, {self.count(SPILL)} local accesses")
@@ -166,12 +169,22 @@ def compiling(gpu: Gpu, wanted: Callable[[str], bool] = bool) -> Iterator[list[t
     def compile_only(self, *args, grid, warmup, **kwargs):
         if not wanted(self.fn.__name__):
             return
-        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        is_new = compiled.hash not in known
-        if is_new:
-            constants = {name: value for name, value in kwargs.items() if name.isupper()}
-            known[compiled.hash] = _report(self, compiled, gpu, constants)
-        launched.append((known[compiled.hash], is_new))
+        constants = {name: value for name, value in kwargs.items() if name.isupper()}
+        try:
+            compiled, failure = run(self, *args, grid=grid, warmup=True, **kwargs), None
+        except Exception as error:
+            compiled, failure = None, str(error).strip().splitlines() or [repr(error)]
+        key = f"{self.fn.__name__} {constants}" if failure else compiled.hash
+        is_new = key not in known
+        if is_new and failure:
+            numbers = dict.fromkeys(("num_warps", "num_stages", "registers", "stack", "shared", "wide"), 0)
+            known[key] = Report(
+                self.fn.__name__, gpu, "-", constants, **numbers, opcodes={}, has_dot=False,
+                has_loop_dot=False, failure=failure[-1],
+            )  # fmt: skip
+        elif is_new:
+            known[key] = _report(self, compiled, gpu, constants)
+        launched.append((known[key], is_new))
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile: unset it")

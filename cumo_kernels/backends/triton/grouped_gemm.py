@@ -25,7 +25,7 @@ from cumo_kernels.backends.triton.tiles import (
     load_rows,
     load_weight,
     on_device_of_first,
-    sum_splits,
+    sum_rows,
     upper_bound,
 )
 from cumo_kernels.backends.triton.weight_grad import launch_weight_grad
@@ -290,7 +290,7 @@ def grouped_gemm(
     out, pre = launch_gemm(
         x, weight, expert_offsets, bias, permutation, top_k, activation, keep_pre=activation is not None
     )
-    return sum_splits(out, x.dtype) if out.ndim == 3 else out, pre
+    return sum_rows(out, x.dtype) if out.ndim == 3 else out, pre
 
 
 @on_device_of_first

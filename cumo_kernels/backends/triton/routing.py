@@ -9,7 +9,7 @@ _route_kernel: grid (cdiv(T, BLOCK_T)). A program writes one row of sums per gro
 group lie side by side, and the program that finishes a group last adds them in row order. Memory bound:
 reads x once, T * H elements (T * E without a gate).
 _route_backward_kernel: grid (min(cdiv(T, BLOCK_T), programs)); reads x and writes dx, 2 * T * H elements. The
-gate's gradient is summed per program in fp32, then over programs in order by _sum_rows_kernel.
+gate's gradient is summed per program in fp32, then over programs in order by sum_rows.
 sort_by_expert is in sorting.py.
 
 Contract: cumo_kernels/ops/routing.py. Truth: cumo_kernels/backends/reference/routing.py.
@@ -23,7 +23,7 @@ from torch import Tensor
 from cumo_kernels import tuning
 from cumo_kernels.backends.triton.common import cached_zeros, dot, input_precision, narrow, precise_exp
 from cumo_kernels.backends.triton.sorting import sort_by_expert
-from cumo_kernels.backends.triton.tiles import on_device_of_first
+from cumo_kernels.backends.triton.tiles import on_device_of_first, sum_rows
 from cumo_kernels.hardware import gpu_of
 
 __all__ = ["route", "route_backward", "sort_by_expert"]
@@ -360,34 +360,15 @@ def _route_backward_kernel(
             tl.store(dx_ptr + tokens64[:, None] * E + experts[None, :], dlogits, mask=mask)
 
 
-@triton.jit(do_not_specialize=["R"])
-def _sum_rows_kernel(
-    rows_ptr,  # (R, N) fp32
-    out_ptr,  # (N,)
-    R,
-    N,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
-    for start in range(0, R, BLOCK_R):
-        rows = start + tl.arange(0, BLOCK_R)
-        acc += tl.load(
-            rows_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :],
-            mask=(rows < R)[:, None] & (cols < N)[None, :],
-            other=0.0,
-        )
-    tl.store(out_ptr + cols, narrow(tl.sum(acc, 0), out_ptr.dtype.element_ty), mask=cols < N)
-
-
 def _block_t(num_tokens: int, num_experts: int, has_gate: bool, device: torch.device) -> int:
     """Tokens per program: enough programs for the chip first, then fewer and larger ones."""
     if not has_gate:
         return max(8, min(128, 1024 // triton.next_power_of_2(num_experts)))
     # tiles of other heights add up in another order
     per_program = 0 if tuning.BATCH_INVARIANT else num_tokens // (2 * gpu_of(device).sms)
-    return 64 if per_program >= 64 else 32 if per_program >= 32 else 16
+    # Triton 3.6 fails to lay a 64 x 16 tile out in the tensor memory of data-centre Blackwell
+    most = 32 if gpu_of(device).capability in (100, 103) else 64
+    return min(most, 64 if per_program >= 64 else 32 if per_program >= 32 else 16)
 
 
 def _tiles(num_tokens: int, num_experts: int, hidden_size: int, has_gate: bool, device: torch.device) -> dict:
@@ -493,8 +474,4 @@ def route_backward(
     )  # fmt: skip
     if not has_gate:
         return dx, x.new_empty(0)
-    dgate = torch.empty(num_experts, hidden_size, dtype=x.dtype, device=x.device)
-    _sum_rows_kernel[(triton.cdiv(dgate.numel(), 128),)](
-        sums, dgate, programs, dgate.numel(), BLOCK_R=32, BLOCK_N=128
-    )
-    return dx, dgate
+    return dx, sum_rows(sums, x.dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cumo_kernels import tuning
 from cumo_kernels.backends.triton.common import dot, input_precision, narrow
-from cumo_kernels.backends.triton.tiles import describe, grouped_order, halves, sum_splits
+from cumo_kernels.backends.triton.tiles import describe, grouped_order, halves, sum_rows
 
 
 @triton.jit
@@ -292,6 +292,6 @@ def launch_weight_grad(
         **config.constants("FLATTEN"),
     )
     if split:
-        grad_weight = sum_splits(grad_weight, x.dtype)
-        grad_bias = sum_splits(grad_bias, x.dtype) if need_bias else grad_bias
+        grad_weight = sum_rows(grad_weight, x.dtype)
+        grad_bias = sum_rows(grad_bias, x.dtype) if need_bias else grad_bias
     return grad_weight, grad_bias
