@@ -11,7 +11,7 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench gpu clean
+.PHONY: help setup demo test lint format bench peers gpu clean
 .DEFAULT_GOAL := help
 
 ifeq ($(VENV),system)
@@ -40,6 +40,7 @@ help:
 	@echo "make test     the tests; ARGS go to pytest"
 	@echo "make lint     ruff check and ruff format --check                       (make format repairs)"
 	@echo "make bench    speed on this machine, each row behind a correctness gate"
+	@echo "make peers    fetch other implementations to compare with, for make bench on a GPU"
 	@echo "make gpu      build for, test on and describe this machine's CUDA device"
 	@echo "make setup    only the virtual environment $(VENV)"
 	@echo "make clean    remove what was built; the virtual environment stays"
@@ -76,8 +77,11 @@ format: $(INSTALLED)
 	@$(PY) -m ruff format .
 
 bench: $(READY)
-	@test -d benchmarks || { echo "bench: benchmarks/ is not in this tree yet, so there is nothing to measure"; exit 1; }
 	@$(PY) -m benchmarks $(ARGS)
+
+# small wheels of other people's kernels, for benchmarks only: beside the environment, without their dependencies
+peers: $(INSTALLED)
+	@$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target .peers -r benchmarks/peers.txt
 
 gpu: $(READY)
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu: torch sees no CUDA device on this machine, so there is nothing to run')"

@@ -90,9 +90,10 @@ class Yardstick:
     Args:
         reference: plain differentiable PyTorch.
         inputs: tensors; float ones get gradients, all of which are compared.
+        pool: False makes one draw do, where several would take too long.
     """
 
-    def __init__(self, reference: Callable, inputs: Sequence[Tensor], seed: int = 0):
+    def __init__(self, reference: Callable, inputs: Sequence[Tensor], seed: int = 0, pool: bool = True):
         self.seed = seed
         # the coarsest dtype in play: fp32 statistics of bf16 logits are as good as bf16 inputs allow
         self.eps = max(torch.finfo(t.dtype).eps for t in inputs if t.is_floating_point())
@@ -107,7 +108,7 @@ class Yardstick:
             wide = [t.double() if t.is_floating_point() else t for t in drawn]
             native, truth = (_run(reference, ts, seed + len(self.draws)) for ts in (drawn, wide))
             self.draws.append((drawn, native, truth))
-            if min(t.numel() for kind in truth for t in kind) < SMALL:
+            if pool and min(t.numel() for kind in truth for t in kind) < SMALL:
                 rounds = ROUNDS
 
     def measure(self, op: Callable) -> list[Accuracy]:

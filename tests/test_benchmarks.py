@@ -1,0 +1,247 @@
+"""The harness: no timing without a green gate, honest rows, pictures from files alone."""
+
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import (
+    bench_activation,
+    bench_experts,
+    bench_grouped_gemm,
+    bench_layer,
+    bench_overhead,
+    bench_permutation,
+    bench_routing,
+    bench_scaling,
+    harness,
+    peers,
+    plot,
+    record,
+    shapes,
+    timing,
+)
+from benchmarks.__main__ import FILES
+from benchmarks.harness import Case, Workload
+from benchmarks.shapes import SHAPES, Shape
+from cumo_kernels import dispatch
+from cumo_kernels.__main__ import main as front_door
+
+pytest.importorskip("matplotlib")
+
+SMALL = Shape("small", 24, 32, 48, 32, 4, 2, "quick_gelu", True, groups=2)
+GATED = replace(SMALL, name="small-gated", activation="swiglu", bias=False, O=16)
+
+
+def measured(file, shape=SMALL, dtype="fp32", **options):
+    lines = []
+    case = Case(shape, dtype, modes=options.pop("modes", ("forward", "both")))
+    rows = harness.measure(
+        file.OP, file.setup, case, "cpu", "run", seconds=0, log=lines.append, wanted=["reference"], **options
+    )
+    return rows, "\n".join(lines)
+
+
+@pytest.mark.parametrize("shape", [SMALL, GATED], ids=lambda shape: shape.name)
+@pytest.mark.parametrize(
+    "file",
+    [
+        bench_experts,
+        bench_layer,
+        bench_overhead,
+        bench_grouped_gemm,
+        bench_routing,
+        bench_permutation,
+        bench_activation,
+        bench_scaling,
+    ],
+    ids=lambda file: file.__name__.removeprefix("benchmarks."),
+)
+def test_every_file_measures_and_nothing_is_refused(file, shape):
+    rows, log = measured(file, shape)
+    assert "REFUSED" not in log and "cannot run" not in log
+    variants = {row.variant for row in rows}
+    assert {row.mode for row in rows if row.variant == "cumo/reference"} == {"forward", "both"}
+    assert len(variants) >= 2  # somebody to compare with
+    for row in rows:
+        assert 0 < row.ms_p20 <= row.ms_p50 <= row.ms_p80 and row.rounds >= 3
+        assert row.timer == "cpu" and row.floor_ms is None and row.commit and row.torch == torch.__version__
+        assert (row.variant == "dense") == (row.error is None)
+
+
+def test_a_wrong_kernel_is_refused_a_timing(monkeypatch):
+    plain = dispatch.implementation("reference", "expert_mlp")
+
+    def wrong(*args):
+        out, *rest = plain(*args)
+        return (out * 1.01, *rest)
+
+    monkeypatch.setitem(dispatch._implementations, ("reference", "expert_mlp"), wrong)
+    rows, log = measured(bench_experts)
+    assert "cumo/reference: REFUSED A TIMING: output 0 is off" in log
+    assert {row.variant for row in rows} == {"cumo-original", "torch-grouped_mm", "dense"}
+
+
+def test_a_wrong_gradient_is_refused_a_timing(monkeypatch):
+    plain = dispatch.implementation("reference", "expert_mlp_backward")
+    monkeypatch.setitem(
+        dispatch._implementations,
+        ("reference", "expert_mlp_backward"),
+        lambda *args: tuple(g * 1.01 for g in plain(*args)),
+    )
+    rows, log = measured(bench_experts)
+    assert "cumo/reference: REFUSED A TIMING: gradient" in log
+    assert not [row for row in rows if row.variant == "cumo/reference"]
+
+
+def test_a_peer_that_raises_or_lies_has_no_row():
+    def setup(shape, dtype, device, pattern):
+        x = torch.randn(100)
+
+        def broken(x):
+            raise RuntimeError("no such kernel")
+
+        return Workload(
+            run=torch.sin,
+            truth=torch.sin,
+            inputs=(x,),
+            peers={"broken": broken, "liar": torch.cos, "blind": lambda x: torch.sin(x).detach()},
+            forward_only=("blind",),
+        )
+
+    lines = []
+    rows = harness.measure("t", setup, Case(SMALL, "fp32"), "cpu", "run", 0, ["reference"], lines.append)
+    log = "\n".join(lines)
+    assert "broken: REFUSED A TIMING: RuntimeError: no such kernel" in log and "liar: REFUSED" in log
+    assert {row.variant for row in rows} == {"cumo/reference", "blind"}
+    assert {row.mode for row in rows if row.variant == "blind"} == {"forward"}
+
+
+def test_saved_bytes_are_those_of_the_memory_plan():
+    workload = bench_experts.setup(SMALL, torch.float32, "cpu", "uniform")
+    plan = harness.saved_bytes(workload.run, workload.inputs)
+    integers = 4 * (2 * SMALL.slots + SMALL.E + 1)  # permutation, its inverse, offsets
+    assert plan == 4 * SMALL.slots * SMALL.I + integers
+    assert harness.saved_bytes(workload.peers["cumo-original"], workload.inputs) > 2 * plan
+
+
+def test_gate_shape_shrinks_only_what_is_too_large():
+    assert harness.gate_shape(SMALL, "cpu") == SMALL
+    assert harness.gate_shape(SHAPES["clip-1-crop"], "cpu") == SHAPES["clip-1-crop"]
+    for shape in SHAPES.values():
+        small = harness.gate_shape(shape, "cpu")
+        assert small.T <= shape.T and small.I <= shape.I and small.T % small.groups == 0
+        assert (small.H, small.E, small.K) == (shape.H, shape.E, shape.K)
+    assert harness.gate_shape(SHAPES["mixtral-train"], "cpu").I < 14336
+
+
+def test_flops_are_those_of_the_spec():
+    for name, flops in (  # cumo_spec.md section 6
+        ("clip-1-crop", 19.4e9),
+        ("clip-image", 194e9),
+        ("clip-batch4", 774e9),
+        ("connector-4", 232e9),
+        ("mixtral-prefill", 493e9),
+        ("mixtral-train", 5.77e12),
+    ):
+        assert SHAPES[name].gemm_flops == pytest.approx(flops, rel=6e-3)
+
+
+def test_variants_take_turns():
+    order = []
+    steps = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = timing.interleave(steps, timing.CpuClock(), 0, least=3)
+    assert order[:3] == list("abc")  # warm-up
+    assert order[3:] == list("abc" + "bca" + "cab")
+    assert all(t.rounds == 3 for t in times.values())
+
+
+def a_row(**changes) -> record.Row:
+    rows, _ = measured(bench_activation, modes=("forward",))
+    return replace(rows[0], **changes)
+
+
+def test_rows_survive_the_file(tmp_path):
+    row = a_row(machine="m", op="o")
+    record.append([row], tmp_path)
+    record.append([replace(row, ms_p50=2.5, floor_ms=None, gate="a, b")], tmp_path)
+    first, second = record.read(tmp_path)
+    assert second.ms_p50 == 2.5 and second.gate == "a, b" and second.floor_ms is None
+    assert replace(first, ms_p50=0, ms_p20=0, ms_p80=0, gb_per_s=0, error=0, gradient_error=0) == replace(
+        row, ms_p50=0, ms_p20=0, ms_p80=0, gb_per_s=0, error=0, gradient_error=0
+    )
+    assert record.latest([first, second]) == [second]
+    with (tmp_path / "m" / "o.csv").open() as file:
+        assert tuple(next(csv.reader(file))) == record.COLUMNS
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["o.csv"]
+
+
+def test_a_file_with_other_columns_is_not_touched(tmp_path):
+    row = a_row(machine="m", op="o")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "o.csv").write_text("run,op,speed\n1,2,3\n")
+    with pytest.raises(ValueError, match=r"must have the columns run, op, variant, .*, got run,op,speed"):
+        record.append([row], tmp_path)
+    assert (tmp_path / "m" / "o.csv").read_text() == "run,op,speed\n1,2,3\n"
+
+
+def test_the_report_is_made_from_files_alone(tmp_path):
+    rows = measured(bench_experts)[0] + measured(bench_layer)[0]
+    rows += [replace(row, op="scaling", shape="over-tokens", tokens=n) for row in rows for n in (24, 48)]
+    record.append(rows, tmp_path / "results")
+    path = plot.report(tmp_path / "results")
+    text = path.read_text()
+    assert "Not yet measured on a GPU" in text and "cumo/reference" in text
+    folder = tmp_path / "results" / rows[0].machine
+    for name in plot.PICTURES:
+        assert f"({folder.relative_to(tmp_path)}/{name})" in text
+        picture = plot.plt.imread(folder / name)
+        assert picture.shape[0] > 100 and picture.std() > 0.01  # not one colour
+    ours = next(
+        r for r in rows if r.op == "expert_mlp" and r.variant == "cumo/reference" and r.mode == "both"
+    )
+    assert f"{ours.ms_p50:.3g} ms" in text
+    assert not list(tmp_path.rglob(".*")) and not list(tmp_path.rglob("tmp*"))
+
+
+def test_an_empty_report_says_so(tmp_path):
+    text = plot.report(tmp_path / "results").read_text()
+    assert "Not yet measured on a GPU" in text and "Nothing has been measured yet" in text
+
+
+def test_speedups_are_against_the_loop_of_the_same_case():
+    rows, _ = measured(bench_experts, modes=("forward",))
+    times = {"cumo/reference": 2.0, "cumo-original": 6.0, "torch-grouped_mm": 3.0, "dense": 1.0}
+    rows = [replace(row, ms_p50=times[row.variant]) for row in rows]
+    ((_, found),) = plot.speedups(rows).items()
+    assert found == {"cumo/reference": 3, "cumo-original": 1, "torch-grouped_mm": 2, "dense": 6}
+
+
+def test_every_peer_is_there_or_has_a_reason():
+    runnable, gaps = peers.available(SMALL, torch.float32, "cpu")
+    names = {peer.name for peer in peers.PEERS} | set(peers.MISSING)
+    assert {peer.name for peer in runnable} | set(gaps) == names and all(gaps.values())
+    assert {peer.name for peer in runnable} == {"cumo-original", "torch-grouped_mm"}
+
+
+def test_every_stem_has_a_file_and_every_file_cases():
+    for file in FILES:
+        for device in ("cpu", "cuda"):
+            few, full = file.cases(device, False), file.cases(device, True)
+            assert few and len(full) >= len(few)
+            assert all(case.shape.T % case.shape.groups == 0 for case in full)
+    assert {name for names in (shapes.FIRST | shapes.REST).values() for name in names} <= set(SHAPES)
+    assert len(shapes.chosen("cuda", True)) == len(SHAPES) - 1  # all but the one cut for the CPU
+
+
+@pytest.mark.slow
+def test_bench_from_the_front_door(capfd):
+    assert front_door(["bench", "--help"]) == 0
+    assert "--budget" in capfd.readouterr().out
+
+
+def test_bench_without_a_checkout_says_so(capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr("cumo_kernels.__main__.ROOT", tmp_path)
+    assert front_door(["bench"]) == 1
+    assert "part of a checkout" in capfd.readouterr().out
