@@ -9,11 +9,13 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import matplotlib
+try:
+    import matplotlib
 
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+except ModuleNotFoundError:  # a bare GPU machine: the tables are written there, the pictures elsewhere
+    plt = None
 
 from benchmarks import record
 from benchmarks.record import Row
@@ -260,8 +262,12 @@ def report(results: Path = record.RESULTS) -> Path:
             f"{first.device}{f', driver {first.driver}' if first.driver else ''}; torch {first.torch}, "
             f"Triton {first.triton or 'none'}; commit {commits}; {first.date}; caches {first.cache}.\n"
         ]
+        if plt is None:
+            lines += [
+                "No pictures: matplotlib is not installed here; `python -m benchmarks.plot` draws them.\n"
+            ]
         for name, draw in PICTURES.items():
-            if draw(mine, results / machine / name) is not None:
+            if plt is not None and draw(mine, results / machine / name) is not None:
                 lines += [f"![{name.removesuffix('.png')}](results/{machine}/{name})"]
         lines += table(mine)
     path = results.parent / "REPORT.md"
