@@ -95,7 +95,7 @@ def plan(device: str, out: Path) -> list[Step]:
 
 
 def execute(step: Step, seconds: float, log: Path) -> tuple[int | None, str]:
-    """Run one step, its output to `log` and screen -> exit code (None: out of time), the last line printed."""
+    """Run one step, its output to `log` and screen -> exit code (None: out of time) and its last words."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
     with log.open("ab") as file, log.open("rb") as seen:
         file.write(f"\n== {step.name}: {' '.join(step.command)}\n".encode())

@@ -317,7 +317,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=names, action="append")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=float, help="of timing for one case and mode")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds; no case begins after them")
+    parser.add_argument("--budget", type=float, help="seconds; no case begins after them; 210 on a CPU")
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the CSV files")
     parser.add_argument("--dry", action="store_true", help="write no file")
 
@@ -326,7 +326,8 @@ def run_all(files: Iterable, args: argparse.Namespace) -> int:
     """Measure the cases of benchmark modules (OP, cases, setup), each appended as soon as it is done."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     run_id = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    stop, done, left = time.monotonic() + args.budget, 0, 0
+    budget = args.budget or (210 if device == "cpu" and not args.full else math.inf)
+    stop, done, left = time.monotonic() + budget, 0, 0
     for file in files:
         cases = file.cases(device, args.full)
         if args.shape:
@@ -338,7 +339,7 @@ def run_all(files: Iterable, args: argparse.Namespace) -> int:
                     continue
                 rows = measure(
                     file.OP, file.setup, replace(case, dtype=dtype), device, run_id,
-                    args.seconds or (3.0 if device == "cpu" else 1.0), args.backend,
+                    args.seconds or 1.0, args.backend,
                 )  # fmt: skip
                 done += bool(rows)
                 if not args.dry:

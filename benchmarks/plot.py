@@ -4,6 +4,7 @@ A number here is in a row of benchmarks/results/; what has no row is said to be 
 """
 
 import argparse
+import csv
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -235,6 +236,46 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def predictions(folder: Path, rows: list[Row]) -> list[str]:
+    """What `benchmarks.predict` computed, layer by layer, beside the measurements of the same GPU, if any."""
+    lines = []
+    for path in sorted(folder.glob("*.csv")):
+        found = list(csv.DictReader(path.read_text().splitlines()))
+        gpu, dtype = found[0]["gpu"], found[0]["dtype"]
+        lines += [
+            f"\n## Predicted for {gpu}, {dtype}: not measured\n",
+            "Computed from the compiled GEMMs of the Triton backend by `python -m benchmarks.predict`: tiles, waves,",
+            "registers and shared memory against the data sheet. The GEMMs alone; no latency, caches or epilogues.\n",
+            "| layer | forward ms | of floor | forward + backward ms | of floor | least good GEMM | spills "
+            "| measured forward, both |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for shape in dict.fromkeys(row["shape"] for row in found):
+            gemms = [row for row in found if row["shape"] == shape]
+            total = lambda name, part: sum(float(row[name]) for row in part)
+            sums = [(total("ms", part), total("floor_ms", part)) for part in (gemms[:2], gemms)]
+            worst = min(gemms, key=lambda row: float(row["share_of_floor"]))
+            measured = [
+                min(
+                    (
+                        row.ms_p50 for row in rows
+                        if (row.machine, row.op, row.shape, row.dtype, row.mode, row.pattern)
+                        == (gpu, "expert_mlp", shape, dtype, mode, "uniform") and row.variant.startswith("cumo/")
+                    ),
+                    default=None,
+                )
+                for mode in ("forward", "both")
+            ]  # fmt: skip
+            cells = [f"{ms:.3g} | {floor / ms:.0%}" for ms, floor in sums]
+            spills = sum(int(row["stack"]) > 0 for row in gemms)
+            seen = ", ".join("not yet" if ms is None else f"{ms:.3g} ms" for ms in measured)
+            lines.append(
+                f"| {shape} | {' | '.join(cells)} | {worst['gemm']}, {float(worst['share_of_floor']):.0%} | "
+                f"{spills} of {len(gemms)} | {seen} |"
+            )
+    return lines
+
+
 HEAD = """# Benchmark report
 
 Made by `python -m benchmarks.plot` from the CSV files in `benchmarks/results/` and from nothing else. Every
@@ -270,6 +311,7 @@ def report(results: Path = record.RESULTS) -> Path:
             if plt is not None and draw(mine, results / machine / name) is not None:
                 lines += [f"![{name.removesuffix('.png')}](results/{machine}/{name})"]
         lines += table(mine)
+    lines += predictions(results.parent / "predicted", rows)
     path = results.parent / "REPORT.md"
     _write(path, lambda name: Path(name).write_text("\n".join(lines) + "\n"))
     return path

@@ -35,7 +35,7 @@ class Row:
     sizes: str  # H I O E K
     pattern: str
     dtype: str
-    timer: str  # eager | graph (CUDA graph replay) | cpu
+    timer: str  # eager | graph (CUDA graph replay) | cpu (processor time, one thread) | wall
     cache: str  # cold: the L2 was overwritten before every run | warm
     rounds: int
     ms_p20: float

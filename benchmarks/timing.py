@@ -1,7 +1,7 @@
 """Clocks. Variants take turns, so that drift of the machine meets all of them alike.
 
 On a GPU: CUDA events around one step, after the L2 was overwritten; that also keeps the queue full while the
-host prepares the step. A captured graph takes the host out altogether. On a CPU: perf_counter, warm.
+host prepares the step. A captured graph takes the host out altogether. On a CPU: warm caches.
 """
 
 import time
@@ -28,16 +28,23 @@ def _quantiles(times: list[float]) -> Times:
 
 
 class CpuClock:
-    name, cache = "cpu", "warm"
+    """One thread: the processor's time, which other jobs of the machine do not lengthen. Several: the wall's."""
+
+    cache = "warm"
+
+    def __init__(self):
+        self.name = "cpu" if torch.get_num_threads() == 1 else "wall"
+        self.now = time.process_time if self.name == "cpu" else time.perf_counter
 
     def time(self, step: Step) -> float:
-        begin = time.perf_counter()
+        begin = self.now()
         step()
-        return (time.perf_counter() - begin) * 1e3
+        return (self.now() - begin) * 1e3
 
 
 class GpuClock:
     name, cache = "eager", "cold"
+    now = staticmethod(time.monotonic)
 
     def __init__(self):
         size = 4 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
@@ -65,9 +72,9 @@ def interleave(
         step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
-    stop = time.monotonic() + seconds
+    stop = clock.now() + seconds
     while len(times[names[0]]) < most:
-        if len(times[names[0]]) >= least and time.monotonic() > stop:
+        if len(times[names[0]]) >= least and clock.now() > stop:
             break
         for name in names:
             times[name].append(clock.time(steps[name]))

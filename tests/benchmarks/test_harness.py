@@ -1,6 +1,7 @@
 """The harness: no timing without a green gate, honest rows, pictures from files alone."""
 
 import csv
+import time
 from dataclasses import replace
 
 import pytest
@@ -66,7 +67,12 @@ def test_every_file_measures_and_nothing_is_refused(file, shape):
     assert len(variants) >= 2  # somebody to compare with
     for row in rows:
         assert 0 < row.ms_p20 <= row.ms_p50 <= row.ms_p80 and row.rounds >= 3
-        assert row.timer == "cpu" and row.floor_ms is None and row.commit and row.torch == torch.__version__
+        assert (
+            row.timer in ("cpu", "wall")
+            and row.floor_ms is None
+            and row.commit
+            and row.torch == torch.__version__
+        )
         assert (row.variant == "dense") == (row.error is None)
 
 
@@ -155,6 +161,28 @@ def test_variants_take_turns():
     assert order[:3] == list("abc")  # warm-up
     assert order[3:] == list("abc" + "bca" + "cab")
     assert all(t.rounds == 3 for t in times.values())
+
+
+def test_one_thread_is_timed_by_the_processor_not_by_the_wall(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    clock = timing.CpuClock()
+    assert clock.name == "cpu" and clock.time(lambda: time.sleep(0.2)) < 100
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    clock = timing.CpuClock()
+    assert clock.name == "wall" and clock.time(lambda: time.sleep(0.2)) >= 200
+
+
+def test_predictions_are_marked_and_stand_beside_measurements(tmp_path):
+    folder = tmp_path / "predicted"
+    folder.mkdir()
+    line = "nvidia_h100,clip-1-crop,bf16,{},{},0.01,0.8,{}"
+    gemms = [line.format(*row) for row in (("up", 0.012, 0), ("down", 0.013, 8), ("grad of x", 0.02, 0))]
+    head = "gpu,shape,dtype,gemm,ms,floor_ms,share_of_floor,stack"
+    (folder / "nvidia_h100_bf16.csv").write_text("\n".join([head, *gemms]))
+    row = a_row(machine="nvidia_h100", op="expert_mlp", shape="clip-1-crop", dtype="bf16", ms_p50=0.05)
+    text = "\n".join(plot.predictions(folder, [row]))
+    assert "Predicted for nvidia_h100, bf16: not measured" in text
+    assert "| clip-1-crop | 0.025 | 80% | 0.045 | 67% |" in text and "1 of 3 | 0.05 ms, not yet |" in text
 
 
 def a_row(**changes) -> record.Row:
