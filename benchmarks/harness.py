@@ -185,8 +185,8 @@ def saved_bytes(run: Callable, inputs: tuple[Tensor, ...], parameters: tuple[Ten
     return sum(kept.values())
 
 
-def _peak_bytes(step: timing.Step) -> int | None:
-    if not torch.cuda.is_available():
+def _peak_bytes(step: timing.Step, device: str) -> int | None:
+    if device != "cuda":
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -264,7 +264,7 @@ def measure(
         timed = {clock.name: eager} if eager else {}
         if device == "cuda" and mode != "backward":  # a backward alone belongs to a graph captured elsewhere
             timed["graph"] = _captured(eager, log)
-        peak = {name: _peak_bytes(step) for name, step in eager.items()}
+        peak = {name: _peak_bytes(step, device) for name, step in eager.items()}
         for timer, group in timed.items():
             if not group:
                 continue
@@ -302,9 +302,14 @@ def _captured(steps: dict[str, timing.Step], log: Callable[[str], None]) -> dict
     found = {}
     for name, step in steps.items():
         try:
+            # what waits for the host would break off a capture, and leave the allocator in the middle of it
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
             found[name] = timing.captured(step)
         except Exception as error:
-            torch.cuda.synchronize()
             log(f"  {name}: no CUDA graph: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
     return found
 

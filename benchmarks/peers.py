@@ -61,9 +61,15 @@ def _prepare(module: str) -> None:
             target_info.is_hip_gfx1250 = triton.language.constexpr_function(lambda: False)
 
 
-def _expert_of_row(routing: Routing) -> Tensor:
+def _membership(routing: Routing) -> Tensor:
+    """(S, E): 1 where the sorted row belongs to the expert.
+
+    Biases are added as a product with it. Indexing would be plainer, but its gradient sums one row after the
+    other, in bf16 even in bf16, and the gate refuses that.
+    """
     rows = torch.arange(routing.num_slots, dtype=torch.int32, device=routing.permutation.device)
-    return torch.searchsorted(routing.expert_offsets[1:], rows, right=True)
+    experts = torch.searchsorted(routing.expert_offsets[1:], rows, right=True)
+    return torch.nn.functional.one_hot(experts, routing.num_experts)
 
 
 def _weighted_sum(rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
@@ -74,15 +80,15 @@ def _weighted_sum(rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
 def _composed(shape: Shape, routing: Routing, gemm: Callable[[Tensor, Tensor], Tensor]) -> Layer:
     """Gather, GEMM, bias, activation, GEMM, bias, weighted sum: each an op of plain torch around `gemm`."""
     tokens = routing.token_indices
-    experts = _expert_of_row(routing) if shape.bias else None
+    member = _membership(routing) if shape.bias else None
 
     def layer(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, *biases: Tensor) -> Tensor:
         z = gemm(x.index_select(0, tokens), up)
         if biases:
-            z = z + biases[0].index_select(0, experts)
+            z = torch.addmm(z, member.to(x), biases[0])
         y = gemm(activate(z, shape.activation), down)
         if biases:
-            y = y + biases[1].index_select(0, experts)
+            y = torch.addmm(y, member.to(x), biases[1])
         return _weighted_sum(y, weights, routing)
 
     return layer
@@ -105,11 +111,11 @@ def _grouped_mm(shape: Shape, routing: Routing) -> Layer:
 def grouped_mm_first(shape: Shape, routing: Routing) -> Layer:
     """Only the layer's first half: gather, torch's grouped_mm, bias, activation."""
     ends, tokens = routing.expert_offsets[1:].contiguous(), routing.token_indices
-    experts = _expert_of_row(routing) if shape.bias else None
+    member = _membership(routing) if shape.bias else None
 
     def first(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
         z = torch.nn.functional.grouped_mm(x.index_select(0, tokens), weight.transpose(1, 2), offs=ends)
-        return activate(z + bias[0].index_select(0, experts) if bias else z, shape.activation)
+        return activate(torch.addmm(z, member.to(x), bias[0]) if bias else z, shape.activation)
 
     return first
 

@@ -236,6 +236,18 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _ours(rows: list[Row], machine: str, shape: str, dtype: str, mode: str) -> float | None:
+    """Milliseconds of our fastest backend for the expert layer with balanced routing, if it was measured."""
+    wanted = (machine, "expert_mlp", shape, dtype, mode, "uniform")
+    found = (
+        row.ms_p50
+        for row in rows
+        if (row.machine, row.op, row.shape, row.dtype, row.mode, row.pattern) == wanted
+        and row.variant.startswith("cumo/")
+    )
+    return min(found, default=None)
+
+
 def predictions(folder: Path, rows: list[Row]) -> list[str]:
     """What `benchmarks.predict` computed, layer by layer, beside the measurements of the same GPU, if any."""
     lines = []
@@ -244,9 +256,9 @@ def predictions(folder: Path, rows: list[Row]) -> list[str]:
         gpu, dtype = found[0]["gpu"], found[0]["dtype"]
         lines += [
             f"\n## Predicted for {gpu}, {dtype}: not measured\n",
-            "Computed from the compiled GEMMs of the Triton backend by `python -m benchmarks.predict`: tiles, waves,",
-            "registers and shared memory against the data sheet. The GEMMs alone; no latency, caches or epilogues.\n",
-            "| layer | forward ms | of floor | forward + backward ms | of floor | least good GEMM | spills "
+            "Computed by `python -m benchmarks.predict` from the Triton backend's compiled GEMMs: tiles,",
+            "waves, registers and shared memory against the data sheet; no latency, caches, epilogues.\n",
+            "| layer | forward ms | of floor | forward + backward ms | of floor | worst GEMM | spills "
             "| measured forward, both |",
             "|---|---|---|---|---|---|---|---|",
         ]
@@ -255,17 +267,7 @@ def predictions(folder: Path, rows: list[Row]) -> list[str]:
             total = lambda name, part: sum(float(row[name]) for row in part)
             sums = [(total("ms", part), total("floor_ms", part)) for part in (gemms[:2], gemms)]
             worst = min(gemms, key=lambda row: float(row["share_of_floor"]))
-            measured = [
-                min(
-                    (
-                        row.ms_p50 for row in rows
-                        if (row.machine, row.op, row.shape, row.dtype, row.mode, row.pattern)
-                        == (gpu, "expert_mlp", shape, dtype, mode, "uniform") and row.variant.startswith("cumo/")
-                    ),
-                    default=None,
-                )
-                for mode in ("forward", "both")
-            ]  # fmt: skip
+            measured = [_ours(rows, gpu, shape, dtype, mode) for mode in ("forward", "both")]
             cells = [f"{ms:.3g} | {floor / ms:.0%}" for ms, floor in sums]
             spills = sum(int(row["stack"]) > 0 for row in gemms)
             seen = ", ".join("not yet" if ms is None else f"{ms:.3g} ms" for ms in measured)

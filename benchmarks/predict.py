@@ -67,7 +67,7 @@ class Prediction:
 
 def blocks_per_sm(gpu: Gpu, registers: int, shared: int, num_warps: int) -> int:
     """How many blocks one multiprocessor holds at a time."""
-    # registers are given out in units of 8 a thread; a block takes 1 KiB of shared memory more than it asks for
+    # registers are given out in units of 8 a thread; a block takes 1 KiB more shared memory than it asks for
     by_registers = REGISTERS // (math.ceil(max(registers, 1) / 8) * 8 * 32 * num_warps)
     by_shared = (gpu.shared_memory + KIB) // (shared + KIB)
     by_warps = (64 if gpu.capability in (80, 90, 100, 103) else 48) // num_warps

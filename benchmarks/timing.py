@@ -28,7 +28,7 @@ def _quantiles(times: list[float]) -> Times:
 
 
 class CpuClock:
-    """One thread: the processor's time, which other jobs of the machine do not lengthen. Several: the wall's."""
+    """One thread: the processor's time, which other jobs do not lengthen. Several threads: the wall's."""
 
     cache = "warm"
 

@@ -264,7 +264,7 @@ GPU_FAMILIES: dict[str, dict] = {
     "clip-skewed": {"T": 4616, "H": 1024, "I": 4096, "O": 1024, "pattern": "skewed"},
     "connector": {"T": 576, "H": 2048, "I": 4096, "O": 4096, "activation": "gelu"},
     "mixtral-16": {
-        "T": 16, "H": 4096, "I": 14336, "O": 4096, "E": 8, "activation": "swiglu", "bias": False,
+        "T": 16, "H": 4096, "I": 3584, "O": 4096, "E": 8, "activation": "swiglu", "bias": False,
     },
 }  # fmt: skip
 # what Triton's interpreter, a second or so a call, is given unasked: one awkward family, not every path

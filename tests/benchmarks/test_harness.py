@@ -1,6 +1,8 @@
 """The harness: no timing without a green gate, honest rows, pictures from files alone."""
 
 import csv
+import importlib.util
+import sys
 import time
 from dataclasses import replace
 
@@ -231,6 +233,17 @@ def test_the_report_is_made_from_files_alone(tmp_path):
     )
     assert f"{ours.ms_p50:.3g} ms" in text
     assert not list(tmp_path.rglob(".*")) and not list(tmp_path.rglob("tmp*"))
+
+
+def test_a_machine_without_matplotlib_gets_the_tables(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    spec = importlib.util.spec_from_file_location("plot_bare", plot.__file__)
+    bare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bare)
+    record.append(measured(bench_activation, modes=("forward",))[0], tmp_path / "results")
+    text = bare.report(tmp_path / "results").read_text()
+    assert "matplotlib is not installed here" in text and "cumo/reference" in text
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_an_empty_report_says_so(tmp_path):
