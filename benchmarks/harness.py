@@ -8,6 +8,7 @@ import gc
 import math
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import record, timing
-from benchmarks.record import Row
+from benchmarks.record import Gap, Row
 from benchmarks.shapes import SHAPES, Shape
 from cumo_kernels import dispatch, hardware, use_backend
 from cumo_kernels.testing import Yardstick
@@ -116,9 +117,10 @@ def gate_shape(shape: Shape, device: str) -> Shape:
 
 @dataclass(frozen=True)
 class Verdict:
-    error: float | None
-    gradient_error: float | None
-    refusal: str | None
+    error: float | None = None  # worst output, in units of torch's own error
+    gradient_error: float | None = None
+    refusal: str | None = None  # why it gets no timing at all
+    backward_refusal: str | None = None  # why it gets none of a backward
 
 
 def gate(variants: dict[str, Callable], workload: Workload) -> dict[str, Verdict]:
@@ -129,18 +131,19 @@ def gate(variants: dict[str, Callable], workload: Workload) -> dict[str, Verdict
         try:
             found = yardstick.measure(run)
         except Exception as error:  # somebody else's package, too, may raise anything: then it has no number
-            verdicts[name] = Verdict(
-                None, None, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-            )
+            verdicts[name] = Verdict(refusal=said(error))
             continue
-        if name in workload.forward_only:
-            found = [row for row in found if row.name.startswith("output")]
-        worst = lambda kind, found=found: max(
-            (r.ratio for r in found if r.name.startswith(kind)), default=None
-        )
-        reasons = [row.reason for row in found if row.reason is not None]
-        verdicts[name] = Verdict(worst("output"), worst("gradient"), reasons[0] if reasons else None)
+        outputs = [row for row in found if row.name.startswith("output")]
+        gradients = [row for row in found if row.name.startswith("gradient")]
+        worst = lambda rows: max((row.ratio for row in rows), default=None)
+        reason = lambda rows: next((row.reason for row in rows if row.reason is not None), None)
+        backward = "it has no backward" if name in workload.forward_only else reason(gradients)
+        verdicts[name] = Verdict(worst(outputs), worst(gradients), reason(outputs), backward)
     return verdicts
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:160]}"
 
 
 def steps_of(
@@ -214,64 +217,77 @@ def measure(
     case: Case,
     device: str,
     run_id: str,
-    seconds: float = 3.0,
+    seconds: float = 1.0,
     wanted: Iterable[str] | None = None,
     log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
-) -> list[Row]:
-    """Gate, then time, one case. A variant that is refused by the gate, or raises, is logged, without row."""
+) -> tuple[list[Row], list[Gap]]:
+    """Gate, then time, one case -> a row per variant and mode that was timed, a gap per one that was not."""
     shape, dtype, gate_dtype = case.shape, DTYPES[case.dtype], DTYPES[case.gate_dtype or case.dtype]
+    facts = record.machine(device) | record.versions() | {"commit": record.commit()}
     small = gate_shape(shape, device)
+    gaps: list[Gap] = []
+
+    def gap(variant: str, mode: str, reason: str) -> None:
+        gaps.append(
+            Gap(op, variant, mode, shape.name, case.pattern, case.dtype, reason, facts["machine"], run_id)
+        )
+        log(f"  {variant}: NOT TIMED ({mode}): {reason}")
+
     log(f"{op} {shape.name} T={shape.T} {case.dtype} {case.pattern}")
     torch.manual_seed(0)
     gated = setup(small, gate_dtype, device, case.pattern)
     verdicts = gate(_variants(gated, device, wanted), gated)
     for name, reason in gated.gaps.items():
-        log(f"  {name}: not here: {reason}")
+        gap(name, "all", reason)
     for name, verdict in verdicts.items():
         if verdict.refusal is not None:
-            log(f"  {name}: REFUSED A TIMING: {verdict.refusal}")
+            gap(name, "all", f"the gate refuses it: {verdict.refusal}")
+        elif verdict.backward_refusal is not None and set(case.modes) - {"forward"}:
+            gap(name, "backward", f"the gate refuses it: {verdict.backward_refusal}")
     same = small == shape and gate_dtype == dtype
     workload = gated if same else setup(shape, dtype, device, case.pattern)
     remarks = [workload.note] if workload.note else []
     remarks += [f"gate at T{small.T} {small.sizes}"] if small != shape else []
     remarks += [f"gate in {case.gate_dtype}"] if gate_dtype != dtype else []
     variants = {n: f for n, f in _variants(workload, device, wanted).items() if verdicts[n].refusal is None}
+    del gated
     _collect(device)
 
     def ready(name: str, run: Callable, inputs: tuple[Tensor, ...]) -> dict[str, timing.Step]:
-        modes = [m for m in case.modes if m == "forward" or name not in workload.forward_only]
+        forward_only = name in verdicts and verdicts[name].backward_refusal is not None
+        modes = [mode for mode in case.modes if mode == "forward" or not forward_only]
         try:
-            parameters = () if name == "dense" else workload.parameters
-            return steps_of(run, inputs, modes, parameters)
-        except Exception as error:
-            log(f"  {name}: cannot run: {type(error).__name__}: {str(error).splitlines()[0][:160]}")
+            steps = steps_of(run, inputs, modes, () if name == "dense" else workload.parameters)
+            for step in steps.values():
+                step()
+        except Exception as error:  # out of memory, or whatever a peer raises at this size
+            gap(name, "all", f"it cannot run: {said(error)}")
             return {}
+        return steps
 
     steps = {name: ready(name, run, workload.inputs) for name, run in variants.items()}
-    saved = {}
-    for name in steps:
-        if "both" in steps[name] or "backward" in steps[name]:
-            saved[name] = saved_bytes(variants[name], workload.inputs, workload.parameters)
+    saved = {
+        name: saved_bytes(variants[name], workload.inputs, workload.parameters)
+        for name, modes in steps.items()
+        if set(modes) - {"forward"}
+    }
     if workload.dense is not None:
         steps["dense"] = ready("dense", *workload.dense)
     rows: list[Row] = []
-    facts = record.machine(device) | record.versions() | {"commit": record.commit()}
     clock = timing.clock_of(device)
     for mode in case.modes:
         flops, bytes_ = workload.cost(mode)
         floor = floor_ms(flops, bytes_, dtype, device)
         eager = {name: modes[mode] for name, modes in steps.items() if mode in modes}
-        timed = {clock.name: eager} if eager else {}
+        timed = {clock.name: eager}
         if device == "cuda" and mode != "backward":  # a backward alone belongs to a graph captured elsewhere
             timed["graph"] = _captured(eager, log)
         peak = {name: _peak_bytes(step, device) for name, step in eager.items()}
         for timer, group in timed.items():
-            if not group:
-                continue
-            times = timing.interleave(group, clock, seconds)
+            times = timing.interleave(group, clock, seconds) if group else {}
+            dense = times["dense"].ms_p50 if "dense" in times else None
             for name, t in times.items():
-                verdict = verdicts.get(name, Verdict(None, None, None))
-                dense = times["dense"].ms_p50 if "dense" in times else None
+                verdict = verdicts.get(name, Verdict())
                 rows.append(
                     Row(
                         run=run_id, op=op, variant=name, mode=mode, shape=shape.name, tokens=shape.T,
@@ -282,14 +298,14 @@ def measure(
                         floor_ms=floor, share_of_floor=None if floor is None else floor / t.ms_p50,
                         ratio_to_dense=None if dense is None else dense / t.ms_p50,
                         saved_bytes=saved.get(name), peak_bytes=peak.get(name),
-                        error=verdict.error, gradient_error=verdict.gradient_error,
-                        gate="; ".join(remarks),
+                        error=verdict.error, gradient_error=verdict.gradient_error, gate="; ".join(remarks),
                         date=datetime.now(UTC).strftime("%Y-%m-%d"), **facts,
                     )
                 )  # fmt: skip
-                log(f"  {mode:<8} {timer:<5} {name:<18} {t.ms_p50:.4g} ms ({t.ms_p20:.4g} .. {t.ms_p80:.4g})")
+                span = f"({t.ms_p20:.4g} .. {t.ms_p80:.4g})"
+                log(f"  {mode:<8} {timer:<5} {name:<18} {t.ms_p50:.4g} ms {span}")
     _collect(device)
-    return rows
+    return rows, gaps
 
 
 def _collect(device: str) -> None:
@@ -332,7 +348,7 @@ def run_all(files: Iterable, args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     run_id = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     budget = args.budget or (210 if device == "cpu" and not args.full else math.inf)
-    stop, done, left = time.monotonic() + budget, 0, 0
+    stop, done, left, broken = time.monotonic() + budget, 0, 0, 0
     for file in files:
         cases = file.cases(device, args.full)
         if args.shape:
@@ -342,16 +358,24 @@ def run_all(files: Iterable, args: argparse.Namespace) -> int:
                 if time.monotonic() > stop:
                     left += 1
                     continue
-                rows = measure(
-                    file.OP, file.setup, replace(case, dtype=dtype), device, run_id,
-                    args.seconds or 1.0, args.backend,
-                )  # fmt: skip
+                try:
+                    rows, gaps = measure(
+                        file.OP, file.setup, replace(case, dtype=dtype), device, run_id,
+                        args.seconds or 1.0, args.backend,
+                    )  # fmt: skip
+                except Exception:  # one case that does not fit must not cost those behind it
+                    traceback.print_exc()
+                    broken += 1
+                    _collect(device)
+                    continue
                 done += bool(rows)
                 if not args.dry:
                     record.append(rows, args.results)
+                    record.append_gaps(gaps, args.results)
     print(f"bench: {done} cases measured on {record.machine(device)['machine']}", end="")
+    print(f", {broken} broke off" if broken else "", end="")
     print(f", {left} left out: the budget was spent" if left else "")
-    return 0 if done or left else 1
+    return 1 if broken or not done + left else 0
 
 
 def main(module_name: str) -> int:

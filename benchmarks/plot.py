@@ -19,7 +19,7 @@ except ModuleNotFoundError:  # a bare GPU machine: the tables are written there,
     plt = None
 
 from benchmarks import record
-from benchmarks.record import Row
+from benchmarks.record import Gap, Row
 from cumo_kernels import hardware
 
 BASE = "cumo-original"  # speed-ups are against the original's eager loop
@@ -236,6 +236,24 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def not_timed(gaps: list[Gap], rows: list[Row]) -> list[str]:
+    """A line per variant and reason; a gap that a later run closed is none."""
+    newest = {(r.op, r.variant, r.mode, r.shape, r.pattern, r.dtype): r.run for r in rows}
+    grouped: dict[tuple[str, str, str], list[str]] = {}
+    for gap in gaps:
+        mode = "forward" if gap.mode == "all" else "both"
+        if newest.get((gap.op, gap.variant, mode, gap.shape, gap.pattern, gap.dtype), "") <= gap.run:
+            case = f"{gap.op} {gap.shape} {gap.dtype}"
+            grouped.setdefault((gap.variant, gap.mode, gap.reason), []).append(case)
+    if not grouped:
+        return []
+    lines = ["\n#### Asked for and not timed\n"]
+    for (variant, mode, reason), cases in grouped.items():
+        more = f" and {len(cases) - 1} more" if len(cases) > 1 else ""
+        lines.append(f"- {variant}{', backward' if mode == 'backward' else ''}: {reason} ({cases[0]}{more})")
+    return lines
+
+
 def _ours(rows: list[Row], machine: str, shape: str, dtype: str, mode: str) -> float | None:
     """Milliseconds of our fastest backend for the expert layer with balanced routing, if it was measured."""
     wanted = (machine, "expert_mlp", shape, dtype, mode, "uniform")
@@ -289,7 +307,7 @@ timing stands behind a correctness gate: in the same command the variant was hel
 
 def report(results: Path = record.RESULTS) -> Path:
     """Write the pictures of every machine beside its CSV files, and REPORT.md beside `results`."""
-    rows = record.latest(record.read(results))
+    rows, gaps = record.latest(record.read(results)), record.read_gaps(results)
     machines = sorted({row.machine for row in rows}, key=lambda name: (name.startswith("cpu"), name))
     lines = [HEAD]
     if not any(row.timer in ("eager", "graph") for row in rows):
@@ -313,6 +331,7 @@ def report(results: Path = record.RESULTS) -> Path:
             if plt is not None and draw(mine, results / machine / name) is not None:
                 lines += [f"![{name.removesuffix('.png')}](results/{machine}/{name})"]
         lines += table(mine)
+        lines += not_timed([gap for gap in gaps if gap.machine == machine], mine)
     lines += predictions(results.parent / "predicted", rows)
     path = results.parent / "REPORT.md"
     _write(path, lambda name: Path(name).write_text("\n".join(lines) + "\n"))

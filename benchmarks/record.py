@@ -60,7 +60,22 @@ class Row:
     date: str
 
 
-COLUMNS = tuple(field.name for field in fields(Row))
+@dataclass(frozen=True)
+class Gap:
+    """What was asked for and not timed, and why."""
+
+    op: str
+    variant: str
+    mode: str  # backward, or all
+    shape: str
+    pattern: str
+    dtype: str
+    reason: str
+    machine: str
+    run: str
+
+
+GAPS = "not_timed.csv"
 
 
 def _first_line(command: list[str]) -> str:
@@ -123,8 +138,25 @@ def _text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def _append(path: Path, added: Iterable[Row | Gap]) -> None:
+    """One move; a file with other columns is refused."""
+    added = list(added)
+    columns = [field.name for field in fields(added[0])]
+    old = path.read_text() if path.exists() else ",".join(columns) + "\n"
+    if old.partition("\n")[0].split(",") != columns:
+        got = old.partition("\n")[0]
+        raise ValueError(f"{path} must have the columns {','.join(columns)}, got {got}")
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(map(_text, asdict(row).values()) for row in added)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+        file.write(old + text.getvalue())
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
 def append(rows: Iterable[Row], results: Path = RESULTS) -> list[Path]:
-    """Add `rows` to the files of their machines and ops; each file changes in one move.
+    """Add `rows` to the files of their machines and ops.
 
     Raises:
         ValueError: a file there has other columns.
@@ -133,20 +165,19 @@ def append(rows: Iterable[Row], results: Path = RESULTS) -> list[Path]:
     for row in rows:
         files.setdefault(results / row.machine / f"{row.op}.csv", []).append(row)
     for path, added in files.items():
-        old = path.read_text() if path.exists() else ",".join(COLUMNS) + "\n"
-        if tuple(old.partition("\n")[0].split(",")) != COLUMNS:
-            raise ValueError(
-                f"{path} must have the columns {', '.join(COLUMNS)}, got {old.partition(chr(10))[0]}"
-            )
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([_text(value) for value in asdict(row).values()] for row in added)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-            file.write(old + text.getvalue())
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        _append(path, added)
     return list(files)
+
+
+def append_gaps(gaps: Iterable[Gap], results: Path = RESULTS) -> None:
+    """Add `gaps` to the file of their machine."""
+    gaps = list(gaps)
+    if gaps:
+        _append(results / gaps[0].machine / GAPS, gaps)
+
+
+def _lines(path: Path) -> Iterable[dict[str, str]]:
+    return csv.DictReader(path.read_text().splitlines())
 
 
 def read(results: Path = RESULTS) -> list[Row]:
@@ -161,12 +192,16 @@ def read(results: Path = RESULTS) -> list[Row]:
             return None
         return int(text) if kind in (int, int | None) else float(text)
 
-    return [
-        Row(**{name: value(name, text) for name, text in line.items()})
-        for path in sorted(results.glob("*/*.csv"))
-        for line in csv.DictReader(path.read_text().splitlines())
-        if path.read_text().startswith("run,op,")
-    ]
+    paths = (path for path in sorted(results.glob("*/*.csv")) if path.name != GAPS)
+    return [Row(**{k: value(k, text) for k, text in line.items()}) for path in paths for line in _lines(path)]
+
+
+def read_gaps(results: Path = RESULTS) -> list[Gap]:
+    """The gaps of each machine, the last word on each case."""
+    found = [Gap(**line) for path in sorted(results.glob(f"*/{GAPS}")) for line in _lines(path)]
+    return list(
+        {(g.machine, g.op, g.variant, g.mode, g.shape, g.pattern, g.dtype): g for g in found}.values()
+    )
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:

@@ -1,10 +1,12 @@
 """The harness: no timing without a green gate, honest rows, pictures from files alone."""
 
+import argparse
 import csv
 import importlib.util
 import sys
 import time
-from dataclasses import replace
+import types
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -40,9 +42,10 @@ GATED = replace(SMALL, name="small-gated", activation="swiglu", bias=False, O=16
 def measured(file, shape=SMALL, dtype="fp32", **options):
     lines = []
     case = Case(shape, dtype, modes=options.pop("modes", ("forward", "both")))
-    rows = harness.measure(
+    rows, gaps = harness.measure(
         file.OP, file.setup, case, "cpu", "run", seconds=0, log=lines.append, wanted=["reference"], **options
     )
+    assert all(gap.variant in "\n".join(lines) for gap in gaps)
     return rows, "\n".join(lines)
 
 
@@ -63,7 +66,7 @@ def measured(file, shape=SMALL, dtype="fp32", **options):
 )
 def test_every_file_measures_and_nothing_is_refused(file, shape):
     rows, log = measured(file, shape)
-    assert "REFUSED" not in log and "cannot run" not in log
+    assert "the gate refuses" not in log and "cannot run" not in log
     variants = {row.variant for row in rows}
     assert {row.mode for row in rows if row.variant == "cumo/reference"} == {"forward", "both"}
     assert len(variants) >= 2  # somebody to compare with
@@ -87,7 +90,7 @@ def test_a_wrong_kernel_is_refused_a_timing(monkeypatch):
 
     monkeypatch.setitem(dispatch._implementations, ("reference", "expert_mlp"), wrong)
     rows, log = measured(bench_experts)
-    assert "cumo/reference: REFUSED A TIMING: output 0 is off" in log
+    assert "cumo/reference: NOT TIMED (all): the gate refuses it: output 0 is off" in log
     assert {row.variant for row in rows} == {"cumo-original", "torch-grouped_mm", "dense"}
 
 
@@ -99,8 +102,8 @@ def test_a_wrong_gradient_is_refused_a_timing(monkeypatch):
         lambda *args: tuple(g * 1.01 for g in plain(*args)),
     )
     rows, log = measured(bench_experts)
-    assert "cumo/reference: REFUSED A TIMING: gradient" in log
-    assert not [row for row in rows if row.variant == "cumo/reference"]
+    assert "cumo/reference: NOT TIMED (backward): the gate refuses it: gradient" in log
+    assert {row.mode for row in rows if row.variant == "cumo/reference"} == {"forward"}
 
 
 def test_a_peer_that_raises_or_lies_has_no_row():
@@ -119,9 +122,11 @@ def test_a_peer_that_raises_or_lies_has_no_row():
         )
 
     lines = []
-    rows = harness.measure("t", setup, Case(SMALL, "fp32"), "cpu", "run", 0, ["reference"], lines.append)
-    log = "\n".join(lines)
-    assert "broken: REFUSED A TIMING: RuntimeError: no such kernel" in log and "liar: REFUSED" in log
+    rows, gaps = harness.measure("t", setup, Case(SMALL, "fp32"), "cpu", "r", 0, ["reference"], lines.append)
+    reasons = {gap.variant: (gap.mode, gap.reason) for gap in gaps}
+    assert reasons["broken"] == ("all", "the gate refuses it: RuntimeError: no such kernel")
+    assert reasons["liar"][1].startswith("the gate refuses it: output 0 is off")
+    assert reasons["blind"] == ("backward", "the gate refuses it: it has no backward")
     assert {row.variant for row in rows} == {"cumo/reference", "blind"}
     assert {row.mode for row in rows if row.variant == "blind"} == {"forward"}
 
@@ -203,15 +208,47 @@ def test_rows_survive_the_file(tmp_path):
     )
     assert record.latest([first, second]) == [second]
     with (tmp_path / "m" / "o.csv").open() as file:
-        assert tuple(next(csv.reader(file))) == record.COLUMNS
+        assert next(csv.reader(file)) == [field.name for field in fields(record.Row)]
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["o.csv"]
+
+
+def test_gaps_are_in_the_report_until_a_later_run_closes_them(tmp_path):
+    results = tmp_path / "results"
+    row = a_row(machine="m", variant="peer", run="2")
+    old = record.Gap(row.op, "peer", "all", row.shape, row.pattern, row.dtype, "not here", "m", "1")
+    record.append([replace(row, variant="cumo/reference")], results)
+    record.append_gaps([old], results)
+    assert f"- peer: not here ({row.op} {row.shape} fp32)" in plot.report(results).read_text()
+    record.append_gaps([replace(old, shape="other")], results)
+    assert "fp32 and 1 more)" in plot.report(results).read_text()
+    record.append([row, replace(row, shape="other")], results)
+    assert "not here" not in plot.report(results).read_text()
+
+
+def test_one_broken_case_does_not_cost_the_others(tmp_path, capsys):
+    def setup(shape, *rest):
+        if shape.T == 1:
+            raise MemoryError("too large")
+        return bench_activation.setup(shape, *rest)
+
+    broken = types.SimpleNamespace(
+        OP="t",
+        setup=setup,
+        cases=lambda *_: [Case(replace(SMALL, T=t), "fp32", modes=("forward",)) for t in (1, 8)],
+    )
+    parser = argparse.ArgumentParser()
+    harness.add_arguments(parser)
+    words = ["--device", "cpu", "--results", str(tmp_path), "--seconds", "0"]
+    assert harness.run_all([broken], parser.parse_args(words)) == 1
+    assert "1 cases measured" in (out := capsys.readouterr()).out and "1 broke off" in out.out
+    assert "too large" in out.err and {row.tokens for row in record.read(tmp_path)} == {8}
 
 
 def test_a_file_with_other_columns_is_not_touched(tmp_path):
     row = a_row(machine="m", op="o")
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "o.csv").write_text("run,op,speed\n1,2,3\n")
-    with pytest.raises(ValueError, match=r"must have the columns run, op, variant, .*, got run,op,speed"):
+    with pytest.raises(ValueError, match=r"must have the columns run,op,variant,.*, got run,op,speed"):
         record.append([row], tmp_path)
     assert (tmp_path / "m" / "o.csv").read_text() == "run,op,speed\n1,2,3\n"
 
