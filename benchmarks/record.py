@@ -98,9 +98,8 @@ def _cpu_name() -> str:
 def commit() -> str:
     """Short hash, "+" behind it when tracked files differ; "unknown" outside a checkout."""
     head = _first_line(["git", "rev-parse", "--short=10", "HEAD"])
-    changed = _first_line(
-        ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
-    )
+    code = ("*.py", "*.json", "csrc")  # a changed page changes no timing
+    changed = _first_line(["git", "status", "--porcelain", "-uno", "--", *code])
     return f"{head}{'+' if changed else ''}" if head else os.environ.get("CUMO_COMMIT", "unknown")
 
 
