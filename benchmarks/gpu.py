@@ -68,13 +68,22 @@ def plan(device: str, out: Path) -> list[Step]:
     verify = (*cumo, "verify", "--device", device, "--no-interpreter")
     bench = (python, "-m", "benchmarks", "--device", device, "--no-report")
     tune = (*cumo, "tune", "--seconds", "2")
-    tests = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+    tests = (
+        python,
+        "-m",
+        "pytest",
+        "-v",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+    )
     return [
         Step("machine", (*cumo, "explain", "--device", device), 30),
         Step("build", (python, "setup.py", "build_ext", "--inplace"), 240, no_build, must_pass=True),
         Step("first verify", (*verify, "--few"), 60, must_pass=True),
         Step("first bench", (*bench, "--only", "experts", "--budget", "60", "--seconds", "0.5"), 90),
-        Step("verify", (*verify, "--json", str(out / "verify.json")), 120, must_pass=True),
+        Step("verify", (*verify, "--budget", "100", "--json", str(out / "verify.json")), 120, must_pass=True),
         Step(
             "gpu tests", (*tests, "-m", "gpu", "tests/kernels/test_gpu.py", "tests/kernels"), 120,
             need_gpu, must_pass=True,

@@ -18,7 +18,7 @@ from cumo_kernels.tune import DTYPES
 from cumo_kernels.types import Routing
 
 LAYOUTS = ("contiguous", "transposed", "strided", "shifted")
-OPS = ("route", "permute", "combine", "grouped_gemm", "activate", "expert_mlp")
+OPS = ("expert_mlp", "route", "grouped_gemm", "permute", "combine", "activate")
 
 
 @dataclass(frozen=True)

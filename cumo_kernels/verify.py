@@ -7,6 +7,7 @@ nothing waits for the host, and a captured graph replays to the same bits.
 
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
@@ -353,10 +354,18 @@ def _run(args: argparse.Namespace, log: Callable[[str], None]) -> tuple[list[Res
         log(f"{len(results)} random cases from seed {args.seed}")
     else:
         families = FEW if args.few else FAMILIES | (GPU_FAMILIES if device == "cuda" else {})
-        for backend in backends:
-            for family, case in cases.all_cases(families, dtypes, tuple(args.op or cases.OPS)):
+        todo = list(cases.all_cases(families, dtypes, tuple(args.op or cases.OPS)))
+        begin, late = time.monotonic(), 0
+        for i, (family, case) in enumerate(todo):
+            if time.monotonic() - begin > args.budget:
+                late = len(todo) - i
+                break
+            for backend in backends:
                 note(check(case, backend, device, family))
-            log(f"{backend}: {len(results)} cases so far")
+            if (i + 1) % 50 == 0:
+                log(f"{i + 1} of {len(todo)} cases")
+        if late:
+            missing.append(f"{late} of {len(todo)} cases: --budget was spent")
     if interpret:
         asked = args.backend and "triton" in args.backend and not args.few
         passed_on += passed_on or ([] if asked else ["--few"])

@@ -150,6 +150,12 @@ def test_a_failure_ends_with_1_and_a_command_that_repeats_it(replaced, capsys, t
     assert main(["verify", "--backend", "reference", "--device", "cpu", "--case", case]) == 1
 
 
+def test_a_spent_budget_is_said(capsys):
+    assert main(["verify", "--backend", "reference", "--device", "cpu", "--budget", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "cases: --budget was spent" in out and "expert_mlp" in out and "\nreference  activate" not in out
+
+
 def test_fuzz_finds_a_rare_bug_and_makes_it_small(replaced):
     def wrong_from_7_tokens(plain, rows, weights, inverse, top_k):
         out = plain(rows, weights, inverse, top_k)
