@@ -1,8 +1,10 @@
 """cumo_model: CuMo, a vision-language model with Mixture-of-Experts in tower, connector and language model.
 
-Importing registers the model with transformers' Auto classes.
+Importing registers the model with transformers' Auto classes, and our experts for everybody else's models
+under the name "cumo" (`experts_implementation="cumo"`).
 """
 
+import cumo_kernels.integrations.transformers  # noqa: F401
 from cumo_model.checkpoint import original_layout
 from cumo_model.clip_moe import CumoVisionModel
 from cumo_model.config import CumoConfig, CumoVisionConfig

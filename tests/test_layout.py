@@ -56,6 +56,7 @@ ARROWS = {
         "cumo_kernels.types",
     ),
     "cumo_kernels.*": ("cumo_kernels", "cumo_kernels.*"),  # the front door and its subcommands
+    "cumo_model": ("cumo_model.*", "cumo_kernels", "cumo_kernels.integrations.transformers"),
     "cumo_model*": ("cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.types"),
     "benchmarks*": (
         "benchmarks",
