@@ -11,6 +11,7 @@ from cumo_model.config import CumoConfig, CumoVisionConfig
 from cumo_model.cumo import CumoForConditionalGeneration, CumoModel, CumoOutput
 from cumo_model.losses import load_balancing_loss, router_z_loss
 from cumo_model.moe import MoELayer, RoutingRecord, record_routing
+from cumo_model.patch import patch_original
 from cumo_model.upcycle import step0_difference, upcycle
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "RoutingRecord",
     "load_balancing_loss",
     "original_layout",
+    "patch_original",
     "record_routing",
     "router_z_loss",
     "step0_difference",

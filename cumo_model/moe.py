@@ -42,6 +42,14 @@ def record_routing() -> Iterator[list[RoutingRecord]]:
         del _recorders[next(i for i, active in enumerate(_recorders) if active is records)]
 
 
+def note_routing(place: str, layer: int, routing: Routing) -> None:
+    """Give one layer's routing to every `record_routing` that is open."""
+    if _recorders and not _in_backward():
+        record = RoutingRecord(place, layer, routing)
+        for records in _recorders:
+            records.append(record)
+
+
 def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -161,10 +169,7 @@ class MoELayer(nn.Module):
             raise ValueError(f"x must be (..., {self.hidden_size}), got {tuple(x.shape)}")
         logits = self.gate(x.reshape(-1, self.hidden_size))
         routing = route(logits, self.top_k, groups=groups, compat=self.compat)
-        if _recorders and not _in_backward():
-            record = RoutingRecord(self.place, self.layer, routing)
-            for records in _recorders:
-                records.append(record)
+        note_routing(self.place, self.layer, routing)
         return routing
 
     def forward(self, x: Tensor, groups: int = 1) -> Tensor:

@@ -57,7 +57,13 @@ ARROWS = {
     ),
     "cumo_kernels.*": ("cumo_kernels", "cumo_kernels.*"),  # the front door and its subcommands
     "cumo_model": ("cumo_model.*", "cumo_kernels", "cumo_kernels.integrations.transformers"),
-    "cumo_model*": ("cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.types"),
+    "cumo_model*": (
+        "cumo_model",
+        "cumo_model.*",
+        "cumo_kernels",
+        "cumo_kernels.integrations.transformers",
+        "cumo_kernels.types",
+    ),
     "benchmarks*": (
         "benchmarks",
         "benchmarks.*",
@@ -73,7 +79,7 @@ ARROWS = {
 LAYERS = (
     ("config", "losses", "vision", "conversation", "processing", "files"),
     ("moe", "data"),
-    ("clip_moe", "mlp_moe", "llm_moe"),
+    ("clip_moe", "mlp_moe", "llm_moe", "patch"),
     ("cumo",),
     ("upcycle", "checkpoint"),
     ("train", "chat"),
