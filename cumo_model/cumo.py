@@ -11,17 +11,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.models.auto import AutoModel, AutoModelForImageTextToText
 from transformers.utils.generic import can_return_tuple
 
 from cumo_model.clip_moe import CumoVisionModel
 from cumo_model.config import CumoConfig
+from cumo_model.layout import LOADING_RULES
 from cumo_model.llm_moe import build_language_model
 from cumo_model.losses import place_losses
 from cumo_model.mlp_moe import CumoProjector
 from cumo_model.moe import MoEHostMixin, RoutingRecord, record_routing
+from cumo_model.original_config import is_original
 from cumo_model.vision import crop_counts, image_pyramid, merge_scales
 
 PLACES = ("mlp", "clip", "llm")  # the order in which the original adds their losses
@@ -97,9 +100,22 @@ class CumoModel(CumoPreTrainedModel):
             features = merge_scales(features[:, 1:], config.scales, vision.image_size // vision.patch_size)
         return self.multi_modal_projector(features)
 
-    def _check_placeholders(self, is_image: Tensor, num_images: int) -> None:
-        """Every row holds whole images, and together they hold all of them."""
+    def _check_placeholders(self, is_image: Tensor, num_images: int, lengths: Tensor | None) -> None:
+        """Every row holds whole images, and together they hold all of them; or as much as `lengths` says."""
         per_image, token = self.config.image_seq_length, self.config.image_token_index
+        if lengths is not None:
+            if lengths.shape != (num_images,) or lengths.is_floating_point():
+                raise ValueError(
+                    f"image_lengths must be ({num_images},) integers, one for each image, "
+                    f"got {tuple(lengths.shape)} {lengths.dtype}"
+                )
+            low, high, total = *map(int, lengths.aminmax()), int(lengths.sum())
+            if low < 0 or high > per_image or total != int(is_image.sum()):
+                raise ValueError(
+                    f"image_lengths must lie in [0, {per_image}] and sum to the {int(is_image.sum())} image "
+                    f"tokens (id {token}) of input_ids, got {lengths.tolist()}"
+                )
+            return
         counts = is_image.sum(1).tolist()  # the one host sync of a forward pass
         if sum(counts) != num_images * per_image:
             raise ValueError(
@@ -114,7 +130,12 @@ class CumoModel(CumoPreTrainedModel):
                 )
 
     def _embed(
-        self, input_ids: Tensor, pixel_values: Tensor | None, continues: bool, all_routers: bool
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        image_lengths: Tensor | None,
+        continues: bool,
+        all_routers: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S) -> embeddings (B, S, H) with the images' features at their placeholders; the features."""
         embed_tokens = self.get_input_embeddings()
@@ -122,19 +143,25 @@ class CumoModel(CumoPreTrainedModel):
             return embed_tokens(input_ids), None
         is_image = input_ids == self.config.image_token_index
         if not torch.compiler.is_compiling():
-            self._check_placeholders(is_image, 0 if pixel_values is None else pixel_values.shape[0])
+            num_images = 0 if pixel_values is None else pixel_values.shape[0]
+            self._check_placeholders(is_image, num_images, None if pixel_values is None else image_lengths)
         if pixel_values is None:
             return embed_tokens(input_ids), None
         # the placeholder may lie outside the vocabulary
         embeds = embed_tokens(input_ids.masked_fill(is_image, 0))
         features = self.get_image_features(pixel_values, all_routers)
-        return embeds.masked_scatter(is_image[:, :, None], features.to(embeds.dtype)), features
+        used = features
+        if image_lengths is not None:
+            order = torch.arange(features.shape[1], device=features.device)
+            used = features[order < image_lengths[:, None].to(features.device)]
+        return embeds.masked_scatter(is_image[:, :, None], used.to(embeds.dtype)), features
 
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -149,7 +176,9 @@ class CumoModel(CumoPreTrainedModel):
         features = None
         if input_ids is not None:
             continues = past_key_values is not None and past_key_values.get_seq_length() > 0
-            inputs_embeds, features = self._embed(input_ids, pixel_values, continues, all_routers)
+            inputs_embeds, features = self._embed(
+                input_ids, pixel_values, image_lengths, continues, all_routers
+            )
         elif pixel_values is not None:
             raise ValueError("pixel_values must come with input_ids, whose image tokens say where they go")
         outputs = self.language_model(
@@ -181,6 +210,31 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers, from a folder in our layout or in that of the released checkpoints.
+
+        Raises:
+            ValueError: a checkpoint in the original layout lacks tensors or has others.
+        """
+        path = pretrained_model_name_or_path
+        where = {key: kwargs[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in kwargs}
+        if cls is not CumoForConditionalGeneration or path is None:
+            return super().from_pretrained(path, *args, **kwargs)
+        if not is_original(PreTrainedConfig.get_config_dict(path, **where)[0]):
+            return super().from_pretrained(path, *args, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = _OriginalCumo.from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[kind]:
+                names = ", ".join(map(str, sorted(info[kind])[:3]))
+                raise ValueError(
+                    f"{path} is no whole CuMo: {len(info[kind])} {kind.replace('_', ' ')}: {names}"
+                )
+        model.__class__ = cls
+        model._weight_conversions = None  # from here on it is saved in our layout
+        return (model, info) if wants_info else model
+
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As in transformers, in the layout of this model's own state_dict.
 
@@ -199,6 +253,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -214,6 +269,9 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, S) int64; image_seq_length tokens image_token_index stand for each image, in order.
             pixel_values: (number of images, 3, s, s).
+            image_lengths: (number of images,) integers: how many of each image's tokens are in `input_ids`, its
+                first ones; 0 for an image that only counts in the router losses, as the original's dummies of
+                rows without a picture. None: all of them.
             attention_mask: (B, S), 0 on padding, left or right.
             labels: (B, S) int64, -100 where no token is to be predicted.
             logits_to_keep: how many last positions, or which, get logits; 0 is all, as labels need.
@@ -228,6 +286,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
             outputs = self.model(
                 input_ids=input_ids,
                 pixel_values=pixel_values,
+                image_lengths=image_lengths,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -288,6 +347,13 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
                 if coef:
                     loss = loss + coef * value
         return loss
+
+
+class _OriginalCumo(CumoForConditionalGeneration):
+    """While a checkpoint in the original layout is read: transformers finds its rules by class name."""
+
+
+register_checkpoint_conversion_mapping(_OriginalCumo.__name__, LOADING_RULES, overwrite=True)
 
 
 def language_loss(logits: Tensor, labels: Tensor) -> Tensor:

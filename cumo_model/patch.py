@@ -17,7 +17,7 @@ from cumo_kernels.integrations.transformers import GATED, PLAIN
 from cumo_model.losses import load_balancing_loss, router_z_loss
 from cumo_model.moe import note_routing
 
-LINEARS = {  # class of the original's sparse layer -> in an expert: first and second linear layers, activation
+LINEARS = {  # class of a sparse layer -> in each of its experts: first linear layer, second, activation
     "CLIPEncoderMoELayer": (("fc1",), "fc2", "activation_fn"),
     "MLPMoE": (("0",), "2", "1"),
     "MixtralSparseMoeBlock": (("w1", "w3"), "w2", "act_fn"),
@@ -144,7 +144,7 @@ FORWARDS = {
 def patch_original(model: nn.Module, compat: str | None = None) -> nn.Module:
     """Let the sparse layers of an original CuMo model compute with cumo_kernels, in place.
 
-    Found by class name: CLIPEncoderMoELayer, MLPMoE, and MixtralSparseMoeBlock with one module per expert. They
+    Found by class name: CLIPEncoderMoELayer, MLPMoE, and MixtralSparseMoeBlock with a module per expert. They
     go on returning what they returned: output, balance loss, z loss (a Mixtral block that the original's
     training has not patched: output, router logits). The losses are fp32.
 

@@ -72,12 +72,12 @@ ARROWS = {
         "cumo_kernels",
         "cumo_kernels.*",
     ),
-    "tests*": ("cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.*"),
+    "tests*": ("tests.*", "cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.*"),
 }
 
 # Inside cumo_model a module imports only modules of earlier rows (or of its own row's package).
 LAYERS = (
-    ("config", "losses", "vision", "conversation", "processing", "files"),
+    ("config", "original_config", "layout", "losses", "vision", "conversation", "processing", "files"),
     ("moe", "data"),
     ("clip_moe", "mlp_moe", "llm_moe", "patch"),
     ("cumo",),
