@@ -5,7 +5,7 @@ under the name "cumo" (`experts_implementation="cumo"`).
 """
 
 import cumo_kernels.integrations.transformers  # noqa: F401
-from cumo_model.checkpoint import original_layout
+from cumo_model.checkpoint import convert, original_layout
 from cumo_model.clip_moe import CumoVisionModel
 from cumo_model.config import CumoConfig, CumoVisionConfig
 from cumo_model.cumo import CumoForConditionalGeneration, CumoModel, CumoOutput
@@ -23,6 +23,7 @@ __all__ = [
     "CumoVisionModel",
     "MoELayer",
     "RoutingRecord",
+    "convert",
     "load_balancing_loss",
     "original_layout",
     "patch_original",

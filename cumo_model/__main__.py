@@ -1,4 +1,7 @@
-"""python -m cumo_model {demo,chat}: the front door. The work is in the library; errors come as one line."""
+"""python -m cumo_model {demo,chat,convert,upcycle}: the front door.
+
+The work is in the library; errors come as one line.
+"""
 
 import argparse
 import os
@@ -17,6 +20,13 @@ def _chat(args: argparse.Namespace) -> int:
     from cumo_model.chat import chat
 
     chat(args.checkpoint, args.image, args.question, args.template, args.max_new_tokens)
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from cumo_model.checkpoint import convert
+
+    convert(args.source, args.target, args.layout, int(args.shard_gb * 1000**3))
     return 0
 
 
@@ -45,6 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--max-new-tokens", type=int, default=64)
     chat.set_defaults(run=_chat)
+
+    convert = commands.add_parser(
+        "convert", help="a checkpoint from the layout of SHI-Labs/CuMo into ours, or back, bit for bit"
+    )
+    convert.add_argument("source", type=Path, help="folder with config.json and safetensors")
+    convert.add_argument("target", type=Path, help="new folder")
+    convert.add_argument("--layout", choices=("cumo", "original"), help="of the target (the other one)")
+    convert.add_argument("--shard-gb", type=float, default=2.0, help="largest file, and memory needed (2)")
+    convert.set_defaults(run=_convert)
     return parser
 
 

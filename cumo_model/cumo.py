@@ -8,6 +8,7 @@ tower or connector have experts too: without them the original trains Mixtral on
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,13 @@ from transformers.utils.generic import can_return_tuple
 
 from cumo_model.clip_moe import CumoVisionModel
 from cumo_model.config import CumoConfig
-from cumo_model.layout import LOADING_RULES
+from cumo_model.layout import LOADING_RULES, original_names
 from cumo_model.llm_moe import build_language_model
 from cumo_model.losses import place_losses
 from cumo_model.mlp_moe import CumoProjector
 from cumo_model.moe import MoEHostMixin, RoutingRecord, record_routing
 from cumo_model.original_config import is_original
+from cumo_model.shards import Shards, check_tensors
 from cumo_model.vision import crop_counts, image_pyramid, merge_scales
 
 PLACES = ("mlp", "clip", "llm")  # the order in which the original adds their losses
@@ -179,6 +181,9 @@ class CumoModel(CumoPreTrainedModel):
             inputs_embeds, features = self._embed(
                 input_ids, pixel_values, image_lengths, continues, all_routers
             )
+            if self.training and attention_mask is not None and attention_mask.shape == input_ids.shape:
+                # padding counts in Mixtral's router losses, and the original pads with zero vectors
+                inputs_embeds = inputs_embeds * attention_mask[:, :, None].to(inputs_embeds.dtype)
         elif pixel_values is not None:
             raise ValueError("pixel_values must come with input_ids, whose image tokens say where they go")
         outputs = self.language_model(
@@ -215,7 +220,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         """As in transformers, from a folder in our layout or in that of the released checkpoints.
 
         Raises:
-            ValueError: a checkpoint in the original layout lacks tensors or has others.
+            ValueError: a folder in the original layout lacks tensors, has others, or pickles more than tensors.
         """
         path = pretrained_model_name_or_path
         where = {key: kwargs[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in kwargs}
@@ -223,14 +228,14 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
             return super().from_pretrained(path, *args, **kwargs)
         if not is_original(PreTrainedConfig.get_config_dict(path, **where)[0]):
             return super().from_pretrained(path, *args, **kwargs)
+        folder = Path(path, where.get("subfolder", ""))
+        if folder.is_dir():  # of a hub's files transformers names what is missing, after loading
+            ours = own_layout(CumoConfig.from_pretrained(path, **where))
+            wanted = [original_names(key, shape) for key, shape in ours.items()]
+            wanted = {name: shape for names in wanted for name, shape in names.items()}
+            check_tensors(Shards(folder).shapes, wanted, str(folder))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = _OriginalCumo.from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[kind]:
-                names = ", ".join(map(str, sorted(info[kind])[:3]))
-                raise ValueError(
-                    f"{path} is no whole CuMo: {len(info[kind])} {kind.replace('_', ' ')}: {names}"
-                )
         model.__class__ = cls
         model._weight_conversions = None  # from here on it is saved in our layout
         return (model, info) if wants_info else model
@@ -269,7 +274,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, S) int64; image_seq_length tokens image_token_index stand for each image, in order.
             pixel_values: (number of images, 3, s, s).
-            image_lengths: (number of images,) integers: how many of each image's tokens are in `input_ids`, its
+            image_lengths: (number of images,) integers: how many of each image's tokens `input_ids` has, the
                 first ones; 0 for an image that only counts in the router losses, as the original's dummies of
                 rows without a picture. None: all of them.
             attention_mask: (B, S), 0 on padding, left or right.
@@ -347,6 +352,16 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
                 if coef:
                     loss = loss + coef * value
         return loss
+
+
+def own_layout(config: CumoConfig) -> dict[str, tuple[int, ...]]:
+    """What a model of this config holds in our layout, name -> shape; built on the meta device."""
+    with torch.device("meta"):
+        model = CumoForConditionalGeneration(config)
+    layout = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del layout["lm_head.weight"]
+    return layout
 
 
 class _OriginalCumo(CumoForConditionalGeneration):

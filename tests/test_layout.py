@@ -77,7 +77,17 @@ ARROWS = {
 
 # Inside cumo_model a module imports only modules of earlier rows (or of its own row's package).
 LAYERS = (
-    ("config", "original_config", "layout", "losses", "vision", "conversation", "processing", "files"),
+    (
+        "config",
+        "original_config",
+        "layout",
+        "shards",
+        "losses",
+        "vision",
+        "conversation",
+        "processing",
+        "files",
+    ),
     ("moe", "data"),
     ("clip_moe", "mlp_moe", "llm_moe", "patch"),
     ("cumo",),

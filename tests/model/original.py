@@ -1,4 +1,4 @@
-"""The original CuMo as plain functions of its own tensors: cumo_spec.md sections 1, 2 and 5, one loop at a time.
+"""The original CuMo as plain functions of its own tensors: cumo_spec.md sections 1, 2 and 5.
 
 `tensors` makes a tiny checkpoint with the names of section 5; `run` computes what the original computes from
 them. Every operation is in the dtype of the tensors, in the original's order.
@@ -129,7 +129,7 @@ def write(folder, values=None, shards=2, pickled=False, **options):
 
 
 def moe(x, logits, experts, width, per_crop=True):
-    """2.1 (per_crop: the softmax is rounded to x's dtype before top-k) or 2.2; x (N, n, .), logits (N, n, E)."""
+    """2.1 (per_crop: softmax rounded to x's dtype before top-k) or 2.2; x (N, n, .), logits (N, n, E)."""
     num = logits.shape[-1]
     z = torch.logsumexp(logits, -1).square().mean()
     p = F.softmax(logits, -1, dtype=torch.promote_types(torch.float32, x.dtype))
@@ -138,14 +138,12 @@ def moe(x, logits, experts, width, per_crop=True):
     first = F.one_hot(chosen[..., 0], num).float().mean(-2)
     balance = (p.mean(-2) * first).mean() * num**2
     weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
-    out = []
-    for b in range(x.shape[0]):
-        rows = x.new_zeros(x.shape[1], width)
-        for e, expert in enumerate(experts):
-            token, nth = torch.where(chosen[b] == e)
-            rows = rows.index_add(0, token, weights[b][token, nth, None] * expert(x[b][token]))
-        out.append(rows)
-    return torch.stack(out), balance, z
+    rows, chosen, weights = x.flatten(0, 1), chosen.flatten(0, 1), weights.flatten(0, 1)
+    out = rows.new_zeros(len(rows), width)  # crop by crop in the original, which plays no part in the numbers
+    for e, expert in enumerate(experts):
+        token, nth = torch.where(chosen == e)
+        out = out.index_add(0, token, weights[token, nth, None] * expert(rows[token]))
+    return out.unflatten(0, x.shape[:2]), balance, z
 
 
 def tower(w, pixels, smoe):
@@ -197,8 +195,9 @@ def features(w, pixels, clip_smoe, mlp_smoe):
     for scale in SCALES:
         crops = pixels
         if scale > 1:
-            large = F.interpolate(pixels.float(), size=(SIZE * scale, SIZE * scale), mode="bicubic")
-            rows = [r for r in large.to(pixels.dtype).split(SIZE, 2)]
+            wide = pixels.to(torch.promote_types(torch.float32, pixels.dtype))
+            large = F.interpolate(wide, size=(SIZE * scale, SIZE * scale), mode="bicubic")
+            rows = large.to(pixels.dtype).split(SIZE, 2)
             crops = torch.cat([tile for row in rows for tile in row.split(SIZE, 3)])
         states, balance, z = tower(w, crops, clip_smoe)
         grid = states[:, 1:].transpose(1, 2).unflatten(2, (GRID, GRID))
@@ -304,7 +303,7 @@ def run(w, rows, labels, pixels, kind="mistral", clip_smoe=True, mlp_smoe=True, 
     x = torch.stack([F.pad(e, (0, 0, 0, S - len(e))) for e in embeds])
     y = torch.stack([F.pad(t, (0, S - len(t)), value=-100) for t in targets])
     mask = torch.stack([F.pad(torch.ones(len(e)), (0, S - len(e))) for e in embeds])
-    logits, losses = decoder(w, x, mask, torch.arange(S).expand(len(rows), S) * mask, kind)
+    logits, losses = decoder(w, x, mask, torch.arange(S).expand(len(rows), S), kind)
     wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
     parts["language"] = F.cross_entropy(wide[:, :-1].flatten(0, 1), y[:, 1:].flatten())
     loss = parts["language"]

@@ -1,4 +1,4 @@
-"""The whole model against the original's formulas, from the same checkpoint, for every output and gradient."""
+"""The whole model against the original's formulas, from one checkpoint, for every output and gradient."""
 
 import pytest
 import torch
@@ -8,18 +8,18 @@ from cumo_model import CumoForConditionalGeneration
 from cumo_model.layout import original_names
 from tests.model import original
 
-MODELS = [
-    pytest.param("mistral", True, True, id="7b"),
-    pytest.param("mixtral", True, True, id="8x7b"),
-    pytest.param("mistral", False, False, id="stage-2"),
-    pytest.param("mixtral", False, True, id="8x7b-dense-tower"),
+MODELS = [  # kind, clip_smoe, mlp_smoe, length at which rows are cut
+    pytest.param("mistral", True, True, 14, id="7b-truncated"),
+    pytest.param("mixtral", True, True, None, id="8x7b"),
+    pytest.param("mistral", False, False, None, id="stage-2"),
+    pytest.param("mixtral", False, True, 14, id="8x7b-dense-tower-truncated"),
 ]
 
 
 def batch(max_length=None):
-    """Rows as the original has them and as we do: an image and text of two lengths, text alone, two images.
+    """Rows as the original has them and as we do: an image and text, text alone, two images.
 
-    Row 2 is text alone: the original feeds it a dummy image. `max_length` cuts after the images are in.
+    Row 1 is text alone: the original feeds it a dummy image. `max_length` cuts after the images are in.
     """
     generator = torch.Generator().manual_seed(2)
 
@@ -29,7 +29,6 @@ def batch(max_length=None):
     mark = torch.tensor([original.IMAGE])
     rows = [
         torch.cat([text(3), mark, text(8)]),
-        torch.cat([text(1), mark, text(4)]),
         text(9),
         torch.cat([text(2), mark, text(3), mark, text(5)]),
     ]
@@ -37,8 +36,8 @@ def batch(max_length=None):
     for row in labels:
         row[: len(row) - 4] = -100
         row[row == original.IMAGE] = -100
-    pixels = torch.randn(5, 3, original.SIZE, original.SIZE, generator=generator)
-    pixels[2] = 0  # the dummy
+    pixels = torch.randn(4, 3, original.SIZE, original.SIZE, generator=generator)
+    pixels[1] = 0  # the dummy
     patches = original.GRID**2
     ids, targets, lengths = [], [], []
     for row, wanted in zip(rows, labels, strict=True):
@@ -67,7 +66,7 @@ def batch(max_length=None):
 
 
 def run(function, inputs):
-    """Outputs, and the gradients at all inputs under one upstream gradient of the logits and 1 at the loss."""
+    """Outputs, and the gradients at all inputs, under 1 at the loss and random ones at the logits."""
     leaves = [t.clone().requires_grad_() for t in inputs]
     loss, logits = function(*leaves)
     upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9)).to(logits)
@@ -80,13 +79,13 @@ def relative_errors(found, truth, names):
     errors = {}
     for name, a, b in zip(names, found, truth, strict=True):
         assert (a is None or not a.any()) == (b is None or not b.any()), name
-        if b is not None and b.any():
+        # a key's bias moves all scores of a query alike: its gradient is rounding and nothing else
+        if b is not None and b.any() and not name.endswith("k_proj.bias"):
             errors[name] = (a.double() - b).norm() / b.norm()
     return errors
 
 
-@pytest.mark.parametrize("kind, clip_smoe, mlp_smoe", MODELS)
-@pytest.mark.parametrize("max_length", [None, 14], ids=["whole", "truncated"])
+@pytest.mark.parametrize("kind, clip_smoe, mlp_smoe, max_length", MODELS)
 def test_outputs_losses_and_every_gradient_are_the_formulas(tmp_path, kind, clip_smoe, mlp_smoe, max_length):
     options = {"kind": kind, "clip_smoe": clip_smoe, "mlp_smoe": mlp_smoe}
     tensors = original.write(tmp_path / "theirs", **options)
