@@ -12,17 +12,21 @@ from cumo_model.cumo import CumoForConditionalGeneration, CumoModel, CumoOutput
 from cumo_model.losses import load_balancing_loss, router_z_loss
 from cumo_model.moe import MoELayer, RoutingRecord, record_routing
 from cumo_model.patch import patch_original
+from cumo_model.processing import CumoImageProcessor, CumoProcessor, build_processor
 from cumo_model.upcycle import step0_difference, upcycle
 
 __all__ = [
     "CumoConfig",
     "CumoForConditionalGeneration",
+    "CumoImageProcessor",
     "CumoModel",
     "CumoOutput",
+    "CumoProcessor",
     "CumoVisionConfig",
     "CumoVisionModel",
     "MoELayer",
     "RoutingRecord",
+    "build_processor",
     "convert",
     "load_balancing_loss",
     "original_layout",

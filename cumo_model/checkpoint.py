@@ -20,10 +20,12 @@ from cumo_model.cumo import CumoForConditionalGeneration, own_layout
 from cumo_model.files import new_directory
 from cumo_model.layout import original_names
 from cumo_model.original_config import TOWER_FOLDER, is_original, to_original
+from cumo_model.processing import original_processor
 from cumo_model.shards import Shape, Shards, check_tensors, write_shards
 
 SHARD_BYTES = 2 * 1000**3
 LAYOUTS = ("cumo", "original")
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
@@ -88,12 +90,21 @@ def convert(
         plan = list(_split(shards, parts))
     with new_directory(target) as work:
         if new_config is None:
+            if is_theirs and any((source / name).is_file() for name in TOKENIZERS):
+                processor = original_processor(source, config)
+                config.image_token_index = processor.image_token_id
+                processor.save_pretrained(work)
             config.save_pretrained(work)
         else:
             _write_original_config(work, new_config, config)
         write_shards(work, plan, lambda name: _dtype_of(shards, parts, name), shard_bytes, progress)
         for path in source.iterdir():
-            if path.is_file() and path.name != "config.json" and not path.name.endswith(NOT_COPIED):
+            if (
+                path.is_file()
+                and not (work / path.name).exists()
+                and path.name != "config.json"
+                and not path.name.endswith(NOT_COPIED)
+            ):
                 shutil.copy(path, work / path.name)
     return Path(target)
 

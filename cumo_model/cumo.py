@@ -220,7 +220,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         """As in transformers, from a folder in our layout or in that of the released checkpoints.
 
         Raises:
-            ValueError: a folder in the original layout lacks tensors, has others, or pickles more than tensors.
+            ValueError: a folder in the original layout lacks tensors, or holds others, or a harmful pickle.
         """
         path = pretrained_model_name_or_path
         where = {key: kwargs[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in kwargs}
