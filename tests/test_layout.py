@@ -91,8 +91,8 @@ LAYERS = (
     ("moe", "data"),
     ("clip_moe", "mlp_moe", "llm_moe", "patch"),
     ("cumo",),
-    ("upcycle", "checkpoint"),
-    ("train", "chat"),
+    ("upcycle", "checkpoint", "parts"),
+    ("train", "chat", "tool"),
     ("demo",),
     ("__main__",),
 )

@@ -109,7 +109,8 @@ def write(folder, values=None, shards=2, pickled=False, **options):
     """A checkpoint folder in the original layout; -> its tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     dtype = options.pop("dtype", torch.float32)
-    values = tensors(dtype, **options) if values is None else values
+    std = options.pop("std", 0.3)
+    values = tensors(dtype, std, **options) if values is None else values
     (folder / "config.json").write_text(json.dumps(config(dtype=str(dtype).split(".")[1], **options)))
     (folder / "clip").mkdir(exist_ok=True)
     (folder / "clip/config.json").write_text(json.dumps(CLIP_CONFIG))
