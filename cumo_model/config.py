@@ -64,6 +64,7 @@ class CumoConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = [
         "past_key_values",
         "loss_parts",
+        "router_stats",
         "image_hidden_states",
         "hidden_states",
         "attentions",

@@ -39,7 +39,10 @@ class CumoModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class CumoOutput(ModelOutput):
-    """`loss_parts`: terms of `loss`, unweighted and detached: language, and {clip,mlp,llm}_{balance,z}."""
+    """`loss_parts`: terms of `loss`, unweighted and detached: language, and {clip,mlp,llm}_{balance,z}.
+
+    `router_stats`, on request: for each place, its layers' RouterStats stacked and the tokens per expert.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -48,6 +51,7 @@ class CumoOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
     loss_parts: dict[str, Tensor] | None = None
+    router_stats: dict[str, dict[str, Tensor]] | None = None
 
 
 class CumoPreTrainedModel(MoEHostMixin, PreTrainedModel):
@@ -253,6 +257,32 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         return self.model.get_image_features(pixel_values)
 
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **kwargs,
+    ):
+        """Copies of a row for beams or samples take all of the row's images along, in order."""
+        images = {key: kwargs.pop(key) for key in ("pixel_values", "image_lengths") if key in kwargs}
+        if expand_size > 1 and input_ids is not None and images.get("pixel_values") is not None:
+            tokens = (input_ids == self.config.image_token_index).sum(1)
+            lengths = images.get("image_lengths")
+            if lengths is None:
+                counts = (tokens // self.config.image_seq_length).tolist()
+            else:  # the images whose tokens end in a row are the row's
+                counts = torch.searchsorted(lengths.cumsum(0), tokens.cumsum(0), right=True)
+                counts = counts.diff(prepend=counts.new_zeros(1)).tolist()
+            for key, value in images.items():
+                if value is not None:
+                    rows = value.split(counts)
+                    images[key] = torch.cat([row for row in rows for _ in range(expand_size)])
+        expanded, kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
+        return expanded, kwargs | images
+
     @can_return_tuple
     def forward(
         self,
@@ -267,6 +297,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
+        output_router_stats: bool = False,
         **kwargs,
     ) -> CumoOutput:
         """Logits, and with `labels` the loss.
@@ -282,12 +313,15 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
             logits_to_keep: how many last positions, or which, get logits; 0 is all, as labels need.
             skip_logits: with labels, run the head only where a token is to be predicted and return no logits:
                 the same loss for a fraction of the head's time and memory.
+            output_router_stats: return, for each place with experts ("clip", "mlp", "llm"), mean_probs and
+                top1_density (L, G, E), mean_squared_logsumexp (L, G) and tokens_per_expert (L, E) of its L
+                layers that ran, without gradients.
 
         Raises:
             ValueError: placeholders and images do not match, or a shape does not fit.
         """
         with_aux = self.training and labels is not None and self._has_expert_losses()
-        with record_routing() if with_aux else nullcontext([]) as records:
+        with record_routing() if with_aux or output_router_stats else nullcontext([]) as records:
             outputs = self.model(
                 input_ids=input_ids,
                 pixel_values=pixel_values,
@@ -322,6 +356,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             loss_parts=loss_parts,
+            router_stats=_stacked_stats(records) if output_router_stats else None,
         )
 
     def _loss_without_logits(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
@@ -352,6 +387,20 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
                 if coef:
                     loss = loss + coef * value
         return loss
+
+
+def _stacked_stats(records: list[RoutingRecord]) -> dict[str, dict[str, Tensor]]:
+    found = {}
+    for place in PLACES:
+        layers = [record.routing for record in records if record.place == place]
+        if layers:
+            names = ("mean_probs", "top1_density", "mean_squared_logsumexp")
+            found[place] = {
+                name: torch.stack([getattr(routing.stats, name).detach() for routing in layers])
+                for name in names
+            }
+            found[place]["tokens_per_expert"] = torch.stack([r.tokens_per_expert for r in layers])
+    return found
 
 
 def own_layout(config: CumoConfig) -> dict[str, tuple[int, ...]]:

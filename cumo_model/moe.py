@@ -67,6 +67,10 @@ class MoEHostMixin:
         super()._initialize_weights(module, is_custom_code=False)
 
 
+class Gate(nn.Linear):
+    """The router's linear layer. A class of its own, because quantisers replace nn.Linear itself."""
+
+
 class Experts(nn.Module):
     """E two-layer MLPs with stacked weights, under the parameter names of transformers v5.
 
@@ -148,7 +152,7 @@ class MoELayer(nn.Module):
             raise ValueError(f"top_k must be between 1 and the {num_experts} experts, got {top_k}")
         self.hidden_size, self.top_k, self.compat = hidden_size, top_k, compat
         self.place, self.layer = place, layer
-        self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        self.gate = Gate(hidden_size, num_experts, bias=False)
         self.experts = Experts(
             hidden_size, intermediate_size, output_size or hidden_size, num_experts, activation, bias
         )
