@@ -53,7 +53,7 @@ class CumoConfig(PreTrainedConfig):
         vision_feature_select_strategy: "default" drops the class token, "full" keeps it (scales [1] only).
         image_token_index: id of the placeholders in `input_ids`; may lie outside the vocabulary.
         balance_loss_coef, router_z_loss_coef: weights of the auxiliary losses in training.
-        compat: "cumo" repeats the original's rounding in the routers; None keeps them in fp32.
+        compat: "cumo" repeats the original's rounding in routers and experts; None is more exact and faster.
         original: config.json of the original's checkpoint this one was read from, for the way back.
     """
 

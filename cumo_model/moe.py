@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cumo_kernels import ACTIVATIONS, Routing, expert_mlp, route
+from cumo_kernels import ACTIVATIONS, Routing, expert_mlp, grouped_gemm, route
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,22 @@ class Experts(nn.Module):
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """x (T, H) -> (T, O). The kernel runs inside this call: FSDP and ZeRO-3 gather parameters for it."""
+    def forward(self, x: Tensor, routing: Routing, compat: str | None = None) -> Tensor:
+        """x (T, H) -> (T, O). The kernel runs inside this call: FSDP and ZeRO-3 gather parameters for it.
+
+        With `compat` every step is rounded to the dtype of x, as in the original (cumo_spec.md 2.4), and what
+        the experts return is added in the order of the experts; that is slow.
+        """
         up_proj, up_bias = self.up
+        if compat is not None:
+            z = grouped_gemm(x, up_proj, routing.expert_offsets, bias=up_bias, gather=routing)
+            a = ACTIVATIONS[self.activation].forward(z)
+            rows = grouped_gemm(a, self.down_proj, routing.expert_offsets, bias=self.down_proj_bias)
+            slots = rows[routing.inverse_permutation].view(*routing.topk_indices.shape, -1)
+            slots = slots * routing.topk_weights.to(rows.dtype)[:, :, None]
+            order = routing.topk_indices.argsort(1)[:, :, None].expand_as(slots)
+            first, *rest = slots.gather(1, order).unbind(1)
+            return sum(rest, first)
         return expert_mlp(x, routing, up_proj, self.down_proj, up_bias, self.down_proj_bias, self.activation)
 
 
@@ -128,7 +141,7 @@ class MoELayer(nn.Module):
         activation: name in `cumo_kernels.ACTIVATIONS`; a gated one makes gated experts.
         output_size: O; H unless given.
         bias: whether the experts have biases; the gate has none.
-        compat: rounding of the router, see `cumo_kernels.route`.
+        compat: rounding of the original: in the router, see `cumo_kernels.route`, and in the experts.
         place, layer: what `record_routing` calls this layer.
     """
 
@@ -179,5 +192,5 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor, groups: int = 1) -> Tensor:
         """x (..., H) -> (..., O); `groups` as in `route`."""
         routing = self.route(x, groups)
-        out = self.experts(x.reshape(-1, self.hidden_size), routing)
+        out = self.experts(x.reshape(-1, self.hidden_size), routing, self.compat)
         return out.view(*x.shape[:-1], out.shape[-1])

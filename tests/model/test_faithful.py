@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from cumo_model import CumoForConditionalGeneration
+from cumo_model import CumoForConditionalGeneration, MoELayer
 from cumo_model.layout import original_names
 from tests.model import original
 
@@ -148,3 +148,50 @@ def test_the_parts_of_the_loss_are_the_formulas(tmp_path):
         torch.testing.assert_close(
             value, wanted[name].detach(), msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("place", ["clip", "mlp", "llm"])
+def test_compat_repeats_the_originals_rounding_bit_for_bit(place):
+    """bf16: the bits of the formulas rounded step by step; without compat other bits, closer to fp64."""
+    F = torch.nn.functional
+    activation = {"clip": "quick_gelu", "mlp": "gelu", "llm": "swiglu"}[place]
+    bias, width, E = place != "llm", 24 if place == "mlp" else 32, 5 if place == "llm" else 4
+    compat = "cumo_llm" if place == "llm" else "cumo"
+    layer = MoELayer(32, 48, E, 2, activation, output_size=width, bias=bias, compat=compat).bfloat16()
+    x = torch.randn(6, 37, 32).bfloat16()
+    experts = layer.experts
+
+    def expert(rows, e, dtype):
+        up, up_bias = experts.up
+        values = (up[e], up_bias[e] if bias else None)
+        z = F.linear(rows, *(None if v is None else v.to(dtype) for v in values))
+        if place == "clip":
+            a = z * torch.sigmoid(1.702 * z)
+        elif place == "mlp":
+            a = F.gelu(z)
+        else:
+            gate, linear = z.chunk(2, -1)
+            a = F.silu(gate) * linear
+        values = (experts.down_proj[e], experts.down_proj_bias[e] if bias else None)
+        return F.linear(a, *(None if v is None else v.to(dtype) for v in values))
+
+    def formulas(x):
+        rows = x.flatten(0, 1)[None] if place == "llm" else x
+        logits = F.linear(rows, layer.gate.weight.to(x.dtype))
+        functions = [lambda rows, e=e: expert(rows, e, x.dtype) for e in range(E)]
+        return original.moe(rows, logits, functions, width, per_crop=place != "llm")[0].reshape(-1, width)
+
+    with torch.no_grad():
+        wanted = formulas(x)
+        # rounded probabilities tie, and which expert torch.topk then takes is nobody's promise
+        ranked = (
+            torch.softmax(layer.gate(x).flatten(0, 1).float(), -1).bfloat16().sort(-1, descending=True)[0]
+        )
+        untied = ranked[:, 1] != ranked[:, 2]
+        assert untied.float().mean() > 0.9
+        assert torch.equal(layer(x, groups=6).view(-1, width)[untied], wanted[untied])
+        layer.compat = None
+        plain = layer(x, groups=6).view(-1, width)
+        truth = formulas(x.double())
+    assert not torch.equal(plain, wanted)
+    assert (plain - truth).square().mean() < (wanted - truth).square().mean()
