@@ -230,7 +230,11 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         where = {key: kwargs[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in kwargs}
         if cls is not CumoForConditionalGeneration or path is None:
             return super().from_pretrained(path, *args, **kwargs)
-        if not is_original(PreTrainedConfig.get_config_dict(path, **where)[0]):
+        try:
+            values = PreTrainedConfig.get_config_dict(path, **where)[0]
+        except OSError:  # no config.json: a folder of adapters, or an error that transformers words
+            values = {}
+        if not is_original(values):
             return super().from_pretrained(path, *args, **kwargs)
         folder = Path(path, where.get("subfolder", ""))
         if folder.is_dir():  # of a hub's files transformers names what is missing, after loading

@@ -5,16 +5,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
+from transformers import MODEL_MAPPING, AutoConfig, CLIPVisionConfig, CLIPVisionModel
 from transformers.initialization import no_init_weights
 
 from cumo_model.clip_moe import CumoVisionModel
 from cumo_model.config import CumoConfig
-from cumo_model.conversation import IMAGE_MARKER
 from cumo_model.cumo import CumoForConditionalGeneration
 from cumo_model.layout import original_names
 from cumo_model.llm_moe import CumoMixtralModel
-from cumo_model.processing import CumoProcessor, build_processor
+from cumo_model.processing import CumoProcessor, build_processor, load_tokenizer
 from cumo_model.shards import Shards, check_tensors, read_bin
 
 PROJECTOR = "model.mm_projector."
@@ -82,13 +81,9 @@ def parts_processor(
     text: str | os.PathLike, config: CumoConfig, template: str = "mistral_instruct_system"
 ) -> CumoProcessor:
     """The processor of `from_parts`: the language model's tokenizer, with `<image>` behind its vocabulary."""
-    tokenizer = AutoTokenizer.from_pretrained(text, use_fast=True)
-    if tokenizer.convert_tokens_to_ids(IMAGE_MARKER) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARKER]})
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     vision = config.vision_config
     strategy = config.vision_feature_select_strategy
-    return build_processor(tokenizer, vision.image_size, vision.patch_size, strategy, template)
+    return build_processor(load_tokenizer(text), vision.image_size, vision.patch_size, strategy, template)
 
 
 def _tower(folder: str | os.PathLike, config: CumoConfig, dtype: torch.dtype) -> CumoVisionModel:

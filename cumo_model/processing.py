@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor
+from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BatchFeature
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -131,17 +131,30 @@ def build_processor(
     )
 
 
+def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder, padding on the right, with `<image>` as a token behind its vocabulary."""
+    found = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    # transformers' LlamaTokenizer forgets in saving that a text after a special token begins with a blank;
+    # the plain class keeps the tokenizer as it is
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=found.backend_tokenizer,
+        bos_token=found.bos_token,
+        eos_token=found.eos_token,
+        unk_token=found.unk_token,
+        pad_token=found.pad_token or found.unk_token or found.eos_token,
+        padding_side="right",
+    )
+    if tokenizer.convert_tokens_to_ids(IMAGE_MARKER) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_MARKER]})
+    return tokenizer
+
+
 def original_processor(folder: str | os.PathLike, config: CumoConfig) -> CumoProcessor:
     """The processor of a checkpoint in the original layout, from its tokenizer files and its config.
 
-    `<image>` becomes the token behind the vocabulary, unless the tokenizer has it. Template: that of CuMo's
-    later stages, `mistral_instruct_system`.
+    Template: that of CuMo's later stages, `mistral_instruct_system`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
-    if tokenizer.convert_tokens_to_ids(IMAGE_MARKER) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARKER]})
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
-    tokenizer.padding_side = "right"
+    tokenizer = load_tokenizer(folder)
     vision, values = config.vision_config, config.original or {}
     ratio = values.get("image_aspect_ratio", "pad")
     pinpoints = values.get("image_grid_pinpoints")
