@@ -56,7 +56,14 @@ ARROWS = {
         "cumo_kernels.types",
     ),
     "cumo_kernels.*": ("cumo_kernels", "cumo_kernels.*"),  # the front door and its subcommands
-    "cumo_model*": ("cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.types"),
+    "cumo_model": ("cumo_model.*", "cumo_kernels", "cumo_kernels.integrations.transformers"),
+    "cumo_model*": (
+        "cumo_model",
+        "cumo_model.*",
+        "cumo_kernels",
+        "cumo_kernels.integrations.transformers",
+        "cumo_kernels.types",
+    ),
     "benchmarks*": (
         "benchmarks",
         "benchmarks.*",
@@ -66,17 +73,27 @@ ARROWS = {
         "cumo_kernels.*",
     ),
     "tests.benchmarks*": ("benchmarks", "benchmarks.*", "cumo_kernels", "cumo_kernels.*"),
-    "tests*": ("cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.*"),
+    "tests*": ("tests.*", "cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.*"),
 }
 
 # Inside cumo_model a module imports only modules of earlier rows (or of its own row's package).
 LAYERS = (
-    ("config", "losses", "vision", "conversation", "processing", "files"),
+    (
+        "config",
+        "original_config",
+        "layout",
+        "shards",
+        "losses",
+        "vision",
+        "conversation",
+        "processing",
+        "files",
+    ),
     ("moe", "data"),
-    ("clip_moe", "mlp_moe", "llm_moe"),
+    ("clip_moe", "mlp_moe", "llm_moe", "patch"),
     ("cumo",),
-    ("upcycle", "checkpoint"),
-    ("train", "chat"),
+    ("upcycle", "checkpoint", "parts"),
+    ("train", "chat", "tool"),
     ("demo",),
     ("__main__",),
 )
