@@ -212,33 +212,33 @@ def draw(generator: random.Random, dtypes: tuple[str, ...], big: bool) -> Case:
     return cases.used(case)
 
 
-def smaller(case: Case) -> Iterator[Case]:
-    """Simpler neighbours of a case, the boldest first."""
-    for row in fields(case)[1:]:
-        value = getattr(case, row.name)
-        if isinstance(value, bool | str):
-            steps = [row.default]
-        else:
-            least = 0 if row.name in ("T", "seed") else 1
-            steps = [step for step in (least, value // 2, value - 1) if least <= step < value]
-        for step in dict.fromkeys(steps):
-            other = cases.used(replace(case, **{row.name: step}))
-            if other != case and other.problem is None:
-                yield other
+def smaller(case: Case, name: str) -> Iterator[Case]:
+    """`case` with a simpler value of one field, the boldest first."""
+    value = getattr(case, name)
+    if isinstance(value, bool | str):
+        steps = [getattr(Case(case.op), name)]
+    else:
+        least = 0 if name in ("T", "seed") else 1
+        steps = [step for step in (least, value // 2, value - 1) if least <= step < value]
+    for step in dict.fromkeys(steps):
+        other = cases.used(replace(case, **{name: step}))
+        if other != case and other.problem is None:
+            yield other
 
 
-def shrink(case: Case, fails: Callable[[Case], bool], seconds: float = 30) -> Case:
+def shrink(case: Case, fails: Callable[[Case], bool], seconds: float = 90) -> Case:
     """The simplest case found in `seconds` that still `fails`."""
     stop = time.monotonic() + seconds
     improved = True
     while improved:
         improved = False
-        for other in smaller(case):
-            if time.monotonic() > stop:
-                return case
-            if fails(other):
-                case, improved = other, True
-                break
+        for row in fields(case)[1:]:
+            for other in smaller(case, row.name):
+                if time.monotonic() > stop:
+                    return case
+                if fails(other):
+                    case, improved = other, True
+                    break
     return case
 
 
@@ -317,6 +317,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--few", action="store_true", help="one awkward family of shapes, not all")
     parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="random cases until the time is up")
     parser.add_argument("--seed", type=int, default=0, help="of --fuzz")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds; no case begins after them")
     parser.add_argument(
         "--no-interpreter", action="store_true", help="leave Triton out where there is no GPU"
     )
