@@ -314,8 +314,8 @@ HEAD = """# Benchmark report
 Made by `python -m benchmarks.plot` from the CSV files in `benchmarks/results/` and from nothing else. Every
 timing stands behind a correctness gate: in the same command the variant was held against fp64 by the rule of
 `cumo_kernels/testing.py`. `x` is how many times as fast as the original CuMo's eager loop (our port of it);
-`dense` is a dense MLP of equal FLOPs without experts, the ceiling. Medians; variants of one case took turns. On
-a CPU with one thread it is processor time that is measured, since other jobs lengthen the wall's.
+`dense` is a dense MLP of equal FLOPs without experts, the ceiling. Medians; variants of one case took turns.
+On a CPU with one thread it is processor time that is measured, since other jobs lengthen the wall's.
 """
 
 
