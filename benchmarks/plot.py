@@ -5,6 +5,7 @@ A number here is in a row of benchmarks/results/; what has no row is said to be 
 
 import argparse
 import csv
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ from benchmarks.record import Gap, Row
 from cumo_kernels import hardware
 
 BASE = "cumo-original"  # speed-ups are against the original's eager loop
+MODES = {"forward": "forward", "backward": "backward", "both": "forward and backward"}
 TITLES = {
     "expert_mlp": "expert layer",
     "moe_layer": "MoE layer with router and losses",
@@ -86,29 +88,36 @@ def speedups(rows: list[Row]) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def plot_speedups(rows: list[Row], path: Path) -> Path | None:
-    found = speedups([row for row in rows if row.op in ("expert_mlp", "moe_layer", "model")])
+    """A row of axes per op, a column per mode; bars in groups by case."""
+    ops = {op: TITLES[op] for op in ("expert_mlp", "moe_layer", "model")}
+    found = speedups([row for row in rows if row.op in ops])
     if not found:
         return None
-    titles = list(dict.fromkeys(title for title, _ in found))
-    figure, axes = plt.subplots(
-        len(titles), 1, figsize=(9, 0.7 + 2.2 * len(titles)), layout="constrained", squeeze=False
-    )
+    titles = [title for title in ops.values() if any(t.startswith(f"{title},") for t, _ in found)]
+    modes = [mode for mode in MODES if any(t.endswith(f", {mode}") for t, _ in found)]
     names = [name for name in _variants(rows) if any(name in by for by in found.values())]
     colours = dict(zip(names, plt.get_cmap("tab10").colors * 2, strict=False))
-    for axis, title in zip(axes[:, 0], titles, strict=True):
-        cases = [case for t, case in found if t == title]
-        for i, case in enumerate(cases):
-            shown = [name for name in names if name in found[title, case]]
-            for j, name in enumerate(shown):
-                value, width = found[title, case][name], 0.8 / len(shown)
-                at = i - 0.4 + width * (j + 0.5)
-                axis.bar(at, value, width * 0.92, color=colours[name])
-                axis.text(at, value, f"{value:.2f}", ha="center", va="bottom", fontsize=6)
+    figure, axes = plt.subplots(
+        len(titles), len(modes), figsize=(1 + 4.2 * len(modes), 0.8 + 2 * len(titles)), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    width = 0.8 / len(names)
+    for (i, title), (j, mode) in itertools.product(enumerate(titles), enumerate(modes)):
+        axis, key = axes[i][j], f"{title}, {mode}"
+        cases = [case for t, case in found if t == key]
+        for at, case in enumerate(cases):
+            for n, name in enumerate(names):
+                if (value := found[key, case].get(name)) is not None:
+                    place = at - 0.4 + width * (n + 0.5)
+                    axis.bar(place, value, width * 0.92, color=colours[name])
+                    axis.text(place, value, f"{value:.2f}", ha="center", va="bottom", fontsize=6)
         axis.axhline(1, color="grey", lw=0.8, ls=":")
-        axis.set_title(title, fontsize=9)
-        axis.set_xticks(range(len(cases)), cases, fontsize=7)
+        axis.set_title(f"{title}, {MODES[mode]}", fontsize=8)
+        axis.set_xticks(range(len(cases)), cases, fontsize=6)
         axis.set_ylabel("x the original's loop", fontsize=7)
+        axis.tick_params(axis="y", labelsize=7)
         axis.margins(y=0.15)
+        axis.set_visible(bool(cases))
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), fontsize=7)
     figure.suptitle(rows[0].device, fontsize=9)
@@ -203,6 +212,10 @@ PICTURES = {
 }
 
 
+def milliseconds(ms: float) -> str:
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+
+
 def table(rows: list[Row]) -> list[str]:
     """Markdown: a line per case and mode, a column per variant: milliseconds, and speed-up over the loop."""
     rows = _best_timer(rows)
@@ -225,7 +238,7 @@ def table(rows: list[Row]) -> list[str]:
                 if row is None:
                     cells.append("-")
                     continue
-                text = f"{row.ms_p50:.3g} ms"
+                text = milliseconds(row.ms_p50)
                 if BASE in by and name != BASE:
                     text += f", {by[BASE].ms_p50 / row.ms_p50:.2f}x"
                 if row.share_of_floor is not None:
@@ -288,7 +301,7 @@ def predictions(folder: Path, rows: list[Row]) -> list[str]:
             measured = [_ours(rows, gpu, shape, dtype, mode) for mode in ("forward", "both")]
             cells = [f"{ms:.3g} | {floor / ms:.0%}" for ms, floor in sums]
             spills = sum(int(row["stack"]) > 0 for row in gemms)
-            seen = ", ".join("not yet" if ms is None else f"{ms:.3g} ms" for ms in measured)
+            seen = ", ".join("not yet" if ms is None else milliseconds(ms) for ms in measured)
             lines.append(
                 f"| {shape} | {' | '.join(cells)} | {worst['gemm']}, {float(worst['share_of_floor']):.0%} | "
                 f"{spills} of {len(gemms)} | {seen} |"
@@ -302,6 +315,7 @@ Made by `python -m benchmarks.plot` from the CSV files in `benchmarks/results/` 
 timing stands behind a correctness gate: in the same command the variant was held against fp64 by the rule of
 `cumo_kernels/testing.py`. `x` is how many times as fast as the original CuMo's eager loop (our port of it);
 `dense` is a dense MLP of equal FLOPs without experts, the ceiling. Medians; variants of one case took turns.
+On a CPU with one thread it is processor time that is measured, since other jobs lengthen the wall's.
 """
 
 
