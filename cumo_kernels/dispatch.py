@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cumo_kernels import extension
+
 OPS = {  # op -> stem: the module of that name in every backend folder implements the op
     "route": "routing",
     "route_backward": "routing",
@@ -38,17 +40,17 @@ def _missing(module: str) -> bool:
 
 
 # looked up once: what is installed does not change under a running program
-_CUDA_MISSING = _missing("cumo_kernels._C") or _missing("cumo_kernels.backends.cuda")
 _TRITON_MISSING = _missing("triton") or _missing("cumo_kernels.backends.triton")
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _refuse_cuda(op: str, device: str, dtype: torch.dtype) -> str | None:
-    if _CUDA_MISSING:
-        return "the extension cumo_kernels._C is not built in this installation"
-    if device != "cuda":
-        return f"it needs CUDA tensors, got {device}"
+    reason = extension.missing()
+    if reason is not None:
+        return reason
+    if device != ("cpu" if extension.EMULATE else "cuda"):
+        return f"it needs {'CPU tensors under' if extension.EMULATE else 'CUDA tensors or'} CUMO_EMULATE=1, got {device}"
     if dtype not in _FLOATS:
         return f"it computes in fp32, fp16 and bf16, got {dtype}"
     return None
@@ -76,7 +78,7 @@ class Backend:
 
 
 BACKENDS = (
-    Backend("cuda", _refuse_cuda),
+    Backend("cuda", _refuse_cuda, on_request="it has not run on a GPU yet: force it to try"),
     Backend("triton", _refuse_triton, on_request="it has not run on a GPU yet: force it to try"),
     Backend("reference", _refuse_reference),
 )

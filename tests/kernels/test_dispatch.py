@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cumo_kernels
-from cumo_kernels import dispatch, explain, use_backend
+from cumo_kernels import dispatch, explain, extension, use_backend
 from cumo_kernels.dispatch import BACKENDS, OPS
 
 
@@ -32,8 +32,8 @@ def test_fp64_is_refused_by_everyone_but_the_reference():
 def test_every_backend_that_exists_implements_every_op(backend, op):
     if dispatch._missing(f"cumo_kernels.backends.{backend}"):
         pytest.skip(f"{backend} is not in this installation")
-    if backend == "cuda" and dispatch._CUDA_MISSING:
-        pytest.skip("the extension is not built")
+    if backend == "cuda" and extension.missing():
+        pytest.skip(extension.missing())
     assert callable(dispatch.implementation(backend, op))
 
 
