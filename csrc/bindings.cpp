@@ -10,6 +10,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cstdlib>
 #include <map>
 #include <optional>
 #include <string>
@@ -33,10 +34,12 @@ using MaybeTensor = std::optional<Tensor>;
 
 #ifdef CUMO_EMULATE
 
-struct On {  // the emulated device, few processors so that each block walks several tiles
-  static inline Device assumed{nullptr, 2, 80, 227 * 1024};
-  Device device = assumed;
-  explicit On(const Tensor&) {}
+struct On {  // the emulated device: CUMO_EMULATE_CAPABILITY, and few processors so that a block walks several tiles
+  Device device{nullptr, 2, 80, 227 * 1024};
+
+  explicit On(const Tensor&) {
+    if (const char* capability = std::getenv("CUMO_EMULATE_CAPABILITY")) device.capability = std::atoi(capability);
+  }
 };
 
 #else
@@ -392,7 +395,4 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("_offset_along", &offset_along);
   m.def("_offset_across", &offset_across);
-#ifdef CUMO_EMULATE
-  m.def("_assume", [](int capability, int sms) { On::assumed.capability = capability, On::assumed.sms = sms; });
-#endif
 }

@@ -9,6 +9,7 @@
 // Contract: cumo_kernels/ops/grouped_gemm.py. Truth: cumo_kernels/backends/reference/grouped_gemm.py.
 #include "epilogue.cuh"
 #include "hopper.h"
+#include "tile_math.cuh"
 
 namespace cumo {
 
@@ -54,11 +55,22 @@ __device__ __forceinline__ void multiply_expert_rows(const Gemm& p, const Tile& 
       [](int, const unsigned char*, const unsigned char*) {});
 }
 
-template <class T>
-__device__ __forceinline__ void zero_rows(T* out, int64_t begin, int64_t end, int64_t width) {
-  for (int64_t i = begin * width + int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < end * width;
-       i += int64_t{gridDim.x} * blockDim.x)
-    out[i] = from_float<T>(0.0f);
+// The warp's four patches of 16 rows, one after the other through its place in shared memory.
+template <class Finish>
+__device__ __forceinline__ void for_each_patch(const Acc& acc, Finish finish) {
+  float* patch = shared_memory<float>() + threadIdx.x / kWarp * (kPatchBytes / 4);
+#pragma unroll 1
+  for (int m = 0; m < 4; ++m) {
+#pragma unroll
+    for (int other = 0; other < 4; ++other)  // m is no constant: registers must not be indexed by it
+      if (m == other)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+          lay_down(patch, n, acc[other][n][0], acc[other][n][1], acc[other][n][2], acc[other][n][3]);
+    sync_warp();
+    finish(patch, m);
+    sync_warp();
+  }
 }
 
 template <class T, bool kTf32, bool kAlong>
@@ -66,70 +78,48 @@ __global__ void __launch_bounds__(kGemmThreads)
     grouped_gemm_kernel(Gemm p, ForwardEnd<T> end, int tiles_n, bool wide_x, bool wide_w) {
   TileWalk walk(p.expert_offsets, p.E, tiles_n, kTileRows);
   Tile tile;
-  const Place place;
+  const WarpPlace place;
   for (int number = blockIdx.x; walk.find(number, tile); number += gridDim.x) {
     Acc acc;
     multiply_expert_rows<T, kTf32, kAlong>(p, tile, wide_x, wide_w, acc);
-#pragma unroll
-    for (int m = 0; m < 4; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = tile.first_row + place.row + m * 16 + h * 8;
-        if (row >= tile.end_row) continue;
-        if (p.gated) {
-          const int col = tile.tile_n * (kTileCols / 2) + place.col / 32 * 16 + place.col % 8;
-#pragma unroll
-          for (int n = 0; n < 4; n += 2)
-            end.finish({acc[m][n][h * 2], acc[m][n][h * 2 + 1]}, {acc[m][n + 1][h * 2], acc[m][n + 1][h * 2 + 1]},
-                       tile.expert, row, col + n * 4);
-        } else {
-          const int col = tile.tile_n * kTileCols + place.col;
-#pragma unroll
-          for (int n = 0; n < 4; ++n)
-            end.finish({acc[m][n][h * 2], acc[m][n][h * 2 + 1]}, {}, tile.expert, row, col + n * 8);
-        }
-      }
+    for_each_patch(acc, [&](const float* patch, int m) {
+      finish_patch(end, patch, tile, tile.first_row + place.row + m * 16, place.col, kTileCols);
+    });
+    sync_block();
   }
   if (p.zero_tail) {
     const int tail = p.expert_offsets[p.E];
-    if (end.out) zero_rows(end.out, tail, p.S, p.N);
-    if (end.pre) zero_rows(end.pre, tail, p.S, end.width);
+    zero_rows(end.out, tail, p.S, p.N, threadIdx.x, kGemmThreads);
+    zero_rows(end.pre, tail, p.S, end.width, threadIdx.x, kGemmThreads);
   }
 }
 
 template <class T, bool kTf32>
 __global__ void __launch_bounds__(kGemmThreads)
-    grad_hidden_kernel(Gemm p, HiddenEnd<T> end, const float* topk_weights, float* dots, int tiles_n, bool wide_x,
-                       bool wide_w) {
+    grad_hidden_kernel(Gemm p, HiddenEnd<T> end, int tiles_n, bool wide_x, bool wide_w) {
   TileWalk walk(p.expert_offsets, p.E, tiles_n, kTileRows);
   Tile tile;
-  const Place place;
-  float* partial = shared_memory<float>();  // (128 rows, 4 warps)
+  const WarpPlace place;
+  float* partial = shared_memory<float>() + 8 * (kPatchBytes / 4);  // (128 rows, 4 warps)
   for (int number = blockIdx.x; walk.find(number, tile); number += gridDim.x) {
     Acc acc;
     multiply_expert_rows<T, kTf32, false>(p, tile, wide_x, wide_w, acc);
+    for_each_patch(acc, [&](const float* patch, int m) {
+      float dots[2] = {};
+      finish_patch(end, patch, tile, tile.first_row + place.row + m * 16, place.col, kTileCols, dots);
 #pragma unroll
-    for (int m = 0; m < 4; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int local = place.row + m * 16 + h * 8, row = tile.first_row + local;
-        float dot = 0.0f;
-        if (row < tile.end_row) {
-          const float weight = topk_weights[p.permutation[row]];
-#pragma unroll
-          for (int n = 0; n < 4; ++n)
-            dot += end.finish({acc[m][n][h * 2], acc[m][n][h * 2 + 1]}, weight, row,
-                              tile.tile_n * kTileCols + place.col + n * 8);
-        }
-        dot += shuffle_xor(dot, 1);
-        dot += shuffle_xor(dot, 2);
-        if (threadIdx.x % 4 == 0) partial[local * 4 + threadIdx.x / kWarp % 4] = dot;
+      for (int i = 0; i < 2; ++i) {
+        dots[i] += shuffle_xor(dots[i], 1);
+        dots[i] += shuffle_xor(dots[i], 2);
+        const int lane = threadIdx.x % kWarp;
+        if (lane % 4 == 0) partial[(place.row + m * 16 + lane / 4 + 8 * i) * 4 + place.col / kPatchCols] = dots[i];
       }
+    });
     sync_block();
     const int row = tile.first_row + static_cast<int>(threadIdx.x);
-    if (dots && threadIdx.x < kTileRows && row < tile.end_row) {
+    if (end.dots && threadIdx.x < kTileRows && row < tile.end_row) {
       const float* mine = partial + threadIdx.x * 4;
-      dots[int64_t{row} * tiles_n + tile.tile_n] = (mine[0] + mine[1]) + (mine[2] + mine[3]);
+      end.dots[int64_t{row} * tiles_n + tile.tile_n] = (mine[0] + mine[1]) + (mine[2] + mine[3]);
     }
     sync_block();
   }
@@ -150,8 +140,7 @@ void grouped_gemm(const Device& device, Dtype dtype, const Gemm& p, void* out, v
   const int tiles_n = ceil_div(p.N, p.gated ? kTileCols / 2 : kTileCols);
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const ForwardEnd<T> end{static_cast<const T*>(p.bias), static_cast<T*>(out), static_cast<T*>(pre), p.N,
-                            p.gated ? 2 * p.N : p.N,       p.act,                p.gated,              p.N % 2 == 0};
+    const auto end = forward_end<T>(p, out, pre);
     const auto run = [&](auto kernel) {
       launch(device, kernel, blocks(device, p, tiles_n), kGemmThreads, kGemmShared, p, end, tiles_n,
              wide_x(p, sizeof(T)), wide_w(p, sizeof(T)));
@@ -163,24 +152,28 @@ void grouped_gemm(const Device& device, Dtype dtype, const Gemm& p, void* out, v
   });
 }
 
+// The product is as wide as one half of a gated z: to its operands it is a plain GEMM.
+static Gemm plain(Gemm p) {
+  p.gated = false;
+  return p;
+}
+
 int grad_hidden_tiles(const Device& device, Dtype dtype, const Gemm& p) {
-  return ceil_div(p.N, uses_hopper(device, dtype, p) ? kHopperHiddenCols : kTileCols);
+  return ceil_div(p.N, uses_hopper(device, dtype, plain(p)) ? kHopperHiddenCols : kTileCols);
 }
 
 void grad_hidden(const Device& device, Dtype dtype, const Gemm& p, const float* topk_weights, const void* z, void* dz,
                  void* weighted, float* dots) {
-  if (uses_hopper(device, dtype, p)) return hopper_grad_hidden(device, dtype, p, topk_weights, z, dz, weighted, dots);
-  // the product is as wide as one half of a gated z: to its operands it is a plain GEMM
-  Gemm plain = p;
-  plain.gated = false;
+  const Gemm product = plain(p);
+  if (uses_hopper(device, dtype, product))
+    return hopper_grad_hidden(device, dtype, p, topk_weights, z, dz, weighted, dots);
   const int tiles_n = grad_hidden_tiles(device, dtype, p);
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const HiddenEnd<T> end{static_cast<const T*>(z), static_cast<T*>(dz), static_cast<T*>(weighted), p.N, p.act, p.gated,
-                           p.N % 2 == 0};
+    const auto end = hidden_end<T>(p, topk_weights, z, dz, weighted, dots);
     const auto run = [&](auto kernel) {
-      launch(device, kernel, blocks(device, p, tiles_n), kGemmThreads, kGemmShared, plain, end, topk_weights, dots,
-             tiles_n, wide_x(plain, sizeof(T)), wide_w(plain, sizeof(T)));
+      launch(device, kernel, blocks(device, p, tiles_n), kGemmThreads, kGemmShared, product, end, tiles_n,
+             wide_x(product, sizeof(T)), wide_w(product, sizeof(T)));
     };
     if constexpr (sizeof(T) == 4) {
       if (p.tf32) return run(grad_hidden_kernel<T, true>);

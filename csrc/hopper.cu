@@ -1,6 +1,323 @@
+// Grouped GEMM (CUDA, sm_90a): the same functions as grouped_gemm.cu, for 16-bit operands that TMA can address.
+//
+// A persistent block of three warpgroups. The first brings operands: the weight by TMA, rows of x by TMA or, gathered,
+// by cp.async of all its threads, which hand a stage over once their copies are in (kLag stages later, so that copies
+// overlap). The other two multiply 64 x kCols each with wgmma out of shared memory, give stages back, and finish their
+// sums (epilogue.cuh) while the first is ahead in the next tile. A full and an empty mbarrier per stage; no cluster.
+// 128 x 256 x 64, four stages forward; 128 x 128 x 64, six stages for grad_hidden, whose epilogue needs more registers.
 #include "hopper.h"
+
+#include "epilogue.cuh"
+#include "hopper.cuh"
+
+#if !defined(CUMO_EMULATE)
+#include <cuda.h>
+#endif
+
 namespace cumo {
-bool uses_hopper(const Device&, Dtype, const Gemm&) { return false; }
-void hopper_grouped_gemm(const Device&, Dtype, const Gemm&, void*, void*) {}
-void hopper_grad_hidden(const Device&, Dtype, const Gemm&, const float*, const void*, void*, void*, float*) {}
+
+constexpr int kGroup = 128, kThreads = 3 * kGroup;  // a warpgroup; one producer and two consumers
+constexpr int kRows = 128, kSteps = 64;             // of a tile, and of a stage along the reduction
+constexpr int kLag = 2;
+constexpr int kForwardCols = 256;
+
+template <int kCols>
+struct Stages {
+  static constexpr int kCount = kCols == 256 ? 4 : 6;
+  static constexpr int kABytes = kRows * kRowBytes, kBBytes = kCols * kRowBytes, kBytes = kABytes + kBBytes;
+  static constexpr int kPatches = kCount * kBytes, kBarriers = kPatches + 8 * kPatchBytes;
+  static constexpr int kShared = kBarriers + 2 * kCount * 8;
+  static_assert(kShared <= 227 * 1024 && kLag < kCount - 1);
+};
+
+// Stage of the ring and how often it has been around, over all tiles of a block.
+template <int kCount>
+struct Turn {
+  int stage = 0, phase = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == kCount) stage = 0, phase ^= 1;
+  }
+};
+
+template <class T, int kCols, bool kAlong>
+__device__ __forceinline__ void produce(const TensorMap& map_x, const TensorMap& map_w, const Gemm& p, int tiles_n,
+                                        unsigned char* shared, Barrier* full, Barrier* empty) {
+  using S = Stages<kCols>;
+  const int thread = threadIdx.x;
+  const bool gathers = p.permutation != nullptr;
+  if (!gathers && thread != 0) return;
+  TileWalk walk(p.expert_offsets, p.E, tiles_n, kRows);
+  Tile tile;
+  Turn<S::kCount> turn, landed;
+  int under_way = 0;
+  for (int number = blockIdx.x; walk.find(number, tile); number += gridDim.x) {
+    constexpr int kPieces = kRows * 8 / kGroup;
+    const T* rows[kPieces];
+    if (gathers) {
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) {
+        const int row = tile.first_row + thread / 8 + j * (kGroup / 8);
+        const int slot = p.permutation[row < tile.end_row ? row : tile.end_row - 1];
+        rows[j] = static_cast<const T*>(p.x) + slot / p.top_k * p.stride_x;
+      }
+    }
+#pragma unroll 1
+    for (int k = 0; k < p.K; k += kSteps) {
+      unsigned char* a = shared + turn.stage * S::kBytes;
+      unsigned char* b = a + S::kABytes;
+      wait_for(&empty[turn.stage], turn.phase ^ 1);
+      if (thread == 0) {
+        arrive_expecting(&full[turn.stage], gathers ? S::kBBytes : S::kBytes);
+        if (!gathers) tma_load(a, &map_x, &full[turn.stage], k, tile.first_row, 0);
+        if constexpr (!kAlong) {
+#pragma unroll
+          for (int chunk = 0; chunk < kCols / 64; ++chunk)
+            tma_load(b + chunk * kSteps * kRowBytes, &map_w, &full[turn.stage], tile.tile_n * kCols + chunk * 64, k,
+                     tile.expert);
+        } else if (p.gated) {
+          tma_load(b, &map_w, &full[turn.stage], k, 0, 0, tile.tile_n * (kCols / 16), tile.expert);
+        } else {
+          tma_load(b, &map_w, &full[turn.stage], k, tile.tile_n * kCols, tile.expert);
+        }
+      }
+      if (gathers) {
+        const int col = k + thread % 8 * 8, left = p.K - col, bytes = left < 0 ? 0 : left < 8 ? left * 2 : 16;
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j)
+          cp_async16(a + offset_along(thread / 8 + j * (kGroup / 8), thread % 8 * 16), rows[j] + (left > 0 ? col : 0),
+                     bytes);
+        cp_async_commit();
+        if (under_way == kLag) {
+          cp_async_wait<kLag>();
+          fence_async();
+          arrive(&full[landed.stage]);
+          landed.next();
+        } else {
+          ++under_way;
+        }
+      }
+      turn.next();
+    }
+  }
+  if (gathers) {
+    cp_async_wait<0>();
+    fence_async();
+    for (; under_way > 0; --under_way, landed.next()) arrive(&full[landed.stage]);
+  }
 }
+
+// d (64, kCols) of this warpgroup = its rows of the tile times the weight.
+template <class T, int kCols, bool kAlong>
+__device__ __forceinline__ void consume(const Gemm& p, unsigned char* shared, Barrier* full, Barrier* empty,
+                                        Turn<Stages<kCols>::kCount>& turn, float (&d)[kCols / 2]) {
+  using S = Stages<kCols>;
+  const int group = threadIdx.x / kGroup - 1;
+#pragma unroll
+  for (int i = 0; i < kCols / 2; ++i) d[i] = 0.0f;
+  int last = -1;
+#pragma unroll 1
+  for (int k = 0; k < p.K; k += kSteps) {
+    wait_for(&full[turn.stage], turn.phase);
+    const uint32_t a = shared_address(shared + turn.stage * S::kBytes) + group * 64 * kRowBytes;
+    const uint32_t b = shared_address(shared + turn.stage * S::kBytes + S::kABytes);
+    pin(d);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kSteps / 16; ++step)
+      wgmma<T, kCols, !kAlong>(d, matrix_descriptor(a + step * 32, 0),
+                               kAlong ? matrix_descriptor(b + step * 32, 0)
+                                      : matrix_descriptor(b + step * 16 * kRowBytes, kSteps * kRowBytes));
+    wgmma_commit();
+    wgmma_wait<T, kCols, !kAlong, 1>();
+    // the multiplication before this one is done with its stage
+    if (last >= 0 && threadIdx.x % kWarp == 0) arrive(&empty[last]);
+    last = turn.stage;
+    turn.next();
+  }
+  wgmma_wait<T, kCols, !kAlong, 0>();
+  pin(d);
+  if (threadIdx.x % kWarp == 0) arrive(&empty[last]);
+}
+
+// The warp's 16 rows in patches of 32 columns.
+template <int kCols, class Finish>
+__device__ __forceinline__ void for_each_patch(const float (&d)[kCols / 2], float* patch, Finish finish) {
+#pragma unroll 1
+  for (int c = 0; c < kCols / kPatchCols; ++c) {
+#pragma unroll
+    for (int other = 0; other < kCols / kPatchCols; ++other)  // registers must not be indexed by c
+      if (c == other)
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const int i = (other * 4 + n) * 4;
+          lay_down(patch, n, d[i], d[i + 1], d[i + 2], d[i + 3]);
+        }
+    sync_warp();
+    finish(c * kPatchCols);
+    sync_warp();
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void finish_tile(const ForwardEnd<T>& end, const float (&d)[kForwardCols / 2], float* patch,
+                                            const Tile& tile, int first_row, int) {
+  for_each_patch<kForwardCols>(
+      d, patch, [&](int first_col) { finish_patch(end, patch, tile, first_row, first_col, kForwardCols); });
+}
+
+template <class T>
+__device__ __forceinline__ void finish_tile(const HiddenEnd<T>& end, const float (&d)[kHopperHiddenCols / 2],
+                                            float* patch, const Tile& tile, int first_row, int tiles_n) {
+  float dots[2] = {};
+  for_each_patch<kHopperHiddenCols>(
+      d, patch, [&](int first_col) { finish_patch(end, patch, tile, first_row, first_col, kHopperHiddenCols, dots); });
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    dots[i] += shuffle_xor(dots[i], 1);
+    dots[i] += shuffle_xor(dots[i], 2);
+    const int row = first_row + lane / 4 + 8 * i;
+    if (end.dots && lane % 4 == 0 && row < tile.end_row) end.dots[int64_t{row} * tiles_n + tile.tile_n] = dots[i];
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void finish_tail(const ForwardEnd<T>& end, const Gemm& p) {
+  if (!p.zero_tail) return;
+  const int tail = p.expert_offsets[p.E], thread = threadIdx.x - kGroup;
+  zero_rows(end.out, tail, p.S, p.N, thread, kThreads - kGroup);
+  zero_rows(end.pre, tail, p.S, end.width, thread, kThreads - kGroup);
+}
+template <class T>
+__device__ __forceinline__ void finish_tail(const HiddenEnd<T>&, const Gemm&) {}
+
+template <class T, int kCols, bool kAlong, class End>
+__global__ void __launch_bounds__(kThreads, 1)
+    hopper_kernel(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w, Gemm p, End end,
+                  int tiles_n) {
+#if defined(CUMO_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using S = Stages<kCols>;
+  unsigned char* shared = shared_memory<unsigned char>();
+  Barrier* full = reinterpret_cast<Barrier*>(shared + S::kBarriers);
+  Barrier* empty = full + S::kCount;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::kCount; ++i) {
+      init_barrier(&full[i], p.permutation ? 1 + kGroup : 1);
+      init_barrier(&empty[i], 2 * kGroup / kWarp);
+    }
+    fence_barriers();
+  }
+  sync_block();
+  if (threadIdx.x < kGroup) {
+    fewer_registers<40>();
+    produce<T, kCols, kAlong>(map_x, map_w, p, tiles_n, shared, full, empty);
+    return;
+  }
+  more_registers<232>();
+  const int warp = threadIdx.x / kWarp - kGroup / kWarp;
+  float* patch = reinterpret_cast<float*>(shared + S::kPatches + warp * kPatchBytes);
+  TileWalk walk(p.expert_offsets, p.E, tiles_n, kRows);
+  Tile tile;
+  Turn<S::kCount> turn;
+  for (int number = blockIdx.x; walk.find(number, tile); number += gridDim.x) {
+    float d[kCols / 2];
+    consume<T, kCols, kAlong>(p, shared, full, empty, turn, d);
+    finish_tile(end, d, patch, tile, tile.first_row + warp * 16, tiles_n);
+  }
+  finish_tail(end, p);
+#endif
+}
+
+// Sizes and box of 16-bit elements, strides in elements; the innermost box is 64 elements, 128 bytes, swizzled.
+static TensorMap describe(const void* base, int rank, const int64_t (&sizes)[kMaxRank],
+                          const int64_t (&strides)[kMaxRank], const int (&box)[kMaxRank]) {
+#ifdef CUMO_EMULATE
+  TensorMap map{static_cast<const char*>(base), rank, {}, {}, {}};
+  for (int i = 0; i < rank; ++i) map.sizes[i] = sizes[i], map.strides[i] = strides[i] * 2, map.box[i] = box[i];
+  return map;
+#else
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess)
+      throw std::runtime_error("cumo_kernels._C: this driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<Encode>(function);
+  }();
+  cuuint64_t extent[kMaxRank], step[kMaxRank];
+  cuuint32_t tile[kMaxRank], ones[kMaxRank];
+  for (int i = 0; i < rank; ++i) {
+    extent[i] = sizes[i], tile[i] = box[i], ones[i] = 1;
+    if (i > 0) step[i - 1] = strides[i] * 2;
+  }
+  CUtensorMap map;
+  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, rank, const_cast<void*>(base), extent, step,
+                                 tile, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    throw std::runtime_error("cumo_kernels._C: cuTensorMapEncodeTiled failed with " + std::to_string(result));
+  return map;
+#endif
+}
+
+static TensorMap describe_x(const Gemm& p) {
+  // gathered rows never go through the map, but it must be one
+  const int64_t rows = p.permutation ? 1 : p.S;
+  return describe(p.x, 3, {p.K, rows, 1}, {1, p.stride_x, p.stride_x * rows}, {kSteps, kRows, 1});
+}
+
+static TensorMap describe_weight(const Gemm& p, int cols) {
+  if (!p.k_inner) return describe(p.weight, 3, {p.N, p.K, p.E}, {1, p.stride_w, p.stride_w_e}, {64, kSteps, 1});
+  if (!p.gated) return describe(p.weight, 3, {p.K, p.N, p.E}, {1, p.stride_w, p.stride_w_e}, {kSteps, cols, 1});
+  // eight rows of the gate, eight of the up half, in turns: tiles.h, weight_column
+  return describe(p.weight, 5, {p.K, 8, 2, p.N / 8, p.E},
+                  {1, p.stride_w, p.N * p.stride_w, 8 * p.stride_w, p.stride_w_e}, {kSteps, 8, 2, cols / 16, 1});
+}
+
+bool uses_hopper(const Device& device, Dtype dtype, const Gemm& p) {
+#if !defined(CUMO_SM90A) && !defined(CUMO_EMULATE)
+  return false;
+#endif
+  const auto steps = [](int64_t stride) { return stride > 0 && stride % 8 == 0; };
+  return device.capability == 90 && dtype != Dtype::fp32 && p.K > 0 && aligned16(p.x, 0, 0, 2) &&
+         aligned16(p.weight, 0, 0, 2) && steps(p.stride_x) && steps(p.stride_w) && steps(p.stride_w_e) &&
+         (!p.gated || (p.k_inner && p.N % 8 == 0));
+}
+
+template <int kCols, class Kernel, class End>
+static void run(const Device& device, Kernel kernel, const Gemm& p, const End& end) {
+  const int tiles_n = ceil_div(p.N, p.gated ? kCols / 2 : kCols);
+  const int64_t blocks = std::min<int64_t>(device.sms, most_row_tiles(p.S, p.E, kRows) * tiles_n);
+  launch(device, kernel, blocks, kThreads, Stages<kCols>::kShared, describe_x(p), describe_weight(p, kCols), p, end,
+         tiles_n);
+}
+
+template <class F>
+static void with_16_bit_type(Dtype dtype, F f) {
+  return dtype == Dtype::fp16 ? f(static_cast<half_t*>(nullptr)) : f(static_cast<bf16_t*>(nullptr));
+}
+
+void hopper_grouped_gemm(const Device& device, Dtype dtype, const Gemm& p, void* out, void* pre) {
+  with_16_bit_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    run<kForwardCols>(device,
+                      p.k_inner ? hopper_kernel<T, kForwardCols, true, ForwardEnd<T>>
+                                : hopper_kernel<T, kForwardCols, false, ForwardEnd<T>>,
+                      p, forward_end<T>(p, out, pre));
+  });
+}
+
+void hopper_grad_hidden(const Device& device, Dtype dtype, const Gemm& p, const float* topk_weights, const void* z,
+                        void* dz, void* weighted, float* dots) {
+  with_16_bit_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Gemm plain = p;  // the product is as wide as one half of a gated z
+    plain.gated = false;
+    run<kHopperHiddenCols>(device, hopper_kernel<T, kHopperHiddenCols, false, HiddenEnd<T>>, plain,
+                           hidden_end<T>(p, topk_weights, z, dz, weighted, dots));
+  });
+}
+
+}  // namespace cumo

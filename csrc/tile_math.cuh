@@ -20,14 +20,10 @@ constexpr int kGemmShared = kGemmStages * 2 * kTileBytes;
 // Accumulators of a thread: [16-row fragment][8-column fragment][element].
 using Acc = float[4][4][4];
 
-struct Place {  // of a thread's first accumulator in the 128 x 128 tile
+struct WarpPlace {  // of a warp's 64 x 32 sums in the tile
   int row, col;
 
-  __device__ __forceinline__ Place() {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    row = warp / 4 * 64 + lane / 4;
-    col = warp % 4 * 32 + lane % 4 * 2;
-  }
+  __device__ __forceinline__ WarpPlace() : row(threadIdx.x / kWarp / 4 * 64), col(threadIdx.x / kWarp % 4 * 32) {}
 };
 
 template <class T>
@@ -78,8 +74,8 @@ __device__ __forceinline__ float fp32_at(const unsigned char* tile, int outer, i
 // acc += a b over one stage; a (128 rows, depth), b (128 columns, depth).
 template <class T, bool kTf32, bool kAAlong, bool kBAlong>
 __device__ __forceinline__ void multiply_stage(const unsigned char* a, const unsigned char* b, Acc& acc) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int row = warp / 4 * 64, col = warp % 4 * 32;
+  const int lane = threadIdx.x % kWarp;
+  const auto [row, col] = WarpPlace();
   if constexpr (sizeof(T) == 2) {
     // lane 8 i + r addresses row r of the 8 x 8 matrix i; i counts rows first for A, steps first for B
     const int i = lane / 8, r = lane % 8;
@@ -200,19 +196,6 @@ __device__ __forceinline__ void store_pair(T* target, float first, float second,
     if (left > 0) target[0] = from_float<T>(first);
     if (left > 1) target[1] = from_float<T>(second);
   }
-}
-
-struct Pair {
-  float first, second;
-};
-
-template <class T>
-__device__ __forceinline__ Pair load_pair(const T* source, int left, bool paired) {
-  if (paired && left > 1) {
-    const auto both = *reinterpret_cast<const Vec<T, 2>*>(source);
-    return {to_float(both.item[0]), to_float(both.item[1])};
-  }
-  return {left > 0 ? to_float(source[0]) : 0.0f, left > 1 ? to_float(source[1]) : 0.0f};
 }
 
 }  // namespace cumo

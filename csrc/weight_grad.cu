@@ -17,7 +17,8 @@ __global__ void __launch_bounds__(kGemmThreads)
     weight_grad_kernel(WeightGrad p, T* out, T* bias, int tiles_n, int tiles_k, bool wide_grad, bool wide_x) {
   const T* grad = static_cast<const T*>(p.grad);
   const T* x = static_cast<const T*>(p.x);
-  const Place place;
+  const WarpPlace warp;
+  const int lane = threadIdx.x % kWarp;
   const int tiles = p.E * tiles_n * tiles_k;
   for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
     const int expert = number / (tiles_n * tiles_k), local = number % (tiles_n * tiles_k);
@@ -56,11 +57,11 @@ __global__ void __launch_bounds__(kGemmThreads)
     for (int m = 0; m < 4; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int n = first_n + place.row + m * 16 + h * 8;
+        const int n = first_n + warp.row + lane / 4 + m * 16 + h * 8;
         if (n >= p.N) continue;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int k = first_k + place.col + i * 8;
+          const int k = first_k + warp.col + lane % 4 * 2 + i * 8;
           if (k < p.K)
             store_pair(out + (int64_t{expert} * p.N + n) * p.K + k, acc[m][i][h * 2], acc[m][i][h * 2 + 1], p.K - k,
                        paired);

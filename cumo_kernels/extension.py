@@ -19,12 +19,17 @@ CSRC = ROOT / "csrc"
 # A100, Hopper with its own instructions, data-centre Blackwell, and Blackwell workstations and what follows
 ARCHITECTURES = "8.0;9.0a;10.0;12.0+PTX"
 CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden"]
-NVCC_FLAGS = ["-O3", "-lineinfo", "-std=c++17"]
 # O1: the compiler's time counts too, and threads of a block take turns anyway
 EMULATION_FLAGS = ["-O1", "-std=c++17", "-fvisibility=hidden", "-DCUMO_EMULATE", "-Wno-unknown-pragmas"]
 
 EMULATE = os.environ.get("CUMO_EMULATE") == "1"
 JIT = os.environ.get("CUMO_JIT") == "1"
+
+
+def nvcc_flags(architectures: str) -> list[str]:
+    """`architectures` as in TORCH_CUDA_ARCH_LIST; hopper.cu needs 9.0a, without it Hopper runs what the others do."""
+    flags = ["-O3", "-lineinfo", "-std=c++17"]
+    return [*flags, "-DCUMO_SM90A"] if "9.0a" in architectures else flags
 
 
 def sources(csrc: Path = CSRC) -> list[Path]:
@@ -91,14 +96,14 @@ def _compile(name: str, files: list[Path], cxx_flags: list[str]) -> ModuleType:
     directory = _build_directory(name)
     if not list(directory.glob("*.so")):
         print(f"cumo_kernels: compiling csrc/ into {directory}; the first time takes minutes", file=sys.stderr)
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ and name == "cumo_jit" and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0a" if (major, minor) == (9, 0) else f"{major}.{minor}"
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and torch.cuda.is_available():
+        version = ".".join(map(str, torch.cuda.get_device_capability()))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0a" if version == "9.0" else version
     return cpp_extension.load(
         name,
         [str(path) for path in files],
         extra_cflags=cxx_flags,
-        extra_cuda_cflags=NVCC_FLAGS,
+        extra_cuda_cflags=nvcc_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", "")),
         extra_include_paths=[str(CSRC)],
         build_directory=str(directory),
     )
