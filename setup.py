@@ -4,8 +4,8 @@
     CUMO_BUILD=1       build, or fail with the reason
     CUMO_BUILD=0       do not build
 
-No GPU is needed or asked for: the code is compiled for TORCH_CUDA_ARCH_LIST, by default for what this nvcc knows of
-the list in cumo_kernels/extension.py. Everything that needs no decision is in pyproject.toml.
+No GPU is needed or asked for: the code is compiled for TORCH_CUDA_ARCH_LIST, by default for what this nvcc
+knows of the list in cumo_kernels/extension.py. Everything that needs no decision is in pyproject.toml.
 """
 
 import importlib.util
@@ -47,7 +47,9 @@ def settings():
 
 def known_architectures(nvcc: str, wanted: str) -> str:
     """Of a list such as "8.0;9.0a;12.0+PTX" what `nvcc` can compile."""
-    codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    codes = subprocess.run(
+        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
     number = lambda name: "sm_" + re.sub(r"[.a]|\+PTX", "", name)
     return ";".join(name for name in wanted.split(";") if number(name) in codes)
 

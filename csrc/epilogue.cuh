@@ -85,7 +85,7 @@ struct ForwardEnd {
     load_run(patch, kRun, true, values);
     finish_half(values, expert, row, col, left);
     if (kind != Act::none) {
-#pragma unroll 1
+#pragma unroll
       for (int i = 0; i < kRun; ++i) values[i] = act(values[i], kind);
     }
     if (gated) {

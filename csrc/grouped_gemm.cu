@@ -74,7 +74,7 @@ __device__ __forceinline__ void for_each_patch(const Acc& acc, Finish finish) {
 }
 
 template <class T, bool kTf32, bool kAlong>
-__global__ void __launch_bounds__(kGemmThreads)
+__global__ void __launch_bounds__(kGemmThreads, 1)
     grouped_gemm_kernel(Gemm p, ForwardEnd<T> end, int tiles_n, bool wide_x, bool wide_w) {
   TileWalk walk(p.expert_offsets, p.E, tiles_n, kTileRows);
   Tile tile;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kGemmThreads)
 }
 
 template <class T, bool kTf32>
-__global__ void __launch_bounds__(kGemmThreads)
+__global__ void __launch_bounds__(kGemmThreads, 1)
     grad_hidden_kernel(Gemm p, HiddenEnd<T> end, int tiles_n, bool wide_x, bool wide_w) {
   TileWalk walk(p.expert_offsets, p.E, tiles_n, kTileRows);
   Tile tile;

@@ -209,11 +209,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   sync_block();
   if (threadIdx.x < kGroup) {
-    fewer_registers<40>();
+    fewer_registers<56>();
     produce<T, kCols, kAlong>(map_x, map_w, p, tiles_n, shared, full, empty);
     return;
   }
-  more_registers<232>();
+  more_registers<224>();
   const int warp = threadIdx.x / kWarp - kGroup / kWarp;
   float* patch = reinterpret_cast<float*>(shared + S::kPatches + warp * kPatchBytes);
   TileWalk walk(p.expert_offsets, p.E, tiles_n, kRows);

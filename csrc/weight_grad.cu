@@ -13,7 +13,7 @@
 namespace cumo {
 
 template <class T, bool kTf32>
-__global__ void __launch_bounds__(kGemmThreads)
+__global__ void __launch_bounds__(kGemmThreads, 1)
     weight_grad_kernel(WeightGrad p, T* out, T* bias, int tiles_n, int tiles_k, bool wide_grad, bool wide_x) {
   const T* grad = static_cast<const T*>(p.grad);
   const T* x = static_cast<const T*>(p.x);

@@ -27,7 +27,7 @@ JIT = os.environ.get("CUMO_JIT") == "1"
 
 
 def nvcc_flags(architectures: str) -> list[str]:
-    """`architectures` as in TORCH_CUDA_ARCH_LIST; hopper.cu needs 9.0a, without it Hopper runs what the others do."""
+    """For `architectures` as in TORCH_CUDA_ARCH_LIST; without 9.0a Hopper runs what the others do."""
     flags = ["-O3", "-lineinfo", "-std=c++17"]
     return [*flags, "-DCUMO_SM90A"] if "9.0a" in architectures else flags
 
@@ -95,7 +95,9 @@ def _compile(name: str, files: list[Path], cxx_flags: list[str]) -> ModuleType:
 
     directory = _build_directory(name)
     if not list(directory.glob("*.so")):
-        print(f"cumo_kernels: compiling csrc/ into {directory}; the first time takes minutes", file=sys.stderr)
+        print(
+            f"cumo_kernels: compiling csrc/ into {directory}; the first time takes minutes", file=sys.stderr
+        )
     if not os.environ.get("TORCH_CUDA_ARCH_LIST") and torch.cuda.is_available():
         version = ".".join(map(str, torch.cuda.get_device_capability()))
         os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0a" if version == "9.0" else version
