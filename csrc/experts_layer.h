@@ -94,6 +94,7 @@ std::tuple<Tensor, Tensor> weight_gradient(const Tensor& grad, const Tensor& x, 
   p.stride_grad = grad_rows.stride(0);
   p.stride_x = x_rows.stride(0);
   p.tf32 = tf32_allowed(x);
+  p.S = permutation ? permutation->numel() : x.size(0);
   p.E = narrow("E", num_experts);
   p.N = narrow("N", grad.size(1));
   p.K = narrow("K", x.size(1));

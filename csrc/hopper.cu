@@ -8,36 +8,11 @@
 #include "hopper.h"
 
 #include "epilogue.cuh"
-#include "hopper.cuh"
-
-#if !defined(CUMO_EMULATE)
-#include <cuda.h>
-#endif
+#include "hopper_tiles.cuh"
 
 namespace cumo {
 
-constexpr int kGroup = 128, kThreads = 3 * kGroup;  // a warpgroup; one producer and two consumers
-constexpr int kRows = 128, kSteps = 64;             // of a tile, and of a stage along the reduction
-constexpr int kLag = 2;
 constexpr int kForwardCols = 256;
-
-template <int kCols>
-struct Stages {
-  static constexpr int kCount = kCols == 256 ? 4 : 6;
-  static constexpr int kABytes = kRows * kRowBytes, kBBytes = kCols * kRowBytes, kBytes = kABytes + kBBytes;
-  static constexpr int kPatches = kCount * kBytes, kBarriers = kPatches + 8 * kPatchBytes;
-  static constexpr int kShared = kBarriers + 2 * kCount * 8;
-  static_assert(kShared <= 227 * 1024 && kLag < kCount - 1);
-};
-
-// Stage of the ring and how often it has been around, over all tiles of a block.
-template <int kCount>
-struct Turn {
-  int stage = 0, phase = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == kCount) stage = 0, phase ^= 1;
-  }
-};
 
 template <class T, int kCols, bool kAlong>
 __device__ __forceinline__ void produce(const TensorMap& map_x, const TensorMap& map_w, const Gemm& p, int tiles_n,
@@ -86,76 +61,12 @@ __device__ __forceinline__ void produce(const TensorMap& map_x, const TensorMap&
         for (int j = 0; j < kPieces; ++j)
           cp_async16(a + offset_along(thread / 8 + j * (kGroup / 8), thread % 8 * 16), rows[j] + (left > 0 ? col : 0),
                      bytes);
-        cp_async_commit();
-        if (under_way == kLag) {
-          cp_async_wait<kLag>();
-          fence_async();
-          arrive(&full[landed.stage]);
-          landed.next();
-        } else {
-          ++under_way;
-        }
+        hand_over(full, landed, under_way);
       }
       turn.next();
     }
   }
-  if (gathers) {
-    cp_async_wait<0>();
-    fence_async();
-    for (; under_way > 0; --under_way, landed.next()) arrive(&full[landed.stage]);
-  }
-}
-
-// d (64, kCols) of this warpgroup = its rows of the tile times the weight.
-template <class T, int kCols, bool kAlong>
-__device__ __forceinline__ void consume(const Gemm& p, unsigned char* shared, Barrier* full, Barrier* empty,
-                                        Turn<Stages<kCols>::kCount>& turn, float (&d)[kCols / 2]) {
-  using S = Stages<kCols>;
-  const int group = threadIdx.x / kGroup - 1;
-#pragma unroll
-  for (int i = 0; i < kCols / 2; ++i) d[i] = 0.0f;
-  int last = -1;
-#pragma unroll 1
-  for (int k = 0; k < p.K; k += kSteps) {
-    wait_for(&full[turn.stage], turn.phase);
-    const uint32_t a = shared_address(shared + turn.stage * S::kBytes) + group * 64 * kRowBytes;
-    const uint32_t b = shared_address(shared + turn.stage * S::kBytes + S::kABytes);
-    pin(d);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kSteps / 16; ++step)
-      wgmma<T, kCols, !kAlong>(d, matrix_descriptor(a + step * 32, 0),
-                               kAlong ? matrix_descriptor(b + step * 32, 0)
-                                      : matrix_descriptor(b + step * 16 * kRowBytes, kSteps * kRowBytes));
-    wgmma_commit();
-    wgmma_wait<T, kCols, !kAlong, 1>();
-    // the multiplication before this one is done with its stage
-    if (last >= 0 && threadIdx.x % kWarp == 0) arrive(&empty[last]);
-    last = turn.stage;
-    turn.next();
-  }
-  wgmma_wait<T, kCols, !kAlong, 0>();
-  pin(d);
-  if (threadIdx.x % kWarp == 0) arrive(&empty[last]);
-}
-
-// The warp's 16 rows in patches of 32 columns.
-template <int kCols, class Finish>
-__device__ __forceinline__ void for_each_patch(const float (&d)[kCols / 2], float* patch, Finish finish) {
-#pragma unroll 1
-  for (int c = 0; c < kCols / kPatchCols; ++c) {
-#pragma unroll
-    for (int other = 0; other < kCols / kPatchCols; ++other)  // registers must not be indexed by c
-      if (c == other)
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          const int i = (other * 4 + n) * 4;
-          lay_down(patch, n, d[i], d[i + 1], d[i + 2], d[i + 3]);
-        }
-    sync_warp();
-    finish(c * kPatchCols);
-    sync_warp();
-  }
+  if (gathers) hand_over_rest(full, landed, under_way);
 }
 
 template <class T>
@@ -221,44 +132,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   Turn<S::kCount> turn;
   for (int number = blockIdx.x; walk.find(number, tile); number += gridDim.x) {
     float d[kCols / 2];
-    consume<T, kCols, kAlong>(p, shared, full, empty, turn, d);
+    multiply_stages<T, kCols, false, !kAlong>(ceil_div(p.K, kSteps), shared, full, empty, turn, d,
+                                              [](int, const unsigned char*) {});
     finish_tile(end, d, patch, tile, tile.first_row + warp * 16, tiles_n);
   }
   finish_tail(end, p);
-#endif
-}
-
-// Sizes and box of 16-bit elements, strides in elements; the innermost box is 64 elements, 128 bytes, swizzled.
-static TensorMap describe(const void* base, int rank, const int64_t (&sizes)[kMaxRank],
-                          const int64_t (&strides)[kMaxRank], const int (&box)[kMaxRank]) {
-#ifdef CUMO_EMULATE
-  TensorMap map{static_cast<const char*>(base), rank, {}, {}, {}};
-  for (int i = 0; i < rank; ++i) map.sizes[i] = sizes[i], map.strides[i] = strides[i] * 2, map.box[i] = box[i];
-  return map;
-#else
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess)
-      throw std::runtime_error("cumo_kernels._C: this driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<Encode>(function);
-  }();
-  cuuint64_t extent[kMaxRank], step[kMaxRank];
-  cuuint32_t tile[kMaxRank], ones[kMaxRank];
-  for (int i = 0; i < rank; ++i) {
-    extent[i] = sizes[i], tile[i] = box[i], ones[i] = 1;
-    if (i > 0) step[i - 1] = strides[i] * 2;
-  }
-  CUtensorMap map;
-  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, rank, const_cast<void*>(base), extent, step,
-                                 tile, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS)
-    throw std::runtime_error("cumo_kernels._C: cuTensorMapEncodeTiled failed with " + std::to_string(result));
-  return map;
 #endif
 }
 
@@ -277,11 +155,8 @@ static TensorMap describe_weight(const Gemm& p, int cols) {
 }
 
 bool uses_hopper(const Device& device, Dtype dtype, const Gemm& p) {
-#if !defined(CUMO_SM90A) && !defined(CUMO_EMULATE)
-  return false;
-#endif
   const auto steps = [](int64_t stride) { return stride > 0 && stride % 8 == 0; };
-  return device.capability == 90 && dtype != Dtype::fp32 && p.K > 0 && aligned16(p.x, 0, 0, 2) &&
+  return kBuilt && device.capability == 90 && dtype != Dtype::fp32 && p.K > 0 && aligned16(p.x, 0, 0, 2) &&
          aligned16(p.weight, 0, 0, 2) && steps(p.stride_x) && steps(p.stride_w) && steps(p.stride_w_e) &&
          (!p.gated || (p.k_inner && p.N % 8 == 0));
 }
@@ -292,11 +167,6 @@ static void run(const Device& device, Kernel kernel, const Gemm& p, const End& e
   const int64_t blocks = std::min<int64_t>(device.sms, most_row_tiles(p.S, p.E, kRows) * tiles_n);
   launch(device, kernel, blocks, kThreads, Stages<kCols>::kShared, describe_x(p), describe_weight(p, kCols), p, end,
          tiles_n);
-}
-
-template <class F>
-static void with_16_bit_type(Dtype dtype, F f) {
-  return dtype == Dtype::fp16 ? f(static_cast<half_t*>(nullptr)) : f(static_cast<bf16_t*>(nullptr));
 }
 
 void hopper_grouped_gemm(const Device& device, Dtype dtype, const Gemm& p, void* out, void* pre) {

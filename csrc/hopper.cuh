@@ -102,6 +102,7 @@ namespace emulate {
 struct PendingWgmma {
   float* d;
   uint64_t a, b;
+  bool across_a, across_b;
 };
 using WgmmaGroups = std::deque<std::vector<PendingWgmma>>;
 inline std::array<std::vector<PendingWgmma>, 1024> open_wgmma;
@@ -120,9 +121,9 @@ inline uint16_t described(uint64_t descriptor, int outer, int k, bool across) {
 
 }  // namespace emulate
 
-template <class T, int kN, bool kAcross>
+template <class T, int kN, bool kAcrossA, bool kAcrossB>
 void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b) {
-  emulate::open_wgmma[emulate::machine.thread.x].push_back({d, a, b});
+  emulate::open_wgmma[emulate::machine.thread.x].push_back({d, a, b, kAcrossA, kAcrossB});
 }
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
@@ -131,7 +132,7 @@ inline void wgmma_commit() {
   open.clear();
 }
 // Until at most kPending of the warpgroup's groups are under way.
-template <class T, int kN, bool kAcross, int kPending>
+template <class T, int kN, int kPending>
 void wgmma_wait() {
   auto& m = emulate::machine;
   auto& mine = emulate::wgmma_groups[m.thread.x];
@@ -143,9 +144,9 @@ void wgmma_wait() {
       for (size_t op = 0; op < first.size(); ++op) {
         for (int k = 0; k < 16; ++k) {
           for (int row = 0; row < 64; ++row)
-            a[row][k] = to_float(T{emulate::described(first[op].a, row, k, false)});
+            a[row][k] = to_float(T{emulate::described(first[op].a, row, k, first[op].across_a)});
           for (int col = 0; col < kN; ++col)
-            b[k][col] = to_float(T{emulate::described(first[op].b, col, k, kAcross)});
+            b[k][col] = to_float(T{emulate::described(first[op].b, col, k, first[op].across_b)});
         }
         for (int thread = 0; thread < 128; ++thread) {
           const auto& own = (*static_cast<Ops*>(all[thread]))[op];
@@ -221,13 +222,14 @@ __device__ __forceinline__ void tma_load(void* target, const TensorMap* map, Bar
       : "memory");
 }
 
-template <class T, int kN, bool kAcross>
+// d (64, kN) += a (64, 16) b (16, kN), in the background; an operand is stored along or across the reduction.
+template <class T, int kN, bool kAcrossA, bool kAcrossB>
 __device__ __forceinline__ void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b) {
-  Wgmma<T, kN>::template run<kAcross>(d, a, b);
+  Wgmma<T, kN>::template run<kAcrossA, kAcrossB>(d, a, b);
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <class T, int kN, bool kAcross, int kPending>
+template <class T, int kN, int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }

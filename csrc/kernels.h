@@ -95,8 +95,10 @@ struct WeightGrad {
   const float* row_weights;   // (S,) by slot or null: row p counts row_weights[permutation[p]] times in the bias
   int64_t stride_grad, stride_x;
   bool tf32;
+  int64_t S;
   int E, N, K, top_k;
 };
+bool uses_hopper(const Device&, Dtype, const WeightGrad&);
 // out[e] = grad_e^T x_e (E, N, K), bias (E, N) = sums of grad or null; exact zeros for an expert without rows.
 void grouped_gemm_weight_grad(const Device&, Dtype, const WeightGrad&, void* out, void* bias);
 

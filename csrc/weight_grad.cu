@@ -6,8 +6,9 @@
 // Either operand may be gathered by the permutation. One tile of out per turn of a persistent block; the whole reduction
 // of a tile is one block's, in row order, so results repeat. Rows past an expert's end enter as zeros, and an expert
 // without rows gives exact zeros. The bias comes from the tiles of the first columns of x, out of the stages that the
-// product reads anyway. 2 * S * N * K FLOPs.
+// product reads anyway. On Hopper 16-bit operands go to hopper_weight_grad.cu. 2 * S * N * K FLOPs.
 // Contract: cumo_kernels/ops/grouped_gemm.py. Truth: cumo_kernels/backends/reference/grouped_gemm.py.
+#include "hopper.h"
 #include "tile_math.cuh"
 
 namespace cumo {
@@ -73,6 +74,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
 }
 
 void grouped_gemm_weight_grad(const Device& device, Dtype dtype, const WeightGrad& p, void* out, void* bias) {
+  if (uses_hopper(device, dtype, p)) return hopper_weight_grad(device, dtype, p, out, bias);
   const int tiles_n = ceil_div(p.N, kTileRows), tiles_k = ceil_div(p.K, kTileCols);
   const int64_t blocks = std::min<int64_t>(2 * device.sms, int64_t{p.E} * tiles_n * tiles_k);
   with_type(dtype, [&](auto* type) {
