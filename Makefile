@@ -59,7 +59,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	@echo "setup: done"
 	@touch $@
 
-$(BUILT): setup.py $(wildcard csrc/*) | $(INSTALLED)
+$(BUILT): setup.py cumo_kernels/extension.py $(wildcard csrc/*) | $(INSTALLED)
 	@mkdir -p $(@D)
 	@$(PY) setup.py -q build_ext --inplace
 	@touch $@

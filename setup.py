@@ -4,8 +4,8 @@
     CUMO_BUILD=1       build, or fail with the reason
     CUMO_BUILD=0       do not build
 
-No GPU is needed or asked for: the code is compiled for TORCH_CUDA_ARCH_LIST, by default `ARCHITECTURES`.
-Everything that needs no decision is in pyproject.toml.
+No GPU is needed or asked for: the code is compiled for TORCH_CUDA_ARCH_LIST, by default for what this nvcc
+knows of the list in cumo_kernels/extension.py. Everything that needs no decision is in pyproject.toml.
 """
 
 import importlib.util
@@ -18,8 +18,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-ROOT = Path(__file__).resolve().parent
-ARCHITECTURES = "8.0;9.0a;10.0+PTX"  # A100, Hopper with its own instructions, Blackwell and what follows
+HERE = ROOT = Path(__file__).resolve().parent
 
 
 def find_nvcc() -> str | None:
@@ -36,6 +35,23 @@ def ask_nvcc(nvcc: str) -> tuple[str, str]:
     top = re.search(r"TOP=(\S+)", plan)
     root = Path(top[1]).resolve() if top else Path(nvcc).resolve().parents[1]
     return re.search(r"release (\d+\.\d+)", version)[1], str(root)
+
+
+def settings():
+    """cumo_kernels/extension.py, without importing the package and all that it needs."""
+    spec = importlib.util.spec_from_file_location("cumo_extension", HERE / "cumo_kernels" / "extension.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def known_architectures(nvcc: str, wanted: str) -> str:
+    """Of a list such as "8.0;9.0a;12.0+PTX" what `nvcc` can compile."""
+    codes = subprocess.run(
+        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    number = lambda name: "sm_" + re.sub(r"[.a]|\+PTX", "", name)
+    return ";".join(name for name in wanted.split(";") if number(name) in codes)
 
 
 def refusal() -> str | None:
@@ -61,18 +77,20 @@ def refusal() -> str | None:
 
 def extension() -> dict:
     """Arguments of setup() that build cumo_kernels._C."""
-    os.environ["CUDA_HOME"] = ask_nvcc(find_nvcc())[1]
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    nvcc, build = find_nvcc(), settings()
+    os.environ["CUDA_HOME"] = ask_nvcc(nvcc)[1]
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = known_architectures(nvcc, build.ARCHITECTURES)
+    architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
+    print(f"cumo_kernels._C: nvcc {ask_nvcc(nvcc)[0]} for {architectures}")
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
-    sources = sorted(
-        p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").iterdir() if p.suffix in (".cpp", ".cu")
-    )
     module = CUDAExtension(
         "cumo_kernels._C",
-        sources,
+        [path.relative_to(ROOT).as_posix() for path in build.sources(ROOT / "csrc")],
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": ["-O3"], "nvcc": ["-O3", "-lineinfo"]},
+        extra_compile_args={"cxx": build.CXX_FLAGS, "nvcc": build.nvcc_flags(architectures)},
+        depends=[path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "csrc").iterdir())],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
 

@@ -1,6 +1,7 @@
 """Which backend runs a call: one table, one rule, one error.
 
-The first backend in `BACKENDS` that does not refuse wins. `CUMO_BACKEND=name` or `use_backend(name)` leaves
+Of the backends that do not refuse, the fastest by measured.json wins, or without such data the first in
+`BACKENDS`; the reference never competes. `CUMO_BACKEND=name` or `use_backend(name)` leaves
 only that one, and its refusal is then an error. The chosen name travels as an argument of the op, so
 backward and compiled graphs run on the backend that ran forward.
 """
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+from cumo_kernels import extension, measured
 
 OPS = {  # op -> stem: the module of that name in every backend folder implements the op
     "route": "routing",
@@ -38,17 +41,19 @@ def _missing(module: str) -> bool:
 
 
 # looked up once: what is installed does not change under a running program
-_CUDA_MISSING = _missing("cumo_kernels._C") or _missing("cumo_kernels.backends.cuda")
 _TRITON_MISSING = _missing("triton") or _missing("cumo_kernels.backends.triton")
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _refuse_cuda(op: str, device: str, dtype: torch.dtype) -> str | None:
-    if _CUDA_MISSING:
-        return "the extension cumo_kernels._C is not built in this installation"
-    if device != "cuda":
-        return f"it needs CUDA tensors, got {device}"
+    reason = extension.missing()
+    if reason is not None:
+        return reason
+    if extension.EMULATE and device != "cpu":
+        return f"it needs CPU tensors under CUMO_EMULATE=1, got {device}"
+    if device != "cuda" and not extension.EMULATE:
+        return f"it needs CUDA tensors or CUMO_EMULATE=1, got {device}"
     if dtype not in _FLOATS:
         return f"it computes in fp32, fp16 and bf16, got {dtype}"
     return None
@@ -75,9 +80,10 @@ class Backend:
     on_request: str | None = None  # why it runs only when it is forced, or None
 
 
+_UNTRIED = "it has not run on a GPU yet: force it to try"
 BACKENDS = (
-    Backend("cuda", _refuse_cuda),
-    Backend("triton", _refuse_triton, on_request="it has not run on a GPU yet: force it to try"),
+    Backend("triton", _refuse_triton, on_request=_UNTRIED),
+    Backend("cuda", _refuse_cuda, on_request=_UNTRIED),
     Backend("reference", _refuse_reference),
 )
 _NAMES = tuple(backend.name for backend in BACKENDS)
@@ -96,16 +102,27 @@ def choose(op: str, x: torch.Tensor) -> str:
     """Name of the backend that runs `op` on tensors like `x`; RuntimeError with the reasons if none does."""
     if _forced is not None:
         _check_name("CUMO_BACKEND", _forced)
-    reasons = []
+    reasons, able = [], []
     for backend in BACKENDS:
         if _forced is None or _forced == backend.name:
             reason = backend.refuse(op, x.device.type, x.dtype)
             if reason is None and _forced is None:
                 reason = backend.on_request
             if reason is None:
-                return backend.name
-            reasons.append(f"{backend.name}: {reason}")
-    raise RuntimeError(f"no backend runs {op} (forced: {_forced}): {'; '.join(reasons)}")
+                able.append(backend.name)
+            else:
+                reasons.append(f"{backend.name}: {reason}")
+    if not able:
+        raise RuntimeError(f"no backend runs {op} (forced: {_forced}): {'; '.join(reasons)}")
+    return _prefer(op, x, able)[0]
+
+
+def _prefer(op: str, x: torch.Tensor, able: list[str]) -> tuple[str, str]:
+    """Which of several to take, and why."""
+    rivals = [name for name in able if name != "reference"]
+    if len(rivals) > 1:
+        return measured.fastest(op, x, rivals) or (rivals[0], "nothing is measured on this GPU")
+    return able[0], ""
 
 
 _implementations: dict[tuple[str, str], Callable] = {}
@@ -143,16 +160,20 @@ def explain(op: str, x: torch.Tensor) -> str:
     if _forced is not None:
         _check_name("CUMO_BACKEND", _forced)
     lines = [f"{op} on {x.device.type} {str(x.dtype).removeprefix('torch.')}:"]
-    chosen = False
+    verdicts, able = {}, []
     for backend in BACKENDS:
         reason = backend.refuse(op, x.device.type, x.dtype)
         if _forced not in (None, backend.name):
-            verdict = f"not asked: {_forced} is forced"
+            verdicts[backend.name] = f"not asked: {_forced} is forced"
         elif reason is not None:
-            verdict = f"refuses: {reason}"
+            verdicts[backend.name] = f"refuses: {reason}"
         elif backend.on_request is not None and _forced is None:
-            verdict = f"only on request: {backend.on_request}"
+            verdicts[backend.name] = f"only on request: {backend.on_request}"
         else:
-            verdict, chosen = ("available", chosen) if chosen else ("chosen", True)
-        lines.append(f"  {backend.name:<10} {verdict}")
+            verdicts[backend.name] = "available"
+            able.append(backend.name)
+    if able:
+        chosen, why = _prefer(op, x, able)
+        verdicts[chosen] = f"chosen: {why}" if why else "chosen"
+    lines += [f"  {name:<10} {verdict}" for name, verdict in verdicts.items()]
     return "\n".join(lines)

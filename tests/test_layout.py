@@ -24,7 +24,9 @@ ARROWS = {
     "cumo_kernels.activations": (),
     "cumo_kernels.hardware": (),
     "cumo_kernels.tuning": ("cumo_kernels.hardware",),
-    "cumo_kernels.dispatch": (),
+    "cumo_kernels.extension": ("cumo_kernels._C",),
+    "cumo_kernels.measured": ("cumo_kernels.hardware",),
+    "cumo_kernels.dispatch": ("cumo_kernels.extension", "cumo_kernels.measured"),
     "cumo_kernels.ops*": (
         "cumo_kernels.ops.*",
         "cumo_kernels.activations",
@@ -40,13 +42,7 @@ ARROWS = {
         "cumo_kernels.tuning",
         "cumo_kernels.types",
     ),
-    "cumo_kernels.backends.cuda*": (
-        ".",
-        "cumo_kernels._C",
-        "cumo_kernels.activations",
-        "cumo_kernels.tuning",
-        "cumo_kernels.types",
-    ),
+    "cumo_kernels.backends.cuda*": (".", "cumo_kernels.extension"),
     "cumo_kernels.testing": ("cumo_kernels.ops*", "cumo_kernels.types"),
     "cumo_kernels.integrations*": ("cumo_kernels", "cumo_kernels.ops*", "cumo_kernels.types"),
     "cumo_kernels": (

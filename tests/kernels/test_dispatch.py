@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import cumo_kernels
-from cumo_kernels import dispatch, explain, use_backend
+from cumo_kernels import dispatch, explain, extension, hardware, measured, use_backend
 from cumo_kernels.dispatch import BACKENDS, OPS
 
 
@@ -32,8 +33,8 @@ def test_fp64_is_refused_by_everyone_but_the_reference():
 def test_every_backend_that_exists_implements_every_op(backend, op):
     if dispatch._missing(f"cumo_kernels.backends.{backend}"):
         pytest.skip(f"{backend} is not in this installation")
-    if backend == "cuda" and dispatch._CUDA_MISSING:
-        pytest.skip("the extension is not built")
+    if backend == "cuda" and extension.missing():
+        pytest.skip(extension.missing())
     assert callable(dispatch.implementation(backend, op))
 
 
@@ -78,3 +79,35 @@ def test_command_line_explains():
         "from cumo_kernels.__main__ import main; main(['explain', '--op', 'route', '--device', 'cpu'])"
     )
     assert done.returncode == 0 and "route on cpu bfloat16:" in done.stdout
+
+
+def test_the_measured_backend_wins(monkeypatch):
+    rivals = tuple(replace(row, refuse=lambda *_: None, on_request=None) for row in BACKENDS)
+    monkeypatch.setattr(dispatch, "BACKENDS", rivals)
+    x = torch.zeros(900, 4, dtype=torch.bfloat16)
+    monkeypatch.setattr(measured, "TABLE", {})
+    assert dispatch.choose("permute", x) == "triton"
+    assert "triton     chosen: nothing is measured" in explain("permute", x)
+    row = {"op": "permute", "dtype": "bfloat16"}
+    rows = [
+        {**row, "rows": 100, "ms": {"triton": 0.1, "cuda": 0.2}},
+        {**row, "rows": 1000, "ms": {"triton": 0.4, "cuda": 0.3}},
+        {**row, "rows": 900, "ms": {"triton": 9.0}},  # a time of one alone compares nothing
+        {**row, "dtype": "float32", "rows": 900, "ms": {"triton": 0.1, "cuda": 0.2}},
+    ]
+    monkeypatch.setattr(measured, "TABLE", {"interpreter": rows})
+    assert dispatch.choose("permute", x) == "cuda"
+    assert dispatch.choose("permute", x[:150]) == "triton"
+    assert dispatch.choose("combine", x) == "triton"
+    text = explain("permute", x)
+    assert "cuda       chosen: measured on interpreter, 1000 rows: triton 0.4 ms, cuda 0.3 ms" in text
+    assert "triton     available" in text and "reference  available" in text
+    with use_backend("reference"):
+        assert dispatch.choose("permute", x) == "reference"
+
+
+def test_the_measured_table_is_one():
+    for gpu, rows in measured.TABLE.items():
+        assert hardware.find(gpu).name == gpu
+        for row in rows:
+            assert row["op"] in OPS and set(row["ms"]) <= {row.name for row in BACKENDS}

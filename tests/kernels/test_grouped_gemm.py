@@ -15,6 +15,7 @@ SHAPES = [  # num_tokens, in_features, out_features, num_experts, top_k
     pytest.param(32, 64, 128, 4, 4, id="top_k-equals-experts"),
     pytest.param(19, 16, 32, 1, 1, id="one-expert-in-all"),
     pytest.param(300, 128, 64, 4, 2, id="several-row-tiles"),
+    pytest.param(40, 640, 72, 3, 2, id="long-reduction-more-steps-than-stages"),
 ]
 
 

@@ -1,0 +1,95 @@
+// Activation (CUDA): act(z), or act(gate) * up, computed in fp32.
+//
+//   out[s] = act(x[s])                   x (S, I)    out (S, I)
+//   out[s] = act(x[s, :I]) * x[s, I:]    x (S, 2I)   out (S, I)     gated
+//
+// One thread per 16 bytes of out (one element where I forbids it). Memory bound: 2 * S * I elements (3 gated) forward,
+// 3 * S * I (5 gated) backward.
+// Contract: cumo_kernels/ops/activation.py. Truth: cumo_kernels/backends/reference/activation.py.
+#include "activations.cuh"
+#include "launch.cuh"
+
+namespace cumo {
+
+constexpr int kThreads = 256;
+
+template <class T, int kVec>
+__device__ __forceinline__ Vec<T, kVec> load(const T* pointer) {
+  return *reinterpret_cast<const Vec<T, kVec>*>(pointer);
+}
+template <class T, int kVec>
+__device__ __forceinline__ void store(T* pointer, const Vec<T, kVec>& value) {
+  *reinterpret_cast<Vec<T, kVec>*>(pointer) = value;
+}
+
+// The thread's place: row, and element of the row; false past the end.
+template <int kVec>
+__device__ __forceinline__ bool place(int64_t rows, int64_t I, int64_t& row, int64_t& col) {
+  const int64_t index = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVec;
+  row = rows == 1 ? 0 : index / I;
+  col = index - row * I;
+  return index < rows * I;
+}
+
+template <class T, int kVec>
+__global__ void activate_kernel(const T* x, int64_t rows, int64_t I, Act kind, bool gated, T* out) {
+  int64_t row, col;
+  if (!place<kVec>(rows, I, row, col)) return;
+  const T* source = x + row * (gated ? 2 * I : I) + col;
+  auto z = load<T, kVec>(source);
+  Vec<T, kVec> up{};
+  if (gated) up = load<T, kVec>(source + I);
+  for (int i = 0; i < kVec; ++i) {
+    const float value = act(to_float(z.item[i]), kind);
+    z.item[i] = from_float<T>(gated ? value * to_float(up.item[i]) : value);
+  }
+  store<T, kVec>(out + row * I + col, z);
+}
+
+template <class T, int kVec>
+__global__ void activate_backward_kernel(const T* grad, const T* x, int64_t rows, int64_t I, Act kind, bool gated,
+                                         T* dx) {
+  int64_t row, col;
+  if (!place<kVec>(rows, I, row, col)) return;
+  const int64_t at = row * (gated ? 2 * I : I) + col;
+  const auto g = load<T, kVec>(grad + row * I + col);
+  auto z = load<T, kVec>(x + at);
+  Vec<T, kVec> up{};
+  if (gated) up = load<T, kVec>(x + at + I);
+  for (int i = 0; i < kVec; ++i) {
+    const ActAndGrad a = act_and_grad(to_float(z.item[i]), kind);
+    const float upstream = to_float(g.item[i]);
+    const float through = gated ? upstream * to_float(up.item[i]) : upstream;
+    z.item[i] = from_float<T>(through * a.slope);
+    up.item[i] = from_float<T>(upstream * a.value);
+  }
+  store<T, kVec>(dx + at, z);
+  if (gated) store<T, kVec>(dx + at + I, up);
+}
+
+void activate(const Device& device, Dtype dtype, const void* x, int64_t rows, int64_t I, Act kind, bool gated,
+              void* out) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int kPack = 16 / sizeof(T);
+    const bool wide = aligned16(x, I, 0, sizeof(T)) && aligned16(out, I, 0, sizeof(T));
+    launch(device, wide ? activate_kernel<T, kPack> : activate_kernel<T, 1>,
+           ceil_div<int64_t>(rows * I / (wide ? kPack : 1), kThreads), kThreads, 0, static_cast<const T*>(x), rows, I,
+           kind, gated, static_cast<T*>(out));
+  });
+}
+
+void activate_backward(const Device& device, Dtype dtype, const void* grad, const void* x, int64_t rows, int64_t I,
+                       Act kind, bool gated, void* dx) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int kPack = 16 / sizeof(T);
+    const bool wide =
+        aligned16(x, I, 0, sizeof(T)) && aligned16(grad, I, 0, sizeof(T)) && aligned16(dx, I, 0, sizeof(T));
+    launch(device, wide ? activate_backward_kernel<T, kPack> : activate_backward_kernel<T, 1>,
+           ceil_div<int64_t>(rows * I / (wide ? kPack : 1), kThreads), kThreads, 0, static_cast<const T*>(grad),
+           static_cast<const T*>(x), rows, I, kind, gated, static_cast<T*>(dx));
+  });
+}
+
+}  // namespace cumo

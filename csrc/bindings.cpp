@@ -1,0 +1,398 @@
+// cumo_kernels._C: the launchers of every stem, with the names and arguments of cumo_kernels/backends/*/<stem>.py.
+//
+// The only file that knows torch and Python. A launcher checks what a kernel would read wildly without, allocates its
+// outputs from torch's caching allocator, and launches on the current stream of its first tensor's device; nothing
+// waits for the GPU. Memory plans and the order of kernels: experts_layer.h.
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstdlib>
+#include <map>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#ifndef CUMO_EMULATE
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+#endif
+
+#include "checks.h"
+#include "kernels.h"
+#include "tiles.h"
+
+namespace cumo {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+#ifdef CUMO_EMULATE
+
+struct On {  // the emulated device: CUMO_EMULATE_CAPABILITY, and few processors so that a block walks several tiles
+  Device device{nullptr, 2, 80, 227 * 1024};
+
+  explicit On(const Tensor&) {
+    if (const char* capability = std::getenv("CUMO_EMULATE_CAPABILITY")) device.capability = std::atoi(capability);
+  }
+};
+
+#else
+
+struct On {  // makes the device of a tensor current and says what it is
+  c10::cuda::CUDAGuard guard;
+  Device device;
+
+  explicit On(const Tensor& tensor) : guard(tensor.device()), device(properties(tensor.device().index())) {
+    device.stream = c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
+  }
+
+  static Device properties(int index) {
+    static std::map<int, Device> known;  // under Python's lock
+    const auto found = known.find(index);
+    if (found != known.end()) return found->second;
+    const auto ask = [&](cudaDeviceAttr attribute) {
+      int value = 0;
+      const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, index);
+      TORCH_CHECK(error == cudaSuccess, "device ", index, ": ", cudaGetErrorString(error));
+      return value;
+    };
+    const int capability = 10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
+    return known[index] = {nullptr, ask(cudaDevAttrMultiProcessorCount), capability,
+                           ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  }
+};
+
+#endif
+
+struct Activation {
+  Act kind;
+  bool gated;
+};
+
+const std::map<std::string, Activation> kActivations = {
+    {"quick_gelu", {Act::quick_gelu, false}}, {"gelu", {Act::gelu, false}},   {"gelu_tanh", {Act::gelu_tanh, false}},
+    {"relu", {Act::relu, false}},             {"silu", {Act::silu, false}},   {"swiglu", {Act::silu, true}},
+    {"geglu", {Act::gelu, true}},             {"geglu_tanh", {Act::gelu_tanh, true}},
+};
+
+Activation activation_of(const std::string& name) {
+  const auto found = kActivations.find(name);
+  TORCH_CHECK_VALUE(found != kActivations.end(), "activation must be one that csrc/activations.cuh has, got '", name, "'");
+  return found->second;
+}
+
+Dtype dtype_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Dtype::fp32;
+    case at::kHalf:
+      return Dtype::fp16;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    default:
+      TORCH_CHECK_VALUE(false, name, " must be float32, float16 or bfloat16, got ", tensor.scalar_type());
+  }
+}
+
+bool tf32_allowed(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat &&
+         at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
+}
+
+Tensor make(const Tensor& like, at::IntArrayRef sizes) { return at::empty(sizes, like.options().requires_grad(false)); }
+Tensor make(const Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::empty(sizes, like.options().requires_grad(false).dtype(dtype));
+}
+Tensor zeros(const Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::zeros(sizes, like.options().requires_grad(false).dtype(dtype));
+}
+
+// With neighbouring elements in every row; a copy only where the strides demand it.
+Tensor rows_of(const Tensor& tensor) { return tensor.stride(-1) == 1 ? tensor : tensor.contiguous(); }
+
+const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
+const int* ints(const Tensor& tensor) { return tensor.const_data_ptr<int>(); }
+const float* floats(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }
+void* out_or_null(Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
+
+int narrow(const char* name, int64_t value) {
+  TORCH_CHECK_VALUE(value < (int64_t{1} << 31), name, " must be below 2^31, got ", value);
+  return static_cast<int>(value);
+}
+
+// ---- activation
+
+Tensor activate(const Tensor& x, const std::string& name) {
+  CHECK_DEVICE(x);
+  const Activation activation = activation_of(name);
+  auto sizes = x.sizes().vec();
+  TORCH_CHECK_VALUE(!activation.gated || sizes.back() % 2 == 0, "x must have an even last dimension, got ", x.sizes());
+  if (activation.gated) sizes.back() /= 2;
+  const Dtype dtype = dtype_of("x", x);
+  Tensor out = make(x, sizes);
+  if (out.numel() == 0) return out;
+  const On on(x);
+  const int64_t rows = activation.gated ? out.numel() / sizes.back() : 1;
+  const Tensor source = x.contiguous();
+  activate(on.device, dtype, data(source), rows, out.numel() / rows, activation.kind, activation.gated,
+           out.mutable_data_ptr());
+  return out;
+}
+
+Tensor activate_backward(const Tensor& grad, const Tensor& x, const std::string& name) {
+  CHECK_DEVICE(x);
+  CHECK_SAME_DEVICE(grad, x);
+  CHECK_DTYPE(grad, x.scalar_type());
+  const Activation activation = activation_of(name);
+  const Dtype dtype = dtype_of("x", x);
+  TORCH_CHECK_VALUE(grad.numel() * (activation.gated ? 2 : 1) == x.numel(), "grad must fit x ", x.sizes(), ", got ", grad.sizes());
+  Tensor dx = make(x, x.sizes());
+  if (dx.numel() == 0) return dx;
+  const On on(x);
+  const int64_t rows = activation.gated ? grad.numel() / (x.size(-1) / 2) : 1;
+  const Tensor source = x.contiguous(), upstream = grad.contiguous();
+  activate_backward(on.device, dtype, data(upstream), data(source), rows, grad.numel() / rows, activation.kind,
+                    activation.gated, dx.mutable_data_ptr());
+  return dx;
+}
+
+// ---- permutation
+
+Tensor permute(const Tensor& x, const Tensor& permutation, const Tensor& inverse_permutation, int64_t top_k) {
+  CHECK_DEVICE(x);
+  CHECK_DIM(x, 2);
+  const int64_t S = permutation.numel();
+  CHECK_INDEX(permutation, x, S);
+  CHECK_INDEX(inverse_permutation, x, S);
+  const Dtype dtype = dtype_of("x", x);
+  Tensor out = make(x, {S, x.size(1)});
+  if (out.numel() == 0) return out;
+  const On on(x);
+  const Tensor rows = rows_of(x);
+  permute(on.device, dtype, data(rows), rows.stride(0), ints(permutation), ints(inverse_permutation), S, x.size(1),
+          narrow("top_k", top_k), out.mutable_data_ptr());
+  return out;
+}
+
+Tensor combine(const Tensor& rows, const MaybeTensor& topk_weights, const Tensor& inverse_permutation, int64_t top_k) {
+  CHECK_DEVICE(rows);
+  CHECK_DIM(rows, 2);
+  CHECK_INDEX(inverse_permutation, rows, rows.size(0));
+  const int64_t num_tokens = rows.size(0) / top_k;
+  const Dtype dtype = dtype_of("rows", rows);
+  Tensor weights;
+  if (topk_weights) {
+    CHECK_DTYPE(*topk_weights, at::kFloat);
+    CHECK_SHAPE(*topk_weights, num_tokens, top_k);
+    CHECK_SAME_DEVICE(*topk_weights, rows);
+    weights = topk_weights->contiguous();
+  }
+  Tensor out = make(rows, {num_tokens, rows.size(1)});
+  if (out.numel() == 0) return out;
+  const On on(rows);
+  const Tensor source = rows_of(rows);
+  combine(on.device, dtype, data(source), source.stride(0), topk_weights ? floats(weights) : nullptr,
+          ints(inverse_permutation), num_tokens, rows.size(1), narrow("top_k", top_k), out.mutable_data_ptr());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad, const Tensor& rows, const Tensor& topk_weights,
+                                            const Tensor& permutation, const Tensor& inverse_permutation) {
+  CHECK_DEVICE(rows);
+  const int64_t S = rows.size(0), H = rows.size(1), top_k = topk_weights.size(1);
+  CHECK_SHAPE(grad, topk_weights.size(0), H);
+  CHECK_DTYPE(grad, rows.scalar_type());
+  CHECK_DTYPE(topk_weights, at::kFloat);
+  CHECK_SAME_DEVICE(grad, rows);
+  CHECK_SAME_DEVICE(topk_weights, rows);
+  CHECK_INDEX(permutation, rows, S);
+  CHECK_INDEX(inverse_permutation, rows, S);
+  const Dtype dtype = dtype_of("rows", rows);
+  Tensor drows = make(rows, {S, H}), dweights = make(topk_weights, topk_weights.sizes());
+  if (S == 0) return {drows, dweights};
+  const On on(rows);
+  const Tensor upstream = rows_of(grad), source = rows_of(rows), weights = topk_weights.contiguous();
+  combine_backward(on.device, dtype, data(upstream), upstream.stride(0), data(source), source.stride(0),
+                   floats(weights), ints(permutation), ints(inverse_permutation), S, H, narrow("top_k", top_k),
+                   drows.mutable_data_ptr(), dweights.mutable_data_ptr<float>());
+  return {drows, dweights};
+}
+
+// ---- routing
+
+struct RouteTensors {  // what a Route points to, kept alive
+  Tensor x, gate;
+  Route r{};
+};
+
+RouteTensors describe_route(const Tensor& x, const MaybeTensor& gate_weight, const MaybeTensor& group_offsets,
+                            int64_t num_groups, int64_t top_k, bool renormalize) {
+  CHECK_DEVICE(x);
+  CHECK_DIM(x, 2);
+  RouteTensors t;
+  t.x = rows_of(x);
+  if (gate_weight) {
+    CHECK_SAME_DEVICE(*gate_weight, x);
+    CHECK_DTYPE(*gate_weight, x.scalar_type());
+    CHECK_SHAPE(*gate_weight, gate_weight->size(0), x.size(1));
+    t.gate = rows_of(*gate_weight);
+    if (gate_weight->size(0) > kMaxFusedExperts) t.x = at::mm(x, gate_weight->t()), t.gate = Tensor();
+  }
+  if (group_offsets) CHECK_INDEX(*group_offsets, x, num_groups + 1);
+  const int64_t num_experts = t.gate.defined() ? t.gate.size(0) : t.x.size(1);
+  TORCH_CHECK_VALUE(num_experts <= kMaxExperts, "x must have at most ", kMaxExperts, " experts, got ", num_experts);
+  t.r.x = data(t.x);
+  t.r.gate = t.gate.defined() ? data(t.gate) : nullptr;
+  t.r.group_offsets = group_offsets ? ints(*group_offsets) : nullptr;
+  t.r.stride_x_t = t.x.stride(0);
+  t.r.stride_gate_e = t.gate.defined() ? t.gate.stride(0) : 0;
+  t.r.T = narrow("T", x.size(0));
+  t.r.H = narrow("H", x.size(1));
+  t.r.E = static_cast<int>(num_experts);
+  t.r.K = narrow("top_k", top_k);
+  t.r.G = narrow("num_groups", num_groups);
+  t.r.renormalize = renormalize;
+  return t;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& x, const MaybeTensor& gate_weight,
+                                                         const MaybeTensor& group_offsets, int64_t num_groups,
+                                                         int64_t top_k, bool renormalize,
+                                                         const std::optional<std::string>& compat) {
+  const Dtype dtype = dtype_of("x", x);
+  RouteTensors t = describe_route(x, gate_weight, group_offsets, num_groups, top_k, renormalize);
+  Route& r = t.r;
+  TORCH_CHECK_VALUE(!compat || *compat == "cumo" || *compat == "cumo_llm", "compat must be None, 'cumo' or 'cumo_llm', got '", *compat, "'");
+  r.compat = !compat ? Compat::none : *compat == "cumo" ? Compat::cumo : Compat::cumo_llm;
+  Tensor weights = make(x, {r.T, r.K}, at::kFloat), indices = make(x, {r.T, r.K}, at::kInt);
+  const auto stats = [&](at::IntArrayRef sizes) { return r.T ? make(x, sizes, at::kFloat) : zeros(x, sizes, at::kFloat); };
+  Tensor mean_probs = stats({r.G, r.E}), density = stats({r.G, r.E}), z = stats({r.G});
+  if (r.T) {
+    const On on(x);
+    Tensor sums = make(x, {route_blocks(r.T) + r.G, 2 * r.E + 1}, at::kFloat);
+    route(on.device, dtype, r, weights.mutable_data_ptr<float>(), indices.mutable_data_ptr<int>(),
+          mean_probs.mutable_data_ptr<float>(), density.mutable_data_ptr<float>(), z.mutable_data_ptr<float>(),
+          sums.mutable_data_ptr<float>());
+  }
+  return {weights, indices, mean_probs, density, z};
+}
+
+std::tuple<Tensor, Tensor> route_backward(const Tensor& grad_weights, const Tensor& grad_mean_probs,
+                                          const Tensor& grad_z, const Tensor& x, const MaybeTensor& gate_weight,
+                                          const Tensor& topk_indices, const MaybeTensor& group_offsets,
+                                          bool renormalize) {
+  const Dtype dtype = dtype_of("x", x);
+  const int64_t G = grad_mean_probs.size(0);
+  RouteTensors t = describe_route(x, gate_weight, group_offsets, G, topk_indices.size(1), renormalize);
+  Route& r = t.r;
+  CHECK_SHAPE(topk_indices, r.T, r.K);
+  CHECK_SHAPE(grad_weights, r.T, r.K);
+  CHECK_SHAPE(grad_mean_probs, G, r.E);
+  CHECK_SHAPE(grad_z, G);
+  CHECK_DTYPE(topk_indices, at::kInt);
+  Tensor dlogits = make(x, {r.T, r.E});
+  if (r.T == 0) return {make(x, x.sizes()), gate_weight ? zeros(x, gate_weight->sizes(), x.scalar_type()) : make(x, {0})};
+  const On on(x);
+  const Tensor dweights = grad_weights.contiguous().to(at::kFloat), dmeans = grad_mean_probs.contiguous().to(at::kFloat);
+  const Tensor dz = grad_z.contiguous().to(at::kFloat), indices = topk_indices.contiguous();
+  route_backward(on.device, dtype, r, floats(dweights), floats(dmeans), floats(dz), ints(indices),
+                 dlogits.mutable_data_ptr());
+  if (!gate_weight) return {dlogits, make(x, {0})};
+  if (!t.gate.defined()) return {at::mm(dlogits, *gate_weight), at::mm(dlogits.t(), x)};
+  Tensor dx = make(x, x.sizes()), dgate = make(x, gate_weight->sizes());
+  Tensor sums = make(x, {gate_backward_blocks(on.device, r), r.E, r.H}, at::kFloat);
+  gate_backward(on.device, dtype, r, data(dlogits), dx.mutable_data_ptr(), dgate.mutable_data_ptr(),
+                sums.mutable_data_ptr<float>());
+  return {dx, dgate};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& topk_indices, int64_t num_experts) {
+  CHECK_DEVICE(topk_indices);
+  CHECK_DTYPE(topk_indices, at::kInt);
+  TORCH_CHECK_VALUE(num_experts <= kMaxExperts, "num_experts must be at most ", kMaxExperts, ", got ", num_experts);
+  const Tensor indices = topk_indices.contiguous();
+  const int64_t S = indices.numel();
+  narrow("the number of slots", S);
+  const On on(indices);
+  Tensor tokens_per_expert = make(indices, {num_experts}), expert_offsets = make(indices, {num_experts + 1});
+  Tensor permutation = make(indices, {S}), inverse = make(indices, {S});
+  const int blocks = sort_blocks(S);
+  Tensor counts = make(indices, {blocks > 1 ? blocks : 0, num_experts});
+  sort_by_expert(on.device, ints(indices), S, static_cast<int>(num_experts), tokens_per_expert.mutable_data_ptr<int>(),
+                 expert_offsets.mutable_data_ptr<int>(), permutation.mutable_data_ptr<int>(),
+                 inverse.mutable_data_ptr<int>(), counts.mutable_data_ptr<int>());
+  return {tokens_per_expert, expert_offsets, permutation, inverse};
+}
+
+}  // namespace cumo
+
+#include "experts_layer.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace cumo;
+  namespace py = pybind11;
+  using py::arg;
+  m.doc() = "CUDA kernels of cumo_kernels; use them through its public functions.";
+
+  m.def("activate", py::overload_cast<const Tensor&, const std::string&>(&activate), arg("x"), arg("name"));
+  m.def("activate_backward", py::overload_cast<const Tensor&, const Tensor&, const std::string&>(&activate_backward),
+        arg("grad"), arg("x"), arg("name"));
+  m.def("permute", py::overload_cast<const Tensor&, const Tensor&, const Tensor&, int64_t>(&permute), arg("x"),
+        arg("permutation"), arg("inverse_permutation"), arg("top_k"));
+  m.def("combine", py::overload_cast<const Tensor&, const MaybeTensor&, const Tensor&, int64_t>(&combine), arg("rows"),
+        arg("topk_weights"), arg("inverse_permutation"), arg("top_k"));
+  m.def("combine_backward",
+        py::overload_cast<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&>(&combine_backward),
+        arg("grad"), arg("rows"), arg("topk_weights"), arg("permutation"), arg("inverse_permutation"));
+  m.def("route",
+        py::overload_cast<const Tensor&, const MaybeTensor&, const MaybeTensor&, int64_t, int64_t, bool,
+                          const std::optional<std::string>&>(&route),
+        arg("x"), arg("gate_weight"), arg("group_offsets"), arg("num_groups"), arg("top_k"), arg("renormalize"),
+        arg("compat"));
+  m.def("route_backward",
+        py::overload_cast<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&,
+                          const MaybeTensor&, bool>(&route_backward),
+        arg("grad_weights"), arg("grad_mean_probs"), arg("grad_z"), arg("x"), arg("gate_weight"), arg("topk_indices"),
+        arg("group_offsets"), arg("renormalize"));
+  m.def("sort_by_expert", py::overload_cast<const Tensor&, int64_t>(&sort_by_expert), arg("topk_indices"),
+        arg("num_experts"));
+  m.def("grouped_gemm",
+        py::overload_cast<const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&,
+                          const MaybeTensor&, int64_t, const std::optional<std::string>&>(&grouped_gemm),
+        arg("x"), arg("weight"), arg("expert_offsets"), arg("bias"), arg("permutation"), arg("inverse_permutation"),
+        arg("top_k"), arg("activation"));
+  m.def("grouped_gemm_weight_grad",
+        py::overload_cast<const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&, int64_t,
+                          bool>(&grouped_gemm_weight_grad),
+        arg("grad"), arg("x"), arg("expert_offsets"), arg("permutation"), arg("inverse_permutation"), arg("top_k"),
+        arg("need_bias"));
+  m.def("expert_mlp", &expert_mlp, arg("x"), arg("topk_weights"), arg("permutation"), arg("inverse_permutation"),
+        arg("expert_offsets"), arg("up_proj"), arg("down_proj"), arg("up_bias"), arg("down_bias"), arg("activation"),
+        arg("memory"));
+  m.def("expert_mlp_backward", &expert_mlp_backward, arg("grad"), arg("x"), arg("topk_weights"), arg("permutation"),
+        arg("inverse_permutation"), arg("expert_offsets"), arg("up_proj"), arg("down_proj"), arg("up_bias"),
+        arg("down_bias"), arg("z"), arg("a"), arg("activation"), arg("memory"), arg("need_x"), arg("need_weights"),
+        arg("need_up"), arg("need_down"));
+
+  // index arithmetic, for tests/kernels/test_cuda.py
+  m.def("_find_tiles", [](const std::vector<int>& offsets, int tiles_n, int tile_rows) {
+    TileWalk walk(offsets.data(), static_cast<int>(offsets.size()) - 1, tiles_n, tile_rows);
+    std::vector<std::tuple<int, int, int, int>> found;
+    for (Tile tile; walk.find(static_cast<int>(found.size()), tile);)
+      found.emplace_back(tile.expert, tile.first_row, tile.end_row, tile.tile_n);
+    return found;
+  });
+  m.def("_most_row_tiles", &most_row_tiles);
+  m.def("_weight_column", [](int tile_n, int tile_columns, int r, int N, bool gated) {
+    const WeightColumn column = weight_column(tile_n, tile_columns, r, N, gated);
+    return std::make_tuple(column.index, column.left);
+  });
+  m.def("_offset_along", &offset_along);
+  m.def("_offset_across", &offset_across);
+}

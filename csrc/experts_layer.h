@@ -1,0 +1,214 @@
+// The GEMM launchers and the whole expert layer made of them: a part of bindings.cpp, like it in knowing torch.
+#pragma once
+
+namespace cumo {
+
+struct GemmTensors {  // what a Gemm points to, kept alive
+  Tensor x, weight, bias;
+  Gemm p{};
+};
+
+GemmTensors describe_gemm(const Tensor& x, const Tensor& weight, const Tensor& expert_offsets, const MaybeTensor& bias,
+                          const MaybeTensor& permutation, int64_t top_k, Activation activation) {
+  CHECK_DEVICE(x);
+  CHECK_DIM(x, 2);
+  CHECK_SAME_DEVICE(weight, x);
+  CHECK_DTYPE(weight, x.scalar_type());
+  const int64_t num_experts = expert_offsets.numel() - 1;
+  CHECK_INDEX(expert_offsets, x, num_experts + 1);
+  CHECK_SHAPE(weight, num_experts, weight.size(1), x.size(1));
+  GemmTensors t;
+  t.x = rows_of(x);
+  t.weight = weight.stride(2) == 1 || weight.stride(1) == 1 ? weight : weight.contiguous();
+  if (bias) {
+    CHECK_SAME_DEVICE(*bias, x);
+    CHECK_DTYPE(*bias, x.scalar_type());
+    CHECK_SHAPE(*bias, num_experts, weight.size(1));
+    t.bias = bias->contiguous();
+  }
+  if (permutation) CHECK_INDEX(*permutation, x, permutation->numel());
+  Gemm& p = t.p;
+  p.x = data(t.x);
+  p.weight = data(t.weight);
+  p.expert_offsets = ints(expert_offsets);
+  p.permutation = permutation ? ints(*permutation) : nullptr;
+  p.bias = bias ? data(t.bias) : nullptr;
+  p.k_inner = t.weight.stride(2) == 1;
+  p.stride_x = t.x.stride(0);
+  p.stride_w_e = t.weight.stride(0);
+  p.stride_w = t.weight.stride(p.k_inner ? 1 : 2);
+  p.tf32 = tf32_allowed(x);
+  p.S = permutation ? permutation->numel() : x.size(0);
+  narrow("the number of rows", p.S);
+  p.E = narrow("E", num_experts);
+  p.N = narrow("N", weight.size(1) / (activation.gated ? 2 : 1));
+  p.K = narrow("K", x.size(1));
+  p.top_k = narrow("top_k", top_k);
+  p.act = activation.kind;
+  p.gated = activation.gated;
+  return t;
+}
+
+// -> out and pre-activation, empty where not kept. Without `zero_tail` rows past the last expert's end are left.
+std::tuple<Tensor, Tensor> multiply(const Tensor& x, const Tensor& weight, const Tensor& expert_offsets,
+                                    const MaybeTensor& bias, const MaybeTensor& permutation, int64_t top_k,
+                                    Activation activation, bool keep_out, bool keep_pre, bool zero_tail) {
+  const Dtype dtype = dtype_of("x", x);
+  GemmTensors t = describe_gemm(x, weight, expert_offsets, bias, permutation, top_k, activation);
+  t.p.zero_tail = zero_tail;
+  Tensor out = keep_out ? make(x, {t.p.S, t.p.N}) : make(x, {0});
+  Tensor pre = keep_pre ? make(x, {t.p.S, weight.size(1)}) : make(x, {0});
+  if (t.p.S * t.p.N == 0) return {out, pre};
+  const On on(x);
+  grouped_gemm(on.device, dtype, t.p, out_or_null(out), out_or_null(pre));
+  return {out, pre};
+}
+
+std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& x, const Tensor& weight, const Tensor& expert_offsets,
+                                        const MaybeTensor& bias, const MaybeTensor& permutation,
+                                        const MaybeTensor& inverse_permutation, int64_t top_k,
+                                        const std::optional<std::string>& activation) {
+  (void)inverse_permutation;  // a gathered row past the last expert's end is a zero row of out anyway
+  const Activation act = activation ? activation_of(*activation) : Activation{Act::none, false};
+  return multiply(x, weight, expert_offsets, bias, permutation, top_k, act, true, activation.has_value(), true);
+}
+
+std::tuple<Tensor, Tensor> weight_gradient(const Tensor& grad, const Tensor& x, const Tensor& expert_offsets,
+                                           const MaybeTensor& permutation, int64_t top_k, bool need_bias,
+                                           bool gather_grad, const MaybeTensor& row_weights) {
+  CHECK_DEVICE(x);
+  CHECK_SAME_DEVICE(grad, x);
+  CHECK_DTYPE(grad, x.scalar_type());
+  const int64_t num_experts = expert_offsets.numel() - 1;
+  CHECK_INDEX(expert_offsets, x, num_experts + 1);
+  if (permutation) CHECK_INDEX(*permutation, x, permutation->numel());
+  const Dtype dtype = dtype_of("x", x);
+  const Tensor grad_rows = rows_of(grad), x_rows = rows_of(x);
+  WeightGrad p{};
+  p.grad = data(grad_rows);
+  p.x = data(x_rows);
+  p.expert_offsets = ints(expert_offsets);
+  p.permutation = permutation ? ints(*permutation) : nullptr;
+  p.gather_grad = gather_grad;
+  p.row_weights = row_weights ? floats(*row_weights) : nullptr;
+  p.stride_grad = grad_rows.stride(0);
+  p.stride_x = x_rows.stride(0);
+  p.tf32 = tf32_allowed(x);
+  p.S = permutation ? permutation->numel() : x.size(0);
+  p.E = narrow("E", num_experts);
+  p.N = narrow("N", grad.size(1));
+  p.K = narrow("K", x.size(1));
+  p.top_k = narrow("top_k", top_k);
+  Tensor out = make(x, {num_experts, p.N, p.K}), bias = make(x, {num_experts, need_bias ? p.N : 0});
+  if (out.numel() == 0) return {out, bias};
+  const On on(x);
+  grouped_gemm_weight_grad(on.device, dtype, p, out.mutable_data_ptr(), out_or_null(bias));
+  return {out, bias};
+}
+
+std::tuple<Tensor, Tensor> grouped_gemm_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& expert_offsets,
+                                                    const MaybeTensor& permutation,
+                                                    const MaybeTensor& inverse_permutation, int64_t top_k,
+                                                    bool need_bias) {
+  (void)inverse_permutation;  // rows of dropped slots lie past every expert's end
+  return weight_gradient(grad, x, expert_offsets, permutation, top_k, need_bias, false, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& permutation,
+                                              const Tensor& inverse_permutation, const Tensor& expert_offsets,
+                                              const Tensor& up_proj, const Tensor& down_proj,
+                                              const MaybeTensor& up_bias, const MaybeTensor& down_bias,
+                                              const std::string& activation, const std::string& memory) {
+  const int64_t top_k = topk_weights.size(1);
+  auto [a, z] = multiply(x, up_proj, expert_offsets, up_bias, permutation, top_k, activation_of(activation), true,
+                         memory == "preact" || memory == "all", false);
+  const Tensor y = std::get<0>(multiply(a, down_proj, expert_offsets, down_bias, std::nullopt, top_k,
+                                        {Act::none, false}, true, false, false));
+  return {combine(y, topk_weights, inverse_permutation, top_k), z, memory == "all" ? a : make(x, {0})};
+}
+
+// w[p] act(z[p]) of a pre-activation, or w[p] grad[token of p] without an activation: (S, N).
+Tensor weigh(const Tensor& source, const Tensor& topk_weights, const Tensor& permutation, const Tensor& expert_offsets,
+             Activation activation) {
+  const Tensor rows = rows_of(source);
+  const int64_t S = permutation.numel(), N = source.size(1) / (activation.gated ? 2 : 1);
+  Tensor out = make(source, {S, N});
+  if (out.numel() == 0) return out;
+  const On on(source);
+  weigh_rows(on.device, dtype_of("source", source), data(rows), rows.stride(0), floats(topk_weights), ints(permutation),
+             ints(expert_offsets) + expert_offsets.numel() - 1, S, narrow("N", N), narrow("top_k", topk_weights.size(1)),
+             activation.kind, activation.gated, out.mutable_data_ptr());
+  return out;
+}
+
+// -> gradients at x, topk_weights, up_proj, up_bias, down_proj, down_bias; empty where not needed.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& topk_weights, const Tensor& permutation,
+    const Tensor& inverse_permutation, const Tensor& expert_offsets, const Tensor& up_proj, const Tensor& down_proj,
+    const MaybeTensor& up_bias, const MaybeTensor& down_bias, const Tensor& z, const Tensor& a,
+    const std::string& activation, const std::string& memory, bool need_x, bool need_weights, bool need_up,
+    bool need_down) {
+  CHECK_DTYPE(topk_weights, at::kFloat);
+  const Activation act = activation_of(activation);
+  const Dtype dtype = dtype_of("x", x);
+  const int64_t top_k = topk_weights.size(1), S = permutation.numel();
+  const Tensor weights = topk_weights.contiguous();
+  const auto nothing = [&] { return make(x, {0}); };  // a tensor each: no two outputs may be the same
+  Tensor dx = nothing(), dup = nothing(), dup_bias = nothing(), ddown = nothing(), ddown_bias = nothing();
+  Tensor dweights = make(weights, {0}), kept_z = z;
+  if (memory == "x")
+    kept_z = std::get<1>(multiply(x, up_proj, expert_offsets, up_bias, permutation, top_k, act, false, true, false));
+
+  // with `a` at hand its weight is cheaper to put on the narrower gradient
+  const bool need_weighted = need_down && memory != "all";
+  Tensor weighted = nothing(), dz = nothing();
+  if (need_x || need_up || need_weights) {
+    GemmTensors t = describe_gemm(grad, down_proj.transpose(1, 2), expert_offsets, std::nullopt, permutation, top_k,
+                                  {Act::none, false});
+    if (t.p.k_inner) {  // grad_hidden reads down_proj as (E, O, I) is stored
+      t.weight = down_proj.contiguous().transpose(1, 2);
+      t.p.weight = data(t.weight);
+      t.p.k_inner = false;
+      t.p.stride_w_e = t.weight.stride(0), t.p.stride_w = t.weight.stride(2);
+    }
+    t.p.act = act.kind, t.p.gated = act.gated;
+    const On on(x);
+    const int tiles = grad_hidden_tiles(on.device, dtype, t.p);
+    if (need_x || need_up) dz = make(kept_z, kept_z.sizes());
+    if (need_weighted) weighted = make(x, {S, t.p.N});
+    Tensor dots = make(weights, {need_weights ? S : 0, tiles});
+    if (S > 0 && t.p.N > 0)
+      grad_hidden(on.device, dtype, t.p, floats(weights), data(kept_z), out_or_null(dz), out_or_null(weighted),
+                  static_cast<float*>(out_or_null(dots)));
+    if (need_weights) {
+      dweights = make(weights, weights.sizes());
+      const Tensor bias = down_bias ? down_bias->contiguous() : Tensor();
+      if (S)
+        topk_weights_grad(on.device, dtype, floats(dots), tiles, data(t.x), t.x.stride(0),
+                          down_bias ? data(bias) : nullptr, ints(inverse_permutation), ints(expert_offsets), S, t.p.E,
+                          narrow("O", grad.size(1)), t.p.top_k, dweights.mutable_data_ptr<float>());
+    }
+  } else if (need_weighted) {
+    weighted = weigh(kept_z, weights, permutation, expert_offsets, act);
+  }
+
+  if (need_down && memory == "all") {
+    const Tensor weighted_grad = weigh(grad, weights, permutation, expert_offsets, {Act::none, false});
+    std::tie(ddown, ddown_bias) = weight_gradient(weighted_grad, a, expert_offsets, std::nullopt, top_k,
+                                                  down_bias.has_value(), false, std::nullopt);
+  } else if (need_down) {
+    std::tie(ddown, ddown_bias) =
+        weight_gradient(grad, weighted, expert_offsets, permutation, top_k, down_bias.has_value(), true, weights);
+  }
+  if (need_up)
+    std::tie(dup, dup_bias) = weight_gradient(dz, x, expert_offsets, permutation, top_k, up_bias.has_value(), false,
+                                              std::nullopt);
+  if (need_x) {
+    const Tensor rows = std::get<0>(multiply(dz, up_proj.transpose(1, 2), expert_offsets, std::nullopt, std::nullopt,
+                                             top_k, {Act::none, false}, true, false, false));
+    dx = combine(rows, std::nullopt, inverse_permutation, top_k);
+  }
+  return {dx, dweights, dup, dup_bias, ddown, ddown_bias};
+}
+
+}  // namespace cumo

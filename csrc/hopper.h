@@ -1,0 +1,16 @@
+// The Hopper kernels' host side, as grouped_gemm.cu calls it.
+#pragma once
+
+#include "kernels.h"
+
+namespace cumo {
+
+constexpr int kHopperHiddenCols = 128;  // columns of one tile of dots
+
+void hopper_grouped_gemm(const Device&, Dtype, const Gemm&, void* out, void* pre);
+void hopper_grad_hidden(const Device&, Dtype, const Gemm&, const float* topk_weights, const void* z, void* dz,
+                        void* weighted, float* dots);
+
+void hopper_weight_grad(const Device&, Dtype, const WeightGrad&, void* out, void* bias);
+
+}  // namespace cumo

@@ -1,0 +1,152 @@
+// What the Hopper GEMMs share: the ring of stages, the multiplication out of it, and how TMA is told about a tensor.
+#pragma once
+
+#include "epilogue.cuh"
+#include "hopper.cuh"
+
+namespace cumo {
+
+#if defined(CUMO_SM90A) || defined(CUMO_EMULATE)
+constexpr bool kBuilt = true;
+#else
+constexpr bool kBuilt = false;  // not compiled for sm_90a: the portable kernels run on Hopper too
+#endif
+
+constexpr int kGroup = 128, kThreads = 3 * kGroup;  // a warpgroup; one producer and two consumers
+constexpr int kRows = 128, kSteps = 64;             // of a tile, and of a stage along the reduction
+constexpr int kLag = 2;  // stages whose copies overlap before the first is handed over
+
+template <int kCols>
+struct Stages {
+  static constexpr int kCount = kCols == 256 ? 4 : 6;
+  static constexpr int kABytes = kRows * kRowBytes, kBBytes = kCols * kRowBytes, kBytes = kABytes + kBBytes;
+  static constexpr int kPatches = kCount * kBytes, kBarriers = kPatches + 8 * kPatchBytes;
+  static constexpr int kShared = kBarriers + 2 * kCount * 8;
+  static_assert(kShared <= 227 * 1024 && kLag < kCount - 1);
+};
+
+// Stage of the ring and how often it has been around, over all tiles of a block.
+template <int kCount>
+struct Turn {
+  int stage = 0, phase = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == kCount) stage = 0, phase ^= 1;
+  }
+};
+
+// A producer thread has begun its copies of one more stage: those of kLag stages ago are in, and handed over.
+template <int kCount>
+__device__ __forceinline__ void hand_over(Barrier* full, Turn<kCount>& landed, int& under_way) {
+  cp_async_commit();
+  if (under_way < kLag) {
+    ++under_way;
+    return;
+  }
+  cp_async_wait<kLag>();
+  fence_async();
+  arrive(&full[landed.stage]);
+  landed.next();
+}
+
+template <int kCount>
+__device__ __forceinline__ void hand_over_rest(Barrier* full, Turn<kCount>& landed, int under_way) {
+  cp_async_wait<0>();
+  fence_async();
+  for (; under_way > 0; --under_way, landed.next()) arrive(&full[landed.stage]);
+}
+
+// d (64, kCols) = this warpgroup's half of A times B over `steps` stages; seen(step, a) may look at a stage's A.
+template <class T, int kCols, bool kAcrossA, bool kAcrossB, class Seen>
+__device__ __forceinline__ void multiply_stages(int steps, unsigned char* shared, Barrier* full, Barrier* empty,
+                                                Turn<Stages<kCols>::kCount>& turn, float (&d)[kCols / 2], Seen seen) {
+  using S = Stages<kCols>;
+  // 64 rows along the reduction and a chunk of 64 columns across it are both this many bytes
+  const int half = (threadIdx.x / kGroup - 1) * 64 * kRowBytes;
+  constexpr int kChunk = kSteps * kRowBytes;
+#pragma unroll
+  for (int i = 0; i < kCols / 2; ++i) d[i] = 0.0f;
+  int last = -1;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    wait_for(&full[turn.stage], turn.phase);
+    unsigned char* stage = shared + turn.stage * S::kBytes;
+    const uint32_t a = shared_address(stage) + half, b = shared_address(stage + S::kABytes);
+    pin(d);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kSteps; k += 16)
+      wgmma<T, kCols, kAcrossA, kAcrossB>(
+          d, kAcrossA ? matrix_descriptor(a + k * kRowBytes, kChunk) : matrix_descriptor(a + k * 2, 0),
+          kAcrossB ? matrix_descriptor(b + k * kRowBytes, kChunk) : matrix_descriptor(b + k * 2, 0));
+    wgmma_commit();
+    seen(step, stage);
+    wgmma_wait<T, kCols, 1>();
+    // the multiplication before this one is done with its stage
+    if (last >= 0 && threadIdx.x % kWarp == 0) arrive(&empty[last]);
+    last = turn.stage;
+    turn.next();
+  }
+  wgmma_wait<T, kCols, 0>();
+  pin(d);
+  if (last >= 0 && threadIdx.x % kWarp == 0) arrive(&empty[last]);
+}
+
+// The warp's 16 rows in patches of 32 columns.
+template <int kCols, class Finish>
+__device__ __forceinline__ void for_each_patch(const float (&d)[kCols / 2], float* patch, Finish finish) {
+#pragma unroll 1
+  for (int c = 0; c < kCols / kPatchCols; ++c) {
+#pragma unroll
+    for (int other = 0; other < kCols / kPatchCols; ++other)  // registers must not be indexed by c
+      if (c == other)
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const int i = (other * 4 + n) * 4;
+          lay_down(patch, n, d[i], d[i + 1], d[i + 2], d[i + 3]);
+        }
+    sync_warp();
+    finish(c * kPatchCols);
+    sync_warp();
+  }
+}
+
+// Sizes and box of 16-bit elements, strides in elements; the innermost box is 64 elements, 128 bytes, swizzled.
+inline TensorMap describe(const void* base, int rank, const int64_t (&sizes)[kMaxRank],
+                          const int64_t (&strides)[kMaxRank], const int (&box)[kMaxRank]) {
+#ifdef CUMO_EMULATE
+  TensorMap map{static_cast<const char*>(base), rank, {}, {}, {}};
+  for (int i = 0; i < rank; ++i) map.sizes[i] = sizes[i], map.strides[i] = strides[i] * 2, map.box[i] = box[i];
+  return map;
+#else
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess)
+      throw std::runtime_error("cumo_kernels._C: this driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<Encode>(function);
+  }();
+  cuuint64_t extent[kMaxRank], step[kMaxRank];
+  cuuint32_t tile[kMaxRank], ones[kMaxRank];
+  for (int i = 0; i < rank; ++i) {
+    extent[i] = sizes[i], tile[i] = box[i], ones[i] = 1;
+    if (i > 0) step[i - 1] = strides[i] * 2;
+  }
+  CUtensorMap map;
+  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, rank, const_cast<void*>(base), extent, step,
+                                 tile, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    throw std::runtime_error("cumo_kernels._C: cuTensorMapEncodeTiled failed with " + std::to_string(result));
+  return map;
+#endif
+}
+
+template <class F>
+void with_16_bit_type(Dtype dtype, F f) {
+  return dtype == Dtype::fp16 ? f(static_cast<half_t*>(nullptr)) : f(static_cast<bf16_t*>(nullptr));
+}
+
+}  // namespace cumo

@@ -1,0 +1,165 @@
+// The gradient of the weights (CUDA, sm_90a): the same function as weight_grad.cu, for aligned 16-bit operands.
+//
+// Roles, ring and multiplication are those of hopper.cu, on 128 x 256 of out and 64 rows of the layer a stage; both
+// operands lie across the reduction, which wgmma transposes. A gathered operand, and both in the last rows of an expert,
+// come by cp.async, which writes zeros for rows of other experts; whole stages of the operand in expert order by TMA.
+#include "hopper.h"
+
+#include "hopper_tiles.cuh"
+
+namespace cumo {
+
+constexpr int kCols = 256;
+using Ring = Stages<kCols>;
+constexpr int kShared = Ring::kShared + 2 * kGroup * 4;  // and the consumers' halves of the bias
+
+struct GradTile {
+  int expert, begin, end, first_n, first_k;
+
+  __device__ __forceinline__ GradTile(const WeightGrad& p, int number, int tiles_n, int tiles_k) {
+    expert = number / (tiles_n * tiles_k);
+    const int local = number % (tiles_n * tiles_k);
+    begin = p.expert_offsets[expert], end = p.expert_offsets[expert + 1];
+    first_n = local / tiles_k * kRows, first_k = local % tiles_k * kCols;
+  }
+};
+
+// This thread's pieces of 64 rows x kWidth columns of an operand; rows past `end` are zeros.
+template <class T, int kWidth>
+__device__ __forceinline__ void copy_rows(unsigned char* tile, const T* source, int64_t stride, const int* permutation,
+                                          int top_k, int first_row, int end, int first_col, int width) {
+  constexpr int kPerRow = kWidth / 8, kRowsAtOnce = kGroup / kPerRow;
+  const int outer = threadIdx.x % kPerRow * 8, left = width - first_col - outer;
+  const int bytes = left < 0 ? 0 : left < 8 ? left * 2 : 16;
+#pragma unroll 4
+  for (int k = threadIdx.x / kPerRow; k < kSteps; k += kRowsAtOnce) {
+    const int row = first_row + k;
+    const bool inside = row < end && bytes > 0;
+    const int64_t from = !inside ? 0 : permutation ? permutation[row] / top_k : row;
+    cp_async16(tile + offset_across(k, outer * 2, kSteps), source + (inside ? from * stride + first_col + outer : 0),
+               inside ? bytes : 0);
+  }
+}
+
+template <int kWidth>
+__device__ __forceinline__ void fetch_rows(unsigned char* tile, const TensorMap& map, Barrier* barrier, int first_row,
+                                           int first_col) {
+#pragma unroll
+  for (int chunk = 0; chunk < kWidth / 64; ++chunk)
+    tma_load(tile + chunk * kSteps * kRowBytes, &map, barrier, first_col + chunk * 64, first_row, 0);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    hopper_weight_grad_kernel(const __grid_constant__ TensorMap map_grad, const __grid_constant__ TensorMap map_x,
+                              WeightGrad p, T* out, T* bias, int tiles_n, int tiles_k, bool wide) {
+#if defined(CUMO_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  unsigned char* shared = shared_memory<unsigned char>();
+  Barrier* full = reinterpret_cast<Barrier*>(shared + Ring::kBarriers);
+  Barrier* empty = full + Ring::kCount;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Ring::kCount; ++i) {
+      init_barrier(&full[i], 1 + kGroup);
+      init_barrier(&empty[i], 2 * kGroup / kWarp);
+    }
+    fence_barriers();
+  }
+  sync_block();
+  const int tiles = p.E * tiles_n * tiles_k;
+  Turn<Ring::kCount> turn;
+  if (threadIdx.x < kGroup) {
+    fewer_registers<56>();
+    Turn<Ring::kCount> landed;
+    int under_way = 0;
+    const bool gathers_grad = p.permutation && p.gather_grad, gathers_x = p.permutation && !p.gather_grad;
+    for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
+      const GradTile tile(p, number, tiles_n, tiles_k);
+#pragma unroll 1
+      for (int row = tile.begin; row < tile.end; row += kSteps, turn.next()) {
+        unsigned char* a = shared + turn.stage * Ring::kBytes;
+        unsigned char* b = a + Ring::kABytes;
+        const bool whole = row + kSteps <= tile.end, fetch_grad = whole && !gathers_grad, fetch_x = whole && !gathers_x;
+        wait_for(&empty[turn.stage], turn.phase ^ 1);
+        if (threadIdx.x == 0) {
+          arrive_expecting(&full[turn.stage], (fetch_grad ? Ring::kABytes : 0) + (fetch_x ? Ring::kBBytes : 0));
+          if (fetch_grad) fetch_rows<kRows>(a, map_grad, &full[turn.stage], row, tile.first_n);
+          if (fetch_x) fetch_rows<kCols>(b, map_x, &full[turn.stage], row, tile.first_k);
+        }
+        if (!fetch_grad)
+          copy_rows<T, kRows>(a, static_cast<const T*>(p.grad), p.stride_grad, gathers_grad ? p.permutation : nullptr,
+                              p.top_k, row, tile.end, tile.first_n, p.N);
+        if (!fetch_x)
+          copy_rows<T, kCols>(b, static_cast<const T*>(p.x), p.stride_x, gathers_x ? p.permutation : nullptr, p.top_k,
+                              row, tile.end, tile.first_k, p.K);
+        hand_over(full, landed, under_way);
+      }
+    }
+    hand_over_rest(full, landed, under_way);
+    return;
+  }
+  more_registers<224>();
+  const int thread = threadIdx.x - kGroup, warp = thread / kWarp, lane = thread % kWarp;
+  float* patch = reinterpret_cast<float*>(shared + Ring::kPatches + warp * kPatchBytes);
+  float* halves = reinterpret_cast<float*>(shared + Ring::kShared);
+  for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
+    const GradTile tile(p, number, tiles_n, tiles_k);
+    const bool sums_bias = bias != nullptr && tile.first_k == 0;
+    float sum = 0.0f;  // of column thread % 128, over this half of every stage's rows
+    float d[kCols / 2];
+    multiply_stages<T, kCols, true, true>(
+        ceil_div(tile.end - tile.begin, kSteps), shared, full, empty, turn, d, [&](int step, const unsigned char* a) {
+          if (!sums_bias) return;
+          for (int k = thread / kGroup * (kSteps / 2); k < (thread / kGroup + 1) * (kSteps / 2); ++k) {
+            const int row = tile.begin + step * kSteps + k;
+            if (row >= tile.end) break;
+            const T value = *reinterpret_cast<const T*>(a + offset_across(k, thread % kGroup * 2, kSteps));
+            sum += p.row_weights ? p.row_weights[p.permutation[row]] * to_float(value) : to_float(value);
+          }
+          sync_warp();  // one lane gives the stage back for all
+        });
+    if (sums_bias) {
+      halves[thread] = sum;
+      sync_some(1, 2 * kGroup);
+      if (thread < kGroup && tile.first_n + thread < p.N)
+        bias[int64_t{tile.expert} * p.N + tile.first_n + thread] = from_float<T>(halves[thread] + halves[thread + kGroup]);
+      sync_some(1, 2 * kGroup);
+    }
+    for_each_patch<kCols>(d, patch, [&](int first_col) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = lane / 4 + 8 * i, n = tile.first_n + warp * kPatchRows + row;
+        const int k = tile.first_k + first_col + lane % 4 * kRun;
+        if (n >= p.N || k >= p.K) continue;
+        float values[kRun];
+        load_run(patch + row * kPatchStride + lane % 4 * kRun, kRun, true, values);
+        store_run(out + (int64_t{tile.expert} * p.N + n) * p.K + k, values, p.K - k, wide);
+      }
+    });
+  }
+#endif
+}
+
+bool uses_hopper(const Device& device, Dtype dtype, const WeightGrad& p) {
+  const auto steps = [](int64_t stride) { return stride > 0 && stride % 8 == 0; };
+  return kBuilt && device.capability == 90 && dtype != Dtype::fp32 && p.S > 0 && aligned16(p.grad, 0, 0, 2) &&
+         aligned16(p.x, 0, 0, 2) && steps(p.stride_grad) && steps(p.stride_x);
+}
+
+void hopper_weight_grad(const Device& device, Dtype dtype, const WeightGrad& p, void* out, void* bias) {
+  const int tiles_n = ceil_div(p.N, kRows), tiles_k = ceil_div(p.K, kCols);
+  const int64_t blocks = std::min<int64_t>(device.sms, int64_t{p.E} * tiles_n * tiles_k);
+  // the map of a gathered operand is never used, but it must be one
+  const auto map = [&](const void* base, int width, int64_t stride, bool gathered) {
+    const int64_t rows = gathered ? 1 : p.S;
+    return describe(base, 3, {width, rows, 1}, {1, stride, stride * rows}, {64, kSteps, 1});
+  };
+  with_16_bit_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    launch(device, hopper_weight_grad_kernel<T>, blocks, kThreads, kShared,
+           map(p.grad, p.N, p.stride_grad, p.permutation && p.gather_grad),
+           map(p.x, p.K, p.stride_x, p.permutation && !p.gather_grad), p, static_cast<T*>(out), static_cast<T*>(bias),
+           tiles_n, tiles_k, runs_are_wide<T>(out, p.K));
+  });
+}
+
+}  // namespace cumo

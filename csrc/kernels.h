@@ -1,0 +1,113 @@
+// What bindings.cpp may call: one host function per kernel, on raw pointers. Plain C++, no torch, no CUDA headers.
+//
+// Shape letters are those of cumo_kernels/types.py. Pointers are to contiguous memory unless a stride is given; a
+// stride counts elements. Every function returns after launching; with no elements to write it must not be called.
+#pragma once
+
+#include <cstdint>
+
+namespace cumo {
+
+enum class Dtype { fp32, fp16, bf16 };
+enum class Act { none, quick_gelu, gelu, gelu_tanh, relu, silu };
+enum class Compat { none, cumo, cumo_llm };
+
+// Where a launch goes and what it may count on.
+struct Device {
+  void* stream;
+  int sms;
+  int capability;     // 90 is 9.0
+  int shared_memory;  // bytes that one block may have
+};
+
+struct Route {
+  const void* x;            // (T, E), or (T, H) with a gate
+  const void* gate;         // (E, H) or null
+  const int* group_offsets; // (G + 1,) or null: G equal groups
+  int64_t stride_x_t, stride_gate_e;
+  int T, H, E, K, G;
+  bool renormalize;
+  Compat compat;
+};
+int route_blocks(int T);  // rows of `sums` beside the G of the groups
+// weights (T, K) and the statistics fp32; sums (route_blocks(T) + G, 2E + 1) fp32 is scratch.
+void route(const Device&, Dtype, const Route&, float* weights, int* indices, float* mean_probs, float* density,
+           float* z, float* sums);
+// dlogits (T, E) in the dtype of x.
+void route_backward(const Device&, Dtype, const Route&, const float* grad_weights, const float* grad_mean_probs,
+                    const float* grad_z, const int* indices, void* dlogits);
+constexpr int kMaxExperts = 256;      // of route and sort_by_expert
+constexpr int kMaxFusedExperts = 32;  // of a gate inside route and gate_backward
+int gate_backward_blocks(const Device&, const Route&);
+// dx = dlogits @ gate (T, H), dgate = dlogits^T @ x (E, H); sums (gate_backward_blocks, E, H) fp32 is scratch.
+void gate_backward(const Device&, Dtype, const Route&, const void* dlogits, void* dx, void* dgate, float* sums);
+
+int sort_blocks(int64_t S);
+// counts (sort_blocks, E) is scratch, unused by one block.
+void sort_by_expert(const Device&, const int* indices, int64_t S, int E, int* tokens_per_expert, int* expert_offsets,
+                    int* permutation, int* inverse, int* counts);
+
+void permute(const Device&, Dtype, const void* x, int64_t stride_x_t, const int* permutation, const int* inverse,
+             int64_t S, int64_t H, int K, void* out);
+// weights (T, K) or null for ones.
+void combine(const Device&, Dtype, const void* rows, int64_t stride_rows_s, const float* weights, const int* inverse,
+             int64_t T, int64_t H, int K, void* out);
+void combine_backward(const Device&, Dtype, const void* grad, int64_t stride_grad_t, const void* rows,
+                      int64_t stride_rows_s, const float* weights, const int* permutation, const int* inverse,
+                      int64_t S, int64_t H, int K, void* drows, float* dweights);
+
+// x (rows, I), or (rows, 2I) if gated; a plain activation may come as one long row.
+void activate(const Device&, Dtype, const void* x, int64_t rows, int64_t I, Act, bool gated, void* out);
+void activate_backward(const Device&, Dtype, const void* grad, const void* x, int64_t rows, int64_t I, Act, bool gated,
+                       void* dx);
+
+// One GEMM of all experts; which members count is said at the three functions below.
+struct Gemm {
+  const void* x;
+  const void* weight;
+  const int* expert_offsets;  // (E + 1,)
+  const int* permutation;     // (S,), or null: x is in expert order
+  const void* bias;           // (E, width of the product) or null
+  int64_t stride_x, stride_w_e, stride_w;  // rows of x, experts, rows of the weight as stored
+  bool k_inner;  // the weight is stored (E, N, K), else (E, K, N)
+  bool tf32;     // fp32 operands may be rounded to TF32
+  int64_t S;
+  int E, N, K, top_k;  // N columns of `out`: half of the weight's for a gated activation
+  Act act;
+  bool gated;
+  bool zero_tail;  // rows past the last expert's end are written as zeros, else left
+};
+bool uses_hopper(const Device&, Dtype, const Gemm&);
+// out[p] = act(x[row of p] @ weight[e]^T + bias[e]) and pre, its argument; either may be null.
+void grouped_gemm(const Device&, Dtype, const Gemm&, void* out, void* pre);
+// h = x[token of p] @ weight[e], weight (E, K, N); dz = w h act'(z), weighted = w act(z), dots = <h, act(z)> by
+// column tile (S, grad_hidden_tiles); any of the three may be null.
+int grad_hidden_tiles(const Device&, Dtype, const Gemm&);
+void grad_hidden(const Device&, Dtype, const Gemm&, const float* topk_weights, const void* z, void* dz, void* weighted,
+                 float* dots);
+
+struct WeightGrad {
+  const void* grad;  // (S, N), or (T, N) when gathered
+  const void* x;     // (S, K), or (T, K) when gathered
+  const int* expert_offsets;
+  const int* permutation;     // null: nothing is gathered
+  bool gather_grad;           // `permutation` gathers grad, else x
+  const float* row_weights;   // (S,) by slot or null: row p counts row_weights[permutation[p]] times in the bias
+  int64_t stride_grad, stride_x;
+  bool tf32;
+  int64_t S;
+  int E, N, K, top_k;
+};
+bool uses_hopper(const Device&, Dtype, const WeightGrad&);
+// out[e] = grad_e^T x_e (E, N, K), bias (E, N) = sums of grad or null; exact zeros for an expert without rows.
+void grouped_gemm_weight_grad(const Device&, Dtype, const WeightGrad&, void* out, void* bias);
+
+// (S, N): w[p] act(z[p]), z (S, N) or gated (S, 2N); without an activation w[p] source[token of p].
+void weigh_rows(const Device&, Dtype, const void* source, int64_t stride_source, const float* topk_weights,
+                const int* permutation, const int* end, int64_t S, int N, int top_k, Act, bool gated, void* out);
+// out[slot] = sum of the slot's row of dots (S, tiles) + <grad[token], bias[expert]>; 0 for a dropped slot.
+void topk_weights_grad(const Device&, Dtype, const float* dots, int tiles, const void* grad, int64_t stride_grad,
+                       const void* bias, const int* inverse, const int* expert_offsets, int64_t S, int E, int O,
+                       int top_k, float* out);
+
+}  // namespace cumo

@@ -1,0 +1,62 @@
+// Starting a kernel: on the GPU, or thread by thread in emulation.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "platform.cuh"
+
+namespace cumo {
+
+template <class T>
+__host__ __device__ constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
+
+template <class... Parameters, class... Arguments>
+void launch(const Device& device, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
+            const Arguments&... arguments) {
+  if (blocks > kMaxGrid) throw std::runtime_error("a grid of " + std::to_string(blocks) + " blocks is too large");
+  if (shared_bytes > device.shared_memory)
+    throw std::runtime_error("a block needs " + std::to_string(shared_bytes) + " bytes of shared memory, this GPU has " +
+                             std::to_string(device.shared_memory));
+#ifdef CUMO_EMULATE
+  emulate::machine.run(static_cast<int>(blocks), threads, shared_bytes, [&] { kernel(arguments...); });
+#else
+  const auto check = [](cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string("cumo_kernels._C: ") + cudaGetErrorString(error));
+  };
+  if (shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(device.stream)>>>(
+      arguments...);
+  check(cudaGetLastError());
+#endif
+}
+
+// Calls f with a null pointer to the element type that stands for `dtype`.
+template <class F>
+void with_type(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::fp32:
+      return f(static_cast<float*>(nullptr));
+    case Dtype::fp16:
+      return f(static_cast<half_t*>(nullptr));
+    case Dtype::bf16:
+      return f(static_cast<bf16_t*>(nullptr));
+  }
+}
+
+inline int bytes_of(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : 2; }
+
+// Whether rows of `width` elements that begin at `pointer`, `stride` apart, can be moved 16 bytes at a time.
+inline bool aligned16(const void* pointer, int64_t width, int64_t stride, int element_bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && width * element_bytes % 16 == 0 &&
+         stride * element_bytes % 16 == 0;
+}
+
+}  // namespace cumo

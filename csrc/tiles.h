@@ -1,0 +1,86 @@
+// Index arithmetic of the grouped GEMMs, the same on host and device, tested on the host (tests/kernels/test_cuda.py).
+//
+// Rows of expert e are [expert_offsets[e], expert_offsets[e + 1]); it owns ceil(rows / tile rows) * tiles_n tiles.
+// Tiles are numbered expert by expert, so a persistent block finds its tiles from the offsets alone and the grid needs
+// no routing.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define CUMO_BOTH __host__ __device__ __forceinline__
+#else
+#define CUMO_BOTH inline
+#endif
+
+namespace cumo {
+
+constexpr int kGroupRows = 8;  // row tiles that take turns at one column tile, so that what runs together shares L2
+
+struct Tile {
+  int expert, first_row, end_row, tile_n;  // rows [first_row, ...) of an expert that ends at end_row
+};
+
+// Walks the tiles of ascending numbers.
+struct TileWalk {
+  const int* expert_offsets;
+  int E, tiles_n, tile_rows;
+  int expert = 0, before = 0;  // tiles of the experts before `expert`
+
+  CUMO_BOTH TileWalk(const int* offsets, int experts, int columns, int rows)
+      : expert_offsets(offsets), E(experts), tiles_n(columns), tile_rows(rows) {}
+
+  CUMO_BOTH int row_tiles() const {
+    return (expert_offsets[expert + 1] - expert_offsets[expert] + tile_rows - 1) / tile_rows;
+  }
+
+  // False when there are no more than `number` tiles.
+  CUMO_BOTH bool find(int number, Tile& tile) {
+    for (; expert < E; before += row_tiles() * tiles_n, ++expert) {
+      const int tiles_m = row_tiles();
+      if (number >= before + tiles_m * tiles_n) continue;
+      const int local = number - before, group = local / (kGroupRows * tiles_n), within = local % (kGroupRows * tiles_n);
+      const int left = tiles_m - group * kGroupRows, size = left < kGroupRows ? left : kGroupRows;
+      const int begin = expert_offsets[expert];
+      tile = {expert, begin + (group * kGroupRows + within % size) * tile_rows, expert_offsets[expert + 1],
+              within / size};
+      return true;
+    }
+    return false;
+  }
+};
+
+// Row tiles that any routing of S rows can need.
+CUMO_BOTH int64_t most_row_tiles(int64_t S, int E, int tile_rows) {
+  const int64_t most = (S + tile_rows - 1) / tile_rows + E - 1;
+  return most < S ? most : S;
+}
+
+// Which column of the weight (E, width, K) stands at column r of a column tile, and how many columns of the same kind
+// are left from there. A gated tile of C columns has C / 2 of the gate and C / 2 of the up half in turns of eight, so
+// that one thread's accumulators hold both factors of a product.
+struct WeightColumn {
+  int index, left;
+};
+
+CUMO_BOTH WeightColumn weight_column(int tile_n, int tile_columns, int r, int N, bool gated) {
+  if (!gated) return {tile_n * tile_columns + r, N - tile_n * tile_columns - r};
+  const int local = tile_n * (tile_columns / 2) + r / 16 * 8 + r % 8;
+  return {r / 8 % 2 * N + local, N - local};
+}
+
+// Operand tiles in shared memory are rows of 128 bytes whose 16-byte pieces are exchanged by an XOR with the row, so
+// that eight rows of one column of pieces lie in different banks. The same pattern is TMA's and wgmma's 128B swizzle
+// when the tile begins at a multiple of 1024 bytes.
+constexpr int kRowBytes = 128;
+
+CUMO_BOTH int swizzled(int row, int byte) { return row * kRowBytes + (byte ^ (row % 8 * 16)); }
+
+// Along: a row of the tile is a row (or column) of the matrix, along the reduction. Across: a row of the tile is one
+// step of the reduction; the columns that do not fit into 128 bytes follow `depth` rows later.
+CUMO_BOTH int offset_along(int outer, int k_byte) { return swizzled(outer, k_byte); }
+CUMO_BOTH int offset_across(int k, int outer_byte, int depth) {
+  return outer_byte / kRowBytes * depth * kRowBytes + swizzled(k, outer_byte % kRowBytes);
+}
+
+}  // namespace cumo

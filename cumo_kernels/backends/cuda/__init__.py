@@ -1,0 +1,1 @@
+"""CUDA C++: csrc/, compiled into one module whose functions are the launchers. Contracts as everywhere."""

@@ -1,0 +1,6 @@
+"""Expert MLPs (CUDA): csrc/experts_layer.h puts the layer together from the kernels of csrc/."""
+
+from cumo_kernels.extension import load
+
+expert_mlp = load().expert_mlp
+expert_mlp_backward = load().expert_mlp_backward

@@ -1,0 +1,111 @@
+"""The compiled extension: installed as `cumo_kernels._C`, or built from a checkout's csrc/ on first use.
+
+CUMO_JIT=1      in a checkout without `_C`: compile for this machine's GPU on first use, into build/
+CUMO_EMULATE=1  compile the same kernels for the CPU with g++ (csrc/emulate.h): slow, for tests without a GPU
+
+setup.py reads `ARCHITECTURES` and the flags from here, so that both ways build the same thing.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+# A100, Hopper with its own instructions, data-centre Blackwell, and Blackwell workstations and what follows
+ARCHITECTURES = "8.0;9.0a;10.0;12.0+PTX"
+CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden"]
+# O1: the compiler's time counts too, and threads of a block take turns anyway
+EMULATION_FLAGS = ["-O1", "-std=c++17", "-fvisibility=hidden", "-DCUMO_EMULATE", "-Wno-unknown-pragmas"]
+
+EMULATE = os.environ.get("CUMO_EMULATE") == "1"
+JIT = os.environ.get("CUMO_JIT") == "1"
+
+
+def nvcc_flags(architectures: str) -> list[str]:
+    """For `architectures` as in TORCH_CUDA_ARCH_LIST; without 9.0a Hopper runs what the others do."""
+    flags = ["-O3", "-lineinfo", "-std=c++17"]
+    return [*flags, "-DCUMO_SM90A"] if "9.0a" in architectures else flags
+
+
+def sources(csrc: Path = CSRC) -> list[Path]:
+    return sorted(path for path in csrc.iterdir() if path.suffix in (".cpp", ".cu"))
+
+
+@cache
+def missing() -> str | None:
+    """Why `load` would fail, or None. Asked once: what is installed does not change under a program."""
+    if EMULATE or JIT:
+        wish = "CUMO_EMULATE=1" if EMULATE else "CUMO_JIT=1"
+        if not (CSRC / "bindings.cpp").exists():
+            return f"{wish} needs a checkout, there is no {CSRC}"
+        return None
+    if importlib.util.find_spec("cumo_kernels._C") is None:
+        return "the extension cumo_kernels._C is not built in this installation"
+    return None
+
+
+@cache
+def load() -> ModuleType:
+    """The module with the launchers.
+
+    Raises:
+        RuntimeError: compiling failed; the message has the compiler's.
+    """
+    if EMULATE:
+        return _compile("cumo_emulated", _as_cpp(sources()), EMULATION_FLAGS)
+    if JIT:
+        return _compile("cumo_jit", sources(), CXX_FLAGS)
+    return importlib.import_module("cumo_kernels._C")
+
+
+def _build_directory(name: str) -> Path:
+    import torch
+
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    directory = ROOT / "build" / f"{name}-{python}-torch{torch.__version__}"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _as_cpp(files: list[Path]) -> list[Path]:
+    """A .cpp beside the objects for each .cu, since torch would hand that to nvcc."""
+    directory = _build_directory("cumo_emulated")
+    found = []
+    for path in files:
+        if path.suffix == ".cu":
+            wrapper = directory / f"{path.stem}.cpp"
+            text = f'#include "{path}"\n'
+            if not wrapper.exists() or wrapper.read_text() != text:
+                partial = wrapper.with_suffix(f".{os.getpid()}")
+                partial.write_text(text)
+                partial.replace(wrapper)
+            path = wrapper
+        found.append(path)
+    return found
+
+
+def _compile(name: str, files: list[Path], cxx_flags: list[str]) -> ModuleType:
+    import torch
+    from torch.utils import cpp_extension
+
+    directory = _build_directory(name)
+    if not list(directory.glob("*.so")):
+        print(
+            f"cumo_kernels: compiling csrc/ into {directory}; the first time takes minutes", file=sys.stderr
+        )
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and torch.cuda.is_available():
+        version = ".".join(map(str, torch.cuda.get_device_capability()))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0a" if version == "9.0" else version
+    return cpp_extension.load(
+        name,
+        [str(path) for path in files],
+        extra_cflags=cxx_flags,
+        extra_cuda_cflags=nvcc_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", "")),
+        extra_include_paths=[str(CSRC)],
+        build_directory=str(directory),
+    )

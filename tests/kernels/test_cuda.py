@@ -1,0 +1,150 @@
+"""The CUDA extension where nothing can run: its launchers' signatures, its errors, its index arithmetic.
+
+All of it needs the module, built (`make`) or emulated; what the kernels compute is in test_cuda_emulated.py.
+"""
+
+import inspect
+import re
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cumo_kernels import ACTIVATIONS, dispatch, extension
+
+pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+
+
+@pytest.fixture(scope="module")
+def module():
+    return extension.load()
+
+
+def bound(function) -> list[tuple[str, str]]:
+    """(name, type) of every argument, from the line that pybind11 writes."""
+    line = function.__doc__.splitlines()[0]
+    inside = line[line.index("(") + 1 : line.index(") -> ")]
+    pairs = re.findall(r"(\w+): ([\w.]+(?: \| None)?)", inside)
+    return [(name, kind.replace("typing.SupportsInt", "int").removeprefix("torch.")) for name, kind in pairs]
+
+
+def written(function) -> list[tuple[str, str]]:
+    """The same of a Python launcher."""
+    rows = inspect.signature(function).parameters.items()
+    kinds = {
+        name: row.annotation if isinstance(row.annotation, type) else str(row.annotation)
+        for name, row in rows
+    }
+    return [(name, getattr(kind, "__name__", kind).removeprefix("torch.")) for name, kind in kinds.items()]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_the_launchers_are_those_of_the_other_backends(module, op, backend):
+    if dispatch._missing(backend) and backend == "triton":
+        pytest.skip("triton is not installed")
+    assert bound(getattr(module, op)) == written(dispatch.implementation(backend, op))
+
+
+def test_the_backend_hands_out_the_extension(module):
+    for op in dispatch.OPS:
+        assert dispatch.implementation("cuda", op) is getattr(module, op)
+
+
+WRONG = "meta" if extension.EMULATE else "cpu"  # a device whose tensors this build cannot take
+
+
+def calls(device):
+    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)
+    slots, offsets, weights = new(4, dtype=torch.int32), new(3, dtype=torch.int32), new(2, 2)
+    x, up, down = new(2, 8), new(2, 8, 8), new(2, 8, 8)
+    plan = (weights, slots, slots, offsets)
+    yield "activate", (x, "gelu")
+    yield "activate_backward", (x, x, "gelu")
+    yield "permute", (x, slots, slots, 2)
+    yield "combine", (new(4, 8), weights, slots, 2)
+    yield "combine_backward", (x, new(4, 8), weights, slots, slots)
+    yield "route", (x, None, None, 1, 2, True, None)
+    yield "route_backward", (weights, new(1, 8), new(1), x, None, slots.view(2, 2), None, True)
+    yield "sort_by_expert", (slots, 2)
+    yield "grouped_gemm", (new(4, 8), up, offsets, None, None, None, 1, None)
+    yield "grouped_gemm_weight_grad", (new(4, 8), new(4, 8), offsets, None, None, 1, False)
+    yield "expert_mlp", (x, *plan, up, down, None, None, "gelu", "none")
+    every = (True, True, True, True)
+    yield (
+        "expert_mlp_backward",
+        (x, x, *plan, up, down, None, None, new(4, 8), new(0), "gelu", "preact", *every),
+    )
+
+
+@pytest.mark.parametrize(("op", "arguments"), [pytest.param(*call, id=call[0]) for call in calls(WRONG)])
+def test_a_tensor_elsewhere_is_named(module, op, arguments):
+    wanted = "CPU tensor in emulation" if extension.EMULATE else "CUDA tensor"
+    with pytest.raises(ValueError, match=rf"\w+ must be a {wanted}, got {WRONG}"):
+        getattr(module, op)(*arguments)
+
+
+def test_every_op_has_a_call_above():
+    assert {op for op, _ in calls("meta")} == set(dispatch.OPS)
+
+
+def test_activations_are_all_there():
+    """The table of csrc/bindings.cpp has the rows of activations.py and the same idea of which are gated."""
+    source = (extension.CSRC / "bindings.cpp").read_text()
+    rows = dict(re.findall(r'\{"(\w+)", \{Act::\w+, (true|false)\}\}', source))
+    assert rows == {name: str(row.is_gated).lower() for name, row in ACTIVATIONS.items()}
+
+
+@given(st.lists(st.integers(0, 700), min_size=1, max_size=9), st.integers(1, 20), st.sampled_from([128, 64]))
+def test_tiles_cover_every_row_once(counts, tiles_n, tile_rows):
+    offsets = [sum(counts[:e]) for e in range(len(counts) + 1)]
+    tiles = extension.load()._find_tiles(offsets, tiles_n, tile_rows)
+    covered = Counter()
+    for expert, first, end, tile_n in tiles:
+        assert offsets[expert] <= first < end == offsets[expert + 1] and 0 <= tile_n < tiles_n
+        covered.update((row, tile_n) for row in range(first, min(first + tile_rows, end)))
+    assert covered == Counter((row, n) for row in range(offsets[-1]) for n in range(tiles_n))
+    assert len(tiles) <= extension.load()._most_row_tiles(offsets[-1], len(counts), tile_rows) * tiles_n
+
+
+@pytest.mark.parametrize("tile_columns", [128, 256])
+@pytest.mark.parametrize("width", [1, 7, 64, 200, 384])
+def test_a_gated_tile_pairs_gate_and_up(module, tile_columns, width):
+    """Every column of both halves once; the up column of a gate column eight places behind it."""
+    seen = Counter()
+    for tile_n in range(-(-width // (tile_columns // 2))):
+        column = lambda r, tile_n=tile_n: module._weight_column(tile_n, tile_columns, r, width, True)
+        for r in range(tile_columns):
+            index, left = column(r)
+            if left > 0:
+                seen[index] += 1
+            if r % 16 < 8:
+                assert column(r + 8) == (index + width, left)
+    assert seen == Counter(range(2 * width))
+
+
+def test_plain_columns_are_in_order(module):
+    found = [module._weight_column(n, 128, r, 200, False) for n in range(2) for r in range(128)]
+    assert found == [(c, 200 - c) for c in range(256)]
+
+
+def test_the_swizzle_loses_nothing_and_spreads_over_the_banks(module):
+    along = [module._offset_along(row, byte) for row in range(128) for byte in range(0, 128, 16)]
+    assert sorted(along) == list(range(0, 128 * 128, 16))
+    for depth, row_bytes in ((64, 256), (32, 512)):  # 128 columns of 16 bits, of 32 bits
+        across = [
+            module._offset_across(k, byte, depth) for k in range(depth) for byte in range(0, row_bytes, 16)
+        ]
+        assert sorted(across) == list(range(0, 128 * 128, 16))
+    for byte in range(0, 128, 16):  # what ldmatrix reads at once: eight rows, one column of pieces
+        assert len({module._offset_along(row, byte) % 128 for row in range(8)}) == 8
+
+
+def test_the_swizzle_is_that_of_tma(module):
+    """PTX ISA, 128B swizzle: bits 4 to 6 of the address are XORed with bits 7 to 9."""
+    for row in range(128):
+        for byte in range(0, 128, 16):
+            linear = row * 128 + byte
+            assert module._offset_along(row, byte) == linear ^ ((linear >> 7 & 7) << 4)

@@ -1,0 +1,83 @@
+"""What nvcc and ptxas made of csrc/, read back from the built module: registers, stack, instructions."""
+
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from cumo_kernels import extension
+
+pytest.importorskip("triton")
+from cumo_kernels.codegen import CUOBJDUMP
+
+BUILT = sorted((extension.ROOT / "cumo_kernels").glob("_C*.so"))
+pytestmark = pytest.mark.skipif(not BUILT, reason="cumo_kernels._C is not built")
+
+
+@cache
+def dump(*flags: str) -> str:
+    return subprocess.run([CUOBJDUMP, *flags, BUILT[0]], capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def resources() -> list[tuple[str, str, int, int, int]]:
+    """(architecture, kernel, registers, stack, local memory) of every kernel."""
+    found = []
+    for section in dump("-res-usage").split("Fatbin elf code:")[1:]:
+        architecture = re.search(r"arch = (\w+)", section)[1]
+        usage = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+        found += [(architecture, name, *map(int, row)) for name, *row in re.findall(usage, section)]
+    return found
+
+
+def built_for(architecture: str) -> None:
+    if architecture not in {row[0] for row in resources()}:
+        pytest.skip(f"built for {sorted({row[0] for row in resources()})}")
+
+
+@cache
+def opcodes(architecture: str) -> dict[str, set[str]]:
+    """Kernel -> the instructions in it."""
+    built_for(architecture)
+    parts = re.split(r"\n\s*Function : (\S+)", dump("-sass", "-arch", architecture))
+    instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)")
+    return {name: set(instruction.findall(body)) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def test_every_kernel_is_there():
+    names = {name for _, name, *_ in resources()}
+    sources = [path.read_text() for path in Path(extension.CSRC).glob("*.cu")]
+    written = {n for text in sources for n in re.findall(r"(\w+_kernel)\(", text)}
+    assert written and [n for n in written if not any(n in name for name in names)] == []
+
+
+def test_nothing_spills():
+    assert [row for row in resources() if row[3] or row[4]] == []
+
+
+def test_registers_leave_room_for_the_block():
+    """256 threads of 255 registers fit; Hopper's 384 threads start with 168 each."""
+    wide = [row for row in resources() if "hopper" in row[1] and row[2] > 168]
+    assert wide == [] and all(row[2] <= 255 for row in resources())
+
+
+def test_hopper_kernels_use_hopper():
+    kernels = {name: found for name, found in opcodes("sm_90a").items() if "hopper" in name}
+    assert len(kernels) == 8
+    for name, found in kernels.items():
+        assert {"HGMMA", "UTMALDG", "LDGSTS", "SYNCS"} <= found, name
+        assert not found & {"LDL", "STL"}, name
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100", "sm_120"])
+def test_portable_kernels_use_tensor_cores_and_asynchronous_copies(architecture):
+    gemms = ("grouped_gemm_kernel", "grad_hidden_kernel", "weight_grad_kernel")
+    portable = lambda name: "hopper" not in name and any(gemm in name for gemm in gemms)
+    kernels = {name: found for name, found in opcodes(architecture).items() if portable(name)}
+    assert len(kernels) == 16
+    for name, found in kernels.items():
+        ieee = re.search(r"kernelIfLb0", name) is not None
+        assert "LDGSTS" in found and ("HMMA" in found) == (not ieee), name
+        assert not found & {"LDL", "STL"}, name

@@ -1,0 +1,47 @@
+"""The CUDA kernels on a machine without a GPU: this folder's tests again, on csrc/emulate.h.
+
+Every kernel is compiled for the CPU and executed thread by thread in a process of its own, barriers,
+asynchronous copies, tensor-core and Hopper instructions included: a race, a missing wait or a wrong layout
+shows as a wrong number, a barrier that not everybody reaches as an error. By hand:
+`CUMO_EMULATE=1 CUMO_EMULATE_CAPABILITY=90 pytest tests/kernels -k cuda`.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cumo_kernels import extension
+
+HOPPER = "(test_grouped_gemm or test_experts) and not fp32"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@pytest.mark.skipif(not (extension.CSRC / "bindings.cpp").exists(), reason="there is no csrc/")
+@pytest.mark.parametrize(
+    ("capability", "rows", "at_least"),
+    [pytest.param(80, "", 400, id="sm_80"), pytest.param(90, f" and {HOPPER}", 100, id="sm_90a")],
+)
+def test_kernels_in_emulation(capability, rows, at_least):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"cuda{rows}", "."]
+    environment = {
+        **os.environ,
+        "CUMO_EMULATE": "1",
+        "CUMO_EMULATE_CAPABILITY": str(capability),
+        "OMP_NUM_THREADS": "1",
+    }
+    for name in ("PYTEST_XDIST_WORKER", "CUMO_JIT", "CUMO_BACKEND", "TRITON_INTERPRET"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=1700
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert (
+        int(re.search(r"(\d+) passed", done.stdout)[1]) >= at_least
+    )  # a filter that matches nothing proves nothing
