@@ -1,4 +1,7 @@
-"""python -m cumo_model {demo,chat}: the front door. The work is in the library; errors come as one line."""
+"""python -m cumo_model {demo,chat,data}: the front door. The work is in the library.
+
+Errors come as one line.
+"""
 
 import argparse
 import os
@@ -18,6 +21,12 @@ def _chat(args: argparse.Namespace) -> int:
 
     chat(args.checkpoint, args.image, args.question, args.template, args.max_new_tokens)
     return 0
+
+
+def _check_data(args: argparse.Namespace) -> int:
+    from cumo_model.data.report import check_files
+
+    return 1 if check_files(args.files, args.images, args.decode) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,6 +54,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--max-new-tokens", type=int, default=64)
     chat.set_defaults(run=_chat)
+
+    data = commands.add_parser("data", help="look after training data").add_subparsers(
+        dest="action", required=True
+    )
+    check = data.add_parser("check", help="read conversation files whole and say what is wrong, line by line")
+    check.add_argument("files", nargs="+", help=".json, .jsonl or .tar, or patterns of them")
+    check.add_argument(
+        "--images", action="append", help="folder or .tar of the pictures; may be given several times"
+    )
+    check.add_argument("--decode", action="store_true", help="decode every picture too")
+    check.set_defaults(run=_check_data)
     return parser
 
 
