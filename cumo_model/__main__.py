@@ -1,4 +1,4 @@
-"""python -m cumo_model {demo,chat,data}: the front door. The work is in the library.
+"""python -m cumo_model {demo,chat,data,train}: the front door. The work is in the library.
 
 Errors come as one line.
 """
@@ -20,6 +20,17 @@ def _chat(args: argparse.Namespace) -> int:
     from cumo_model.chat import chat
 
     chat(args.checkpoint, args.image, args.question, args.template, args.max_new_tokens)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from cumo_model.recipe import load_recipe
+    from cumo_model.trainer import run_recipe
+
+    recipe = load_recipe(args.config, args.overrides)
+    path = run_recipe(recipe)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"trained: {path}")
     return 0
 
 
@@ -54,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--max-new-tokens", type=int, default=64)
     chat.set_defaults(run=_chat)
+
+    train = commands.add_parser(
+        "train", help="run a recipe: one stage of training, resumed if it was cut off"
+    )
+    train.add_argument("--config", required=True, help="a YAML file, or a shipped recipe: mistral-7b/sft")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="stage.learning_rate=1e-5 ...")
+    train.set_defaults(run=_train)
 
     data = commands.add_parser("data", help="look after training data").add_subparsers(
         dest="action", required=True

@@ -56,6 +56,7 @@ ARROWS = {
         "cumo_kernels.types",
     ),
     "cumo_kernels.*": ("cumo_kernels", "cumo_kernels.*"),  # the front door and its subcommands
+    "cumo_model.monitor": ("cumo_model.*", "cumo_kernels.hardware"),
     "cumo_model*": ("cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.types"),
     "benchmarks*": (
         "benchmarks",
@@ -65,7 +66,7 @@ ARROWS = {
         "cumo_kernels",
         "cumo_kernels.*",
     ),
-    "tests*": ("cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.*"),
+    "tests*": ("tests.*", "cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.*"),
 }
 
 # Inside cumo_model a module imports only modules of earlier rows (or of its own row's package).
@@ -75,7 +76,10 @@ LAYERS = (
     ("clip_moe", "mlp_moe", "llm_moe"),
     ("cumo",),
     ("upcycle", "checkpoint"),
-    ("train", "chat"),
+    ("train", "chat", "flops"),
+    ("recipe", "recover", "monitor"),
+    ("start",),
+    ("trainer",),
     ("demo",),
     ("__main__",),
 )

@@ -83,10 +83,21 @@ class Collator:
     same step; the batch then gets one grey picture that no marker stands for (`num_dummy_images`).
     """
 
-    def __init__(self, pad_id: int, image_size: int, packed: bool = False, dummy_images: bool = False):
-        """`dummy_images`: one grey picture per text-only sample, as the original runs them (compat)."""
+    def __init__(
+        self,
+        pad_id: int,
+        image_size: int,
+        packed: bool = False,
+        dummy_images: bool = False,
+        needs_image: bool = False,
+    ):
+        """
+        Args:
+            dummy_images: one grey picture per text-only sample, as the original runs them (compat).
+            needs_image: a grey picture where there is none at all, for training only what sees pictures.
+        """
         self.pad_id, self.image_size = pad_id, image_size
-        self.packed, self.dummy_images = packed, dummy_images
+        self.packed, self.dummy_images, self.needs_image = packed, dummy_images, needs_image
 
     def __call__(self, rows: Sequence[Sequence[Sample] | None]) -> dict[str, Tensor]:
         real = [row for row in rows if row is not None]
@@ -96,6 +107,8 @@ class Collator:
             batch = collate_packed(real, self.pad_id)
         else:
             batch = collate(samples, self.pad_id)
+        if self.needs_image and "pixel_values" not in batch:
+            dummies = 1
         if self.dummy_images:
             dummies = sum(sample["pixel_values"] is None for sample in samples)
         if dummies:
