@@ -161,7 +161,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "disable_tqdm": False,
         "optim": "adamw_torch_fused",
         "use_cpu": not torch.cuda.is_available(),
-        "ddp_find_unused_parameters": False,
+        # a step of text alone leaves tower and connector without gradient
+        "ddp_find_unused_parameters": True,
     }
     try:
         return TrainingArguments(**{**defaults, **given, **fixed})
