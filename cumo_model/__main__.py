@@ -1,4 +1,4 @@
-"""python -m cumo_model {demo,chat,data,train}: the front door. The work is in the library.
+"""python -m cumo_model {demo,chat,data,train,experts}: the front door. The work is in the library.
 
 Errors come as one line.
 """
@@ -31,6 +31,27 @@ def _train(args: argparse.Namespace) -> int:
     path = run_recipe(recipe)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"trained: {path}")
+    return 0
+
+
+def _experts(args: argparse.Namespace) -> int:
+    from cumo_model.experts import report_experts
+
+    found = report_experts(
+        args.checkpoint,
+        args.data,
+        args.images or [],
+        args.out,
+        args.by,
+        args.template,
+        args.limit,
+        args.batch_size,
+        args.picture or [],
+    )
+    print(f"{'place':6} {'entropy of load (1 even)':>26} {'difference of kinds (0 none)':>30}")
+    for place, entropy in found["entropy"].items():
+        print(f"{place:6} {entropy:26.3f} {found['specialisation'][place]:30.3f}")
+    print(f"wrote {args.out}")
     return 0
 
 
@@ -72,6 +93,20 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, help="a YAML file, or a shipped recipe: mistral-7b/sft")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="stage.learning_rate=1e-5 ...")
     train.set_defaults(run=_train)
+
+    experts = commands.add_parser(
+        "experts", help="draw which experts a checkpoint's tokens and patches go to"
+    )
+    experts.add_argument("--checkpoint", type=Path, required=True)
+    experts.add_argument("--data", nargs="+", required=True, help="conversation files, or patterns of them")
+    experts.add_argument("--images", action="append", help="folder or .tar of the pictures")
+    experts.add_argument("--by", help="field of the records that names their sub-task; else each file is one")
+    experts.add_argument("--template", default="mistral_instruct_system")
+    experts.add_argument("--limit", type=int, help="records of each sub-task")
+    experts.add_argument("--batch-size", type=int, default=8)
+    experts.add_argument("--picture", action="append", help="draw this picture's patches by expert")
+    experts.add_argument("--out", type=Path, required=True, help="a new folder")
+    experts.set_defaults(run=_experts)
 
     data = commands.add_parser("data", help="look after training data").add_subparsers(
         dest="action", required=True

@@ -76,8 +76,8 @@ LAYERS = (
     ("clip_moe", "mlp_moe", "llm_moe"),
     ("cumo",),
     ("upcycle", "checkpoint"),
-    ("train", "chat", "flops"),
-    ("recipe", "recover", "monitor"),
+    ("train", "chat", "flops", "plots"),
+    ("recipe", "recover", "monitor", "experts", "parallel"),
     ("start",),
     ("trainer",),
     ("demo",),
@@ -88,7 +88,7 @@ LAYERS = (
 FOREIGN = {
     "triton": ("cumo_kernels.backends.triton*", "cumo_kernels.codegen", "cumo_kernels.tuning"),
     "transformers": ("cumo_kernels.integrations*", "cumo_model*"),
-    "matplotlib": ("cumo_model.demo*",),
+    "matplotlib": ("cumo_model.demo*", "cumo_model.plots"),
     "resvg_py": ("cumo_model.demo*",),
 }
 

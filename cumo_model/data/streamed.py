@@ -180,6 +180,9 @@ class StreamedConversations(Dataset):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def file_of(self, index: int) -> str:
+        return self.files[self._file[index]]
+
     def record(self, index: int) -> dict:
         """The record as the file has it; in a shard with the picture beside it."""
         file = self.files[self._file[index]]

@@ -19,9 +19,10 @@ from transformers.utils import logging
 from cumo_model.clip_moe import CumoVisionModel
 from cumo_model.cumo import CumoForConditionalGeneration
 from cumo_model.data import ConversationDataset
-from cumo_model.demo.evaluate import Examiner, load_entropy
+from cumo_model.demo.evaluate import Examiner
 from cumo_model.demo.pretrain import pretrain_text, pretrain_vision
 from cumo_model.demo.settings import TEMPLATE, Settings, load_settings
+from cumo_model.experts import load_entropy
 from cumo_model.processing import build_processor
 from cumo_model.train import Interrupted, sample_indices, train
 from cumo_model.upcycle import step0_difference, upcycle
