@@ -1,4 +1,4 @@
-"""python -m cumo_model {demo,chat,data,train,experts}: the front door. The work is in the library.
+"""python -m cumo_model {demo,ablate,chat,data,train,experts}: the front door. The work is in the library.
 
 Errors come as one line.
 """
@@ -55,6 +55,13 @@ def _experts(args: argparse.Namespace) -> int:
     return 0
 
 
+def _ablate(args: argparse.Namespace) -> int:
+    from cumo_model.demo.ablation import run_ablation
+
+    out = args.out or Path("runs", "ablation-quick" if args.quick else "ablation")
+    return run_ablation(out, args.seeds, args.rows, args.quick, args.steps)
+
+
 def _check_data(args: argparse.Namespace) -> int:
     from cumo_model.data.report import check_files
 
@@ -107,6 +114,14 @@ def _parser() -> argparse.ArgumentParser:
     experts.add_argument("--picture", action="append", help="draw this picture's patches by expert")
     experts.add_argument("--out", type=Path, required=True, help="a new folder")
     experts.set_defaults(run=_experts)
+
+    ablate = commands.add_parser("ablate", help="the paper's ablations on the demo's data, as a table")
+    ablate.add_argument("--out", type=Path, help="folder of the runs, resumed if it is there (runs/ablation)")
+    ablate.add_argument("--seeds", type=int, default=3)
+    ablate.add_argument("--rows", nargs="+", help="some of the rows only")
+    ablate.add_argument("--steps", type=int, help="of stage 3 (300)")
+    ablate.add_argument("--quick", action="store_true", help="a run that proves the path and learns little")
+    ablate.set_defaults(run=_ablate)
 
     data = commands.add_parser("data", help="look after training data").add_subparsers(
         dest="action", required=True

@@ -146,12 +146,14 @@ def with_experts(built: CumoForConditionalGeneration, model: ModelSection) -> Cu
         return built
     moe = upcycle(built, **wanted, top_k=model.top_k, seed=model.seed)
     if model.scratch:
-        _scratch(built, moe, model.seed)
+        scratch_experts(built, moe, model.seed)
     return moe
 
 
 @torch.no_grad()
-def _scratch(dense: CumoForConditionalGeneration, moe: CumoForConditionalGeneration, seed: int) -> None:
+def scratch_experts(
+    dense: CumoForConditionalGeneration, moe: CumoForConditionalGeneration, seed: int
+) -> None:
     """Random experts in the new places, each from where nn.Linear starts; gates as upcycled."""
     had = {name for name, module in dense.named_modules() if isinstance(module, MoELayer)}
     state = torch.random.get_rng_state()

@@ -22,7 +22,8 @@ from cumo_model.data.streamed import StreamedConversations
 from cumo_model.files import new_directory
 from cumo_model.monitor import Monitor, MonitorCallback, ShortProgress
 from cumo_model.recipe import Recipe, StageSection, plain
-from cumo_model.recover import SAVING, AtomicCheckpoints, StopRequests, checkpoints
+from cumo_model.recover import SAVING, StopRequests, checkpoints
+from cumo_model.spread import SpreadCheckpoints, is_spread, spread_experts
 from cumo_model.start import start_model
 from cumo_model.train import PARTS, Interrupted
 
@@ -35,7 +36,7 @@ class _Loader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-class CumoTrainer(AtomicCheckpoints):
+class CumoTrainer(SpreadCheckpoints):
     """Trainer with CuMo's sampler, parts of the loss in the log, a connector rate of its own."""
 
     def __init__(
@@ -90,19 +91,21 @@ class CumoTrainer(AtomicCheckpoints):
         )
 
     def create_optimizer(self, model=None):
-        if self.optimizer is None and self.stage.projector_learning_rate is not None:
+        own_rate = self.stage.projector_learning_rate
+        if self.optimizer is None and (own_rate is not None or self.stage.expert_parallel > 1):
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            groups: dict[tuple[bool, bool], dict] = {}
+            groups: dict[tuple[bool, bool, bool], dict] = {}
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    key = ("multi_modal_projector" in name, name in decayed)
+                    # fused optimizers take plain tensors or DTensors in one group, not both
+                    key = ("multi_modal_projector" in name, name in decayed, is_spread(parameter))
                     group = groups.setdefault(key, {"params": []})
                     group["params"].append(parameter)
-            for (is_projector, decays), group in groups.items():
+            for (is_projector, decays, _), group in groups.items():
                 group["weight_decay"] = self.args.weight_decay if decays else 0.0
-                group["lr"] = self.stage.projector_learning_rate if is_projector else options["lr"]
+                group["lr"] = own_rate if is_projector and own_rate is not None else options["lr"]
             self.optimizer = kind(list(groups.values()), **options)
         return super().create_optimizer(model)
 
@@ -268,6 +271,10 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     freeze(model, stage)
     if stage.lora is not None:
         model = _with_lora(model, stage)
+    if stage.expert_parallel > 1:
+        if stage.lora is not None or args.deepspeed:
+            raise ValueError("stage.expert_parallel must be 1 with lora or deepspeed")
+        spread_experts(model, stage.expert_parallel, args.device, bool(args.fsdp))
     return CumoTrainer(
         model,
         args,

@@ -78,7 +78,7 @@ LAYERS = (
     ("upcycle", "checkpoint"),
     ("train", "chat", "flops", "plots"),
     ("recipe", "recover", "monitor", "experts", "parallel"),
-    ("start",),
+    ("start", "spread"),
     ("trainer",),
     ("demo",),
     ("__main__",),

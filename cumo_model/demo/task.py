@@ -184,7 +184,7 @@ TASKS = {"vision": vision, "text": text, "dense": dense, "moe": moe, "twin": twi
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=TASKS)
+    parser.add_argument("name", help=f"one of {', '.join(TASKS)}, or ablate:ROW:SEED")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--position", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -195,7 +195,14 @@ def main(argv: list[str] | None = None) -> int:
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a killed demo leaves no trainer behind
     try:
-        TASKS[args.name](Run(args.folder, args.position))
+        run = Run(args.folder, args.position)
+        if args.name.startswith("ablate:"):
+            from cumo_model.demo.ablation import run_row
+
+            _, row, seed = args.name.split(":")
+            run_row(run, row, int(seed))
+        else:
+            TASKS[args.name](run)
     except Interrupted:
         return 130
     except (ValueError, FloatingPointError) as error:
