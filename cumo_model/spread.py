@@ -7,6 +7,7 @@ A checkpoint holds whole tensors, so that any number of processes can go on from
 import os
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -36,6 +37,15 @@ def spread_experts(model: nn.Module, number: int, device: torch.device, with_fsd
 class SpreadCheckpoints(AtomicCheckpoints):
     """Saves and loads what `spread_experts` made; without it, or under FSDP2, the Trainer's own ways are
     right."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate shards on accelerators only and would quietly use DDP; FSDP2 itself runs on gloo
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state = self.accelerator.state
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+            self.is_fsdp_enabled = True
 
     @property
     def _is_spread(self) -> bool:
