@@ -176,12 +176,16 @@ def _spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
+# two-sided 95 % of Student's t by degrees of freedom; two standard errors would trust three seeds too much
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+
+
 def verdict(better: list[float], worse: list[float]) -> tuple[float, float, str]:
-    """Mean difference of paired seeds, its standard error, and what it says: two standard errors decide."""
+    """Mean difference of paired seeds, its standard error, and what a two-sided t-test at 5 % makes of it."""
     differences = [a - b for a, b in zip(better, worse, strict=True)]
     mean = statistics.mean(differences)
     error = _spread(differences) / math.sqrt(len(differences))
-    if math.isnan(error) or abs(mean) <= 2 * error:
+    if math.isnan(error) or abs(mean) <= STUDENT.get(len(differences) - 1, 2.2) * error:
         return mean, error, "not told apart"
     return mean, error, "seen here too" if mean > 0 else "the opposite here"
 
@@ -222,7 +226,7 @@ def write_table(out: Path, result: dict, seconds: float) -> None:
         f"{seeds} seeds a row, {schedule['steps']} steps of {schedule['batch_size']}; mean ± standard "
         "deviation over seeds, per cent, on unseen drawings.\nAll rows make the same number of steps, "
         "so those with experts cost more; stages 0 to 2 are shared,\nso the spread is that of stage 3 "
-        "alone. Claims: paired difference ± standard error.\n\n"
+        "alone. Claims: paired difference ± standard error; a t-test at 5 % decides.\n\n"
     )
     text = head + table(result) + f"\nThe last call took {seconds / 60:.1f} minutes.\n"
     for name, content in (("results.json", json.dumps(result, indent=1)), ("table.md", text)):

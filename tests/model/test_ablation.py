@@ -25,11 +25,12 @@ def test_rows_are_the_papers_ablations():
     assert ROWS["clip-scratch"].scratch and not ROWS["no-losses"].losses
 
 
-def test_a_verdict_needs_two_standard_errors():
+def test_a_verdict_needs_a_t_test():
     mean, error, word = verdict([0.7, 0.72, 0.71], [0.6, 0.61, 0.62])
     assert mean == pytest.approx(0.1) and error < 0.02 and word == "seen here too"
     assert verdict([0.6, 0.61, 0.62], [0.7, 0.72, 0.71])[2] == "the opposite here"
     assert verdict([0.7, 0.5], [0.6, 0.6])[2] == "not told apart"
+    assert verdict([0.64, 0.60, 0.62], [0.6, 0.6, 0.6])[2] == "not told apart"  # 1.7 errors, t is 4.3
     assert math.isnan(verdict([0.7], [0.6])[1]) and verdict([0.7], [0.6])[2] == "not told apart"
 
 
