@@ -1,17 +1,19 @@
 # Every target makes one virtual environment from constraints.txt the first time and reuses it.
 #   ARGS="..."      goes to the program a target runs: make test ARGS="-k routing", make demo ARGS=--quick
 #   VENV=system     uses $(PYTHON) as it is, for a machine that already carries torch and cannot download
+#   BUDGET=SECONDS  what make gpu may take
 #   WORKERS=N       test processes, one torch thread each
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
+BUDGET ?= 540
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench gpu clean
+.PHONY: help setup demo test lint format bench peers gpu clean
 .DEFAULT_GOAL := help
 
 ifeq ($(VENV),system)
@@ -37,10 +39,11 @@ endef
 
 help:
 	@echo "make demo     train, upcycle and compare two small CuMos on this CPU   (ARGS=--quick for a short run)"
-	@echo "make test     the tests; ARGS go to pytest"
+	@echo "make test     the tests, but those that download; ARGS go to pytest"
 	@echo "make lint     ruff check and ruff format --check                       (make format repairs)"
 	@echo "make bench    speed on this machine, each row behind a correctness gate"
-	@echo "make gpu      build for, test on and describe this machine's CUDA device"
+	@echo "make peers    fetch other implementations to compare with, for make bench on a GPU"
+	@echo "make gpu      build, verify, test, tune and measure on this machine's CUDA device within BUDGET=540 seconds"
 	@echo "make setup    only the virtual environment $(VENV)"
 	@echo "make clean    remove what was built; the virtual environment stays"
 
@@ -65,7 +68,7 @@ demo: $(READY)
 	@$(PY) -m cumo_model demo $(ARGS)
 
 test: $(READY)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not network" $(ARGS)
 
 lint: $(INSTALLED)
 	@$(PY) -m ruff check .
@@ -76,13 +79,15 @@ format: $(INSTALLED)
 	@$(PY) -m ruff format .
 
 bench: $(READY)
-	@test -d benchmarks || { echo "bench: benchmarks/ is not in this tree yet, so there is nothing to measure"; exit 1; }
 	@$(PY) -m benchmarks $(ARGS)
 
-gpu: $(READY)
-	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu: torch sees no CUDA device on this machine, so there is nothing to run')"
-	@$(PY) -m cumo_kernels explain
-	@$(PY) -m pytest -m gpu $(ARGS)
+# small wheels of other people's kernels, for benchmarks only: beside the environment, without their dependencies
+peers: $(INSTALLED)
+	@$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target .peers -r benchmarks/peers.txt
+
+# it builds the extension itself, as one of its steps; BUDGET is its time in seconds
+gpu: $(INSTALLED)
+	@BUDGET=$(BUDGET) $(PY) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis cumo_kernels/_C*.so

@@ -1,13 +1,26 @@
-"""python -m cumo_kernels: `explain` which backend runs each op and why; `tune` tile sizes on this GPU."""
+"""python -m cumo_kernels: `verify` the backends, `explain` which one runs, `bench`, `tune` tile sizes."""
 
 import argparse
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
-from cumo_kernels import __version__, tune
+from cumo_kernels import __version__, tune, verify
 from cumo_kernels.dispatch import OPS, explain
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+def _bench(words: list[str]) -> int:
+    """The benchmarks live in the checkout, above this package: they are run, not imported."""
+    if not (ROOT / "benchmarks" / "__main__.py").exists():
+        print(f"bench: {ROOT} has no benchmarks/: it is part of a checkout, not of the installed package")
+        return 1
+    command = [sys.executable, "-m", "benchmarks", *words]
+    return subprocess.run(command, cwd=ROOT).returncode
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,10 +31,15 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--op", choices=sorted(OPS), help="one op only")
     command.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    verify.add_arguments(commands.add_parser("verify", help="check every op and backend of this machine"))
+    commands.add_parser("bench", add_help=False, help="measure speed; options: bench --help")
     tune.add_arguments(commands.add_parser("tune", help="find tile sizes on this GPU and write its file"))
-    args = parser.parse_args(argv)
-    if args.command == "tune":
-        return tune.main(args)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["bench"]:
+        return _bench(words[1:])
+    args = parser.parse_args(words)
+    if args.command in ("tune", "verify"):
+        return {"tune": tune, "verify": verify}[args.command].main(args)
     try:
         x = torch.empty(1, 1, dtype=DTYPES[args.dtype], device=args.device)
     except (RuntimeError, AssertionError) as error:

@@ -63,9 +63,10 @@ class Report:
     stack: int
     shared: int
     opcodes: dict[str, int]  # how often an instruction stands in the SASS
-    wide: int  # 16-byte loads and stores of global memory
+    wide: int  # 16-byte accesses of global memory
     has_dot: bool
-    has_loop_dot: bool
+    has_loop_dot: bool  # deeper than the function's own level
+    failure: str | None = None  # what the compiler said instead of compiling
     cases: list[str] = field(default_factory=list)
 
     def count(self, names: Iterable[str]) -> int:
@@ -74,6 +75,8 @@ class Report:
     @property
     def problems(self) -> list[str]:
         """What a shipped kernel must not have, in words."""
+        if self.failure:
+            return [f"does not compile: {self.failure}"]
         found = []
         if self.stack or self.count(SPILL):
             found.append(f"spills: {self.stack} bytes of stack, {self.count(SPILL)} local accesses")
@@ -133,15 +136,13 @@ def _report(kernel: JITFunction, compiled, gpu: Gpu, constants: dict[str, object
     opcodes: dict[str, int] = {}
     for name, _ in mnemonics:
         opcodes[name] = opcodes.get(name, 0) + 1
-    types = re.findall(
-        r"!tt\.ptr<(\w+?)>|!tt\.tensordesc<[^>]*x(\w+?)>", compiled.asm["ttir"].split("{", 2)[1]
-    )
-    floats = {name for pair in types for name in pair} & {"bf16", "f16"}
     ttir = compiled.asm["ttir"]
+    types = {name for pair in re.findall(r"!tt\.ptr<(\w+)>|tensordesc<[^>]*x(\w+)>", ttir) for name in pair}
+    indents = [len(space) for space in re.findall(r"^( *)\S.* = tt\.dot", ttir, re.M)]
     return Report(
         kernel.fn.__name__,
         gpu,
-        floats.pop().replace("f16", "fp16").replace("bfp16", "bf16") if floats else "fp32",
+        "bf16" if "bf16" in types else "fp16" if "f16" in types else "fp32",
         constants,
         compiled.metadata.num_warps,
         compiled.metadata.num_stages,
@@ -149,9 +150,9 @@ def _report(kernel: JITFunction, compiled, gpu: Gpu, constants: dict[str, object
         stack,
         compiled.metadata.shared,
         opcodes,
-        sum(name in ("LDG", "STG") and ".128" in rest for name, rest in mnemonics),
-        "tt.dot" in ttir,
-        bool(re.search(r"scf\.(for|while).*\n(?:.*\n)*?.*tt\.dot", ttir)),
+        sum(name in ("LDG", "STG", "LDGSTS") and ".128" in rest for name, rest in mnemonics),
+        bool(indents),
+        any(indent > 4 for indent in indents),
     )
 
 
@@ -168,12 +169,22 @@ def compiling(gpu: Gpu, wanted: Callable[[str], bool] = bool) -> Iterator[list[t
     def compile_only(self, *args, grid, warmup, **kwargs):
         if not wanted(self.fn.__name__):
             return
-        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        is_new = compiled.hash not in known
-        if is_new:
-            constants = {name: value for name, value in kwargs.items() if name.isupper()}
-            known[compiled.hash] = _report(self, compiled, gpu, constants)
-        launched.append((known[compiled.hash], is_new))
+        constants = {name: value for name, value in kwargs.items() if name.isupper()}
+        try:
+            compiled, failure = run(self, *args, grid=grid, warmup=True, **kwargs), None
+        except Exception as error:
+            compiled, failure = None, str(error).strip().splitlines() or [repr(error)]
+        key = f"{self.fn.__name__} {constants}" if failure else compiled.hash
+        is_new = key not in known
+        if is_new and failure:
+            numbers = dict.fromkeys(("num_warps", "num_stages", "registers", "stack", "shared", "wide"), 0)
+            known[key] = Report(
+                self.fn.__name__, gpu, "-", constants, **numbers, opcodes={}, has_dot=False,
+                has_loop_dot=False, failure=failure[-1],
+            )  # fmt: skip
+        elif is_new:
+            known[key] = _report(self, compiled, gpu, constants)
+        launched.append((known[key], is_new))
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
@@ -245,19 +256,29 @@ def calls(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[str
             )
 
 
+def _tokens(shape: str, dtype: str) -> Iterable[int]:
+    """All that configs/ know; fp16 runs with bf16's tiles, so one number is enough to see it compile."""
+    return SHAPES[shape][6][1:2] if dtype == "fp16" else SHAPES[shape][6]
+
+
 def survey(
     gpu: Gpu,
     shapes: Iterable[str],
     dtypes: Iterable[str],
-    tokens: Callable[[str], Iterable[int]] = lambda shape: SHAPES[shape][6],
+    tokens: Callable[[str, str], Iterable[int]] = _tokens,
     wanted: Callable[[str], bool] = bool,
 ) -> list[Report]:
-    """Every kernel that layers of these shapes launch on `gpu`, each compiled once."""
+    """Every kernel that layers of these shapes launch on `gpu`, each compiled once.
+
+    Args:
+        tokens: (shape, dtype) -> the numbers of tokens to ask for.
+        wanted: whether to compile the kernel of this name.
+    """
     found: list[Report] = []
     with compiling(gpu, wanted) as launched:
         for shape in shapes:
-            for num_tokens in tokens(shape):
-                for dtype in dtypes:
+            for dtype in dtypes:
+                for num_tokens in tokens(shape, dtype):
                     for name, call in calls(shape, num_tokens, DTYPES[dtype]):
                         launched.clear()
                         call()

@@ -89,12 +89,13 @@ def _check_name(source: str, name: str) -> str:
     return name
 
 
-_environment = os.environ.get("CUMO_BACKEND") or None
-_forced: str | None = _check_name("CUMO_BACKEND", _environment) if _environment else None
+_forced: str | None = os.environ.get("CUMO_BACKEND") or None
 
 
 def choose(op: str, x: torch.Tensor) -> str:
     """Name of the backend that runs `op` on tensors like `x`; RuntimeError with the reasons if none does."""
+    if _forced is not None:
+        _check_name("CUMO_BACKEND", _forced)
     reasons = []
     for backend in BACKENDS:
         if _forced is None or _forced == backend.name:
@@ -139,6 +140,8 @@ def explain(op: str, x: torch.Tensor) -> str:
     """One line per backend: chosen, available, or the reason it refuses `op` on tensors like `x`."""
     if op not in OPS:
         raise ValueError(f"op must be one of {sorted(OPS)}, got {op!r}")
+    if _forced is not None:
+        _check_name("CUMO_BACKEND", _forced)
     lines = [f"{op} on {x.device.type} {str(x.dtype).removeprefix('torch.')}:"]
     chosen = False
     for backend in BACKENDS:

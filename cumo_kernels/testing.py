@@ -4,12 +4,15 @@ The rule, which nobody types a tolerance for: an op may be at most twice as wron
 same dtype, both measured against fp64, plus one rounding of the result.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cumo_kernels.ops.checks import check_top_k
 from cumo_kernels.ops.routing import routing_from_topk
 from cumo_kernels.types import Routing
 
@@ -32,6 +35,7 @@ def make_routing(
     """
     if pattern not in PATTERNS:
         raise ValueError(f"pattern must be one of {PATTERNS}, got {pattern!r}")
+    check_top_k(top_k, num_experts)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(num_tokens, num_experts, generator=generator).clamp(min=1e-9)
     experts = torch.arange(num_experts)
@@ -67,11 +71,104 @@ def _run(op: Callable, inputs: Sequence[Tensor], upstream_seed: int) -> tuple[li
     return [o.detach().double() for o in outs], [g.double() for g in grads]
 
 
+SMALL, ROUNDS = 64, 8  # fewer elements than SMALL: pool ROUNDS draws
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How far one output or gradient is from fp64."""
+
+    name: str  # "output 0", "gradient 2": gradients are numbered like the float inputs
+    ratio: float  # its error in units of torch's own, or of half a rounding where torch makes less
+    reason: str | None  # why the rule refuses it, or None
+
+
+class Yardstick:
+    """What plain PyTorch makes of some inputs in their dtype and in fp64; `measure` holds ops against it.
+
+    Tensors of a few elements say little about an error, so then several draws (inputs with random signs, new
+    upstream gradients) are pooled.
+
+    Args:
+        reference: plain differentiable PyTorch.
+        inputs: tensors; float ones get gradients, all of which are compared.
+        pool: False makes one draw do, where several would take too long.
+    """
+
+    def __init__(self, reference: Callable, inputs: Sequence[Tensor], seed: int = 0, pool: bool = True):
+        self.seed = seed
+        # the coarsest dtype in play: fp32 statistics of bf16 logits are as good as bf16 inputs allow
+        self.eps = max(torch.finfo(t.dtype).eps for t in inputs if t.is_floating_point())
+        self.draws = []  # (inputs, (outputs, gradients) in their dtype, the same in fp64)
+        generator = torch.Generator().manual_seed(seed)
+        rounds = 1
+        while len(self.draws) < rounds:
+            drawn = inputs
+            if self.draws:
+                signs = [torch.randint(2, t.shape, generator=generator).to(t) * 2 - 1 for t in inputs]
+                drawn = [t * s if t.is_floating_point() else t for t, s in zip(inputs, signs, strict=True)]
+            wide = [t.double() if t.is_floating_point() else t for t in drawn]
+            native, truth = (_run(reference, ts, seed + len(self.draws)) for ts in (drawn, wide))
+            self.draws.append((drawn, native, truth))
+            if pool and min(t.numel() for kind in truth for t in kind) < SMALL:
+                rounds = ROUNDS
+
+    def measure(self, op: Callable) -> list[Accuracy]:
+        """Every float output and gradient of `op`.
+
+        Raises:
+            AssertionError: `op` has another number of them than the reference, or of another shape.
+        """
+        pooled: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for round_, (drawn, native, truth) in enumerate(self.draws):
+            got = _run(op, drawn, self.seed + round_)
+            for kind, mine, torchs, wanted in zip(("output", "gradient"), got, native, truth, strict=True):
+                if len(mine) != len(wanted):
+                    raise AssertionError(f"op has {len(mine)} {kind}s, the reference {len(wanted)}")
+                for i, row in enumerate(zip(mine, torchs, wanted, strict=True)):
+                    if row[0].shape != row[2].shape:
+                        raise AssertionError(
+                            f"{kind} {i} is {tuple(row[0].shape)}, wanted {tuple(row[2].shape)}"
+                        )
+                    pooled.setdefault(f"{kind} {i}", []).append(row)
+        return [
+            _accuracy(name, *(_stack(tensors) for tensors in zip(*rows, strict=True)), self.eps)
+            for name, rows in pooled.items()
+        ]
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)  # one may be gigabytes: no copy
+
+
+def _accuracy(name: str, got: Tensor, native: Tensor, truth: Tensor, eps: float) -> Accuracy:
+    if got.numel() == 0:
+        return Accuracy(name, 0.0, None)
+    if not torch.equal(got.isfinite(), truth.isfinite()):
+        number = int((~got.isfinite()).sum())
+        return Accuracy(name, math.inf, f"{name} has {number} non-finite values that fp64 has not")
+    ratio, reason = 0.0, None
+    for measure, of in (
+        ("at most", lambda t: float(t.abs().max())),
+        ("in the mean square", lambda t: float(t.norm()) / t.numel() ** 0.5),
+    ):
+        error, torchs, size = of(got - truth), of(native - truth), of(truth)
+        unit = max(torchs, eps / 2 * size)
+        ratio = max(ratio, error / unit if unit else math.inf if error else 0.0)
+        allowed = 2 * torchs + eps * size
+        if reason is None and error > allowed:
+            worst = torch.unravel_index((got - truth).abs().argmax(), got.shape)
+            reason = (
+                f"{name} is off {measure} by {error:.3e}, allowed {allowed:.3e} (torch itself {torchs:.3e}); "
+                f"worst at index {[int(i) for i in worst[1:]]} of {tuple(got.shape[1:])}"
+            )
+    return Accuracy(name, ratio, reason)
+
+
 def assert_as_accurate_as_torch(op: Callable, reference: Callable, *inputs: Tensor, seed: int = 0) -> None:
     """`op` is at most twice as far from fp64 as `reference` run in the dtype of the inputs, plus an ulp.
 
-    Both the root mean square and the largest error must obey. Tensors of a few elements say little about
-    either, so then several draws (inputs with random signs, new upstream gradients) are pooled.
+    Both the root mean square and the largest error must obey.
 
     Args:
         op: function of `inputs`, returning one tensor or several; all float outputs are compared.
@@ -81,56 +178,9 @@ def assert_as_accurate_as_torch(op: Callable, reference: Callable, *inputs: Tens
     Raises:
         AssertionError: naming the output or gradient, its error and what the rule allows.
     """
-    floats = [t.dtype for t in inputs if t.is_floating_point()]
-    # the coarsest dtype in play: fp32 statistics of bf16 logits are as good as bf16 inputs allow
-    eps = max(torch.finfo(dtype).eps for dtype in floats)
-    generator = torch.Generator().manual_seed(seed)
-    pooled: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    rounds, done = 1, 0
-    while done < rounds:
-        drawn = inputs
-        if done:
-            signs = [torch.randint(2, t.shape, generator=generator).to(t) * 2 - 1 for t in inputs]
-            drawn = [t * s if t.is_floating_point() else t for t, s in zip(inputs, signs, strict=True)]
-        wide = [t.double() if t.is_floating_point() else t for t in drawn]
-        got, native, truth = (
-            _run(function, tensors, seed + done)
-            for function, tensors in ((op, drawn), (reference, drawn), (reference, wide))
-        )
-        for kind, index in (("output", 0), ("gradient", 1)):
-            if len(got[index]) != len(truth[index]):
-                raise AssertionError(f"op has {len(got[index])} {kind}s, the reference {len(truth[index])}")
-            for i, row in enumerate(zip(got[index], native[index], truth[index], strict=True)):
-                if row[0].shape != row[2].shape:
-                    raise AssertionError(f"{kind} {i} is {tuple(row[0].shape)}, wanted {tuple(row[2].shape)}")
-                pooled.setdefault(f"{kind} {i}", []).append(row)
-        done += 1
-        if min(t.numel() for rows in pooled.values() for t in rows[0]) < SMALL:
-            rounds = ROUNDS
-    for name, rows in pooled.items():
-        _assert_close(name, *(torch.stack(tensors) for tensors in zip(*rows, strict=True)), eps)
-
-
-SMALL, ROUNDS = 64, 8  # fewer elements than SMALL: pool ROUNDS draws
-
-
-def _assert_close(name: str, got: Tensor, native: Tensor, truth: Tensor, eps: float) -> None:
-    if got.numel() == 0:
-        return
-    if not torch.equal(got.isfinite(), truth.isfinite()):
-        raise AssertionError(f"{name} has {int((~got.isfinite()).sum())} non-finite values that fp64 has not")
-    for measure, of in (
-        ("at most", lambda t: t.abs().max()),
-        ("in the mean square", lambda t: t.norm() / t.numel() ** 0.5),
-    ):
-        error, allowed = of(got - truth), 2 * of(native - truth) + eps * of(truth)
-        if error > allowed:
-            worst = torch.unravel_index((got - truth).abs().argmax(), got.shape)
-            raise AssertionError(
-                f"{name} is off {measure} by {error:.3e}, allowed {allowed:.3e} (torch itself "
-                f"{of(native - truth):.3e}); worst at index "
-                f"{[int(i) for i in worst[1:]]} of {tuple(got.shape[1:])}"
-            )
+    for accuracy in Yardstick(reference, inputs, seed).measure(op):
+        if accuracy.reason is not None:
+            raise AssertionError(accuracy.reason)
 
 
 @contextmanager

@@ -1,27 +1,38 @@
 """cumo_model: CuMo, a vision-language model with Mixture-of-Experts in tower, connector and language model.
 
-Importing registers the model with transformers' Auto classes.
+Importing registers the model with transformers' Auto classes, and our experts for everybody else's models
+under the name "cumo" (`experts_implementation="cumo"`).
 """
 
-from cumo_model.checkpoint import original_layout
+import cumo_kernels.integrations.transformers  # noqa: F401
+from cumo_model.checkpoint import convert, original_layout
 from cumo_model.clip_moe import CumoVisionModel
 from cumo_model.config import CumoConfig, CumoVisionConfig
 from cumo_model.cumo import CumoForConditionalGeneration, CumoModel, CumoOutput
 from cumo_model.losses import load_balancing_loss, router_z_loss
 from cumo_model.moe import MoELayer, RoutingRecord, record_routing
+from cumo_model.parts import from_parts
+from cumo_model.patch import patch_original
+from cumo_model.processing import CumoImageProcessor, CumoProcessor, build_processor
 from cumo_model.upcycle import step0_difference, upcycle
 
 __all__ = [
     "CumoConfig",
     "CumoForConditionalGeneration",
+    "CumoImageProcessor",
     "CumoModel",
     "CumoOutput",
+    "CumoProcessor",
     "CumoVisionConfig",
     "CumoVisionModel",
     "MoELayer",
     "RoutingRecord",
+    "build_processor",
+    "convert",
+    "from_parts",
     "load_balancing_loss",
     "original_layout",
+    "patch_original",
     "record_routing",
     "router_z_loss",
     "step0_difference",

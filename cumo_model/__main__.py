@@ -1,6 +1,6 @@
-"""python -m cumo_model {demo,ablate,chat,data,train,experts}: the front door. The work is in the library.
+"""python -m cumo_model {demo,ablate,chat,data,train,experts,convert,upcycle}: the front door.
 
-Errors come as one line.
+The work is in the library; errors come as one line.
 """
 
 import argparse
@@ -68,6 +68,25 @@ def _check_data(args: argparse.Namespace) -> int:
     return 1 if check_files(args.files, args.images, args.decode) else 0
 
 
+def _convert(args: argparse.Namespace) -> int:
+    from cumo_model.checkpoint import convert
+
+    convert(args.source, args.target, args.layout, int(args.shard_gb * 1000**3))
+    return 0
+
+
+def _upcycle(args: argparse.Namespace) -> int:
+    from cumo_model.tool import upcycle_checkpoint
+
+    numbers = ("vision_experts", "projector_experts", "text_experts", "top_k", "vision_top_k",
+               "projector_top_k", "text_top_k", "noise", "drop", "seed")  # fmt: skip
+    options = {name: getattr(args, name) for name in numbers}
+    upcycle_checkpoint(
+        args.out, args.checkpoint, args.vision, args.text, args.projector, args.dtype, **options
+    )
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cumo", description="CuMo: a mixture-of-experts vision-language model"
@@ -133,6 +152,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--decode", action="store_true", help="decode every picture too")
     check.set_defaults(run=_check_data)
+
+    convert = commands.add_parser(
+        "convert", help="a checkpoint from the layout of SHI-Labs/CuMo into ours, or back, bit for bit"
+    )
+    convert.add_argument("source", type=Path, help="folder with config.json and safetensors")
+    convert.add_argument("target", type=Path, help="new folder")
+    convert.add_argument("--layout", choices=("cumo", "original"), help="of the target (the other one)")
+    convert.add_argument("--shard-gb", type=float, default=2.0, help="largest file, and memory needed (2)")
+    convert.set_defaults(run=_convert)
+
+    upcycle = commands.add_parser("upcycle", help="make experts of the MLPs of a dense model, and say step 0")
+    upcycle.add_argument(
+        "--checkpoint", type=Path, help="a CuMo, in our layout or the original's; or its parts:"
+    )
+    upcycle.add_argument("--vision", type=Path, help="folder of a CLIP")
+    upcycle.add_argument("--text", type=Path, help="folder of a language model")
+    upcycle.add_argument("--projector", type=Path, help="mm_projector.bin (a new connector)")
+    upcycle.add_argument("--out", type=Path, required=True, help="new folder")
+    for place, experts in (("vision", 4), ("projector", 4), ("text", 0)):
+        text = f"experts of the {place} part ({experts}); 0 leaves it as it is"
+        upcycle.add_argument(f"--{place}-experts", type=int, default=experts, help=text)
+        upcycle.add_argument(f"--{place}-top-k", type=int, help="of this part alone")
+    upcycle.add_argument("--top-k", type=int, default=2, help="experts per token (2)")
+    upcycle.add_argument("--noise", type=float, default=0.0, help="in deviations of each weight (0)")
+    upcycle.add_argument("--drop", type=float, default=0.0, help="share of inner units drawn anew (0)")
+    upcycle.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(that of the files)")
+    upcycle.add_argument("--seed", type=int, default=0)
+    upcycle.set_defaults(run=_upcycle)
     return parser
 
 

@@ -1,5 +1,6 @@
 """Talk to a checkpoint about a picture."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 from transformers import AutoProcessor, TextStreamer
+from transformers.utils import logging
 
-from cumo_model.conversation import IMAGE_MARKER, TEMPLATES, tokenize_prompt
+from cumo_model.conversation import IMAGE_MARKER, TEMPLATES, reserved_marker, tokenize_prompt
 from cumo_model.cumo import CumoForConditionalGeneration
 from cumo_model.processing import load_image
 
@@ -26,9 +28,14 @@ def load(checkpoint: str | os.PathLike, device: torch.device | None = None):
         raise ValueError(f"checkpoint {str(folder)!r} is not a folder")
     if not (folder / "config.json").is_file():
         raise ValueError(f"checkpoint {str(folder)!r} has no config.json")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what the loader would report in a page is one line below
     try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        if kind != CumoForConditionalGeneration.config_class.model_type:
+            raise ValueError(f"its config.json describes a {kind!r} model")
         model, info = CumoForConditionalGeneration.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True
+            folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
         processor = AutoProcessor.from_pretrained(folder)
     except Exception as error:  # whatever a damaged file makes the loaders raise, the user needs one line
@@ -36,9 +43,17 @@ def load(checkpoint: str | os.PathLike, device: torch.device | None = None):
         raise ValueError(
             f"checkpoint {str(folder)!r} cannot be loaded: {reason[0] if reason else error!r}"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(f"checkpoint {str(folder)!r} lacks {len(info['missing_keys'])} tensors: {some}, ...")
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise ValueError(
+            f"checkpoint {str(folder)!r} has {len(info['mismatched_keys'])} tensors of another shape than "
+            f"its config.json says: {name} must be {tuple(wanted)}, got {tuple(found)}"
+        )
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), processor
 
@@ -73,19 +88,30 @@ def chat(
     """Ask one question, or read questions from the terminal until an empty line; the conversation is kept."""
     if template not in TEMPLATES or not TEMPLATES[template].instruct:
         raise ValueError(f"template must be an instruct template, got {template!r}")
+    if question is not None and (reason := _unaskable(question)):
+        raise ValueError(f"question {reason}")
     picture = load_image(image) if image is not None else None
     model, processor = load(checkpoint)
     turns: list[dict[str, str]] = []
     asked = iter([question]) if question is not None else _typed()
     for text in asked:
-        if IMAGE_MARKER in text:
-            print(f"the question must not hold {IMAGE_MARKER}: --image gives the picture", file=sys.stderr)
+        if reason := _unaskable(text):
+            print(f"the question {reason}", file=sys.stderr)
             continue
         first = picture is not None and not turns
         turns.append({"from": "human", "value": f"{IMAGE_MARKER}\n{text}" if first else text})
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         said = answer(model, processor, picture, turns, template, max_new_tokens, streamer)
         turns.append({"from": "gpt", "value": said})
+
+
+def _unaskable(text: str) -> str | None:
+    """Why `text` cannot be a turn, or None."""
+    if IMAGE_MARKER in text:
+        return f"must not hold {IMAGE_MARKER}: --image gives the picture"
+    if found := reserved_marker([{"value": text}]):
+        return f"must not hold {found}, which separates turns"
+    return None
 
 
 def _typed():

@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING, AutoConfig
 
+from cumo_model.original_config import TEXT_TYPE, from_original, is_original
+
 MISTRAL_7B = {  # Instruct-v0.2, where it differs from MistralConfig()
     "model_type": "mistral",
     "rms_norm_eps": 1e-5,
@@ -51,7 +53,8 @@ class CumoConfig(PreTrainedConfig):
         vision_feature_select_strategy: "default" drops the class token, "full" keeps it (scales [1] only).
         image_token_index: id of the placeholders in `input_ids`; may lie outside the vocabulary.
         balance_loss_coef, router_z_loss_coef: weights of the auxiliary losses in training.
-        compat: "cumo" repeats the original's rounding in the routers; None keeps them in fp32.
+        compat: "cumo" repeats the original's rounding in routers and experts; None is more exact and faster.
+        original: config.json of the original's checkpoint this one was read from, for the way back.
     """
 
     model_type = "cumo"
@@ -61,6 +64,7 @@ class CumoConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = [
         "past_key_values",
         "loss_parts",
+        "router_stats",
         "image_hidden_states",
         "hidden_states",
         "attentions",
@@ -78,6 +82,15 @@ class CumoConfig(PreTrainedConfig):
     router_z_loss_coef: float = 0.01
     compat: Literal["cumo"] | None = None
     tie_word_embeddings: bool = False
+    original: dict | None = None
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers; config.json of the original's checkpoints is translated."""
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if is_original(values):
+            values = {"model_type": cls.model_type, **from_original(values, pretrained_model_name_or_path)}
+        return values, kwargs
 
     def __post_init__(self, **kwargs):
         if self.vision_config is None or isinstance(self.vision_config, dict):
@@ -128,3 +141,21 @@ def check_experts(name: str, num_experts: int, top_k: int) -> None:
 
 AutoConfig.register(CumoVisionConfig.model_type, CumoVisionConfig)
 AutoConfig.register(CumoConfig.model_type, CumoConfig)
+
+
+def _register_original(model_type: str) -> None:
+    """AutoConfig on a checkpoint in the original layout gives a CumoConfig."""
+
+    class OriginalConfig(CumoConfig):
+        @classmethod
+        def from_dict(cls, config_dict, **kwargs):
+            folder = kwargs.get("name_or_path")
+            values = {"model_type": CumoConfig.model_type, **from_original(config_dict, folder)}
+            return CumoConfig.from_dict(values, **kwargs)
+
+    OriginalConfig.model_type = model_type
+    AutoConfig.register(model_type, OriginalConfig)
+
+
+for _model_type in TEXT_TYPE:
+    _register_original(_model_type)

@@ -175,7 +175,7 @@ def tokenize_conversations(
             ids += piece_ids
             labels += _labels(piece_ids, places, spans, offset)
             offset += len(piece)
-        found = get_template(template).instruct and _reserved(turns)
+        found = get_template(template).instruct and reserved_marker(turns)
         if found:
             warnings.warn(
                 f"conversation {number} holds {found} inside a turn: none of its labels are used",
@@ -256,7 +256,8 @@ def _labels(
     return labels
 
 
-def _reserved(turns: Sequence[dict[str, str]]) -> str | None:
+def reserved_marker(turns: Sequence[dict[str, str]]) -> str | None:
+    """What the instruct templates put between turns and one of `turns` holds, or None."""
     return next((mark for turn in turns for mark in RESERVED if mark in turn["value"]), None)
 
 

@@ -8,20 +8,25 @@ tower or connector have experts too: without them the original trains Mixtral on
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.models.auto import AutoModel, AutoModelForImageTextToText
 from transformers.utils.generic import can_return_tuple
 
 from cumo_model.clip_moe import CumoVisionModel
 from cumo_model.config import CumoConfig
+from cumo_model.layout import LOADING_RULES, original_names
 from cumo_model.llm_moe import build_language_model
 from cumo_model.losses import place_losses
 from cumo_model.mlp_moe import CumoProjector
 from cumo_model.moe import MoEHostMixin, RoutingRecord, record_routing
+from cumo_model.original_config import is_original
+from cumo_model.shards import Shards, check_tensors
 from cumo_model.vision import crop_counts, image_pyramid, merge_scales
 
 PLACES = ("mlp", "clip", "llm")  # the order in which the original adds their losses
@@ -34,7 +39,10 @@ class CumoModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class CumoOutput(ModelOutput):
-    """`loss_parts`: terms of `loss`, unweighted and detached: language, and {clip,mlp,llm}_{balance,z}."""
+    """`loss_parts`: terms of `loss`, unweighted and detached: language, and {clip,mlp,llm}_{balance,z}.
+
+    `router_stats`, on request: for each place, its layers' RouterStats stacked and the tokens per expert.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -43,6 +51,7 @@ class CumoOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
     loss_parts: dict[str, Tensor] | None = None
+    router_stats: dict[str, dict[str, Tensor]] | None = None
 
 
 class CumoPreTrainedModel(MoEHostMixin, PreTrainedModel):
@@ -97,9 +106,22 @@ class CumoModel(CumoPreTrainedModel):
             features = merge_scales(features[:, 1:], config.scales, vision.image_size // vision.patch_size)
         return self.multi_modal_projector(features)
 
-    def _check_placeholders(self, is_image: Tensor, num_images: int) -> None:
-        """Every row holds whole images, and together they hold all of them."""
+    def _check_placeholders(self, is_image: Tensor, num_images: int, lengths: Tensor | None) -> None:
+        """Every row holds whole images, and together they hold all of them; or as much as `lengths` says."""
         per_image, token = self.config.image_seq_length, self.config.image_token_index
+        if lengths is not None:
+            if lengths.shape != (num_images,) or lengths.is_floating_point():
+                raise ValueError(
+                    f"image_lengths must be ({num_images},) integers, one for each image, "
+                    f"got {tuple(lengths.shape)} {lengths.dtype}"
+                )
+            low, high, total = *map(int, lengths.aminmax()), int(lengths.sum())
+            if low < 0 or high > per_image or total != int(is_image.sum()):
+                raise ValueError(
+                    f"image_lengths must lie in [0, {per_image}] and sum to the {int(is_image.sum())} image "
+                    f"tokens (id {token}) of input_ids, got {lengths.tolist()}"
+                )
+            return
         counts = is_image.sum(1).tolist()  # the one host sync of a forward pass
         if sum(counts) != num_images * per_image:
             raise ValueError(
@@ -117,6 +139,7 @@ class CumoModel(CumoPreTrainedModel):
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None,
+        image_lengths: Tensor | None,
         continues: bool,
         all_routers: bool,
         num_dummy_images: int,
@@ -128,20 +151,25 @@ class CumoModel(CumoPreTrainedModel):
         is_image = input_ids == self.config.image_token_index
         if not torch.compiler.is_compiling():
             num_images = 0 if pixel_values is None else pixel_values.shape[0]
-            self._check_placeholders(is_image, num_images - num_dummy_images)
+            lengths = None if pixel_values is None else image_lengths
+            self._check_placeholders(is_image, num_images - num_dummy_images, lengths)
         if pixel_values is None:
             return embed_tokens(input_ids), None
         # the placeholder may lie outside the vocabulary
         embeds = embed_tokens(input_ids.masked_fill(is_image, 0))
         features = self.get_image_features(pixel_values, all_routers)
-        placed = features[: features.shape[0] - num_dummy_images]
-        return embeds.masked_scatter(is_image[:, :, None], placed.to(embeds.dtype)), features
+        used = features[: features.shape[0] - num_dummy_images]
+        if image_lengths is not None:
+            order = torch.arange(features.shape[1], device=features.device)
+            used = used[order < image_lengths[:, None].to(features.device)]
+        return embeds.masked_scatter(is_image[:, :, None], used.to(embeds.dtype)), features
 
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -163,8 +191,11 @@ class CumoModel(CumoPreTrainedModel):
         if input_ids is not None:
             continues = past_key_values is not None and past_key_values.get_seq_length() > 0
             inputs_embeds, features = self._embed(
-                input_ids, pixel_values, continues, all_routers, num_dummy_images
+                input_ids, pixel_values, image_lengths, continues, all_routers, num_dummy_images
             )
+            if self.training and attention_mask is not None and attention_mask.shape == input_ids.shape:
+                # padding counts in Mixtral's router losses, and the original pads with zero vectors
+                inputs_embeds = inputs_embeds * attention_mask[:, :, None].to(inputs_embeds.dtype)
         elif pixel_values is not None:
             raise ValueError("pixel_values must come with input_ids, whose image tokens say where they go")
         outputs = self.language_model(
@@ -196,6 +227,35 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers, from a folder in our layout or in that of the released checkpoints.
+
+        Raises:
+            ValueError: a folder in the original layout lacks tensors, or holds others, or a harmful pickle.
+        """
+        path = pretrained_model_name_or_path
+        where = {key: kwargs[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in kwargs}
+        if cls is not CumoForConditionalGeneration or path is None:
+            return super().from_pretrained(path, *args, **kwargs)
+        try:
+            values = PreTrainedConfig.get_config_dict(path, **where)[0]
+        except OSError:  # no config.json: a folder of adapters, or an error that transformers words
+            values = {}
+        if not is_original(values):
+            return super().from_pretrained(path, *args, **kwargs)
+        folder = Path(path, where.get("subfolder", ""))
+        if folder.is_dir():  # of a hub's files transformers names what is missing, after loading
+            ours = own_layout(CumoConfig.from_pretrained(path, **where))
+            wanted = [original_names(key, shape) for key, shape in ours.items()]
+            wanted = {name: shape for names in wanted for name, shape in names.items()}
+            check_tensors(Shards(folder).shapes, wanted, str(folder))
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = _OriginalCumo.from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        model.__class__ = cls
+        model._weight_conversions = None  # from here on it is saved in our layout
+        return (model, info) if wants_info else model
+
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As in transformers, in the layout of this model's own state_dict.
 
@@ -209,11 +269,38 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         return self.model.get_image_features(pixel_values)
 
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **kwargs,
+    ):
+        """Copies of a row for beams or samples take all of the row's images along, in order."""
+        images = {key: kwargs.pop(key) for key in ("pixel_values", "image_lengths") if key in kwargs}
+        if expand_size > 1 and input_ids is not None and images.get("pixel_values") is not None:
+            tokens = (input_ids == self.config.image_token_index).sum(1)
+            lengths = images.get("image_lengths")
+            if lengths is None:
+                counts = (tokens // self.config.image_seq_length).tolist()
+            else:  # the images whose tokens end in a row are the row's
+                counts = torch.searchsorted(lengths.cumsum(0), tokens.cumsum(0), right=True)
+                counts = counts.diff(prepend=counts.new_zeros(1)).tolist()
+            for key, value in images.items():
+                if value is not None:
+                    rows = value.split(counts)
+                    images[key] = torch.cat([row for row in rows for _ in range(expand_size)])
+        expanded, kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
+        return expanded, kwargs | images
+
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -222,6 +309,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
+        output_router_stats: bool = False,
         **kwargs,
     ) -> CumoOutput:
         """Logits, and with `labels` the loss.
@@ -229,20 +317,27 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, S) int64; image_seq_length tokens image_token_index stand for each image, in order.
             pixel_values: (number of images, 3, s, s).
+            image_lengths: (number of images,) integers: how many of each image's tokens `input_ids` has, the
+                first ones; 0 for an image that only counts in the router losses, as the original's dummies of
+                rows without a picture. None: all of them.
             attention_mask: (B, S), 0 on padding, left or right.
             labels: (B, S) int64, -100 where no token is to be predicted.
             logits_to_keep: how many last positions, or which, get logits; 0 is all, as labels need.
             skip_logits: with labels, run the head only where a token is to be predicted and return no logits:
                 the same loss for a fraction of the head's time and memory.
+            output_router_stats: return, for each place with experts ("clip", "mlp", "llm"), mean_probs and
+                top1_density (L, G, E), mean_squared_logsumexp (L, G) and tokens_per_expert (L, E) of its L
+                layers that ran, without gradients.
 
         Raises:
             ValueError: placeholders and images do not match, or a shape does not fit.
         """
         with_aux = self.training and labels is not None and self._has_expert_losses()
-        with record_routing() if with_aux else nullcontext([]) as records:
+        with record_routing() if with_aux or output_router_stats else nullcontext([]) as records:
             outputs = self.model(
                 input_ids=input_ids,
                 pixel_values=pixel_values,
+                image_lengths=image_lengths,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -273,6 +368,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             loss_parts=loss_parts,
+            router_stats=_stacked_stats(records) if output_router_stats else None,
         )
 
     def _loss_without_logits(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
@@ -303,6 +399,37 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
                 if coef:
                     loss = loss + coef * value
         return loss
+
+
+def _stacked_stats(records: list[RoutingRecord]) -> dict[str, dict[str, Tensor]]:
+    found = {}
+    for place in PLACES:
+        layers = [record.routing for record in records if record.place == place]
+        if layers:
+            names = ("mean_probs", "top1_density", "mean_squared_logsumexp")
+            found[place] = {
+                name: torch.stack([getattr(routing.stats, name).detach() for routing in layers])
+                for name in names
+            }
+            found[place]["tokens_per_expert"] = torch.stack([r.tokens_per_expert for r in layers])
+    return found
+
+
+def own_layout(config: CumoConfig) -> dict[str, tuple[int, ...]]:
+    """What a model of this config holds in our layout, name -> shape; built on the meta device."""
+    with torch.device("meta"):
+        model = CumoForConditionalGeneration(config)
+    layout = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del layout["lm_head.weight"]
+    return layout
+
+
+class _OriginalCumo(CumoForConditionalGeneration):
+    """While a checkpoint in the original layout is read: transformers finds its rules by class name."""
+
+
+register_checkpoint_conversion_mapping(_OriginalCumo.__name__, LOADING_RULES, overwrite=True)
 
 
 def language_loss(logits: Tensor, labels: Tensor) -> Tensor:

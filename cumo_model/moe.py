@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cumo_kernels import ACTIVATIONS, Routing, expert_mlp, route
+from cumo_kernels import ACTIVATIONS, Routing, expert_mlp, grouped_gemm, route
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,14 @@ def record_routing() -> Iterator[list[RoutingRecord]]:
         del _recorders[next(i for i, active in enumerate(_recorders) if active is records)]
 
 
+def note_routing(place: str, layer: int, routing: Routing) -> None:
+    """Give one layer's routing to every `record_routing` that is open."""
+    if _recorders and not _in_backward():
+        record = RoutingRecord(place, layer, routing)
+        for records in _recorders:
+            records.append(record)
+
+
 def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -57,6 +65,10 @@ class MoEHostMixin:
         # transformers skips modules without parameters of their own in code from outside, and with them the
         # initialisation of every block; that is for code whose _init_weights ignores what was loaded
         super()._initialize_weights(module, is_custom_code=False)
+
+
+class Gate(nn.Linear):
+    """The router's linear layer. A class of its own, because quantisers replace nn.Linear itself."""
 
 
 class Experts(nn.Module):
@@ -101,9 +113,22 @@ class Experts(nn.Module):
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """x (T, H) -> (T, O). The kernel runs inside this call: FSDP and ZeRO-3 gather parameters for it."""
+    def forward(self, x: Tensor, routing: Routing, compat: str | None = None) -> Tensor:
+        """x (T, H) -> (T, O). The kernel runs inside this call: FSDP and ZeRO-3 gather parameters for it.
+
+        With `compat` every step is rounded to the dtype of x, as in the original (cumo_spec.md 2.4), and what
+        the experts return is added in the order of the experts; that is slow.
+        """
         up_proj, up_bias = self.up
+        if compat is not None:
+            z = grouped_gemm(x, up_proj, routing.expert_offsets, bias=up_bias, gather=routing)
+            a = ACTIVATIONS[self.activation].forward(z)
+            rows = grouped_gemm(a, self.down_proj, routing.expert_offsets, bias=self.down_proj_bias)
+            slots = rows[routing.inverse_permutation].view(*routing.topk_indices.shape, -1)
+            slots = slots * routing.topk_weights.to(rows.dtype)[:, :, None]
+            order = routing.topk_indices.argsort(1)[:, :, None].expand_as(slots)
+            first, *rest = slots.gather(1, order).unbind(1)
+            return sum(rest, first)
         return expert_mlp(x, routing, up_proj, self.down_proj, up_bias, self.down_proj_bias, self.activation)
 
 
@@ -116,7 +141,7 @@ class MoELayer(nn.Module):
         activation: name in `cumo_kernels.ACTIVATIONS`; a gated one makes gated experts.
         output_size: O; H unless given.
         bias: whether the experts have biases; the gate has none.
-        compat: rounding of the router, see `cumo_kernels.route`.
+        compat: rounding of the original: in the router, see `cumo_kernels.route`, and in the experts.
         place, layer: what `record_routing` calls this layer.
     """
 
@@ -140,7 +165,7 @@ class MoELayer(nn.Module):
             raise ValueError(f"top_k must be between 1 and the {num_experts} experts, got {top_k}")
         self.hidden_size, self.top_k, self.compat = hidden_size, top_k, compat
         self.place, self.layer = place, layer
-        self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        self.gate = Gate(hidden_size, num_experts, bias=False)
         self.experts = Experts(
             hidden_size, intermediate_size, output_size or hidden_size, num_experts, activation, bias
         )
@@ -161,14 +186,11 @@ class MoELayer(nn.Module):
             raise ValueError(f"x must be (..., {self.hidden_size}), got {tuple(x.shape)}")
         logits = self.gate(x.reshape(-1, self.hidden_size))
         routing = route(logits, self.top_k, groups=groups, compat=self.compat)
-        if _recorders and not _in_backward():
-            record = RoutingRecord(self.place, self.layer, routing)
-            for records in _recorders:
-                records.append(record)
+        note_routing(self.place, self.layer, routing)
         return routing
 
     def forward(self, x: Tensor, groups: int = 1) -> Tensor:
         """x (..., H) -> (..., O); `groups` as in `route`."""
         routing = self.route(x, groups)
-        out = self.experts(x.reshape(-1, self.hidden_size), routing)
+        out = self.experts(x.reshape(-1, self.hidden_size), routing, self.compat)
         return out.view(*x.shape[:-1], out.shape[-1])

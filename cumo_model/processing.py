@@ -1,12 +1,85 @@
-"""Pictures and prompts to tensors with transformers' stock LLaVA processor, set up as CuMo feeds its
-tower."""
+"""Pictures and prompts to tensors: transformers' LLaVA processor with CuMo's choices."""
 
 import os
+from typing import Any
 
+import numpy as np
 from PIL import Image
-from transformers import LlavaImageProcessorPil, LlavaProcessor
+from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor, PreTrainedTokenizerFast
+from transformers.image_processing_utils import BatchFeature
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorKwargs,
+    LlavaNextImageProcessorPil,
+)
 
-from cumo_model.conversation import chat_template
+from cumo_model.config import CumoConfig
+from cumo_model.conversation import IMAGE_MARKER, chat_template
+
+ASPECT_RATIOS = ("pad", "square", "anyres")
+
+
+class CumoImageProcessorKwargs(LlavaNextImageProcessorKwargs, total=False):
+    """
+    image_aspect_ratio (`str`, *optional*):
+        "pad", "square" or "anyres".
+    """
+
+    image_aspect_ratio: str
+
+
+class CumoImageProcessor(LlavaNextImageProcessorPil):
+    """Pictures of any sizes -> pixel_values (tiles, 3, s, s), and image_tiles, the tiles of each picture.
+
+    `image_aspect_ratio`: "pad" to a square with the mean colour, as CuMo's later stages; "square" cuts off
+    what the shorter side does not fill, as its first; "anyres" gives the whole picture, then the tiles of the
+    best of `image_grid_pinpoints`. Then bicubic (Pillow's, as CuMo), 1/255, CLIP's mean and deviation.
+    """
+
+    model_input_names = ["pixel_values"]
+    valid_kwargs = CumoImageProcessorKwargs
+    size = {"shortest_edge": 336}
+    crop_size = {"height": 336, "width": 336}
+    image_aspect_ratio = "pad"
+
+    pad_to_square = LlavaImageProcessorPil.pad_to_square
+
+    def _preprocess(
+        self, images: list[np.ndarray], image_aspect_ratio: str, image_grid_pinpoints, do_pad, **kwargs
+    ) -> BatchFeature:
+        if image_aspect_ratio not in ASPECT_RATIOS:
+            raise ValueError(f"image_aspect_ratio must be one of {ASPECT_RATIOS}, got {image_aspect_ratio!r}")
+        side = kwargs["crop_size"].height
+        tiles, counts = [], []
+        for image in images:
+            cut = [image]
+            if image_aspect_ratio == "anyres":
+                cut = self.get_image_patches(
+                    image, image_grid_pinpoints, (side, side), side, kwargs["resample"]
+                )
+            tiles += cut
+            counts.append(len(cut))
+        # int(255 * mean) around the picture, at the floor of half the difference
+        out = LlavaImageProcessorPil._preprocess(self, tiles, do_pad=image_aspect_ratio == "pad", **kwargs)
+        out["image_tiles"] = counts
+        return out
+
+
+class CumoProcessor(LlavaProcessor):
+    """Tokenizer and CumoImageProcessor in one; an `<image>` becomes the placeholders of all of its tiles."""
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.image_token * (image_seq_length(self) * image_inputs["image_tiles"][image_idx])
+
+    def _process_images(self, images, **kwargs) -> tuple[BatchFeature, list[str]]:
+        processed, replacements = super()._process_images(images, **kwargs)
+        processed.pop("image_tiles")  # the model tells tiles apart by their number of placeholders
+        return processed, replacements
+
+
+AutoImageProcessor.register(CumoConfig, image_processor_classes={"pil": CumoImageProcessor})
+AutoProcessor.register(CumoConfig, CumoProcessor)
 
 
 def build_processor(
@@ -15,9 +88,10 @@ def build_processor(
     patch_size: int,
     vision_feature_select_strategy: str = "default",
     template: str = "mistral_instruct",
-) -> LlavaProcessor:
-    """A stock LlavaProcessor: pad to a square with the mean colour, resize (bicubic), normalise; one
-    `<image>` token per patch.
+    image_aspect_ratio: str = "pad",
+    **options: Any,
+) -> CumoProcessor:
+    """A processor for a tower of these sizes.
 
     Args:
         tokenizer: knows `<image>` as one token.
@@ -25,6 +99,8 @@ def build_processor(
         patch_size: side of a patch in pixels.
         vision_feature_select_strategy: "default" drops the tower's class token, "full" keeps it.
         template: a name of conversation.TEMPLATES, for `apply_chat_template`.
+        image_aspect_ratio: see CumoImageProcessor.
+        options: `image_grid_pinpoints`, for "anyres": [[height, width], ...], multiples of image_size.
 
     Returns:
         A processor that `save_pretrained` and `AutoProcessor.from_pretrained` know.
@@ -37,18 +113,59 @@ def build_processor(
         raise ValueError(
             f"vision_feature_select_strategy must be default or full, got {vision_feature_select_strategy!r}"
         )
-    images = LlavaImageProcessorPil(  # Pillow's bicubic, as CuMo; the torchvision twin resizes differently
-        do_pad=True,  # with int(255 * mean), at the floor of half the difference
+    if image_aspect_ratio not in ASPECT_RATIOS:
+        raise ValueError(f"image_aspect_ratio must be one of {ASPECT_RATIOS}, got {image_aspect_ratio!r}")
+    images = CumoImageProcessor(
         size={"shortest_edge": image_size},
         crop_size={"height": image_size, "width": image_size},
+        image_aspect_ratio=image_aspect_ratio,
+        **options,
     )
-    return LlavaProcessor(
+    return CumoProcessor(
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy=vision_feature_select_strategy,
         num_additional_image_tokens=1,  # the tower's class token
         chat_template=chat_template(template),
+    )
+
+
+def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder, padding on the right, with `<image>` as a token behind its vocabulary."""
+    found = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    # transformers' LlamaTokenizer forgets in saving that a text after a special token begins with a blank;
+    # the plain class keeps the tokenizer as it is
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=found.backend_tokenizer,
+        bos_token=found.bos_token,
+        eos_token=found.eos_token,
+        unk_token=found.unk_token,
+        pad_token=found.pad_token or found.unk_token or found.eos_token,
+        padding_side="right",
+    )
+    if tokenizer.convert_tokens_to_ids(IMAGE_MARKER) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_MARKER]})
+    return tokenizer
+
+
+def original_processor(folder: str | os.PathLike, config: CumoConfig) -> CumoProcessor:
+    """The processor of a checkpoint in the original layout, from its tokenizer files and its config.
+
+    Template: that of CuMo's later stages, `mistral_instruct_system`.
+    """
+    tokenizer = load_tokenizer(folder)
+    vision, values = config.vision_config, config.original or {}
+    ratio = values.get("image_aspect_ratio", "pad")
+    pinpoints = values.get("image_grid_pinpoints")
+    return build_processor(
+        tokenizer,
+        vision.image_size,
+        vision.patch_size,
+        config.vision_feature_select_strategy,
+        "mistral_instruct_system",
+        ratio if ratio in ASPECT_RATIOS else "square",
+        **({"image_grid_pinpoints": pinpoints} if isinstance(pinpoints, list) else {}),
     )
 
 

@@ -38,6 +38,7 @@ class ModelSection:
     start: str | None = None
     vision: str | None = None
     language: str | None = None
+    projector: str | None = None  # mm_projector.bin of the original's stages, for `vision` and `language`
     tokenizer: str | None = None  # where it is not with `language`
     scales: tuple[int, ...] = (1, 3)
     vision_experts: int = 0  # a dense place gets so many copies; one that has as many is left as it is

@@ -5,14 +5,15 @@ for.
 import os
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, CLIPVisionModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from cumo_model.clip_moe import CumoVisionModel
 from cumo_model.config import CumoConfig, CumoVisionConfig
 from cumo_model.conversation import IMAGE_MARKER
 from cumo_model.cumo import CumoForConditionalGeneration
 from cumo_model.moe import MoELayer
-from cumo_model.processing import build_processor
+from cumo_model.parts import from_parts, parts_processor
+from cumo_model.processing import build_processor, load_tokenizer
 from cumo_model.recipe import DataSection, ModelSection
 from cumo_model.upcycle import upcycle
 
@@ -70,60 +71,51 @@ def _quantization(bits: int, dtype: torch.dtype):
 
 
 def join(model: ModelSection, dtype: torch.dtype):
-    """A tower, a language model and a new connector between them."""
+    """A tower, a language model and a connector between them, new unless there is an mm_projector.bin."""
     tower_path, text_path = _folder("model.vision", model.vision), _folder("model.language", model.language)
-    options = {"use_safetensors": True, "dtype": dtype}
-    kind = AutoConfig.from_pretrained(tower_path).model_type
-    if kind == "cumo_vision_model":
-        tower = CumoVisionModel.from_pretrained(tower_path, **options)
-    elif kind in ("clip", "clip_vision_model"):
-        tower = CLIPVisionModel.from_pretrained(tower_path, **options)
-    else:
-        raise ValueError(f"model.vision must be a CLIP or CuMo tower, got a {kind}")
-    language = AutoModelForCausalLM.from_pretrained(text_path, **options)
-    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer or text_path)
-    if tokenizer.convert_tokens_to_ids(IMAGE_MARKER) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARKER]})
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    vision = CumoVisionConfig(**{"num_experts": 1, **_shared(tower.config)})
+    torch.manual_seed(model.seed)
+    if AutoConfig.from_pretrained(tower_path).model_type != CumoVisionConfig.model_type:
+        built = from_parts(
+            tower_path, text_path, model.projector, dtype, scales=model.scales, compat=model.compat
+        )
+        if model.attn_implementation:
+            built.set_attn_implementation(model.attn_implementation)
+        return built, parts_processor(model.tokenizer or text_path, built.config)
+    tower = CumoVisionModel.from_pretrained(tower_path, use_safetensors=True, dtype=dtype)
+    language = AutoModelForCausalLM.from_pretrained(text_path, use_safetensors=True, dtype=dtype)
+    tokenizer = load_tokenizer(model.tokenizer or text_path)
     config = CumoConfig(
-        vision_config=vision,
+        vision_config=tower.config,
         text_config=language.config,
         projector_num_experts=1,
         scales=model.scales,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_MARKER),  # may lie outside the vocabulary
         compat=model.compat,
     )
-    torch.manual_seed(model.seed)
     built = CumoForConditionalGeneration._from_config(
         config, dtype=dtype, attn_implementation=model.attn_implementation
     )
-    weights = {k: v for k, v in tower.state_dict().items() if not k.startswith("post_layernorm")}
-    built.model.vision_tower.load_state_dict(weights)
+    built.model.vision_tower.load_state_dict(tower.state_dict())
     built.model.language_model.load_state_dict(language.model.state_dict())
     built.lm_head.load_state_dict(language.lm_head.state_dict())
     built.generation_config = language.generation_config
-    return built, build_processor(tokenizer, vision.image_size, vision.patch_size)
-
-
-def _shared(config) -> dict:
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
-    more = ("patch_size", "num_channels", "hidden_act", "layer_norm_eps", "attention_dropout")
-    return {name: getattr(config, name) for name in (*names, *more)}
+    return built, build_processor(tokenizer, tower.config.image_size, tower.config.patch_size)
 
 
 def _set_processor(processor, data: DataSection, config: CumoConfig):
     if data.aspect not in ("pad", "square"):
         raise ValueError(f"data.aspect must be pad or square, got {data.aspect!r}")
     vision = config.vision_config
-    strategy = config.vision_feature_select_strategy
     again = build_processor(
-        processor.tokenizer, vision.image_size, vision.patch_size, strategy, data.template
+        processor.tokenizer,
+        vision.image_size,
+        vision.patch_size,
+        config.vision_feature_select_strategy,
+        data.template,
+        data.aspect,
     )
     again.image_processor.image_mean = processor.image_processor.image_mean
     again.image_processor.image_std = processor.image_processor.image_std
-    again.image_processor.do_pad = data.aspect == "pad"
     return again
 
 

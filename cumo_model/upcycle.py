@@ -1,7 +1,9 @@
 """Co-upcycling: a dense model becomes a Mixture-of-Experts model that computes the same function.
 
 Every expert is a bit-identical copy of the dense MLP and only the gates are new. Weights of the chosen
-experts sum to 1, so at step 0 the outputs are those of the dense model up to rounding.
+experts sum to 1, so at step 0 the outputs are those of the dense model up to rounding. Two ways to tell
+experts apart from the start give that up: noise, and drop-upcycling (arXiv 2502.19261), which draws a share
+of every expert's inner units anew from the mean and deviation of the weights they replace.
 """
 
 import copy
@@ -31,6 +33,11 @@ def upcycle(
     text_experts: int = 0,
     top_k: int = 2,
     seed: int = 0,
+    vision_top_k: int | None = None,
+    projector_top_k: int | None = None,
+    text_top_k: int | None = None,
+    noise: float = 0.0,
+    drop: float = 0.0,
 ) -> CumoForConditionalGeneration:
     """A new model with experts in the places asked for; 0 or 1 experts leave a place as it is.
 
@@ -39,29 +46,41 @@ def upcycle(
         vision_experts, projector_experts: experts of every tower layer, and of the connector.
         text_experts: experts of every language model layer; a mistral becomes a mixtral.
         top_k: experts per token of the places that change.
-        seed: of the gates, U(-1/sqrt(in), 1/sqrt(in)).
+        seed: of the gates, U(-1/sqrt(in), 1/sqrt(in)), and of noise and drop.
+        vision_top_k, projector_top_k, text_top_k: another `top_k` for one place.
+        noise: deviation of normal noise on every expert's weights, in deviations of the weight itself.
+        drop: share of inner units that every expert draws anew; biases keep their values.
 
     Raises:
-        ValueError: a place asked for has experts already, or the language model is not a mistral.
+        ValueError: a place asked for has experts already (with 0 they stay as they are), the language model
+            is not a mistral, or a number is out of range.
     """
+    if noise < 0 or not 0 <= drop <= 1:
+        raise ValueError(f"noise must not be negative and drop must lie in [0, 1], got {noise} and {drop}")
     config = copy.deepcopy(dense.config)
+    chosen = {
+        "vision_experts": (vision_experts, top_k if vision_top_k is None else vision_top_k),
+        "projector_experts": (projector_experts, top_k if projector_top_k is None else projector_top_k),
+        "text_experts": (text_experts, top_k if text_top_k is None else text_top_k),
+    }
+    for experts, k in chosen.values():
+        if experts > 1 and not 1 <= k <= experts:
+            raise ValueError(f"top_k must be between 1 and the {experts} experts, got {k}")
     if vision_experts > 1:
         _check_dense("vision_experts", vision_experts, config.vision_config.num_experts > 1)
-        config.vision_config.num_experts, config.vision_config.num_experts_per_tok = vision_experts, top_k
+        vision = config.vision_config
+        vision.num_experts, vision.num_experts_per_tok = chosen["vision_experts"]
     if projector_experts > 1:
         _check_dense("projector_experts", projector_experts, config.projector_num_experts > 1)
-        config.projector_num_experts, config.projector_num_experts_per_tok = projector_experts, top_k
+        config.projector_num_experts, config.projector_num_experts_per_tok = chosen["projector_experts"]
     if text_experts > 1:
         _check_dense("text_experts", text_experts, config.text_config.model_type == "mixtral")
-        config.text_config = _mixtral_config(config.text_config, text_experts, top_k)
-    for experts in (vision_experts, projector_experts, text_experts):
-        if experts > 1 and not 1 <= top_k <= experts:
-            raise ValueError(f"top_k must be between 1 and the {experts} experts, got {top_k}")
+        config.text_config = _mixtral_config(config.text_config, *chosen["text_experts"])
 
     with no_init_weights(), torch.device(dense.device):
         moe = CumoForConditionalGeneration._from_config(config, dtype=dense.dtype)
     moe.tie_weights()
-    _copy_weights(dense, moe, torch.Generator().manual_seed(seed))
+    _copy_weights(dense, moe, torch.Generator().manual_seed(seed), noise, drop)
     moe.generation_config = copy.deepcopy(dense.generation_config)
     return moe.train(dense.training)
 
@@ -86,8 +105,12 @@ def _mixtral_config(text: PreTrainedConfig, num_experts: int, top_k: int) -> Mix
 
 @torch.no_grad()
 def _copy_weights(
-    dense: CumoForConditionalGeneration, moe: CumoForConditionalGeneration, generator: torch.Generator
-):
+    dense: CumoForConditionalGeneration,
+    moe: CumoForConditionalGeneration,
+    generator: torch.Generator,
+    noise: float,
+    drop: float,
+) -> None:
     source = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
     new = set()
     for name, module in moe.named_modules():
@@ -98,10 +121,34 @@ def _copy_weights(
             parts = SOURCE_OF if module.experts.up_name == "up_proj" else GATED_SOURCE_OF
             for key, weight in module.experts.named_parameters():
                 weight.copy_(torch.cat([source[f"{name}.{part}"] for part in parts[key]]))  # to every expert
+            if drop:
+                _redraw_units(module, drop, generator)
+            if noise:
+                for weight in (module.experts.up[0], module.experts.down_proj):
+                    for expert in weight:
+                        expert.add_(_normal(expert.shape, expert.float().std() * noise, generator).to(expert))
             new.update(f"{name}.{key}" for key, _ in module.named_parameters())
     for name, tensor in (*moe.named_parameters(), *moe.named_buffers()):
         if name not in new:
             tensor.copy_(source[name])
+
+
+def _normal(shape: tuple[int, ...], std: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator) * std.cpu()
+
+
+def _redraw_units(layer: MoELayer, drop: float, generator: torch.Generator) -> None:
+    """Drop-upcycling of one layer: each expert draws floor(drop * I) inner units of its own anew."""
+    up, down = layer.experts.up[0], layer.experts.down_proj
+    width = down.shape[2]
+    for e in range(len(up)):
+        units = torch.randperm(width, generator=generator)[: int(drop * width)]
+        rows = [up[e, i * width : (i + 1) * width] for i in range(up.shape[1] // width)]  # gate and up
+        for matrix in (*rows, down[e].T):
+            old = matrix[units].float()
+            if old.numel():
+                drawn = _normal(old.shape, old.std(), generator).to(old) + old.mean()
+                matrix[units] = drawn.to(matrix)
 
 
 @torch.no_grad()

@@ -57,7 +57,14 @@ ARROWS = {
     ),
     "cumo_kernels.*": ("cumo_kernels", "cumo_kernels.*"),  # the front door and its subcommands
     "cumo_model.monitor": ("cumo_model.*", "cumo_kernels.hardware"),
-    "cumo_model*": ("cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.types"),
+    "cumo_model": ("cumo_model.*", "cumo_kernels", "cumo_kernels.integrations.transformers"),
+    "cumo_model*": (
+        "cumo_model",
+        "cumo_model.*",
+        "cumo_kernels",
+        "cumo_kernels.integrations.transformers",
+        "cumo_kernels.types",
+    ),
     "benchmarks*": (
         "benchmarks",
         "benchmarks.*",
@@ -66,17 +73,28 @@ ARROWS = {
         "cumo_kernels",
         "cumo_kernels.*",
     ),
+    "tests.benchmarks*": ("benchmarks", "benchmarks.*", "cumo_kernels", "cumo_kernels.*"),
     "tests*": ("tests.*", "cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.*"),
 }
 
 # Inside cumo_model a module imports only modules of earlier rows (or of its own row's package).
 LAYERS = (
-    ("config", "losses", "vision", "conversation", "processing", "files"),
+    (
+        "config",
+        "original_config",
+        "layout",
+        "shards",
+        "losses",
+        "vision",
+        "conversation",
+        "processing",
+        "files",
+    ),
     ("moe", "data"),
-    ("clip_moe", "mlp_moe", "llm_moe"),
+    ("clip_moe", "mlp_moe", "llm_moe", "patch"),
     ("cumo",),
-    ("upcycle", "checkpoint"),
-    ("train", "chat", "flops", "plots"),
+    ("upcycle", "checkpoint", "parts"),
+    ("train", "chat", "tool", "flops", "plots"),
     ("recipe", "recover", "monitor", "experts", "parallel"),
     ("start", "spread"),
     ("trainer",),

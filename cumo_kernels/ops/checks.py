@@ -6,14 +6,21 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+
+
 def check_shape(name: str, tensor: Tensor, *wanted: int | str) -> None:
     """`wanted` has one entry per dimension: an exact size, or a letter that stands for any size."""
+    check_tensor(name, tensor)
     shape = tensor.shape
     if len(shape) == len(wanted) and all(
         isinstance(want, str) or got == want for want, got in zip(wanted, shape, strict=True)
     ):
         return
-    raise ValueError(f"{name} must be ({', '.join(map(str, wanted))}), got {tuple(shape)}")
+    comma = "," if len(wanted) == 1 else ""
+    raise ValueError(f"{name} must be ({', '.join(map(str, wanted))}{comma}), got {tuple(shape)}")
 
 
 def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
@@ -29,6 +36,7 @@ def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> Non
 
 
 def check_float(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
     if tensor.dtype not in FLOATS:
         raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
@@ -36,6 +44,28 @@ def check_float(name: str, tensor: Tensor) -> None:
 def check_int32(name: str, tensor: Tensor) -> None:
     if tensor.dtype != torch.int32:
         raise ValueError(f"{name} must be int32, got {tensor.dtype}")
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must be between 1 and the {num_experts} experts, got {top_k!r}")
+
+
+def values_at_hand(tensor: Tensor) -> bool:
+    """Whether looking at the values costs no sync and happens at run time (not while a graph is traced)."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_offsets(name: str, offsets: Tensor, last: int, first: int | None = None) -> None:
+    """Ascending from `first` (any start, if None) to at most `last`; seen only where values are at hand."""
+    if not values_at_hand(offsets):
+        return
+    values = offsets.tolist()
+    start = values[0] if first is None else first
+    if values != sorted(values) or values[0] != start or start < 0 or values[-1] > last:
+        begin = "0 or more" if first is None else first
+        raise ValueError(f"{name} must ascend from {begin} to at most {last}, got {values}")
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

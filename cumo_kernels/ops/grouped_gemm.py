@@ -16,6 +16,7 @@ from cumo_kernels.ops.checks import (
     check_float,
     check_int32,
     check_like,
+    check_offsets,
     check_shape,
 )
 from cumo_kernels.ops.permutation import _combine
@@ -128,7 +129,8 @@ def grouped_gemm(
         (S, N), or (S, N / 2) for a gated activation; dtype of `x`, or autocast's.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        ValueError: a shape, dtype or device does not fit, or, on the CPU, the offsets do not ascend from 0
+            to at most S; the message names the argument.
     """
     check_float("x", x)
     x, weight, bias = autocast(x, weight, bias)
@@ -138,6 +140,8 @@ def grouped_gemm(
     check_shape("expert_offsets", expert_offsets, weight.shape[0] + 1)
     check_int32("expert_offsets", expert_offsets)
     check_device("expert_offsets", expert_offsets, "x", x)
+    rows = x.shape[0] if gather is None else gather.num_slots
+    check_offsets("expert_offsets", expert_offsets, rows, first=0)
     if bias is not None:
         check_shape("bias", bias, weight.shape[0], weight.shape[1])
         check_like("bias", bias, "x", x)

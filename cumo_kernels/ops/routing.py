@@ -4,7 +4,17 @@ import torch
 from torch import Tensor
 
 from cumo_kernels import dispatch
-from cumo_kernels.ops.checks import autocast, check_device, check_float, check_int32, check_like, check_shape
+from cumo_kernels.ops.checks import (
+    autocast,
+    check_device,
+    check_float,
+    check_int32,
+    check_like,
+    check_offsets,
+    check_shape,
+    check_top_k,
+    values_at_hand,
+)
 from cumo_kernels.types import RouterStats, Routing, accumulate_dtype
 
 COMPAT = (None, "cumo", "cumo_llm")
@@ -113,7 +123,10 @@ def _check_groups(groups: int | Tensor, num_tokens: int, x: Tensor) -> tuple[Ten
             raise ValueError(
                 f"groups must hold the G + 1 offsets of at least one group, got {tuple(groups.shape)}"
             )
+        check_offsets("groups", groups, num_tokens)
         return groups, groups.shape[0] - 1
+    if not isinstance(groups, int):
+        raise ValueError(f"groups must be an integer or an int32 tensor, got {type(groups).__name__}")
     if groups < 1 or num_tokens % groups:
         raise ValueError(f"groups must divide the {num_tokens} tokens evenly, got {groups}")
     return None, groups
@@ -161,8 +174,7 @@ def route(
         check_shape("gate_weight", gate_weight, "E", x.shape[1])
         check_like("gate_weight", gate_weight, "x", x)
         num_experts = gate_weight.shape[0]
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k must be between 1 and the {num_experts} experts, got {top_k}")
+    check_top_k(top_k, num_experts)
     if compat not in COMPAT:
         raise ValueError(f"compat must be one of {COMPAT}, got {compat!r}")
     group_offsets, num_groups = _check_groups(groups, x.shape[0], x)
@@ -170,7 +182,7 @@ def route(
     weights, indices, mean_probs, top1_density, z = _route(
         x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat, backend
     )
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not weights.isfinite().all():
+    if values_at_hand(weights) and not weights.isfinite().all():
         token = int((~weights.detach().isfinite()).any(1).nonzero()[0])
         logits = x[token] if gate_weight is None else x[token] @ gate_weight.T
         raise ValueError(
@@ -202,7 +214,7 @@ def routing_from_topk(topk_weights: Tensor, topk_indices: Tensor, num_experts: i
         raise ValueError(f"topk_indices must be int32 or int64, got {topk_indices.dtype}")
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
-    if topk_indices.device.type == "cpu" and topk_indices.numel() and not torch.compiler.is_compiling():
+    if topk_indices.numel() and values_at_hand(topk_indices):
         low, high = (int(v) for v in topk_indices.aminmax())
         if low < 0 or high > num_experts:
             raise ValueError(f"topk_indices must lie in [0, {num_experts}], got values from {low} to {high}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cumo_model.demo.questions import make_dataset
-from cumo_model.demo.run import claim, run_tasks
+from cumo_model.demo.run import claim, locked, run_tasks
 from cumo_model.demo.settings import Settings, quick
 from cumo_model.train import Schedule
 
@@ -92,11 +92,12 @@ def run_ablation(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = {f"ablate:{name}:{seed}": scores_path(out, name, seed) for seed in range(seeds) for name in names}
     print(f"{len(jobs)} runs of stage 3 in {out}; Ctrl-C stops, the same command goes on", flush=True)
-    make_dataset(out / "data", settings.image_size, seed=settings.seed, quick=is_quick)
-    for phase in (("vision", "text"), ("dense",)):
-        done = {"vision": "vision", "text": "text", "dense": "compute.json"}
-        run_tasks(out, [task for task in phase if not (out / done[task]).exists()], cores)
-    run_tasks(out, [job for job, path in jobs.items() if not path.exists()], cores)
+    with locked(out):
+        make_dataset(out / "data", settings.image_size, seed=settings.seed, quick=is_quick)
+        for phase in (("vision", "text"), ("dense",)):
+            done = {"vision": "vision", "text": "text", "dense": "compute.json"}
+            run_tasks(out, [task for task in phase if not (out / done[task]).exists()], cores)
+        run_tasks(out, [job for job, path in jobs.items() if not path.exists()], cores)
     result = summary(out, names, seeds)
     write_table(out, result, time.monotonic() - start)
     return 0
@@ -112,7 +113,7 @@ def run_row(run, row_name: str, seed: int) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from cumo_model.demo.evaluate import Examiner
-    from cumo_model.demo.task import write_json
+    from cumo_model.demo.task import read_json, write_json
     from cumo_model.experts import load_entropy
     from cumo_model.start import scratch_experts
     from cumo_model.train import read_history, train
@@ -138,7 +139,8 @@ def run_row(run, row_name: str, seed: int) -> None:
     examiner = Examiner(
         trained, run.processor, run.data / "test_a.json", settings.stage("sft").template, settings.eval_limit
     )
-    result = examiner.scores()
+    majority = {kind: row.get("answer") for kind, row in read_json(run.data / "baselines.json").items()}
+    result = examiner.scores(majority)
     history = read_history(folder)
     language = history["series"]["language"][-20:]
     result |= {

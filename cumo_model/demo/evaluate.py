@@ -98,17 +98,22 @@ class Examiner:
         )
         return (-losses.view(targets.shape).sum(1)).tolist()
 
-    def scores(self) -> dict:
-        """{"exact": {kind: [right, asked]}, "choice": {kind or "name, same kind": [right, asked]}}."""
-        exact, choice = defaultdict(lambda: [0, 0]), defaultdict(lambda: [0, 0])
+    def scores(self, majority: dict[str, str]) -> dict:
+        """ "exact", "majority", "choice": {kind of question: [right, asked]}; choice also "name, same kind".
+
+        `majority`: the commonest training answer to each kind, scored on the same questions.
+        """
+        exact, commonest, choice = (defaultdict(lambda: [0, 0]) for _ in range(3))
         records = self.dataset.records
         for row, answer in self.answers().items():
-            _count(exact[records[row]["kind"]], answer == records[row]["answer"])
+            kind, truth = records[row]["kind"], records[row]["answer"]
+            _count(exact[kind], answer == truth)
+            _count(commonest[kind], majority[kind] == truth)
         for field, suffix in (("choices", ""), ("choices_same_kind", ", same kind")):
             for row, picked in self.choices(field).items():
                 record = records[row]
                 _count(choice[record["kind"] + suffix], record[field][picked] == record["answer"])
-        return {"exact": dict(exact), "choice": dict(choice)}
+        return {"exact": dict(exact), "majority": dict(commonest), "choice": dict(choice)}
 
     def expert_load(self) -> Load:
         """Place -> kind of question -> per layer, each expert's share of the routed slots."""

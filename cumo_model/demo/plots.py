@@ -10,7 +10,7 @@ from cumo_model.plots import PLACES, save
 
 def _smooth(values: list[float], window: int) -> np.ndarray:
     values = np.asarray(values)
-    window = max(1, min(window, len(values)))
+    window = max(1, min(window, len(values) // 5))
     return np.convolve(values, np.ones(window) / window, "valid")
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from cumo_model.chat import answer, load
 from cumo_model.demo.plots import plot_losses
 from cumo_model.demo.settings import TEMPLATE, Settings
+from cumo_model.demo.task import read_json
 from cumo_model.experts import patch_experts
 from cumo_model.plots import PLACES, plot_expert_load, plot_patches
 from cumo_model.processing import load_image
@@ -29,11 +30,16 @@ CHANCE = 0.25
 
 
 def report(out: Path, settings: Settings, seconds: float) -> None:
-    """Print and save everything there is to see of a finished run."""
+    """Print and save everything there is to see of a finished run.
+
+    Raises:
+        RuntimeError: a stage's loss did not fall; raised last, so that there is something to look at.
+    """
     histories = {name: read_history(out / name) for name in STAGES}
-    scores = {name: json.loads((out / f"scores-{name}.json").read_text()) for name in ("sft", "sft_plain")}
-    baselines = json.loads((out / "data" / "baselines.json").read_text())
-    compute = json.loads((out / "compute.json").read_text())
+    scores = {
+        name: read_json(out / f"scores-{name}.json", "test_a", "test_b") for name in ("sft", "sft_plain")
+    }
+    compute = read_json(out / "compute.json", "flops_ratio", "step0_difference", "parameters")
 
     pictures = out / "plots"
     pictures.mkdir(exist_ok=True)
@@ -44,20 +50,20 @@ def report(out: Path, settings: Settings, seconds: float) -> None:
     _plot_patches(out, model, processor, pictures / "patches.png")
 
     console = Console(record=True, width=100)
-    console.print(_accuracy_table(scores, baselines, "test_a", "unseen drawings of known things (test A)"))
-    console.print(_accuracy_table(scores, baselines, "test_b", "things never seen (test B)"))
+    console.print(_accuracy_table(scores, "test_a", "unseen drawings of known things (test A)"))
+    console.print(_accuracy_table(scores, "test_b", "things never seen (test B)"))
     console.print(_expert_table(histories["sft"], scores["sft"]))
     console.print(_compute_table(histories, compute))
     console.print(_answers_table(out, model, processor, settings.seed))
     headline = _share(scores["sft"]["test_a"]["choice"]["name"])
-    exact = _total(scores["sft"]["test_a"]["exact"])
+    exact, majority = (_total(scores["sft"]["test_a"][key]) for key in ("exact", "majority"))
     console.print(
         f"step-0 difference of upcycling {compute['step0_difference']:.1e}; checkpoint {out / 'sft'} reloads "
         f"to the same logits (difference {scores['sft']['reload_difference']:.0e})"
     )
     console.print(
         f"headline: 4-way choice {headline:.1%} (chance 25 %), exact match {_share(exact):.1%} "
-        f"(majority {baselines['all']['test_a']['accuracy']:.1%}) on unseen drawings; "
+        f"(majority {_share(majority):.1%}) on unseen drawings; "
         f"{seconds / 60:.1f} minutes"
     )
     console.print(
@@ -68,6 +74,15 @@ def report(out: Path, settings: Settings, seconds: float) -> None:
     part = out / ".report.txt.part"
     part.write_text(console.export_text())
     part.replace(out / "report.txt")
+    if flat := [title for name, title in STAGES.items() if not _fell(histories[name])]:
+        raise RuntimeError(f"the loss did not fall in {', '.join(flat)}: something is broken; see {pictures}")
+
+
+def _fell(history: dict) -> bool:
+    """Whether the last fifth of a stage's steps has a lower loss than the first."""
+    values = history["series"].get("language", history["series"]["loss"])
+    window = max(1, len(values) // 5)
+    return sum(values[-window:]) < sum(values[:window])
 
 
 def _share(row: list[int]) -> float:
@@ -84,16 +99,16 @@ def _cell(row: list[int]) -> str:
     return f"{share:6.1%} ±{spread:5.1%}"
 
 
-def _accuracy_table(scores: dict, baselines: dict, part: str, title: str) -> Table:
+def _accuracy_table(scores: dict, part: str, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("question", "asked", "MoE", "dense twin", "majority answer", "chance"):
         table.add_column(column, justify="left" if column == "question" else "right")
     moe, dense = scores["sft"][part], scores["sft_plain"][part]
     for kind, row in moe["exact"].items():
-        majority = f"{baselines[kind][part]['accuracy']:.1%}"
+        majority = f"{_share(moe['majority'][kind]):.1%}"
         table.add_row(f"exact: {kind}", str(row[1]), _cell(row), _cell(dense["exact"][kind]), majority, "-")
     total, total_dense = _total(moe["exact"]), _total(dense["exact"])
-    majority = f"{baselines['all'][part]['accuracy']:.1%}"
+    majority = f"{_share(_total(moe['majority'])):.1%}"
     table.add_row("exact: all", str(total[1]), _cell(total), _cell(total_dense), majority, "-", style="bold")
     table.add_section()
     for kind, row in moe["choice"].items():

@@ -94,7 +94,7 @@ def quick(settings: Settings) -> Settings:
         pretrain=Schedule(15, 32, 2e-3),
         pft=Schedule(30, 16, 1.5e-3),
         sft=Schedule(30, 16, 1.5e-3),
-        eval_limit=8,
+        eval_limit=32,
     )
 
 

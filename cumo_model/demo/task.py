@@ -4,10 +4,8 @@ On two CPU cores two processes of one thread each do nearly twice the work of on
 """
 
 import argparse
-import ctypes
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from cumo_model.processing import build_processor
 from cumo_model.train import Interrupted, sample_indices, train
 from cumo_model.upcycle import step0_difference, upcycle
 
+AGAIN = "delete it, and the same command makes it again"
 STAGE_DATA = {
     "pretrain": "stage1_caption.json",
     "pft": "stage2_detail.json",
@@ -51,7 +50,9 @@ class Run:
     def stage(
         self, name: str, model: CumoForConditionalGeneration, label: str
     ) -> CumoForConditionalGeneration:
-        ratio = read_json(self.folder / "compute.json")["flops_ratio"] if name == "sft_plain" else 1.0
+        ratio = 1.0
+        if name == "sft_plain":
+            ratio = read_json(self.folder / "compute.json", "flops_ratio")["flops_ratio"]
         stage = self.settings.stage(name, ratio)
         options = {"label": label, **self.options}
         folder = self.folder / name
@@ -68,9 +69,7 @@ class Run:
         return {key: value.to(self.device) for key, value in batch.items()}
 
     def load(self, name: str) -> CumoForConditionalGeneration:
-        folder = self.folder / name
-        model = CumoForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
-        return model.to(self.device)
+        return load_model(CumoForConditionalGeneration, self.folder / name).to(self.device)
 
 
 def vision(run: Run) -> None:
@@ -100,8 +99,8 @@ def text(run: Run) -> None:
 
 def dense(run: Run) -> None:
     """Stages 1 and 2: the connector, then everything, without experts."""
-    tower = CumoVisionModel.from_pretrained(run.folder / "vision", use_safetensors=True)
-    language = MistralForCausalLM.from_pretrained(run.folder / "text", use_safetensors=True)
+    tower = load_model(CumoVisionModel, run.folder / "vision")
+    language = load_model(MistralForCausalLM, run.folder / "text")
     torch.manual_seed(run.settings.seed)
     model = CumoForConditionalGeneration(run.settings.config(run.tokenizer, language.config))
     model.model.vision_tower.load_state_dict(tower.state_dict())
@@ -156,11 +155,12 @@ def twin(run: Run) -> None:
 def examine(run: Run, model: CumoForConditionalGeneration, name: str, **facts) -> None:
     """Score a model on both tests; the scores, and `facts`, go to scores-NAME.json."""
     path, result = run.folder / f"scores-{name}.json", dict(facts)
+    majority = {kind: row.get("answer") for kind, row in read_json(run.data / "baselines.json").items()}
     for part in ("test_a", "test_b"):
         examiner = Examiner(
             model, run.processor, run.data / f"{part}.json", TEMPLATE, run.settings.eval_limit
         )
-        result[part] = examiner.scores()
+        result[part] = examiner.scores(majority)
         if part == "test_a" and name == "sft":
             result["expert_load"] = examiner.expert_load()
             result["load_entropy"] = {
@@ -169,8 +169,25 @@ def examine(run: Run, model: CumoForConditionalGeneration, name: str, **facts) -
     write_json(path, result)
 
 
-def read_json(path: Path):
-    return json.loads(path.read_text())
+def load_model(kind, folder: Path):
+    """A `kind` from the folder of an earlier task; whatever is wrong with its files is one line."""
+    try:
+        return kind.from_pretrained(folder, use_safetensors=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [repr(error)]
+        raise ValueError(f"{folder} is damaged ({reason[0]}): {AGAIN}") from error
+
+
+def read_json(path: Path, *needed: str):
+    """The object in `path`, which must have the keys `needed`."""
+    try:
+        content = json.loads(path.read_text())
+        missing = [key for key in needed if key not in content]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
+    if missing:
+        raise ValueError(f"{path} is damaged (no {missing[0]!r}): {AGAIN}")
+    return content
 
 
 def write_json(path: Path, content) -> None:
@@ -191,9 +208,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()  # the bars of loading and saving would break ours
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a killed demo leaves no trainer behind
     try:
         run = Run(args.folder, args.position)
         if args.name.startswith("ablate:"):
@@ -205,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
             TASKS[args.name](run)
     except Interrupted:
         return 130
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         print(f"cumo: {error}", file=sys.stderr)
         return 1
     return 0

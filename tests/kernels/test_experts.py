@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cumo_kernels import ACTIVATIONS, expert_mlp, routing_from_topk, use_backend
+from cumo_kernels import ACTIVATIONS, expert_mlp, route, routing_from_topk, tuning, use_backend
 from cumo_kernels.backends import reference
 from cumo_kernels.testing import PATTERNS, assert_as_accurate_as_torch, make_routing
 
@@ -121,6 +121,29 @@ def test_repeats_are_bitwise_equal(backend, device, dtype):
             runs.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_batch_invariant_mode_gives_a_token_the_same_bits_in_any_company(backend, device, dtype, monkeypatch):
+    if backend != "triton":
+        pytest.skip("tile sizes of the other backends do not depend on the number of tokens")
+    monkeypatch.setattr(tuning, "BATCH_INVARIANT", True)
+    x, gate = (torch.randn(*size, device=device, dtype=dtype) for size in ((96, 512), (3, 512)))
+    up_proj, down_proj = (torch.randn(3, 64, width, device=device, dtype=dtype) for width in (512, 64))
+
+    def layer(tokens):
+        routing = route(tokens, 2, gate / 512**0.5)
+        out = expert_mlp(tokens, routing, up_proj / 512**0.5, down_proj / 8, activation="gelu")
+        return routing.topk_weights, out
+
+    tuning.get_config.cache_clear()
+    try:
+        with use_backend(backend):
+            weights, out = layer(x)
+            for some in (slice(3, 4), slice(40, 75)):
+                for whole, alone in zip((weights, out), layer(x[some]), strict=True):
+                    assert torch.equal(whole[some], alone)
+    finally:
+        tuning.get_config.cache_clear()
 
 
 def test_dropped_slots_contribute_nothing(backend, device):

@@ -131,10 +131,13 @@ def test_names_the_bad_argument():
         ValueError, match=r"weight must have the dtype of x, torch.float32, got torch.bfloat16"
     ):
         cumo_kernels.grouped_gemm(rows, weight.bfloat16(), offsets)
-    with pytest.raises(ValueError, match=r"expert_offsets must be \(5\), got \(4,\)"):
+    with pytest.raises(ValueError, match=r"expert_offsets must be \(5,\), got \(4,\)"):
         cumo_kernels.grouped_gemm(rows, weight, offsets[:4])
     with pytest.raises(ValueError, match=r"expert_offsets must be int32, got torch.int64"):
         cumo_kernels.grouped_gemm(rows, weight, offsets.long())
+    for values in ([2, 3, 4, 5, 6], [0, 3, 4, 5, 60], [0, 9, 4, 5, 16]):
+        with pytest.raises(ValueError, match="expert_offsets must ascend from 0 to at most 16, got "):
+            cumo_kernels.grouped_gemm(rows, weight, torch.tensor(values, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"bias must be \(4, 6\), got \(4, 5\)"):
         cumo_kernels.grouped_gemm(rows, weight, offsets, bias=bias[:, :5])
     with pytest.raises(ValueError, match=r"x must be \(8, K\), got \(16, 16\)"):

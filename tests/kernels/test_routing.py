@@ -189,12 +189,13 @@ def test_rows_without_a_maximum_stay_in_range(backend, device, dtype):
     """NaN, +inf, only -inf: garbage weights, but valid distinct experts and no harm to other rows."""
     logits = torch.randn(64, 6, device=device).to(dtype)
     bad = logits.clone()
-    bad[3, 2], bad[20], bad[37, 5], bad[63] = math.nan, math.nan, math.inf, -math.inf
+    bad[3, 2], bad[20], bad[37, 5], bad[63] = math.copysign(math.nan, -1), math.nan, math.inf, -math.inf
     good = [t for t in range(64) if t not in (3, 20, 37, 63)]
     route_of = dispatch.implementation(backend, "route")
     weights, indices, *_ = route_of(bad, None, None, 1, 3, True, None)
     assert indices.min() >= 0 and indices.max() < 6
     assert all(len(set(row)) == 3 for row in indices.tolist())
+    assert indices[3, 0] == 2  # NaN of either sign ranks above all, as in torch.sort
     assert not weights[[3, 20, 37, 63]].isfinite().any()
     wanted = route_of(logits, None, None, 1, 3, True, None)
     assert torch.equal(indices[good], wanted[1][good]) and torch.equal(weights[good], wanted[0][good])
@@ -202,6 +203,18 @@ def test_rows_without_a_maximum_stay_in_range(backend, device, dtype):
     upstream = torch.randn_like(weights), torch.randn(1, 6, device=device), torch.randn(1, device=device)
     found, exact = (backward(*upstream, x, None, indices, None, True)[0] for x in (bad, logits))
     assert torch.equal(found[good], exact[good])
+
+
+@pytest.mark.parametrize("compat", [None, "cumo", "cumo_llm"])
+def test_logits_of_the_gate_are_rounded_as_those_of_a_linear_layer(backend, device, dtype, compat):
+    """Sums exact in fp32 and too long for 16 bits: with the gate inside or in front, the same bits."""
+    x, gate = (torch.randint(-99, 100, (n, 64), device=device).to(dtype) / 64 for n in (57, 5))
+    logits = (x.double() @ gate.double().T).to(dtype)
+    route_of = dispatch.implementation(backend, "route")
+    inside = route_of(x, gate, None, 1, 2, True, compat)
+    in_front = route_of(logits, None, None, 1, 2, True, compat)
+    assert all(torch.equal(a, b) for a, b in zip(inside[:2], in_front[:2], strict=True))
+    assert dtype == torch.float32 or not torch.equal(logits.double(), x.double() @ gate.double().T)
 
 
 SORTS = [  # num_tokens, num_experts, top_k; one program sorts 4 blocks of slots, smaller with more experts
@@ -328,8 +341,24 @@ def test_names_the_bad_argument():
         route(logits.long(), 2)
     with pytest.raises(ValueError, match=r"gate_weight must be \(E, 4\), got \(4, 5\)"):
         route(logits, 2, torch.randn(4, 5))
+    with pytest.raises(ValueError, match="x must be a tensor, got list"):
+        route(logits.tolist(), 2)
+    with pytest.raises(ValueError, match=r"top_k must be between 1 and the 4 experts, got 2\.0"):
+        route(logits, 2.0)
+    with pytest.raises(ValueError, match=r"groups must be an integer or an int32 tensor, got list"):
+        route(logits, 2, groups=[0, 6])
+    for offsets in ([0, 7], [-3, 6], [0, 4, 2]):
+        with pytest.raises(ValueError, match=r"groups must ascend from 0 or more to at most 6, got .*"):
+            route(logits, 2, groups=torch.tensor(offsets, dtype=torch.int32))
     logits[3, 1] = math.nan
     with pytest.raises(ValueError, match=r"finite maximum in every row, got \[.*nan.*\] for token 3"):
         route(logits, 2)
     with pytest.raises(ValueError, match=r"topk_indices must lie in \[0, 4\], got values from 0 to 5"):
         routing_from_topk(torch.ones(2, 1), torch.tensor([[0], [5]]), 4)
+
+
+def test_zeros_of_both_signs_tie(backend, device, dtype):
+    logits = torch.tensor([[-1.0, -0.0, 0.0, 0.0], [-0.0, 0.0, -2.0, -3.0]], device=device, dtype=dtype)
+    with use_backend(backend):
+        routing = route(logits, 2)
+    assert routing.topk_indices.tolist() == [[1, 2], [0, 1]]

@@ -110,6 +110,30 @@ def test_a_damaged_checkpoint_is_named(checkpoint, picture, capsys, damage, word
     assert code == 1 and words in err and str(checkpoint) in err and "Traceback" not in err
 
 
+def test_a_checkpoint_of_something_else_is_refused_before_a_model_is_built(checkpoint):
+    (checkpoint / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    with pytest.raises(ValueError, match=r"its config.json describes a 'clip_vision_model' model"):
+        load(checkpoint)
+
+
+def test_tensors_of_another_shape_are_named(checkpoint, capsys):
+    from safetensors.torch import load_file, save_file
+
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].contiguous()
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 tensors of another shape .*: lm_head.weight must be "):
+        load(checkpoint)
+    assert "REPORT" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("question", ["<image> x", "a [/INST] b"])
+def test_an_unaskable_question_is_an_error(checkpoint, question, capsys):
+    code, out, err = run(capsys, "--checkpoint", checkpoint, "--question", question)
+    assert code == 1 and not out and "question must not hold" in err
+
+
 def test_missing_tensors_are_named(checkpoint):
     from safetensors.torch import load_file, save_file
 

@@ -1,13 +1,21 @@
 """Files: what a saved model holds, and the key tables of the released ones (cumo_spec.md section 5)."""
 
+import json
+import subprocess
+import sys
 from math import prod
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
-from cumo_model import CumoConfig, CumoForConditionalGeneration, original_layout
+from cumo_model import CumoConfig, CumoForConditionalGeneration, convert, original_layout
+from cumo_model.__main__ import main
+from cumo_model.cumo import own_layout
+from cumo_model.shards import Shards
+from tests.model import original
 
 V = "model.vision_tower.vision_model."
 COMMON = [  # key patterns of cumo_spec.md section 5: (pattern, ranges of its braces, shape)
@@ -151,3 +159,154 @@ def test_bf16_loads_as_bf16_and_trains(tiny_model, tiny_batch, tmp_path):
     output.loss.backward()
     assert output.loss.dtype == torch.float32 and output.loss.isfinite()
     assert {value.dtype for value in output.loss_parts.values()} == {torch.float32}
+
+
+# files in the original layout, made by tests/model/original.py
+
+STAGES = [
+    pytest.param({"kind": "mistral"}, id="7b"),
+    pytest.param({"kind": "mixtral"}, id="8x7b"),
+    pytest.param({"kind": "mistral", "clip_smoe": False, "mlp_smoe": False}, id="stage-2"),
+]
+
+
+def assert_same_tensors(folder, wanted):
+    found = Shards(folder)
+    assert found.shapes.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found.dtypes[name] == value.dtype and torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("options", STAGES)
+def test_original_to_ours_and_back_is_bit_exact(tmp_path, options):
+    theirs = original.write(tmp_path / "theirs", dtype=torch.bfloat16, shards=3, **options)
+    (tmp_path / "theirs/notes.txt").write_text("{}")
+    convert(tmp_path / "theirs", tmp_path / "ours", shard_bytes=30_000, progress=False)
+    assert len(list((tmp_path / "ours").glob("model-*-of-*.safetensors"))) > 2
+    assert (tmp_path / "ours/notes.txt").read_text() == "{}"
+    direct = CumoForConditionalGeneration.from_pretrained(tmp_path / "theirs")
+    loaded, info = CumoForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()) and loaded.dtype == direct.dtype == torch.bfloat16
+    for key, value in direct.config.to_dict().items():
+        if key not in ("_name_or_path", "architectures"):
+            assert loaded.config.to_dict()[key] == value, key
+    for (name, value), other in zip(loaded.state_dict().items(), direct.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+    convert(tmp_path / "ours", tmp_path / "back", shard_bytes=30_000, progress=False)
+    assert_same_tensors(tmp_path / "back", theirs)
+    back = json.loads((tmp_path / "back/config.json").read_text())
+    wanted = original.config(dtype="bfloat16", **options)
+    for key, value in wanted.items():
+        if key not in ("training", "local_rank", "mm_vision_tower"):
+            assert back[key] == value, key
+    assert back["training"] is False
+    # and the copy is read as the first was
+    again = CumoForConditionalGeneration.from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in direct.state_dict().items())
+
+
+def test_a_model_of_ours_survives_the_original_layout(tiny_model, tiny_batch, tmp_path):
+    model = tiny_model(text="mixtral").eval()
+    model.save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs", progress=False)
+    names = set(Shards(tmp_path / "theirs").shapes)
+    assert names == set(original_layout(model.config))
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "theirs").eval()
+    assert type(again) is CumoForConditionalGeneration
+    batch = tiny_batch()
+    batch["input_ids"][batch["input_ids"] == 60] = again.config.image_token_index
+    assert torch.equal(again(**batch).logits, model(**tiny_batch()).logits)
+    again.save_pretrained(tmp_path / "saved")  # ours from here on
+    assert Shards(tmp_path / "saved").shapes.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_a_checkpoint_that_breaks_its_promise_is_named_and_nothing_written(tmp_path, change):
+    values = original.tensors()
+    name = "model.mm_projector.experts.2.2.weight"
+    if change == "missing":
+        del values[name]
+        words = rf"1 missing \({name}\)"
+    elif change == "unknown":
+        values["model.image_newline"] = torch.zeros(24)
+        words = r"1 not known \(model.image_newline\)"
+    else:
+        values[name] = torch.zeros(3, 3)
+        words = rf"1 of another shape \({name} is \(3, 3\), config.json says \(24, 24\)\)"
+    original.write(tmp_path / "theirs", values)
+    with pytest.raises(ValueError, match=words):
+        convert(tmp_path / "theirs", tmp_path / "ours", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+    with pytest.raises(ValueError, match=words):
+        CumoForConditionalGeneration.from_pretrained(tmp_path / "theirs")
+
+
+class Harm:
+    def __reduce__(self):
+        return (open, ("/tmp/cumo-was-here", "w"))
+
+
+def test_pickles_are_read_only_if_they_hold_nothing_but_tensors(tmp_path):
+    theirs = original.write(tmp_path / "theirs", pickled=True)
+    convert(tmp_path / "theirs", tmp_path / "ours", progress=False)
+    convert(tmp_path / "ours", tmp_path / "back", progress=False)
+    assert_same_tensors(tmp_path / "back", theirs)
+    assert list((tmp_path / "back").glob("*.bin")) == []
+    bad = tmp_path / "theirs/pytorch_model-00002-of-00002.bin"
+    torch.save({**torch.load(bad, weights_only=True), "x": Harm()}, bad)
+    with pytest.raises(
+        ValueError, match=r"pytorch_model-00002-of-00002.bin is refused: .* more than tensors"
+    ):
+        convert(tmp_path / "theirs", tmp_path / "again", progress=False)
+
+
+def test_convert_is_a_command_that_says_what_is_wrong(tmp_path, capsys):
+    original.write(tmp_path / "theirs")
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
+    assert "writing: 100%" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 1
+    assert "exists already" in capsys.readouterr().err
+    for source, words in (("nothing", "has no config.json"), ("ours", "layout must be one of")):
+        arguments = ["convert", str(tmp_path / source), str(tmp_path / "x"), "--layout", "cumo"]
+        if source == "nothing":
+            assert main(arguments) == 1
+            assert words in capsys.readouterr().err
+    damaged = tmp_path / "theirs/model-00001-of-00002.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "y")]) == 1
+    assert "model-00001-of-00002.safetensors is damaged" in capsys.readouterr().err
+
+
+LEAN = """
+import resource, sys
+import torch
+from cumo_model import convert
+used = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
+limit = used + int(sys.argv[4])
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+convert(sys.argv[1], sys.argv[2], shard_bytes=8_000_000, progress=False)
+convert(sys.argv[2], sys.argv[3], shard_bytes=8_000_000, progress=False)
+"""
+
+
+def test_converting_takes_the_memory_of_a_shard_not_of_the_model(tmp_path):
+    """80 MB in files of 8 through a process that may allocate 40 MB more than it starts with."""
+    config = CumoConfig(
+        vision_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                       "num_attention_heads": 2, "image_size": 12, "patch_size": 4},
+        text_config={"model_type": "mixtral", "hidden_size": 64, "intermediate_size": 1024,
+                     "num_hidden_layers": 25, "num_attention_heads": 2, "num_key_value_heads": 1,
+                     "vocab_size": 50, "num_local_experts": 4},
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "ours")
+    layout = list(own_layout(config).items())
+    for i in range(0, len(layout), 25):
+        tensors = {name: torch.zeros(shape) for name, shape in layout[i : i + 25]}
+        save_file(tensors, tmp_path / f"ours/model-{i:05}.safetensors")
+    folders = [str(tmp_path / name) for name in ("ours", "theirs", "again")]
+    command = [sys.executable, "-c", LEAN, *folders, "40000000"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    total = sum(path.stat().st_size for path in (tmp_path / "again").glob("*.safetensors"))
+    assert total > 75_000_000

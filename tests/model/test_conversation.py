@@ -1,13 +1,17 @@
 """conversation: token ids and label masks of every template, with the real Mistral tokenizer and with the
 demo's."""
 
+import json
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoProcessor
 
+from cumo_model import CumoConfig
 from cumo_model.conversation import (
     IGNORE_INDEX,
     TEMPLATES,
@@ -18,6 +22,8 @@ from cumo_model.conversation import (
     turn_problem,
 )
 from cumo_model.demo.tokenizer import train_tokenizer
+from cumo_model.processing import original_processor
+from tests.model import original
 
 TWO_ROUNDS = [
     {"from": "human", "value": "What is it?\n<image>"},
@@ -87,6 +93,38 @@ def test_two_rounds_match_sentencepiece(mistral, template):
     assert _kept(tokenizer, labels) == [["▁a", "▁red", "▁apple", "▁", "</s>"], ["▁red", "▁", "</s>"]]
     kept = labels != IGNORE_INDEX
     assert torch.equal(labels[kept], ids[kept])
+
+
+def test_the_processor_of_released_weights_gives_these_ids(mistral, tmp_path):
+    """From tokenizer files alone: `<image>` behind the vocabulary, double BOS, the blank before </s>."""
+    _, model = mistral
+    (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "legacy": True}))
+    (tmp_path / "config.json").write_text(json.dumps(original.config()))
+    processor = original_processor(tmp_path, CumoConfig(original={"image_aspect_ratio": "pad"}))
+    tokenizer = processor.tokenizer
+    assert processor.image_token_id == 32000 and tokenizer.pad_token_id == 0
+    turns = [
+        {"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": turn["value"]}
+        for turn in TWO_ROUNDS
+    ]
+    text = TWO_ROUNDS[0]["value"].replace("<image>", "").strip()
+    image = {"type": "image", "image": Image.new("RGB", (9, 9))}
+    turns[0]["content"] = [image, {"type": "text", "text": text}]
+    got = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
+    wanted, _ = tokenize_conversation(TWO_ROUNDS, tokenizer, "mistral_instruct_system", 576)
+    assert torch.equal(got["input_ids"][0], wanted)
+    assert wanted[:2].tolist() == [1, 1] and wanted[-2:].tolist() == [28705, 2]
+    processor.save_pretrained(tmp_path / "saved")
+    again = AutoProcessor.from_pretrained(tmp_path / "saved")
+    got = again.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
+    assert torch.equal(got["input_ids"][0], wanted)
 
 
 def test_plain_matches_sentencepiece(mistral):

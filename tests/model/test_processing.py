@@ -8,11 +8,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaProcessor
+from transformers import AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from cumo_model import CumoConfig
 from cumo_model.conversation import tokenize_prompt
 from cumo_model.demo.tokenizer import train_tokenizer
-from cumo_model.processing import build_processor, image_seq_length, load_image
+from cumo_model.processing import (
+    CumoImageProcessor,
+    CumoProcessor,
+    build_processor,
+    image_seq_length,
+    load_image,
+    original_processor,
+)
 
 PICTURES = Path(__file__).parents[1] / "fixtures" / "emoji"
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
@@ -81,13 +90,74 @@ def test_save_and_auto_load(tokenizer, tmp_path):
     processor = build_processor(tokenizer, 48, 8)
     processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
-    assert type(again) is LlavaProcessor
+    assert type(again) is CumoProcessor and type(again.image_processor) is CumoImageProcessor
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is CumoImageProcessor
+    assert again.image_processor.image_aspect_ratio == "pad"
     image = load_image(PICTURES / "red-apple-wide.png")
     text = "<s>[INST] <image>\nwhat is it? [/INST]"
     first, second = (p(images=image, text=text, return_tensors="pt") for p in (processor, again))
     assert torch.equal(first["input_ids"], second["input_ids"])
     assert torch.equal(first["pixel_values"], second["pixel_values"])
     assert again.chat_template == processor.chat_template
+
+
+def test_pictures_of_different_sizes_and_several_in_one_prompt(tokenizer):
+    processor = build_processor(tokenizer, 48, 8)
+    names = ["red-apple-wide.png", "banana-tall.png", "penguin-square.png"]
+    pictures = [load_image(PICTURES / name) for name in names]
+    assert len({picture.size for picture in pictures}) == 3
+    text = ["<image>what <image>colour?", "red", "<image>"]
+    batch = processor(images=pictures, text=text, padding=True, return_tensors="pt")
+    assert set(batch) == {"input_ids", "attention_mask", "pixel_values"}
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [72, 0, 36]
+    alone = [processor.image_processor(p, return_tensors="pt")["pixel_values"] for p in pictures]
+    assert torch.equal(batch["pixel_values"], torch.cat(alone))
+
+
+def test_anyres_is_the_whole_picture_and_its_tiles(tokenizer):
+    """As LLaVA's anyres: fit into the best grid on black, cut row by row; the whole picture comes first."""
+    processor = build_processor(
+        tokenizer, 48, 8, image_aspect_ratio="anyres", image_grid_pinpoints=[[48, 96], [96, 48], [96, 96]]
+    )
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 120, 3), dtype=np.uint8))
+    batch = processor(images=[wide, wide], text=["<image><image>"], return_tensors="pt")
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 2 * 3 * 36
+    pixels = batch["pixel_values"]
+    assert pixels.shape == (6, 3, 48, 48) and torch.equal(pixels[:3], pixels[3:])
+
+    def normalised(image):
+        return ((np.asarray(image, np.float64) / 255 - MEAN) / STD).transpose(2, 0, 1)
+
+    fitted = wide.resize((96, 48), Image.Resampling.BICUBIC)
+    parts = [wide.resize((48, 48), Image.Resampling.BICUBIC)]
+    parts += [fitted.crop((0, 0, 48, 48)), fitted.crop((48, 0, 96, 48))]
+    for got, part in zip(pixels[:3], parts, strict=True):
+        truth = normalised(part)
+        assert np.abs(got.numpy() - truth).max() <= 4 * np.finfo(np.float32).eps * np.abs(truth).max()
+
+
+def test_square_cuts_and_other_words_are_refused(tokenizer):
+    processor = build_processor(tokenizer, 48, 8, image_aspect_ratio="square")
+    image = Image.new("RGB", (96, 48), (255, 0, 0))
+    image.paste((0, 0, 255), (24, 0, 72, 48))
+    pixels = processor.image_processor(image, return_tensors="np")["pixel_values"][0]
+    blue = ((np.array([0, 0, 1.0]) - MEAN) / STD)[:, None, None]
+    assert np.abs(pixels[:, :, 4:-4] - blue).max() < 1e-5  # the red sides are gone
+    with pytest.raises(ValueError, match=r"image_aspect_ratio must be one of .* got 'stretch'"):
+        build_processor(tokenizer, 48, 8, image_aspect_ratio="stretch")
+    with pytest.raises(ValueError, match=r"image_aspect_ratio must be one of .* got 'stretch'"):
+        processor.image_processor(image, image_aspect_ratio="stretch")
+
+
+def test_processor_of_an_original_checkpoint(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    config = CumoConfig(original={"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[336, 672]]})
+    processor = original_processor(tmp_path, config)
+    assert processor.image_processor.image_aspect_ratio == "anyres"
+    assert processor.image_processor.image_grid_pinpoints == [[336, 672]]
+    assert processor.tokenizer.pad_token_id == processor.tokenizer.unk_token_id == 0
+    text = processor.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text.startswith("<s><s>[INST] <<SYS>>\nA chat between") and image_seq_length(processor) == 576
 
 
 def test_demo_tokenizer_ids_and_round_trip(tokenizer):

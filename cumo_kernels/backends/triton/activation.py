@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cumo_kernels.activations import ACTIVATIONS
-from cumo_kernels.backends.triton.common import act, act_and_grad, tile_of_rows
+from cumo_kernels.backends.triton.common import act, act_and_grad, narrow, tile_of_rows
 from cumo_kernels.backends.triton.tiles import on_device_of_first
 
 
@@ -48,7 +48,7 @@ def _activate_kernel(
         out *= tl.load(x_ptrs + I, mask=mask, other=0.0).to(tl.float32)
     else:
         out = act(tl.load(x_ptr + s * I + i, mask=mask, other=0.0).to(tl.float32), NAME)
-    tl.store(out_ptr + s * I + i, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + s * I + i, narrow(out, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -71,12 +71,12 @@ def _activate_backward_kernel(
         dx_ptrs = dx_ptr + s * (2 * I) + i
         value, slope = act_and_grad(tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32), NAME)
         up = tl.load(x_ptrs + I, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptrs, (grad * up * slope).to(DTYPE), mask=mask)
-        tl.store(dx_ptrs + I, (grad * value).to(DTYPE), mask=mask)
+        tl.store(dx_ptrs, narrow(grad * up * slope, DTYPE), mask=mask)
+        tl.store(dx_ptrs + I, narrow(grad * value, DTYPE), mask=mask)
     else:
         x = tl.load(x_ptr + s * I + i, mask=mask, other=0.0).to(tl.float32)
         _, slope = act_and_grad(x, NAME)
-        tl.store(dx_ptr + s * I + i, (grad * slope).to(DTYPE), mask=mask)
+        tl.store(dx_ptr + s * I + i, narrow(grad * slope, DTYPE), mask=mask)
 
 
 def _shape(x: Tensor, is_gated: bool) -> tuple[int, int]:

@@ -1,7 +1,8 @@
-"""What the Triton kernels share: the dot that is right everywhere, and the activations as device functions.
+"""What the Triton kernels share: dot and rounding that are right everywhere, activations as device functions.
 
-Compiled for a GPU or run by Triton's interpreter on CPU tensors (TRITON_INTERPRET=1), with one difference:
-the interpreter multiplies bf16 tiles wrongly, so there `dot` widens its operands first.
+Compiled for a GPU or run by Triton's interpreter on CPU tensors (TRITON_INTERPRET=1), with two differences:
+the interpreter multiplies bf16 tiles wrongly, so there `dot` widens its operands first; and it cuts an fp32
+off where bf16 ends, so there `narrow` rounds by hand.
 """
 
 import torch
@@ -68,6 +69,18 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     if INTERPRETING:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x, which is fp32, rounded to the nearest DTYPE, ties to even."""
+    if INTERPRETING:
+        if DTYPE == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            # half of what is cut off, less one unless the last bit kept is odd; -65536 is 0xFFFF0000
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
 
 
 @triton.jit

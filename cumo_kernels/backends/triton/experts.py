@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cumo_kernels.activations import ACTIVATIONS
-from cumo_kernels.backends.triton.common import act
+from cumo_kernels.backends.triton.common import act, narrow
 from cumo_kernels.backends.triton.grad_hidden import launch_grad_hidden
 from cumo_kernels.backends.triton.grouped_gemm import launch_gemm
 from cumo_kernels.backends.triton.permutation import combine
@@ -57,7 +57,7 @@ def _weigh_rows_kernel(
     if GATED:
         value = value * tl.load(ptrs + N, mask=mask, other=0.0).to(tl.float32)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
-    tl.store(out_ptrs, (weights[:, None] * value).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs, narrow(weights[:, None] * value, out_ptr.dtype.element_ty), mask=mask)
 
 
 def _weigh_rows(
@@ -198,7 +198,7 @@ def _combine_splits_kernel(
             # a dropped slot's weight may be anything
             row *= tl.load(topk_weights_ptr + token * TOP_K + choice, mask=position >= 0, other=0.0)
         total += row
-    tl.store(out_ptr + token * N + cols, total.to(out_ptr.dtype.element_ty), mask=cols < N)
+    tl.store(out_ptr + token * N + cols, narrow(total, out_ptr.dtype.element_ty), mask=cols < N)
 
 
 def _multiply_and_combine(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cumo_kernels import tuning
 from cumo_kernels.activations import ACTIVATIONS
-from cumo_kernels.backends.triton.common import act_and_grad, dot, input_precision
+from cumo_kernels.backends.triton.common import act_and_grad, dot, input_precision, narrow
 from cumo_kernels.backends.triton.tiles import (
     count_tiles,
     describe,
@@ -34,11 +34,10 @@ def _finish_hidden(
     h,  # (BLOCK_M, columns) fp32
     dots,  # (BLOCK_M,) fp32: <h, a> over the columns before these
     weights,  # (BLOCK_M,) fp32
-    z_ptr,  # (S, N) or, gated, (S, 2N)
+    z_ptr,  # (rows, N) or, gated, (rows, 2N), its first row the tile's
     dz_ptr,  # like z, or None
-    weighted_ptr,  # (S, N) or None: gets w * a
-    rows,
-    end,
+    weighted_ptr,  # (rows, N), its first row the tile's, or None: gets w * a
+    rows_left,
     first_col,
     N,
     ACTIVATION: tl.constexpr,
@@ -50,31 +49,32 @@ def _finish_hidden(
         left, right = halves(h)
         half: tl.constexpr = h.shape[1] // 2
         dots = _finish_hidden(
-            left, dots, weights, z_ptr, dz_ptr, weighted_ptr, rows, end, first_col, N,
+            left, dots, weights, z_ptr, dz_ptr, weighted_ptr, rows_left, first_col, N,
             ACTIVATION, GATED, PARTS // 2,
         )  # fmt: skip
         dots = _finish_hidden(
-            right, dots, weights, z_ptr, dz_ptr, weighted_ptr, rows, end, first_col + half, N,
+            right, dots, weights, z_ptr, dz_ptr, weighted_ptr, rows_left, first_col + half, N,
             ACTIVATION, GATED, PARTS // 2,
         )  # fmt: skip
     else:
-        cols = first_col + tl.arange(0, h.shape[1])
-        mask = (rows < end)[:, None] & (cols < N)[None, :]
-        offsets = rows.to(tl.int64)[:, None] * (2 * N if GATED else N) + cols[None, :]
+        rows = tl.arange(0, h.shape[0])[:, None]
+        cols = (first_col + tl.arange(0, h.shape[1]))[None, :]
+        mask = (rows < rows_left) & (cols < N)
+        offsets = rows * (2 * N if GATED else N) + cols
         z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         a, slope = act_and_grad(z, ACTIVATION)
         weighted_h = h * weights[:, None]
         if GATED:
             up = tl.load(z_ptr + N + offsets, mask=mask, other=0.0).to(tl.float32)
             if dz_ptr is not None:
-                tl.store(dz_ptr + N + offsets, (weighted_h * a).to(dz_ptr.dtype.element_ty), mask=mask)
+                tl.store(dz_ptr + N + offsets, narrow(weighted_h * a, dz_ptr.dtype.element_ty), mask=mask)
             a = a * up
             slope = slope * up
         if dz_ptr is not None:
-            tl.store(dz_ptr + offsets, (weighted_h * slope).to(dz_ptr.dtype.element_ty), mask=mask)
+            tl.store(dz_ptr + offsets, narrow(weighted_h * slope, dz_ptr.dtype.element_ty), mask=mask)
         if weighted_ptr is not None:
-            weighted_ptrs = weighted_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
-            tl.store(weighted_ptrs, (weights[:, None] * a).to(weighted_ptr.dtype.element_ty), mask=mask)
+            weighted = narrow(weights[:, None] * a, weighted_ptr.dtype.element_ty)
+            tl.store(weighted_ptr + (rows * N + cols), weighted, mask=mask)
         dots += tl.sum(h * a, 1)
     return dots
 
@@ -115,10 +115,10 @@ def grad_hidden_kernel(
     FLATTEN: tl.constexpr,
 ):
     tiles_n = tl.cdiv(N, BLOCK_N)
-    tiles, tile_ends = count_tiles(expert_offsets_ptr, tiles_n, E, E_POW2, BLOCK_M)
-    for tile in tl.range(tl.program_id(0), tl.sum(tiles, 0), tl.num_programs(0), flatten=FLATTEN):
+    tile_ends = count_tiles(expert_offsets_ptr, tiles_n, E, E_POW2, BLOCK_M)
+    for tile in tl.range(tl.program_id(0), tl.max(tile_ends, 0), tl.num_programs(0), flatten=FLATTEN):
         expert, end, first_row, tile_n, _ = find_tile(
-            tile, tiles, tile_ends, expert_offsets_ptr, tiles_n, 1, BLOCK_M, GROUP_M
+            tile, tile_ends, expert_offsets_ptr, tiles_n, 1, BLOCK_M, GROUP_M
         )
         rows = first_row + tl.arange(0, BLOCK_M)
         first_col = tile_n * BLOCK_N
@@ -138,9 +138,17 @@ def grad_hidden_kernel(
             h = dot(g, b, h, INPUT_PRECISION)
 
         weights = tl.load(topk_weights_ptr + slots)
+        # int64: a row number times its width passes 2**31; within a tile nothing does
+        row64 = first_row.to(tl.int64)
+        width = 2 * N if GATED else N
+        dz_row, weighted_row = dz_ptr, weighted_ptr
+        if dz_ptr is not None:
+            dz_row = dz_ptr + row64 * width
+        if weighted_ptr is not None:
+            weighted_row = weighted_ptr + row64 * N
         dots = _finish_hidden(
-            h, tl.zeros((BLOCK_M,), tl.float32), weights, z_ptr, dz_ptr, weighted_ptr,
-            rows, end, first_col, N, ACTIVATION, GATED, PARTS,
+            h, tl.zeros((BLOCK_M,), tl.float32), weights, z_ptr + row64 * width, dz_row, weighted_row,
+            end - first_row, first_col, N, ACTIVATION, GATED, PARTS,
         )  # fmt: skip
         if dots_ptr is not None:
             tl.store(dots_ptr + rows.to(tl.int64) * tiles_n + tile_n, dots, mask=rows < end)

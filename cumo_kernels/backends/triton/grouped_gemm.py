@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cumo_kernels import tuning
 from cumo_kernels.activations import ACTIVATIONS
-from cumo_kernels.backends.triton.common import act, dot, input_precision
+from cumo_kernels.backends.triton.common import act, dot, input_precision, narrow
 from cumo_kernels.backends.triton.tiles import (
     count_tiles,
     describe,
@@ -25,7 +25,7 @@ from cumo_kernels.backends.triton.tiles import (
     load_rows,
     load_weight,
     on_device_of_first,
-    sum_splits,
+    sum_rows,
     upper_bound,
 )
 from cumo_kernels.backends.triton.weight_grad import launch_weight_grad
@@ -35,12 +35,10 @@ from cumo_kernels.backends.triton.weight_grad import launch_weight_grad
 def _finish(
     acc,  # (BLOCK_M, columns) fp32
     acc_up,  # the same for the up half of a gated activation, else unused
-    bias_ptr,  # (E, N) or, gated, (E, 2N), or None
-    out_ptr,  # (S, N); under split-k (SPLITS, S, N) fp32, offset to this split
-    pre_ptr,  # (S, N) or, gated, (S, 2N), or None
-    expert,
-    rows,
-    end,
+    bias_ptr,  # (N,) or, gated, (2N,) of this expert, or None
+    out_ptr,  # (rows, N), its first row the tile's, or None
+    pre_ptr,  # (rows, N) or, gated, (rows, 2N), its first row the tile's, or None
+    rows_left,
     first_col,
     N,
     with_bias,
@@ -59,35 +57,35 @@ def _finish(
             left_up, right_up = halves(acc_up)
         half: tl.constexpr = acc.shape[1] // 2
         _finish(
-            left, left_up, bias_ptr, out_ptr, pre_ptr, expert, rows, end, first_col, N, with_bias,
+            left, left_up, bias_ptr, out_ptr, pre_ptr, rows_left, first_col, N, with_bias,
             ACTIVATION, GATED, PARTS // 2,
         )  # fmt: skip
         _finish(
-            right, right_up, bias_ptr, out_ptr, pre_ptr, expert, rows, end, first_col + half, N, with_bias,
+            right, right_up, bias_ptr, out_ptr, pre_ptr, rows_left, first_col + half, N, with_bias,
             ACTIVATION, GATED, PARTS // 2,
         )  # fmt: skip
     else:
+        rows = tl.arange(0, acc.shape[0])[:, None]
         cols = first_col + tl.arange(0, acc.shape[1])
-        mask = (rows < end)[:, None] & (cols < N)[None, :]
-        width = 2 * N if GATED else N
+        mask = (rows < rows_left) & (cols < N)[None, :]
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + expert * width + cols, mask=(cols < N) & with_bias, other=0.0)
+            bias = tl.load(bias_ptr + cols, mask=(cols < N) & with_bias, other=0.0)
             acc += bias.to(tl.float32)[None, :]
             if GATED:
-                bias_up = tl.load(bias_ptr + expert * width + N + cols, mask=cols < N, other=0.0)
+                bias_up = tl.load(bias_ptr + N + cols, mask=cols < N, other=0.0)
                 acc_up += bias_up.to(tl.float32)[None, :]
         if pre_ptr is not None:
-            pre_ptrs = pre_ptr + rows.to(tl.int64)[:, None] * width + cols[None, :]
-            tl.store(pre_ptrs, acc.to(pre_ptr.dtype.element_ty), mask=mask)
+            pre_ptrs = pre_ptr + (rows * (2 * N if GATED else N) + cols[None, :])
+            tl.store(pre_ptrs, narrow(acc, pre_ptr.dtype.element_ty), mask=mask)
             if GATED:
-                tl.store(pre_ptrs + N, acc_up.to(pre_ptr.dtype.element_ty), mask=mask)
+                tl.store(pre_ptrs + N, narrow(acc_up, pre_ptr.dtype.element_ty), mask=mask)
         if out_ptr is not None:
             if ACTIVATION is not None:
                 acc = act(acc, ACTIVATION)
             if GATED:
                 acc = acc * acc_up
-            out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
-            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            out_ptrs = out_ptr + (rows * N + cols[None, :])
+            tl.store(out_ptrs, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -140,18 +138,17 @@ def grouped_gemm_kernel(
     FLATTEN: tl.constexpr,
 ):
     tiles_n = tl.cdiv(N, BLOCK_N)
-    tiles, tile_ends = count_tiles(expert_offsets_ptr, tiles_n * SPLITS, E, E_POW2, BLOCK_M)
+    tile_ends = count_tiles(expert_offsets_ptr, tiles_n * SPLITS, E, E_POW2, BLOCK_M)
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
-    for tile in tl.range(tl.program_id(0), tl.sum(tiles, 0), tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tl.max(tile_ends, 0), tl.num_programs(0), flatten=FLATTEN):
         expert, end, first_row, tile_n, split = find_tile(
-            tile, tiles, tile_ends, expert_offsets_ptr, tiles_n, SPLITS, BLOCK_M, GROUP_M
+            tile, tile_ends, expert_offsets_ptr, tiles_n, SPLITS, BLOCK_M, GROUP_M
         )
-        rows = first_row + tl.arange(0, BLOCK_M)
         first_col = tile_n * BLOCK_N
         row_ptrs = None
         if x_desc is None:
             # rows past the expert's end are computed from its last row and never stored
-            source = tl.minimum(rows, end - 1)
+            source = tl.minimum(first_row + tl.arange(0, BLOCK_M), end - 1)
             if permutation_ptr is not None:
                 source = tl.load(permutation_ptr + source) // top_k
             row_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_x_s
@@ -176,11 +173,18 @@ def grouped_gemm_kernel(
                 )  # fmt: skip
                 acc_up = dot(a, b_up, acc_up, INPUT_PRECISION)
 
-        split_ptr = out_ptr
-        if SPLITS > 1:
-            split_ptr = out_ptr + split.to(tl.int64) * num_rows * N
+        # int64: a row number times its width passes 2**31; within a tile nothing does
+        row64 = first_row.to(tl.int64)
+        width = 2 * N if GATED else N
+        bias_row, out_row, pre_row = bias_ptr, out_ptr, pre_ptr
+        if bias_ptr is not None:
+            bias_row = bias_ptr + expert * width
+        if out_ptr is not None:
+            out_row = out_ptr + (row64 + split * num_rows.to(tl.int64)) * N
+        if pre_ptr is not None:
+            pre_row = pre_ptr + row64 * width
         _finish(
-            acc, acc_up, bias_ptr, split_ptr, pre_ptr, expert, rows, end, first_col, N, split == 0,
+            acc, acc_up, bias_row, out_row, pre_row, end - first_row, first_col, N, split == 0,
             ACTIVATION, GATED, PARTS,
         )  # fmt: skip
 
@@ -286,7 +290,7 @@ def grouped_gemm(
     out, pre = launch_gemm(
         x, weight, expert_offsets, bias, permutation, top_k, activation, keep_pre=activation is not None
     )
-    return sum_splits(out, x.dtype) if out.ndim == 3 else out, pre
+    return sum_rows(out, x.dtype) if out.ndim == 3 else out, pre
 
 
 @on_device_of_first

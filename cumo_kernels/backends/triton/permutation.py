@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels.backends.triton.common import tile_of_rows
+from cumo_kernels.backends.triton.common import narrow, tile_of_rows
 from cumo_kernels.backends.triton.tiles import on_device_of_first
 
 
@@ -79,7 +79,7 @@ def _combine_kernel(
             acc += weight[:, None] * row
         else:
             acc += row
-    out = acc.to(out_ptr.dtype.element_ty)
+    out = narrow(acc, out_ptr.dtype.element_ty)
     tl.store(out_ptr + tokens[:, None] * H + cols[None, :], out, mask=mask[:, None] & in_row)
 
 
@@ -118,7 +118,7 @@ def _combine_backward_kernel(
         grad = tl.load(grad_ptrs, mask=row_mask, other=0.0).to(tl.float32)
         row_ptrs = rows_ptr + positions[:, None] * stride_rows_s + cols[None, :]
         acc += grad * tl.load(row_ptrs, mask=row_mask, other=0.0).to(tl.float32)
-        drow = (weights[:, None] * grad).to(drows_ptr.dtype.element_ty)
+        drow = narrow(weights[:, None] * grad, drows_ptr.dtype.element_ty)
         tl.store(drows_ptr + positions[:, None] * H + cols[None, :], drow, mask=row_mask)
         zero = tl.zeros((BLOCK_S, BLOCK_H), dtype=drows_ptr.dtype.element_ty)
         zero_ptrs = drows_ptr + slots.to(tl.int64)[:, None] * H + cols[None, :]

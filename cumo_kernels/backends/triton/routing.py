@@ -9,7 +9,7 @@ _route_kernel: grid (cdiv(T, BLOCK_T)). A program writes one row of sums per gro
 group lie side by side, and the program that finishes a group last adds them in row order. Memory bound:
 reads x once, T * H elements (T * E without a gate).
 _route_backward_kernel: grid (min(cdiv(T, BLOCK_T), programs)); reads x and writes dx, 2 * T * H elements. The
-gate's gradient is summed per program in fp32, then over programs in order by _sum_rows_kernel.
+gate's gradient is summed per program in fp32, then over programs in order by sum_rows.
 sort_by_expert is in sorting.py.
 
 Contract: cumo_kernels/ops/routing.py. Truth: cumo_kernels/backends/reference/routing.py.
@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels.backends.triton.common import cached_zeros, dot, input_precision, precise_exp
+from cumo_kernels import tuning
+from cumo_kernels.backends.triton.common import cached_zeros, dot, input_precision, narrow, precise_exp
 from cumo_kernels.backends.triton.sorting import sort_by_expert
-from cumo_kernels.backends.triton.tiles import on_device_of_first
+from cumo_kernels.backends.triton.tiles import on_device_of_first, sum_rows
 from cumo_kernels.hardware import gpu_of
 
 __all__ = ["route", "route_backward", "sort_by_expert"]
@@ -86,7 +87,7 @@ def _load_logits(
                 gate_ptrs + cols[:, None], mask=(cols < H)[:, None] & (experts < E)[None, :], other=0.0
             )
             logits = dot(x, gate, logits, INPUT_PRECISION)
-        logits = logits.to(x_ptr.dtype.element_ty).to(tl.float32)
+        logits = narrow(logits, x_ptr.dtype.element_ty).to(tl.float32)
     else:
         logits = tl.load(
             x_ptr + tokens[:, None] * stride_x_t + experts[None, :],
@@ -98,7 +99,7 @@ def _load_logits(
 
 @triton.jit
 def _rounded(value, DTYPE: tl.constexpr):
-    return value.to(DTYPE).to(tl.float32)
+    return narrow(value, DTYPE).to(tl.float32)
 
 
 @triton.jit
@@ -109,12 +110,14 @@ def _logsumexp_in_dtype(logits, top, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _rank_keys(values, experts, E: tl.constexpr):
-    """int32 in the order of fp32 `values`; -0 equals 0, NaN is above all, columns right of E below all."""
+def _rank_keys(values):
+    """int32 in the order of fp32 `values`; -0 equals 0, NaN of either sign is above all.
+
+    Columns right of E hold the least value there is, and of equals the leftmost is chosen: never one of them.
+    """
     bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
     keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    keys = tl.where(values != values, 0x7FFFFFFF, keys)
-    return tl.where((experts < E)[None, :], keys, -0x80000000)
+    return tl.where(values != values, 0x7FFFFFFF, keys)
 
 
 @triton.jit(do_not_specialize=["T", "G", "group_size", "steps"])
@@ -175,7 +178,7 @@ def _route_kernel(
         lse = _logsumexp_in_dtype(logits, top, DTYPE)
         squared = _rounded(lse * lse, DTYPE)
 
-    keys = _rank_keys(probs if COMPAT == 1 else logits, experts, E)
+    keys = _rank_keys(probs if COMPAT == 1 else logits)
     values = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
     indices = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.int32)
     for k in range(K):
@@ -335,7 +338,7 @@ def _route_backward_kernel(
             dweights = tl.where(chosen != 0, (dweights - along[:, None]) / kept[:, None], 0.0)
         dprobs += dweights
         dlogits = probs * (dprobs - tl.sum(dprobs * probs, 1)[:, None] + (2.0 * lse * dz)[:, None])
-        dlogits = tl.where(mask, dlogits, 0.0).to(DTYPE)
+        dlogits = narrow(tl.where(mask, dlogits, 0.0), DTYPE)
 
         if HAS_GATE:
             for h in range(0, H, BLOCK_H):
@@ -346,7 +349,7 @@ def _route_backward_kernel(
                     gate_ptr + experts[:, None] * stride_gate_e + cols[None, :], mask=gate_mask, other=0.0
                 )
                 dx = dot(dlogits, gate, tl.zeros((BLOCK_T, BLOCK_H), dtype=tl.float32), INPUT_PRECISION)
-                tl.store(dx_ptr + tokens64[:, None] * H + cols[None, :], dx.to(DTYPE), mask=x_mask)
+                tl.store(dx_ptr + tokens64[:, None] * H + cols[None, :], narrow(dx, DTYPE), mask=x_mask)
                 x = tl.load(x_ptr + tokens64[:, None] * stride_x_t + cols[None, :], mask=x_mask, other=0.0)
                 # this program's own sums: nothing on its first tile, then what it wrote on the last
                 sum_ptrs = dgate_sums_ptr + (pid.to(tl.int64) * E + experts[:, None]) * H + cols[None, :]
@@ -357,33 +360,15 @@ def _route_backward_kernel(
             tl.store(dx_ptr + tokens64[:, None] * E + experts[None, :], dlogits, mask=mask)
 
 
-@triton.jit(do_not_specialize=["R"])
-def _sum_rows_kernel(
-    rows_ptr,  # (R, N) fp32
-    out_ptr,  # (N,)
-    R,
-    N,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
-    for start in range(0, R, BLOCK_R):
-        rows = start + tl.arange(0, BLOCK_R)
-        acc += tl.load(
-            rows_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :],
-            mask=(rows < R)[:, None] & (cols < N)[None, :],
-            other=0.0,
-        )
-    tl.store(out_ptr + cols, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=cols < N)
-
-
 def _block_t(num_tokens: int, num_experts: int, has_gate: bool, device: torch.device) -> int:
     """Tokens per program: enough programs for the chip first, then fewer and larger ones."""
     if not has_gate:
         return max(8, min(128, 1024 // triton.next_power_of_2(num_experts)))
-    per_program = num_tokens // (2 * gpu_of(device).sms)
-    return 64 if per_program >= 64 else 32 if per_program >= 32 else 16
+    # tiles of other heights add up in another order
+    per_program = 0 if tuning.BATCH_INVARIANT else num_tokens // (2 * gpu_of(device).sms)
+    # Triton 3.6 fails to lay a 64 x 16 tile out in the tensor memory of data-centre Blackwell
+    most = 32 if gpu_of(device).capability in (100, 103) else 64
+    return min(most, 64 if per_program >= 64 else 32 if per_program >= 32 else 16)
 
 
 def _tiles(num_tokens: int, num_experts: int, hidden_size: int, has_gate: bool, device: torch.device) -> dict:
@@ -489,8 +474,4 @@ def route_backward(
     )  # fmt: skip
     if not has_gate:
         return dx, x.new_empty(0)
-    dgate = torch.empty(num_experts, hidden_size, dtype=x.dtype, device=x.device)
-    _sum_rows_kernel[(triton.cdiv(dgate.numel(), 128),)](
-        sums, dgate, programs, dgate.numel(), BLOCK_R=32, BLOCK_N=128
-    )
-    return dx, dgate
+    return dx, sum_rows(sums, x.dtype)

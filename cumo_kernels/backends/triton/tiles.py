@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cumo_kernels.backends.triton.common import narrow
+
 
 def on_device_of_first(function: Callable) -> Callable:
     """Triton launches on the current device: make that the device of the first argument."""
@@ -52,18 +54,16 @@ def count_tiles(
     E_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """-> tiles of each expert, and the number of the tile after each expert's last, (E_POW2,) int32 both."""
+    """-> the number of the tile after each expert's last, (E_POW2,) int32."""
     experts = tl.arange(0, E_POW2)
     begins = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
     ends = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
-    tiles = tl.cdiv(ends - begins, BLOCK_M) * tiles_per_row_tile
-    return tiles, tl.cumsum(tiles, 0)
+    return tl.cumsum(tl.cdiv(ends - begins, BLOCK_M) * tiles_per_row_tile, 0)
 
 
 @triton.jit
 def find_tile(
     tile,
-    tiles,  # (E_POW2,) from count_tiles
     tile_ends,  # (E_POW2,) from count_tiles
     expert_offsets_ptr,  # (E + 1,) int32
     tiles_n,
@@ -74,7 +74,7 @@ def find_tile(
     """-> expert, its end row, the tile's first row, the tile's column index, the tile's split."""
     earlier = tile_ends <= tile
     expert = tl.sum(earlier.to(tl.int32), 0)
-    local = tile - tl.sum(tl.where(earlier, tiles, 0), 0)
+    local = tile - tl.max(tl.where(earlier, tile_ends, 0), 0)
     begin = tl.load(expert_offsets_ptr + expert)
     end = tl.load(expert_offsets_ptr + expert + 1)
     tiles_m = tl.cdiv(end - begin, BLOCK_M)
@@ -162,21 +162,33 @@ def halves(tile):
     return tl.reshape(tile, (M, 2, N // 2)).permute(0, 2, 1).split()
 
 
-@triton.jit(do_not_specialize=["numel"])
-def _sum_splits_kernel(partials_ptr, out_ptr, numel, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    # int64: SPLITS * numel passes 2**31
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < numel
-    total = tl.load(partials_ptr + offsets, mask=mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(partials_ptr + split * numel.to(tl.int64) + offsets, mask=mask, other=0.0)
-    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
+@triton.jit(do_not_specialize=["R"])
+def _sum_rows_kernel(
+    rows_ptr,  # (R, N) fp32
+    out_ptr,  # (N,)
+    R,
+    N,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # int64: R * N passes 2**31
+    cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+    for start in range(0, R, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        mask = (rows < R)[:, None] & (cols < N)[None, :]
+        acc += tl.load(rows_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + cols, narrow(tl.sum(acc, 0), out_ptr.dtype.element_ty), mask=cols < N)
 
 
-def sum_splits(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """(SPLITS, ...) fp32 -> (...): the sum over the first dimension, in order."""
+def sum_rows(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R, ...) fp32 -> (...): the sum over the first dimension, in a fixed order."""
     out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
     if out.numel():
-        grid = (triton.cdiv(out.numel(), 1024),)
-        _sum_splits_kernel[grid](partials, out, out.numel(), SPLITS=partials.shape[0], BLOCK=1024)
+        num_rows = partials.shape[0]
+        block_r = min(32, triton.next_power_of_2(num_rows))
+        block_n = 4096 // block_r
+        _sum_rows_kernel[(triton.cdiv(out.numel(), block_n),)](
+            partials, out, num_rows, out.numel(), BLOCK_R=block_r, BLOCK_N=block_n
+        )
     return out

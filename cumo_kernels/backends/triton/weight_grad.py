@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cumo_kernels import tuning
-from cumo_kernels.backends.triton.common import dot, input_precision
-from cumo_kernels.backends.triton.tiles import describe, grouped_order, halves, sum_splits
+from cumo_kernels.backends.triton.common import dot, input_precision, narrow
+from cumo_kernels.backends.triton.tiles import describe, grouped_order, halves, sum_rows
 
 
 @triton.jit
@@ -80,12 +80,12 @@ def _add_rows(
         columns = tl.arange(0, 16)[None, :]
         zeros = tl.zeros((BLOCK_M, 16), x.dtype)
         if row_weights_ptr is None:
-            ones = tl.where(columns == 0, tl.full((BLOCK_M, 16), 1.0, tl.float32).to(x.dtype), zeros)
+            ones = tl.broadcast_to((columns == 0).to(tl.float32), (BLOCK_M, 16)).to(x.dtype)
         else:
             weights = tl.load(row_weights_ptr + slots, mask=rows < end, other=0.0)
             # a weight and what its rounding lost, in two columns: 16 bits of it survive in bf16
-            high = weights.to(x.dtype)
-            low = (weights - high.to(tl.float32)).to(x.dtype)
+            high = narrow(weights, x.dtype)
+            low = narrow(weights - high.to(tl.float32), x.dtype)
             ones = tl.where(columns == 0, high[:, None], tl.where(columns == 1, low[:, None], zeros))
         acc_bias = dot(grad.T, ones, acc_bias, INPUT_PRECISION)
     return acc, acc_bias
@@ -134,10 +134,9 @@ def _sum_rows(
 @triton.jit
 def _store(
     acc,  # (BLOCK_N, columns) fp32
-    out_ptr,  # (N, K) of one expert
-    cols_n,
+    out_ptr,  # (rows, K), its first row the tile's
+    rows_left,
     first_k,
-    N,
     K,
     PARTS: tl.constexpr,
 ):
@@ -145,13 +144,13 @@ def _store(
     if PARTS > 1:
         left, right = halves(acc)
         half: tl.constexpr = acc.shape[1] // 2
-        _store(left, out_ptr, cols_n, first_k, N, K, PARTS // 2)
-        _store(right, out_ptr, cols_n, first_k + half, N, K, PARTS // 2)
+        _store(left, out_ptr, rows_left, first_k, K, PARTS // 2)
+        _store(right, out_ptr, rows_left, first_k + half, K, PARTS // 2)
     else:
-        cols_k = first_k + tl.arange(0, acc.shape[1])
-        mask = (cols_n < N)[:, None] & (cols_k < K)[None, :]
-        out_ptrs = out_ptr + cols_n.to(tl.int64)[:, None] * K + cols_k[None, :]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        rows = tl.arange(0, acc.shape[0])[:, None]
+        cols = (first_k + tl.arange(0, acc.shape[1]))[None, :]
+        mask = (rows < rows_left) & (cols < K)
+        tl.store(out_ptr + (rows * K + cols), narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -203,17 +202,21 @@ def weight_grad_kernel(
         # int64: SPLITS * E * N * K passes 2**31
         slab = split.to(tl.int64) * E + expert
         cols_n = first_n + tl.arange(0, BLOCK_N)
-        with_bias = False
-        if bias_out_ptr is not None:
-            with_bias = tile_k == 0
-        if with_bias:
+        if bias_out_ptr is None:
+            acc, _ = _sum_rows(
+                grad_ptr, grad_desc, x_ptr, x_desc, permutation_ptr, None,
+                begin, end, first_n, first_k, N, K, top_k,
+                stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
+                GATHER_GRAD, GATHER_X, False, EVEN_N, EVEN_K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        elif tile_k == 0:
             acc, acc_bias = _sum_rows(
                 grad_ptr, grad_desc, x_ptr, x_desc, permutation_ptr, row_weights_ptr,
                 begin, end, first_n, first_k, N, K, top_k,
                 stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
                 GATHER_GRAD, GATHER_X, True, EVEN_N, EVEN_K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            bias = tl.sum(acc_bias, 1).to(bias_out_ptr.dtype.element_ty)
+            bias = narrow(tl.sum(acc_bias, 1), bias_out_ptr.dtype.element_ty)
             tl.store(bias_out_ptr + slab * N + cols_n, bias, mask=cols_n < N)
         else:
             acc, _ = _sum_rows(
@@ -222,7 +225,7 @@ def weight_grad_kernel(
                 stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
                 GATHER_GRAD, GATHER_X, False, EVEN_N, EVEN_K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-        _store(acc, out_ptr + slab * N * K, cols_n, first_k, N, K, PARTS)
+        _store(acc, out_ptr + (slab * N + first_n) * K, N - first_n, first_k, K, PARTS)
 
 
 def launch_weight_grad(
@@ -289,6 +292,6 @@ def launch_weight_grad(
         **config.constants("FLATTEN"),
     )
     if split:
-        grad_weight = sum_splits(grad_weight, x.dtype)
-        grad_bias = sum_splits(grad_bias, x.dtype) if need_bias else grad_bias
+        grad_weight = sum_rows(grad_weight, x.dtype)
+        grad_bias = sum_rows(grad_bias, x.dtype) if need_bias else grad_bias
     return grad_weight, grad_bias

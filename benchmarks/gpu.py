@@ -1,0 +1,213 @@
+"""make gpu: build, verify, test, sanitize, tune, measure and report on this machine's GPU, within a budget.
+
+Steps run in order of what one learns from them; each step's output is on disk before the next begins, so a
+run that is cut off leaves what it found. In the folder given by --out:
+
+    summary.md     a line per step, rewritten after each
+    log.txt        everything the steps printed
+    verify.json    every case of verify
+    results.tgz    CSV files, pictures, REPORT.md, tile sizes
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGET = 540.0
+RESERVE = 20.0  # seconds kept for the steps that run `always`
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    command: tuple[str, ...]
+    cap: float  # seconds at most, out of BUDGET; another budget scales it
+    why_not: Callable[[], str | None] = lambda: None  # the reason to skip it, or None
+    environment: dict[str, str] = field(default_factory=dict)
+    must_pass: bool = False
+    always: bool = False  # runs even when the budget is spent
+
+
+@dataclass
+class Outcome:
+    name: str
+    verdict: str  # ok | FAILED (code) | out of time | skipped
+    seconds: float
+    remark: str
+
+
+def sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer") or next(
+        (str(path) for path in sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))), None
+    )
+
+
+def no_build() -> str | None:
+    if not (ROOT / "csrc" / "bindings.cpp").exists():
+        return "this tree has no csrc/bindings.cpp"
+    return (
+        None if shutil.which("nvcc") or os.environ.get("CUDA_HOME") else "no nvcc on PATH or under CUDA_HOME"
+    )
+
+
+def plan(device: str, out: Path) -> list[Step]:
+    """Every step, in order; on a CPU those that need a GPU say so."""
+    python = sys.executable
+    cumo = (python, "-m", "cumo_kernels")
+    need_gpu = lambda: None if device == "cuda" else "torch sees no CUDA device"
+    verify = (*cumo, "verify", "--device", device, "--no-interpreter")
+    bench = (python, "-m", "benchmarks", "--device", device, "--no-report")
+    tune = (*cumo, "tune", "--seconds", "2")
+    tests = (
+        python,
+        "-m",
+        "pytest",
+        "-v",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+    )
+    return [
+        Step("machine", (*cumo, "explain", "--device", device), 30),
+        Step("build", (python, "setup.py", "build_ext", "--inplace"), 240, no_build, must_pass=True),
+        Step("first verify", (*verify, "--few"), 60, must_pass=True),
+        Step("first bench", (*bench, "--only", "experts", "--budget", "60", "--seconds", "0.5"), 90),
+        Step("verify", (*verify, "--budget", "100", "--json", str(out / "verify.json")), 120, must_pass=True),
+        Step(
+            "gpu tests", (*tests, "-m", "gpu", "tests/kernels/test_gpu.py", "tests/kernels"), 120,
+            need_gpu, must_pass=True,
+        ),
+        Step(
+            "sanitizer", (sanitizer() or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
+                          *verify, "--few", "--dtype", "bf16"), 60,
+            lambda: need_gpu() or (None if sanitizer() else "compute-sanitizer is not installed"),
+            # memory from the driver for each tensor, so that its end is its end
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, must_pass=True,
+        ),
+        Step("tune", (*tune, "--shape", "clip"), 75, need_gpu),
+        Step("bench", (*bench, "--budget", "240", "--seconds", "0.3"), 300),
+        Step("tune more", (*tune, "--shape", "llm", "--shape", "mlp"), 120, need_gpu),
+        Step("full bench", (*bench, "--full", "--seconds", "0.3"), 600, need_gpu),
+        Step("report", (python, "-m", "benchmarks.plot"), RESERVE, always=True),
+    ]  # fmt: skip
+
+
+def execute(step: Step, seconds: float, log: Path) -> tuple[int | None, str]:
+    """Run one step, its output to `log` and screen -> exit code (None: out of time) and its last words."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
+    with log.open("ab") as file, log.open("rb") as seen:
+        file.write(f"\n== {step.name}: {' '.join(step.command)}\n".encode())
+        file.flush()
+        seen.seek(0, os.SEEK_END)
+        try:
+            child = subprocess.Popen(
+                step.command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+            )
+        except OSError as error:
+            return 127, str(error)
+        stop, text, running = time.monotonic() + seconds, "", True
+        while running:
+            running = child.poll() is None  # asked before the last read, so that nothing is missed
+            part = seen.read().decode(errors="replace")
+            print(part, end="", flush=True)
+            text = (text + part)[-4000:]
+            if running and time.monotonic() > stop:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+                return None, last_line(text)
+            time.sleep(0.1 if running else 0)
+        return child.returncode, last_line(text)
+
+
+def last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def write_summary(outcomes: Iterable[Outcome], head: str, path: Path) -> str:
+    lines = [head, "", "| step | verdict | seconds | last words |", "|---|---|---|---|"]
+    lines += [
+        f"| {o.name} | {o.verdict} | {o.seconds:.0f} | {o.remark[:100].replace('|', '/')} |" for o in outcomes
+    ]
+    text = "\n".join(lines) + "\n"
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+    return text
+
+
+def pack(out: Path) -> None:
+    """results.tgz: whatever the benchmarks and the tuning have written so far."""
+    part = out / ".results.tgz.part"
+    with tarfile.open(part, "w:gz") as tar:
+        for name in ("benchmarks/results", "benchmarks/REPORT.md", "cumo_kernels/configs"):
+            if (ROOT / name).exists():
+                tar.add(ROOT / name, name)
+    part.replace(out / "results.tgz")
+
+
+def run(steps: Iterable[Step], budget: float, out: Path, head: str) -> list[Outcome]:
+    """Run `steps` within `budget` seconds; what each found is on disk before the next begins."""
+    out.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    outcomes: list[Outcome] = []
+    for step in steps:
+        left = budget - (time.monotonic() - begin) - (0 if step.always else RESERVE * budget / BUDGET)
+        reason = step.why_not()
+        if reason is not None:
+            outcomes.append(Outcome(step.name, "skipped", 0, reason))
+        elif left < 3 and not step.always:
+            outcomes.append(Outcome(step.name, "skipped", 0, "the budget is spent"))
+        else:
+            seconds = step.cap if step.always else min(left, step.cap * max(1, budget / BUDGET))
+            print(f"== {step.name} (at most {seconds:.0f} s)", flush=True)
+            started = time.monotonic()
+            code, words = execute(step, seconds, out / "log.txt")
+            verdict = "out of time" if code is None else "ok" if code == 0 else f"FAILED ({code})"
+            outcomes.append(Outcome(step.name, verdict, time.monotonic() - started, words))
+        write_summary(outcomes, head, out / "summary.md")
+        pack(out)
+    return outcomes
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--budget", type=float, default=float(os.environ.get("BUDGET", BUDGET)), help="seconds"
+    )
+    parser.add_argument("--out", type=Path, default=None, help="folder; default runs/gpu/<time>")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try this script")
+    parser.add_argument("--only", action="append", help="steps to run, by name; default: all")
+    args = parser.parse_args(argv)
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("gpu: torch sees no CUDA device on this machine, so there is nothing to run")
+        return 1
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU: no GPU was measured"
+    now = datetime.now(UTC)
+    out = (args.out or ROOT / "runs" / "gpu" / f"{now:%Y%m%dT%H%M%S}").resolve()
+    steps = plan(args.device, out)
+    unknown = set(args.only or ()) - {step.name for step in steps}
+    if unknown:
+        parser.error(f"--only must be one of {[step.name for step in steps]}, got {sorted(unknown)}")
+    steps = [step for step in steps if not args.only or step.name in args.only]
+    head = f"# {name}, torch {torch.__version__}, {now:%Y-%m-%d %H:%M} UTC, budget {args.budget:.0f} s"
+    outcomes = run(steps, args.budget, out, head)
+    print(f"\n{(out / 'summary.md').read_text()}\nin {out}")
+    required = {step.name for step in steps if step.must_pass}
+    return int(any(o.verdict.startswith("FAILED") and o.name in required for o in outcomes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,386 @@
+"""From a case to rows: build it, gate every variant against fp64, time the green ones in turns, append.
+
+A benchmark file has an op's name, its cases and one `setup`; everything else is here.
+"""
+
+import argparse
+import gc
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import record, timing
+from benchmarks.record import Gap, Row
+from benchmarks.shapes import SHAPES, Shape
+from cumo_kernels import dispatch, hardware, use_backend
+from cumo_kernels.testing import Yardstick
+from cumo_kernels.tune import DTYPES
+
+MODES = ("forward", "backward", "both")
+
+
+@dataclass
+class Workload:
+    """One case, ready to run. FLOPs and bytes are those of the task, whoever does it and however."""
+
+    run: Callable[
+        ..., Tensor | tuple[Tensor, ...]
+    ]  # through our public names, on whichever backend is forced
+    truth: Callable[..., Tensor | tuple[Tensor, ...]]  # plain PyTorch: the gate
+    inputs: tuple[Tensor, ...]
+    flops: int = 0  # forward; backward is `backward_flops`, twice that unless given
+    bytes: int = 0  # forward: every operand once
+    backward_flops: int | None = None
+    backward_bytes: int | None = None
+    peers: dict[str, Callable] = field(default_factory=dict)
+    forward_only: tuple[str, ...] = ()  # peers without a backward
+    gaps: dict[str, str] = field(default_factory=dict)  # peer -> why it is not here
+    dense: tuple[Callable, tuple[Tensor, ...]] | None = None  # equal FLOPs without experts: the ceiling
+    parameters: tuple[Tensor, ...] = ()  # besides the inputs: what backward also has to reach
+    note: str = ""  # what was cut to fit
+
+    def cost(self, mode: str) -> tuple[int, int]:
+        forward = (self.flops, self.bytes)
+        backward = (
+            2 * self.flops if self.backward_flops is None else self.backward_flops,
+            2 * self.bytes if self.backward_bytes is None else self.backward_bytes,
+        )
+        if mode == "both":
+            return forward[0] + backward[0], forward[1] + backward[1]
+        return forward if mode == "forward" else backward
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one call of `measure` is about."""
+
+    shape: Shape
+    dtype: str = "bf16"
+    pattern: str = "uniform"
+    modes: tuple[str, ...] = MODES
+    gate_dtype: str | None = None  # the dtype timed, unless given
+
+
+Setup = Callable[[Shape, torch.dtype, str, str], Workload]
+
+
+def backends(device: str, wanted: Iterable[str] | None = None) -> list[str]:
+    """Our backends that run on `device`, those on request included: a benchmark is a request."""
+    names = [
+        row.name for row in dispatch.BACKENDS if row.refuse("expert_mlp", device, torch.bfloat16) is None
+    ]
+    return [name for name in names if wanted is None or name in wanted]
+
+
+def _forced(backend: str, run: Callable) -> Callable:
+    def call(*inputs: Tensor):
+        with use_backend(backend):
+            return run(*inputs)
+
+    return call
+
+
+def _variants(workload: Workload, device: str, wanted: Iterable[str] | None) -> dict[str, Callable]:
+    ours = {f"cumo/{name}": _forced(name, workload.run) for name in backends(device, wanted)}
+    return ours | workload.peers
+
+
+def gate_shape(shape: Shape, device: str) -> Shape:
+    """`shape`, or a smaller one where fp64 copies of its weights and rows would not fit or take minutes."""
+    if device == "cuda":
+        room, flops = torch.cuda.get_device_properties(0).total_memory * 0.8, 2e13
+    else:
+        room, flops = 4 << 30, 6e11
+    # fp64 leaves, their copies and gradients of the op, of torch and of fp64; about eight tensors of rows
+    needed = lambda s: 8 * (6 * s.weights + 8 * s.slots * (s.width + s.H))
+    while needed(shape) > room or 9 * shape.gemm_flops > flops:
+        if 8 * 6 * shape.weights > room / 2:
+            shape = replace(shape, I=shape.I // 2)
+        elif shape.groups % 2 == 0:
+            shape = replace(shape, T=shape.T // 2, groups=shape.groups // 2)
+        elif shape.groups > 1:
+            shape = replace(shape, T=shape.T // shape.groups, groups=1)
+        elif shape.T > 16:
+            shape = replace(shape, T=shape.T // 2)
+        else:
+            break
+    return shape
+
+
+@dataclass(frozen=True)
+class Verdict:
+    error: float | None = None  # worst output, in units of torch's own error
+    gradient_error: float | None = None
+    refusal: str | None = None  # why it gets no timing at all
+    backward_refusal: str | None = None  # why it gets none of a backward
+
+
+def gate(variants: dict[str, Callable], workload: Workload) -> dict[str, Verdict]:
+    """Hold every variant against fp64 by the rule of cumo_kernels/testing.py."""
+    yardstick = Yardstick(workload.truth, workload.inputs, pool=False)
+    verdicts = {}
+    for name, run in variants.items():
+        try:
+            found = yardstick.measure(run)
+        except Exception as error:  # somebody else's package, too, may raise anything: then it has no number
+            verdicts[name] = Verdict(refusal=said(error))
+            continue
+        outputs = [row for row in found if row.name.startswith("output")]
+        gradients = [row for row in found if row.name.startswith("gradient")]
+        worst = lambda rows: max((row.ratio for row in rows), default=None)
+        reason = lambda rows: next((row.reason for row in rows if row.reason is not None), None)
+        backward = "it has no backward" if name in workload.forward_only else reason(gradients)
+        verdicts[name] = Verdict(worst(outputs), worst(gradients), reason(outputs), backward)
+    return verdicts
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:160]}"
+
+
+def steps_of(
+    run: Callable, inputs: tuple[Tensor, ...], modes: Iterable[str], parameters: tuple[Tensor, ...] = ()
+) -> dict[str, timing.Step]:
+    """mode -> a function without arguments that does it once."""
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]  # shared, not copied
+    wanted = [*(t for t in leaves if t.requires_grad), *parameters]
+    as_tuple = lambda outs: (outs,) if isinstance(outs, Tensor) else outs
+    differentiable = lambda: tuple(o for o in as_tuple(run(*leaves)) if o.requires_grad)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return run(*leaves)
+
+    steps: dict[str, timing.Step] = {"forward": forward}
+    if set(modes) - {"forward"}:
+        outs = differentiable()
+        upstream = tuple(torch.randn_like(o) for o in outs)
+        steps["backward"] = lambda: torch.autograd.grad(
+            outs, wanted, upstream, retain_graph=True, allow_unused=True
+        )
+        steps["both"] = lambda: torch.autograd.grad(differentiable(), wanted, upstream, allow_unused=True)
+    return {mode: steps[mode] for mode in modes if mode in steps}
+
+
+def saved_bytes(run: Callable, inputs: tuple[Tensor, ...], parameters: tuple[Tensor, ...] = ()) -> int:
+    """What one forward pass keeps for backward, besides inputs and weights; memory kept twice counts once."""
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]  # shared, not copied
+    given = {t.untyped_storage().data_ptr() for t in (*leaves, *parameters)}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = run(*leaves)
+    del out
+    return sum(kept.values())
+
+
+def _peak_bytes(step: timing.Step, device: str) -> int | None:
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def floor_ms(flops: int, bytes_: int, dtype: torch.dtype, device: str) -> float | None:
+    """What the data sheet allows: the larger of the arithmetic's and the memory's time; None if unknown."""
+    if device != "cuda":
+        return None
+    gpu = hardware.gpu_of(torch.device("cuda"))
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    peak = (gpu.tflops_tf32 if tf32 else gpu.tflops_fp32) if dtype == torch.float32 else gpu.tflops_16
+    if peak is None or gpu.gb_per_s is None:
+        return None
+    return max(flops / peak / 1e9, bytes_ / gpu.gb_per_s / 1e6)
+
+
+def measure(
+    op: str,
+    setup: Setup,
+    case: Case,
+    device: str,
+    run_id: str,
+    seconds: float = 1.0,
+    wanted: Iterable[str] | None = None,
+    log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+) -> tuple[list[Row], list[Gap]]:
+    """Gate, then time, one case -> a row per variant and mode that was timed, a gap per one that was not."""
+    shape, dtype, gate_dtype = case.shape, DTYPES[case.dtype], DTYPES[case.gate_dtype or case.dtype]
+    facts = record.machine(device) | record.versions() | {"commit": record.commit()}
+    small = gate_shape(shape, device)
+    gaps: list[Gap] = []
+
+    def gap(variant: str, mode: str, reason: str) -> None:
+        gaps.append(
+            Gap(op, variant, mode, shape.name, case.pattern, case.dtype, reason, facts["machine"], run_id)
+        )
+        log(f"  {variant}: NOT TIMED ({mode}): {reason}")
+
+    log(f"{op} {shape.name} T={shape.T} {case.dtype} {case.pattern}")
+    torch.manual_seed(0)
+    gated = setup(small, gate_dtype, device, case.pattern)
+    verdicts = gate(_variants(gated, device, wanted), gated)
+    for name, reason in gated.gaps.items():
+        gap(name, "all", reason)
+    for name, verdict in verdicts.items():
+        if verdict.refusal is not None:
+            gap(name, "all", f"the gate refuses it: {verdict.refusal}")
+        elif verdict.backward_refusal is not None and set(case.modes) - {"forward"}:
+            gap(name, "backward", f"the gate refuses it: {verdict.backward_refusal}")
+    same = small == shape and gate_dtype == dtype
+    workload = gated if same else setup(shape, dtype, device, case.pattern)
+    remarks = [workload.note] if workload.note else []
+    remarks += [f"gate at T{small.T} {small.sizes}"] if small != shape else []
+    remarks += [f"gate in {case.gate_dtype}"] if gate_dtype != dtype else []
+    variants = {n: f for n, f in _variants(workload, device, wanted).items() if verdicts[n].refusal is None}
+    del gated
+    _collect(device)
+
+    def ready(name: str, run: Callable, inputs: tuple[Tensor, ...]) -> dict[str, timing.Step]:
+        forward_only = name in verdicts and verdicts[name].backward_refusal is not None
+        modes = [mode for mode in case.modes if mode == "forward" or not forward_only]
+        try:
+            steps = steps_of(run, inputs, modes, () if name == "dense" else workload.parameters)
+            for step in steps.values():
+                step()
+        except Exception as error:  # out of memory, or whatever a peer raises at this size
+            gap(name, "all", f"it cannot run: {said(error)}")
+            return {}
+        return steps
+
+    steps = {name: ready(name, run, workload.inputs) for name, run in variants.items()}
+    saved = {
+        name: saved_bytes(variants[name], workload.inputs, workload.parameters)
+        for name, modes in steps.items()
+        if set(modes) - {"forward"}
+    }
+    if workload.dense is not None:
+        steps["dense"] = ready("dense", *workload.dense)
+    rows: list[Row] = []
+    clock = timing.clock_of(device)
+    for mode in case.modes:
+        flops, bytes_ = workload.cost(mode)
+        floor = floor_ms(flops, bytes_, dtype, device)
+        eager = {name: modes[mode] for name, modes in steps.items() if mode in modes}
+        timed = {clock.name: eager}
+        if device == "cuda" and mode != "backward":  # a backward alone belongs to a graph captured elsewhere
+            timed["graph"] = _captured(eager, log)
+        peak = {name: _peak_bytes(step, device) for name, step in eager.items()}
+        for timer, group in timed.items():
+            times = timing.interleave(group, clock, seconds) if group else {}
+            dense = times["dense"].ms_p50 if "dense" in times else None
+            for name, t in times.items():
+                verdict = verdicts.get(name, Verdict())
+                rows.append(
+                    Row(
+                        run=run_id, op=op, variant=name, mode=mode, shape=shape.name, tokens=shape.T,
+                        sizes=shape.sizes, pattern=case.pattern, dtype=case.dtype, timer=timer,
+                        cache=clock.cache, rounds=t.rounds, ms_p20=t.ms_p20, ms_p50=t.ms_p50, ms_p80=t.ms_p80,
+                        tflops=flops / t.ms_p50 / 1e9 if flops else None,
+                        gb_per_s=bytes_ / t.ms_p50 / 1e6 if bytes_ else None,
+                        floor_ms=floor, share_of_floor=None if floor is None else floor / t.ms_p50,
+                        ratio_to_dense=None if dense is None else dense / t.ms_p50,
+                        saved_bytes=saved.get(name), peak_bytes=peak.get(name),
+                        error=verdict.error, gradient_error=verdict.gradient_error, gate="; ".join(remarks),
+                        date=datetime.now(UTC).strftime("%Y-%m-%d"), **facts,
+                    )
+                )  # fmt: skip
+                span = f"({t.ms_p20:.4g} .. {t.ms_p80:.4g})"
+                log(f"  {mode:<8} {timer:<5} {name:<18} {t.ms_p50:.4g} ms {span}")
+    _collect(device)
+    return rows, gaps
+
+
+def _collect(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _captured(steps: dict[str, timing.Step], log: Callable[[str], None]) -> dict[str, timing.Step]:
+    found = {}
+    for name, step in steps.items():
+        try:
+            # what waits for the host would break off a capture, and leave the allocator in the middle of it
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            found[name] = timing.captured(step)
+        except Exception as error:
+            log(f"  {name}: no CUDA graph: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = [row.name for row in dispatch.BACKENDS]
+    parser.add_argument("--full", action="store_true", help="every shape and dtype, not the first few")
+    parser.add_argument("--shape", choices=sorted(SHAPES), action="append", help="these shapes only")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), action="append")
+    parser.add_argument("--backend", choices=names, action="append")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--seconds", type=float, help="of timing for one case and mode")
+    parser.add_argument("--budget", type=float, help="seconds; no case begins after them; 210 on a CPU")
+    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the CSV files")
+    parser.add_argument("--dry", action="store_true", help="write no file")
+
+
+def run_all(files: Iterable, args: argparse.Namespace) -> int:
+    """Measure the cases of benchmark modules (OP, cases, setup), each appended as soon as it is done."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    run_id = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    budget = args.budget or (210 if device == "cpu" and not args.full else math.inf)
+    stop, done, left, broken = time.monotonic() + budget, 0, 0, 0
+    for file in files:
+        cases = file.cases(device, args.full)
+        if args.shape:
+            cases = [c for c in cases if c.shape.name in args.shape] or [Case(SHAPES[s]) for s in args.shape]
+        for case in cases:
+            for dtype in args.dtype or [case.dtype]:
+                if time.monotonic() > stop:
+                    left += 1
+                    continue
+                try:
+                    rows, gaps = measure(
+                        file.OP, file.setup, replace(case, dtype=dtype), device, run_id,
+                        args.seconds or 1.0, args.backend,
+                    )  # fmt: skip
+                except Exception:  # one case that does not fit must not cost those behind it
+                    traceback.print_exc()
+                    broken += 1
+                    _collect(device)
+                    continue
+                done += bool(rows)
+                if not args.dry:
+                    record.append(rows, args.results)
+                    record.append_gaps(gaps, args.results)
+    print(f"bench: {done} cases measured on {record.machine(device)['machine']}", end="")
+    print(f", {broken} broke off" if broken else "", end="")
+    print(f", {left} left out: the budget was spent" if left else "")
+    return 1 if broken or not done + left else 0
+
+
+def main(module_name: str) -> int:
+    """The command line of one benchmark file."""
+    module = sys.modules[module_name]
+    parser = argparse.ArgumentParser(description=module.__doc__)
+    add_arguments(parser)
+    return run_all([module], parser.parse_args())

@@ -1,0 +1,193 @@
+"""Other implementations of the expert layer, each optional; `make peers` fetches the pinned wheels.
+
+A peer is a function of (x, topk_weights, up_proj, down_proj, *biases) made for one routing plan. The same
+gate and the same clock apply to it as to ours. A peer that is not installed, or that cannot run a case, is a
+gap with its reason, never a silent absence.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.eager import activate, experts_loop
+from benchmarks.shapes import Shape
+from cumo_kernels import Routing
+
+FETCHED = Path(__file__).resolve().parents[1] / ".peers"  # where `make peers` installs
+Layer = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    module: str | None  # what must be importable
+    make: Callable[[Shape, Routing], Layer]
+    backward: bool = True
+    devices: tuple[str, ...] = ("cuda",)
+    only: str | None = None  # "swiglu": gated experts without bias
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+
+    def refuse(self, shape: Shape, dtype: torch.dtype, device: str) -> str | None:
+        """Why it cannot run the case here, or None."""
+        if device not in self.devices:
+            return f"it needs a {' or '.join(self.devices)} device"
+        if self.only == "swiglu" and (shape.activation != "swiglu" or shape.bias):
+            return "it has only SwiGLU experts without bias"
+        if dtype not in self.dtypes:
+            return f"it does not compute in {dtype}"
+        if self.module is not None:
+            if FETCHED.is_dir() and str(FETCHED) not in sys.path:
+                sys.path.append(str(FETCHED))  # behind everything: a peer replaces no package of ours
+            try:
+                _prepare(self.module)
+                importlib.import_module(self.module)
+            except Exception as error:  # whatever somebody else's package raises is its own reason
+                return f"{self.module} cannot be imported ({type(error).__name__}: {str(error)[:100]})"
+        return None
+
+
+def _prepare(module: str) -> None:
+    if module.startswith("triton_kernels"):
+        # written for a later Triton: this one name is missing in 3.6
+        import triton
+        from triton.language import target_info
+
+        if not hasattr(target_info, "is_hip_gfx1250"):
+            target_info.is_hip_gfx1250 = triton.language.constexpr_function(lambda: False)
+
+
+def _membership(routing: Routing) -> Tensor:
+    """(S, E): 1 where the sorted row belongs to the expert.
+
+    Biases are added as a product with it. Indexing would be plainer, but its gradient sums one row after the
+    other, in bf16 even in bf16, and the gate refuses that.
+    """
+    rows = torch.arange(routing.num_slots, dtype=torch.int32, device=routing.permutation.device)
+    experts = torch.searchsorted(routing.expert_offsets[1:], rows, right=True)
+    return torch.nn.functional.one_hot(experts, routing.num_experts)
+
+
+def _weighted_sum(rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    by_slot = rows.index_select(0, routing.inverse_permutation).unflatten(0, (-1, routing.top_k))
+    return (by_slot * weights[..., None].to(by_slot)).sum(1)
+
+
+def _composed(shape: Shape, routing: Routing, gemm: Callable[[Tensor, Tensor], Tensor]) -> Layer:
+    """Gather, GEMM, bias, activation, GEMM, bias, weighted sum: each an op of plain torch around `gemm`."""
+    tokens = routing.token_indices
+    member = _membership(routing) if shape.bias else None
+
+    def layer(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, *biases: Tensor) -> Tensor:
+        z = gemm(x.index_select(0, tokens), up)
+        if biases:
+            z = torch.addmm(z, member.to(x), biases[0])
+        y = gemm(activate(z, shape.activation), down)
+        if biases:
+            y = torch.addmm(y, member.to(x), biases[1])
+        return _weighted_sum(y, weights, routing)
+
+    return layer
+
+
+def _eager_loop(shape: Shape, routing: Routing) -> Layer:
+    indices = routing.topk_indices.long()
+    return lambda x, weights, *rest: experts_loop(
+        x, weights, indices, *rest, activation=shape.activation, groups=shape.groups
+    )
+
+
+def _grouped_mm(shape: Shape, routing: Routing) -> Layer:
+    ends = routing.expert_offsets[1:].contiguous()
+    return _composed(
+        shape, routing, lambda x, w: torch.nn.functional.grouped_mm(x, w.transpose(1, 2), offs=ends)
+    )
+
+
+def grouped_mm_first(shape: Shape, routing: Routing) -> Layer:
+    """Only the layer's first half: gather, torch's grouped_mm, bias, activation."""
+    ends, tokens = routing.expert_offsets[1:].contiguous(), routing.token_indices
+    member = _membership(routing) if shape.bias else None
+
+    def first(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        z = torch.nn.functional.grouped_mm(x.index_select(0, tokens), weight.transpose(1, 2), offs=ends)
+        return activate(torch.addmm(z, member.to(x), bias[0]) if bias else z, shape.activation)
+
+    return first
+
+
+def _moe_ops(shape: Shape, routing: Routing) -> Layer:
+    from moe_ops import grouped_gemm
+
+    ends = routing.expert_offsets[1:].contiguous()
+    return _composed(shape, routing, lambda x, w: grouped_gemm(x, w, ends))
+
+
+def _liger(shape: Shape, routing: Routing) -> Layer:
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    indices = routing.topk_indices
+    return lambda x, weights, up, down: LigerFusedMoEFunction.apply(x, up, down, indices, weights)
+
+
+def _triton_kernels(shape: Shape, routing: Routing) -> Layer:
+    from triton_kernels.matmul import matmul
+    from triton_kernels.tensor import make_ragged_tensor_metadata
+
+    ragged = make_ragged_tensor_metadata(routing.tokens_per_expert, routing.num_slots)
+    tokens = routing.token_indices.int()
+
+    def layer(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, *biases: Tensor) -> Tensor:
+        up_bias, down_bias = (b.float() for b in biases) if biases else (None, None)
+        z = matmul(x, up.transpose(1, 2), up_bias, a_ragged_metadata=ragged, gather_indx=tokens)
+        a = activate(z, shape.activation)
+        y = matmul(a, down.transpose(1, 2), down_bias, a_ragged_metadata=ragged)
+        return _weighted_sum(y, weights, routing)
+
+    return layer
+
+
+def _scattermoe(shape: Shape, routing: Routing) -> Layer:
+    from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
+
+    order, slots, ends = flatten_sort_count(routing.topk_indices.long(), num_experts=routing.num_experts)
+    top_k = routing.top_k
+
+    def layer(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, *biases: Tensor) -> Tensor:
+        up_bias, down_bias = biases or (None, None)
+        z = parallel_linear(
+            x, up.transpose(1, 2), top_k, order, slots, ends, expert_biases=up_bias, grouped_out=True
+        )
+        return parallel_linear(
+            activate(z, shape.activation), down.transpose(1, 2), 1, order, slots, ends,
+            expert_biases=down_bias, grouped_in=True, gates=weights.to(x.dtype),
+        )  # fmt: skip
+
+    return layer
+
+
+ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PEERS = (
+    Peer("cumo-original", None, _eager_loop, devices=("cpu", "cuda"), dtypes=ALL_DTYPES),
+    Peer("torch-grouped_mm", None, _grouped_mm, devices=("cpu", "cuda"), dtypes=ALL_DTYPES),
+    Peer("moe-ops", "moe_ops", _moe_ops),
+    Peer("liger", "liger_kernel.ops.fused_moe", _liger, only="swiglu", dtypes=(torch.bfloat16,)),
+    Peer("triton_kernels", "triton_kernels.matmul", _triton_kernels, backward=False),
+    Peer("scattermoe", "scattermoe.parallel_experts", _scattermoe),
+)
+# asked for, and without an adapter so far: stated in the report
+MISSING = {
+    "quack": "a layer assembled from quack-kernels is not written yet",
+    "sonic-moe": "no adapter yet; its wheel pins torch <= 2.9.1 and has no non-gated experts",
+}
+
+
+def available(shape: Shape, dtype: torch.dtype, device: str) -> tuple[list[Peer], dict[str, str]]:
+    """-> peers that can run the case here, and the reason of each that cannot."""
+    reasons = {peer.name: peer.refuse(shape, dtype, device) for peer in PEERS}
+    runnable = [peer for peer in PEERS if reasons[peer.name] is None]
+    return runnable, {name: reason for name, reason in reasons.items() if reason is not None} | MISSING

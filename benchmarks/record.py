@@ -1,0 +1,220 @@
+"""One timing is one row; rows are appended to benchmarks/results/<machine>/<op>.csv.
+
+Pictures and reports read these files and nothing else.
+"""
+
+import csv
+import io
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from cumo_kernels import hardware
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass
+class Row:
+    """One variant of one case in one mode. Times in milliseconds; empty where nothing was measured."""
+
+    run: str  # rows of one run were timed interleaved, on the same machine state
+    op: str
+    variant: str  # "cumo/<backend>", a peer, or "dense": one expert, no routing, the same FLOPs
+    mode: str  # forward (no gradient) | backward | both
+    shape: str
+    tokens: int
+    sizes: str  # H I O E K
+    pattern: str
+    dtype: str
+    timer: str  # eager | graph (CUDA graph replay) | cpu (processor time, one thread) | wall
+    cache: str  # cold: the L2 was overwritten before every run | warm
+    rounds: int
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    tflops: float | None  # the formula's FLOPs, not what the variant executes
+    gb_per_s: float | None
+    floor_ms: float | None  # the larger of FLOPs / peak and bytes / bandwidth of the data sheet
+    share_of_floor: float | None
+    ratio_to_dense: float | None  # dense ms / ms, at equal FLOPs, in the same run
+    saved_bytes: int | None  # kept for backward, inputs and weights not counted
+    peak_bytes: int | None  # above what was allocated before
+    error: float | None  # worst output, in units of torch's own error; the gate measured it
+    gradient_error: float | None
+    gate: str  # "" when the gate ran at this very size, else the size it ran at
+    machine: str
+    device: str
+    driver: str
+    torch: str
+    triton: str
+    commit: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Gap:
+    """What was asked for and not timed, and why."""
+
+    op: str
+    variant: str
+    mode: str  # backward, or all
+    shape: str
+    pattern: str
+    dtype: str
+    reason: str
+    machine: str
+    run: str
+
+
+GAPS = "not_timed.csv"
+
+
+def _first_line(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return found[1] if found else "unknown CPU"
+
+
+@cache
+def commit() -> str:
+    """Short hash, "+" behind it when tracked files differ; "unknown" outside a checkout."""
+    head = _first_line(["git", "rev-parse", "--short=10", "HEAD"])
+    code = ("*.py", "*.json", "csrc")  # a changed page changes no timing
+    changed = _first_line(["git", "status", "--porcelain", "-uno", "--", *code])
+    return f"{head}{'+' if changed else ''}" if head else os.environ.get("CUMO_COMMIT", "unknown")
+
+
+@cache
+def machine(device: str) -> dict[str, str]:
+    """The columns machine, device and driver of rows measured on `device`, "cpu" or "cuda"."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        row = hardware.gpu_of(torch.device("cuda"))
+        driver = _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+        return {"machine": row.name, "device": name, "driver": driver}
+    name = _cpu_name()
+    threads = torch.get_num_threads()
+    words = re.sub(r"\((r|tm)\)|cpu|processor|@.*", " ", name.lower())
+    slug = "_".join(re.findall(r"[a-z0-9]+", words)) or "unknown"
+    return {
+        "machine": f"cpu_{slug}_{threads}t",
+        "device": f"{name}, {threads} of {os.cpu_count()} threads",
+        "driver": "",
+    }
+
+
+@cache
+def versions() -> dict[str, str]:
+    try:
+        import triton
+    except ModuleNotFoundError:
+        return {"torch": torch.__version__, "triton": ""}
+    return {"torch": torch.__version__, "triton": triton.__version__}
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _append(path: Path, added: Iterable[Row | Gap]) -> None:
+    """One move; a file with other columns is refused."""
+    added = list(added)
+    columns = [field.name for field in fields(added[0])]
+    old = path.read_text() if path.exists() else ",".join(columns) + "\n"
+    if old.partition("\n")[0].split(",") != columns:
+        got = old.partition("\n")[0]
+        raise ValueError(f"{path} must have the columns {','.join(columns)}, got {got}")
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(map(_text, asdict(row).values()) for row in added)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+        file.write(old + text.getvalue())
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def append(rows: Iterable[Row], results: Path = RESULTS) -> list[Path]:
+    """Add `rows` to the files of their machines and ops.
+
+    Raises:
+        ValueError: a file there has other columns.
+    """
+    files: dict[Path, list[Row]] = {}
+    for row in rows:
+        files.setdefault(results / row.machine / f"{row.op}.csv", []).append(row)
+    for path, added in files.items():
+        _append(path, added)
+    return list(files)
+
+
+def append_gaps(gaps: Iterable[Gap], results: Path = RESULTS) -> None:
+    """Add `gaps` to the file of their machine."""
+    gaps = list(gaps)
+    if gaps:
+        _append(results / gaps[0].machine / GAPS, gaps)
+
+
+def _lines(path: Path) -> Iterable[dict[str, str]]:
+    return csv.DictReader(path.read_text().splitlines())
+
+
+def read(results: Path = RESULTS) -> list[Row]:
+    """Every row of every file, in the order of files and lines."""
+    kinds = {field.name: field.type for field in fields(Row)}
+
+    def value(name: str, text: str) -> object:
+        kind = kinds[name]
+        if kind is str:
+            return text
+        if text == "":
+            return None
+        return int(text) if kind in (int, int | None) else float(text)
+
+    paths = (path for path in sorted(results.glob("*/*.csv")) if path.name != GAPS)
+    return [Row(**{k: value(k, text) for k, text in line.items()}) for path in paths for line in _lines(path)]
+
+
+def read_gaps(results: Path = RESULTS) -> list[Gap]:
+    """The gaps of each machine, the last word on each case."""
+    found = [Gap(**line) for path in sorted(results.glob(f"*/{GAPS}")) for line in _lines(path)]
+    return list(
+        {(g.machine, g.op, g.variant, g.mode, g.shape, g.pattern, g.dtype): g for g in found}.values()
+    )
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Of rows for the same measurement on the same machine, the last one."""
+    key = lambda r: (
+        r.machine,
+        r.op,
+        r.variant,
+        r.mode,
+        r.shape,
+        r.tokens,
+        r.sizes,
+        r.pattern,
+        r.dtype,
+        r.timer,
+    )
+    return list({key(row): row for row in rows}.values())

@@ -1,0 +1,101 @@
+"""Clocks. Variants take turns, so that drift of the machine meets all of them alike.
+
+On a GPU: CUDA events around one step, after the L2 was overwritten; that also keeps the queue full while the
+host prepares the step. A captured graph takes the host out altogether. On a CPU: warm caches.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Times:
+    rounds: int
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+
+
+def _quantiles(times: list[float]) -> Times:
+    ordered = sorted(times)
+    at = lambda share: ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+    return Times(len(ordered), at(0.2), at(0.5), at(0.8))
+
+
+class CpuClock:
+    """One thread: the processor's time, which other jobs do not lengthen. Several threads: the wall's."""
+
+    cache = "warm"
+
+    def __init__(self):
+        self.name = "cpu" if torch.get_num_threads() == 1 else "wall"
+        self.now = time.process_time if self.name == "cpu" else time.perf_counter
+
+    def time(self, step: Step) -> float:
+        begin = self.now()
+        step()
+        return (self.now() - begin) * 1e3
+
+
+class GpuClock:
+    name, cache = "eager", "cold"
+    now = staticmethod(time.monotonic)
+
+    def __init__(self):
+        size = 4 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.flush = torch.empty(max(size, 128 << 20), dtype=torch.int8, device="cuda")
+
+    def time(self, step: Step) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        start.record()
+        step()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop)
+
+
+def clock_of(device: str) -> CpuClock | GpuClock:
+    return GpuClock() if device == "cuda" else CpuClock()
+
+
+def interleave(
+    steps: dict[str, Step], clock: CpuClock | GpuClock, seconds: float, least: int = 3, most: int = 100
+) -> dict[str, Times]:
+    """Time each of `steps` in turns for about `seconds`, at least `least` rounds; first runs do not count."""
+    for step in steps.values():
+        step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    stop = clock.now() + seconds
+    while len(times[names[0]]) < most:
+        if len(times[names[0]]) >= least and clock.now() > stop:
+            break
+        for name in names:
+            times[name].append(clock.time(steps[name]))
+        names = [*names[1:], names[0]]  # nobody always runs behind the same one
+    return {name: _quantiles(times[name]) for name in steps}
+
+
+def captured(step: Step) -> Step:
+    """A function that replays `step` as a CUDA graph; whatever capture raises is raised."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+
+    def replay() -> object:
+        graph.replay()
+        return results  # held here: the graph writes into them
+
+    return replay

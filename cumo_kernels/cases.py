@@ -1,0 +1,310 @@
+"""Cases: calls of the public ops as data, shared by checks, the search for failures and the command line.
+
+A case is written as it is read: `expert_mlp T=57 H=49 activation=swiglu dtype=bf16`; what is left out has
+the default of `Case`. `build` makes the call, its plain counterpart and the inputs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from cumo_kernels import ops
+from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.backends import reference
+from cumo_kernels.testing import PATTERNS, make_routing
+from cumo_kernels.tune import DTYPES
+from cumo_kernels.types import Routing
+
+LAYOUTS = ("contiguous", "transposed", "strided", "shifted")
+OPS = ("expert_mlp", "route", "grouped_gemm", "permute", "combine", "activate")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. Letters as in cumo_kernels/types.py; an op ignores what it has no use for.
+
+    route takes logits, or with `gated` hidden states and a gate; grouped_gemm has weights (E, I, H) and with
+    `gated` takes its rows in token order; pattern "dropped" is "uniform" with a third of the slots dropped.
+    """
+
+    op: str
+    T: int = 40
+    H: int = 32
+    I: int = 24
+    O: int = 16
+    E: int = 4
+    K: int = 2
+    activation: str = "quick_gelu"
+    bias: bool = True
+    gated: bool = False
+    memory: str = "preact"
+    groups: int = 1
+    pattern: str = "uniform"
+    layout: str = "contiguous"  # of the rows that go in
+    dtype: str = "fp32"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        words = [self.op]
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                words.append(f"{field.name}={int(value) if isinstance(value, bool) else value}")
+        return " ".join(words)
+
+    @property
+    def problem(self) -> str | None:
+        """Why this is no call, or None."""
+        for name, known in (
+            ("op", OPS),
+            ("activation", ACTIVATIONS),
+            ("memory", ops.experts.MEMORY_PLANS),
+            ("pattern", (*PATTERNS, "dropped")),
+            ("layout", LAYOUTS),
+            ("dtype", DTYPES),
+        ):
+            if getattr(self, name) not in known:
+                return f"{name} must be one of {list(known)}, got {getattr(self, name)!r}"
+        for name in ("H", "I", "O", "E", "K", "groups"):
+            if getattr(self, name) < 1:
+                return f"{name} must be at least 1, got {getattr(self, name)}"
+        if self.T < 0:
+            return f"T must be at least 0, got {self.T}"
+        if self.K > self.E:
+            return f"K must be at most E = {self.E}, got {self.K}"
+        if self.T % self.groups:
+            return f"groups must divide T = {self.T}, got {self.groups}"
+        return None
+
+
+def parse(text: str) -> Case:
+    """The case that `str` wrote.
+
+    Raises:
+        ValueError: a word, a name or a value does not fit.
+    """
+    op, *words = text.split() or [""]
+    kinds = {field.name: field.type for field in fields(Case)}
+    given = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in kinds or name == "op" or not value:
+            raise ValueError(f"a case is 'op name=value ...' with names {list(kinds)[1:]}, got {word!r}")
+        try:
+            given[name] = {int: int, bool: lambda v: bool(int(v)), str: str}[kinds[name]](value)
+        except ValueError:
+            raise ValueError(f"{name} must be a number, got {value!r}") from None
+    case = Case(op, **given)
+    if case.problem is not None:
+        raise ValueError(case.problem)
+    return case
+
+
+@dataclass(frozen=True)
+class Call:
+    """A case, ready to run; `run` and `truth` take `inputs`."""
+
+    run: Callable[..., Tensor | tuple[Tensor, ...]]  # through the public op
+    truth: Callable[..., Tensor | tuple[Tensor, ...]]  # plain PyTorch
+    inputs: tuple[Tensor, ...]
+    integers: Callable[..., tuple[Tensor, ...]] | None = None  # what must be exact, from the public op
+    true_integers: tuple[Tensor, ...] = ()
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The values of `x` (rows, columns) in another place in memory, differentiably."""
+    if layout == "transposed":
+        return x.T.contiguous().T
+    if layout == "strided":
+        return torch.nn.functional.pad(x, (0, 3))[:, : x.shape[1]]
+    if layout == "shifted":  # one element past an aligned address
+        return torch.nn.functional.pad(x.flatten(), (1, 0))[1:].view(x.shape)
+    return x
+
+
+def _routing(case: Case, device: str) -> Routing:
+    if case.pattern != "dropped":
+        return make_routing(case.pattern, case.T, case.E, case.K, device, case.seed)
+    plan = make_routing("uniform", case.T, case.E, case.K, device, case.seed)
+    generator = torch.Generator().manual_seed(case.seed)
+    drop = (torch.rand(case.T, case.K, generator=generator) < 1 / 3).to(device)
+    indices = torch.where(drop, case.E, plan.topk_indices)
+    return ops.routing_from_topk(plan.topk_weights, indices, case.E)
+
+
+def _plan(routing: Routing) -> tuple[Tensor, ...]:
+    return (
+        routing.tokens_per_expert,
+        routing.expert_offsets,
+        routing.permutation,
+        routing.inverse_permutation,
+    )
+
+
+def build(case: Case, device: str = "cpu") -> Call:
+    """The call of `case`, on random inputs that its seed fixes.
+
+    Raises:
+        ValueError: `case` has a problem.
+    """
+    if case.problem is not None:
+        raise ValueError(case.problem)
+    generator = torch.Generator().manual_seed(case.seed)
+    dtype = DTYPES[case.dtype]
+    draw = lambda *size: torch.randn(*size, generator=generator).to(device, dtype)
+    T, H, I, O, E, K = case.T, case.H, case.I, case.O, case.E, case.K
+    width = I * (1 + ACTIVATIONS[case.activation].is_gated)
+    place = lambda x: laid_out(x, case.layout)
+
+    if case.op == "activate":
+        name = case.activation
+        return Call(
+            lambda x: ops.activate(place(x), name), lambda x: reference.activate(x, name), (draw(T, width),)
+        )
+    if case.op == "route":
+        return _build_route(case, draw)
+
+    routing = _routing(case, device)
+    indices, inverse, offsets = routing.topk_indices, routing.inverse_permutation, routing.expert_offsets
+    permutation = routing.permutation
+    integers = lambda *_: _plan(ops.routing_from_topk(routing.topk_weights, indices, E))
+    exact = {"integers": integers, "true_integers": reference.sort_by_expert(indices, E)}
+    if case.op == "permute":
+        return Call(
+            lambda x: ops.permute(place(x), routing),
+            lambda x: reference.permute(x, permutation, inverse, K),
+            (draw(T, H),),
+            **exact,
+        )
+    if case.op == "combine":
+        return Call(
+            lambda rows, w: ops.combine(place(rows), ops.routing_from_topk(w, indices, E)),
+            lambda rows, w: reference.combine(rows, w, inverse, K),
+            (draw(T * K, H), routing.topk_weights),
+            **exact,
+        )
+    biases = (draw(E, width),) if case.bias else ()
+    up = draw(E, width, H) / H**0.5
+    if case.op == "grouped_gemm":
+        plan = (permutation, inverse) if case.gated else (None, None)
+        return Call(
+            lambda x, w, b=None: ops.grouped_gemm(
+                place(x), w, offsets, bias=b, gather=routing if case.gated else None,
+                activation=case.activation,
+            ),
+            lambda x, w, b=None: reference.grouped_gemm(x, w, offsets, b, *plan, K, case.activation)[0],
+            (draw(T if case.gated else T * K, H), up, *biases),
+            **exact,
+        )  # fmt: skip
+    if case.bias:
+        biases += (draw(E, O),)
+    return Call(
+        lambda x, w, up, down, *b: ops.expert_mlp(
+            place(x), ops.routing_from_topk(w, indices, E), up, down, *b,
+            activation=case.activation, memory=case.memory,
+        ),
+        lambda x, w, up, down, *b: reference.expert_mlp(
+            x, w, permutation, inverse, offsets, up, down, *(b or (None, None)), case.activation, "none"
+        )[0],
+        (draw(T, H), routing.topk_weights, up, draw(E, O, I) / I**0.5, *biases),
+        **exact,
+    )  # fmt: skip
+
+
+def _build_route(case: Case, draw: Callable[..., Tensor]) -> Call:
+    """Weights and statistics; with a gate the logits' own rounding decides ties, so those are not exact."""
+    args = (None, case.groups, case.K, True, None)
+    place = lambda x: laid_out(x, case.layout)
+
+    def found(x: Tensor, *gate: Tensor) -> Routing:
+        return ops.route(place(x), case.K, *gate, groups=case.groups)
+
+    def run(x: Tensor, *gate: Tensor) -> tuple[Tensor, ...]:
+        routing = found(x, *gate)
+        return routing.topk_weights, routing.stats.mean_probs, routing.stats.mean_squared_logsumexp
+
+    if case.gated:
+        inputs = (draw(case.T, case.H), draw(case.E, case.H) / case.H**0.5)
+        return Call(run, lambda x, w: reference.route(x, w, *args)[::2], inputs)
+    logits = draw(case.T, case.E)
+    indices = reference.route(logits, None, *args)[1]
+    return Call(
+        run,
+        lambda x: reference.route(x, None, *args)[::2],
+        (logits,),
+        integers=lambda x: (found(x).topk_indices, *_plan(found(x))),
+        true_integers=(indices, *reference.sort_by_expert(indices, case.E)),
+    )
+
+
+FAMILIES: dict[str, dict] = {  # every op meets every family; a value replaces the default of `Case`
+    "plain": {},
+    "no-token": {"T": 0},
+    "one-token": {"T": 1},
+    "odd-tails": {"T": 57, "H": 97, "I": 34, "O": 35, "E": 7, "K": 3},
+    "top_k-equals-experts": {"T": 24, "K": 4},
+    "one-expert": {"T": 33, "E": 1, "K": 1},
+    "many-experts": {"T": 64, "E": 64, "K": 8},
+    "skewed": {"T": 96, "pattern": "skewed"},
+    "empty-experts": {"T": 30, "pattern": "empty"},
+    "all-to-one": {"T": 48, "pattern": "one_expert"},
+    "dropped-slots": {"T": 41, "pattern": "dropped"},
+    "swiglu-no-bias": {"activation": "swiglu", "bias": False, "memory": "x"},
+    "gelu-all": {"T": 57, "activation": "gelu", "memory": "all"},
+    "geglu-gathered": {"T": 57, "activation": "geglu", "gated": True, "groups": 3},
+    "transposed": {"layout": "transposed"},
+    "strided": {"layout": "strided"},
+    "shifted": {"layout": "shifted"},
+    "several-tiles": {"T": 300, "H": 128, "I": 160, "O": 96},
+}
+GPU_FAMILIES: dict[str, dict] = {
+    "clip-crop": {"T": 577, "H": 1024, "I": 4096, "O": 1024},
+    "clip-skewed": {"T": 4616, "H": 1024, "I": 4096, "O": 1024, "pattern": "skewed"},
+    "connector": {"T": 576, "H": 2048, "I": 4096, "O": 4096, "activation": "gelu"},
+    "mixtral-16": {
+        "T": 16, "H": 4096, "I": 3584, "O": 4096, "E": 8, "activation": "swiglu", "bias": False,
+    },
+}  # fmt: skip
+# what Triton's interpreter, a second or so a call, is given unasked: one awkward family, not every path
+FEW: dict[str, dict] = {
+    "awkward": {
+        "T": 57, "H": 97, "I": 34, "O": 35, "E": 7, "K": 3, "activation": "geglu", "gated": True, "groups": 3,
+        "pattern": "dropped", "layout": "strided",
+    },
+}  # fmt: skip
+
+
+def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[str, ...] = OPS):
+    """Yields (family, case). Families that an op cannot tell apart give it one case."""
+    for op in names:
+        seen = set()
+        for family, values in families.items():
+            for dtype in dtypes:
+                case = used(Case(op, **values, dtype=dtype))
+                if case.gated and op == "route" and dtype != "fp32":
+                    continue  # rounded logits tie, and fp64's do not: no yardstick
+                if case not in seen:
+                    seen.add(case)
+                    yield family, case
+
+
+USES = {
+    "route": ("T", "H", "E", "K", "gated", "groups", "layout"),
+    "permute": ("T", "H", "E", "K", "pattern", "layout"),
+    "combine": ("T", "H", "E", "K", "pattern", "layout"),
+    "grouped_gemm": ("T", "H", "I", "E", "K", "activation", "bias", "gated", "pattern", "layout"),
+    "activate": ("T", "I", "activation", "layout"),
+    "expert_mlp": (
+        "T", "H", "I", "O", "E", "K", "activation", "bias", "memory", "pattern", "layout",
+    ),
+}  # fmt: skip
+
+
+def used(case: Case) -> Case:
+    """`case` with everything its op ignores at the default."""
+    keep = (*USES[case.op], "op", "dtype", "seed")
+    if case.op == "route" and not case.gated:
+        keep = tuple(name for name in keep if name != "H")
+    return replace(case, **{f.name: f.default for f in fields(case) if f.name not in keep})

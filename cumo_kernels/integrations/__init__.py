@@ -1,0 +1,1 @@
+"""Doors into other libraries, opened by importing them."""

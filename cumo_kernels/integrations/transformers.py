@@ -1,0 +1,120 @@
+"""Experts for every Mixture-of-Experts model of transformers; importing this module registers them.
+
+    import cumo_kernels.integrations.transformers
+    model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="cumo")
+    model.set_experts_implementation("cumo")        # or later, on a model that is there
+
+A model's router chooses; its experts module, stacked weights under the names of transformers' experts
+interface, then runs here. Plain and gated MLPs whose activation is in `cumo_kernels.ACTIVATIONS` are one
+`expert_mlp`. A gate of the model's own (gpt-oss clamps and interleaves) or transposed weights run between two
+`grouped_gemm`. What neither serves, transformers' own grouped_mm runs, with the reason logged once.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import activations as hf
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.utils import logging
+
+from cumo_kernels import combine, expert_mlp, grouped_gemm, routing_from_topk
+
+NAME = "cumo"
+FALLBACK = "grouped_mm"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PLAIN = {  # class of a model's act_fn -> our name for the same function
+    hf.QuickGELUActivation: "quick_gelu",
+    hf.GELUActivation: "gelu",
+    nn.GELU: "gelu",
+    hf.GELUTanh: "gelu_tanh",
+    hf.NewGELUActivation: "gelu_tanh",
+    nn.ReLU: "relu",
+    hf.SiLUActivation: "silu",
+    nn.SiLU: "silu",
+}
+GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
+
+logger = logging.get_logger(__name__)
+
+
+def _weights(experts: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """up (E, 2I or I, H), down (E, O, I) and their biases; transposed storage is read through views."""
+    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    up, down = getattr(experts, name), experts.down_proj
+    if experts.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    if not experts.has_bias:
+        return up, down, None, None
+    return up, down, getattr(experts, f"{name}_bias"), experts.down_proj_bias
+
+
+def fused_activation(experts: nn.Module) -> str | None:
+    """Name of the activation with which one `expert_mlp` computes these experts, or None."""
+    act_fn = getattr(experts, "act_fn", None)
+    name = "gelu_tanh" if getattr(act_fn, "approximate", None) == "tanh" else PLAIN.get(type(act_fn))
+    if experts.is_transposed:
+        return None
+    if not experts.has_gate:
+        return name
+    own_gate = type(experts)._apply_gate is not _default_apply_gate
+    return GATED.get(name) if experts.is_concatenated and not own_gate else None
+
+
+def refusal(experts: nn.Module) -> str | None:
+    """Why "cumo" cannot run this experts module of transformers, or None."""
+    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    wanted = [name, "down_proj"] + ([f"{name}_bias", "down_proj_bias"] if experts.has_bias else [])
+    for parameter in wanted:
+        value = getattr(experts, parameter, None)
+        if not isinstance(value, Tensor):
+            return f"it has no tensor {parameter}"
+        if value.dtype not in FLOATS:
+            return f"its {parameter} is {value.dtype}; cumo_kernels computes in fp32, bf16, fp16 and fp64"
+    if getattr(experts, "has_post_expert_norm", False):
+        return "it normalises what every expert returns"
+    return None
+
+
+def cumo_experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The function transformers calls for `experts_implementation="cumo"`.
+
+    Args:
+        self: an experts module whose class has `@use_experts_implementation`.
+        hidden_states: (T, H).
+        top_k_index: (T, K) integers; `self.num_experts` itself drops a slot, as expert parallelism wants.
+        top_k_weights: (T, K) float.
+
+    Returns:
+        (T, O), dtype of `hidden_states`.
+    """
+    reason = refusal(self)
+    if reason is not None:
+        logger.warning_once(f"cumo: {type(self).__name__} runs as {FALLBACK}: {reason}")
+        return ALL_EXPERTS_FUNCTIONS[FALLBACK](self, hidden_states, top_k_index, top_k_weights)
+    routing = routing_from_topk(top_k_weights, top_k_index, self.num_experts)
+    up, down, up_bias, down_bias = _weights(self)
+    x = hidden_states.to(up.dtype)  # a no-op but where a norm keeps fp32 in a half-precision model
+    activation = fused_activation(self)
+    if activation is not None:
+        out = expert_mlp(x, routing, up, down, up_bias, down_bias, activation)
+    else:
+        z = grouped_gemm(x, up, routing.expert_offsets, bias=up_bias, gather=routing)
+        a = self._apply_gate(z) if self.has_gate else self.act_fn(z)
+        out = combine(grouped_gemm(a, down, routing.expert_offsets, bias=down_bias), routing)
+    return out.to(hidden_states.dtype)
+
+
+def explain(model: nn.Module) -> str:
+    """One line per experts module of a transformers model: how "cumo" runs it, or why it does not."""
+    lines = []
+    for name, module in model.named_modules():
+        if not all(hasattr(module, flag) for flag in ("has_gate", "is_transposed", "is_concatenated")):
+            continue
+        reason, activation = refusal(module), fused_activation(module)
+        how = f"expert_mlp ({activation})" if activation else "grouped_gemm, its own activation, grouped_gemm"
+        lines.append(f"{name}: {how if reason is None else f'{FALLBACK}: {reason}'}")
+    return "\n".join(lines) or f"{type(model).__name__} has no experts in transformers' experts interface"
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, cumo_experts_forward)

@@ -1,0 +1,81 @@
+"""Upcycling from folder to folder: what `python -m cumo_model upcycle` does."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor
+
+from cumo_model.cumo import CumoForConditionalGeneration
+from cumo_model.files import new_directory
+from cumo_model.parts import from_parts, parts_processor
+from cumo_model.processing import original_processor
+from cumo_model.upcycle import step0_difference, upcycle
+
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+
+
+def upcycle_checkpoint(
+    out: str | os.PathLike,
+    checkpoint: str | os.PathLike | None = None,
+    vision: str | os.PathLike | None = None,
+    text: str | os.PathLike | None = None,
+    projector: str | os.PathLike | None = None,
+    dtype: str | None = None,
+    **options,
+) -> float:
+    """Load a dense model, make experts, print the step-0 difference, save.
+
+    Args:
+        out: new folder, appears in one move: config, safetensors, and a processor if there is a tokenizer.
+        checkpoint: a CuMo in our layout or the original's; or
+        vision, text, projector: its parts, as in `from_parts`.
+        dtype: name of a float dtype, that of the files unless given.
+        options: of `upcycle`.
+
+    Returns:
+        The largest difference of a logit at step 0, on random input.
+
+    Raises:
+        ValueError: neither a checkpoint nor vision and text, or what `from_parts` and `upcycle` refuse.
+    """
+    if (checkpoint is None) == (vision is None or text is None):
+        raise ValueError("give either a checkpoint, or vision and text")
+    kind = None if dtype is None else getattr(torch, dtype)
+    if checkpoint is None:
+        dense, source = from_parts(vision, text, projector, kind), Path(text)
+    else:
+        dense = CumoForConditionalGeneration.from_pretrained(checkpoint, dtype=kind or "auto")
+        source = Path(checkpoint)
+    moe = upcycle(dense, **options)
+    difference, largest = step0_difference(dense, moe, batch := probe(dense)), _largest_logit(dense, batch)
+    counts = [sum(p.numel() for p in model.parameters()) for model in (dense, moe)]
+    print(f"parameters: {counts[0]:,} -> {counts[1]:,}")
+    print(f"step-0 difference: {difference:.3g} at most (logits up to {largest:.3g})")
+    with new_directory(out) as work:
+        if (source / "processor_config.json").is_file():
+            AutoProcessor.from_pretrained(source).save_pretrained(work)
+        elif any((source / name).is_file() for name in TOKENIZERS):
+            make = parts_processor if checkpoint is None else original_processor
+            processor = make(source, moe.config)
+            moe.config.image_token_index = processor.image_token_id
+            processor.save_pretrained(work)
+        moe.save_pretrained(work)
+    return difference
+
+
+def probe(model: CumoForConditionalGeneration, seed: int = 0) -> dict[str, torch.Tensor]:
+    """One row of a random picture and 16 random tokens."""
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    vision = config.vision_config
+    ids = torch.randint(config.text_config.vocab_size, (1, 16), generator=generator)
+    ids[ids == config.image_token_index] = (config.image_token_index + 1) % config.text_config.vocab_size
+    picture = torch.full((1, config.image_seq_length), config.image_token_index)
+    shape = (1, vision.num_channels, vision.image_size, vision.image_size)
+    pixels = torch.randn(shape, generator=generator).to(model.device, model.dtype)
+    return {"input_ids": torch.cat([picture, ids], 1).to(model.device), "pixel_values": pixels}
+
+
+@torch.no_grad()
+def _largest_logit(model: CumoForConditionalGeneration, batch: dict[str, torch.Tensor]) -> float:
+    return model.eval()(**batch, use_cache=False).logits.abs().max().item()

@@ -1,0 +1,101 @@
+"""make gpu's script, tried without a GPU: budget, order, what is on disk after a cut, reasons to skip."""
+
+import json
+import sys
+import tarfile
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu import Step
+
+
+def python(code: str, name="step", **options) -> Step:
+    options.setdefault("cap", 60)
+    return Step(name, (sys.executable, "-c", code), **options)
+
+
+def run(steps, tmp_path, budget=600.0):
+    return gpu.run(steps, budget, tmp_path, "# head")
+
+
+def test_each_step_has_its_verdict_and_last_words(tmp_path):
+    steps = [
+        python("print('hello'); print('all well')", "good"),
+        python("print('oh'); raise SystemExit(3)", "bad"),
+        python("", "absent", why_not=lambda: "no such thing here"),
+        Step("nowhere", ("/does/not/exist",), 5),
+    ]
+    good, bad, absent, nowhere = run(steps, tmp_path)
+    assert (good.verdict, good.remark) == ("ok", "all well")
+    assert (bad.verdict, bad.remark) == ("FAILED (3)", "oh")
+    assert (absent.verdict, absent.remark) == ("skipped", "no such thing here")
+    assert nowhere.verdict == "FAILED (127)"
+    assert "hello\nall well\n" in (tmp_path / "log.txt").read_text()
+    assert "| bad | FAILED (3) |" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_step_that_hangs_is_ended_with_all_its_processes(tmp_path):
+    mark = tmp_path / "mark"
+    child = f"import time; time.sleep(6); open({str(mark)!r}, 'w')"
+    code = (
+        "import subprocess, sys, time\n"
+        "print('begun', flush=True)\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "time.sleep(100)"
+    )
+    begin = time.monotonic()
+    (outcome,) = run([python(code, cap=3)], tmp_path)
+    assert outcome.verdict == "out of time" and outcome.remark == "begun"
+    assert time.monotonic() - begin < 30
+    time.sleep(max(0, 8 - (time.monotonic() - begin)))
+    assert not mark.exists()
+
+
+def test_when_the_budget_is_spent_only_the_last_step_runs(tmp_path):
+    steps = [
+        python("import time; time.sleep(60)", "long"),
+        python("print('x')", "late"),
+        python("print('report')", "report", always=True),
+    ]
+    long, late, report = run(steps, tmp_path, budget=4)
+    assert long.verdict == "out of time" and long.seconds < 20
+    assert (late.verdict, late.remark) == ("skipped", "the budget is spent")
+    assert (report.verdict, report.remark) == ("ok", "report")
+
+
+def test_what_is_known_is_on_disk_before_the_next_step(tmp_path):
+    summary, log = tmp_path / "summary.md", tmp_path / "log.txt"
+    look = (
+        f"print(open({str(summary)!r}).read().count('| first | ok |'), 'words' in open({str(log)!r}).read())"
+    )
+    _, second = run([python("print('words')", "first"), python(look, "second")], tmp_path)
+    assert second.remark == "1 True"
+    with tarfile.open(tmp_path / "results.tgz") as tar:
+        assert "cumo_kernels/configs/nvidia_h100.json" in tar.getnames()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_every_gpu_step_says_on_a_cpu_why_it_is_skipped(tmp_path):
+    steps = {step.name: step for step in gpu.plan("cpu", tmp_path)}
+    assert [name for name, step in steps.items() if step.why_not() == "torch sees no CUDA device"] == [
+        "gpu tests", "sanitizer", "tune", "tune more", "full bench",
+    ]  # fmt: skip
+    assert steps["report"].always and list(steps)[-1] == "report"
+    if not torch.cuda.is_available():
+        assert gpu.main([]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_real_steps_run_on_a_cpu(tmp_path, capsys):
+    wanted = ["machine", "verify", "sanitizer", "report"]
+    only = [word for name in wanted for word in ("--only", name)]
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--budget", "600", *only]) == 0
+    summary = (tmp_path / "summary.md").read_text()
+    assert [line.split("|")[1].strip() for line in summary.splitlines()[4:]] == wanted
+    assert "| sanitizer | skipped | 0 | torch sees no CUDA device |" in summary
+    assert json.loads((tmp_path / "verify.json").read_text())["failed"] == 0
+    assert "no GPU was measured" in capsys.readouterr().out

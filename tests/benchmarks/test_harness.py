@@ -1,0 +1,325 @@
+"""The harness: no timing without a green gate, honest rows, pictures from files alone."""
+
+import argparse
+import csv
+import importlib.util
+import sys
+import time
+import types
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from benchmarks import (
+    bench_activation,
+    bench_experts,
+    bench_grouped_gemm,
+    bench_layer,
+    bench_overhead,
+    bench_permutation,
+    bench_routing,
+    bench_scaling,
+    harness,
+    peers,
+    plot,
+    record,
+    shapes,
+    timing,
+)
+from benchmarks.__main__ import FILES, load
+from benchmarks.harness import Case, Workload
+from benchmarks.shapes import SHAPES, Shape
+from cumo_kernels import dispatch
+from cumo_kernels.__main__ import main as front_door
+
+pytest.importorskip("matplotlib")
+
+SMALL = Shape("small", 24, 32, 48, 32, 4, 2, "quick_gelu", True, groups=2)
+GATED = replace(SMALL, name="small-gated", activation="swiglu", bias=False, O=16)
+
+
+def measured(file, shape=SMALL, dtype="fp32", **options):
+    lines = []
+    case = Case(shape, dtype, modes=options.pop("modes", ("forward", "both")))
+    rows, gaps = harness.measure(
+        file.OP, file.setup, case, "cpu", "run", seconds=0, log=lines.append, wanted=["reference"], **options
+    )
+    assert all(gap.variant in "\n".join(lines) for gap in gaps)
+    return rows, "\n".join(lines)
+
+
+@pytest.mark.parametrize("shape", [SMALL, GATED], ids=lambda shape: shape.name)
+@pytest.mark.parametrize(
+    "file",
+    [
+        bench_experts,
+        bench_layer,
+        bench_overhead,
+        bench_grouped_gemm,
+        bench_routing,
+        bench_permutation,
+        bench_activation,
+        bench_scaling,
+    ],
+    ids=lambda file: file.__name__.removeprefix("benchmarks."),
+)
+def test_every_file_measures_and_nothing_is_refused(file, shape):
+    rows, log = measured(file, shape)
+    assert "the gate refuses" not in log and "cannot run" not in log
+    variants = {row.variant for row in rows}
+    assert {row.mode for row in rows if row.variant == "cumo/reference"} == {"forward", "both"}
+    assert len(variants) >= 2  # somebody to compare with
+    for row in rows:
+        assert 0 < row.ms_p20 <= row.ms_p50 <= row.ms_p80 and row.rounds >= 3
+        assert (
+            row.timer in ("cpu", "wall")
+            and row.floor_ms is None
+            and row.commit
+            and row.torch == torch.__version__
+        )
+        assert (row.variant == "dense") == (row.error is None)
+
+
+def test_a_wrong_kernel_is_refused_a_timing(monkeypatch):
+    plain = dispatch.implementation("reference", "expert_mlp")
+
+    def wrong(*args):
+        out, *rest = plain(*args)
+        return (out * 1.01, *rest)
+
+    monkeypatch.setitem(dispatch._implementations, ("reference", "expert_mlp"), wrong)
+    rows, log = measured(bench_experts)
+    assert "cumo/reference: NOT TIMED (all): the gate refuses it: output 0 is off" in log
+    assert {row.variant for row in rows} == {"cumo-original", "torch-grouped_mm", "dense"}
+
+
+def test_a_wrong_gradient_is_refused_a_timing(monkeypatch):
+    plain = dispatch.implementation("reference", "expert_mlp_backward")
+    monkeypatch.setitem(
+        dispatch._implementations,
+        ("reference", "expert_mlp_backward"),
+        lambda *args: tuple(g * 1.01 for g in plain(*args)),
+    )
+    rows, log = measured(bench_experts)
+    assert "cumo/reference: NOT TIMED (backward): the gate refuses it: gradient" in log
+    assert {row.mode for row in rows if row.variant == "cumo/reference"} == {"forward"}
+
+
+def test_a_peer_that_raises_or_lies_has_no_row():
+    def setup(shape, dtype, device, pattern):
+        x = torch.randn(100)
+
+        def broken(x):
+            raise RuntimeError("no such kernel")
+
+        return Workload(
+            run=torch.sin,
+            truth=torch.sin,
+            inputs=(x,),
+            peers={"broken": broken, "liar": torch.cos, "blind": lambda x: torch.sin(x).detach()},
+            forward_only=("blind",),
+        )
+
+    lines = []
+    rows, gaps = harness.measure("t", setup, Case(SMALL, "fp32"), "cpu", "r", 0, ["reference"], lines.append)
+    reasons = {gap.variant: (gap.mode, gap.reason) for gap in gaps}
+    assert reasons["broken"] == ("all", "the gate refuses it: RuntimeError: no such kernel")
+    assert reasons["liar"][1].startswith("the gate refuses it: output 0 is off")
+    assert reasons["blind"] == ("backward", "the gate refuses it: it has no backward")
+    assert {row.variant for row in rows} == {"cumo/reference", "blind"}
+    assert {row.mode for row in rows if row.variant == "blind"} == {"forward"}
+
+
+def test_saved_bytes_are_those_of_the_memory_plan():
+    workload = bench_experts.setup(SMALL, torch.float32, "cpu", "uniform")
+    plan = harness.saved_bytes(workload.run, workload.inputs)
+    integers = 4 * (2 * SMALL.slots + SMALL.E + 1)  # permutation, its inverse, offsets
+    assert plan == 4 * SMALL.slots * SMALL.I + integers
+    assert harness.saved_bytes(workload.peers["cumo-original"], workload.inputs) > 2 * plan
+
+
+def test_gate_shape_shrinks_only_what_is_too_large():
+    assert harness.gate_shape(SMALL, "cpu") == SMALL
+    assert harness.gate_shape(SHAPES["clip-1-crop"], "cpu") == SHAPES["clip-1-crop"]
+    for shape in SHAPES.values():
+        small = harness.gate_shape(shape, "cpu")
+        assert small.T <= shape.T and small.I <= shape.I and small.T % small.groups == 0
+        assert (small.H, small.E, small.K) == (shape.H, shape.E, shape.K)
+    assert harness.gate_shape(SHAPES["mixtral-train"], "cpu").I < 14336
+
+
+def test_flops_are_those_of_the_spec():
+    for name, flops in (  # cumo_spec.md section 6
+        ("clip-1-crop", 19.4e9),
+        ("clip-image", 194e9),
+        ("clip-batch4", 774e9),
+        ("connector-4", 232e9),
+        ("mixtral-prefill", 493e9),
+        ("mixtral-train", 5.77e12),
+    ):
+        assert SHAPES[name].gemm_flops == pytest.approx(flops, rel=6e-3)
+
+
+def test_variants_take_turns():
+    order = []
+    steps = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = timing.interleave(steps, timing.CpuClock(), 0, least=3)
+    assert order[:3] == list("abc")  # warm-up
+    assert order[3:] == list("abc" + "bca" + "cab")
+    assert all(t.rounds == 3 for t in times.values())
+
+
+def test_one_thread_is_timed_by_the_processor_not_by_the_wall(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    clock = timing.CpuClock()
+    assert clock.name == "cpu" and clock.time(lambda: time.sleep(0.2)) < 100
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    clock = timing.CpuClock()
+    assert clock.name == "wall" and clock.time(lambda: time.sleep(0.2)) >= 200
+
+
+def test_predictions_are_marked_and_stand_beside_measurements(tmp_path):
+    folder = tmp_path / "predicted"
+    folder.mkdir()
+    line = "nvidia_h100,clip-1-crop,bf16,{},{},0.01,0.8,{}"
+    gemms = [line.format(*row) for row in (("up", 0.012, 0), ("down", 0.013, 8), ("grad of x", 0.02, 0))]
+    head = "gpu,shape,dtype,gemm,ms,floor_ms,share_of_floor,stack"
+    (folder / "nvidia_h100_bf16.csv").write_text("\n".join([head, *gemms]))
+    row = a_row(machine="nvidia_h100", op="expert_mlp", shape="clip-1-crop", dtype="bf16", ms_p50=0.05)
+    text = "\n".join(plot.predictions(folder, [row]))
+    assert "Predicted for nvidia_h100, bf16: not measured" in text
+    assert "| clip-1-crop | 0.025 | 80% | 0.045 | 67% |" in text and "1 of 3 | 0.05 ms, not yet |" in text
+
+
+def a_row(**changes) -> record.Row:
+    rows, _ = measured(bench_activation, modes=("forward",))
+    return replace(rows[0], **changes)
+
+
+def test_rows_survive_the_file(tmp_path):
+    row = a_row(machine="m", op="o")
+    record.append([row], tmp_path)
+    record.append([replace(row, ms_p50=2.5, floor_ms=None, gate="a, b")], tmp_path)
+    first, second = record.read(tmp_path)
+    assert second.ms_p50 == 2.5 and second.gate == "a, b" and second.floor_ms is None
+    assert replace(first, ms_p50=0, ms_p20=0, ms_p80=0, gb_per_s=0, error=0, gradient_error=0) == replace(
+        row, ms_p50=0, ms_p20=0, ms_p80=0, gb_per_s=0, error=0, gradient_error=0
+    )
+    assert record.latest([first, second]) == [second]
+    with (tmp_path / "m" / "o.csv").open() as file:
+        assert next(csv.reader(file)) == [field.name for field in fields(record.Row)]
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["o.csv"]
+
+
+def test_gaps_are_in_the_report_until_a_later_run_closes_them(tmp_path):
+    results = tmp_path / "results"
+    row = a_row(machine="m", variant="peer", run="2")
+    old = record.Gap(row.op, "peer", "all", row.shape, row.pattern, row.dtype, "not here", "m", "1")
+    record.append([replace(row, variant="cumo/reference")], results)
+    record.append_gaps([old], results)
+    assert f"- peer: not here ({row.op} {row.shape} fp32)" in plot.report(results).read_text()
+    record.append_gaps([replace(old, shape="other")], results)
+    assert "fp32 and 1 more)" in plot.report(results).read_text()
+    record.append([row, replace(row, shape="other")], results)
+    assert "not here" not in plot.report(results).read_text()
+
+
+def test_one_broken_case_does_not_cost_the_others(tmp_path, capsys):
+    def setup(shape, *rest):
+        if shape.T == 1:
+            raise MemoryError("too large")
+        return bench_activation.setup(shape, *rest)
+
+    broken = types.SimpleNamespace(
+        OP="t",
+        setup=setup,
+        cases=lambda *_: [Case(replace(SMALL, T=t), "fp32", modes=("forward",)) for t in (1, 8)],
+    )
+    parser = argparse.ArgumentParser()
+    harness.add_arguments(parser)
+    words = ["--device", "cpu", "--results", str(tmp_path), "--seconds", "0"]
+    assert harness.run_all([broken], parser.parse_args(words)) == 1
+    assert "1 cases measured" in (out := capsys.readouterr()).out and "1 broke off" in out.out
+    assert "too large" in out.err and {row.tokens for row in record.read(tmp_path)} == {8}
+
+
+def test_a_file_with_other_columns_is_not_touched(tmp_path):
+    row = a_row(machine="m", op="o")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "o.csv").write_text("run,op,speed\n1,2,3\n")
+    with pytest.raises(ValueError, match=r"must have the columns run,op,variant,.*, got run,op,speed"):
+        record.append([row], tmp_path)
+    assert (tmp_path / "m" / "o.csv").read_text() == "run,op,speed\n1,2,3\n"
+
+
+def test_the_report_is_made_from_files_alone(tmp_path):
+    rows = measured(bench_experts)[0] + measured(bench_layer)[0]
+    rows += [replace(row, op="scaling", shape="over-tokens", tokens=n) for row in rows for n in (24, 48)]
+    record.append(rows, tmp_path / "results")
+    path = plot.report(tmp_path / "results")
+    text = path.read_text()
+    assert "Not yet measured on a GPU" in text and "cumo/reference" in text
+    folder = tmp_path / "results" / rows[0].machine
+    for name in plot.PICTURES:
+        assert f"({folder.relative_to(tmp_path)}/{name})" in text
+        picture = plot.plt.imread(folder / name)
+        assert picture.shape[0] > 100 and picture.std() > 0.01  # not one colour
+    ours = next(
+        r for r in rows if r.op == "expert_mlp" and r.variant == "cumo/reference" and r.mode == "both"
+    )
+    assert f"{ours.ms_p50:.3g} ms" in text
+    assert not list(tmp_path.rglob(".*")) and not list(tmp_path.rglob("tmp*"))
+
+
+def test_a_machine_without_matplotlib_gets_the_tables(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    spec = importlib.util.spec_from_file_location("plot_bare", plot.__file__)
+    bare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bare)
+    record.append(measured(bench_activation, modes=("forward",))[0], tmp_path / "results")
+    text = bare.report(tmp_path / "results").read_text()
+    assert "matplotlib is not installed here" in text and "cumo/reference" in text
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_an_empty_report_says_so(tmp_path):
+    text = plot.report(tmp_path / "results").read_text()
+    assert "Not yet measured on a GPU" in text and "Nothing has been measured yet" in text
+
+
+def test_speedups_are_against_the_loop_of_the_same_case():
+    rows, _ = measured(bench_experts, modes=("forward",))
+    times = {"cumo/reference": 2.0, "cumo-original": 6.0, "torch-grouped_mm": 3.0, "dense": 1.0}
+    rows = [replace(row, ms_p50=times[row.variant]) for row in rows]
+    ((_, found),) = plot.speedups(rows).items()
+    assert found == {"cumo/reference": 3, "cumo-original": 1, "torch-grouped_mm": 2, "dense": 6}
+
+
+def test_every_peer_is_there_or_has_a_reason():
+    runnable, gaps = peers.available(SMALL, torch.float32, "cpu")
+    names = {peer.name for peer in peers.PEERS} | set(peers.MISSING)
+    assert {peer.name for peer in runnable} | set(gaps) == names and all(gaps.values())
+    assert {peer.name for peer in runnable} == {"cumo-original", "torch-grouped_mm"}
+
+
+def test_every_stem_has_a_file_and_every_file_cases():
+    for file in map(load, FILES):
+        for device in ("cpu", "cuda"):
+            few, full = file.cases(device, False), file.cases(device, True)
+            assert few and len(full) >= len(few)
+            assert all(case.shape.T % case.shape.groups == 0 for case in full)
+    assert {name for names in (shapes.FIRST | shapes.REST).values() for name in names} <= set(SHAPES)
+    assert len(shapes.chosen("cuda", True)) == len(SHAPES) - 1  # all but the one cut for the CPU
+
+
+@pytest.mark.slow
+def test_bench_from_the_front_door(capfd):
+    assert front_door(["bench", "--help"]) == 0
+    assert "--budget" in capfd.readouterr().out
+
+
+def test_bench_without_a_checkout_says_so(capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr("cumo_kernels.__main__.ROOT", tmp_path)
+    assert front_door(["bench"]) == 1
+    assert "part of a checkout" in capfd.readouterr().out

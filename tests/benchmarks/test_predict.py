@@ -1,0 +1,72 @@
+"""Predictions: their arithmetic by hand, what a reviewer is shown, and one GEMM really compiled."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import predict
+from benchmarks.shapes import SHAPES
+from cumo_kernels import hardware, tuning
+from cumo_kernels.hardware import KIB
+from cumo_kernels.tuning import Config, Problem
+
+H100 = hardware.find("nvidia_h100")
+GEMM = Problem("gemm", torch.bfloat16, 1154, 4096, 1024, 4)
+TILE = Config(128, 256, 64, num_warps=8, num_stages=4)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "blocks"),
+    [
+        pytest.param(255, 200 * KIB, 8, 1, id="one-by-shared-memory-and-registers"),
+        pytest.param(128, 100 * KIB, 8, 2, id="two-by-both"),
+        pytest.param(168, 60 * KIB, 4, 3, id="three-by-either"),
+        pytest.param(40, 2 * KIB, 8, 6, id="six-by-registers"),
+        pytest.param(16, 0, 1, 32, id="never-more-than-32"),
+    ],
+)
+def test_blocks_per_sm(registers, shared, warps, blocks):
+    assert predict.blocks_per_sm(H100, registers, shared, warps) == blocks
+
+
+def test_tiles_of_one_clip_crop():
+    # 288.5 rows an expert fill 3 row tiles of 128; 16 column tiles
+    tiles, use = predict.tile_count(GEMM, TILE)
+    assert tiles == 4 * 3 * 16 and use == pytest.approx(288.5 / 384)
+    tiles, use = predict.tile_count(replace(GEMM, kind="weight_grad"), TILE)
+    assert tiles == 4 * 16 * 16 and use == pytest.approx(288.5 / 384)
+    # two tokens meet two of four experts
+    assert predict.tile_count(replace(GEMM, rows=2), TILE)[0] == 2 * 16
+
+
+def test_cost():
+    assert predict.cost(GEMM) == (2 * 1154 * 4096 * 1024, 2 * (1154 * 5120 + 4 * 4096 * 1024))
+    flops, bytes_ = predict.cost(replace(GEMM, gated=True, rows=1))
+    assert flops == 2 * 8192 * 1024 and bytes_ == 2 * (8192 + 1024 + 8192 * 1024)
+
+
+def test_a_reviewer_sees_what_got_worse():
+    head = "shape,dtype,gemm,tile,stack,ms\n"
+    old = head + "a,bf16,up,t1,0,1.0\na,bf16,down,t1,0,1.0\na,bf16,x,t1,0,1.0\nb,bf16,up,t1,0,1.0\n"
+    new = head + "a,bf16,up,t2,0,1.2\na,bf16,down,t1,16,0.9\na,bf16,x,t1,0,0.9\n"
+    slower, spills, gone = predict.worse(old, new)
+    assert "a bf16 up: predicted 1.0 -> 1.2 ms (t1 -> t2)" == slower
+    assert spills == "a bf16 down: 0 -> 16 bytes of stack" and gone == "b bf16 up: no longer there"
+    assert predict.worse(old, old) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_one_layer_compiled_for_a_gpu_that_is_not_here(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    rows = predict.survey(H100, [SHAPES["clip-1-crop"]], "bf16")
+    assert [row.gemm for row in rows] == list(predict.GEMMS)
+    for row in rows:
+        assert 32 <= row.registers <= 255 and row.blocks_per_sm >= 1
+        assert 0 < row.share_of_floor <= 1 and row.ms >= row.floor_ms > 0
+        assert "tensor:0" not in row.mix
+    config = tuning.get_config(Problem("gemm", torch.bfloat16, 1280, 4096, 1024, 4, gathered=True), H100)
+    assert rows[0].tile.startswith(f"m{config.BLOCK_M} n{config.BLOCK_N}")

@@ -1,0 +1,88 @@
+"""Ahead-of-time compilation: every Triton kernel for GPUs that are not here, read back from the assembler."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.runtime.jit import JITFunction
+
+from cumo_kernels import codegen, hardware, tuning
+from cumo_kernels.backends.triton import (
+    activation,
+    experts,
+    grad_hidden,
+    grouped_gemm,
+    permutation,
+    routing,
+    sorting,
+    tiles,
+    weight_grad,
+)
+from cumo_kernels.backends.triton.grouped_gemm import launch_gemm
+
+MODULES = (activation, experts, grad_hidden, grouped_gemm, permutation, routing, sorting, tiles, weight_grad)
+HOPPER = hardware.find("nvidia_h100")
+KERNELS = {
+    name
+    for module in MODULES
+    for name, value in vars(module).items()
+    if isinstance(value, JITFunction) and name.endswith("_kernel")
+}
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_hopper_and_none_has_a_problem():
+    tokens = {
+        "clip": (577, 4616),
+        "llm": (64,),
+    }  # split sums, plain ones and one sort of each kind; no biases
+    reports = codegen.survey(HOPPER, tokens, ["bf16"], lambda shape, dtype: tokens[shape])
+    assert {report.kernel for report in reports} == KERNELS
+    assert {report.kernel: report.problems for report in reports if report.problems} == {}
+    gemms = [r for r in reports if r.kernel == "grouped_gemm_kernel"]
+    assert all(r.opcodes.get("HGMMA") and r.opcodes.get("UTMALDG") for r in gemms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in codegen.TARGETS if name != "nvidia_h100"])
+def test_the_gemms_of_other_generations(name):
+    gemms = lambda kernel: not kernel.startswith("_")
+    reports = codegen.survey(hardware.find(name), ["clip"], ["bf16"], lambda shape, dtype: (4616,), gemms)
+    assert {report.kernel for report in reports} == {name for name in KERNELS if gemms(name)}
+    assert {report.kernel: report.problems for report in reports if report.problems} == {}
+
+
+@pytest.mark.slow
+def test_a_tile_too_large_for_its_warps_is_reported():
+    spilling = tuning.Config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=4, num_stages=2)
+    x, weight = (
+        torch.empty(*size, dtype=torch.bfloat16, device="meta") for size in ((256, 512), (4, 512, 512))
+    )
+    offsets = torch.empty(5, dtype=torch.int32, device="meta")
+    with codegen.compiling(HOPPER) as launched:
+        launch_gemm(x, weight, offsets, None, None, 1, "gelu", config=spilling)
+    (report, _), *_ = launched
+    assert any("spills" in problem for problem in report.problems), report
+
+
+def test_each_problem_has_its_words():
+    good = codegen.Report(
+        "_permute_kernel", HOPPER, "bf16", {}, 4, 3, 64, 0, 1024, {"HMMA": 1, "LDGSTS": 1}, 2, True, True
+    )
+    assert good.problems == []
+    for change, word in (
+        ({"stack": 8}, "spills"),
+        ({"opcodes": {"HMMA": 1, "LDGSTS": 1, "STL": 1}}, "spills"),
+        ({"shared": HOPPER.shared_memory + 1}, "shared memory"),
+        ({"opcodes": {"FFMA": 1, "LDGSTS": 1}}, "without tensor cores"),
+        ({"opcodes": {"HMMA": 1}}, "without asynchronous copies"),
+        ({"wide": 0}, "no 16-byte access"),
+    ):
+        (problem,) = dataclasses.replace(good, **change).problems
+        assert word in problem

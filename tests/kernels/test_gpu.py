@@ -1,0 +1,28 @@
+"""What only a GPU can show, for every backend: graph capture, no waiting for the host, equal repeats."""
+
+import pytest
+import torch
+
+from cumo_kernels import cases
+from cumo_kernels.verify import EXCUSED, backends_of, check
+
+pytestmark = pytest.mark.gpu
+NAMES = backends_of("cuda")[0] if torch.cuda.is_available() else ["none"]
+ROWS = [
+    pytest.param(case, id=f"{case.op}-{family}-{case.dtype}")
+    for family, case in cases.all_cases(
+        {name: cases.FAMILIES[name] for name in ("one-token", "odd-tails", "skewed", "geglu-gathered")}
+        | {"clip-crop": cases.GPU_FAMILIES["clip-crop"]},
+        ("fp32", "bf16"),
+    )
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", ROWS)
+def test_a_gpu_backend_keeps_its_promises(case, name):
+    result = check(case, name, "cuda")
+    assert result.failures == []
+    assert result.repeats and result.guards
+    if name != EXCUSED:
+        assert result.sync_free and result.graph

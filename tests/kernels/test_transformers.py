@@ -1,0 +1,268 @@
+"""Our experts inside other people's models: transformers' experts interface."""
+
+import copy
+
+import pytest
+import torch
+from torch.func import functional_call
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    GraniteMoeConfig,
+    MixtralConfig,
+    NemotronHConfig,
+    OlmoeConfig,
+    PhimoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+import cumo_kernels.integrations.transformers as integration
+from cumo_kernels.testing import assert_as_accurate_as_torch
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FUSED, OWN_GATE = "expert_mlp (swiglu)", "grouped_gemm, its own activation, grouped_gemm"
+MODELS = {
+    "mixtral": (MixtralConfig(**SIZES, num_local_experts=4), FUSED),
+    "qwen3_moe": (
+        Qwen3MoeConfig(**SIZES, moe_intermediate_size=20, num_experts=5, num_experts_per_tok=3, head_dim=8),
+        FUSED,
+    ),
+    "qwen2_moe": (
+        Qwen2MoeConfig(
+            **SIZES,
+            moe_intermediate_size=20,
+            shared_expert_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+        ),
+        FUSED,
+    ),
+    "olmoe": (OlmoeConfig(**SIZES, num_experts=6, num_experts_per_tok=2), FUSED),
+    "phimoe": (PhimoeConfig(**SIZES, num_local_experts=4), FUSED),
+    "granitemoe": (GraniteMoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2), FUSED),
+    "deepseek_v3": (
+        DeepseekV3Config(
+            **{**SIZES, "num_key_value_heads": 4},
+            moe_intermediate_size=20,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        ),
+        FUSED,
+    ),
+    "gpt_oss": (
+        GptOssConfig(
+            **SIZES,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            head_dim=8,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+        OWN_GATE,
+    ),
+}
+
+
+@pytest.fixture
+def make():
+    """Factory: name -> model with routers that have opinions, on the "cumo" experts."""
+
+    def make(name):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(MODELS[name][0]), experts_implementation="cumo"
+        )
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "norm" not in key:
+                    parameter.normal_(std=0.3)
+        return model.eval()
+
+    return make
+
+
+def experts_of(model):
+    return [(name, m) for name, m in model.named_modules() if hasattr(m, "is_transposed")]
+
+
+def run(model, ids):
+    """Logits, and the gradient of every parameter under a fixed upstream gradient."""
+    model.zero_grad()
+    logits = model(input_ids=ids, use_cache=False).logits
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
+    logits.backward(upstream)
+    return logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_whole_model_computes_and_learns_as_with_its_own_experts(make, name):
+    model, ids = make(name), torch.randint(3, 64, (2, 9))
+    assert model.get_experts_implementation()[""] == "cumo"
+    line = integration.explain(model).splitlines()[-1]
+    assert line.endswith(MODELS[name][1]), line
+    names = [key for key, _ in model.named_parameters()]
+    theirs = copy.deepcopy(model)
+    theirs.set_experts_implementation("eager")
+    assert theirs.get_experts_implementation()[""] == "eager"
+
+    def through(model):
+        return lambda *values: (
+            functional_call(
+                model, dict(zip(names, values, strict=True)), kwargs={"input_ids": ids, "use_cache": False}
+            ).logits
+        )
+
+    assert_as_accurate_as_torch(through(model), through(theirs), *(p.detach() for p in model.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_as_accurate_as_their_own_loop(make, name, dtype):
+    _, experts = experts_of(make(name))[0]
+    names = [key for key, _ in experts.named_parameters()]
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(37)])
+    index[index == 3] = 2  # expert 3 gets no token, some tokens choose twice the same
+
+    def through(implementation):
+        module = copy.deepcopy(experts)
+        module.config._experts_implementation_internal = implementation
+
+        def function(x, weights, *values):
+            return functional_call(module, dict(zip(names, values, strict=True)), (x, index, weights))
+
+        return function
+
+    tensors = [torch.randn(37, 32), torch.rand(37, 2), *(p.detach() for p in experts.parameters())]
+    assert_as_accurate_as_torch(through("cumo"), through("eager"), *(t.to(dtype) for t in tensors))
+
+
+def test_plain_experts_of_nemotron_run_with_their_own_activation():
+    config = NemotronHConfig(
+        hidden_size=16, n_routed_experts=4, moe_intermediate_size=12, moe_latent_size=None, mlp_bias=False
+    )
+    experts = NemotronHExperts(config)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_()
+    x, index, weights = torch.randn(9, 16), torch.randint(4, (9, 2)), torch.rand(9, 2)
+    outs = []
+    for implementation in ("cumo", "eager"):
+        config._experts_implementation_internal = implementation
+        outs.append(experts(x, index, weights))
+    assert integration.fused_activation(experts) is None and integration.refusal(experts) is None
+    torch.testing.assert_close(*outs)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss"])
+def test_from_pretrained_generates_and_saves_unchanged(make, tmp_path, name):
+    model = make(name)
+    ids = torch.randint(3, 64, (2, 5))
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    model.set_experts_implementation("eager")
+    wanted = model.generate(ids, **options)
+    model.save_pretrained(tmp_path / "theirs")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", experts_implementation="cumo").eval()
+    assert ours.get_experts_implementation()[""] == "cumo"
+    assert torch.equal(ours.generate(ids, **options), wanted)
+    assert torch.equal(
+        ours.generate(ids, cache_implementation="static", disable_compile=True, **options), wanted
+    )
+    ours.save_pretrained(tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.equal(again[key], value), key
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_compiles_without_a_break(make, name):
+    model, ids = make(name).train(), torch.randint(3, 64, (2, 6))
+    eager, grads = run(model, ids)
+    compiled, again = run(torch.compile(model, backend="aot_eager", fullgraph=True), ids)
+    torch.testing.assert_close(compiled, eager)
+    for key, grad in again.items():
+        torch.testing.assert_close(grad, grads[key.removeprefix("_orig_mod.")])
+    torch._dynamo.reset()
+
+
+def mixtral_experts(implementation="cumo"):
+    config = MixtralConfig(**SIZES, num_local_experts=4)
+    config._experts_implementation_internal = implementation
+    experts = MixtralExperts(config)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_()
+    return experts
+
+
+def test_dropped_slots_of_expert_parallelism_count_for_nothing():
+    experts, x = mixtral_experts(), torch.randn(6, 32, requires_grad=True)
+    index, weights = torch.randint(4, (6, 2)), torch.rand(6, 2)
+    index[1] = 4  # the sentinel: another rank's expert
+    index[2, 1] = 4
+    out = experts(x, index, weights)
+    masked = weights.masked_fill(index == 4, 0)
+    torch.testing.assert_close(out, experts(x, index.clamp(max=3), masked))
+    assert torch.equal(out[1], torch.zeros(32))
+    out.sum().backward()
+    assert x.grad[1].abs().max() == 0 and x.grad.isfinite().all()
+    assert experts(x[:0], index[:0], weights[:0]).shape == (0, 32)
+
+
+def test_autocast_runs_in_its_dtype_and_returns_the_callers():
+    experts, x = mixtral_experts(), torch.randn(6, 32)
+    index, weights = torch.randint(4, (6, 2)), torch.rand(6, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = experts(x, index, weights)
+    assert out.dtype == torch.float32
+    half = copy.deepcopy(experts).bfloat16()(x.bfloat16(), index, weights)
+    assert torch.equal(out, half.float())
+    # fp32 hidden states before half-precision weights, as a norm in fp32 leaves them
+    assert torch.equal(copy.deepcopy(experts).bfloat16()(x, index, weights), half.float())
+
+
+def test_what_cannot_be_served_falls_back_with_its_reason(monkeypatch):
+    experts = mixtral_experts()
+    x, index, weights = torch.randn(6, 32), torch.randint(4, (6, 2)), torch.rand(6, 2)
+    wanted = experts(x, index, weights)
+    asked, warned = [], []
+    grouped = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    monkeypatch.setitem(
+        ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", lambda *args: asked.append(1) or grouped(*args)
+    )
+    monkeypatch.setattr(integration.logger, "warning_once", warned.append)
+    experts.has_post_expert_norm = True
+    torch.testing.assert_close(experts(x, index, weights), wanted)
+    assert asked == [1] and "it normalises what every expert returns" in warned[0]
+    assert "grouped_mm: it normalises" in integration.explain(experts)
+    del experts.has_post_expert_norm
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
+    assert "its down_proj is torch.float8_e4m3fn" in integration.refusal(experts)
+    del experts.down_proj
+    assert "no tensor down_proj" in integration.refusal(experts)
+
+
+def test_models_without_experts_are_named():
+    assert "has no experts" in integration.explain(torch.nn.Linear(2, 2))

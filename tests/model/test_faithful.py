@@ -1,0 +1,197 @@
+"""The whole model against the original's formulas, from one checkpoint, for every output and gradient."""
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from cumo_model import CumoForConditionalGeneration, MoELayer
+from cumo_model.layout import original_names
+from tests.model import original
+
+MODELS = [  # kind, clip_smoe, mlp_smoe, length at which rows are cut
+    pytest.param("mistral", True, True, 14, id="7b-truncated"),
+    pytest.param("mixtral", True, True, None, id="8x7b"),
+    pytest.param("mistral", False, False, None, id="stage-2"),
+    pytest.param("mixtral", False, True, 14, id="8x7b-dense-tower-truncated"),
+]
+
+
+def batch(max_length=None):
+    """Rows as the original has them and as we do: an image and text, text alone, two images.
+
+    Row 1 is text alone: the original feeds it a dummy image. `max_length` cuts after the images are in.
+    """
+    generator = torch.Generator().manual_seed(2)
+
+    def text(n):
+        return torch.randint(3, original.VOCAB, (n,), generator=generator)
+
+    mark = torch.tensor([original.IMAGE])
+    rows = [
+        torch.cat([text(3), mark, text(8)]),
+        text(9),
+        torch.cat([text(2), mark, text(3), mark, text(5)]),
+    ]
+    labels = [row.clone() for row in rows]
+    for row in labels:
+        row[: len(row) - 4] = -100
+        row[row == original.IMAGE] = -100
+    pixels = torch.randn(4, 3, original.SIZE, original.SIZE, generator=generator)
+    pixels[1] = 0  # the dummy
+    patches = original.GRID**2
+    ids, targets, lengths = [], [], []
+    for row, wanted in zip(rows, labels, strict=True):
+        pieces = [
+            (torch.full((patches,), original.VOCAB), torch.full((patches,), -100))
+            if t < 0
+            else (t[None], y[None])
+            for t, y in zip(row, wanted, strict=True)
+        ]
+        long, target = (torch.cat(p)[:max_length] for p in zip(*pieces, strict=True))
+        ids.append(long)
+        targets.append(target)
+        left = int((long == original.VOCAB).sum())
+        for _ in range(max(1, int((row == original.IMAGE).sum()))):
+            lengths.append(min(patches, left))
+            left -= lengths[-1]
+    size = max(map(len, ids))
+    pad = torch.nn.functional.pad
+    ours = {
+        "input_ids": torch.stack([pad(i, (0, size - len(i))) for i in ids]),
+        "labels": torch.stack([pad(t, (0, size - len(t)), value=-100) for t in targets]),
+        "attention_mask": torch.stack([pad(torch.ones_like(i), (0, size - len(i))) for i in ids]),
+        "image_lengths": torch.tensor(lengths),
+    }
+    return rows, labels, pixels, ours
+
+
+def run(function, inputs):
+    """Outputs, and the gradients at all inputs, under 1 at the loss and random ones at the logits."""
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    loss, logits = function(*leaves)
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9)).to(logits)
+    grads = torch.autograd.grad([loss, logits], leaves, [torch.ones_like(loss), upstream], allow_unused=True)
+    return [loss.detach(), logits.detach(), *grads]
+
+
+def relative_errors(found, truth, names):
+    """Root mean square error of each tensor over its size; None, or zeros, must be so in both."""
+    errors = {}
+    for name, a, b in zip(names, found, truth, strict=True):
+        assert (a is None or not a.any()) == (b is None or not b.any()), name
+        # a key's bias moves all scores of a query alike: its gradient is rounding and nothing else
+        if b is not None and b.any() and not name.endswith("k_proj.bias"):
+            errors[name] = (a.double() - b).norm() / b.norm()
+    return errors
+
+
+@pytest.mark.parametrize("kind, clip_smoe, mlp_smoe, max_length", MODELS)
+def test_outputs_losses_and_every_gradient_are_the_formulas(tmp_path, kind, clip_smoe, mlp_smoe, max_length):
+    options = {"kind": kind, "clip_smoe": clip_smoe, "mlp_smoe": mlp_smoe}
+    tensors = original.write(tmp_path / "theirs", **options)
+    model = CumoForConditionalGeneration.from_pretrained(tmp_path / "theirs").train()
+    rows, labels, pixels, ours = batch(max_length)
+    assert (ours["image_lengths"] < 9).any()
+    names, parameters = list(tensors), dict(model.named_parameters())
+    parts = {key: original_names(key, tuple(p.shape)) for key, p in parameters.items()}
+    assert sorted(name for names in parts.values() for name in names) == sorted(names)
+    real = ours["attention_mask"].bool()
+    seen = []
+
+    def op(pixel_values, *values):
+        theirs = dict(zip(names, values, strict=True))
+        joined = {
+            key: torch.cat([theirs[name].flatten() for name in parts[key]]).view(p.shape)
+            for key, p in parameters.items()
+        }
+        output = functional_call(model, joined, kwargs={**ours, "pixel_values": pixel_values})
+        seen.append(set(output.loss_parts))
+        return output.loss, output.logits[real]
+
+    def reference(pixel_values, *values):
+        theirs = dict(zip(names, values, strict=True))
+        loss, found, logits, mask = original.run(
+            theirs, rows, labels, pixel_values, **options, max_length=max_length or 4096
+        )
+        assert torch.equal(mask.bool(), real)
+        seen.append(set(found))
+        return loss, logits[real]
+
+    wide = [t.double() for t in (pixels, *tensors.values())]
+    ours_32, theirs_32, truth = (
+        run(function, inputs)
+        for function, inputs in (
+            (op, [pixels, *tensors.values()]),
+            (reference, [pixels, *tensors.values()]),
+            (reference, wide),
+        )
+    )
+    labels_of = ["loss", "logits", "pixels", *names]
+    errors = relative_errors(ours_32, truth, labels_of)
+    allowed = relative_errors(theirs_32, truth, labels_of)
+    # rounding grows alike in all of them, so that together they say more than one by one
+    total, limit = (torch.stack([*e.values()]).square().mean().sqrt() for e in (errors, allowed))
+    worst = max(errors, key=errors.get)
+    assert total <= 2 * limit, f"off by {total:.1e}, the formulas in fp32 by {limit:.1e}; most in {worst}"
+    assert max(errors.values()) <= 2 * max(allowed.values()), worst
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_the_parts_of_the_loss_are_the_formulas(tmp_path):
+    tensors = original.write(tmp_path / "theirs", kind="mixtral")
+    model = CumoForConditionalGeneration.from_pretrained(tmp_path / "theirs").train()
+    rows, labels, pixels, ours = batch()
+    wanted = original.run(tensors, rows, labels, pixels, kind="mixtral")[1]
+    got = model(**ours, pixel_values=pixels).loss_parts
+    assert got.keys() == wanted.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(
+            value, wanted[name].detach(), msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("place", ["clip", "mlp", "llm"])
+def test_compat_repeats_the_originals_rounding_bit_for_bit(place):
+    """bf16: the bits of the formulas rounded step by step; without compat other bits, closer to fp64."""
+    F = torch.nn.functional
+    activation = {"clip": "quick_gelu", "mlp": "gelu", "llm": "swiglu"}[place]
+    bias, width, E = place != "llm", 24 if place == "mlp" else 32, 5 if place == "llm" else 4
+    compat = "cumo_llm" if place == "llm" else "cumo"
+    layer = MoELayer(32, 48, E, 2, activation, output_size=width, bias=bias, compat=compat).bfloat16()
+    x = torch.randn(6, 37, 32).bfloat16()
+    experts = layer.experts
+
+    def expert(rows, e, dtype):
+        up, up_bias = experts.up
+        values = (up[e], up_bias[e] if bias else None)
+        z = F.linear(rows, *(None if v is None else v.to(dtype) for v in values))
+        if place == "clip":
+            a = z * torch.sigmoid(1.702 * z)
+        elif place == "mlp":
+            a = F.gelu(z)
+        else:
+            gate, linear = z.chunk(2, -1)
+            a = F.silu(gate) * linear
+        values = (experts.down_proj[e], experts.down_proj_bias[e] if bias else None)
+        return F.linear(a, *(None if v is None else v.to(dtype) for v in values))
+
+    def formulas(x):
+        rows = x.flatten(0, 1)[None] if place == "llm" else x
+        logits = F.linear(rows, layer.gate.weight.to(x.dtype))
+        functions = [lambda rows, e=e: expert(rows, e, x.dtype) for e in range(E)]
+        return original.moe(rows, logits, functions, width, per_crop=place != "llm")[0].reshape(-1, width)
+
+    with torch.no_grad():
+        wanted = formulas(x)
+        # rounded probabilities tie, and which expert torch.topk then takes is nobody's promise
+        ranked = (
+            torch.softmax(layer.gate(x).flatten(0, 1).float(), -1).bfloat16().sort(-1, descending=True)[0]
+        )
+        untied = ranked[:, 1] != ranked[:, 2]
+        assert untied.float().mean() > 0.9
+        assert torch.equal(layer(x, groups=6).view(-1, width)[untied], wanted[untied])
+        layer.compat = None
+        plain = layer(x, groups=6).view(-1, width)
+        truth = formulas(x.double())
+    assert not torch.equal(plain, wanted)
+    assert (plain - truth).square().mean() < (wanted - truth).square().mean()

@@ -1,0 +1,153 @@
+"""A dense CuMo from a CLIP, a language model and mm_projector.bin; the upcycle command."""
+
+import pytest
+import torch
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from cumo_model import CumoForConditionalGeneration, from_parts, record_routing
+from cumo_model.__main__ import main
+from cumo_model.demo.tokenizer import train_tokenizer
+from cumo_model.tool import probe
+from tests.model import original
+
+TEXT = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "vocab_size": 50, "max_position_embeddings": 128}  # fmt: skip
+LANGUAGE = {
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**TEXT)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=4)),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**TEXT, tie_word_embeddings=True)),
+}
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Factory: folders of a tiny CLIP and a tiny language model, and a stage-1 mm_projector.bin."""
+
+    def make(kind="mistral", smoe=False):
+        clip = CLIPVisionModel(CLIPVisionConfig(**original.CLIP_CONFIG))
+        text = LANGUAGE[kind]()
+        clip.save_pretrained(tmp_path / "clip")
+        text.save_pretrained(tmp_path / "text")
+        tensors = original.tensors(mlp_smoe=smoe)
+        connector = {name: value for name, value in tensors.items() if "mm_projector" in name}
+        torch.save(connector, tmp_path / "mm_projector.bin")
+        return clip.eval(), text.eval(), connector
+
+    return make
+
+
+@pytest.mark.parametrize("kind", LANGUAGE)
+def test_the_parts_compute_what_they_did(parts, tmp_path, kind):
+    clip, text, connector = parts(kind)
+    model = from_parts(tmp_path / "clip", tmp_path / "text", tmp_path / "mm_projector.bin", scales=(1,) * 2)
+    batch = probe(model)
+    states = clip(batch["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+    x = torch.cat([states, states], -1)  # two scales of 1: the sizes of mm_projector.bin ask for two
+    x = torch.nn.functional.linear(x, *(connector[f"model.mm_projector.0.{p}"] for p in ("weight", "bias")))
+    x = torch.nn.functional.gelu(x)
+    x = torch.nn.functional.linear(x, *(connector[f"model.mm_projector.2.{p}"] for p in ("weight", "bias")))
+    embeds = torch.cat([x, text.get_input_embeddings()(batch["input_ids"][:, 9:])], 1)
+    torch.testing.assert_close(model(**batch).logits, text(inputs_embeds=embeds).logits)
+    assert model.config.image_token_index == 50
+    model.save_pretrained(tmp_path / "saved")
+    again = CumoForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_a_connector_with_experts_is_taken_as_it_is(parts, tmp_path):
+    parts(smoe=True)
+    model = from_parts(
+        tmp_path / "clip", tmp_path / "text", tmp_path / "mm_projector.bin", projector_num_experts_per_tok=1
+    )
+    with record_routing() as records:
+        model(**probe(model))
+    (record,) = records
+    assert (record.place, record.routing.num_experts, record.routing.top_k) == ("mlp", 4, 1)
+
+
+def test_upcycle_command_makes_experts_everywhere_and_says_step_0(parts, tmp_path, capsys):
+    parts()
+    train_tokenizer(["what is it?", "a red apple"] * 20, 320).save_pretrained(tmp_path / "text")
+    paths = ["--vision", "clip", "--text", "text", "--projector", "mm_projector.bin", "--out", "moe"]
+    paths = [word if word.startswith("--") else str(tmp_path / word) for word in paths]
+    numbers = ["--vision-experts", "3", "--text-experts", "8", "--text-top-k", "3", "--projector-top-k", "1"]
+    assert main(["upcycle", *paths, *numbers]) == 0
+    out = capsys.readouterr().out
+    difference = float(out.split("step-0 difference: ")[1].split()[0])
+    model = CumoForConditionalGeneration.from_pretrained(tmp_path / "moe")
+    assert 0 <= difference < 1e-5
+    vision, text = model.config.vision_config, model.config.text_config
+    assert (vision.num_experts, vision.num_experts_per_tok) == (3, 2)
+    assert (model.config.projector_num_experts, model.config.projector_num_experts_per_tok) == (4, 1)
+    assert (text.model_type, text.num_local_experts, text.num_experts_per_tok) == ("mixtral", 8, 3)
+    processor = AutoProcessor.from_pretrained(tmp_path / "moe")
+    assert processor.image_token_id == model.config.image_token_index
+    # from a checkpoint that has experts already: the places named by 0 stay, and training goes on
+    again = ["upcycle", "--checkpoint", str(tmp_path / "moe"), "--out", str(tmp_path / "more")]
+    assert main(again) == 1
+    assert "vision_experts must be 0 for a place that has experts already" in capsys.readouterr().err
+    assert main(["upcycle", "--out", str(tmp_path / "x")]) == 1
+    assert "either a checkpoint, or vision and text" in capsys.readouterr().err
+
+
+def test_noise_and_drop_tell_experts_apart_and_the_difference_shows_it(parts, tmp_path, capsys):
+    parts()
+    paths = ["--vision", str(tmp_path / "clip"), "--text", str(tmp_path / "text")]
+    found = {}
+    for name, extra in (("noise", ["--noise", "0.1"]), ("drop", ["--drop", "0.5"])):
+        assert main(["upcycle", *paths, "--out", str(tmp_path / name), *extra]) == 0
+        found[name] = float(capsys.readouterr().out.split("step-0 difference: ")[1].split()[0])
+    assert min(found.values()) > 1e-4
+    dense = from_parts(*(tmp_path / part for part in ("clip", "text"))).state_dict()
+    at = "model.vision_tower.encoder.layers.1.mlp."
+    source = dense[f"{at}fc1.weight"]
+    noisy, dropped = (
+        CumoForConditionalGeneration.from_pretrained(tmp_path / name).state_dict()[f"{at}experts.up_proj"]
+        for name in ("noise", "drop")
+    )
+    assert abs((noisy - source).std() / source.std() / 0.1 - 1) < 0.1
+    assert not torch.equal(noisy[0], noisy[1])
+    kept = (dropped == source).all(-1)  # whole units stay or go, half of them in every expert
+    assert kept.sum(-1).tolist() == [24] * 4 and not torch.equal(kept[0], kept[1])
+    assert 0.7 < dropped[~kept].std() / source.std() < 1.3
+
+
+@pytest.mark.parametrize("kind", ["mistral", "mixtral"])
+def test_training_continues_from_a_sparse_checkpoint_of_the_original(tmp_path, kind):
+    original.write(tmp_path / "theirs", kind=kind, std=0.1)
+    model = CumoForConditionalGeneration.from_pretrained(tmp_path / "theirs").train()
+    batch = probe(model)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] == 50, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        output = model(**batch)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(output.loss.item())
+    assert losses[-1] < losses[0] and {"clip_balance", "mlp_z"} <= set(output.loss_parts)
+
+
+def test_parts_that_do_not_fit_are_named(parts, tmp_path):
+    parts()
+    with pytest.raises(ValueError, match=r"vision must be a folder with a config.json, got .*nowhere"):
+        from_parts(tmp_path / "nowhere", tmp_path / "text")
+    with pytest.raises(ValueError, match=r"mm_projector.bin does not hold .* 1 of another shape \(0.weight"):
+        from_parts(tmp_path / "clip", tmp_path / "text", tmp_path / "mm_projector.bin", scales=(1,))
+    torch.save({"lm_head.weight": torch.zeros(2)}, tmp_path / "other.bin")
+    with pytest.raises(ValueError, match=r"other.bin must hold mm_projector tensors"):
+        from_parts(tmp_path / "clip", tmp_path / "text", tmp_path / "other.bin")
+    (tmp_path / "cut.bin").write_bytes((tmp_path / "mm_projector.bin").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"cut.bin is refused"):
+        from_parts(tmp_path / "clip", tmp_path / "text", tmp_path / "cut.bin")

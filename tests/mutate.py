@@ -1,0 +1,270 @@
+"""Plant faults one at a time and see whether the kernel tests notice.
+
+    python -m tests.mutate [--only WORD] [--write FILE]
+
+Each fault is one replacement in a copy of the tree, where the tests of the stem it touches then run: those of
+the Triton backend in Triton's interpreter, those of the reference as they are. A fault nobody notices is a
+test that is missing.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("cumo_kernels", "tests/kernels", "tests/conftest.py", "pyproject.toml")
+TIMEOUT_S = 1800  # a fault may make a loop endless, which is noticed too
+REFERENCE, TRITON = "cumo_kernels/backends/reference/", "cumo_kernels/backends/triton/"
+
+
+@dataclass(frozen=True)
+class Fault:
+    what: str
+    path: str
+    old: str  # stands in the file exactly once
+    new: str
+    tests: str  # stems whose tests are run
+    select: str = ""  # pytest -k, to come to the point sooner
+
+
+FAULTS = (
+    # the reference, and with it the formulas every other backend is compared to
+    Fault("weights divided by nothing", REFERENCE + "routing.py",
+          "weights = weights / weights.sum(-1, keepdim=True)", "pass", "routing"),
+    Fault("ties to the highest index", REFERENCE + "routing.py",
+          "ranked.detach().sort(dim=-1, descending=True, stable=True).indices",
+          "ranked.detach().flip(-1).sort(dim=-1, descending=True, stable=True).indices.neg().add(num_experts - 1)",
+          "routing"),
+    Fault("density counts the second choice", REFERENCE + "routing.py",
+          "one_hot(indices[:, 0], num_experts)", "one_hot(indices[:, -1], num_experts)", "routing"),
+    Fault("z-loss without the square", REFERENCE + "routing.py",
+          "group_mean(lse.square().to(wide)", "group_mean(lse.abs().to(wide)", "routing"),
+    Fault("gradient of logsumexp without its factor 2", REFERENCE + "routing.py",
+          "(2 * lse * spread_group_grad(", "(lse * spread_group_grad(", "routing"),
+    Fault("sort that is not stable inside an expert", REFERENCE + "routing.py",
+          "experts, permutation = slots.sort(stable=True)",
+          "experts, permutation = slots.flip(0).sort(stable=True); permutation = slots.numel() - 1 - permutation",
+          "routing permutation"),
+    Fault("combine ignores the last choice", REFERENCE + "permutation.py",
+          "for k in range(top_k):", "for k in range(max(top_k - 1, 1)):", "permutation"),
+    Fault("tanh for erf", "cumo_kernels/activations.py",
+          'Activation("gelu", torch.nn.functional.gelu, torch.ops.aten.gelu_backward)',
+          'Activation("gelu", _gelu_tanh, _gelu_tanh_backward)', "activation"),
+    Fault("quick_gelu with 1.7", "cumo_kernels/activations.py",
+          "QUICK_GELU_ALPHA = 1.702", "QUICK_GELU_ALPHA = 1.7", "activation"),
+    Fault("bias of the next expert", REFERENCE + "grouped_gemm.py",
+          "_rows(x[a:b], weight[e], None if bias is None else bias[e], out=out[a:b])",
+          "_rows(x[a:b], weight[e], None if bias is None else bias[e - 1], out=out[a:b])", "grouped_gemm"),
+    Fault("dz without the routing weight", REFERENCE + "experts.py",
+          "dz = act.backward(h.mul_(w), z.to(wide))", "dz = act.backward(h, z.to(wide))", "experts"),
+    Fault("gradient of the weights without the bias", REFERENCE + "experts.py",
+          "            if down_bias is not None:\n                dw = dw +", "            if False:\n                dw = dw +",
+          "experts"),
+    # routing in Triton
+    Fault("tie to the highest index", TRITON + "routing.py",
+          "choice = tl.min(tl.where(keys == best[:, None], experts[None, :], BLOCK_E), 1)",
+          "choice = tl.max(tl.where(keys == best[:, None], experts[None, :], -1), 1)", "routing", "ties"),
+    Fault("NaN ranks wherever its bits fall", TRITON + "routing.py",
+          "return tl.where(values != values, 0x7FFFFFFF, keys)", "return keys", "routing", "maximum"),
+    Fault("-0 below 0", TRITON + "routing.py",
+          "bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)",
+          "bits = values.to(tl.int32, bitcast=True)", "routing", "zeros"),
+    Fault("cumo ranks by logits", TRITON + "routing.py",
+          "_rank_keys(probs if COMPAT == 1 else logits)", "_rank_keys(logits)",
+          "routing", "compat"),
+    Fault("logsumexp in fp32 under compat", TRITON + "routing.py",
+          "lse = _logsumexp_in_dtype(logits, top, DTYPE)", "lse = tl.log(total) + top", "routing", "compat"),
+    Fault("gate logits not rounded", TRITON + "routing.py",
+          "logits = narrow(logits, x_ptr.dtype.element_ty).to(tl.float32)", "logits = logits", "routing", "gate"),
+    Fault("sums of the last tile left out", TRITON + "routing.py",
+          "for start in range(first_tile, last_tile + 1, BLOCK_R):",
+          "for start in range(first_tile, tl.maximum(last_tile, first_tile + 1), BLOCK_R):", "routing"),
+    Fault("arrivals not set back", TRITON + "routing.py",
+          "tl.store(arrivals_ptr + g, 0)", "tl.store(arrivals_ptr + g, 1)", "routing", "repeats or ragged"),
+    Fault("group found one token late", TRITON + "routing.py",
+          "group = _count_below(group_offsets_ptr, tokens + 1, G + 1, steps) - 1",
+          "group = _count_below(group_offsets_ptr, tokens, G + 1, steps) - 1", "routing", "ragged"),
+    Fault("empty group at the end never written", TRITON + "routing.py",
+          "g_end = tl.where(tile == num_tiles - 1, G, g_end)", "g_end = g_end", "routing", "ragged"),
+    Fault("weights of backward not renormalised", TRITON + "routing.py",
+          "(dweights - along[:, None]) / kept[:, None]", "dweights / kept[:, None]", "routing"),
+    Fault("sums of the gate's gradient start from what memory held", TRITON + "routing.py",
+          "mask=gate_mask & (tile != pid), other=0.0)", "mask=gate_mask, other=0.0)", "routing", "gate"),
+    Fault("offsets without the counts before this program", TRITON + "sorting.py",
+          "free = ends - counts + before", "free = ends - counts", "routing", "sort"),
+    Fault("dropped slots keep a position", TRITON + "sorting.py",
+          "tl.store(inverse_ptr + slots, tl.where(kept, position, -1), mask=mask)",
+          "tl.store(inverse_ptr + slots, position, mask=mask)", "routing", "sort"),
+    # permutation and activation in Triton
+    Fault("dropped rows copied", TRITON + "permutation.py",
+          "kept = mask & (tl.load(inverse_ptr + slots, mask=mask, other=-1) >= 0)", "kept = mask",
+          "permutation", "dropped"),
+    Fault("dropped rows read", TRITON + "permutation.py",
+          "        kept = positions >= 0\n        row_ptrs", "        kept = mask\n        row_ptrs",
+          "permutation", "dropped"),
+    Fault("rows of dropped slots not cleared in backward", TRITON + "permutation.py",
+          "dropped = mask & (tl.load(inverse_ptr + owners, mask=mask, other=0) < 0)", "dropped = mask & (slots < 0)",
+          "permutation", "dropped"),
+    Fault("no column mask", TRITON + "permutation.py",
+          "    x = tl.load(x_ptr + tokens[:, None] * stride_x_t + cols[None, :], mask=kept[:, None] & in_row, other=0.0)\n"
+          "    tl.store(out_ptr + positions.to(tl.int64)[:, None] * H + cols[None, :], x, mask=mask[:, None] & in_row)",
+          "    x = tl.load(x_ptr + tokens[:, None] * stride_x_t + cols[None, :], mask=kept[:, None], other=0.0)\n"
+          "    tl.store(out_ptr + positions.to(tl.int64)[:, None] * H + cols[None, :], x, mask=mask[:, None])",
+          "permutation", "odd"),
+    Fault("combine in the dtype of the rows", TRITON + "permutation.py",
+          "            acc += weight[:, None] * row\n",
+          "            acc = (acc + weight[:, None] * row).to(out_ptr.dtype.element_ty).to(tl.float32)\n",
+          "permutation", "combine"),
+    Fault("tanh for erf", TRITON + "common.py",
+          'if NAME == "quick_gelu":', 'if NAME == "gelu":\n'
+          "        s, ds = sigmoid_and_grad(SQRT_8_OVER_PI * (z + GELU_CUBIC * z * z * z))\n"
+          "        return z * s, s + z * ds * SQRT_8_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * z * z)\n"
+          '    elif NAME == "quick_gelu":', "activation", "gelu"),
+    Fault("quick_gelu with 1.7", TRITON + "common.py",
+          "QUICK_GELU_ALPHA: tl.constexpr = tl.constexpr(1.702)",
+          "QUICK_GELU_ALPHA: tl.constexpr = tl.constexpr(1.7)", "activation", "quick"),
+    Fault("gate and up exchanged in backward", TRITON + "activation.py",
+          "tl.store(dx_ptrs + I, narrow(grad * value, DTYPE), mask=mask)",
+          "tl.store(dx_ptrs + I, narrow(grad * slope, DTYPE), mask=mask)", "activation", "glu"),
+    # grouped GEMM in Triton
+    Fault("row tile found one too far", TRITON + "tiles.py",
+          "return expert, end, begin + tile_m * BLOCK_M, tile_n, split",
+          "return expert, end, begin + tile_m * BLOCK_M + (tile_m > 0).to(tl.int32), tile_n, split", "grouped_gemm", "several"),
+    Fault("weight of the next expert at an expert's end", TRITON + "tiles.py",
+          "earlier = tile_ends <= tile", "earlier = tile_ends <= tile + 1", "grouped_gemm", "odd"),
+    Fault("sum runs past K", TRITON + "tiles.py",
+          "tile = tl.load(ptrs, mask=cols[None, :] < K, other=0.0)", "tile = tl.load(ptrs)", "grouped_gemm", "odd"),
+    Fault("last split left out", TRITON + "tiles.py",
+          "mask = (rows < R)[:, None] & (cols < N)[None, :]", "mask = (rows < R - 1)[:, None] & (cols < N)[None, :]",
+          "tuning", "any_tile"),
+    Fault("bias added by every split", TRITON + "grouped_gemm.py",
+          "mask=(cols < N) & with_bias, other=0.0)", "mask=cols < N, other=0.0)", "tuning", "any_tile"),
+    Fault("bias of the first expert for all", TRITON + "grouped_gemm.py",
+          "bias_row = bias_ptr + expert * width", "bias_row = bias_ptr", "grouped_gemm", "gather"),
+    Fault("bias dropped in the up half", TRITON + "grouped_gemm.py",
+          "acc_up += bias_up.to(tl.float32)[None, :]", "acc_up += 0.0 * bias_up.to(tl.float32)[None, :]",
+          "grouped_gemm", "gather"),
+    Fault("pre-activation after the activation", TRITON + "grouped_gemm.py",
+          "                acc = act(acc, ACTIVATION)\n            if GATED",
+          "                acc = act(act(acc, ACTIVATION), ACTIVATION)\n            if GATED", "grouped_gemm", "gather"),
+    Fault("rows past the expert's end stored", TRITON + "grouped_gemm.py",
+          "mask = (rows < rows_left) & (cols < N)[None, :]",
+          "mask = (rows < rows_left + 1) & (cols < N)[None, :]", "grouped_gemm", "odd"),
+    Fault("gather without top_k", TRITON + "grouped_gemm.py",
+          "source = tl.load(permutation_ptr + source) // top_k", "source = tl.load(permutation_ptr + source)",
+          "grouped_gemm", "gather"),
+    Fault("tail rows left as they were", TRITON + "grouped_gemm.py",
+          "    if ZERO_TAIL:\n", "    if ZERO_TAIL and False:\n", "grouped_gemm", "tail"),
+    Fault("ragged last block without a mask", TRITON + "weight_grad.py",
+          "inside = (tl.arange(0, BLOCK_M) < rows_left)[:, None]",
+          "inside = (tl.arange(0, BLOCK_M) < rows_left + BLOCK_M)[:, None]", "grouped_gemm", "odd"),
+    Fault("last whole block of rows left out", TRITON + "weight_grad.py",
+          "for row in tl.range(begin, whole, BLOCK_M):", "for row in tl.range(begin, whole - BLOCK_M, BLOCK_M):",
+          "grouped_gemm", "several or skewed"),
+    Fault("bias gradient without the routing weight", TRITON + "weight_grad.py",
+          "weights = tl.load(row_weights_ptr + slots, mask=rows < end, other=0.0)",
+          "weights = tl.load(row_weights_ptr + slots, mask=rows < end, other=0.0) * 0.0 + 1.0", "experts", "odd"),
+    Fault("bias gradient with the weight cut to bf16", TRITON + "weight_grad.py",
+          "tl.where(columns == 1, low[:, None], zeros)", "tl.where(columns == 1, zeros, zeros)", "experts", "bf16"),
+    Fault("splits of rows overlap", TRITON + "weight_grad.py",
+          "begin = tl.minimum(begin + split * share, end)", "begin = tl.minimum(begin + split * (share - BLOCK_M), end)",
+          "tuning", "any_tile"),
+    # the expert layer in Triton
+    Fault("dz without the routing weight", TRITON + "grad_hidden.py",
+          "weighted_h = h * weights[:, None]", "weighted_h = h * 1.0", "experts", "odd"),
+    Fault("<h, a> with the weight in it", TRITON + "grad_hidden.py",
+          "dots += tl.sum(h * a, 1)", "dots += tl.sum(weighted_h * a, 1)", "experts", "odd"),
+    Fault("weighted activation without its weight", TRITON + "grad_hidden.py",
+          "weighted = narrow(weights[:, None] * a, weighted_ptr.dtype.element_ty)",
+          "weighted = narrow(a, weighted_ptr.dtype.element_ty)", "experts", "odd"),
+    Fault("gate's slope without the up half", TRITON + "grad_hidden.py",
+          "slope = slope * up", "slope = slope", "experts", "glu"),
+    Fault("gradient of the weights without the bias", TRITON + "experts.py",
+          "total += tl.sum(acc, 1)", "total += 0.0 * tl.sum(acc, 1)", "experts", "odd"),
+    Fault("bias of the expert before at its first row", TRITON + "experts.py",
+          "(ends[None, :] <= positions[:, None])", "(ends[None, :] < positions[:, None])", "experts", "odd"),
+    Fault("plan \"all\" forgets the weight", TRITON + "experts.py",
+          "narrow(weights[:, None] * value, out_ptr.dtype.element_ty)", "narrow(value, out_ptr.dtype.element_ty)",
+          "experts", "all"),
+    Fault("plan \"x\" recomputes without the bias", TRITON + "experts.py",
+          "x, up_proj, expert_offsets, up_bias, permutation, top_k, activation,\n            keep_out=False",
+          "x, up_proj, expert_offsets, None, permutation, top_k, activation,\n            keep_out=False", "experts", "-x"),
+    Fault("combine of splits drops the weight", TRITON + "experts.py",
+          "mask=position >= 0, other=0.0)\n        total", "mask=position >= 0, other=0.0) * 0 + 1\n        total",
+          "tuning", "any_tile_gives_the_same_layer"),
+)  # fmt: skip
+
+
+def notice(fault: Fault, tree: Path) -> tuple[bool, str]:
+    """-> whether a test failed, and which or why."""
+    path = tree / fault.path
+    text = path.read_text()
+    if text.count(fault.old) != 1:
+        raise SystemExit(f"{fault.what}: stands {text.count(fault.old)} times in {fault.path}: {fault.old!r}")
+    environment = dict(os.environ, PYTHONPATH=str(tree), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    select = "not triton"
+    if fault.path.startswith(TRITON):
+        environment["TRITON_INTERPRET"], select = "1", "triton"
+    if fault.select:
+        select = f"({fault.select}) and {select}"
+    files = [f"tests/kernels/test_{stem}.py" for stem in fault.tests.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", select, *files]
+    path.write_text(text.replace(fault.old, fault.new))
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        return True, "it never ends"
+    finally:
+        path.write_text(text)
+    if done.returncode < 0:
+        return True, "the interpreter dies"
+    if done.returncode not in (0, 1):  # 2 to 5: pytest did not get to run a test
+        raise SystemExit(f"{fault.what}: pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    failed = re.search(r"^FAILED \S*?::(\S+)", done.stdout, re.M)
+    return done.returncode == 1, failed[1] if failed else ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__)
+    parser.add_argument("--only", default="", help="faults with this word in their name, file or tests")
+    parser.add_argument("--write", type=Path, help="file for the table")
+    args = parser.parse_args(argv)
+    rows, missed = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in COPIED:
+            source, target = ROOT / name, tree / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+            elif source.exists():
+                shutil.copy(source, target)
+        for fault in FAULTS:
+            if args.only not in f"{fault.what} {fault.path} {fault.tests}":
+                continue
+            start = time.monotonic()
+            noticed, by = notice(fault, tree)
+            missed += not noticed
+            where = fault.path.removeprefix("cumo_kernels/").removeprefix("backends/")
+            rows.append(f"| {fault.what} | {where} | {'caught' if noticed else 'MISSED'} | {by} |")
+            print(f"{rows[-1]} {time.monotonic() - start:.0f} s", flush=True)
+    summary = f"{len(rows) - missed} of {len(rows)} faults caught"
+    print(summary)
+    if args.write:
+        head = ["# Faults planted by `python -m tests.mutate`", "", f"{summary}.", ""]
+        table = ["| fault | file | verdict | first test to fail |", "|---|---|---|---|", *rows]
+        args.write.write_text("\n".join([*head, *table, ""]))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
