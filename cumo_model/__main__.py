@@ -1,4 +1,4 @@
-"""python -m cumo_model {demo,chat,convert,upcycle}: the front door.
+"""python -m cumo_model {demo,ablate,chat,data,train,experts,convert,upcycle}: the front door.
 
 The work is in the library; errors come as one line.
 """
@@ -21,6 +21,51 @@ def _chat(args: argparse.Namespace) -> int:
 
     chat(args.checkpoint, args.image, args.question, args.template, args.max_new_tokens)
     return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from cumo_model.recipe import load_recipe
+    from cumo_model.trainer import run_recipe
+
+    recipe = load_recipe(args.config, args.overrides)
+    path = run_recipe(recipe)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"trained: {path}")
+    return 0
+
+
+def _experts(args: argparse.Namespace) -> int:
+    from cumo_model.experts import report_experts
+
+    found = report_experts(
+        args.checkpoint,
+        args.data,
+        args.images or [],
+        args.out,
+        args.by,
+        args.template,
+        args.limit,
+        args.batch_size,
+        args.picture or [],
+    )
+    print(f"{'place':6} {'entropy of load (1 even)':>26} {'difference of kinds (0 none)':>30}")
+    for place, entropy in found["entropy"].items():
+        print(f"{place:6} {entropy:26.3f} {found['specialisation'][place]:30.3f}")
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    from cumo_model.demo.ablation import run_ablation
+
+    out = args.out or Path("runs", "ablation-quick" if args.quick else "ablation")
+    return run_ablation(out, args.seeds, args.rows, args.quick, args.steps)
+
+
+def _check_data(args: argparse.Namespace) -> int:
+    from cumo_model.data.report import check_files
+
+    return 1 if check_files(args.files, args.images, args.decode) else 0
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -67,6 +112,46 @@ def _parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--max-new-tokens", type=int, default=64)
     chat.set_defaults(run=_chat)
+
+    train = commands.add_parser(
+        "train", help="run a recipe: one stage of training, resumed if it was cut off"
+    )
+    train.add_argument("--config", required=True, help="a YAML file, or a shipped recipe: mistral-7b/sft")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="stage.learning_rate=1e-5 ...")
+    train.set_defaults(run=_train)
+
+    experts = commands.add_parser(
+        "experts", help="draw which experts a checkpoint's tokens and patches go to"
+    )
+    experts.add_argument("--checkpoint", type=Path, required=True)
+    experts.add_argument("--data", nargs="+", required=True, help="conversation files, or patterns of them")
+    experts.add_argument("--images", action="append", help="folder or .tar of the pictures")
+    experts.add_argument("--by", help="field of the records that names their sub-task; else each file is one")
+    experts.add_argument("--template", default="mistral_instruct_system")
+    experts.add_argument("--limit", type=int, help="records of each sub-task")
+    experts.add_argument("--batch-size", type=int, default=8)
+    experts.add_argument("--picture", action="append", help="draw this picture's patches by expert")
+    experts.add_argument("--out", type=Path, required=True, help="a new folder")
+    experts.set_defaults(run=_experts)
+
+    ablate = commands.add_parser("ablate", help="the paper's ablations on the demo's data, as a table")
+    ablate.add_argument("--out", type=Path, help="folder of the runs, resumed if it is there (runs/ablation)")
+    ablate.add_argument("--seeds", type=int, default=3)
+    ablate.add_argument("--rows", nargs="+", help="some of the rows only")
+    ablate.add_argument("--steps", type=int, help="of stage 3 (300)")
+    ablate.add_argument("--quick", action="store_true", help="a run that proves the path and learns little")
+    ablate.set_defaults(run=_ablate)
+
+    data = commands.add_parser("data", help="look after training data").add_subparsers(
+        dest="action", required=True
+    )
+    check = data.add_parser("check", help="read conversation files whole and say what is wrong, line by line")
+    check.add_argument("files", nargs="+", help=".json, .jsonl or .tar, or patterns of them")
+    check.add_argument(
+        "--images", action="append", help="folder or .tar of the pictures; may be given several times"
+    )
+    check.add_argument("--decode", action="store_true", help="decode every picture too")
+    check.set_defaults(run=_check_data)
 
     convert = commands.add_parser(
         "convert", help="a checkpoint from the layout of SHI-Labs/CuMo into ours, or back, bit for bit"

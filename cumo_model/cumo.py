@@ -142,6 +142,7 @@ class CumoModel(CumoPreTrainedModel):
         image_lengths: Tensor | None,
         continues: bool,
         all_routers: bool,
+        num_dummy_images: int,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S) -> embeddings (B, S, H) with the images' features at their placeholders; the features."""
         embed_tokens = self.get_input_embeddings()
@@ -150,16 +151,17 @@ class CumoModel(CumoPreTrainedModel):
         is_image = input_ids == self.config.image_token_index
         if not torch.compiler.is_compiling():
             num_images = 0 if pixel_values is None else pixel_values.shape[0]
-            self._check_placeholders(is_image, num_images, None if pixel_values is None else image_lengths)
+            lengths = None if pixel_values is None else image_lengths
+            self._check_placeholders(is_image, num_images - num_dummy_images, lengths)
         if pixel_values is None:
             return embed_tokens(input_ids), None
         # the placeholder may lie outside the vocabulary
         embeds = embed_tokens(input_ids.masked_fill(is_image, 0))
         features = self.get_image_features(pixel_values, all_routers)
-        used = features
+        used = features[: features.shape[0] - num_dummy_images]
         if image_lengths is not None:
             order = torch.arange(features.shape[1], device=features.device)
-            used = features[order < image_lengths[:, None].to(features.device)]
+            used = used[order < image_lengths[:, None].to(features.device)]
         return embeds.masked_scatter(is_image[:, :, None], used.to(embeds.dtype)), features
 
     @can_return_tuple
@@ -174,16 +176,22 @@ class CumoModel(CumoPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         all_routers: bool = False,
+        num_dummy_images: int = 0,
         **kwargs,
     ) -> CumoModelOutput:
-        """As `CumoForConditionalGeneration.forward`, without head and loss."""
+        """As `CumoForConditionalGeneration.forward`, without head and loss.
+
+        The last `num_dummy_images` of pixel_values run through tower and connector, and into their losses,
+        but stand nowhere in the text: the original does so for every row without an image, and ranks of one
+        sharded model must run the same modules.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given, got both or neither")
         features = None
         if input_ids is not None:
             continues = past_key_values is not None and past_key_values.get_seq_length() > 0
             inputs_embeds, features = self._embed(
-                input_ids, pixel_values, image_lengths, continues, all_routers
+                input_ids, pixel_values, image_lengths, continues, all_routers, num_dummy_images
             )
             if self.training and attention_mask is not None and attention_mask.shape == input_ids.shape:
                 # padding counts in Mixtral's router losses, and the original pads with zero vectors

@@ -62,7 +62,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage of training is; CuMo's three are in STAGES."""
+    """What one stage of training is; CuMo's own three are recipes."""
 
     name: str
     trains: tuple[str, ...]  # of PARTS
@@ -75,15 +75,6 @@ class Stage:
         if not self.trains or set(self.trains) - set(PARTS):
             raise ValueError(f"trains must name some of {sorted(PARTS)}, got {self.trains}")
 
-
-STAGES = {  # arXiv 2405.05949: batch sizes and steps of the paper, rates of its scripts for Mistral-7B
-    stage.name: stage
-    for stage in (
-        Stage("pretrain", ("projector",), "plain", Schedule(2180, 256, 1e-3)),
-        Stage("pft", tuple(PARTS), "mistral_instruct_system", Schedule(5530, 128, 2e-6)),
-        Stage("sft", tuple(PARTS), "mistral_instruct_system", Schedule(6440, 256, 4e-6), 0.1, 0.01),
-    )
-}
 
 Losses = tuple[Tensor, dict[str, Tensor], int]  # loss, its detached parts by name, tokens in the batch
 

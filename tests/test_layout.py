@@ -52,6 +52,7 @@ ARROWS = {
         "cumo_kernels.types",
     ),
     "cumo_kernels.*": ("cumo_kernels", "cumo_kernels.*"),  # the front door and its subcommands
+    "cumo_model.monitor": ("cumo_model.*", "cumo_kernels.hardware"),
     "cumo_model": ("cumo_model.*", "cumo_kernels", "cumo_kernels.integrations.transformers"),
     "cumo_model*": (
         "cumo_model",
@@ -89,7 +90,10 @@ LAYERS = (
     ("clip_moe", "mlp_moe", "llm_moe", "patch"),
     ("cumo",),
     ("upcycle", "checkpoint", "parts"),
-    ("train", "chat", "tool"),
+    ("train", "chat", "tool", "flops", "plots"),
+    ("recipe", "recover", "monitor", "experts", "parallel"),
+    ("start", "spread"),
+    ("trainer",),
     ("demo",),
     ("__main__",),
 )
@@ -98,7 +102,7 @@ LAYERS = (
 FOREIGN = {
     "triton": ("cumo_kernels.backends.triton*", "cumo_kernels.codegen", "cumo_kernels.tuning"),
     "transformers": ("cumo_kernels.integrations*", "cumo_model*"),
-    "matplotlib": ("cumo_model.demo*",),
+    "matplotlib": ("cumo_model.demo*", "cumo_model.plots"),
     "resvg_py": ("cumo_model.demo*",),
 }
 

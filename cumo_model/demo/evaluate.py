@@ -13,7 +13,7 @@ from torch import Tensor
 from cumo_model.conversation import tokenize_conversation, tokenize_prompt
 from cumo_model.cumo import CumoForConditionalGeneration
 from cumo_model.data import ConversationDataset
-from cumo_model.moe import record_routing
+from cumo_model.experts import Load, expert_load
 
 BATCH = 64
 CHOICE_KINDS = ("name", "kind")  # asked as a choice too; the others have too few answers to say more by it
@@ -115,65 +115,13 @@ class Examiner:
                 _count(choice[record["kind"] + suffix], record[field][picked] == record["answer"])
         return {"exact": dict(exact), "majority": dict(commonest), "choice": dict(choice)}
 
-    @torch.no_grad()
-    def expert_load(self) -> dict[str, dict[str, list[list[float]]]]:
+    def expert_load(self) -> Load:
         """Place -> kind of question -> per layer, each expert's share of the routed slots."""
-        slots: dict = defaultdict(lambda: defaultdict(dict))
         by_kind = defaultdict(list)
         for row in self.rows:
             by_kind[self.dataset.records[row]["kind"]].append(row)
-        for kind, rows in by_kind.items():
-            for part in _batches(rows):
-                samples = [self.dataset.samples[row] for row in part]
-                width = max(len(ids) for ids, _ in samples)
-                ids = torch.full((len(part), width), self.tokenizer.pad_token_id)
-                mask = torch.zeros_like(ids)
-                for i, (row_ids, _) in enumerate(samples):
-                    ids[i, : len(row_ids)], mask[i, : len(row_ids)] = row_ids, 1
-                with record_routing() as records:
-                    self.model.model(
-                        input_ids=ids.to(self.model.device),
-                        attention_mask=mask.to(self.model.device),
-                        pixel_values=self._pixels(part),
-                        use_cache=False,
-                    )
-                real = mask.flatten().bool()
-                for record in records:
-                    indices = record.routing.topk_indices.cpu()
-                    if record.place == "llm":  # padding is no question
-                        indices = indices[real]
-                    count = torch.bincount(indices.flatten(), minlength=record.routing.num_experts)
-                    layers = slots[record.place][kind]
-                    layers[record.layer] = layers.get(record.layer, 0) + count
-        return {
-            place: {
-                kind: [(layers[i] / layers[i].sum()).tolist() for i in sorted(layers)]
-                for kind, layers in kinds.items()
-            }
-            for place, kinds in slots.items()
-        }
-
-
-def load_entropy(load: dict[str, list[list[float]]]) -> float:
-    """Mean over layers of the entropy of the expert load over all kinds, 1 when even, 0 when collapsed."""
-    shares = torch.tensor(list(load.values())).mean(0)  # (layers, E)
-    entropy = torch.special.entr(shares).sum(1) / torch.log(torch.tensor(float(shares.shape[1])))
-    return float(entropy.mean())
-
-
-@torch.no_grad()
-def patch_experts(model: CumoForConditionalGeneration, pixel_values: Tensor) -> dict[tuple[str, int], Tensor]:
-    """One picture (1, 3, s, s) -> (place, layer) -> first-choice expert of each patch, a square of ids."""
-    with record_routing() as records:
-        model.eval().get_image_features(pixel_values.to(model.device))
-    found = {}
-    for record in records:
-        first = record.routing.topk_indices[:, 0].cpu()
-        if record.place == "clip":
-            first = first[1:]  # without the class token
-        side = round(len(first) ** 0.5)
-        found[record.place, record.layer] = first.view(side, side)
-    return found
+        parts = ((kind, part) for kind, rows in by_kind.items() for part in _batches(rows))
+        return expert_load(self.model, ((kind, self.dataset.batch(part)) for kind, part in parts))
 
 
 def _count(row: list[int], right: bool) -> None:

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from cumo_model.chat import answer, load
-from cumo_model.demo.evaluate import patch_experts
-from cumo_model.demo.plots import PLACES, plot_expert_load, plot_losses, plot_patches
+from cumo_model.demo.plots import plot_losses
 from cumo_model.demo.settings import TEMPLATE, Settings
 from cumo_model.demo.task import read_json
+from cumo_model.experts import patch_experts
+from cumo_model.plots import PLACES, plot_expert_load, plot_patches
 from cumo_model.processing import load_image
 from cumo_model.train import read_history
 
@@ -196,4 +197,4 @@ def _plot_patches(out: Path, model, processor, path: Path) -> None:
     picture = load_image(_some_picture(out))
     pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
     experts = {key: value.numpy() for key, value in patch_experts(model, pixels).items()}
-    plot_patches(np.asarray(picture), experts, model.config.vision_config.num_experts, path)
+    plot_patches(np.asarray(picture), experts, path)

@@ -48,16 +48,16 @@ def run_demo(out_dir: str | os.PathLike, is_quick: bool = False, seed: int = 0) 
     out = Path(out_dir)
     settings = Settings(seed=seed)
     settings = quick(settings) if is_quick else settings
-    _claim(out, settings)
+    claim(out, settings)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     print(f"CuMo demo in {out} on {_machine(cores)}; Ctrl-C stops it, the same command goes on", flush=True)
-    with _locked(out):
+    with locked(out):
         with _timed(out):
             make_dataset(out / "data", settings.image_size, seed=seed, quick=is_quick)
         for tasks in PHASES:
             if left := [task for task in tasks if not (out / DONE_BY[task]).exists()]:
                 with _timed(out):
-                    _run_tasks(out, left, cores)
+                    run_tasks(out, left, cores)
         from cumo_model.demo.report import (
             report,  # matplotlib, and a model to ask: not before training is done
         )
@@ -67,7 +67,7 @@ def run_demo(out_dir: str | os.PathLike, is_quick: bool = False, seed: int = 0) 
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """One demo at a time in `out`; the tasks inherit the lock: it is free when the last of them has ended."""
     try:
         import fcntl
@@ -115,7 +115,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _claim(out: Path, settings: Settings) -> None:
+def claim(out: Path, settings: Settings) -> None:
     path, wanted = out / "settings.json", json.loads(json.dumps(dataclasses.asdict(settings)))
     if path.exists():
         try:
@@ -139,38 +139,44 @@ def _machine(cores: int) -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} CPU cores"
 
 
-def _run_tasks(out: Path, tasks: list[str], cores: int) -> None:
-    """Run tasks side by side; ends them all when one fails or a stop is asked for."""
+def run_tasks(out: Path, tasks: list[str], cores: int) -> None:
+    """Run tasks, as many side by side as there are cores; ends them all when one fails or a stop is asked
+    for."""
     if not tasks:
         return
-    threads = max(1, cores // len(tasks))
+    places = list(range(min(cores, len(tasks))))  # lines of the terminal, one per running task
+    threads = max(1, cores // len(places))
     # threads that spin while they wait take the core from those they wait for
     environment = MALLOC | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    running = {}
+    waiting, running, codes = list(tasks), {}, {}
+    used: dict[str, int] = {}
     try:
-        for position, task in enumerate(tasks):
-            command = [sys.executable, "-m", "cumo_model.demo.task", task, str(out)]
-            command += ["--position", str(position), "--threads", str(threads)]
-            # a session of its own: Ctrl-C reaches only this process, which then asks the tasks to stop
-            running[task] = subprocess.Popen(
-                command,
-                env={**environment, **os.environ},
-                start_new_session=True,
-                close_fds=False,  # the lock goes with it
-                preexec_fn=_end_with_parent,
-            )
-        codes = {}
-        while len(codes) < len(running):
+        while waiting or len(codes) < len(running):
+            while waiting and places:
+                task, used_place = waiting.pop(0), places.pop(0)
+                command = [sys.executable, "-m", "cumo_model.demo.task", task, str(out)]
+                command += ["--position", str(used_place), "--threads", str(threads)]
+                # a session of its own: Ctrl-C reaches only this process, which then asks the tasks to stop
+                running[task] = subprocess.Popen(
+                    command,
+                    env={**environment, **os.environ},
+                    start_new_session=True,
+                    close_fds=False,  # the lock goes with it
+                    preexec_fn=_end_with_parent,
+                )
+                used[task] = used_place
             for task, process in running.items():
                 if task not in codes and process.poll() is not None:
                     codes[task] = process.returncode
+                    places.append(used[task])
                     if process.returncode:
+                        waiting.clear()
                         _stop(running)
             time.sleep(0.1)
     except KeyboardInterrupt:
         _stop(running)
         codes = {task: process.wait() for task, process in running.items()}
-    print("\n" * (len(tasks) - 1), end="", flush=True)
+    print("\n" * (min(cores, len(tasks)) - 1), end="", flush=True)
     failed = {task: code for task, code in codes.items() if code not in (0, 130, -signal.SIGTERM)}
     if failed:
         how = [f"{task} {_ending(code)}" for task, code in failed.items()]

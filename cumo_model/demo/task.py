@@ -17,9 +17,10 @@ from transformers.utils import logging
 from cumo_model.clip_moe import CumoVisionModel
 from cumo_model.cumo import CumoForConditionalGeneration
 from cumo_model.data import ConversationDataset
-from cumo_model.demo.evaluate import Examiner, load_entropy
+from cumo_model.demo.evaluate import Examiner
 from cumo_model.demo.pretrain import pretrain_text, pretrain_vision
 from cumo_model.demo.settings import TEMPLATE, Settings, load_settings
+from cumo_model.experts import load_entropy
 from cumo_model.processing import build_processor
 from cumo_model.train import Interrupted, sample_indices, train
 from cumo_model.upcycle import step0_difference, upcycle
@@ -200,7 +201,7 @@ TASKS = {"vision": vision, "text": text, "dense": dense, "moe": moe, "twin": twi
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=TASKS)
+    parser.add_argument("name", help=f"one of {', '.join(TASKS)}, or ablate:ROW:SEED")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--position", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -208,7 +209,14 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()  # the bars of loading and saving would break ours
     try:
-        TASKS[args.name](Run(args.folder, args.position))
+        run = Run(args.folder, args.position)
+        if args.name.startswith("ablate:"):
+            from cumo_model.demo.ablation import run_row
+
+            _, row, seed = args.name.split(":")
+            run_row(run, row, int(seed))
+        else:
+            TASKS[args.name](run)
     except Interrupted:
         return 130
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:

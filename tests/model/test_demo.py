@@ -16,13 +16,15 @@ from PIL import Image
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.conversation import tokenize_prompt
 from cumo_model.demo import run as demo_run
-from cumo_model.demo.evaluate import Examiner, load_entropy, patch_experts
-from cumo_model.demo.plots import plot_expert_load, plot_losses, plot_patches
+from cumo_model.demo.evaluate import Examiner
+from cumo_model.demo.plots import plot_losses
 from cumo_model.demo.report import _accuracy_table, _fell
 from cumo_model.demo.settings import Settings, quick
 from cumo_model.demo.task import load_model, read_json
 from cumo_model.demo.tokenizer import train_tokenizer
+from cumo_model.experts import load_entropy, patch_experts
 from cumo_model.moe import record_routing
+from cumo_model.plots import plot_expert_load, plot_patches
 from cumo_model.processing import build_processor
 from cumo_model.train import PARTS
 
@@ -153,15 +155,15 @@ def test_the_table_has_each_model_in_its_column():
 
 def test_one_demo_at_a_time_and_a_task_keeps_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_run, "LOCK_SECONDS", 0)
-    with demo_run._locked(tmp_path):
+    with demo_run.locked(tmp_path):
         child = subprocess.Popen(["sleep", "60"], close_fds=False)
-        with pytest.raises(ValueError, match="another demo is running in"), demo_run._locked(tmp_path):
+        with pytest.raises(ValueError, match="another demo is running in"), demo_run.locked(tmp_path):
             pass
-    with pytest.raises(ValueError, match="another demo is running in"), demo_run._locked(tmp_path):
+    with pytest.raises(ValueError, match="another demo is running in"), demo_run.locked(tmp_path):
         pass
     child.kill()
     child.wait()
-    with demo_run._locked(tmp_path):
+    with demo_run.locked(tmp_path):
         pass
 
 
@@ -227,7 +229,7 @@ def test_pictures_are_drawn(examiner, tmp_path):
     pixels = examiner.dataset[0]["pixel_values"][None]
     experts = {key: value.numpy() for key, value in patch_experts(examiner.model, pixels).items()}
     assert {value.shape for value in experts.values()} == {(3, 3)}
-    plot_patches(np.zeros((12, 12, 3), np.uint8), experts, 4, tmp_path / "patches.png")
+    plot_patches(np.zeros((12, 12, 3), np.uint8), experts, tmp_path / "patches.png")
     for name in ("losses", "load", "patches"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width > 300 and len(np.unique(image.convert("L"))) > 5

@@ -1,0 +1,33 @@
+"""python -m cumo_model data check FILE...: everything that is wrong with conversation files, line by line."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from cumo_model.data.records import check, record_files
+
+
+def check_files(
+    files: Sequence[str | os.PathLike], image_root: Sequence[str] | None = None, decode: bool = False
+) -> int:
+    """Print each problem and a summary of each file.
+
+    Returns:
+        How many records cannot be used; a file that cannot be read counts as one.
+    """
+    unusable = 0
+    for file in record_files(list(files)):
+        roots = list(image_root or []) + ([file] if file.endswith(".tar") else [])
+        count, fatal, warned = [0], 0, 0
+        with tqdm(desc=file, unit=" records", mininterval=1, disable=not sys.stderr.isatty()) as bar:
+            for problem in check(file, roots or None, decode, count):
+                bar.update(count[0] - bar.n)
+                bar.clear()
+                print(problem, flush=True)
+                fatal, warned = fatal + problem.fatal, warned + (not problem.fatal)
+        also = f", {warned} train nothing" if warned else ""
+        print(f"{file}: {count[0]} records, {fatal} cannot be used{also}", flush=True)
+        unusable += fatal
+    return unusable

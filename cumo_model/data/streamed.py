@@ -1,0 +1,207 @@
+"""Conversation files of any size: an index in memory, records and pictures read when they are needed.
+
+The index holds, for each record, where it stands and how many tokens it has (21 bytes); it is built once,
+with every record checked and tokenised, and kept in `cache_dir`.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from cumo_model.conversation import IMAGE_MARKER, get_template, tokenize_conversation, tokenize_conversations
+from cumo_model.data.pictures import Pictures, PixelReader
+from cumo_model.data.records import Problem, Row, read_row, record_files, row_problems, scan
+from cumo_model.processing import image_seq_length
+
+CHUNK = 1024  # records tokenised in one call
+
+
+class StreamedConversations(Dataset):
+    """LLaVA-format conversations in .json, .jsonl and .tar files.
+
+    Items are those of `ConversationDataset`: input_ids and labels (N,) int64, pixel_values (3, s, s) fp32 or
+    None. `lengths` (tokens) and `has_image` of every record are known without reading it.
+    """
+
+    def __init__(
+        self,
+        files: str | os.PathLike | Sequence[str | os.PathLike],
+        image_root: str | os.PathLike | Sequence[str | os.PathLike] | None,
+        processor,
+        template: str = "mistral_instruct_system",
+        max_length: int | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        skip_bad: bool = False,
+    ):
+        """
+        Args:
+            files: names or patterns of record files, read in that order.
+            image_root: what `Pictures` takes; None: each picture lies in its record's own .tar shard.
+            processor: from `build_processor`.
+            template: a name of conversation.TEMPLATES.
+            max_length: ids and labels are cut here; None leaves them whole.
+            cache_dir: keeps the index from one run to the next.
+            skip_bad: leave out records that cannot be trained on, with one warning, instead of refusing.
+
+        Raises:
+            ValueError: a file or, unless `skip_bad`, a record cannot be used.
+        """
+        get_template(template)
+        self.files = record_files(list(files) if isinstance(files, list | tuple) else files)
+        own = [file for file in self.files if file.endswith(".tar")]
+        roots = [image_root] if isinstance(image_root, str | os.PathLike) else list(image_root or [])
+        if not roots and not own:
+            raise ValueError("image_root must name a folder or tar files, got None")
+        self.pictures = Pictures([*own, *roots])
+        self.processor, self.template, self.max_length = processor, template, max_length
+        self.tokens_per_image = image_seq_length(processor)
+        self.reader = PixelReader(processor.image_processor)
+        self.pad_id: int = processor.tokenizer.pad_token_id or 0
+        index = self._load_index(cache_dir, skip_bad)
+        self._file, self._offset, self._length = index["file"], index["offset"], index["length"]
+        self.lengths: np.ndarray = index["tokens"]
+        self.has_image: np.ndarray = index["has_image"]
+        self._own_image: dict[int, str] = {}
+        names = index["own_images"].tobytes().decode().split("\n")
+        for place, name in zip(index["own_places"].tolist(), names, strict=False):
+            self._own_image[place] = name
+
+    def identity(self) -> str:
+        """A digest of what the samples are: files, template, tokenizer and cuts, not where they lie."""
+        what = [
+            [[os.path.basename(file), os.path.getsize(file)] for file in self.files],
+            self.template,
+            self.max_length,
+            self.tokens_per_image,
+            hashlib.sha256(self.processor.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        ]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def _load_index(self, cache_dir: str | os.PathLike | None, skip_bad: bool) -> dict[str, np.ndarray]:
+        if cache_dir is None:
+            return self._build_index(skip_bad)
+        roots = [os.path.abspath(root) for root in self.pictures.roots]
+        times = [os.stat(file).st_mtime_ns for file in self.files]
+        key = hashlib.sha256(json.dumps([self.identity(), times, roots, skip_bad]).encode()).hexdigest()[:20]
+        path = Path(cache_dir) / f"index-{key}.safetensors"
+        if path.exists():
+            return load_file(path)
+        index = self._build_index(skip_bad)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        save_file(index, part)
+        os.replace(part, path)
+        return index
+
+    def _build_index(self, skip_bad: bool) -> dict[str, np.ndarray]:
+        columns: dict[str, list] = {name: [] for name in ("file", "offset", "length", "tokens", "has_image")}
+        own: dict[int, str] = {}
+        bad: list[Problem] = []
+        for number, file in enumerate(self.files):
+            waiting: list[Row] = []
+            rows = tqdm(scan(file), desc=f"reading {os.path.basename(file)}", unit=" records", mininterval=2)
+            for row in rows:
+                problems = row_problems(row, file, self.pictures, decode=False)
+                fatal = [problem for problem in problems if problem.fatal]
+                bad += problems
+                if fatal and not skip_bad:
+                    raise ValueError(str(fatal[0]))
+                if not fatal:
+                    waiting.append(row)
+                if len(waiting) == CHUNK:
+                    self._add(columns, own, bad, number, waiting, skip_bad)
+                    waiting = []
+            self._add(columns, own, bad, number, waiting, skip_bad)
+        if bad:
+            warnings.warn(f"{bad[0]} ({len(bad)} such records)", stacklevel=3)
+        if not columns["file"]:
+            raise ValueError(f"{self.files[0]}: holds no records that can be trained on")
+        kinds = {"file": np.int32, "offset": np.int64, "length": np.int32, "tokens": np.int32}
+        index = {name: np.array(values, kinds.get(name, bool)) for name, values in columns.items()}
+        index["own_places"] = np.array(list(own), np.int64)
+        index["own_images"] = np.frombuffer("\n".join(own.values()).encode(), np.uint8)
+        return index
+
+    def _add(self, columns, own, bad, number: int, rows: list[Row], skip_bad: bool) -> None:
+        if not rows:
+            return
+        for row, (tokens, problem) in zip(rows, self._count(rows, self.files[number]), strict=True):
+            if problem is not None:
+                if not skip_bad:
+                    raise ValueError(str(problem))
+                bad.append(problem)
+                continue
+            if row.image:
+                own[len(columns["file"])] = row.image
+            columns["file"].append(number)
+            columns["offset"].append(row.offset)
+            columns["length"].append(row.length)
+            columns["tokens"].append(tokens)
+            columns["has_image"].append("image" in row.value)
+
+    def _count(self, rows: list[Row], file: str) -> list[tuple[int, Problem | None]]:
+        """Tokens of each record after the cut, or why the template or the cut does not fit it."""
+
+        def tokenise(turns: list) -> list:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # reserved markers are problems already
+                return tokenize_conversations(
+                    turns, self.processor.tokenizer, self.template, self.tokens_per_image
+                )
+
+        def problem(row: Row, reason: str) -> tuple[int, Problem]:
+            return 0, Problem(file, row.number, row.value.get("id"), reason, line=row.line)
+
+        try:
+            samples = tokenise([row.value["conversations"] for row in rows])
+        except ValueError as error:
+            if len(rows) == 1:
+                return [problem(rows[0], str(error))]
+            return [found for row in rows for found in self._count([row], file)]
+        image_id = self.processor.tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
+        counts = []
+        for row, (ids, _) in zip(rows, samples, strict=True):
+            if self.max_length is not None and (ids[self.max_length :] == image_id).any():
+                reason = f"max_length {self.max_length} cuts through the tokens of its image"
+                counts.append(problem(row, reason))
+            else:
+                counts.append((min(len(ids), self.max_length or len(ids)), None))
+        return counts
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def file_of(self, index: int) -> str:
+        return self.files[self._file[index]]
+
+    def record(self, index: int) -> dict:
+        """The record as the file has it; in a shard with the picture beside it."""
+        file = self.files[self._file[index]]
+        value = read_row(file, int(self._offset[index]), int(self._length[index]))
+        return {**value, "image": self._own_image[index]} if index in self._own_image else value
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | None]:
+        record = self.record(index)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ids, labels = tokenize_conversation(
+                record["conversations"], self.processor.tokenizer, self.template, self.tokens_per_image
+            )
+        pixels = None
+        if "image" in record:
+            try:
+                pixels = self.reader.normalise(self.reader.pixels(self.pictures.load(record["image"])))
+            except ValueError as error:
+                file = self.files[self._file[index]]
+                raise ValueError(f"{file}: record id {record.get('id')!r}: {error}") from error
+        cut = slice(self.max_length)
+        return {"input_ids": ids[cut], "labels": labels[cut], "pixel_values": pixels}

@@ -1,0 +1,334 @@
+"""transformers' Trainer for CuMo: its data order, its losses by name, its rates, its recovery; and recipes
+run.
+
+What a step sees is a function of the recipe and the step, on however many processes: the global batch is the
+recipe's, and accumulation is what is left of it after processes and micro-batches.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+
+from cumo_model.data.batches import Collator
+from cumo_model.data.sampling import StepSampler, Units, plan_packs
+from cumo_model.data.streamed import StreamedConversations
+from cumo_model.files import new_directory
+from cumo_model.monitor import Monitor, MonitorCallback, ShortProgress
+from cumo_model.recipe import Recipe, StageSection, plain
+from cumo_model.recover import SAVING, StopRequests, checkpoints
+from cumo_model.spread import SpreadCheckpoints, is_spread, spread_experts
+from cumo_model.start import start_model
+from cumo_model.train import PARTS, Interrupted
+
+RECIPE_FILE = "recipe.json"  # in a run's folder: what it is a run of
+RESULT = "model"  # in a finished run's folder
+
+
+class _Loader(DataLoader):
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+class CumoTrainer(SpreadCheckpoints):
+    """Trainer with CuMo's sampler, parts of the loss in the log, a connector rate of its own."""
+
+    def __init__(
+        self,
+        model,
+        args: TrainingArguments,
+        units: Units,
+        lengths: Sequence[int],
+        has_image: Sequence[bool],
+        collator: Collator,
+        grouping: str,
+        stage: StageSection,
+        **options,
+    ):
+        """
+        Args:
+            units: rows of a batch.
+            lengths, has_image: of each unit.
+            grouping: of `StepSampler`.
+            stage: rates and what trains.
+            options: of Trainer (processing_class, callbacks).
+        """
+        self.lengths, self.has_image, self.grouping, self.stage = lengths, has_image, grouping, stage
+        self.monitor = Monitor(model, stage.trains)
+        super().__init__(model, args, data_collator=collator, train_dataset=units, **options)
+        self.metrics = MonitorCallback(self.monitor)
+        self.callback_handler.callbacks.insert(0, self.metrics)
+        self.pop_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ShortProgress())
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        sampler = StepSampler(
+            self.lengths,
+            self.has_image,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.process_index,
+            args.world_size,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            grouping=self.grouping,
+        )
+        return _Loader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def create_optimizer(self, model=None):
+        own_rate = self.stage.projector_learning_rate
+        if self.optimizer is None and (own_rate is not None or self.stage.expert_parallel > 1):
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups: dict[tuple[bool, bool, bool], dict] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    # fused optimizers take plain tensors or DTensors in one group, not both
+                    key = ("multi_modal_projector" in name, name in decayed, is_spread(parameter))
+                    group = groups.setdefault(key, {"params": []})
+                    group["params"].append(parameter)
+            for (is_projector, decays, _), group in groups.items():
+                group["weight_decay"] = self.args.weight_decay if decays else 0.0
+                group["lr"] = own_rate if is_projector and own_rate is not None else options["lr"]
+            self.optimizer = kind(list(groups.values()), **options)
+        return super().create_optimizer(model)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {"use_cache": False, "skip_logits": True, **inputs}
+        with self.monitor.watching(inputs, model.training):
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        if model.training:
+            self.monitor.add_losses(outputs["loss_parts"])
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            if not np.isfinite(logs["loss"]):
+                raise FloatingPointError(f"the loss became {logs['loss']} at step {self.state.global_step}")
+            logs.update(self.metrics.metrics())
+        super().log(logs, start_time)
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """TrainingArguments of a recipe on this machine.
+
+    Raises:
+        ValueError: a key is none of theirs, or the batch does not divide over the processes.
+    """
+    given, stage, world = dict(recipe.trainer), recipe.stage, int(os.environ.get("WORLD_SIZE", 1))
+    micro = int(given.pop("per_device_train_batch_size", 1))
+    if stage.batch_size % (micro * world):
+        raise ValueError(
+            f"stage.batch_size must be a multiple of {micro} (micro-batch) x {world} (processes), "
+            f"got {stage.batch_size}"
+        )
+    given.setdefault("learning_rate", stage.learning_rate)
+    for name in ("fsdp_config", "deepspeed"):
+        if isinstance(given.get(name), str):
+            given[name] = _engine_config(name, given[name])
+    if "fsdp_config" in given:
+        given.setdefault("fsdp", True)
+    fixed = {
+        "output_dir": recipe.output_dir,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": stage.batch_size // (micro * world),
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,  # a loss that is no number ends the run
+        "label_names": ["labels"],
+    }
+    if given.get("gradient_checkpointing"):
+        fixed["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    defaults = {
+        "logging_steps": 1,
+        "save_total_limit": 2,
+        "save_strategy": "steps",
+        "report_to": "none",
+        "disable_tqdm": False,
+        "optim": "adamw_torch_fused",
+        "use_cpu": not torch.cuda.is_available(),
+        # a step of text alone leaves tower and connector without gradient
+        "ddp_find_unused_parameters": True,
+    }
+    try:
+        return TrainingArguments(**{**defaults, **given, **fixed})
+    except TypeError as error:
+        raise ValueError(f"trainer: {error}") from None
+
+
+def _engine_config(name: str, path: str) -> dict:
+    from cumo_model.recipe import SHIPPED
+
+    place = Path(path) if os.path.exists(path) else SHIPPED / path
+    try:
+        return json.loads(place.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"trainer.{name} {path!r} cannot be read: {error}") from None
+
+
+def freeze(model, stage: StageSection) -> None:
+    """Leave only what the stage trains with gradients."""
+    model.requires_grad_(False)
+    for part in stage.trains:
+        for name in PARTS[part]:
+            for parameter in model.get_submodule(name).parameters():
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(True)
+
+
+def _with_lora(model, stage: StageSection):
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError:
+        raise ValueError("stage.lora needs the package peft, which is not installed") from None
+
+    lora = stage.lora
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        target_parameters=list(lora.target_parameters) or None,
+        task_type=None,
+    )
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "language" not in name}
+    wrapped = get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        # connector and tower train whole beside the adapters, as in LLaVA, if the stage names them
+        original = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if original in trained and "lm_head" not in name:
+            parameter.requires_grad_(True)
+    return wrapped
+
+
+def _claim(recipe: Recipe, out: Path) -> None:
+    """Only the run of the same recipe goes on in a folder."""
+    path, wanted = out / RECIPE_FILE, recipe.identity()
+    if path.exists():
+        found = json.loads(path.read_text())
+        differ = sorted(key for key in wanted if found.get(key) != wanted[key])
+        if differ:
+            raise ValueError(f"{out} is a run with another {', '.join(differ)}: choose another output_dir")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(wanted, indent=1))
+    os.replace(part, path)
+
+
+def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
+    """Model, data and Trainer of a recipe, ready to train."""
+    args = training_arguments(recipe)
+    set_seed(args.seed)
+    model, processor = start_model(recipe.model, recipe.data)
+    stage, data = recipe.stage, recipe.data
+    model.config.balance_loss_coef = stage.balance_loss_coef
+    model.config.router_z_loss_coef = stage.router_z_loss_coef
+    cache = data.cache_dir or os.path.join(os.path.dirname(os.path.abspath(recipe.output_dir)), "index")
+    with args.main_process_first(desc="indexing the data"):
+        dataset = StreamedConversations(
+            list(data.files),
+            list(data.images) or None,
+            processor,
+            data.template,
+            data.max_length,
+            cache,
+            data.skip_bad,
+        )
+    units = [[i] for i in range(len(dataset))]
+    lengths, has_image = dataset.lengths, dataset.has_image
+    if data.packing:
+        if data.max_length is None:
+            raise ValueError("data.max_length must be given for data.packing, got None")
+        units = plan_packs(lengths, has_image, data.max_length, seed=args.seed)
+        has_image = np.array([has_image[unit].any() for unit in units])
+        lengths = np.array([lengths[unit].sum() for unit in units])
+    collator = Collator(
+        dataset.pad_id,
+        model.config.vision_config.image_size,
+        data.packing,
+        data.dummy_images,
+        needs_image="language" not in stage.trains and stage.lora is None,
+    )
+    freeze(model, stage)
+    if stage.lora is not None:
+        model = _with_lora(model, stage)
+    if stage.expert_parallel > 1:
+        if stage.lora is not None or args.deepspeed:
+            raise ValueError("stage.expert_parallel must be 1 with lora or deepspeed")
+        spread_experts(model, stage.expert_parallel, args.device, bool(args.fsdp))
+    return CumoTrainer(
+        model,
+        args,
+        Units(dataset, units),
+        lengths,
+        has_image,
+        collator,
+        data.grouping,
+        stage,
+        processing_class=processor,
+        callbacks=[StopRequests(), *callbacks],
+    )
+
+
+def run_recipe(recipe: Recipe, callbacks: Sequence = ()) -> Path:
+    """Train, from the last whole checkpoint if there is one; a finished run is left as it is.
+
+    Returns:
+        The folder with the trained model and its processor.
+
+    Raises:
+        ValueError: the recipe does not fit the data, the model, or what `output_dir` holds.
+        FloatingPointError: the loss is not finite.
+        Interrupted: SIGINT or SIGTERM came; progress is saved.
+    """
+    out = Path(recipe.output_dir)
+    _claim(recipe, out)
+    if (out / RESULT).is_dir():
+        return out / RESULT
+    trainer = build_trainer(recipe, callbacks)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(out / SAVING, ignore_errors=True)
+    last = checkpoints(out)
+    trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
+    stops = [
+        callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopRequests)
+    ]
+    if any(stop.stopped for stop in stops):
+        what = "progress is saved" if trainer.save_failed is None else f"NOT saved: {trainer.save_failed}"
+        raise Interrupted(f"{out}: stopped at step {trainer.state.global_step}, {what}")
+    save_result(trainer, out / RESULT, recipe)
+    return out / RESULT
+
+
+def save_result(trainer: CumoTrainer, path: Path, recipe: Recipe) -> None:
+    """The trained model and its processor as a folder that appears in one move."""
+    work = path.with_name(f".{path.name}-work")
+    trainer.save_model(str(work))  # all processes: sharded weights are gathered
+    if not trainer.is_world_process_zero():
+        return
+    with new_directory(path) as folder:
+        for item in sorted(work.iterdir()):
+            if item.name != "training_args.bin":
+                shutil.move(item, folder / item.name)
+        (folder / RECIPE_FILE).write_text(json.dumps(plain(recipe), indent=1))
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    shutil.rmtree(work, ignore_errors=True)

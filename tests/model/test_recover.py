@@ -1,0 +1,206 @@
+"""Training in real processes that are killed at random moments, asked to stop, run out of disk, or split in
+two.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cumo_model.recipe import load_recipe
+from cumo_model.recover import checkpoints
+from cumo_model.trainer import build_trainer, run_recipe
+from tests.model.training import write_data, write_model, write_recipe
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_config):
+    write_data(tmp_path)
+    write_model(tmp_path, tiny_config)
+    return tmp_path
+
+
+def command(recipe: Path, processes: int = 1, port: int = 29511) -> list[str]:
+    train = ["-m", "cumo_model", "train", "--config", str(recipe)]
+    if processes == 1:
+        return [sys.executable, *train]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    return [sys.executable, *torchrun, *train]
+
+
+def start(recipe: Path, processes: int = 1, port: int = 29511, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(recipe, processes, port),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    out, _ = process.communicate(timeout=110)
+    assert process.returncode == code, out[-3000:]
+    return out
+
+
+def losses(run: Path) -> list[tuple]:
+    entries = json.loads((run / "model" / "trainer_state.json").read_text())["log_history"]
+    return [(e["step"], e["loss"], e["grad_norm"], e["learning_rate"]) for e in entries if "loss" in e]
+
+
+def same_result(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    first, second = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def reached(run: Path, step: int) -> bool:
+    return any(int(path.name.split("-")[1]) >= step for path in checkpoints(run))
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_runs_end_bitwise_where_an_unharmed_one_does(folder, processes):
+    """SIGKILL for the whole process group at random moments behind the first checkpoints; dropout makes the
+    random
+    state count."""
+    steps = {"trainer__max_steps": 12, "trainer__save_steps": 3, "data__grouping": "modality_length"}
+    if processes == 2:
+        steps |= {"trainer__per_device_train_batch_size": 1, "model__text_experts": 0}
+    config = folder / "start" / "config.json"
+    content = json.loads(config.read_text())
+    content["text_config"]["attention_dropout"] = 0.2
+    config.write_text(json.dumps(content))
+    finish(start(write_recipe(folder, "whole", **steps), processes))
+    recipe, dice, kills = write_recipe(folder, "killed", **steps), random.Random(7), 0
+    for goal in (3, 9):
+        process = start(recipe, processes, 29512)
+        wait_for(lambda: reached(folder / "killed", goal), process)  # noqa: B023
+        time.sleep(dice.random() * 0.3)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills, "the run was over before it could be killed"
+    finish(start(recipe, processes, 29513))
+    same_result(folder / "whole", folder / "killed")
+    assert not (folder / "killed" / ".saving").exists()
+    assert len(checkpoints(folder / "killed")) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_sigterm_saves_and_the_same_command_goes_on(folder):
+    steps = {"trainer__max_steps": 40, "trainer__save_steps": 1000}
+    finish(start(write_recipe(folder, "whole", **steps)))
+    recipe = write_recipe(folder, "asked", **steps)
+    process = start(recipe)
+    log = folder / "asked"
+    wait_for(lambda: (log / "recipe.json").exists(), process)
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    if process.returncode == -signal.SIGTERM:  # it had not begun to train
+        assert not checkpoints(log)
+    else:
+        assert process.returncode == 130 and "progress is saved" in out
+        assert len(checkpoints(log)) == 1
+    finish(start(recipe))
+    same_result(folder / "whole", folder / "asked")
+
+
+class StopAt:
+    """What a signal does, at a known step."""
+
+    def __init__(self, step):
+        from transformers import TrainerCallback
+
+        class Stop(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == step:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        self.callback = Stop()
+
+
+def test_a_stop_in_the_middle_of_an_epoch_changes_nothing(folder):
+    """In one process: stop after step 2 of an epoch of three, go on, compare; then the folder is done."""
+    from cumo_model.train import Interrupted
+
+    whole = run_recipe(load_recipe(write_recipe(folder, "whole")))
+    recipe = load_recipe(write_recipe(folder, "cut", trainer__save_steps=100))
+    with pytest.raises(Interrupted, match="stopped at step 2, progress is saved"):
+        run_recipe(recipe, [StopAt(1).callback])
+    assert [path.name for path in checkpoints(folder / "cut")] == ["checkpoint-2"]
+    run_recipe(recipe)
+    same_result(whole.parent, folder / "cut")
+    stamp = (folder / "cut" / "model").stat().st_mtime_ns
+    assert run_recipe(recipe) == folder / "cut" / "model"
+    assert (folder / "cut" / "model").stat().st_mtime_ns == stamp
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(folder):
+    """The kernel refuses to write past a limit, as a full disk would; older checkpoints stay whole."""
+    recipe = load_recipe(write_recipe(folder, trainer__max_steps=6, trainer__save_steps=2))
+    trainer = build_trainer(recipe)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real, seen = trainer._save_checkpoint, []
+
+    def save(model, trial):
+        full = trainer.state.global_step == 4
+        if full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        try:
+            real(model, trial)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        seen.append((trainer.state.global_step, trainer.save_failed))
+
+    trainer._save_checkpoint = save
+    with pytest.warns(UserWarning, match="no checkpoint at step 4"):
+        trainer.train()
+    assert [step for step, failed in seen if failed] == [4] and trainer.state.global_step == 6
+    names = [path.name for path in checkpoints(recipe.output_dir)]
+    assert names == ["checkpoint-2", "checkpoint-6"]
+    assert not (Path(recipe.output_dir) / ".saving").exists()
+
+
+def test_a_checkpoint_that_would_not_fit_is_not_begun(folder, monkeypatch):
+    recipe = load_recipe(write_recipe(folder, trainer__max_steps=4, trainer__save_steps=2))
+    trainer = build_trainer(recipe)
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.warns(UserWarning, match="10 bytes are free"):
+        trainer.train()
+    assert [path.name for path in checkpoints(recipe.output_dir)] == ["checkpoint-2"]
+
+
+def test_half_a_checkpoint_is_none(folder):
+    (folder / "run" / "checkpoint-7").mkdir(parents=True)
+    (folder / "run" / "checkpoint-7" / "model.safetensors").write_bytes(b"half")
+    assert checkpoints(folder / "run") == []
