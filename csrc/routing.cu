@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(Route r, const float* s
 // With v = p[idx] and s = sum(v): dv = (dw - <dw, w>) / s; dp collects dv and the group's share, and
 // dlogits = p * (dp - <dp, p> + 2 * lse * the group's share of dz).
 template <class T, int kPerLane>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     route_backward_kernel(Route r, bool wide, const float* grad_weights, const float* grad_mean_probs,
                           const float* grad_z, const int* indices, T* dlogits) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
