@@ -24,7 +24,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
-EXTRAS := demo,test,dev
+EXTRAS := demo,train,test,dev
 BUILT := build/.extension
 READY := $(INSTALLED) $(BUILT)
 LOG := $(VENV)/setup.log

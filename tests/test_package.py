@@ -53,9 +53,11 @@ def test_every_dependency_is_pinned_once():
 
 
 def test_every_import_is_a_dependency():
-    demo = PROJECT["optional-dependencies"]["demo"]
-    declared = {re.match(r"[\w-]+", requirement)[0] for requirement in PROJECT["dependencies"] + demo}
-    declared = {"PIL" if name == "pillow" else name.replace("-", "_") for name in declared}
+    extras = PROJECT["optional-dependencies"]
+    needed = PROJECT["dependencies"] + extras["demo"] + extras["train"]
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in needed}
+    modules = {"pillow": "PIL", "pyyaml": "yaml"}
+    declared = {modules.get(name, name.replace("-", "_")) for name in names}
     known = declared | set(sys.stdlib_module_names) | {"cumo_kernels", "cumo_model"}
     files = [path for top in ("cumo_kernels", "cumo_model") for path in (ROOT / top).rglob("*.py")]
     nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
