@@ -70,12 +70,21 @@ class Config:
     SPLITS: int = 1  # set by get_config, not by the files
 
     def epilogue_parts(self, rows: int, cols: int, sums: int = EPILOGUE_SUMS) -> int:
-        """In how many parts of its columns a (rows, cols) tile is finished, each with `sums` per thread."""
+        """In how many parts of its columns a (rows, cols) tile is finished, each with `sums` per thread.
+
+        Half of that with four warps: their threads hold twice the addresses.
+        """
+        sums = sums // 2 if self.num_warps <= 4 else sums
         return max(1, min(rows * cols // (32 * self.num_warps * sums), cols // 16))
 
     def constants(self, *without: str) -> dict[str, int | bool]:
         """What the kernel takes as keywords."""
-        return {name: value for name, value in asdict(self).items() if name not in ("PER_SM", *without)}
+        return _constants(self, ("PER_SM", *without))
+
+
+@cache
+def _constants(config: Config, without: tuple[str, ...]) -> dict[str, int | bool]:
+    return {name: value for name, value in asdict(config).items() if name not in without}
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,12 @@ def tile_of_rows(width: int, element_size: int, rows: int | None = None) -> tupl
     Columns are a power of two, of `width` if that leaves pieces of a KiB or more, else around it.
     """
     elements = 4 * 128 * 16 // element_size
+    if rows == 1:
+        return 1, elements
     divisor = width & -width
     columns = divisor if divisor * element_size >= 1024 else triton.next_power_of_2(width)
     columns = min(columns, elements)
-    return (1 if rows == 1 else elements // columns), columns
+    return elements // columns, columns
 
 
 _zeros: dict[tuple[torch.device, int], Tensor] = {}

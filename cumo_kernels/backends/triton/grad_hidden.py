@@ -137,6 +137,8 @@ def grad_hidden_kernel(
             )  # fmt: skip
             h = dot(g, b, h, INPUT_PRECISION)
 
+        # read again rather than kept in registers over the loop
+        slots = tl.load(permutation_ptr + tl.minimum(rows, end - 1), volatile=True)
         weights = tl.load(topk_weights_ptr + slots)
         # int64: a row number times its width passes 2**31; within a tile nothing does
         row64 = first_row.to(tl.int64)

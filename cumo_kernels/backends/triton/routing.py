@@ -24,11 +24,12 @@ from cumo_kernels import tuning
 from cumo_kernels.backends.triton.common import cached_zeros, dot, input_precision, narrow, precise_exp
 from cumo_kernels.backends.triton.sorting import sort_by_expert
 from cumo_kernels.backends.triton.tiles import on_device_of_first, sum_rows
-from cumo_kernels.hardware import gpu_of
+from cumo_kernels.hardware import KIB, gpu_of
 
 __all__ = ["route", "route_backward", "sort_by_expert"]
 
 COMPAT = {None: 0, "cumo": 1, "cumo_llm": 2}
+STAGES = 4  # tiles of x and of the gate that are under way at a time
 FUSED_GATE_EXPERTS = 32  # a wider gate has enough arithmetic for a GEMM of its own in backward
 
 
@@ -79,7 +80,7 @@ def _load_logits(
     if HAS_GATE:
         logits = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
         x_ptrs = x_ptr + tokens[:, None] * stride_x_t
-        gate_ptrs = gate_ptr + experts[None, :] * stride_gate_e
+        gate_ptrs = gate_ptr + experts[None, :].to(tl.int64) * stride_gate_e
         for h in range(0, H, BLOCK_H):
             cols = h + tl.arange(0, BLOCK_H)
             x = tl.load(x_ptrs + cols[None, :], mask=token_mask[:, None] & (cols < H)[None, :], other=0.0)
@@ -346,7 +347,9 @@ def _route_backward_kernel(
                 x_mask = token_mask[:, None] & (cols < H)[None, :]
                 gate_mask = expert_mask[:, None] & (cols < H)[None, :]
                 gate = tl.load(
-                    gate_ptr + experts[:, None] * stride_gate_e + cols[None, :], mask=gate_mask, other=0.0
+                    gate_ptr + experts[:, None].to(tl.int64) * stride_gate_e + cols[None, :],
+                    mask=gate_mask,
+                    other=0.0,
                 )
                 dx = dot(dlogits, gate, tl.zeros((BLOCK_T, BLOCK_H), dtype=tl.float32), INPUT_PRECISION)
                 tl.store(dx_ptr + tokens64[:, None] * H + cols[None, :], narrow(dx, DTYPE), mask=x_mask)
@@ -360,29 +363,26 @@ def _route_backward_kernel(
             tl.store(dx_ptr + tokens64[:, None] * E + experts[None, :], dlogits, mask=mask)
 
 
-def _block_t(num_tokens: int, num_experts: int, has_gate: bool, device: torch.device) -> int:
-    """Tokens per program: enough programs for the chip first, then fewer and larger ones."""
-    if not has_gate:
-        return max(8, min(128, 1024 // triton.next_power_of_2(num_experts)))
-    # tiles of other heights add up in another order
-    per_program = 0 if tuning.BATCH_INVARIANT else num_tokens // (2 * gpu_of(device).sms)
-    # Triton 3.6 fails to lay a 64 x 16 tile out in the tensor memory of data-centre Blackwell
-    most = 32 if gpu_of(device).capability in (100, 103) else 64
-    return min(most, 64 if per_program >= 64 else 32 if per_program >= 32 else 16)
-
-
-def _tiles(num_tokens: int, num_experts: int, hidden_size: int, has_gate: bool, device: torch.device) -> dict:
+def _tiles(x: Tensor, num_experts: int, has_gate: bool) -> dict:
     """What forward and backward share, so that both compute the same logits."""
+    (num_tokens, width), gpu = x.shape, gpu_of(x.device)
     block_e = triton.next_power_of_2(num_experts)
-    return {
-        "E": num_experts,
-        "BLOCK_T": _block_t(num_tokens, num_experts, has_gate, device),
-        # 16: the least width of a tensor-core tile
-        "BLOCK_E": max(16, block_e) if has_gate else block_e,
-        "BLOCK_H": min(64 if block_e > 64 else 128, max(16, triton.next_power_of_2(hidden_size))),
-        "HAS_GATE": has_gate,
-        "num_warps": 8 if has_gate and block_e > 64 else 4,
-    }
+    if not has_gate:
+        tile = {"BLOCK_T": max(8, min(128, 1024 // block_e)), "BLOCK_E": block_e, "BLOCK_H": 16}
+        return {"E": num_experts, **tile, "HAS_GATE": False, "num_warps": 4}
+    is_fp32 = x.dtype == torch.float32
+    block_e = max(16, block_e)  # the least width of a tensor-core tile
+    # enough programs for the chip first, then fewer and larger ones; of another height they add up otherwise
+    per_program = 0 if tuning.BATCH_INVARIANT else num_tokens // (2 * gpu.sms)
+    block_t = 64 if per_program >= 64 else 32 if per_program >= 32 else 16
+    # IEEE products run out of registers; Triton 3.6 fails to lay a 64 x 16 tile out in the tensor memory of
+    # data-centre Blackwell
+    block_t = min(block_t, 16 if is_fp32 else 32 if gpu.capability in (100, 103) else 64)
+    block_h = min(64 if is_fp32 or block_e > 64 else 128, max(16, triton.next_power_of_2(width)))
+    while STAGES * (block_t + block_e) * block_h * x.element_size() > gpu.shared_memory - 8 * KIB:
+        block_h //= 2
+    tile = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_H": block_h}
+    return {"E": num_experts, **tile, "HAS_GATE": True, "num_warps": 8 if block_e > 64 else 4}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -413,7 +413,7 @@ def route(
         return weights, indices, mean_probs, density, z
     x = _rows(x)
     gate = _rows(gate_weight) if has_gate else x
-    tiles = _tiles(num_tokens, num_experts, hidden_size, has_gate, x.device)
+    tiles = _tiles(x, num_experts, has_gate)
     programs = triton.cdiv(num_tokens, tiles["BLOCK_T"])
     sums = torch.empty(programs + num_groups, 2 * num_experts + 1, **wide)
     _route_kernel[(programs,)](
@@ -424,7 +424,7 @@ def route(
         K=top_k, BLOCK_K=triton.next_power_of_2(top_k),
         BLOCK_R=max(4, min(64, 1024 // tiles["BLOCK_E"])),
         RAGGED=group_offsets is not None, RENORMALIZE=renormalize, COMPAT=COMPAT[compat],
-        INPUT_PRECISION=input_precision(x.dtype), num_stages=4, **tiles,
+        INPUT_PRECISION=input_precision(x.dtype), num_stages=STAGES, **tiles,
     )  # fmt: skip
     return weights, indices, mean_probs, density, z
 
@@ -458,7 +458,7 @@ def route_backward(
         return dx, torch.zeros_like(gate_weight) if has_gate else x.new_empty(0)
     x = _rows(x)
     gate = _rows(gate_weight) if has_gate else x
-    tiles = _tiles(num_tokens, num_experts, hidden_size, has_gate, x.device)
+    tiles = _tiles(x, num_experts, has_gate)
     programs = triton.cdiv(num_tokens, tiles["BLOCK_T"])
     sums = grad_z
     if has_gate:
