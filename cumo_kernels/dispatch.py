@@ -41,15 +41,15 @@ def _missing(module: str) -> bool:
 
 
 # looked up once: what is installed does not change under a running program
+_CUDA_MISSING = extension.missing()
 _TRITON_MISSING = _missing("triton") or _missing("cumo_kernels.backends.triton")
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _refuse_cuda(op: str, device: str, dtype: torch.dtype) -> str | None:
-    reason = extension.missing()
-    if reason is not None:
-        return reason
+    if _CUDA_MISSING is not None:
+        return _CUDA_MISSING
     if extension.EMULATE and device != "cpu":
         return f"it needs CPU tensors under CUMO_EMULATE=1, got {device}"
     if device != "cuda" and not extension.EMULATE:
