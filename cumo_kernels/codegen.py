@@ -66,6 +66,7 @@ class Report:
     wide: int  # 16-byte accesses of global memory
     has_dot: bool
     has_loop_dot: bool  # deeper than the function's own level
+    gathers: bool = False  # an operand's rows come through a permutation
     failure: str | None = None  # what the compiler said instead of compiling
     cases: list[str] = field(default_factory=list)
 
@@ -88,6 +89,9 @@ class Report:
             found.append("a dot without tensor cores")
         if self.has_loop_dot and self.num_stages > 1 and not self.count(ASYNC_COPY):
             found.append("a loop over operands without asynchronous copies")
+        # scattered rows are no box for the copy engine: its instructions prove the other operand only
+        elif self.has_loop_dot and self.num_stages > 1 and self.gathers and not self.count(("LDGSTS",)):
+            found.append("gathered rows without asynchronous copies")
         if self.kernel in STREAMING and not self.wide:
             found.append("no 16-byte access")
         return found
@@ -184,6 +188,8 @@ def compiling(gpu: Gpu, wanted: Callable[[str], bool] = bool) -> Iterator[list[t
             )  # fmt: skip
         elif is_new:
             known[key] = _report(self, compiled, gpu, constants)
+            given = dict(zip(self.arg_names, args, strict=False))
+            known[key].gathers = given.get("permutation_ptr") is not None
         launched.append((known[key], is_new))
 
     if triton.knobs.runtime.interpret:

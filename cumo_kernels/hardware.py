@@ -24,6 +24,7 @@ class Gpu:
     tflops_tf32: float | None = None
     tflops_fp32: float | None = None
     gb_per_s: float | None = None
+    tiles_of: str | None = None  # the GPU with the same multiprocessors whose tile sizes serve here too
 
     @property
     def has_tma(self) -> bool:
@@ -38,15 +39,15 @@ class Gpu:
 
 # the first match wins, so a longer name stands before a shorter one
 GPUS = (
-    Gpu("nvidia_h200", "h200", 90, 132, 227 * KIB, 989, 494, 67, 4800),
-    Gpu("nvidia_h100_pcie", "h100 pcie", 90, 114, 227 * KIB, 756, 378, 51, 2000),
+    Gpu("nvidia_h200", "h200", 90, 132, 227 * KIB, 989, 494, 67, 4800, tiles_of="nvidia_h100"),
+    Gpu("nvidia_h100_pcie", "h100 pcie", 90, 114, 227 * KIB, 756, 378, 51, 2000, tiles_of="nvidia_h100"),
     Gpu("nvidia_h100", "h100", 90, 132, 227 * KIB, 989, 494, 67, 3350),
     Gpu("nvidia_b200", "b200", 100, 148, 227 * KIB, 2250, 1100, 75, 8000),
     Gpu("nvidia_a100", "a100", 80, 108, 163 * KIB, 312, 156, 19.5, 2039),
     Gpu("nvidia_rtx_pro_6000", "rtx pro 6000", 120, 188, 99 * KIB, 252, 126, 126, 1792),
-    Gpu("nvidia_rtx_5090", "rtx 5090", 120, 170, 99 * KIB, 210, 105, 105, 1792),
+    Gpu("nvidia_rtx_5090", "rtx 5090", 120, 170, 99 * KIB, 210, 105, 105, 1792, tiles_of="nvidia_rtx_pro_6000"),
     Gpu("nvidia_l40s", "l40s", 89, 142, 99 * KIB, 362, 183, 91.6, 864),
-    Gpu("nvidia_rtx_4090", "rtx 4090", 89, 128, 99 * KIB, 165, 83, 82.6, 1008),
+    Gpu("nvidia_rtx_4090", "rtx 4090", 89, 128, 99 * KIB, 165, 83, 82.6, 1008, tiles_of="nvidia_l40s"),
 )
 
 # CPU tensors under Triton's interpreter: few programs, so that each walks several tiles, and descriptors

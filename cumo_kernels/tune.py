@@ -18,6 +18,7 @@ SHAPES = {  # hidden, intermediate, output size, experts, top_k, gated, numbers 
     "mlp": (2048, 4096, 4096, 4, 2, False, (576, 2304, 18432)),
     "llm": (4096, 14336, 4096, 8, 2, True, (1, 16, 64, 512, 4096, 16384)),
 }
+IDLE_CYCLES = 1_000_000  # half a millisecond: several times what the host takes for a launch
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -79,13 +80,17 @@ def launcher(
 
 
 def measure_ms(run: Callable[[], None], repeats: int = 20) -> float:
-    """Median of single runs, each after the caches were overwritten."""
+    """Median of single runs, each after the caches were overwritten.
+
+    The GPU idles before each until the host has launched it, which would be measured otherwise.
+    """
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     run()
     times = []
     for _ in range(repeats):
         flush.zero_()
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(IDLE_CYCLES)
         start.record()
         run()
         stop.record()
@@ -121,13 +126,18 @@ def main(args: argparse.Namespace) -> int:
         for problem in layer_problems(shape, num_tokens, DTYPES[args.dtype])
     )
     card = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    kept = 0
     for problem in problems:
         launch = launcher(problem, "cuda")
         measure = lambda config, launch=launch: time_ms(launch, config)
         entry = tuning.search(problem, gpu, measure, args.seconds)
+        if not math.isfinite(entry.ms):
+            print(f"{entry.problem}\n    nothing tried ran, so nothing is saved")
+            continue
         flops = 2 * problem.rows * problem.n * problem.k * (1 + problem.gated)
         print(f"{entry.problem}\n    {entry.config} {entry.ms:.4f} ms, {flops / entry.ms / 1e9:.0f} TFLOPS")
         # after each problem: a search that is cut short keeps what it found
         path = tuning.save(gpu.name, [entry], f"measured by python -m cumo_kernels tune on {card}")
-    print(f"tune: {len(problems)} GEMMs, written to {path}")
-    return 0
+        kept += 1
+    print(f"tune: {kept} of {len(problems)} GEMMs" + (f", written to {path}" if kept else ""))
+    return 0 if kept == len(problems) else 1

@@ -163,10 +163,14 @@ def entries(name: str) -> tuple[Entry, ...]:
 
 
 @cache
-def file_of(gpu: Gpu) -> str:
-    """The file `gpu` chooses from: its own, else that of the nearest generation that is not younger."""
-    if (CONFIGS / f"{gpu.name}.json").exists():
-        return gpu.name
+def files_of(gpu: Gpu) -> tuple[str, ...]:
+    """The files `gpu` chooses from: its own and its sibling's, else of the nearest older generation.
+
+    The sibling's stays beside an own file, which may know one shape or dtype only.
+    """
+    own = tuple(name for name in (gpu.name, gpu.tiles_of) if name and (CONFIGS / f"{name}.json").exists())
+    if own:
+        return own
     known = [row for row in GPUS if (CONFIGS / f"{row.name}.json").exists()]
     older = [row for row in known if row.capability <= gpu.capability]
     name = max(older or known, key=lambda row: row.capability).name
@@ -174,7 +178,7 @@ def file_of(gpu: Gpu) -> str:
         f"no tile sizes for {gpu.name}, using those of {name}; `python -m cumo_kernels tune` finds better",
         stacklevel=2,
     )
-    return name
+    return (name,)
 
 
 def distance(asked: Problem, known: Problem) -> float:
@@ -240,8 +244,8 @@ def get_config(problem: Problem, gpu: Gpu) -> Config:
     if gpu == INTERPRETER:
         config, source = INTERPRETED, "interpreter"
     else:
-        source = file_of(gpu)
-        nearest = min(entries(source), key=lambda entry: distance(problem, entry.problem))
+        known = [(name, entry) for name in files_of(gpu) for entry in entries(name)]
+        source, nearest = min(known, key=lambda row: distance(problem, row[1].problem))
         config = fit(nearest.config, problem, gpu)
     config = replace(config, SPLITS=splits(problem, config, gpu))
     if PRINT_CONFIG:
@@ -312,13 +316,13 @@ def save(name: str, found: Iterable[Entry], note: str) -> Path:
         for entry in known.values()
     ]
     CONFIGS.mkdir(exist_ok=True)
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    lines = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in rows)
     text = f'{{"gpu": {json.dumps(name)}, "note": {json.dumps(note)}, "entries": [\n{lines}\n]}}\n'
     with tempfile.NamedTemporaryFile("w", dir=CONFIGS, suffix=".tmp", delete=False) as file:
         file.write(text)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
     entries.cache_clear()
-    file_of.cache_clear()
+    files_of.cache_clear()
     get_config.cache_clear()
     return path

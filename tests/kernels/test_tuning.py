@@ -1,6 +1,7 @@
 """tuning and hardware: every choice can run, the nearest shape wins, any tile gives the same result."""
 
 import json
+import math
 import warnings
 from dataclasses import replace
 
@@ -14,7 +15,8 @@ from cumo_kernels.hardware import GPUS, INTERPRETER, KIB, assume, find, gpu_of, 
 from cumo_kernels.testing import assert_as_accurate_as_torch, make_routing
 from cumo_kernels.tuning import Config, Entry, Problem
 
-SHIPPED = sorted(path.stem for path in tuning.CONFIGS.glob("*.json"))
+SOURCE = tuning.CONFIGS
+SHIPPED = sorted(path.stem for path in SOURCE.glob("*.json"))
 BF16 = torch.bfloat16
 CARD = find("nvidia_h100")
 
@@ -22,7 +24,7 @@ CARD = find("nvidia_h100")
 @pytest.fixture(autouse=True)
 def fresh_caches(monkeypatch):
     """Choices are remembered; a test that changes their sources must neither see nor leave old ones."""
-    caches = (tuning.get_config, tuning.entries, tuning.file_of)
+    caches = (tuning.get_config, tuning.entries, tuning.files_of)
     for function in caches:
         function.cache_clear()
     yield
@@ -88,6 +90,35 @@ def test_a_card_without_a_file_borrows_one_and_warns_once():
         warnings.simplefilter("error")
         assert tuning.get_config(replace(problem, rows=8192), unknown).BLOCK_M
     assert tuning.refuse(config, problem, unknown) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "sibling"),
+    [
+        ("nvidia_h200", "nvidia_h100"),
+        ("nvidia_h100_pcie", "nvidia_h100"),
+        ("nvidia_rtx_4090", "nvidia_l40s"),
+        ("nvidia_rtx_5090", "nvidia_rtx_pro_6000"),
+    ],
+)
+def test_a_card_with_the_same_multiprocessors_shares_a_file_in_silence(name, sibling, monkeypatch, tmp_path):
+    gpu, problem = find(name), Problem("gemm", BF16, 9216, 4096, 1024, 4, gathered=True)
+    assert gpu.capability == find(sibling).capability
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shared = tuning.get_config(problem, gpu)
+    nearest = min(tuning.entries(sibling), key=lambda entry: tuning.distance(problem, entry.problem))
+    assert shared == tuning.fit(nearest.config, problem, gpu)
+
+    # what was tuned on the card itself comes first, and hides nothing else of its sibling's
+    (tmp_path / f"{sibling}.json").write_bytes((SOURCE / f"{sibling}.json").read_bytes())
+    monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
+    own = Config(32, 32, 32, 4, 2)
+    tuning.save(name, [Entry(problem, own, 0.5)], "a note")
+    assert tuning.get_config(problem, gpu) == own
+    other = replace(problem, dtype=torch.float32, gathered=False)
+    assert other.dtype in {entry.problem.dtype for entry in tuning.entries(sibling)}
+    assert tuning.get_config(other, gpu) != own
 
 
 def test_fit_gives_up_stages_before_tiles():
@@ -191,6 +222,25 @@ def test_tune_declines_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["tune", "--shape", "clip"]) == 1
     assert "needs a CUDA device" in capsys.readouterr().out
+
+
+def test_a_gemm_that_never_ran_is_not_saved(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "card")
+    monkeypatch.setattr(tuning, "gpu_of", lambda device: CARD)
+    monkeypatch.setattr(tune, "launcher", lambda problem, device: None)
+    ran = lambda launch, config: 1.0 if config.num_warps == 8 else math.inf
+    before = (SOURCE / "nvidia_h100.json").read_text()
+    (tmp_path / "nvidia_h100.json").write_text(before)
+    monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
+    for time_ms, saved in ((lambda launch, config: math.inf, False), (ran, True)):
+        monkeypatch.setattr(tune, "time_ms", time_ms)
+        assert main(["tune", "--shape", "clip", "--seconds", "0"]) == 1
+        after = (tmp_path / "nvidia_h100.json").read_text()
+        assert (after != before) == saved and "Infinity" not in after
+        assert "nothing tried ran" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        tuning.save("nvidia_h100", [Entry(Problem("gemm", BF16, 1, 1, 1, 1), Config(32, 32, 32, 4, 2), math.inf)], "a note")
 
 
 TILES = [

@@ -8,7 +8,6 @@ off where bf16 ends, so there `narrow` rounds by hand.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra import libdevice
 
 INTERPRETING: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
@@ -38,23 +37,6 @@ def tile_of_rows(width: int, element_size: int, rows: int | None = None) -> tupl
     columns = divisor if divisor * element_size >= 1024 else triton.next_power_of_2(width)
     columns = min(columns, elements)
     return elements // columns, columns
-
-
-_zeros: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def cached_zeros(count: int, device: torch.device) -> Tensor:
-    """(>= count,) int32 zeros for arrival counters, which the kernel that takes them must leave at zero.
-
-    One buffer per device and stream, as kernels of one stream follow each other. A graph being captured gets
-    its own, since its replays may run on any stream.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    if key not in _zeros or _zeros[key].numel() < count:
-        _zeros[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-    return _zeros[key]
 
 
 @triton.jit

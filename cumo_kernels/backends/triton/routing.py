@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cumo_kernels import tuning
-from cumo_kernels.backends.triton.common import cached_zeros, dot, input_precision, narrow, precise_exp
+from cumo_kernels.backends.triton.common import dot, input_precision, narrow, precise_exp
 from cumo_kernels.backends.triton.sorting import sort_by_expert
 from cumo_kernels.backends.triton.tiles import on_device_of_first, sum_rows
 from cumo_kernels.hardware import KIB, gpu_of
@@ -416,9 +416,11 @@ def route(
     tiles = _tiles(x, num_experts, has_gate)
     programs = triton.cdiv(num_tokens, tiles["BLOCK_T"])
     sums = torch.empty(programs + num_groups, 2 * num_experts + 1, **wide)
+    # anew each time: a buffer kept between calls would break CUDA-graph trees, and stay wrong after an abort
+    arrivals = torch.zeros(num_groups, dtype=torch.int32, device=x.device)
     _route_kernel[(programs,)](
         x, gate, group_offsets, weights, indices, mean_probs, density, z,
-        sums, cached_zeros(num_groups, x.device),
+        sums, arrivals,
         x.stride(0), gate.stride(0), num_tokens, hidden_size, num_groups,
         num_tokens // num_groups, (num_groups + 1).bit_length(),
         K=top_k, BLOCK_K=triton.next_power_of_2(top_k),
