@@ -1,4 +1,4 @@
-"""JSON files that hold what they should; folders that appear in one move, so that nobody reads half of one."""
+"""JSON files that hold an object; folders that appear in one move, so that nobody reads half of one."""
 
 import contextlib
 import json

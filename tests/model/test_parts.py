@@ -177,7 +177,7 @@ def test_parts_that_lack_tensors_are_refused(parts, tmp_path, folder, name, coun
 
 def test_parts_of_another_shape_or_kind_are_refused(parts, tmp_path):
     parts()
-    with pytest.raises(ValueError, match="vision must be a folder of model_type clip or .*, got 'mistral'"):
+    with pytest.raises(ValueError, match=r"vision must be a folder of model_type clip or .*, got 'mistral'"):
         from_parts(tmp_path / "text", tmp_path / "text")
     path = tmp_path / "text/model.safetensors"
     save_file(load_file(path) | {"model.norm.weight": torch.ones(23)}, path, metadata={"format": "pt"})
