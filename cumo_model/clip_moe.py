@@ -6,14 +6,15 @@ before it, and its checkpoints lack it.
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPPreTrainedModel
+from transformers import CLIPPreTrainedModel, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import AutoModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
-from cumo_model.config import CumoVisionConfig
+from cumo_model.config import CumoConfig, CumoVisionConfig
 from cumo_model.moe import MoEHostMixin, MoELayer
+from cumo_model.original_config import TEXT_TYPE
 
 ACTIVATION_OF = {
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -84,6 +85,28 @@ class CumoVisionModel(MoEHostMixin, CLIPPreTrainedModel):
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # CLIP's own spelling
         self.encoder = CumoVisionEncoder(config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers, from a folder of a tower alone.
+
+        Raises:
+            ValueError: the folder holds a whole CuMo, whose tower has other names there.
+        """
+        path = pretrained_model_name_or_path
+        where = {key: kwargs[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in kwargs}
+        try:
+            kind = (
+                None if path is None else PreTrainedConfig.get_config_dict(path, **where)[0].get("model_type")
+            )
+        except OSError:  # transformers words it
+            kind = None
+        if kind == CumoConfig.model_type or kind in TEXT_TYPE:
+            raise ValueError(
+                f"{path} must hold a tower alone, got a whole model ({kind}): take `.model.vision_tower` of "
+                "CumoForConditionalGeneration.from_pretrained"
+            )
+        return super().from_pretrained(path, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -29,6 +29,9 @@ from cumo_model.original_config import is_original
 from cumo_model.shards import Shards, check_tensors
 from cumo_model.vision import crop_counts, image_pyramid, merge_scales
 
+# While a checkpoint in the original layout is read, the model's class is one of this name, derived from the
+# class asked for: transformers finds its rules by class name.
+ORIGINAL_LOADER = "OriginalCumoLoader"
 PLACES = ("mlp", "clip", "llm")  # the order in which the original adds their losses
 
 
@@ -70,6 +73,36 @@ class CumoPreTrainedModel(MoEHostMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, CumoProjector):
             module.reset_parameters()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers, from a folder in our layout or in that of the released checkpoints.
+
+        Raises:
+            ValueError: a folder in the original layout lacks tensors, or holds others, or a harmful pickle.
+        """
+        path = pretrained_model_name_or_path
+        where = {key: kwargs[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in kwargs}
+        if cls.__name__ == ORIGINAL_LOADER or path is None:
+            return super().from_pretrained(path, *args, **kwargs)
+        try:
+            values = PreTrainedConfig.get_config_dict(path, **where)[0]
+        except OSError:  # no config.json: a folder of adapters, or an error that transformers words
+            values = {}
+        if not is_original(values):
+            return super().from_pretrained(path, *args, **kwargs)
+        folder = Path(path, where.get("subfolder", ""))
+        if folder.is_dir():  # of a hub's files transformers names what is missing, after loading
+            ours = own_layout(CumoConfig.from_pretrained(path, **where))
+            wanted = [original_names(key, shape) for key, shape in ours.items()]
+            wanted = {name: shape for names in wanted for name, shape in names.items()}
+            check_tensors(Shards(folder).shapes, wanted, str(folder))
+        wants_info = kwargs.pop("output_loading_info", False)
+        loader = type(ORIGINAL_LOADER, (cls,), {"__module__": __name__})
+        model, info = loader.from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        model.__class__ = cls
+        model._weight_conversions = None  # from here on it is saved in our layout
+        return (model, info) if wants_info else model
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs) -> None:
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -226,35 +259,6 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         self.model = CumoModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers, from a folder in our layout or in that of the released checkpoints.
-
-        Raises:
-            ValueError: a folder in the original layout lacks tensors, or holds others, or a harmful pickle.
-        """
-        path = pretrained_model_name_or_path
-        where = {key: kwargs[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in kwargs}
-        if cls is not CumoForConditionalGeneration or path is None:
-            return super().from_pretrained(path, *args, **kwargs)
-        try:
-            values = PreTrainedConfig.get_config_dict(path, **where)[0]
-        except OSError:  # no config.json: a folder of adapters, or an error that transformers words
-            values = {}
-        if not is_original(values):
-            return super().from_pretrained(path, *args, **kwargs)
-        folder = Path(path, where.get("subfolder", ""))
-        if folder.is_dir():  # of a hub's files transformers names what is missing, after loading
-            ours = own_layout(CumoConfig.from_pretrained(path, **where))
-            wanted = [original_names(key, shape) for key, shape in ours.items()]
-            wanted = {name: shape for names in wanted for name, shape in names.items()}
-            check_tensors(Shards(folder).shapes, wanted, str(folder))
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = _OriginalCumo.from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        model.__class__ = cls
-        model._weight_conversions = None  # from here on it is saved in our layout
-        return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As in transformers, in the layout of this model's own state_dict.
@@ -425,11 +429,7 @@ def own_layout(config: CumoConfig) -> dict[str, tuple[int, ...]]:
     return layout
 
 
-class _OriginalCumo(CumoForConditionalGeneration):
-    """While a checkpoint in the original layout is read: transformers finds its rules by class name."""
-
-
-register_checkpoint_conversion_mapping(_OriginalCumo.__name__, LOADING_RULES, overwrite=True)
+register_checkpoint_conversion_mapping(ORIGINAL_LOADER, LOADING_RULES, overwrite=True)
 
 
 def language_loss(logits: Tensor, labels: Tensor) -> Tensor:

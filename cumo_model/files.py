@@ -1,11 +1,26 @@
-"""Folders that appear in one move, so that nobody ever reads half of one."""
+"""JSON files that hold an object; folders that appear in one move, so that nobody reads half of one."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """A JSON file that holds an object; ValueError names the file that is missing, damaged or holds more."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object, got {type(values).__name__}")
+    return values
 
 
 @contextlib.contextmanager

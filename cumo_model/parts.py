@@ -5,18 +5,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, CLIPVisionConfig, CLIPVisionModel
+from transformers import MODEL_MAPPING, AutoConfig, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from cumo_model.clip_moe import CumoVisionModel
 from cumo_model.config import CumoConfig
 from cumo_model.cumo import CumoForConditionalGeneration
+from cumo_model.files import read_object
 from cumo_model.layout import original_names
 from cumo_model.llm_moe import CumoMixtralModel
 from cumo_model.processing import CumoProcessor, build_processor, load_tokenizer
 from cumo_model.shards import Shards, check_tensors, read_bin
 
 PROJECTOR = "model.mm_projector."
+CLIPS = ("clip", "clip_vision_model")
+UNUSED = "post_layernorm."  # of a CLIP: the tower has none, so a folder may lack it
 
 
 def from_parts(
@@ -41,6 +44,9 @@ def from_parts(
     for name, folder in (("vision", vision), ("text", text)):
         if not Path(folder, "config.json").is_file():
             raise ValueError(f"{name} must be a folder with a config.json, got {os.fspath(folder)!r}")
+    kind = read_object(Path(vision, "config.json")).get("model_type")
+    if kind not in CLIPS:
+        raise ValueError(f"vision must be a folder of model_type {' or '.join(CLIPS)}, got {kind!r}")
     tower_config = CLIPVisionConfig.from_pretrained(vision).to_dict()
     tower_config = {
         k: v for k, v in tower_config.items() if k not in ("model_type", "architectures", "dtype")
@@ -60,7 +66,7 @@ def from_parts(
     else:
         raise ValueError(f"text must be a text model of transformers, got a {text_config.model_type}")
 
-    language = language_class.from_pretrained(text, dtype=dtype or "auto")
+    language = load_whole(language_class, text, dtype or "auto")
     dtype = dtype or language.dtype
     config.text_config = language.config
     with no_init_weights(), torch.device("meta"):  # the parts replace what this makes
@@ -77,6 +83,43 @@ def from_parts(
     return model.eval()
 
 
+def load_whole(
+    kind: type,
+    folder: str | os.PathLike,
+    dtype: torch.dtype | str,
+    unused: str | None = None,
+    **options,
+) -> PreTrainedModel:
+    """`from_pretrained` that starts nothing at random.
+
+    Args:
+        kind: the model's class.
+        folder: with config.json and the tensors.
+        dtype: as in transformers.
+        unused: beginning of the names that may be missing.
+        options: further keywords of from_pretrained.
+
+    Raises:
+        ValueError: a tensor of the model is missing in the folder, or has another shape there.
+    """
+    model, info = kind.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    missing = [name for name in info["missing_keys"] if unused is None or not name.startswith(unused)]
+    wrong = [entry[0] for entry in info["mismatched_keys"]]
+    problems = [
+        f"{len(names)} {what} ({', '.join(sorted(names)[:3])})"
+        for what, names in (("missing", missing), ("of another shape", wrong))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"{folder} does not hold what its config.json promises: of {len(model.state_dict())} tensors "
+            f"{'; '.join(problems)}"
+        )
+    return model
+
+
 def parts_processor(
     text: str | os.PathLike, config: CumoConfig, template: str = "mistral_instruct_system"
 ) -> CumoProcessor:
@@ -87,11 +130,11 @@ def parts_processor(
 
 
 def _tower(folder: str | os.PathLike, config: CumoConfig, dtype: torch.dtype) -> CumoVisionModel:
-    source = CLIPVisionModel.from_pretrained(folder, dtype=dtype).state_dict()
+    source = load_whole(CLIPVisionModel, folder, dtype, unused=UNUSED).state_dict()
     tower = CumoVisionModel._from_config(config.vision_config, dtype=dtype)
     wanted = {name: tuple(value.shape) for name, value in tower.state_dict().items()}
-    found = {name: value for name, value in source.items() if not name.startswith("post_layernorm.")}
-    check_tensors({name: tuple(value.shape) for name, value in found.items()}, wanted, os.fspath(folder))
+    found = {name: value for name, value in source.items() if not name.startswith(UNUSED)}
+    assert {name: tuple(value.shape) for name, value in found.items()} == wanted
     tower.load_state_dict(found)
     return tower
 

@@ -12,7 +12,7 @@ from cumo_model.config import CumoConfig, CumoVisionConfig
 from cumo_model.conversation import IMAGE_MARKER
 from cumo_model.cumo import CumoForConditionalGeneration
 from cumo_model.moe import MoELayer
-from cumo_model.parts import from_parts, parts_processor
+from cumo_model.parts import from_parts, load_whole, parts_processor
 from cumo_model.processing import build_processor, load_tokenizer
 from cumo_model.recipe import DataSection, ModelSection
 from cumo_model.upcycle import upcycle
@@ -48,7 +48,9 @@ def _load(model: ModelSection, dtype: torch.dtype):
     options = {"attn_implementation": model.attn_implementation, "use_safetensors": True}
     if model.quantize is not None:
         options["quantization_config"] = _quantization(model.quantize, dtype)
-    built = CumoForConditionalGeneration.from_pretrained(path, dtype=dtype, **options)
+        built = CumoForConditionalGeneration.from_pretrained(path, dtype=dtype, **options)
+    else:
+        built = load_whole(CumoForConditionalGeneration, path, dtype, **options)
     return built, AutoProcessor.from_pretrained(path)
 
 
@@ -81,8 +83,8 @@ def join(model: ModelSection, dtype: torch.dtype):
         if model.attn_implementation:
             built.set_attn_implementation(model.attn_implementation)
         return built, parts_processor(model.tokenizer or text_path, built.config)
-    tower = CumoVisionModel.from_pretrained(tower_path, use_safetensors=True, dtype=dtype)
-    language = AutoModelForCausalLM.from_pretrained(text_path, use_safetensors=True, dtype=dtype)
+    tower = load_whole(CumoVisionModel, tower_path, dtype, use_safetensors=True)
+    language = load_whole(AutoModelForCausalLM, text_path, dtype, use_safetensors=True)
     tokenizer = load_tokenizer(model.tokenizer or text_path)
     config = CumoConfig(
         vision_config=tower.config,

@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor
 
+from cumo_model.config import CumoConfig
 from cumo_model.cumo import CumoForConditionalGeneration
-from cumo_model.files import new_directory
-from cumo_model.parts import from_parts, parts_processor
+from cumo_model.files import new_directory, read_object
+from cumo_model.original_config import is_original
+from cumo_model.parts import from_parts, load_whole, parts_processor
 from cumo_model.processing import original_processor
 from cumo_model.upcycle import step0_difference, upcycle
 
@@ -45,8 +47,7 @@ def upcycle_checkpoint(
     if checkpoint is None:
         dense, source = from_parts(vision, text, projector, kind), Path(text)
     else:
-        dense = CumoForConditionalGeneration.from_pretrained(checkpoint, dtype=kind or "auto")
-        source = Path(checkpoint)
+        dense, source = load_checkpoint(checkpoint, kind or "auto"), Path(checkpoint)
     moe = upcycle(dense, **options)
     difference, largest = step0_difference(dense, moe, batch := probe(dense)), _largest_logit(dense, batch)
     counts = [sum(p.numel() for p in model.parameters()) for model in (dense, moe)]
@@ -62,6 +63,17 @@ def upcycle_checkpoint(
             processor.save_pretrained(work)
         moe.save_pretrained(work)
     return difference
+
+
+def load_checkpoint(folder: str | os.PathLike, dtype: torch.dtype | str) -> CumoForConditionalGeneration:
+    """A CuMo in our layout or the original's, all of whose tensors are there; else a ValueError."""
+    values = read_object(Path(folder, "config.json"))
+    if values.get("model_type") != CumoConfig.model_type and not is_original(values):
+        raise ValueError(
+            f"{folder} must be a checkpoint of model_type cumo, llava_mistral or llava_mixtral, "
+            f"got {values.get('model_type')!r}"
+        )
+    return load_whole(CumoForConditionalGeneration, folder, dtype)
 
 
 def probe(model: CumoForConditionalGeneration, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText
 
-from cumo_model import CumoConfig, CumoForConditionalGeneration, convert, original_layout
+from cumo_model import CumoConfig, CumoForConditionalGeneration, CumoVisionModel, convert, original_layout
 from cumo_model.__main__ import main
-from cumo_model.cumo import own_layout
+from cumo_model.cumo import CumoModel, own_layout
 from cumo_model.shards import Shards
 from tests.model import original
 
@@ -219,6 +219,27 @@ def test_a_model_of_ours_survives_the_original_layout(tiny_model, tiny_batch, tm
     assert torch.equal(again(**batch).logits, model(**tiny_batch()).logits)
     again.save_pretrained(tmp_path / "saved")  # ours from here on
     assert Shards(tmp_path / "saved").shapes.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("options", STAGES)
+def test_every_class_reads_the_original_layout_or_says_that_it_does_not(tmp_path, options):
+    original.write(tmp_path, dtype=torch.bfloat16, **options)
+    whole = CumoForConditionalGeneration.from_pretrained(tmp_path)
+
+    class Derived(CumoForConditionalGeneration):
+        pass
+
+    derived = Derived.from_pretrained(tmp_path)
+    inner, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert (type(derived), type(inner)) == (Derived, CumoModel) and not info["missing_keys"]
+    for model, wanted in ((derived, whole), (inner, whole.model)):
+        found = model.state_dict()
+        assert found.keys() == wanted.state_dict().keys()
+        assert all(torch.equal(value, found[name]) for name, value in wanted.state_dict().items())
+    with pytest.raises(ValueError, match="must hold a tower alone, got a whole model"):
+        CumoVisionModel.from_pretrained(tmp_path)
+    derived.save_pretrained(tmp_path / "saved")
+    assert Shards(tmp_path / "saved").shapes.keys() == whole.state_dict().keys()
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])

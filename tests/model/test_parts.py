@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
@@ -151,3 +152,48 @@ def test_parts_that_do_not_fit_are_named(parts, tmp_path):
     (tmp_path / "cut.bin").write_bytes((tmp_path / "mm_projector.bin").read_bytes()[:200])
     with pytest.raises(ValueError, match=r"cut.bin is refused"):
         from_parts(tmp_path / "clip", tmp_path / "text", tmp_path / "cut.bin")
+
+
+def drop(folder, *words):
+    """Take the tensors with one of these words in their names out of a folder's file."""
+    path = folder / "model.safetensors"
+    kept = {k: v for k, v in load_file(path).items() if not any(word in k for word in words)}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "folder, name, count",
+    [("clip", "layers.0.mlp.fc1", 2), ("text", "layers.1.mlp.down_proj", 1)],
+    ids=["clip", "mistral"],
+)
+def test_parts_that_lack_tensors_are_refused(parts, tmp_path, folder, name, count):
+    parts()
+    drop(tmp_path / folder, "post_layernorm.")
+    from_parts(tmp_path / "clip", tmp_path / "text")  # the tower has no such norm
+    drop(tmp_path / folder, name)
+    with pytest.raises(ValueError, match=rf"{folder} does not hold .* {count} missing \(.*{name}"):
+        from_parts(tmp_path / "clip", tmp_path / "text")
+
+
+def test_parts_of_another_shape_or_kind_are_refused(parts, tmp_path):
+    parts()
+    with pytest.raises(ValueError, match=r"vision must be a folder of model_type clip or .*, got 'mistral'"):
+        from_parts(tmp_path / "text", tmp_path / "text")
+    path = tmp_path / "text/model.safetensors"
+    save_file(load_file(path) | {"model.norm.weight": torch.ones(23)}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"text does not hold .* 1 of another shape \(norm.weight"):
+        from_parts(tmp_path / "clip", tmp_path / "text")
+
+
+def test_upcycle_refuses_a_checkpoint_that_is_foreign_or_lacks_tensors(parts, tmp_path, capsys):
+    parts()
+    from_parts(tmp_path / "clip", tmp_path / "text").save_pretrained(tmp_path / "dense")
+    drop(tmp_path / "dense", "layers.0.mlp.fc1")
+    for folder, words in (
+        ("dense", "dense does not hold what its config.json promises"),
+        ("clip", "must be a checkpoint of model_type cumo, llava_mistral or llava_mixtral, got 'clip_vision"),
+        ("nowhere", "config.json does not exist"),
+    ):
+        assert main(["upcycle", "--checkpoint", str(tmp_path / folder), "--out", str(tmp_path / "x")]) == 1
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
