@@ -182,8 +182,15 @@ class CumoModel(CumoPreTrainedModel):
         embed_tokens = self.get_input_embeddings()
         if pixel_values is None and continues and (input_ids.shape[1] == 1 or torch.compiler.is_compiling()):
             return embed_tokens(input_ids), None  # the next token; a further turn is looked through
+        if pixel_values is not None and not isinstance(pixel_values, Tensor):
+            raise ValueError(f"pixel_values must be one tensor, got a {type(pixel_values).__name__}")
         is_image = input_ids == self.config.image_token_index
         if not torch.compiler.is_compiling():
+            if pixel_values is None and (tokens := int(is_image.sum())):
+                raise ValueError(
+                    f"pixel_values must come with the image tokens (id {self.config.image_token_index}) of "
+                    f"input_ids, got none for {tokens}"
+                )
             num_images = 0 if pixel_values is None else pixel_values.shape[0]
             lengths = None if pixel_values is None else image_lengths
             self._check_placeholders(is_image, num_images - num_dummy_images, lengths)

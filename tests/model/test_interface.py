@@ -43,5 +43,14 @@ def test_pixels_forgotten_in_a_further_turn_are_missed(tiny_model, tiny_batch):
     options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
     first = model.generate(ids, pixel_values=batch["pixel_values"], return_dict_in_generate=True, **options)
     turn = torch.cat([first.sequences, ids], 1)
-    with pytest.raises(ValueError, match=r"got 18"):
+    with pytest.raises(ValueError, match=r"pixel_values must come with .* got none for 18"):
         model.generate(turn, past_key_values=first.past_key_values, **options)
+
+
+def test_missing_and_listed_pixels_are_named(tiny_model, tiny_batch):
+    model, batch = tiny_model().eval(), tiny_batch()
+    pixels = batch.pop("pixel_values")
+    with pytest.raises(ValueError, match=r"pixel_values must come with .*\(id 60\) .* got none for 18"):
+        model(**batch)
+    with pytest.raises(ValueError, match="pixel_values must be one tensor, got a list"):
+        model(**batch, pixel_values=list(pixels))
