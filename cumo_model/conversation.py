@@ -197,7 +197,7 @@ def tokenize_prompt(
 
 def chat_template(template: str) -> str:
     """The same grammar as a transformers chat template (Jinja); apply it with `tokenize=True`, which adds no
-    further BOS."""
+    further BOS. A leading system message takes the place of the template's own <<SYS>> text."""
     form = get_template(template)
     if not form.instruct:
         return (
@@ -205,11 +205,19 @@ def chat_template(template: str) -> str:
             + _jinja_parts("image", IMAGE_MARKER)
             + "{% endfor %}"
         )
-    system = f"<<SYS>>\n{form.system}\n<</SYS>>\n\n" if form.system else ""
+    # all strings are Jinja's: a line break of the template itself would be trimmed
+    sides = [f"{{{{ {side!r} }}}}" for side in ("<<SYS>>\n", "\n<</SYS>>\n\n")]
     marker_line = IMAGE_MARKER + "\\n"
+    default = f"{sides[0]}{{{{ {form.system!r} }}}}{sides[1]}" if form.system else ""
     return (
-        "{{ bos_token + bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-        f"{{{{ '[INST] ' }}}}{{% if loop.first %}}{{{{ {system!r} }}}}{{% endif %}}"
+        "{% if messages and messages[0]['role'] == 'system' %}{% set message = messages[0] %}"
+        f"{{% set system %}}{sides[0]}{_JINJA_TEXT}{sides[1]}{{% endset %}}{{% set turns = messages[1:] %}}"
+        f"{{% else %}}{{% set system %}}{default}{{% endset %}}{{% set turns = messages %}}{{% endif %}}"
+        "{{ bos_token + bos_token }}{% for message in turns %}"
+        "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}"
+        "{{ raise_exception('messages must alternate user and assistant, user first, with at most one system "
+        "message before them, got ' + message['role'] + ' as number ' + loop.index | string) }}{% endif %}"
+        "{% if message['role'] == 'user' %}{{ '[INST] ' }}{% if loop.first %}{{ system }}{% endif %}"
         f"{_jinja_parts('image', marker_line)}{_JINJA_TEXT}{{{{ ' [/INST]' }}}}"
         f"{{% else %}}{{{{ ' ' }}}}{_JINJA_TEXT}{{{{ ' ' + eos_token }}}}{{% endif %}}{{% endfor %}}"
     )

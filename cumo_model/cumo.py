@@ -118,6 +118,7 @@ class CumoPreTrainedModel(MoEHostMixin, PreTrainedModel):
 class CumoModel(CumoPreTrainedModel):
     def __init__(self, config: CumoConfig):
         super().__init__(config)
+        config.vision_config.compat = config.compat  # which may be set after the config was made
         self.vision_tower = CumoVisionModel(config.vision_config)
         self.multi_modal_projector = CumoProjector(config)
         self.language_model = build_language_model(config.text_config, config.compat)
@@ -179,10 +180,17 @@ class CumoModel(CumoPreTrainedModel):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S) -> embeddings (B, S, H) with the images' features at their placeholders; the features."""
         embed_tokens = self.get_input_embeddings()
-        if pixel_values is None and continues:
-            return embed_tokens(input_ids), None
+        if pixel_values is None and continues and (input_ids.shape[1] == 1 or torch.compiler.is_compiling()):
+            return embed_tokens(input_ids), None  # the next token; a further turn is looked through
+        if pixel_values is not None and not isinstance(pixel_values, Tensor):
+            raise ValueError(f"pixel_values must be one tensor, got a {type(pixel_values).__name__}")
         is_image = input_ids == self.config.image_token_index
         if not torch.compiler.is_compiling():
+            if pixel_values is None and (tokens := int(is_image.sum())):
+                raise ValueError(
+                    f"pixel_values must come with the image tokens (id {self.config.image_token_index}) of "
+                    f"input_ids, got none for {tokens}"
+                )
             num_images = 0 if pixel_values is None else pixel_values.shape[0]
             lengths = None if pixel_values is None else image_lengths
             self._check_placeholders(is_image, num_images - num_dummy_images, lengths)
@@ -325,7 +333,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
                 first ones; 0 for an image that only counts in the router losses, as the original's dummies of
                 rows without a picture. None: all of them.
             attention_mask: (B, S), 0 on padding, left or right.
-            labels: (B, S) int64, -100 where no token is to be predicted.
+            labels: (B, S) int64, -100 where no token is to be predicted; image tokens never are.
             logits_to_keep: how many last positions, or which, get logits; 0 is all, as labels need.
             skip_logits: with labels, run the head only where a token is to be predicted and return no logits:
                 the same loss for a fraction of the head's time and memory.
@@ -350,6 +358,8 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
                 all_routers=with_aux,
                 **kwargs,
             )
+        if labels is not None:  # nobody predicts a picture, and its id may lie outside the vocabulary
+            labels = labels.masked_fill(labels == self.config.image_token_index, -100)
         hidden_states = outputs.last_hidden_state
         loss, logits, loss_parts = None, None, None
         if skip_logits and labels is not None:

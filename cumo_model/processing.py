@@ -1,11 +1,18 @@
 """Pictures and prompts to tensors: transformers' LLaVA processor with CuMo's choices."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.image_processing_utils import BatchFeature
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -16,6 +23,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 
 from cumo_model.config import CumoConfig
 from cumo_model.conversation import IMAGE_MARKER, chat_template
+from cumo_model.original_config import is_original
 
 ASPECT_RATIOS = ("pad", "square", "anyres")
 
@@ -68,6 +76,27 @@ class CumoImageProcessor(LlavaNextImageProcessorPil):
 
 class CumoProcessor(LlavaProcessor):
     """Tokenizer and CumoImageProcessor in one; an `<image>` becomes the placeholders of all of its tiles."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; `original_processor` of a folder in the original layout, which has none."""
+        path = pretrained_model_name_or_path
+        try:
+            theirs = is_original(PreTrainedConfig.get_config_dict(path)[0])
+        except (OSError, ValueError):  # no config.json: a folder of a processor alone
+            theirs = False
+        if theirs and not Path(path, "processor_config.json").is_file():
+            return original_processor(path, CumoConfig.from_pretrained(path))
+        return super().from_pretrained(path, *args, **kwargs)
+
+    def get_text_with_replacements(self, text, images_replacements=(), *args, **kwargs):
+        markers = sum(part.count(self.image_token) for part in text)
+        if markers > len(images_replacements):
+            raise ValueError(
+                f"images must have one picture for each of the {markers} {self.image_token} in text, "
+                f"got {len(images_replacements)}"
+            )
+        return super().get_text_with_replacements(text, images_replacements, *args, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * (image_seq_length(self) * image_inputs["image_tiles"][image_idx])

@@ -1,6 +1,7 @@
 """patch_original: layers with the interface of the original's, before and after one line."""
 
 import copy
+import logging
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.functional import softmax
 from transformers.activations import ACT2FN
 
 from cumo_model import patch_original, record_routing
+from cumo_model.patch import _say_once
 
 
 def routing_loop(x, logits, experts, top_k, width):
@@ -181,6 +183,62 @@ def test_an_expert_without_tokens_has_a_gradient_of_zeros():
     for expert in (layer.experts[0], layer.experts[3]):
         assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in expert.parameters())
     assert layer.experts[1][0].weight.grad.abs().sum() > 0
+
+
+# the lambda that stands for the original's own patch of Mixtral cannot be pickled
+@pytest.mark.parametrize(
+    "kind, how",
+    [(kind, how) for kind in LAYERS for how in ("deepcopy", "file") if (kind, how) != ("llm", "file")],
+)
+def test_a_copy_computes_and_learns_with_its_own_weights(kind, how, tmp_path):
+    layer = patch_original(LAYERS[kind]())
+    x = torch.randn(2, 5, 16)
+    wanted = flat(layer(x))
+    if how == "deepcopy":
+        other = copy.deepcopy(layer)
+    else:
+        torch.save(layer, tmp_path / "layer.pt")
+        other = torch.load(tmp_path / "layer.pt", weights_only=False)
+    assert other.forward.layer is other
+    for got, value in zip(flat(other(x)), wanted, strict=True):
+        assert torch.equal(got, value)
+    assert len({parameter.untyped_storage().data_ptr() for parameter in other.experts.parameters()}) <= 4
+    with torch.no_grad():
+        for parameter in other.experts.parameters():
+            parameter.zero_()
+    out = other(x)[0]
+    out.sum().backward()
+    assert not torch.equal(out, wanted[0]) and torch.equal(layer(x)[0], wanted[0])
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    assert all(parameter.grad is not None for parameter in other.experts.parameters())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_lora_on_experts_is_refused_before_and_computes_as_before_after(kind, caplog):
+    peft = pytest.importorskip("peft")
+    names = {"clip": ["fc1", "fc2"], "mlp": r".*experts\.\d+\.[02]"}.get(kind, ["w1", "w2", "w3"])
+
+    def with_lora(layer):
+        model = nn.ModuleDict({"layer": layer})
+        torch.manual_seed(3)
+        config = peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+        peft.inject_adapter_in_model(config, model)
+        return model["layer"]
+
+    theirs, ours = LAYERS[kind](), LAYERS[kind]()
+    ours.load_state_dict(theirs.state_dict())
+    patch_original(ours)
+    theirs, ours = with_lora(theirs), with_lora(ours)
+    with pytest.raises(ValueError, match=r"must be made of plain nn.Linear, got peft.* as experts.0"):
+        patch_original(theirs)
+    x = torch.randn(2, 5, 16)
+    _say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for got, wanted in zip(flat(ours(x)), flat(theirs(x)), strict=True):
+            assert torch.equal(got, wanted)
+        ours(x)[0].sum().backward()
+    assert sum("computes as before the patch" in record.message for record in caplog.records) == 1
+    assert all(p.grad is not None for n, p in ours.experts[0].named_parameters() if "lora_B" in n)
 
 
 def test_what_cannot_be_patched_is_named():

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cumo_model import CumoConfig
-from cumo_model.conversation import tokenize_prompt
+from cumo_model.conversation import TEMPLATES, tokenize_prompt
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing import (
     CumoImageProcessor,
@@ -22,6 +23,7 @@ from cumo_model.processing import (
     load_image,
     original_processor,
 )
+from tests.model import original
 
 PICTURES = Path(__file__).parents[1] / "fixtures" / "emoji"
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
@@ -221,3 +223,47 @@ def test_unreadable_pictures_are_named(tmp_path, data, reason):
 def test_a_folder_is_not_a_picture(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         load_image(tmp_path)
+
+
+@pytest.mark.parametrize("template", ["mistral_instruct", "mistral_instruct_system"])
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_system_message_takes_the_place_of_the_system_text(tokenizer, template, parts):
+    processor = build_processor(tokenizer, 48, 8, template=template)
+    content = [{"type": "text", "text": "be brief"}] if parts else "be brief"
+    messages = [{"role": "system", "content": content}, {"role": "user", "content": "hi"}]
+    text = processor.apply_chat_template(messages, tokenize=False)
+    assert text == "<s><s>[INST] <<SYS>>\nbe brief\n<</SYS>>\n\nhi [/INST]"
+    system = TEMPLATES[template].system
+    own = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
+    assert processor.apply_chat_template(messages[1:], tokenize=False) == f"<s><s>[INST] {own}hi [/INST]"
+
+
+@pytest.mark.parametrize(
+    "roles", [["assistant"], ["user", "user"], ["user", "system"], ["system", "system", "user"], ["tool"]]
+)
+def test_messages_out_of_order_are_refused(tokenizer, roles):
+    processor = build_processor(tokenizer, 48, 8)
+    with pytest.raises(TemplateError, match="messages must alternate user and assistant, user first"):
+        processor.apply_chat_template([{"role": role, "content": "x"} for role in roles], tokenize=False)
+
+
+def test_the_original_layout_has_a_processor_of_its_own(tokenizer, tmp_path):
+    original.write(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    wanted = original_processor(tmp_path, CumoConfig.from_pretrained(tmp_path))
+    text = "<s>[INST] <image>\nwhat is it? [/INST]"
+    image = load_image(PICTURES / "red-apple-wide.png")
+    for kind in (AutoProcessor, CumoProcessor):
+        found = kind.from_pretrained(tmp_path)
+        assert type(found) is CumoProcessor and found.chat_template == wanted.chat_template
+        first, second = (p(images=image, text=text, return_tensors="pt") for p in (found, wanted))
+        assert torch.equal(first["input_ids"], second["input_ids"])
+        assert torch.equal(first["pixel_values"], second["pixel_values"])
+
+
+def test_more_markers_than_pictures_are_named(tokenizer):
+    processor = build_processor(tokenizer, 48, 8)
+    image = load_image(PICTURES / "red-apple-wide.png")
+    for images, count in ((None, 0), ([image], 1)):
+        with pytest.raises(ValueError, match=f"each of the 2 <image> in text, got {count}"):
+            processor(images=images, text="<image> or <image>?", return_tensors="pt")

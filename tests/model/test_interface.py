@@ -1,0 +1,56 @@
+"""CumoForConditionalGeneration as users of transformers call it: options, further turns, careless labels."""
+
+import pytest
+import torch
+
+from cumo_model import CumoForConditionalGeneration
+
+
+def compats(model):
+    model = model.model
+    tower, llm = model.vision_tower.encoder.layers[0].mlp, model.language_model.layers[0].mlp
+    return [tower.compat, model.multi_modal_projector.mlp.compat, llm.compat]
+
+
+def test_compat_reaches_every_place_however_it_is_set(tiny_config, tiny_model, tmp_path):
+    tiny_model(text="mixtral").save_pretrained(tmp_path)
+    wanted = ["cumo", "cumo", "cumo_llm"]
+    model = CumoForConditionalGeneration.from_pretrained(tmp_path, compat="cumo")
+    assert compats(model) == wanted
+    config = tiny_config(text="mixtral")
+    config.compat = "cumo"
+    assert compats(CumoForConditionalGeneration(config)) == wanted
+    model.save_pretrained(tmp_path / "again")
+    assert compats(CumoForConditionalGeneration.from_pretrained(tmp_path / "again")) == wanted
+    assert (
+        compats(CumoForConditionalGeneration.from_pretrained(tmp_path / "again", compat=None)) == [None] * 3
+    )
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_image_tokens_in_labels_count_for_nothing(tiny_model, tiny_batch, skip_logits):
+    model, batch = tiny_model().eval(), tiny_batch()
+    labels = batch["input_ids"].clone()
+    careful = labels.masked_fill(labels == model.config.image_token_index, -100)
+    losses = [model(**batch | {"labels": x}, skip_logits=skip_logits).loss for x in (labels, careful)]
+    assert torch.equal(*losses) and losses[0] > 0
+
+
+def test_pixels_forgotten_in_a_further_turn_are_missed(tiny_model, tiny_batch):
+    batch = tiny_batch()
+    model = tiny_model(image_token_index=2).eval()  # inside the vocabulary: it has an embedding
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == 60, 2)
+    options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
+    first = model.generate(ids, pixel_values=batch["pixel_values"], return_dict_in_generate=True, **options)
+    turn = torch.cat([first.sequences, ids], 1)
+    with pytest.raises(ValueError, match=r"pixel_values must come with .* got none for 18"):
+        model.generate(turn, past_key_values=first.past_key_values, **options)
+
+
+def test_missing_and_listed_pixels_are_named(tiny_model, tiny_batch):
+    model, batch = tiny_model().eval(), tiny_batch()
+    pixels = batch.pop("pixel_values")
+    with pytest.raises(ValueError, match=r"pixel_values must come with .*\(id 60\) .* got none for 18"):
+        model(**batch)
+    with pytest.raises(ValueError, match="pixel_values must be one tensor, got a list"):
+        model(**batch, pixel_values=list(pixels))
