@@ -45,7 +45,9 @@ GPUS = (
     Gpu("nvidia_b200", "b200", 100, 148, 227 * KIB, 2250, 1100, 75, 8000),
     Gpu("nvidia_a100", "a100", 80, 108, 163 * KIB, 312, 156, 19.5, 2039),
     Gpu("nvidia_rtx_pro_6000", "rtx pro 6000", 120, 188, 99 * KIB, 252, 126, 126, 1792),
-    Gpu("nvidia_rtx_5090", "rtx 5090", 120, 170, 99 * KIB, 210, 105, 105, 1792, tiles_of="nvidia_rtx_pro_6000"),
+    Gpu(
+        "nvidia_rtx_5090", "rtx 5090", 120, 170, 99 * KIB, 210, 105, 105, 1792, tiles_of="nvidia_rtx_pro_6000"
+    ),
     Gpu("nvidia_l40s", "l40s", 89, 142, 99 * KIB, 362, 183, 91.6, 864),
     Gpu("nvidia_rtx_4090", "rtx 4090", 89, 128, 99 * KIB, 165, 83, 82.6, 1008, tiles_of="nvidia_l40s"),
 )

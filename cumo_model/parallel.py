@@ -67,8 +67,14 @@ class ParallelExperts(Experts):
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         return _ScaledGradient.apply(local, 1 / self.mesh.size())
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """x (T, H), this process's tokens, with their plan over all E experts -> (T, O)."""
+    def forward(self, x: Tensor, routing: Routing, compat: str | None = None) -> Tensor:
+        """x (T, H), this process's tokens, with their plan over all E experts -> (T, O).
+
+        Raises:
+            ValueError: `compat` is set: rows come back from other processes, not rounded step by step.
+        """
+        if compat is not None:
+            raise ValueError(f"compat must be None where experts are spread over processes, got {compat!r}")
         # autocast covers expert_mlp; rows travel in its dtype
         rows = permute(x, routing)  # (S, H), sorted by expert and so by owner
         shares = routing.tokens_per_expert.view(self.mesh.size(), -1)

@@ -81,8 +81,10 @@ def test_dropped_slots_give_zero_rows_and_no_contribution(backend, device):
         assert routing.expert_offsets.tolist() == [0, 2, 2, 3]
         assert torch.equal(rows[3:], torch.zeros_like(rows[3:]))
         poisoned = torch.cat([rows[:3], torch.full_like(rows[3:], float("nan"))])
+        poisoned.retain_grad()
         out = cumo_kernels.combine(poisoned, routing)
         out.sum().backward()
+    assert torch.equal(poisoned.grad[3:], torch.zeros_like(rows[3:]))
     assert torch.equal(out, torch.stack([x[0] / 2, torch.zeros_like(x[0]), x[2]]))
     assert weights.grad[1].tolist() == [0, 0] and weights.grad[0, 1] == 0
     assert torch.equal(x.grad[1], torch.zeros_like(x[1]))

@@ -240,7 +240,11 @@ def test_a_gemm_that_never_ran_is_not_saved(capsys, monkeypatch, tmp_path):
         assert (after != before) == saved and "Infinity" not in after
         assert "nothing tried ran" in capsys.readouterr().out
     with pytest.raises(ValueError, match="not JSON compliant"):
-        tuning.save("nvidia_h100", [Entry(Problem("gemm", BF16, 1, 1, 1, 1), Config(32, 32, 32, 4, 2), math.inf)], "a note")
+        tuning.save(
+            "nvidia_h100",
+            [Entry(Problem("gemm", BF16, 1, 1, 1, 1), Config(32, 32, 32, 4, 2), math.inf)],
+            "a note",
+        )
 
 
 TILES = [
