@@ -1,7 +1,8 @@
 """The Triton backend on a machine without a GPU: this folder's tests again, in Triton's interpreter.
 
 The interpreter is chosen when Triton is imported, hence processes of their own. All but the largest rows run
-here; `TRITON_INTERPRET=1 pytest tests/kernels -k triton` runs every one.
+here, in fp16 (which differs from bf16 by one cast) only the odd ones; `TRITON_INTERPRET=1 pytest tests/kernels
+-k triton` runs every one.
 """
 
 import importlib.util
@@ -15,11 +16,11 @@ import pytest
 
 LARGE = "connector-like or many-experts or two-clip-crops or clip-vit-l"
 PASSED = {  # file: how many at least, since a filter that matches nothing proves nothing
-    "activation": 120,
-    "experts": 140,
-    "grouped_gemm": 140,
-    "permutation": 130,
-    "routing": 90,
+    "activation": 80,
+    "experts": 105,
+    "grouped_gemm": 110,
+    "permutation": 110,
+    "routing": 70,
     "tuning": 15,
 }
 
@@ -30,7 +31,7 @@ PASSED = {  # file: how many at least, since a filter that matches nothing prove
 @pytest.mark.parametrize("stem", PASSED)
 def test_in_the_interpreter(stem):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-k", f"triton and not ({LARGE})", f"test_{stem}.py"]
+    command += ["-k", f"triton and not ({LARGE}) and (odd or not fp16)", f"test_{stem}.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     done = subprocess.run(
