@@ -164,12 +164,12 @@ def test_a_gradient_wanted_alone_is_the_same(backend, device, training):
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_tf32_cuts_no_bias_gradient(backend, device, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    monkeypatch.setattr("cumo_kernels.backends.triton.weight_grad.input_precision", lambda dtype: "tf32")
     routing, x, rows, weight, bias = make_case("skewed", 45, 32, 24, 5, 2, torch.float32, device)
     offsets = routing.expert_offsets
     # 17 bits each, so that fp32 adds them up exactly in any order, and tf32 could not hold one
     upstream = torch.randint(1 << 16, 1 << 17, (90, 24), device=device) + 0.0
-    wanted = [part.sum(0) for part in upstream.tensor_split(offsets[1:-1].cpu())]
+    wanted = [part.sum(0) for part in upstream.tensor_split(offsets[1:-1].tolist())]
     bias.requires_grad_()
     with use_backend(backend):
         out = cumo_kernels.grouped_gemm(rows, weight, offsets, bias=bias)
@@ -181,5 +181,5 @@ def test_tf32_cuts_no_bias_gradient(backend, device, monkeypatch):
         out = cumo_kernels.expert_mlp(x, plan, weight, down, None, bias, "gelu")
         upstream = upstream[::2]
         slots = upstream[plan.permutation.long() // 2] / 2
-        wanted = [part.sum(0) for part in slots.tensor_split(plan.expert_offsets[1:-1].cpu())]
+        wanted = [part.sum(0) for part in slots.tensor_split(plan.expert_offsets[1:-1].tolist())]
         assert torch.equal(torch.autograd.grad(out, bias, upstream)[0], torch.stack(wanted))
