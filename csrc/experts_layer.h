@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor> weight_gradient(const Tensor& grad, const Tensor& x, 
   p.N = narrow("N", grad.size(1));
   p.K = narrow("K", x.size(1));
   p.top_k = narrow("top_k", top_k);
-  Tensor out = make(x, {num_experts, p.N, p.K}), bias = make(x, {num_experts, need_bias ? p.N : 0});
+  Tensor out = make(x, {num_experts, p.N, p.K}), bias = need_bias ? make(x, {num_experts, p.N}) : make(x, {0});
   if (out.numel() == 0) return {out, bias};
   const On on(x);
   grouped_gemm_weight_grad(on.device, dtype, p, out.mutable_data_ptr(), out_or_null(bias));

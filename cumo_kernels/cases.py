@@ -111,6 +111,7 @@ class Call:
     inputs: tuple[Tensor, ...]
     integers: Callable[..., tuple[Tensor, ...]] | None = None  # what must be exact, from the public op
     true_integers: tuple[Tensor, ...] = ()
+    reroute: Callable[[], None] | None = None  # another routing from now on, in the same memory
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -143,6 +144,15 @@ def _plan(routing: Routing) -> tuple[Tensor, ...]:
     )
 
 
+def _reroute(case: Case, routing: Routing, device: str) -> None:
+    """Overwrite `routing` with one that sends the tokens elsewhere."""
+    pattern = "skewed" if case.pattern == "one_expert" else "one_expert"
+    other = make_routing(pattern, case.T, case.E, case.K, device, case.seed + 1)
+    routing.topk_indices.copy_(other.topk_indices)
+    for old, new in zip(_plan(routing), _plan(other), strict=True):
+        old.copy_(new)
+
+
 def build(case: Case, device: str = "cpu") -> Call:
     """The call of `case`, on random inputs that its seed fixes.
 
@@ -170,7 +180,11 @@ def build(case: Case, device: str = "cpu") -> Call:
     indices, inverse, offsets = routing.topk_indices, routing.inverse_permutation, routing.expert_offsets
     permutation = routing.permutation
     integers = lambda *_: _plan(ops.routing_from_topk(routing.topk_weights, indices, E))
-    exact = {"integers": integers, "true_integers": reference.sort_by_expert(indices, E)}
+    exact = {
+        "integers": integers,
+        "true_integers": reference.sort_by_expert(indices, E),
+        "reroute": lambda: _reroute(case, routing, device),
+    }
     if case.op == "permute":
         return Call(
             lambda x: ops.permute(place(x), routing),

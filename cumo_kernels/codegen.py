@@ -2,6 +2,7 @@
 
     python -m cumo_kernels.codegen --write benchmarks/results/codegen.md
     python -m cumo_kernels.codegen --gpu nvidia_h100 --shape clip --dtype bf16 --kernel route
+    python -m cumo_kernels.codegen --gpu this --workers 16    fills Triton's cache on a GPU's machine
 
 The launchers run on meta tensors with the driver replaced, and what they would launch is compiled instead:
 the same specialisation, tile sizes and options as on the GPU. Registers, stack and SASS come from cuobjdump.
@@ -14,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -296,6 +299,30 @@ def survey(
     return found
 
 
+def _gpu(name: str) -> Gpu:
+    return hardware.gpu_of(torch.device("cuda")) if name == "this" else hardware.find(name)
+
+
+def _fill(gpu: str, shape: str, dtype: str, num_tokens: int, kernel: str) -> tuple[int, int]:
+    """One worker's share of `fill_cache` -> kernels compiled, and how many of them could not be."""
+    reports = survey(_gpu(gpu), [shape], [dtype], lambda *_: (num_tokens,), lambda name: kernel in name)
+    return len(reports), sum(report.failure is not None for report in reports)
+
+
+def fill_cache(
+    gpus: Iterable[str], shapes: Iterable[str], dtypes: Iterable[str], kernel: str, workers: int
+) -> int:
+    """Compile in `workers` processes, which leave the kernels in Triton's cache -> kernels that failed."""
+    jobs = [(g, s, d, t, kernel) for g in gpus for s in shapes for d in dtypes for t in _tokens(s, d)]
+    failed = 0
+    with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn")) as pool:
+        for i, done in enumerate(as_completed([pool.submit(_fill, *job) for job in jobs])):
+            count, bad = done.result()
+            failed += bad
+            print(f"{i + 1} of {len(jobs)} layers compiled: {count} kernels, {bad} failed", flush=True)
+    return failed
+
+
 def table(reports: Iterable[Report]) -> str:
     """Markdown: a row per kernel and GPU."""
     lines = [
@@ -318,15 +345,20 @@ def table(reports: Iterable[Report]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cumo_kernels.codegen", description=__doc__)
-    parser.add_argument("--gpu", nargs="+", default=TARGETS, help="names in cumo_kernels/hardware.py")
+    parser.add_argument(
+        "--gpu", nargs="+", default=TARGETS, help="names in cumo_kernels/hardware.py, or this"
+    )
     parser.add_argument("--shape", nargs="+", default=tuple(SHAPES), choices=tuple(SHAPES))
     parser.add_argument("--dtype", nargs="+", default=("bf16", "fp16", "fp32"), choices=tuple(DTYPES))
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")
     parser.add_argument("--write", type=Path, help="file for the table instead of the screen")
+    parser.add_argument("--workers", type=int, help="only fill Triton's cache, in so many processes")
     args = parser.parse_args(argv)
+    if args.workers:
+        return int(fill_cache(args.gpu, args.shape, args.dtype, args.kernel, args.workers) > 0)
     reports = []
     for name in args.gpu:
-        gpu = hardware.find(name)
+        gpu = _gpu(name)
         reports += survey(gpu, args.shape, args.dtype, wanted=lambda kernel: args.kernel in kernel)
     bad = [r for r in reports if r.problems]
     text = HEAD.format(triton.__version__, torch.__version__, len(reports), len(bad)) + table(reports) + "\n"

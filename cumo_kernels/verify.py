@@ -129,7 +129,7 @@ def _check_sync(call: Call, result: Result) -> None:
 
 
 def _check_graph(call: Call, result: Result) -> None:
-    """Captured once, replayed on other values: the bits of an eager run on those values."""
+    """Captured once, replayed on other values and another routing: the bits of an eager run on those."""
     leaves, upstream = _leaves(call)
     if not result.sync_free:
         result.graph = False  # a capture that waits for the host cannot succeed
@@ -146,6 +146,8 @@ def _check_graph(call: Call, result: Result) -> None:
     with torch.no_grad():
         for leaf in leaves:
             leaf.copy_(leaf.flip(0))
+    if call.reroute is not None:
+        call.reroute()
     graph.replay()
     torch.cuda.synchronize()
     result.graph = _same([t.clone() for t in captured], _step(call, leaves, upstream))

@@ -70,15 +70,14 @@ def _grouped_gemm_weight_grad(
 def _(grad, x, expert_offsets, permutation, inverse_permutation, top_k, need_bias, backend):
     num_experts = expert_offsets.shape[0] - 1
     width = grad.shape[1]
-    return grad.new_empty(num_experts, width, x.shape[1]), grad.new_empty(
-        num_experts, width if need_bias else 0
-    )
+    bias = grad.new_empty(num_experts, width) if need_bias else grad.new_empty(0)
+    return grad.new_empty(num_experts, width, x.shape[1]), bias
 
 
 def _save(ctx, inputs, output):
-    x, weight, expert_offsets, bias, permutation, inverse_permutation, top_k, activation, backend = inputs
-    _, pre_activation = output
-    ctx.top_k, ctx.activation, ctx.backend, ctx.has_bias = top_k, activation, backend, bias is not None
+    x, weight, expert_offsets, _, permutation, inverse_permutation, top_k, activation, backend = inputs
+    pre_activation = output[1]
+    ctx.top_k, ctx.activation, ctx.backend = top_k, activation, backend
     ctx.save_for_backward(x, weight, expert_offsets, permutation, inverse_permutation, pre_activation)
     ctx.mark_non_differentiable(pre_activation)
 
@@ -96,10 +95,13 @@ def _backward(ctx, grad, _):
         if permutation is not None:
             dx = _combine(dx, None, permutation, inverse_permutation, ctx.top_k, ctx.backend)
     if need_weight or need_bias:
+        # the bias alone: beside the least weight gradient that a backend computes
+        columns = x if need_weight else x[:, :1]
         dweight, dbias = _grouped_gemm_weight_grad(
-            grad, x, expert_offsets, permutation, inverse_permutation, ctx.top_k, ctx.has_bias, ctx.backend
+            grad, columns, expert_offsets, permutation, inverse_permutation, ctx.top_k, need_bias, ctx.backend
         )
-    return dx, dweight, None, dbias if ctx.has_bias else None, None, None, None, None, None
+    dweight, dbias = dweight if need_weight else None, dbias if need_bias else None
+    return dx, dweight, None, dbias, None, None, None, None, None
 
 
 _grouped_gemm.register_autograd(_backward, setup_context=_save)

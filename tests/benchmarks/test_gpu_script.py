@@ -78,10 +78,24 @@ def test_what_is_known_is_on_disk_before_the_next_step(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_required_step_must_have_run_to_its_end(tmp_path):
+    steps = [
+        python("", "fine", must_pass=True),
+        python("raise SystemExit(3)", "wrong", must_pass=True),
+        python("raise SystemExit(3)", "not required"),
+        python("", "no tool", must_pass=True, why_not=lambda: "no such tool"),
+        python("import time; time.sleep(60)", "slow", must_pass=True, cap=1),
+    ]
+    outcomes = run(steps, tmp_path)
+    names = lambda device: [o.name for o in gpu.unproven(outcomes, steps, device)]
+    assert names("cuda") == ["wrong", "no tool", "slow"]
+    assert names("cpu") == ["wrong", "slow"]
+
+
 def test_every_gpu_step_says_on_a_cpu_why_it_is_skipped(tmp_path):
     steps = {step.name: step for step in gpu.plan("cpu", tmp_path)}
     assert [name for name, step in steps.items() if step.why_not() == "torch sees no CUDA device"] == [
-        "gpu tests", "sanitizer", "tune", "tune more", "full bench",
+        "compile", "gpu tests", "memcheck", "racecheck", "tune", "tune more", "all gpu tests", "full bench",
     ]  # fmt: skip
     assert steps["report"].always and list(steps)[-1] == "report"
     if not torch.cuda.is_available():
@@ -91,11 +105,11 @@ def test_every_gpu_step_says_on_a_cpu_why_it_is_skipped(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_real_steps_run_on_a_cpu(tmp_path, capsys):
-    wanted = ["machine", "verify", "sanitizer", "report"]
+    wanted = ["machine", "verify", "memcheck", "report"]
     only = [word for name in wanted for word in ("--only", name)]
     assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--budget", "600", *only]) == 0
     summary = (tmp_path / "summary.md").read_text()
     assert [line.split("|")[1].strip() for line in summary.splitlines()[4:]] == wanted
-    assert "| sanitizer | skipped | 0 | torch sees no CUDA device |" in summary
+    assert "| memcheck | skipped | 0 | torch sees no CUDA device |" in summary
     assert json.loads((tmp_path / "verify.json").read_text())["failed"] == 0
     assert "no GPU was measured" in capsys.readouterr().out

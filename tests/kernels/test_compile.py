@@ -5,8 +5,8 @@ import torch
 
 from cumo_kernels import combine, expert_mlp, grouped_gemm, permute, route
 from cumo_kernels.ops.activation import _activate
-from cumo_kernels.ops.experts import _expert_mlp
-from cumo_kernels.ops.grouped_gemm import _grouped_gemm
+from cumo_kernels.ops.experts import _expert_mlp, _expert_mlp_backward
+from cumo_kernels.ops.grouped_gemm import _grouped_gemm, _grouped_gemm_weight_grad
 from cumo_kernels.ops.permutation import _combine, _permute
 from cumo_kernels.ops.routing import _route, _sort_by_expert
 from cumo_kernels.testing import make_routing
@@ -51,6 +51,21 @@ def make_op_calls():
     )
     yield "expert_mlp", _expert_mlp, (*arguments, "gelu", "preact", ref)
     yield "expert_mlp-x", _expert_mlp, (*arguments[:7], None, None, "gelu", "x", ref)
+    # their fakes, without a bias and with one that needs no gradient
+    rows, grad, none = torch.randn(T * K, H), torch.randn(T, O), torch.empty(0)
+    for need_bias in (False, True):
+        yield (
+            f"weight_grad-{need_bias}",
+            _grouped_gemm_weight_grad,
+            (torch.randn(T * K, I), rows, offsets, None, None, 1, need_bias, ref),
+        )
+        given = [t.detach() for t in arguments[: 9 if need_bias else 7]] + [None] * (0 if need_bias else 2)
+        for needs in ((True,) * 4, (True, True, True, False), (False, False, False, True)):
+            yield (
+                f"expert_mlp_backward-{need_bias}-{needs}",
+                _expert_mlp_backward,
+                (grad, *given, none, none, "gelu", "x", *needs, ref),
+            )
 
 
 @pytest.mark.parametrize("op, arguments", [pytest.param(op, a, id=name) for name, op, a in make_op_calls()])

@@ -143,3 +143,43 @@ def test_names_the_bad_argument():
         cumo_kernels.grouped_gemm(rows, weight, offsets, bias=bias[:, :5])
     with pytest.raises(ValueError, match=r"x must be \(8, K\), got \(16, 16\)"):
         cumo_kernels.grouped_gemm(rows, weight, offsets, gather=routing)
+
+
+@pytest.mark.parametrize("training", ["x", "weight", "bias"])
+def test_a_gradient_wanted_alone_is_the_same(backend, device, training):
+    routing, x, _, weight, bias = make_case("skewed", 57, 33, 34, 5, 2, torch.float32, device)
+    tensors = {"x": x, "weight": weight, "bias": bias}
+    found = []
+    for wanted in (tuple(tensors), (training,)):
+        leaves = {name: t.clone().requires_grad_(name in wanted) for name, t in tensors.items()}
+        with use_backend(backend):
+            out = cumo_kernels.grouped_gemm(
+                leaves["x"], leaves["weight"], routing.expert_offsets, bias=leaves["bias"], gather=routing
+            )
+            out.square().sum().backward()
+        found.append(leaves[training].grad)
+        assert all((leaf.grad is None) == (name not in wanted) for name, leaf in leaves.items())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_tf32_cuts_no_bias_gradient(backend, device, monkeypatch):
+    monkeypatch.setattr("cumo_kernels.backends.triton.weight_grad.input_precision", lambda dtype: "tf32")
+    routing, x, rows, weight, bias = make_case("skewed", 45, 32, 24, 5, 2, torch.float32, device)
+    offsets = routing.expert_offsets
+    # 17 bits each, so that fp32 adds them up exactly in any order, and tf32 could not hold one
+    upstream = torch.randint(1 << 16, 1 << 17, (90, 24), device=device) + 0.0
+    wanted = [part.sum(0) for part in upstream.tensor_split(offsets[1:-1].tolist())]
+    bias.requires_grad_()
+    with use_backend(backend):
+        out = cumo_kernels.grouped_gemm(rows, weight, offsets, bias=bias)
+        assert torch.equal(torch.autograd.grad(out, bias, upstream)[0], torch.stack(wanted))
+
+        weights = torch.full((45, 2), 0.5, device=device)
+        plan = cumo_kernels.routing_from_topk(weights, routing.topk_indices, 5)
+        down = torch.randn(5, 24, 24, device=device)
+        out = cumo_kernels.expert_mlp(x, plan, weight, down, None, bias, "gelu")
+        upstream = upstream[::2]
+        slots = upstream[plan.permutation.long() // 2] / 2
+        wanted = [part.sum(0) for part in slots.tensor_split(plan.expert_offsets[1:-1].tolist())]
+        assert torch.equal(torch.autograd.grad(out, bias, upstream)[0], torch.stack(wanted))

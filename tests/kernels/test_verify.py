@@ -173,6 +173,16 @@ def test_fuzz_stops_in_time():
     assert results and not any(result.failures for result in results)
 
 
+@pytest.mark.parametrize("pattern", ["uniform", "one_expert", "dropped"])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ("route", "activate")])
+def test_another_routing_takes_the_place_of_the_first(op, pattern):
+    call = cases.build(Case(op, T=12, pattern=pattern))
+    before = call.run(*call.inputs)
+    call.reroute()
+    after, wanted = call.run(*call.inputs), call.truth(*call.inputs)
+    assert torch.allclose(after, wanted, rtol=1e-4, atol=1e-5) and not torch.allclose(before, after)
+
+
 def test_families_differ():
     for op in OPS:
         found = [case for _, case in all_cases(FAMILIES, ("fp32",), (op,))]

@@ -78,7 +78,8 @@ def grouped_gemm_weight_grad(
     present = segments(expert_offsets)
     make = torch.empty if len(present) == num_experts else torch.zeros
     grad_weight = make(num_experts, grad.shape[1], rows.shape[1], dtype=grad.dtype, device=grad.device)
-    grad_bias = make(num_experts, grad.shape[1] if need_bias else 0, dtype=grad.dtype, device=grad.device)
+    size = (num_experts, grad.shape[1]) if need_bias else (0,)
+    grad_bias = make(size, dtype=grad.dtype, device=grad.device)
     for e, begin, end in present:
         torch.mm(grad[begin:end].T, rows[begin:end], out=grad_weight[e])
         if need_bias:

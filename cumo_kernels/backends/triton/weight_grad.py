@@ -75,7 +75,14 @@ def _add_rows(
         stride_x_s, stride_x_k, MASK_ROWS, EVEN_K, BLOCK_M, BLOCK_K,
     )  # fmt: skip
     acc = dot(grad.T, x, acc, INPUT_PRECISION)
-    if WITH_BIAS:
+    if WITH_BIAS and INPUT_PRECISION == "tf32":
+        # a dot would cut what it adds to 10 bits
+        addends = grad.to(tl.float32)
+        if row_weights_ptr is not None:
+            weights = tl.load(row_weights_ptr + slots, mask=rows < end, other=0.0)
+            addends *= weights[:, None]
+        acc_bias += tl.where(tl.arange(0, 16)[None, :] == 0, tl.sum(addends, 0)[:, None], 0.0)
+    elif WITH_BIAS:
         # the tensor cores add up the bias gradient too: the tile times a column of ones, or of row weights
         columns = tl.arange(0, 16)[None, :]
         zeros = tl.zeros((BLOCK_M, 16), x.dtype)
@@ -241,7 +248,7 @@ def launch_weight_grad(
     dtype: torch.dtype | None = None,
     config: tuning.Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-> grad_weight (E, N, K) and grad_bias (E, N); `permutation` gathers "x" or "grad".
+    """-> grad_weight (E, N, K), grad_bias (E, N) or empty; `permutation` gathers "x" or "grad".
 
     With `row_weights`, (S,) by slot, row p counts row_weights[permutation[p]] times in the bias gradient.
     """
@@ -260,7 +267,7 @@ def launch_weight_grad(
         (config.SPLITS, *size) if split else size, dtype=torch.float32 if split else x.dtype
     )
     grad_weight = make(num_experts, width, in_features)
-    grad_bias = make(num_experts, width) if need_bias else x.new_empty(num_experts, 0)
+    grad_bias = make(num_experts, width) if need_bias else x.new_empty(0)
     if grad_weight.numel() == 0:
         return grad_weight, grad_bias
 
