@@ -5,7 +5,9 @@ The work is in the library; errors come as one line.
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 
@@ -71,7 +73,9 @@ def _check_data(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from cumo_model.checkpoint import convert
 
-    convert(args.source, args.target, args.layout, int(args.shard_gb * 1000**3))
+    if not 0 < args.shard_gb < float("inf"):
+        raise ValueError(f"--shard-gb must be positive, got {args.shard_gb}")
+    convert(args.source, args.target, args.layout, max(1, int(args.shard_gb * 1000**3)))
     return 0
 
 
@@ -183,11 +187,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _stop(number, frame):
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     # nothing here needs a hub: a name that is no folder is an error at once, not after a time-out
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        # what is half written is then cleared away, as after Ctrl-C; training handles both itself
+        before = signal.signal(signal.SIGTERM, _stop)
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -203,6 +215,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"cumo: {error}", file=sys.stderr)
         return 130
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cumo_model.config import CumoConfig
 from cumo_model.cumo import CumoForConditionalGeneration, own_layout
-from cumo_model.files import new_directory
+from cumo_model.files import new_directory, read_object
 from cumo_model.layout import original_names
 from cumo_model.original_config import TOWER_FOLDER, is_original, to_original
 from cumo_model.processing import original_processor
@@ -54,14 +54,17 @@ def convert(
         progress: show a bar.
 
     Raises:
-        ValueError: names or shapes are not those of config.json, a file is damaged or pickles more than
-            tensors, the model has no form in the original layout, or `target` is there already.
+        ValueError: names or shapes are not those of config.json, experts of one place differ in dtype, a
+            file is damaged or pickles more than tensors, the disk is too small,
+            the model has no form in the original layout, or `target` is there already.
     """
+    if not shard_bytes >= 1:
+        raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
     source = Path(source)
     config_file = source / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{source} has no config.json")
-    values = json.loads(config_file.read_text())
+    values = read_object(config_file)
     if not is_original(values) and values.get("model_type") != CumoConfig.model_type:
         raise ValueError(
             f"{config_file} must be of model_type cumo, llava_mistral or llava_mixtral, "
@@ -80,6 +83,8 @@ def convert(
     shards = Shards(source)
     check_tensors(shards.shapes, theirs if is_theirs else ours, str(source))
 
+    if is_theirs and layout == "cumo":
+        _check_stacks(shards, parts)
     if is_theirs == (layout == "original"):
         plan = [(name, shape, lambda name=name: shards[name]) for name, shape in shards.shapes.items()]
     elif is_theirs:
@@ -88,6 +93,8 @@ def convert(
         ]
     else:
         plan = list(_split(shards, parts))
+    needed = sum(prod(shape) * _dtype_of(shards, parts, name).itemsize for name, shape, _ in plan)
+    _check_disk(Path(target), needed)
     with new_directory(target) as work:
         if new_config is None:
             if is_theirs and any((source / name).is_file() for name in TOKENIZERS):
@@ -97,6 +104,7 @@ def convert(
             config.save_pretrained(work)
         else:
             _write_original_config(work, new_config, config)
+            check_tensors(dict(own_layout(CumoConfig.from_pretrained(work))), ours, "the original layout")
         write_shards(work, plan, lambda name: _dtype_of(shards, parts, name), shard_bytes, progress)
         for path in source.iterdir():
             if (
@@ -107,6 +115,25 @@ def convert(
             ):
                 shutil.copy(path, work / path.name)
     return Path(target)
+
+
+def _check_disk(target: Path, needed: int) -> None:
+    parent = next(folder for folder in target.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ValueError(f"{parent} must have {needed / 1e9:.1f} GB free, got {free / 1e9:.1f} GB")
+
+
+def _check_stacks(shards: Shards, parts: dict[str, dict[str, Shape]]) -> None:
+    """What is stacked must be of one dtype: in any other the bits would change."""
+    for names in parts.values():
+        first, *others = names
+        for name in others:
+            if shards.dtypes[name] != shards.dtypes[first]:
+                raise ValueError(
+                    f"{first} and {name} must have one dtype to be experts of one tensor, "
+                    f"got {shards.dtypes[first]} and {shards.dtypes[name]}"
+                )
 
 
 def _dtype_of(shards: Shards, parts: dict[str, dict[str, Shape]], name: str) -> torch.dtype:

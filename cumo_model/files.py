@@ -1,10 +1,12 @@
 """JSON files that hold an object; folders that appear in one move, so that nobody reads half of one."""
 
 import contextlib
+import glob
 import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,10 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists already: choose another folder or delete it")
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}-" + "?" * 8):
+        warnings.warn(
+            f"{stale} is what a run that was killed left (or one still writes): delete it", stacklevel=3
+        )
     work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         yield work

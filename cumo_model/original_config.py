@@ -20,6 +20,11 @@ TOWERS = {  # what config.json of these says; the original reads it from the hub
 }
 TOWER_FOLDER = "vision_tower"  # of an exported checkpoint whose tower has no name
 RUN_TIME = ("training", "local_rank", "transformers_version")  # leaked into their files
+NOT_MODELLED = (  # written for a model that comes from nowhere else, and read by nothing of ours
+    "mm_vision_select_layer", "mm_patch_merge_type", "num_layers", "dropout", "image_aspect_ratio",
+    "tokenizer_padding_side", "tokenizer_model_max_length", "mm_use_im_start_end", "mm_use_im_patch_token",
+    "use_mm_proj",
+)  # fmt: skip
 MULTIMODAL = (
     "mm_vision_tower", "scales", "mm_projector_type", "mm_hidden_size", "mm_vision_select_layer",
     "mm_vision_select_feature", "mm_patch_merge_type", "num_experts", "num_selected", "num_layers", "dropout",
@@ -47,8 +52,13 @@ def from_original(values: dict[str, Any], folder: str | os.PathLike | None = Non
     if not is_original(values):
         raise ValueError(f"model_type must be one of {sorted(TEXT_TYPE)}, got {values.get('model_type')!r}")
     kept = {key: value for key, value in values.items() if key not in RUN_TIME}
+    if not isinstance(values.get("vocab_size"), int):
+        raise ValueError(f"config.json must have an integer vocab_size, got {values.get('vocab_size')!r}")
     scales = values.get("scales", [1])
-    scales = [int(s) for s in scales.split(",")] if isinstance(scales, str) else [int(s) for s in scales]
+    try:
+        scales = [int(s) for s in (scales.split(",") if isinstance(scales, str) else scales)]
+    except (TypeError, ValueError):
+        raise ValueError(f"scales must be integers, got {values['scales']!r}") from None
     feature = values.get("mm_vision_select_feature", "patch")
     projector = values.get("mm_projector_type", "linear")
     experts, selected = values.get("num_experts") or 1, values.get("num_selected") or 1
@@ -168,13 +178,8 @@ def to_original(config) -> dict[str, Any]:
     } | ({"num_experts": num_experts, "num_selected": selected} if sparse else {})
     if config.dtype is not None:
         flat["torch_dtype"] = str(config.dtype).removeprefix("torch.")
-    # what they had stays as they had it, unless this model has since become another one
-    decisive = ("clip_smoe", "mlp_smoe", "mm_projector_type", "num_experts", "num_selected", "model_type")
-    same = all(before.get(key) == flat.get(key) for key in decisive)
-    before = {key: value for key, value in before.items() if same or key not in flat}
-    if before.get("mm_vision_tower") not in TOWERS:
-        before.pop("mm_vision_tower", None)
-    return flat | before
+    # this model decides about what it models; what it does not stays as they had it
+    return flat | {key: value for key, value in before.items() if key not in flat or key in NOT_MODELLED}
 
 
 def _has_sizes(vision, sizes: dict[str, Any]) -> bool:

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from cumo_model.files import read_object
+
 WEIGHTS, PICKLES = "model.safetensors", "pytorch_model.bin"
 
 Shape = tuple[int, ...]
@@ -39,14 +41,22 @@ class Shards:
                 is_tensor = isinstance(tensor, Tensor)
                 self.files[name] = path
                 self.shapes[name] = tuple(tensor.shape if is_tensor else tensor.get_shape())
-                self.dtypes[name] = tensor.dtype if is_tensor else DTYPES[tensor.get_dtype()]
+                kind = tensor.dtype if is_tensor else DTYPES.get(tensor.get_dtype())
+                if kind is None:
+                    raise ValueError(f"{name} of {path} must be of {list(DTYPES)}, got {tensor.get_dtype()}")
+                self.dtypes[name] = kind
 
     def _paths(self, names: tuple[str, ...]) -> list[Path]:
         for name in names:
             stem, suffix = name.rsplit(".", 1)
             index = self.folder / f"{name}.index.json"
             if index.is_file():
-                found = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                weight_map = read_object(index).get("weight_map")
+                if not isinstance(weight_map, dict) or not weight_map:
+                    raise ValueError(
+                        f"{index} must have a weight_map of tensors and files, got {weight_map!r}"
+                    )
+                found = sorted(set(weight_map.values()))
                 paths = [self.folder / file for file in found]
             else:
                 paths = sorted(self.folder.glob(f"{stem}*.{suffix}"))
@@ -73,7 +83,14 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -163,7 +180,10 @@ def write_shards(
             for name, read in tensors:
                 shard[name] = read().contiguous()
                 bar.update(shard[name].nbytes)
-            save_file(shard, folder / file, metadata={"format": "pt"})
+            try:
+                save_file(shard, folder / file, metadata={"format": "pt"})
+            except (SafetensorError, OSError) as error:  # such as a full disk
+                raise ValueError(f"{folder / file} cannot be written: {error}") from None
             del shard
     if len(files) > 1:
         weight_map = {name: file for file, tensors in zip(names, files, strict=True) for name, _ in tensors}

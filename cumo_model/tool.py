@@ -43,6 +43,10 @@ def upcycle_checkpoint(
     """
     if (checkpoint is None) == (vision is None or text is None):
         raise ValueError("give either a checkpoint, or vision and text")
+    given = {"vision": vision, "text": text, "projector": projector}
+    if checkpoint is not None and any(given.values()):
+        names = " and ".join(name for name, value in given.items() if value)
+        raise ValueError(f"give either a checkpoint, or vision and text; got a checkpoint and {names}")
     kind = None if dtype is None else getattr(torch, dtype)
     if checkpoint is None:
         dense, source = from_parts(vision, text, projector, kind), Path(text)

@@ -55,15 +55,19 @@ def upcycle(
         ValueError: a place asked for has experts already (with 0 they stay as they are), the language model
             is not a mistral, or a number is out of range.
     """
-    if noise < 0 or not 0 <= drop <= 1:
-        raise ValueError(f"noise must not be negative and drop must lie in [0, 1], got {noise} and {drop}")
+    if not 0 <= noise < math.inf or not 0 <= drop <= 1:
+        raise ValueError(
+            f"noise must be finite and not negative and drop must lie in [0, 1], got {noise} and {drop}"
+        )
     config = copy.deepcopy(dense.config)
     chosen = {
         "vision_experts": (vision_experts, top_k if vision_top_k is None else vision_top_k),
         "projector_experts": (projector_experts, top_k if projector_top_k is None else projector_top_k),
         "text_experts": (text_experts, top_k if text_top_k is None else text_top_k),
     }
-    for experts, k in chosen.values():
+    for name, (experts, k) in chosen.items():
+        if experts < 0:
+            raise ValueError(f"{name} must not be negative (0 leaves the place as it is), got {experts}")
         if experts > 1 and not 1 <= k <= experts:
             raise ValueError(f"top_k must be between 1 and the {experts} experts, got {k}")
     if vision_experts > 1:

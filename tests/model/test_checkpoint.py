@@ -1,6 +1,9 @@
 """Files: what a saved model holds, and the key tables of the released ones (cumo_spec.md section 5)."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from math import prod
@@ -14,6 +17,7 @@ from transformers import AutoModel, AutoModelForImageTextToText
 from cumo_model import CumoConfig, CumoForConditionalGeneration, CumoVisionModel, convert, original_layout
 from cumo_model.__main__ import main
 from cumo_model.cumo import CumoModel, own_layout
+from cumo_model.files import new_directory
 from cumo_model.shards import Shards
 from tests.model import original
 
@@ -331,3 +335,120 @@ def test_converting_takes_the_memory_of_a_shard_not_of_the_model(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     total = sum(path.stat().st_size for path in (tmp_path / "again").glob("*.safetensors"))
     assert total > 75_000_000
+
+
+def test_the_exported_config_is_that_of_the_model_not_of_its_past(tmp_path):
+    original.write(tmp_path / "theirs", dtype=torch.bfloat16)
+    model = CumoForConditionalGeneration.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
+    model.resize_token_embeddings(58)
+    model.config.balance_loss_coef, model.config.router_z_loss_coef = 0.5, 0.0
+    model.save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", progress=False)
+    values = json.loads((tmp_path / "back/config.json").read_text())
+    assert (values["vocab_size"], values["torch_dtype"]) == (58, "float32")
+    assert (values["balance_loss_coef"], values["router_z_loss_coef"]) == (0.5, 0.0)
+    again = CumoForConditionalGeneration.from_pretrained(tmp_path / "back")
+    assert again.dtype == torch.float32 and again.config.balance_loss_coef == 0.5
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_experts_of_one_place_in_two_dtypes_are_refused(tmp_path):
+    values = original.tensors(torch.bfloat16)
+    name = "model.mm_projector.experts.1.0.weight"
+    values[name] = values[name].float()
+    original.write(tmp_path / "theirs", values, dtype=torch.bfloat16)
+    words = rf"experts.0.0.weight and {name} must have one dtype .* got torch.bfloat16 and torch.float32"
+    with pytest.raises(ValueError, match=words):
+        convert(tmp_path / "theirs", tmp_path / "ours", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_an_error_leaves_no_folder_and_a_killed_run_is_told_of(tmp_path):
+    with pytest.raises(RuntimeError), new_directory(tmp_path / "new") as work:
+        (work / "half").write_text("")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".new-abcd1234").mkdir()
+    with pytest.warns(UserWarning, match=r"\.new-abcd1234 is what a run that was killed left"):
+        with new_directory(tmp_path / "new") as work:
+            pass
+    assert (tmp_path / "new").is_dir()
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    original.write(tmp_path / "theirs")
+    arguments = ["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        assert main(arguments) == 1
+    assert "GB free, got 0.0 GB" in capsys.readouterr().err
+    # and one that fills up while it is written on: a limit on the size of files says so in the same way
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "from cumo_model.__main__ import main; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
+        f"sys.exit(main({arguments!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "model.safetensors cannot be written" in done.stderr.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
+    from cumo_model import checkpoint
+
+    def write(folder, *rest):
+        assert folder.is_dir()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    original.write(tmp_path / "theirs")
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # so that a red test does not end the run
+    monkeypatch.setattr(checkpoint, "write_shards", write)
+    try:
+        assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 130
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "stopped" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+@pytest.mark.parametrize(
+    "file, change, words",
+    [
+        ("config.json", lambda values: [], "config.json must hold an object, got list"),
+        (
+            "config.json",
+            lambda values: {k: v for k, v in values.items() if k != "vocab_size"},
+            "must have an integer vocab_size, got None",
+        ),
+        ("config.json", lambda values: values | {"scales": None}, "scales must be integers, got None"),
+        ("config.json", lambda values: values | {"scales": "a,b"}, "scales must be integers, got 'a,b'"),
+        ("model.safetensors.index.json", lambda values: {}, "index.json must have a weight_map"),
+        ("model.safetensors.index.json", lambda values: [], "index.json must hold an object, got list"),
+    ],
+)
+def test_damaged_json_is_one_line(tmp_path, capsys, file, change, words):
+    original.write(tmp_path / "theirs")
+    path = tmp_path / "theirs" / file
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_other_dtypes_are_copied_bit_for_bit(tmp_path):
+    values = original.tensors(torch.float8_e4m3fn)
+    original.write(tmp_path / "theirs", values, shards=1)
+    convert(tmp_path / "theirs", tmp_path / "ours", progress=False)
+    convert(tmp_path / "ours", tmp_path / "back", progress=False)
+    found = Shards(tmp_path / "back")
+    for name, value in values.items():
+        assert found.dtypes[name] == value.dtype
+        assert torch.equal(found[name].view(torch.uint8), value.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan"])
+def test_a_shard_has_a_size(tmp_path, capsys, size):
+    assert main(["convert", str(tmp_path), str(tmp_path / "x"), "--shard-gb", size]) == 1
+    assert "--shard-gb must be positive" in capsys.readouterr().err

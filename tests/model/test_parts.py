@@ -99,6 +99,8 @@ def test_upcycle_command_makes_experts_everywhere_and_says_step_0(parts, tmp_pat
     assert "vision_experts must be 0 for a place that has experts already" in capsys.readouterr().err
     assert main(["upcycle", "--out", str(tmp_path / "x")]) == 1
     assert "either a checkpoint, or vision and text" in capsys.readouterr().err
+    assert main([*again, "--vision", str(tmp_path / "clip")]) == 1
+    assert "got a checkpoint and vision" in capsys.readouterr().err
 
 
 def test_noise_and_drop_tell_experts_apart_and_the_difference_shows_it(parts, tmp_path, capsys):
@@ -118,6 +120,9 @@ def test_noise_and_drop_tell_experts_apart_and_the_difference_shows_it(parts, tm
     )
     assert abs((noisy - source).std() / source.std() / 0.1 - 1) < 0.1
     assert not torch.equal(noisy[0], noisy[1])
+    down = CumoForConditionalGeneration.from_pretrained(tmp_path / "noise").state_dict()
+    down, source_down = down[f"{at}experts.down_proj"], dense[f"{at}fc2.weight"]
+    assert abs((down - source_down).std() / source_down.std() / 0.1 - 1) < 0.1
     kept = (dropped == source).all(-1)  # whole units stay or go, half of them in every expert
     assert kept.sum(-1).tolist() == [24] * 4 and not torch.equal(kept[0], kept[1])
     assert 0.7 < dropped[~kept].std() / source.std() < 1.3

@@ -150,6 +150,8 @@ def test_mixtral_keeps_its_experts(tiny_model, tiny_batch):
             {"top_k": 5},
             r"top_k must be between 1 and the 4 experts, got 5",
         ),
+        ({"vision_experts": 1}, {"vision_experts": -3}, r"vision_experts must not be negative .*, got -3"),
+        ({"vision_experts": 1}, {"noise": float("nan")}, r"noise must be finite and not negative"),
     ],
 )
 def test_what_cannot_be_upcycled_is_named(tiny_model, model, options, message):
