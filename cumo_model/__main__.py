@@ -26,6 +26,8 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    import torch
+
     from cumo_model.recipe import load_recipe
     from cumo_model.trainer import run_recipe
 
@@ -33,6 +35,10 @@ def _train(args: argparse.Namespace) -> int:
     path = run_recipe(recipe)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"trained: {path}")
+    if torch.distributed.is_initialized():
+        # threads of the process group that still run when Python ends abort the process
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     return 0
 
 

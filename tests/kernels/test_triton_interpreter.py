@@ -1,8 +1,8 @@
 """The Triton backend on a machine without a GPU: this folder's tests again, in Triton's interpreter.
 
 The interpreter is chosen when Triton is imported, hence processes of their own. All but the largest rows run
-here, in fp16 (which differs from bf16 by one cast) only the odd ones; `TRITON_INTERPRET=1 pytest -k triton` runs
-every one.
+here, in fp16 (which differs from bf16 by one cast) only the odd ones; `TRITON_INTERPRET=1 pytest -k triton`
+runs every one.
 """
 
 import importlib.util
