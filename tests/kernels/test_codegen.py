@@ -38,7 +38,7 @@ KERNELS = {
 
 @pytest.mark.slow
 @pytest.mark.xfail(
-    reason="open in issue B: dH of plan all and the bare op still spill some bytes", strict=False
+    reason="open in issue B: dH of plan all and the bare op spill", strict=False
 )
 def test_every_kernel_compiles_for_hopper_and_none_has_a_problem():
     tokens = {

@@ -16,7 +16,7 @@ from cumo_model.demo.tokenizer import train_tokenizer
 from tests.model import original
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-# the recipes there want billions of weights; test_trainer.py and test_experts.py run the commands on small ones
+# the recipes there want billions of weights; test_trainer.py and test_experts.py run them on small ones
 README = re.sub(r"^## Train\n.*?(?=^## )", "", README, flags=re.MULTILINE | re.DOTALL)
 EXAMPLES = [
     (language, code)
