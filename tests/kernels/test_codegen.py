@@ -37,9 +37,7 @@ KERNELS = {
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="open in issue B: dH of plan all and the bare op spill", strict=False
-)
+@pytest.mark.xfail(reason="open in issue B: dH of plan all and the bare op spill", strict=False)
 def test_every_kernel_compiles_for_hopper_and_none_has_a_problem():
     tokens = {
         "clip": (577, 4616),
