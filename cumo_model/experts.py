@@ -71,9 +71,11 @@ def load_entropy(load: Mapping[str, list[list[float]]]) -> float:
 
 
 def specialisation(load: Mapping[str, list[list[float]]]) -> float:
-    """How far kinds of record differ in the experts they use: mean over layers and pairs of kinds of the
-    total
-    variation distance of their shares, 0 when all are alike, 1 when no two share an expert."""
+    """How far kinds of record differ in the experts they use.
+
+    The mean over layers and pairs of kinds of the total variation distance of their shares: 0 when all are
+    alike, 1 when no two share an expert.
+    """
     shares = torch.tensor(list(load.values()))  # (kinds, layers, E)
     if len(shares) < 2:
         return 0.0

@@ -184,9 +184,10 @@ def expert_parallel(model: nn.Module, mesh: DeviceMesh, exchange: str = "exact")
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh) -> None:
-    """FSDP2 for spread experts, over the "data" axis; to be called before `fully_shard` of what contains
-    them,
-    which then covers everything else over all processes."""
+    """FSDP2 for spread experts, over the "data" axis.
+
+    To be called before `fully_shard` of what contains them, which then covers all else over all processes.
+    """
     for module in model.modules():
         if isinstance(module, ParallelExperts):
             fully_shard(module, mesh=mesh["data"])

@@ -139,9 +139,10 @@ class AtomicCheckpoints(Trainer):
 
 
 class StopRequests(TrainerCallback):
-    """SIGTERM or SIGINT: finish the step, save, stop. All processes stop at the same step; a second signal
-    acts
-    as usual."""
+    """SIGTERM or SIGINT: finish the step, save, stop.
+
+    All processes stop at the same step; a second signal acts as usual.
+    """
 
     def __init__(self):
         self.asked = False

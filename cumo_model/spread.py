@@ -1,5 +1,4 @@
-"""A Trainer whose experts are spread over processes: gradients, checkpoints and resume of DTensors beside
-DDP.
+"""A Trainer whose experts are spread over processes: gradients, checkpoints, resume of DTensors beside DDP.
 
 A checkpoint holds whole tensors, so that any number of processes can go on from it.
 """
@@ -26,12 +25,16 @@ from cumo_model.parallel import ParallelExperts, expert_mesh, expert_parallel, s
 from cumo_model.recover import AtomicCheckpoints
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# a parameter that no step has used yet, as the tower's last layer, has no optimizer state
+_SOME = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
 def spread_experts(model: nn.Module, number: int, device: torch.device, with_fsdp: bool) -> None:
-    """Experts over `number` processes each; over the rest of them by FSDP2, whether or not the rest of the
-    model
-    is sharded so."""
+    """Experts over `number` processes each, and over the rest of them by FSDP2.
+
+    Args:
+        with_fsdp: whether the rest of the model is sharded so too.
+    """
     mesh = expert_mesh(number, device.type)
     model.to(device)
     expert_parallel(model, mesh["experts"])
@@ -47,8 +50,7 @@ def _settled(state):
 
 
 class SpreadCheckpoints(AtomicCheckpoints):
-    """Saves and loads what `spread_experts` made, and FSDP2 on CPUs; else the Trainer's own ways are
-    right."""
+    """Saves and loads what `spread_experts` made, and FSDP2 on CPUs; else the Trainer's own ways do."""
 
     _fsdp_on_cpu = False
 
@@ -91,10 +93,15 @@ class SpreadCheckpoints(AtomicCheckpoints):
         set_model_state_dict(self.model, state, options=_WHOLE)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None or not self._is_spread:
+        # the Trainer asks torch.load for "cpu:0" when there are several processes, a place it does not know
+        several_cpus = self.accelerator.distributed_type == DistributedType.MULTI_CPU
+        if checkpoint is None or not (self._is_spread or several_cpus):
             return super()._load_optimizer_and_scheduler(checkpoint)
         state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
-        set_optimizer_state_dict(self.model, self._torch_optimizer, state, options=_WHOLE)
+        if self._is_spread:
+            set_optimizer_state_dict(self.model, self._torch_optimizer, state, options=_SOME)
+        else:
+            self.optimizer.load_state_dict(state)
         path = os.path.join(checkpoint, SCHEDULER_NAME)
         self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
 

@@ -1,6 +1,4 @@
-"""Where a stage begins: a CuMo checkpoint, or a tower and a language model to join; experts where asked
-for.
-"""
+"""Where a stage begins: a CuMo checkpoint, or a tower and a language model to join; experts as asked."""
 
 import os
 

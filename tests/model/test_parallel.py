@@ -38,9 +38,11 @@ def single(model, batch) -> dict:
 @pytest.fixture
 def make(tiny_model, tmp_path):
     def build(rows: int, **options):
-        """A model on disk, and a batch. The last expert of every layer gets no token anywhere, others get
-        some on
-        some processes only: engines that skip idle experts would wait for each other forever."""
+        """A model on disk, and a batch.
+
+        The last expert of every layer gets no token anywhere, others get some on some processes only: engines
+        that skip idle experts would wait for each other forever.
+        """
         model = tiny_model(scales=(1,), **options).double().train()
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -1,7 +1,6 @@
-"""Training in real processes that are killed at random moments, asked to stop, run out of disk, or split in
-two.
-"""
+"""Training in real processes that are killed at random moments, asked to stop, run out of disk, or split in two."""
 
+import contextlib
 import json
 import os
 import random
@@ -13,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -33,17 +33,17 @@ def folder(tmp_path, tiny_config):
     return tmp_path
 
 
-def command(recipe: Path, processes: int = 1, port: int = 29511) -> list[str]:
+def command(recipe: Path, processes: int = 1) -> list[str]:
     train = ["-m", "cumo_model", "train", "--config", str(recipe)]
     if processes == 1:
         return [sys.executable, *train]
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
     return [sys.executable, *torchrun, *train]
 
 
-def start(recipe: Path, processes: int = 1, port: int = 29511, **options) -> subprocess.Popen:
+def start(recipe: Path, processes: int = 1, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        command(recipe, processes, port),
+        command(recipe, processes),
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -82,13 +82,22 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 90) -> None:
         time.sleep(0.02)
 
 
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL for all of a run at once: torchrun gives its workers sessions, so a group would not hold them."""
+    family = psutil.Process(process.pid)
+    for member in [family, *family.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_runs_end_bitwise_where_an_unharmed_one_does(folder, processes):
-    """SIGKILL for the whole process group at random moments behind the first checkpoints; dropout makes the
-    random
-    state count."""
+    """SIGKILL for a run and all it started, at random moments behind the first checkpoints.
+
+    Dropout makes the random state count.
+    """
     steps = {"trainer__max_steps": 12, "trainer__save_steps": 3, "data__grouping": "modality_length"}
     if processes == 2:
         steps |= {"trainer__per_device_train_batch_size": 1, "model__text_experts": 0}
@@ -99,15 +108,15 @@ def test_killed_runs_end_bitwise_where_an_unharmed_one_does(folder, processes):
     finish(start(write_recipe(folder, "whole", **steps), processes))
     recipe, dice, kills = write_recipe(folder, "killed", **steps), random.Random(7), 0
     for goal in (3, 9):
-        process = start(recipe, processes, 29512)
+        process = start(recipe, processes)
         wait_for(lambda: reached(folder / "killed", goal), process)  # noqa: B023
         time.sleep(dice.random() * 0.3)
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill(process)
             kills += 1
         process.communicate()
     assert kills, "the run was over before it could be killed"
-    finish(start(recipe, processes, 29513))
+    finish(start(recipe, processes))
     same_result(folder / "whole", folder / "killed")
     assert not (folder / "killed" / ".saving").exists()
     assert len(checkpoints(folder / "killed")) == 2

@@ -1,6 +1,4 @@
-"""A training set of plain colours, a tiny model on disk and a recipe for it: shared by the tests of
-training.
-"""
+"""A training set of plain colours, a tiny model on disk and a recipe for it, for all tests of training."""
 
 import json
 from pathlib import Path
