@@ -1,8 +1,8 @@
 """What training does, seen from inside: losses by part, experts by layer, gradients, speed, memory.
 
 Sums stay on the device and are read once per log. Means by part and place go into the Trainer's log and
-history; names with a slash (`experts/clip.03/load_entropy`) go to the reporters (TensorBoard, W&B) alone, since
-a big model has hundreds.
+history; names with a slash (`experts/clip.03/load_entropy`) go to the reporters (TensorBoard, W&B) alone,
+since a big model has hundreds.
 
     load_entropy     entropy of the share of slots per expert: 1 when even, 0 when one has all
     router_entropy   mean entropy of a token's softmax, on the same scale
@@ -121,7 +121,8 @@ class Monitor:
 
         Returns:
             Parts of the loss by name, means over layers by place (`clip_load_entropy` ...), tokens and
-            images per second, MFU where the peak of the device is known, memory in GiB; and by layer under `experts/`.
+            images per second, MFU where the peak of the device is known, memory in GiB; and by layer under
+            `experts/`.
         """
         row: list[Tensor | float] = [self.tokens, self.images, self.flops]
         for name in LOSSES:

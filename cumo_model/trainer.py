@@ -1,4 +1,4 @@
-"""transformers' Trainer for CuMo: its data order, its losses by name, its rates, its recovery; and runs of recipes.
+"""transformers' Trainer for CuMo: its data order, losses by name, rates and recovery; and runs of recipes.
 
 What a step sees is a function of the recipe and the step, on however many processes: the global batch is the
 recipe's, and accumulation is what is left of it after processes and micro-batches.

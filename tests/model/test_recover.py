@@ -1,4 +1,4 @@
-"""Training in real processes that are killed at random moments, asked to stop, run out of disk, or split in two."""
+"""Training in real processes that are killed at random, asked to stop, run out of disk, or split in two."""
 
 import contextlib
 import json
@@ -83,7 +83,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 90) -> None:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL for all of a run at once: torchrun gives its workers sessions, so a group would not hold them."""
+    """SIGKILL for all of a run: torchrun gives its workers sessions, so a group would not hold them."""
     family = psutil.Process(process.pid)
     for member in [family, *family.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
