@@ -191,8 +191,7 @@ def compiling(gpu: Gpu, wanted: Callable[[str], bool] = bool) -> Iterator[list[t
             )  # fmt: skip
         elif is_new:
             known[key] = _report(self, compiled, gpu, constants)
-            given = dict(zip(self.arg_names, args, strict=False))
-            known[key].gathers = given.get("permutation_ptr") is not None
+            known[key].gathers = kwargs.get("permutation_ptr") is not None
         launched.append((known[key], is_new))
 
     if triton.knobs.runtime.interpret:

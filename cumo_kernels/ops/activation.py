@@ -1,14 +1,14 @@
 """activate: an elementwise activation, plain or gated, on rows of any number."""
 
-import torch
 from torch import Tensor
 
 from cumo_kernels import dispatch
 from cumo_kernels.activations import ACTIVATIONS, get_activation
 from cumo_kernels.ops.checks import check_float
+from cumo_kernels.ops.define import define
 
 
-@torch.library.custom_op("cumo::activate", mutates_args=())
+@define("cumo::activate")
 def _activate(x: Tensor, name: str, backend: str) -> Tensor:
     return dispatch.implementation(backend, "activate")(x, name)
 
@@ -19,7 +19,7 @@ def _(x, name, backend):
     return x.new_empty(*x.shape[:-1], width)
 
 
-@torch.library.custom_op("cumo::activate_backward", mutates_args=())
+@define("cumo::activate_backward")
 def _activate_backward(grad: Tensor, x: Tensor, name: str, backend: str) -> Tensor:
     return dispatch.implementation(backend, "activate_backward")(grad, x, name)
 

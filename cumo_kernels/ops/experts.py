@@ -12,12 +12,13 @@ from torch.utils.flop_counter import register_flop_formula
 from cumo_kernels import dispatch
 from cumo_kernels.activations import ACTIVATIONS, get_activation
 from cumo_kernels.ops.checks import autocast, check_device, check_float, check_like, check_shape
+from cumo_kernels.ops.define import define
 from cumo_kernels.types import Routing
 
 MEMORY_PLANS = ("x", "preact", "all")
 
 
-@torch.library.custom_op("cumo::expert_mlp", mutates_args=())
+@define("cumo::expert_mlp")
 def _expert_mlp(
     x: Tensor,
     topk_weights: Tensor,
@@ -59,7 +60,7 @@ def _(
     return out, z, a
 
 
-@torch.library.custom_op("cumo::expert_mlp_backward", mutates_args=())
+@define("cumo::expert_mlp_backward")
 def _expert_mlp_backward(
     grad: Tensor,
     x: Tensor,

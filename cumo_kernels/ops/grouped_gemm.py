@@ -4,7 +4,6 @@ Its adjoints are the same op with transposed weights (for the input) and the k-g
 reduction (for weight and bias).
 """
 
-import torch
 from torch import Tensor
 
 from cumo_kernels import dispatch
@@ -19,11 +18,12 @@ from cumo_kernels.ops.checks import (
     check_offsets,
     check_shape,
 )
+from cumo_kernels.ops.define import define
 from cumo_kernels.ops.permutation import _combine
 from cumo_kernels.types import Routing
 
 
-@torch.library.custom_op("cumo::grouped_gemm", mutates_args=())
+@define("cumo::grouped_gemm")
 def _grouped_gemm(
     x: Tensor,
     weight: Tensor,
@@ -50,7 +50,7 @@ def _(x, weight, expert_offsets, bias, permutation, inverse_permutation, top_k, 
     return x.new_empty(num_rows, out_width), x.new_empty(num_rows, width)
 
 
-@torch.library.custom_op("cumo::grouped_gemm_weight_grad", mutates_args=())
+@define("cumo::grouped_gemm_weight_grad")
 def _grouped_gemm_weight_grad(
     grad: Tensor,
     x: Tensor,

@@ -1,14 +1,14 @@
 """permute and combine: the adjoint pair between token order and expert order."""
 
-import torch
 from torch import Tensor
 
 from cumo_kernels import dispatch
 from cumo_kernels.ops.checks import check_device, check_float, check_shape
+from cumo_kernels.ops.define import define
 from cumo_kernels.types import Routing
 
 
-@torch.library.custom_op("cumo::permute", mutates_args=())
+@define("cumo::permute")
 def _permute(x: Tensor, permutation: Tensor, inverse_permutation: Tensor, top_k: int, backend: str) -> Tensor:
     return dispatch.implementation(backend, "permute")(x, permutation, inverse_permutation, top_k)
 
@@ -33,7 +33,7 @@ def _permute_backward(ctx, grad):
 _permute.register_autograd(_permute_backward, setup_context=_save_permute)
 
 
-@torch.library.custom_op("cumo::combine", mutates_args=())
+@define("cumo::combine")
 def _combine(
     rows: Tensor,
     topk_weights: Tensor | None,
@@ -50,7 +50,7 @@ def _(rows, topk_weights, permutation, inverse_permutation, top_k, backend):
     return rows.new_empty(inverse_permutation.shape[0] // top_k, rows.shape[1])
 
 
-@torch.library.custom_op("cumo::combine_backward", mutates_args=())
+@define("cumo::combine_backward")
 def _combine_backward(
     grad: Tensor,
     rows: Tensor,

@@ -15,12 +15,13 @@ from cumo_kernels.ops.checks import (
     check_top_k,
     values_at_hand,
 )
+from cumo_kernels.ops.define import define
 from cumo_kernels.types import RouterStats, Routing, accumulate_dtype
 
 COMPAT = (None, "cumo", "cumo_llm")
 
 
-@torch.library.custom_op("cumo::route", mutates_args=())
+@define("cumo::route")
 def _route(
     x: Tensor,
     gate_weight: Tensor | None,
@@ -49,7 +50,7 @@ def _(x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat, bac
     )
 
 
-@torch.library.custom_op("cumo::route_backward", mutates_args=())
+@define("cumo::route_backward")
 def _route_backward(
     grad_weights: Tensor,
     grad_mean_probs: Tensor,
@@ -101,7 +102,7 @@ def _backward(ctx, grad_weights, _indices, grad_mean_probs, _density, grad_z):
 _route.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("cumo::sort_by_expert", mutates_args=())
+@define("cumo::sort_by_expert")
 def _sort_by_expert(
     topk_indices: Tensor, num_experts: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

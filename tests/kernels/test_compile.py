@@ -1,7 +1,10 @@
 """Every op under torch.library's own checks and under torch.compile without a graph break."""
 
+import contextlib
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cumo_kernels import combine, expert_mlp, grouped_gemm, permute, route
 from cumo_kernels.ops.activation import _activate
@@ -70,7 +73,7 @@ def make_op_calls():
 
 @pytest.mark.parametrize("op, arguments", [pytest.param(op, a, id=name) for name, op, a in make_op_calls()])
 def test_opcheck(op, arguments):
-    torch.library.opcheck(op, arguments)
+    torch.library.opcheck(op.op, arguments)
 
 
 def layer(x, gate, up_proj, down_proj, up_bias, down_bias):
@@ -100,6 +103,55 @@ def test_fullgraph_compile_equals_eager(function, dtype):
         sum(o.float().square().sum() for o in outs).backward()
         results.append([*outs, *(leaf.grad for leaf in leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every op that goes through the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(str(function).split(".")[1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("function", [layer, layer_of_primitives])
+def test_the_short_way_equals_the_dispatchers(function):
+    """Eager calls pass by the dispatcher unless somebody watches it: the same bits both ways."""
+    shapes = [(T, H), (E, H), (E, I, H), (E, O, I), (E, I), (E, O)]
+    inputs = [torch.randn(shape) for shape in shapes]
+    results = []
+    for watch in (contextlib.nullcontext(), _Watch()):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        with (
+            watch,
+            torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+            ) as profile,
+        ):
+            outs = function(*leaves)
+            sum(o.square().sum() for o in outs).backward()
+        results.append([*outs, *(leaf.grad for leaf in leaves)])
+        names = {event.name for event in profile.events()}
+        watched = isinstance(watch, _Watch)
+        assert any(name.startswith("cumo::") for name in names) == watched
+        assert not watched or {"route", "route_backward"} <= watch.seen
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_transforms_and_second_derivatives_take_the_dispatcher():
+    plan, x = make_routing("uniform", T, E, K), torch.randn(T, H, requires_grad=True)
+    up, down = torch.randn(E, I, H), torch.randn(E, O, I)
+    out = lambda x: expert_mlp(x, plan, up, down, activation="gelu").square().sum()
+    (first,) = torch.autograd.grad(out(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="expert_mlp_backward"):
+        torch.autograd.grad(first.sum(), x)
+    rows = permute(x, plan)  # linear, so its derivative has one
+    (first,) = torch.autograd.grad(rows.square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert torch.equal(second, torch.full_like(x, 2.0 * K))
 
 
 def test_layer_and_primitives_agree():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.backends.triton.common import act, act_and_grad, narrow, tile_of_rows
-from cumo_kernels.backends.triton.tiles import on_device_of_first
+from cumo_kernels.backends.triton.launch import Launch, cdiv, on_device_of_first, planned
 
 
 @triton.jit
@@ -79,12 +79,23 @@ def _activate_backward_kernel(
         tl.store(dx_ptr + s * I + i, narrow(grad * slope, DTYPE), mask=mask)
 
 
-def _shape(x: Tensor, is_gated: bool) -> tuple[int, int]:
-    """S and I as the kernels see them: a plain activation does not care where rows end."""
-    if not is_gated:
-        return 1, x.numel()
-    width = x.shape[-1] // 2
-    return x.numel() // (2 * width), width
+@planned
+def _plan(
+    kernel, device: torch.device, dtype: torch.dtype, name: str, width: int, block: tuple[int, int]
+) -> Launch:
+    gated = ACTIVATIONS[name].is_gated
+    return Launch(kernel, I=width, NAME=name, GATED=gated, BLOCK_S=block[0], BLOCK_I=block[1])
+
+
+def _launch(kernel, x: Tensor, name: str, *tensors: Tensor) -> None:
+    """Over S rows of width I; a plain activation does not care where rows end and sees one."""
+    rows, width = 1, x.numel()
+    if ACTIVATIONS[name].is_gated:
+        width = x.shape[-1] // 2
+        rows = x.numel() // (2 * width)
+    block_s, block_i = tile_of_rows(width, x.element_size(), rows)
+    launch = _plan(kernel, x.device, x.dtype, name, width, (block_s, block_i))
+    launch(cdiv(rows, block_s) * cdiv(width, block_i), *tensors, rows)
 
 
 @on_device_of_first
@@ -93,26 +104,13 @@ def activate(x: Tensor, name: str) -> Tensor:
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2 if is_gated else x.shape[-1])
     if out.numel() == 0:
         return out
-    rows, width = _shape(x, is_gated)
-    block_s, block_i = tile_of_rows(width, x.element_size(), rows)
-    grid = (triton.cdiv(rows, block_s) * triton.cdiv(width, block_i),)
-    _activate_kernel[grid](
-        x.contiguous(), out, rows, width, NAME=name, GATED=is_gated, BLOCK_S=block_s, BLOCK_I=block_i
-    )
+    _launch(_activate_kernel, x, name, x.contiguous(), out)
     return out
 
 
 @on_device_of_first
 def activate_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
-    is_gated = ACTIVATIONS[name].is_gated
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if dx.numel() == 0:
-        return dx
-    rows, width = _shape(x, is_gated)
-    block_s, block_i = tile_of_rows(width, x.element_size(), rows)
-    grid = (triton.cdiv(rows, block_s) * triton.cdiv(width, block_i),)
-    _activate_backward_kernel[grid](
-        grad.contiguous(), x.contiguous(), dx, rows, width,
-        NAME=name, GATED=is_gated, BLOCK_S=block_s, BLOCK_I=block_i,
-    )  # fmt: skip
+    if dx.numel():
+        _launch(_activate_backward_kernel, x, name, grad.contiguous(), x.contiguous(), dx)
     return dx

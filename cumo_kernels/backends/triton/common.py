@@ -21,8 +21,9 @@ GELU_CUBIC: tl.constexpr = tl.constexpr(0.044715)
 
 def input_precision(dtype: torch.dtype) -> str:
     """How `dot` multiplies: "tf32" for fp32 operands when torch's own matmul may use it, else "ieee"."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    return "tf32"
 
 
 def tile_of_rows(width: int, element_size: int, rows: int | None = None) -> tuple[int, int]:
@@ -34,7 +35,7 @@ def tile_of_rows(width: int, element_size: int, rows: int | None = None) -> tupl
     if rows == 1:
         return 1, elements
     divisor = width & -width
-    columns = divisor if divisor * element_size >= 1024 else triton.next_power_of_2(width)
+    columns = divisor if divisor * element_size >= 1024 else 1 << (width - 1).bit_length()
     columns = min(columns, elements)
     return elements // columns, columns
 

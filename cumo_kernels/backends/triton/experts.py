@@ -19,8 +19,8 @@ from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.backends.triton.common import act, narrow
 from cumo_kernels.backends.triton.grad_hidden import launch_grad_hidden
 from cumo_kernels.backends.triton.grouped_gemm import launch_gemm
+from cumo_kernels.backends.triton.launch import Launch, cdiv, next_power_of_2, on_device_of_first, planned
 from cumo_kernels.backends.triton.permutation import combine
-from cumo_kernels.backends.triton.tiles import on_device_of_first
 from cumo_kernels.backends.triton.weight_grad import launch_weight_grad
 
 
@@ -60,6 +60,32 @@ def _weigh_rows_kernel(
     tl.store(out_ptrs, narrow(weights[:, None] * value, out_ptr.dtype.element_ty), mask=mask)
 
 
+@planned
+def _plan_weigh(
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    top_k: int,
+    strides: tuple[int, int],
+    activation: str | None,
+) -> tuple[Launch, int, int]:
+    """-> launch, rows of a tile, column tiles."""
+    block_m, block_n = 8, min(next_power_of_2(width), 512)
+    launch = Launch(
+        _weigh_rows_kernel,
+        N=width,
+        top_k=top_k,
+        stride_source_s=strides[0],
+        stride_source_n=strides[1],
+        ACTIVATION=activation,
+        GATED=activation is not None and ACTIVATIONS[activation].is_gated,
+        GATHER=activation is None,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+    )
+    return launch, block_m, cdiv(width, block_n)
+
+
 def _weigh_rows(
     source: Tensor,
     topk_weights: Tensor,
@@ -72,22 +98,10 @@ def _weigh_rows(
     num_rows, width = permutation.shape[0], source.shape[1] // (1 + gated)
     out = source.new_empty(num_rows, width)
     if out.numel():
-        block_m, block_n = 8, min(triton.next_power_of_2(width), 512)
-        _weigh_rows_kernel[(triton.cdiv(num_rows, block_m) * triton.cdiv(width, block_n),)](
-            source,
-            topk_weights,
-            permutation,
-            expert_offsets[-1],
-            out,
-            width,
-            topk_weights.shape[1],
-            *source.stride(),
-            ACTIVATION=activation,
-            GATED=gated,
-            GATHER=activation is None,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
+        launch, block_m, tiles_n = _plan_weigh(
+            source.device, source.dtype, width, topk_weights.shape[1], source.stride(), activation
         )
+        launch(cdiv(num_rows, block_m) * tiles_n, source, topk_weights, permutation, expert_offsets[-1], out)
     return out
 
 
@@ -137,6 +151,35 @@ def _topk_weights_grad_kernel(
     tl.store(out_ptr + slots, total, mask=slots < num_slots)
 
 
+SLOTS = 8  # of a program of _topk_weights_grad_kernel
+
+
+@planned
+def _plan_topk_weights_grad(
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    top_k: int,
+    strides: tuple[int, int],
+    tiles: int,
+    num_experts: int,
+    with_bias: bool,
+) -> Launch:
+    return Launch(
+        _topk_weights_grad_kernel,
+        O=width,
+        top_k=top_k,
+        stride_grad_t=strides[0],
+        stride_grad_o=strides[1],
+        TILES=tiles,
+        TILES_POW2=next_power_of_2(tiles),
+        E=num_experts,
+        E_POW2=next_power_of_2(num_experts),
+        BLOCK_S=SLOTS,
+        BLOCK_O=min(next_power_of_2(width), 256),
+    )
+
+
 def _topk_weights_grad(
     dots: Tensor,
     grad: Tensor,
@@ -147,27 +190,14 @@ def _topk_weights_grad(
 ) -> Tensor:
     """<h, a> + <g, down_bias> for every slot, (T, K); 0 for a dropped one."""
     out = torch.empty_like(topk_weights)
-    num_slots, num_experts, tiles = out.numel(), expert_offsets.shape[0] - 1, dots.shape[1]
+    num_slots = out.numel()
     if num_slots:
-        block_s = 8
-        _topk_weights_grad_kernel[(triton.cdiv(num_slots, block_s),)](
-            dots,
-            grad,
-            None if down_bias is None else down_bias.contiguous(),
-            inverse_permutation,
-            expert_offsets,
-            out,
-            num_slots,
-            grad.shape[1],
-            topk_weights.shape[1],
-            *grad.stride(),
-            TILES=tiles,
-            TILES_POW2=triton.next_power_of_2(tiles),
-            E=num_experts,
-            E_POW2=triton.next_power_of_2(num_experts),
-            BLOCK_S=block_s,
-            BLOCK_O=min(triton.next_power_of_2(grad.shape[1]), 256),
-        )
+        bias = None if down_bias is None else down_bias.contiguous()
+        launch = _plan_topk_weights_grad(
+            grad.device, grad.dtype, grad.shape[1], topk_weights.shape[1], grad.stride(), dots.shape[1],
+            expert_offsets.shape[0] - 1, bias is not None,
+        )  # fmt: skip
+        launch(cdiv(num_slots, SLOTS), dots, grad, bias, inverse_permutation, expert_offsets, out, num_slots)
     return out
 
 
@@ -201,6 +231,16 @@ def _combine_splits_kernel(
     tl.store(out_ptr + token * N + cols, narrow(total, out_ptr.dtype.element_ty), mask=cols < N)
 
 
+@planned
+def _plan_combine_splits(
+    device: torch.device, dtype: torch.dtype, width: int, top_k: int, num_splits: int, weighted: bool
+) -> tuple[Launch, int]:
+    """-> launch, column tiles."""
+    block_n = min(next_power_of_2(width), 1024)
+    launch = Launch(_combine_splits_kernel, N=width, TOP_K=top_k, SPLITS=num_splits, BLOCK_N=block_n)
+    return launch, cdiv(width, block_n)
+
+
 def _multiply_and_combine(
     rows: Tensor,
     weight: Tensor,
@@ -216,18 +256,10 @@ def _multiply_and_combine(
         return combine(y, topk_weights, inverse_permutation, top_k)
     num_splits, num_rows, width = y.shape
     out = rows.new_empty(num_rows // top_k, width)
-    block_n = min(triton.next_power_of_2(width), 1024)
-    _combine_splits_kernel[(out.shape[0] * triton.cdiv(width, block_n),)](
-        y,
-        topk_weights,
-        inverse_permutation,
-        out,
-        num_rows,
-        width,
-        TOP_K=top_k,
-        SPLITS=num_splits,
-        BLOCK_N=block_n,
+    launch, tiles_n = _plan_combine_splits(
+        rows.device, rows.dtype, width, top_k, num_splits, topk_weights is not None
     )
+    launch(out.shape[0] * tiles_n, y, topk_weights, inverse_permutation, out, num_rows)
     return out
 
 

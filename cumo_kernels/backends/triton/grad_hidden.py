@@ -16,9 +16,9 @@ from torch import Tensor
 from cumo_kernels import tuning
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.backends.triton.common import act_and_grad, dot, input_precision, narrow
+from cumo_kernels.backends.triton.launch import Launch, can_describe, cdiv, describe, next_power_of_2, planned
 from cumo_kernels.backends.triton.tiles import (
     count_tiles,
-    describe,
     find_tile,
     halves,
     load_rows,
@@ -156,6 +156,57 @@ def grad_hidden_kernel(
             tl.store(dots_ptr + rows.to(tl.int64) * tiles_n + tile_n, dots, mask=rows < end)
 
 
+@planned
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    weight_shape: tuple[int, int, int],
+    grad_strides: tuple[int, int],
+    weight_strides: tuple[int, int, int],
+    top_k: int,
+    activation: str,
+    describe_weight: bool,
+    need: tuple[bool, bool, bool],
+    precision: str,
+    config: tuning.Config | None,
+    gpu: tuning.Gpu,
+) -> tuple[tuning.Config, Launch, list[int] | None]:
+    """-> config, launch, and the block of the weight's descriptor if it has one."""
+    num_experts, out_features, width = weight_shape
+    if config is None:
+        problem = tuning.Problem("grad_hidden", dtype, rows, width, out_features, num_experts, gathered=True)
+        config = tuning.get_config(problem, gpu)
+    k_inner = _is_k_inner(weight_strides)
+    block = [1, config.BLOCK_N, config.BLOCK_K] if k_inner else [1, config.BLOCK_K, config.BLOCK_N]
+    launch = Launch(
+        grad_hidden_kernel,
+        N=width,
+        K=out_features,
+        top_k=top_k,
+        stride_grad_t=grad_strides[0],
+        stride_grad_k=grad_strides[1],
+        stride_w_e=weight_strides[0],
+        stride_w_k=weight_strides[1],
+        stride_w_n=weight_strides[2],
+        ACTIVATION=activation,
+        GATED=ACTIVATIONS[activation].is_gated,
+        K_INNER=k_inner,
+        EVEN_N=width % config.BLOCK_N == 0,
+        EVEN_K=out_features % config.BLOCK_K == 0,
+        INPUT_PRECISION=precision,
+        PARTS=config.epilogue_parts(config.BLOCK_M, config.BLOCK_N, HIDDEN_SUMS),
+        E=num_experts,
+        E_POW2=next_power_of_2(num_experts),
+        **config.constants("SPLITS"),
+    )
+    return config, launch, block if describe_weight else None
+
+
+def _is_k_inner(weight_strides: tuple[int, int, int]) -> bool:
+    return weight_strides[1] == 1 and weight_strides[2] != 1
+
+
 def launch_grad_hidden(
     grad: Tensor,
     topk_weights: Tensor,
@@ -172,53 +223,30 @@ def launch_grad_hidden(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dz like z, w * a (S, I), and <h, a> by column tile (S, tiles) fp32; empty where not needed."""
     num_rows = permutation.shape[0]
-    num_experts, out_features, width = down_proj.shape
-    gated = ACTIVATIONS[activation].is_gated
+    num_experts, _, width = down_proj.shape
     gpu = tuning.gpu_of(grad.device)
-    if config is None:
-        rows = tuning.bucket(num_rows)
-        problem = tuning.Problem(
-            "grad_hidden", grad.dtype, rows, width, out_features, num_experts, gathered=True
-        )
-        config = tuning.get_config(problem, gpu)
-    tiles_n = triton.cdiv(width, config.BLOCK_N)
+    stored = down_proj.transpose(1, 2) if _is_k_inner(down_proj.stride()) else down_proj
+    config, launch, weight_block = _plan(
+        grad.device, grad.dtype, tuning.bucket(num_rows), down_proj.shape, grad.stride(), down_proj.stride(),
+        topk_weights.shape[1], activation, can_describe(stored, gpu.has_tma),
+        (need_dz, need_weighted, need_dots), input_precision(grad.dtype), config, gpu,
+    )  # fmt: skip
+    tiles_n = cdiv(width, config.BLOCK_N)
     dz = torch.empty_like(z) if need_dz else grad.new_empty(0)
     weighted = grad.new_empty(num_rows, width) if need_weighted else grad.new_empty(0)
     dots = topk_weights.new_empty(num_rows if need_dots else 0, tiles_n)
-    if num_rows * width == 0:
-        return dz, weighted, dots
-
-    k_inner = down_proj.stride(1) == 1 and down_proj.stride(2) != 1
-    if k_inner:
-        weight_desc = describe(down_proj.transpose(1, 2), [1, config.BLOCK_N, config.BLOCK_K], gpu.has_tma)
-    else:
-        weight_desc = describe(down_proj, [1, config.BLOCK_K, config.BLOCK_N], gpu.has_tma)
-    tiles = upper_bound(num_rows, num_experts, config.BLOCK_M) * tiles_n
-    grad_hidden_kernel[(min(gpu.sms * config.PER_SM, tiles),)](
-        grad,
-        None if weight_desc else down_proj,
-        weight_desc,
-        expert_offsets,
-        permutation,
-        topk_weights,
-        z,
-        dz if need_dz else None,
-        weighted if need_weighted else None,
-        dots if need_dots else None,
-        width,
-        out_features,
-        topk_weights.shape[1],
-        *grad.stride(),
-        *down_proj.stride(),
-        ACTIVATION=activation,
-        GATED=gated,
-        K_INNER=k_inner,
-        EVEN_N=width % config.BLOCK_N == 0,
-        EVEN_K=out_features % config.BLOCK_K == 0,
-        INPUT_PRECISION=input_precision(grad.dtype),
-        PARTS=config.epilogue_parts(config.BLOCK_M, config.BLOCK_N, HIDDEN_SUMS),
-        E=num_experts,
-        E_POW2=triton.next_power_of_2(num_experts),
-        **config.constants("SPLITS"),
-    )
+    if num_rows * width:
+        launch(
+            min(gpu.sms * config.PER_SM, upper_bound(num_rows, num_experts, config.BLOCK_M) * tiles_n),
+            grad,
+            None if weight_block else down_proj,
+            describe(stored, weight_block) if weight_block else None,
+            expert_offsets,
+            permutation,
+            topk_weights,
+            z,
+            dz if need_dz else None,
+            weighted if need_weighted else None,
+            dots if need_dots else None,
+        )
     return dz, weighted, dots

@@ -9,6 +9,8 @@ moves x, the weights of the experts hit, and out. The k-grouped form, ragged in 
 Contract: cumo_kernels/ops/grouped_gemm.py. Truth: cumo_kernels/backends/reference/grouped_gemm.py.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -17,14 +19,21 @@ from torch import Tensor
 from cumo_kernels import tuning
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.backends.triton.common import act, dot, input_precision, narrow
+from cumo_kernels.backends.triton.launch import (
+    Launch,
+    can_describe,
+    cdiv,
+    describe,
+    next_power_of_2,
+    on_device_of_first,
+    planned,
+)
 from cumo_kernels.backends.triton.tiles import (
     count_tiles,
-    describe,
     find_tile,
     halves,
     load_rows,
     load_weight,
-    on_device_of_first,
     sum_rows,
     upper_bound,
 )
@@ -196,6 +205,82 @@ def grouped_gemm_kernel(
             _zero_rows(pre_ptr, tail, num_rows, 2 * N if GATED else N, BLOCK_M, BLOCK_N)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What every call of one kind shares; a block is None where a pointer replaces the descriptor."""
+
+    config: tuning.Config
+    launch: Launch
+    tiles_n: int
+    max_programs: int
+    x_block: list[int] | None
+    weight_block: list[int] | None
+
+
+@planned
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    weight_shape: tuple[int, int, int],
+    x_strides: tuple[int, int],
+    weight_strides: tuple[int, int, int],
+    top_k: int,
+    activation: str | None,
+    gathered: bool,
+    describe_x: bool,
+    describe_weight: bool,
+    with_bias: bool,
+    keep: tuple[bool, bool],
+    zero_tail: bool,
+    precision: str,
+    config: tuning.Config | None,
+    gpu: tuning.Gpu,
+) -> _Plan:
+    num_experts, width, in_features = weight_shape
+    gated = activation is not None and ACTIVATIONS[activation].is_gated
+    out_width = width // (1 + gated)
+    if config is None:
+        problem = tuning.Problem(
+            "gemm", dtype, rows, out_width, in_features, num_experts, gated, gathered, activation is None
+        )
+        config = tuning.get_config(problem, gpu)
+    k_inner = weight_strides[2] == 1
+    weight_block = [1, config.BLOCK_N, config.BLOCK_K] if k_inner else [1, config.BLOCK_K, config.BLOCK_N]
+    # the up half of a gated tile could start at a column that is not 16-byte aligned
+    describe_weight = describe_weight and (k_inner or not gated)
+    launch = Launch(
+        grouped_gemm_kernel,
+        N=out_width,
+        K=in_features,
+        top_k=top_k,
+        stride_x_s=x_strides[0],
+        stride_x_k=x_strides[1],
+        stride_w_e=weight_strides[0],
+        stride_w_n=weight_strides[1],
+        stride_w_k=weight_strides[2],
+        ACTIVATION=activation,
+        GATED=gated,
+        ZERO_TAIL=zero_tail,
+        K_INNER=k_inner,
+        EVEN_N=out_width % config.BLOCK_N == 0,
+        EVEN_K=in_features % (config.BLOCK_K * config.SPLITS) == 0,
+        INPUT_PRECISION=precision,
+        PARTS=config.epilogue_parts(config.BLOCK_M, config.BLOCK_N, tuning.EPILOGUE_SUMS // (1 + gated)),
+        E=num_experts,
+        E_POW2=next_power_of_2(num_experts),
+        **config.constants(),
+    )
+    return _Plan(
+        config,
+        launch,
+        cdiv(out_width, config.BLOCK_N),
+        gpu.sms * config.PER_SM,
+        [config.BLOCK_M, config.BLOCK_K] if describe_x else None,
+        weight_block if describe_weight else None,
+    )
+
+
 def launch_gemm(
     x: Tensor,
     weight: Tensor,
@@ -214,65 +299,44 @@ def launch_gemm(
 
     Without `zero_tail`, rows past the last expert's end are left as they are.
     """
-    num_rows = x.shape[0] if permutation is None else permutation.shape[0]
-    num_experts, width, in_features = weight.shape
-    gated = activation is not None and ACTIVATIONS[activation].is_gated
-    out_width = width // 2 if gated else width
-    gpu = tuning.gpu_of(x.device)
-    if config is None:
-        rows, gathered = tuning.bucket(num_rows), permutation is not None
-        problem = tuning.Problem(
-            "gemm", x.dtype, rows, out_width, in_features, num_experts, gated, gathered, activation is None
+    gathered = permutation is not None
+    num_rows = permutation.shape[0] if gathered else x.shape[0]
+    num_experts, width, _ = weight.shape
+    out_width = width // 2 if activation is not None and ACTIVATIONS[activation].is_gated else width
+    if num_rows * width == 0:
+        empty = x.new_empty(0)
+        return x.new_empty(num_rows, out_width) if keep_out else empty, (
+            x.new_empty(num_rows, width) if keep_pre else empty
         )
-        config = tuning.get_config(problem, gpu)
-    out, pre = x.new_empty(0), x.new_empty(0)
-    if keep_out and config.SPLITS > 1:
-        out = x.new_empty(config.SPLITS, num_rows, out_width, dtype=torch.float32)
+    gpu = tuning.gpu_of(x.device)
+    stored = weight if weight.stride(2) == 1 else weight.transpose(1, 2)  # its rows as they lie in memory
+    plan = _plan(
+        x.device, x.dtype, tuning.bucket(num_rows), weight.shape, x.stride(), weight.stride(), top_k,
+        activation, gathered, not gathered and can_describe(x, gpu.has_tma),
+        can_describe(stored, gpu.has_tma), bias is not None, (keep_out, keep_pre), zero_tail,
+        input_precision(x.dtype), config, gpu,
+    )  # fmt: skip
+    num_splits = plan.config.SPLITS
+    out, pre = None, x.new_empty(num_rows, width) if keep_pre else None
+    if keep_out and num_splits > 1:
+        out = x.new_empty(num_splits, num_rows, out_width, dtype=torch.float32)
     elif keep_out:
         out = x.new_empty(num_rows, out_width)
-    if keep_pre:
-        pre = x.new_empty(num_rows, width)
-    if num_rows * width == 0:
-        return out, pre
-
-    k_inner = weight.stride(2) == 1
-    x_desc = describe(x, [config.BLOCK_M, config.BLOCK_K], gpu.has_tma and permutation is None)
-    if k_inner:
-        weight_desc = describe(weight, [1, config.BLOCK_N, config.BLOCK_K], gpu.has_tma)
-    else:
-        # the up half of a gated tile could start at a column that is not 16-byte aligned
-        block = [1, config.BLOCK_K, config.BLOCK_N]
-        weight_desc = describe(weight.transpose(1, 2), block, gpu.has_tma and not gated)
-    tiles = upper_bound(num_rows, num_experts, config.BLOCK_M) * triton.cdiv(out_width, config.BLOCK_N)
-    grouped_gemm_kernel[(min(gpu.sms * config.PER_SM, tiles * config.SPLITS),)](
-        None if x_desc else x,
-        x_desc,
-        None if weight_desc else weight,
-        weight_desc,
+    tiles = upper_bound(num_rows, num_experts, plan.config.BLOCK_M) * plan.tiles_n * num_splits
+    plan.launch(
+        min(plan.max_programs, tiles),
+        None if plan.x_block else x,
+        describe(x, plan.x_block) if plan.x_block else None,
+        None if plan.weight_block else weight,
+        describe(stored, plan.weight_block) if plan.weight_block else None,
         None if bias is None else bias.contiguous(),
         expert_offsets,
         permutation,
-        out if keep_out else None,
-        pre if keep_pre else None,
+        out,
+        pre,
         num_rows,
-        out_width,
-        in_features,
-        top_k,
-        *x.stride(),
-        *weight.stride(),
-        ACTIVATION=activation,
-        GATED=gated,
-        ZERO_TAIL=zero_tail,
-        K_INNER=k_inner,
-        EVEN_N=out_width % config.BLOCK_N == 0,
-        EVEN_K=in_features % (config.BLOCK_K * config.SPLITS) == 0,
-        INPUT_PRECISION=input_precision(x.dtype),
-        PARTS=config.epilogue_parts(config.BLOCK_M, config.BLOCK_N, tuning.EPILOGUE_SUMS // (1 + gated)),
-        E=num_experts,
-        E_POW2=triton.next_power_of_2(num_experts),
-        **config.constants(),
     )
-    return out, pre
+    return x.new_empty(0) if out is None else out, x.new_empty(0) if pre is None else pre
 
 
 @on_device_of_first

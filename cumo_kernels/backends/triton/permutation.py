@@ -14,12 +14,13 @@ _permute_kernel, _combine_kernel: one program per tile of rows x columns; memory
 Contract: cumo_kernels/ops/permutation.py. Truth: cumo_kernels/backends/reference/permutation.py.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cumo_kernels.backends.triton.common import narrow, tile_of_rows
-from cumo_kernels.backends.triton.tiles import on_device_of_first
+from cumo_kernels.backends.triton.launch import Launch, cdiv, on_device_of_first, planned, whole_rows
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -126,8 +127,48 @@ def _combine_backward_kernel(
     tl.store(dweights_ptr + slots, tl.sum(acc, 1), mask=mask)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+@planned
+def _plan_permute(device: torch.device, dtype: torch.dtype, width: int, stride: int, top_k: int):
+    """-> launch, rows of a tile, column tiles."""
+    rows, cols = tile_of_rows(width, dtype.itemsize)
+    launch = Launch(_permute_kernel, stride_x_t=stride, H=width, K=top_k, BLOCK_S=rows, BLOCK_H=cols)
+    return launch, rows, cdiv(width, cols)
+
+
+@planned
+def _plan_combine(
+    device: torch.device, dtype: torch.dtype, width: int, stride: int, top_k: int, weighted: bool
+):
+    """-> launch, tokens of a tile, column tiles."""
+    rows, cols = tile_of_rows(width, dtype.itemsize)
+    launch = Launch(
+        _combine_kernel,
+        stride_rows_s=stride,
+        H=width,
+        K=top_k,
+        BLOCK_T=rows,
+        BLOCK_H=cols,
+        WEIGHTED=weighted,
+    )
+    return launch, rows, cdiv(width, cols)
+
+
+@planned
+def _plan_backward(
+    device: torch.device, dtype: torch.dtype, width: int, strides: tuple[int, int], top_k: int
+):
+    """-> launch, slots of a program."""
+    rows, cols = tile_of_rows(width, dtype.itemsize)
+    launch = Launch(
+        _combine_backward_kernel,
+        stride_grad_t=strides[0],
+        stride_rows_s=strides[1],
+        H=width,
+        K=top_k,
+        BLOCK_S=rows,
+        BLOCK_H=cols,
+    )
+    return launch, rows
 
 
 @on_device_of_first
@@ -136,13 +177,9 @@ def permute(x: Tensor, permutation: Tensor, inverse_permutation: Tensor, top_k: 
     out = x.new_empty(num_slots, hidden_size)
     if out.numel() == 0:
         return out
-    x = _rows(x)
-    block_s, block_h = tile_of_rows(hidden_size, x.element_size())
-    grid = (triton.cdiv(num_slots, block_s) * triton.cdiv(hidden_size, block_h),)
-    _permute_kernel[grid](
-        x, permutation, inverse_permutation, out, x.stride(0), num_slots, hidden_size,
-        K=top_k, BLOCK_S=block_s, BLOCK_H=block_h,
-    )  # fmt: skip
+    x = whole_rows(x)
+    launch, block_s, col_tiles = _plan_permute(x.device, x.dtype, hidden_size, x.stride(0), top_k)
+    launch(cdiv(num_slots, block_s) * col_tiles, x, permutation, inverse_permutation, out, num_slots)
     return out
 
 
@@ -152,15 +189,12 @@ def combine(rows: Tensor, topk_weights: Tensor | None, inverse_permutation: Tens
     out = rows.new_empty(num_tokens, hidden_size)
     if out.numel() == 0:
         return out
-    rows = _rows(rows)
-    weighted = topk_weights is not None
-    block_t, block_h = tile_of_rows(hidden_size, rows.element_size())
-    grid = (triton.cdiv(num_tokens, block_t) * triton.cdiv(hidden_size, block_h),)
-    _combine_kernel[grid](
-        rows, topk_weights.contiguous() if weighted else None, inverse_permutation, out,
-        rows.stride(0), num_tokens, hidden_size,
-        K=top_k, BLOCK_T=block_t, BLOCK_H=block_h, WEIGHTED=weighted,
-    )  # fmt: skip
+    rows = whole_rows(rows)
+    weights = None if topk_weights is None else topk_weights.contiguous()
+    launch, block_t, col_tiles = _plan_combine(
+        rows.device, rows.dtype, hidden_size, rows.stride(0), top_k, weights is not None
+    )
+    launch(cdiv(num_tokens, block_t) * col_tiles, rows, weights, inverse_permutation, out, num_tokens)
     return out
 
 
@@ -173,11 +207,18 @@ def combine_backward(
     drows, dweights = rows.new_empty(rows.shape), topk_weights.new_empty(topk_weights.shape)
     if num_slots == 0:
         return drows, dweights
-    grad, rows = _rows(grad), _rows(rows)
-    block_s, block_h = tile_of_rows(hidden_size, rows.element_size())
-    _combine_backward_kernel[(triton.cdiv(num_slots, block_s),)](
-        grad, rows, topk_weights.contiguous(), permutation, inverse_permutation, drows, dweights,
-        grad.stride(0), rows.stride(0), num_slots, hidden_size,
-        K=top_k, BLOCK_S=block_s, BLOCK_H=block_h,
-    )  # fmt: skip
+    grad, rows = whole_rows(grad), whole_rows(rows)
+    strides = grad.stride(0), rows.stride(0)
+    launch, block_s = _plan_backward(rows.device, rows.dtype, hidden_size, strides, top_k)
+    launch(
+        cdiv(num_slots, block_s),
+        grad,
+        rows,
+        topk_weights.contiguous(),
+        permutation,
+        inverse_permutation,
+        drows,
+        dweights,
+        num_slots,
+    )
     return drows, dweights

@@ -10,7 +10,7 @@ group lie side by side, and the program that finishes a group last adds them in 
 reads x once, T * H elements (T * E without a gate).
 _route_backward_kernel: grid (min(cdiv(T, BLOCK_T), programs)); reads x and writes dx, 2 * T * H elements. The
 gate's gradient is summed per program in fp32, then over programs in order by sum_rows.
-sort_by_expert is in sorting.py.
+sort_by_expert is in sorting.py, what both kernels read in logits.py.
 
 Contract: cumo_kernels/ops/routing.py. Truth: cumo_kernels/backends/reference/routing.py.
 """
@@ -22,103 +22,31 @@ from torch import Tensor
 
 from cumo_kernels import tuning
 from cumo_kernels.backends.triton.common import dot, input_precision, narrow, precise_exp
+from cumo_kernels.backends.triton.launch import (
+    Launch,
+    cdiv,
+    next_power_of_2,
+    on_device_of_first,
+    planned,
+    whole_rows,
+)
+from cumo_kernels.backends.triton.logits import (
+    count_below,
+    group_bounds,
+    load_logits,
+    logsumexp_in_dtype,
+    rank_keys,
+    rounded,
+)
 from cumo_kernels.backends.triton.sorting import sort_by_expert
-from cumo_kernels.backends.triton.tiles import on_device_of_first, sum_rows
-from cumo_kernels.hardware import KIB, gpu_of
+from cumo_kernels.backends.triton.tiles import sum_rows
+from cumo_kernels.hardware import KIB, Gpu, gpu_of
 
 __all__ = ["route", "route_backward", "sort_by_expert"]
 
 COMPAT = {None: 0, "cumo": 1, "cumo_llm": 2}
 STAGES = 4  # tiles of x and of the gate that are under way at a time
 FUSED_GATE_EXPERTS = 32  # a wider gate has enough arithmetic for a GEMM of its own in backward
-
-
-@triton.jit
-def _count_below(sorted_ptr, value, length, steps):
-    """How many of the `length` ascending int32 at sorted_ptr are below `value` (int32 scalar or block)."""
-    low = value * 0
-    high = low + length
-    for _ in range(steps):
-        middle = (low + high) // 2
-        searching = low < high
-        below = searching & (tl.load(sorted_ptr + middle, mask=searching, other=0) < value)
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(searching & (below == 0), middle, high)
-    return low
-
-
-@triton.jit
-def _group_bounds(group_offsets_ptr, g, group_size, T, RAGGED: tl.constexpr):
-    """First and end token of group g."""
-    if RAGGED:
-        begin = tl.load(group_offsets_ptr + g)
-        end = tl.load(group_offsets_ptr + g + 1)
-    else:
-        begin = g * group_size
-        end = begin + group_size
-    return tl.minimum(tl.maximum(begin, 0), T), tl.minimum(tl.maximum(end, 0), T)
-
-
-@triton.jit
-def _load_logits(
-    x_ptr,  # (T, E), or (T, H) with a gate
-    gate_ptr,  # (E, H)
-    tokens,  # (BLOCK_T,) int64
-    token_mask,
-    stride_x_t,
-    stride_gate_e,
-    H,
-    E: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """(BLOCK_T, BLOCK_E) fp32; -inf right of E, zero below the last token."""
-    experts = tl.arange(0, BLOCK_E)
-    if HAS_GATE:
-        logits = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
-        x_ptrs = x_ptr + tokens[:, None] * stride_x_t
-        gate_ptrs = gate_ptr + experts[None, :].to(tl.int64) * stride_gate_e
-        for h in range(0, H, BLOCK_H):
-            cols = h + tl.arange(0, BLOCK_H)
-            x = tl.load(x_ptrs + cols[None, :], mask=token_mask[:, None] & (cols < H)[None, :], other=0.0)
-            gate = tl.load(
-                gate_ptrs + cols[:, None], mask=(cols < H)[:, None] & (experts < E)[None, :], other=0.0
-            )
-            logits = dot(x, gate, logits, INPUT_PRECISION)
-        logits = narrow(logits, x_ptr.dtype.element_ty).to(tl.float32)
-    else:
-        logits = tl.load(
-            x_ptr + tokens[:, None] * stride_x_t + experts[None, :],
-            mask=token_mask[:, None] & (experts < E)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-    return tl.where((experts < E)[None, :], logits, float("-inf"))
-
-
-@triton.jit
-def _rounded(value, DTYPE: tl.constexpr):
-    return narrow(value, DTYPE).to(tl.float32)
-
-
-@triton.jit
-def _logsumexp_in_dtype(logits, top, DTYPE: tl.constexpr):
-    """logsumexp with every step rounded to DTYPE, as torch.logsumexp computes it in that dtype."""
-    powers = _rounded(precise_exp(_rounded(logits - top[:, None], DTYPE)), DTYPE)
-    return _rounded(_rounded(tl.log(_rounded(tl.sum(powers, 1), DTYPE)), DTYPE) + top, DTYPE)
-
-
-@triton.jit
-def _rank_keys(values):
-    """int32 in the order of fp32 `values`; -0 equals 0, NaN of either sign is above all.
-
-    Columns right of E hold the least value there is, and of equals the leftmost is chosen: never one of them.
-    """
-    bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
-    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(values != values, 0x7FFFFFFF, keys)
 
 
 @triton.jit(do_not_specialize=["T", "G", "group_size", "steps"])
@@ -161,7 +89,7 @@ def _route_kernel(
     experts = tl.arange(0, BLOCK_E)
     choices = tl.arange(0, BLOCK_K)
     # int64: token * stride passes 2**31 at T * H = 2G elements
-    logits = _load_logits(
+    logits = load_logits(
         x_ptr, gate_ptr, tokens.to(tl.int64), token_mask, stride_x_t, stride_gate_e, H,
         E, BLOCK_T, BLOCK_E, BLOCK_H, HAS_GATE, INPUT_PRECISION,
     )  # fmt: skip
@@ -171,15 +99,15 @@ def _route_kernel(
     total = tl.sum(powers, 1)
     probs = tl.div_rn(powers, tl.broadcast_to(total[:, None], (BLOCK_T, BLOCK_E)))
     if COMPAT == 1:
-        probs = _rounded(probs, DTYPE)
+        probs = rounded(probs, DTYPE)
     if COMPAT == 0:
         lse = tl.log(total) + top
         squared = lse * lse
     else:
-        lse = _logsumexp_in_dtype(logits, top, DTYPE)
-        squared = _rounded(lse * lse, DTYPE)
+        lse = logsumexp_in_dtype(logits, top, DTYPE)
+        squared = rounded(lse * lse, DTYPE)
 
-    keys = _rank_keys(probs if COMPAT == 1 else logits)
+    keys = rank_keys(probs if COMPAT == 1 else logits)
     values = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
     indices = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.int32)
     for k in range(K):
@@ -193,10 +121,10 @@ def _route_kernel(
     if RENORMALIZE:
         kept = tl.sum(values, 1)
         if COMPAT == 1:
-            kept = _rounded(kept, DTYPE)
+            kept = rounded(kept, DTYPE)
         values = tl.div_rn(values, tl.broadcast_to(kept[:, None], (BLOCK_T, BLOCK_K)))
     if COMPAT != 0:
-        values = _rounded(values, DTYPE)
+        values = rounded(values, DTYPE)
     slots = tokens.to(tl.int64)[:, None] * K + choices[None, :]
     slot_mask = token_mask[:, None] & (choices < K)[None, :]
     tl.store(weights_ptr + slots, values, mask=slot_mask)
@@ -207,17 +135,17 @@ def _route_kernel(
     begin_tile = tile * BLOCK_T
     end_tile = tl.minimum(begin_tile + BLOCK_T, T)
     if RAGGED:
-        g_first = _count_below(group_offsets_ptr, begin_tile, G + 1, steps)
+        g_first = count_below(group_offsets_ptr, begin_tile, G + 1, steps)
         boundary = tl.load(group_offsets_ptr + g_first, mask=g_first <= G, other=begin_tile)
         g_first = tl.maximum(tl.where(boundary == begin_tile, g_first, g_first - 1), 0)
-        g_end = tl.minimum(_count_below(group_offsets_ptr, end_tile, G + 1, steps), G)
+        g_end = tl.minimum(count_below(group_offsets_ptr, end_tile, G + 1, steps), G)
         g_end = tl.where(tile == num_tiles - 1, G, g_end)
     else:
         g_first = begin_tile // group_size
         g_end = (end_tile - 1) // group_size + 1
     expert_mask = experts < E
     for g in range(g_first, g_end):
-        begin, end = _group_bounds(group_offsets_ptr, g, group_size, T, RAGGED)
+        begin, end = group_bounds(group_offsets_ptr, g, group_size, T, RAGGED)
         mine = token_mask & (tokens >= begin) & (tokens < end)
         # consecutive (tile, group) pairs that touch have consecutive tile + g
         row_ptr = sums_ptr + (tile + g).to(tl.int64) * (2 * E + 1)
@@ -249,12 +177,11 @@ def _route_kernel(
             count = tl.maximum(end - begin, 1).to(tl.float32)
             prob_mean = tl.sum(prob_acc, 0) / count
             if COMPAT == 1:
-                prob_mean = _rounded(prob_mean, DTYPE)
+                prob_mean = rounded(prob_mean, DTYPE)
             out = tl.cast(g, tl.int64) * E + experts
             tl.store(mean_probs_ptr + out, prob_mean, mask=expert_mask)
             tl.store(density_ptr + out, tl.sum(first_acc, 0) / count, mask=expert_mask)
             tl.store(z_ptr + g, tl.sum(z_acc, 0) / count)
-            tl.store(arrivals_ptr + g, 0)
 
 
 @triton.jit(do_not_specialize=["T", "G", "group_size", "steps"])
@@ -295,7 +222,7 @@ def _route_backward_kernel(
         token_mask = tokens < T
         tokens64 = tokens.to(tl.int64)
         mask = token_mask[:, None] & expert_mask[None, :]
-        logits = _load_logits(
+        logits = load_logits(
             x_ptr, gate_ptr, tokens64, token_mask, stride_x_t, stride_gate_e, H,
             E, BLOCK_T, BLOCK_E, BLOCK_H, HAS_GATE, INPUT_PRECISION,
         )  # fmt: skip
@@ -307,7 +234,7 @@ def _route_backward_kernel(
 
         # the share of each token in the means of its group
         if RAGGED:
-            group = _count_below(group_offsets_ptr, tokens + 1, G + 1, steps) - 1
+            group = count_below(group_offsets_ptr, tokens + 1, G + 1, steps) - 1
             in_group = token_mask & (group >= 0) & (group < G)
             begin = tl.load(group_offsets_ptr + group, mask=in_group, other=0)
             end = tl.load(group_offsets_ptr + group + 1, mask=in_group, other=1)
@@ -363,30 +290,52 @@ def _route_backward_kernel(
             tl.store(dx_ptr + tokens64[:, None] * E + experts[None, :], dlogits, mask=mask)
 
 
-def _tiles(x: Tensor, num_experts: int, has_gate: bool) -> dict:
+def _tokens_of_tile(num_tokens: int, gpu: Gpu) -> int:
+    """Enough programs for the chip first, then fewer, larger ones (another height rounds otherwise)."""
+    per_program = 0 if tuning.BATCH_INVARIANT else num_tokens // (2 * gpu.sms)
+    return 64 if per_program >= 64 else 32 if per_program >= 32 else 16
+
+
+def _tiles(dtype: torch.dtype, width: int, num_experts: int, has_gate: bool, block_t: int, gpu: Gpu) -> dict:
     """What forward and backward share, so that both compute the same logits."""
-    (num_tokens, width), gpu = x.shape, gpu_of(x.device)
-    block_e = triton.next_power_of_2(num_experts)
+    block_e = next_power_of_2(num_experts)
     if not has_gate:
         tile = {"BLOCK_T": max(8, min(128, 1024 // block_e)), "BLOCK_E": block_e, "BLOCK_H": 16}
         return {"E": num_experts, **tile, "HAS_GATE": False, "num_warps": 4}
-    is_fp32 = x.dtype == torch.float32
+    is_fp32 = dtype == torch.float32
     block_e = max(16, block_e)  # the least width of a tensor-core tile
-    # enough programs for the chip first, then fewer and larger ones; of another height they add up otherwise
-    per_program = 0 if tuning.BATCH_INVARIANT else num_tokens // (2 * gpu.sms)
-    block_t = 64 if per_program >= 64 else 32 if per_program >= 32 else 16
     # IEEE products run out of registers; Triton 3.6 fails to lay a 64 x 16 tile out in the tensor memory of
     # data-centre Blackwell
     block_t = min(block_t, 16 if is_fp32 else 32 if gpu.capability in (100, 103) else 64)
-    block_h = min(64 if is_fp32 or block_e > 64 else 128, max(16, triton.next_power_of_2(width)))
-    while STAGES * (block_t + block_e) * block_h * x.element_size() > gpu.shared_memory - 8 * KIB:
+    block_h = min(64 if is_fp32 or block_e > 64 else 128, max(16, next_power_of_2(width)))
+    while STAGES * (block_t + block_e) * block_h * dtype.itemsize > gpu.shared_memory - 8 * KIB:
         block_h //= 2
     tile = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_H": block_h}
     return {"E": num_experts, **tile, "HAS_GATE": True, "num_warps": 8 if block_e > 64 else 4}
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+@planned
+def _plan(
+    kernel, device: torch.device, dtype: torch.dtype, width: int, strides: tuple[int, int], num_experts: int,
+    has_gate: bool, block_t: int, ragged: bool, top_k: int, renormalize: bool, compat: str | None,
+    precision: str, gpu: Gpu,
+) -> tuple[Launch, int]:  # fmt: skip
+    """-> launch, tokens of a tile."""
+    tiles = _tiles(dtype, width, num_experts, has_gate, block_t, gpu)
+    own = {"num_stages": 3}
+    if kernel is _route_kernel:
+        rows = max(4, min(64, 1024 // tiles["BLOCK_E"]))
+        own = {
+            "BLOCK_K": next_power_of_2(top_k),
+            "BLOCK_R": rows,
+            "COMPAT": COMPAT[compat],
+            "num_stages": STAGES,
+        }
+    launch = Launch(
+        kernel, stride_x_t=strides[0], stride_gate_e=strides[1], H=width, K=top_k, RAGGED=ragged,
+        RENORMALIZE=renormalize, INPUT_PRECISION=precision, **own, **tiles,
+    )  # fmt: skip
+    return launch, tiles["BLOCK_T"]
 
 
 @on_device_of_first
@@ -411,22 +360,20 @@ def route(
     z = new(num_groups, **wide)
     if num_tokens == 0:
         return weights, indices, mean_probs, density, z
-    x = _rows(x)
-    gate = _rows(gate_weight) if has_gate else x
-    tiles = _tiles(x, num_experts, has_gate)
-    programs = triton.cdiv(num_tokens, tiles["BLOCK_T"])
+    x = whole_rows(x)
+    gate = whole_rows(gate_weight) if has_gate else x
+    gpu, ragged = gpu_of(x.device), group_offsets is not None
+    launch, block_t = _plan(
+        _route_kernel, x.device, x.dtype, hidden_size, (x.stride(0), gate.stride(0)), num_experts, has_gate,
+        _tokens_of_tile(num_tokens, gpu), ragged, top_k, renormalize, compat, input_precision(x.dtype), gpu,
+    )  # fmt: skip
+    programs = cdiv(num_tokens, block_t)
     sums = torch.empty(programs + num_groups, 2 * num_experts + 1, **wide)
     # anew each time: a buffer kept between calls would break CUDA-graph trees, and stay wrong after an abort
     arrivals = torch.zeros(num_groups, dtype=torch.int32, device=x.device)
-    _route_kernel[(programs,)](
-        x, gate, group_offsets, weights, indices, mean_probs, density, z,
-        sums, arrivals,
-        x.stride(0), gate.stride(0), num_tokens, hidden_size, num_groups,
-        num_tokens // num_groups, (num_groups + 1).bit_length(),
-        K=top_k, BLOCK_K=triton.next_power_of_2(top_k),
-        BLOCK_R=max(4, min(64, 1024 // tiles["BLOCK_E"])),
-        RAGGED=group_offsets is not None, RENORMALIZE=renormalize, COMPAT=COMPAT[compat],
-        INPUT_PRECISION=input_precision(x.dtype), num_stages=STAGES, **tiles,
+    launch(
+        programs, x, gate, group_offsets, weights, indices, mean_probs, density, z, sums, arrivals,
+        num_tokens, num_groups, num_tokens // num_groups, (num_groups + 1).bit_length(),
     )  # fmt: skip
     return weights, indices, mean_probs, density, z
 
@@ -458,21 +405,23 @@ def route_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if num_tokens == 0:
         return dx, torch.zeros_like(gate_weight) if has_gate else x.new_empty(0)
-    x = _rows(x)
-    gate = _rows(gate_weight) if has_gate else x
-    tiles = _tiles(x, num_experts, has_gate)
-    programs = triton.cdiv(num_tokens, tiles["BLOCK_T"])
+    x = whole_rows(x)
+    gate = whole_rows(gate_weight) if has_gate else x
+    gpu, ragged = gpu_of(x.device), group_offsets is not None
+    launch, block_t = _plan(
+        _route_backward_kernel, x.device, x.dtype, hidden_size, (x.stride(0), gate.stride(0)), num_experts,
+        has_gate, _tokens_of_tile(num_tokens, gpu), ragged, topk_indices.shape[1], renormalize, None,
+        input_precision(x.dtype), gpu,
+    )  # fmt: skip
+    programs = cdiv(num_tokens, block_t)
     sums = grad_z
     if has_gate:
-        programs = min(programs, 2 * gpu_of(x.device).sms)
+        programs = min(programs, 2 * gpu.sms)
         sums = torch.empty(programs, num_experts, hidden_size, dtype=torch.float32, device=x.device)
-    _route_backward_kernel[(programs,)](
-        grad_weights.contiguous(), grad_mean_probs.contiguous(), grad_z.contiguous(),
-        x, gate, topk_indices.contiguous(), group_offsets, dx, sums,
-        x.stride(0), gate.stride(0), num_tokens, hidden_size, num_groups,
-        num_tokens // num_groups, (num_groups + 1).bit_length(),
-        K=topk_indices.shape[1], RAGGED=group_offsets is not None, RENORMALIZE=renormalize,
-        INPUT_PRECISION=input_precision(x.dtype), num_stages=3, **tiles,
+    launch(
+        programs, grad_weights.contiguous(), grad_mean_probs.contiguous(), grad_z.contiguous(), x, gate,
+        topk_indices.contiguous(), group_offsets, dx, sums,
+        num_tokens, num_groups, num_tokens // num_groups, (num_groups + 1).bit_length(),
     )  # fmt: skip
     if not has_gate:
         return dx, x.new_empty(0)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels.backends.triton.tiles import on_device_of_first
+from cumo_kernels.backends.triton.launch import Launch, cdiv, next_power_of_2, on_device_of_first, planned
 
 
 @triton.jit(do_not_specialize=["S", "run"])
@@ -105,6 +105,21 @@ def _sort_kernel(
 MAX_PROGRAMS = 256  # every program of the sort reads the counts of all
 
 
+@planned
+def _plan(device: torch.device, num_experts: int) -> tuple[int, Launch, Launch, Launch]:
+    """-> slots of one step; the count, the sort behind it, and the sort by one program alone."""
+    block_e = next_power_of_2(num_experts)
+    # (BLOCK_S, BLOCK_E) is what one step ranks: 32 values per thread
+    block_s = max(16, min(2048, 8192 // block_e))
+    tiles = {"E": num_experts, "BLOCK_S": block_s, "BLOCK_E": block_e, "num_warps": 8}
+    count = Launch(_count_kernel, **tiles)
+    block_p = max(4, min(MAX_PROGRAMS, 8192 // block_e))
+    sort, sort_alone = (
+        Launch(_sort_kernel, BLOCK_P=block_p, ALONE=alone, **tiles) for alone in (False, True)
+    )
+    return block_s, count, sort, sort_alone
+
+
 @on_device_of_first
 def sort_by_expert(topk_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> tokens_per_expert (E,), expert_offsets (E + 1,), permutation (S,), inverse_permutation (S,)."""
@@ -113,18 +128,14 @@ def sort_by_expert(topk_indices: Tensor, num_experts: int) -> tuple[Tensor, Tens
     new = lambda *shape: torch.empty(*shape, dtype=torch.int32, device=indices.device)
     tokens_per_expert, expert_offsets = new(num_experts), new(num_experts + 1)
     permutation, inverse = new(num_slots), new(num_slots)
-    block_e = triton.next_power_of_2(num_experts)
-    # (BLOCK_S, BLOCK_E) is what one step ranks: 32 values per thread
-    block_s = max(16, min(2048, 8192 // block_e))
-    tiles = {"E": num_experts, "BLOCK_S": block_s, "BLOCK_E": block_e, "num_warps": 8}
-    alone = num_slots <= 4 * block_s
-    programs = 1 if alone else min(triton.cdiv(num_slots, block_s), MAX_PROGRAMS)
-    run = triton.cdiv(triton.cdiv(num_slots, programs), block_s) * block_s
-    counts = indices if alone else new(programs, num_experts)
-    if not alone:
-        _count_kernel[(programs,)](indices, counts, num_slots, run, **tiles)
-    _sort_kernel[(programs,)](
-        indices, counts, tokens_per_expert, expert_offsets, permutation, inverse, num_slots, run,
-        BLOCK_P=max(4, min(MAX_PROGRAMS, 8192 // block_e)), ALONE=alone, **tiles,
-    )  # fmt: skip
-    return tokens_per_expert, expert_offsets, permutation, inverse
+    results = tokens_per_expert, expert_offsets, permutation, inverse
+    block_s, count, sort, sort_alone = _plan(indices.device, num_experts)
+    if num_slots <= 4 * block_s:
+        sort_alone(1, indices, indices, *results, num_slots, num_slots)
+        return results
+    programs = min(cdiv(num_slots, block_s), MAX_PROGRAMS)
+    run = cdiv(cdiv(num_slots, programs), block_s) * block_s
+    counts = new(programs, num_experts)
+    count(programs, indices, counts, num_slots, run)
+    sort(programs, indices, counts, *results, num_slots, run)
+    return results

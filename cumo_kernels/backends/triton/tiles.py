@@ -5,45 +5,21 @@ tiles_n * SPLITS tiles; tiles are numbered expert by expert, so which expert a t
 device from the offsets alone, and the grid needs no routing.
 
 An operand is a pointer with strides, or a descriptor that the copy engine of Hopper and later reads
-(`describe`); descriptors give zeros outside the tensor.
+(launch.py); descriptors give zeros outside the tensor.
 """
-
-from collections.abc import Callable
-from functools import wraps
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cumo_kernels.backends.triton.common import narrow
-
-
-def on_device_of_first(function: Callable) -> Callable:
-    """Triton launches on the current device: make that the device of the first argument."""
-
-    @wraps(function)
-    def launch(first: Tensor, *args):
-        with torch.cuda.device_of(first):
-            return function(first, *args)
-
-    return launch
-
-
-def describe(tensor: Tensor, block_shape: list[int], has_tma: bool) -> TensorDescriptor | None:
-    """A descriptor of `tensor`, or None where the copy engine is missing or cannot address it."""
-    size = tensor.element_size()
-    if not has_tma or tensor.numel() == 0 or tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
-        return None
-    if any(stride <= 0 or stride * size % 16 for stride in tensor.stride()[:-1]):
-        return None
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block_shape)
+from cumo_kernels.backends.triton.launch import Launch, cdiv, next_power_of_2, planned
 
 
 def upper_bound(num_rows: int, num_experts: int, block_m: int) -> int:
     """Row tiles that any routing of `num_rows` rows can need."""
-    return min(triton.cdiv(num_rows, block_m) + num_experts - 1, num_rows)
+    return min(cdiv(num_rows, block_m) + num_experts - 1, num_rows)
 
 
 @triton.jit
@@ -181,14 +157,18 @@ def _sum_rows_kernel(
     tl.store(out_ptr + cols, narrow(tl.sum(acc, 0), out_ptr.dtype.element_ty), mask=cols < N)
 
 
+@planned
+def _plan_sum(device: torch.device, dtype: torch.dtype, num_rows: int, width: int) -> tuple[Launch, int]:
+    block_r = min(32, next_power_of_2(num_rows))
+    block_n = 4096 // block_r
+    launch = Launch(_sum_rows_kernel, R=num_rows, N=width, BLOCK_R=block_r, BLOCK_N=block_n)
+    return launch, cdiv(width, block_n)
+
+
 def sum_rows(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """(R, ...) fp32 -> (...): the sum over the first dimension, in a fixed order."""
     out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
     if out.numel():
-        num_rows = partials.shape[0]
-        block_r = min(32, triton.next_power_of_2(num_rows))
-        block_n = 4096 // block_r
-        _sum_rows_kernel[(triton.cdiv(out.numel(), block_n),)](
-            partials, out, num_rows, out.numel(), BLOCK_R=block_r, BLOCK_N=block_n
-        )
+        launch, programs = _plan_sum(partials.device, dtype, partials.shape[0], out.numel())
+        launch(programs, partials, out)
     return out

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cumo_kernels import tuning
 from cumo_kernels.backends.triton.common import dot, input_precision, narrow
-from cumo_kernels.backends.triton.tiles import describe, grouped_order, halves, sum_rows
+from cumo_kernels.backends.triton.launch import Launch, can_describe, cdiv, describe, planned
+from cumo_kernels.backends.triton.tiles import grouped_order, halves, sum_rows
 
 
 @triton.jit
@@ -235,6 +236,56 @@ def weight_grad_kernel(
         _store(acc, out_ptr + (slab * N + first_n) * K, N - first_n, first_k, K, PARTS)
 
 
+@planned
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    num_experts: int,
+    width: int,
+    in_features: int,
+    grad_strides: tuple[int, int],
+    x_strides: tuple[int, int],
+    top_k: int,
+    gather_grad: bool,
+    gather_x: bool,
+    describe_grad: bool,
+    describe_x: bool,
+    with_bias: bool,
+    with_row_weights: bool,
+    precision: str,
+    config: tuning.Config | None,
+    gpu: tuning.Gpu,
+) -> tuple[tuning.Config, Launch, int]:
+    """-> config, launch, programs."""
+    if config is None:
+        gathered = gather_grad or gather_x
+        problem = tuning.Problem(
+            "weight_grad", dtype, rows, width, in_features, num_experts, False, gathered, True
+        )
+        config = tuning.get_config(problem, gpu)
+    launch = Launch(
+        weight_grad_kernel,
+        N=width,
+        K=in_features,
+        top_k=top_k,
+        stride_grad_s=grad_strides[0],
+        stride_grad_n=grad_strides[1],
+        stride_x_s=x_strides[0],
+        stride_x_k=x_strides[1],
+        GATHER_GRAD=gather_grad,
+        GATHER_X=gather_x,
+        EVEN_N=width % config.BLOCK_N == 0,
+        EVEN_K=in_features % config.BLOCK_K == 0,
+        INPUT_PRECISION=precision,
+        PARTS=config.epilogue_parts(config.BLOCK_N, config.BLOCK_K),
+        E=num_experts,
+        **config.constants("FLATTEN"),
+    )
+    tiles = cdiv(width, config.BLOCK_N) * cdiv(in_features, config.BLOCK_K) * num_experts * config.SPLITS
+    return config, launch, min(gpu.sms * config.PER_SM, tiles)
+
+
 def launch_weight_grad(
     grad: Tensor,
     x: Tensor,
@@ -245,7 +296,6 @@ def launch_weight_grad(
     *,
     gather: str = "x",
     row_weights: Tensor | None = None,
-    dtype: torch.dtype | None = None,
     config: tuning.Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> grad_weight (E, N, K), grad_bias (E, N) or empty; `permutation` gathers "x" or "grad".
@@ -254,14 +304,17 @@ def launch_weight_grad(
     """
     num_experts = expert_offsets.shape[0] - 1
     width, in_features = grad.shape[1], x.shape[1]
-    num_rows = x.shape[0] if gather == "grad" or permutation is None else grad.shape[0]
+    gather_grad = permutation is not None and gather == "grad"
+    gather_x = permutation is not None and gather == "x"
+    num_rows = grad.shape[0] if gather_x else x.shape[0]
     gpu = tuning.gpu_of(x.device)
-    if config is None:
-        rows, gathered = tuning.bucket(num_rows), permutation is not None
-        problem = tuning.Problem(
-            "weight_grad", x.dtype, rows, width, in_features, num_experts, False, gathered, True
-        )
-        config = tuning.get_config(problem, gpu)
+    describe_grad = not gather_grad and can_describe(grad, gpu.has_tma)
+    describe_x = not gather_x and can_describe(x, gpu.has_tma)
+    config, launch, programs = _plan(
+        x.device, x.dtype, tuning.bucket(num_rows), num_experts, width, in_features, grad.stride(),
+        x.stride(), top_k, gather_grad, gather_x, describe_grad, describe_x, need_bias,
+        row_weights is not None, input_precision(x.dtype), config, gpu,
+    )  # fmt: skip
     split = config.SPLITS > 1
     make = lambda *size: x.new_empty(
         (config.SPLITS, *size) if split else size, dtype=torch.float32 if split else x.dtype
@@ -270,33 +323,17 @@ def launch_weight_grad(
     grad_bias = make(num_experts, width) if need_bias else x.new_empty(0)
     if grad_weight.numel() == 0:
         return grad_weight, grad_bias
-
-    gather_grad = permutation is not None and gather == "grad"
-    gather_x = permutation is not None and gather == "x"
-    tiles = triton.cdiv(width, config.BLOCK_N) * triton.cdiv(in_features, config.BLOCK_K) * num_experts
-    weight_grad_kernel[(min(gpu.sms * config.PER_SM, tiles * config.SPLITS),)](
+    launch(
+        programs,
         grad,
-        describe(grad, [config.BLOCK_M, config.BLOCK_N], gpu.has_tma and not gather_grad),
+        describe(grad, [config.BLOCK_M, config.BLOCK_N]) if describe_grad else None,
         x,
-        describe(x, [config.BLOCK_M, config.BLOCK_K], gpu.has_tma and not gather_x),
+        describe(x, [config.BLOCK_M, config.BLOCK_K]) if describe_x else None,
         expert_offsets,
         permutation,
         row_weights,
         grad_weight,
         grad_bias if need_bias else None,
-        width,
-        in_features,
-        top_k,
-        *grad.stride(),
-        *x.stride(),
-        GATHER_GRAD=gather_grad,
-        GATHER_X=gather_x,
-        EVEN_N=width % config.BLOCK_N == 0,
-        EVEN_K=in_features % config.BLOCK_K == 0,
-        INPUT_PRECISION=input_precision(x.dtype),
-        PARTS=config.epilogue_parts(config.BLOCK_N, config.BLOCK_K),
-        E=num_experts,
-        **config.constants("FLATTEN"),
     )
     if split:
         grad_weight = sum_rows(grad_weight, x.dtype)

@@ -1,0 +1,94 @@
+"""The host's side of a launch, as short as it can be: a decode step waits for it.
+
+What follows from shapes, strides and dtypes alone (tile sizes, constants, grid) is a plan, which a launcher
+keeps for each kind of call (`planned`); a `Launch` in it remembers what Triton compiled.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+planned = lru_cache(4096)  # for pure functions of what decides a launch; the device is one of the arguments
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def on_device_of_first(function: Callable) -> Callable:
+    """Triton launches on the current device: make that the device of the first argument."""
+
+    @wraps(function)
+    def launch(first: Tensor, *args):
+        with torch.cuda.device_of(first):
+            return function(first, *args)
+
+    return launch
+
+
+def whole_rows(x: Tensor) -> Tensor:
+    """x itself where the elements of a row lie side by side, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class Launch:
+    """A kernel on one device with all arguments fixed but tensors, descriptors and unspecialised integers.
+
+    Triton binds and classifies every argument at every call, three times the work of the launch itself. Here
+    nothing can differ between calls but the alignment of pointers: the key of the plan holds dtypes, and
+    which tensors are None.
+    """
+
+    def __init__(self, kernel, *, num_warps: int = 4, num_stages: int = 3, **fixed):
+        self._kernel, self._options = kernel, {"num_warps": num_warps, "num_stages": num_stages}
+        self._free = [i for i, name in enumerate(kernel.arg_names) if name not in fixed]
+        self._arguments = [fixed.get(name) for name in kernel.arg_names]
+        for parameter in getattr(kernel, "params", ()):
+            is_data = parameter.name.endswith(("_ptr", "_desc"))
+            if not (parameter.name in fixed or is_data or parameter.do_not_specialize):
+                raise TypeError(f"{kernel.arg_names[parameter.num]} is specialised and must be fixed")
+        self._compiled: dict[tuple, object] = {}
+
+    def __call__(self, programs: int, *values: Tensor | TensorDescriptor | int | None) -> None:
+        """Launch with the arguments that are not fixed, in the kernel's order."""
+        arguments = self._arguments.copy()
+        for i, value in zip(self._free, values, strict=True):
+            arguments[i] = value
+        aligned = tuple([v.data_ptr() & 15 for v in values if type(v) is Tensor])
+        compiled = self._compiled.get(aligned)
+        if compiled is not None:
+            compiled[(programs, 1, 1)](*arguments)
+            return
+        named = dict(zip(self._kernel.arg_names, arguments, strict=True))
+        compiled = self._kernel[(programs,)](**named, **self._options)
+        # None from the interpreter, and where kernels are only compiled
+        if compiled is not None:
+            self._compiled[aligned] = compiled
+
+
+def can_describe(tensor: Tensor, has_tma: bool) -> bool:
+    """Whether the copy engine is there and can address `tensor`: what a plan's key must hold of it."""
+    if not has_tma or tensor.numel() == 0 or tensor.data_ptr() & 15:
+        return False
+    *outer, inner = tensor.stride()
+    size = tensor.element_size()
+    return inner == 1 and all(stride > 0 and stride * size % 16 == 0 for stride in outer)
+
+
+class _Descriptor(TensorDescriptor):
+    """Without the checks, which `can_describe` has made."""
+
+    def __post_init__(self):
+        pass
+
+
+def describe(tensor: Tensor, block_shape: list[int]) -> TensorDescriptor:
+    """A descriptor of what `can_describe` accepts; reads outside the tensor give zeros."""
+    return _Descriptor(tensor, tensor.shape, tensor.stride(), block_shape)
