@@ -42,6 +42,7 @@ def _finish_hidden(
     N,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    EVEN_N: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Backward of the activation for one tile, PARTS times a part of its columns. -> dots"""
@@ -50,16 +51,18 @@ def _finish_hidden(
         half: tl.constexpr = h.shape[1] // 2
         dots = _finish_hidden(
             left, dots, weights, z_ptr, dz_ptr, weighted_ptr, rows_left, first_col, N,
-            ACTIVATION, GATED, PARTS // 2,
+            ACTIVATION, GATED, EVEN_N, PARTS // 2,
         )  # fmt: skip
         dots = _finish_hidden(
             right, dots, weights, z_ptr, dz_ptr, weighted_ptr, rows_left, first_col + half, N,
-            ACTIVATION, GATED, PARTS // 2,
+            ACTIVATION, GATED, EVEN_N, PARTS // 2,
         )  # fmt: skip
     else:
         rows = tl.arange(0, h.shape[0])[:, None]
         cols = (first_col + tl.arange(0, h.shape[1]))[None, :]
-        mask = (rows < rows_left) & (cols < N)
+        mask = rows < rows_left
+        if not EVEN_N:
+            mask = mask & (cols < N)
         offsets = rows * (2 * N if GATED else N) + cols
         z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         a, slope = act_and_grad(z, ACTIVATION)
@@ -150,7 +153,7 @@ def grad_hidden_kernel(
             weighted_row = weighted_ptr + row64 * N
         dots = _finish_hidden(
             h, tl.zeros((BLOCK_M,), tl.float32), weights, z_ptr + row64 * width, dz_row, weighted_row,
-            end - first_row, first_col, N, ACTIVATION, GATED, PARTS,
+            end - first_row, first_col, N, ACTIVATION, GATED, EVEN_N, PARTS,
         )  # fmt: skip
         if dots_ptr is not None:
             tl.store(dots_ptr + rows.to(tl.int64) * tiles_n + tile_n, dots, mask=rows < end)
