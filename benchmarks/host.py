@@ -1,0 +1,160 @@
+"""python -m benchmarks.host: what the host does for one call of a layer, up to the driver, without a GPU.
+
+A driver that runs nothing (stub_driver.c) stands for libcuda.so.1. All above it is real: checks, dispatch,
+autograd, tile choice, allocation (on the CPU's allocator), Triton's launcher. Processor time of one thread,
+lower quartile. The driver's own work is not in it.
+
+Gate: every kernel gets from the remembered launch what Triton's own binding gave it in the first.
+"""
+
+import argparse
+import ctypes
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 64, 256, 512, 4, 2
+
+
+def load_stub() -> ctypes.CDLL:
+    """The stub, under the name by which Triton will look for the driver."""
+    folder = tempfile.mkdtemp(prefix="cumo-stub-")
+    library = f"{folder}/libcuda.so.1"
+    source = Path(__file__).with_name("stub_driver.c")
+    command = ["cc", "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source]
+    subprocess.run(command, check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = folder
+    stub = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+    stub.stub_launches.restype = ctypes.c_long
+    return stub
+
+
+class Notes(list):
+    """Launches, noted while `on`."""
+
+    on = False
+
+
+def use_stub() -> Notes:
+    """Make Triton launch for an H100 on CPU tensors, and note what it launches."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import driver
+
+    notes = Notes()
+
+    class Launcher(nvidia.CudaLauncher):
+        def __call__(self, *args):
+            if notes.on:
+                # grid; warps, clusters and shared memory; the kernel's arguments
+                notes.append((args[:3], args[5], *map(_value, args[9:])))
+            super().__call__(*args)
+
+    class Driver(nvidia.CudaDriver):
+        def __init__(self):
+            self.utils, self.launcher_cls = nvidia.CudaUtils(), Launcher
+            self.get_current_device = lambda: 0
+            self.get_current_stream = lambda device: 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    driver.set_active(Driver())
+    return notes
+
+
+def _value(arg) -> object:
+    """What a kernel sees of an argument, but for where a tensor lies."""
+    if isinstance(arg, Tensor):
+        return tuple(arg.shape), arg.dtype
+    if hasattr(arg, "block_shape"):
+        return tuple(arg.base.shape), tuple(arg.shape), tuple(arg.strides), tuple(arg.block_shape)
+    return arg
+
+
+def make_calls(gated: bool) -> dict[str, Callable[[], object]]:
+    """Calls by name; the layer is router and experts, with biases where it is not gated."""
+    from cumo_kernels import dispatch, expert_mlp, hardware, route, testing
+    from cumo_kernels.ops import checks, routing
+
+    hardware._assumed = hardware.find("nvidia_h100")
+    dispatch.BACKENDS = (dispatch.Backend("triton", lambda *_: None),)
+    # what kernels would have written is garbage here, and on a GPU nobody looks at it
+    checks.values_at_hand = routing.values_at_hand = lambda tensor: False
+
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(*size, generator=generator).bfloat16().requires_grad_()
+    x, gate = draw(TOKENS, HIDDEN), draw(EXPERTS, HIDDEN)
+    up, down = draw(EXPERTS, INTERMEDIATE * (1 + gated), HIDDEN), draw(EXPERTS, HIDDEN, INTERMEDIATE)
+    biases = () if gated else (draw(EXPERTS, INTERMEDIATE), draw(EXPERTS, HIDDEN))
+    leaves, grad = (x, gate, up, down, *biases), torch.randn(TOKENS, HIDDEN).bfloat16()
+    plan, name = testing.make_routing("uniform", TOKENS, EXPERTS, TOP_K), "swiglu" if gated else "quick_gelu"
+    experts = lambda plan: expert_mlp(x, plan, up, down, *biases, activation=name)
+    layer = lambda: experts(route(x, TOP_K, gate))
+
+    def inference(call):
+        with torch.no_grad():
+            return call()
+
+    return {
+        "route": lambda: inference(lambda: route(x, TOP_K, gate)),
+        "experts": lambda: inference(lambda: experts(plan)),
+        "layer": lambda: inference(layer),
+        "layer, graph kept": layer,
+        "layer, forward and backward": lambda: torch.autograd.grad(layer(), leaves, grad),
+    }
+
+
+def check(call: Callable[[], object], notes: Notes) -> None:
+    """The second call launches what the first, which Triton bound and compiled, did."""
+    rounds = []
+    for _ in range(2):
+        notes.clear()
+        notes.on = True
+        call()
+        notes.on = False
+        rounds.append(list(notes))
+    first, second = rounds
+    if not first or first != second:
+        raise SystemExit(f"remembered launches differ from Triton's own:\n{first}\n{second}")
+
+
+def measure(call: Callable[[], object], repeats: int) -> float:
+    """Lower quartile of the thread's processor time, in us."""
+    times = []
+    for _ in range(repeats):
+        start = time.thread_time_ns()
+        call()
+        times.append(time.thread_time_ns() - start)
+    return statistics.quantiles(times, n=4)[0] / 1e3
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=500)
+    args = parser.parse_args(argv)
+    if torch.cuda.is_available():
+        parser.error("this machine has a GPU: python -m benchmarks.bench_overhead measures it whole")
+    torch.set_num_threads(1)
+    stub, notes = load_stub(), use_stub()
+    print("| call | experts | launches | us |\n|---|---|---|---|")
+    for gated in (False, True):
+        for name, call in make_calls(gated).items():
+            check(call, notes)
+            before = stub.stub_launches()
+            call()
+            launches = stub.stub_launches() - before
+            kind = "gated" if gated else "with biases"
+            print(f"| {name} | {kind} | {launches} | {measure(call, args.repeats):.0f} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
