@@ -1,6 +1,6 @@
 """python -m benchmarks.choose: from timings on GPUs to cumo_kernels/measured.json, which `auto` looks at.
 
-An entry is one case in which all backends were timed in turns within one run; of several runs the last counts.
+An entry is one case whose backends were timed in turns within one run; of several runs the last counts.
 """
 
 import argparse
@@ -65,9 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     found = entries(record.read(args.results))
     if not found:
-        print(
-            f"choose: {args.results} has no case in which {' and '.join(RIVALS)} were both timed on a known GPU"
-        )
+        print(f"choose: {args.results} has no case with {' and '.join(RIVALS)} both timed on a known GPU")
         return 0
     measured.save(found, args.out)
     for gpu, rows in found.items():
