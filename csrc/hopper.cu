@@ -5,8 +5,9 @@
 // overlap). The other two multiply with wgmma out of shared memory, give stages back, and finish their sums (epilogue.cuh)
 // while the first is ahead in the next tile. Wide tiles, 128 x 256 x 64 in four stages, they share (64 rows each); narrow
 // ones, 128 x 128 x 64 in six, they take in turns, so that one finishes its sums while the other multiplies. Forward
-// plan.h chooses; grad_hidden, which has most to do behind its product, is narrow. A full and an empty mbarrier per stage;
-// no cluster.
+// plan.h chooses; grad_hidden, which has most to do behind its product, is narrow. A full and an empty mbarrier per stage,
+// and for turns one per group: a phase is known by its parity alone, so nobody may wait for a stage before the other has
+// seen all earlier ones come. No cluster.
 #include "hopper.h"
 
 #include "epilogue.cuh"
@@ -109,7 +110,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   unsigned char* shared = shared_memory<unsigned char>();
   Barrier* full = reinterpret_cast<Barrier*>(shared + S::kBarriers);
   Barrier* empty = full + S::kCount;
+  Barrier* free_for = empty + S::kCount;  // of each consumer: the other has issued its product
   if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) init_barrier(&free_for[i], kGroup / kWarp);
     for (int i = 0; i < S::kCount; ++i) {
       init_barrier(&full[i], p.permutation ? 1 + kGroup : 1);
       init_barrier(&empty[i], (kTakeTurns ? 1 : 2) * kGroup / kWarp);
@@ -128,7 +131,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   TileWalk walk(p.expert_offsets, p.E, tiles_n, kRows, splits);
   Tile tile;
   Turn<S::kCount> turn;
-  bool others = kTakeTurns && warp >= kGroup / kWarp;
+  const int me = warp / (kGroup / kWarp);
+  bool others = kTakeTurns && me == 1;
+  int phase = me ^ 1;  // the first group need not wait for the first tile
   for (int number = blockIdx.x; walk.find(number, tile); number += gridDim.x) {
     const Steps part = steps_of_split(ceil_div(p.K, kSteps), tile.split, splits);
     const int steps = part.end - part.begin;
@@ -136,7 +141,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       turn.skip(steps);
     } else {
       float d[kM][kCols / 2];
-      multiply_stages<T, kCols, false, !kAlong>(steps, shared, full, empty, turn, d, [](int, const unsigned char*) {});
+      if (kTakeTurns) wait_for(&free_for[me], phase);
+      multiply_stages<T, kCols, false, !kAlong>(
+          steps, shared, full, empty, turn, d, [](int, const unsigned char*) {},
+          [&] {
+            if (kTakeTurns && threadIdx.x % kWarp == 0) arrive(&free_for[me ^ 1]);
+          });
+      phase ^= 1;
 #pragma unroll
       for (int m = 0; m < kM; ++m)
         finish_rows<kCols>(end, d[m], patch, tile, tile.first_row + (kTakeTurns ? m * 4 + warp % 4 : warp) * 16, tiles_n);

@@ -21,7 +21,7 @@ struct Stages {
   static constexpr int kCount = kCols == 256 ? 4 : 6;
   static constexpr int kABytes = kRows * kRowBytes, kBBytes = kCols * kRowBytes, kBytes = kABytes + kBBytes;
   static constexpr int kPatches = kCount * kBytes, kBarriers = kPatches + 8 * kPatchBytes;
-  static constexpr int kShared = kBarriers + 2 * kCount * 8;
+  static constexpr int kShared = kBarriers + (2 * kCount + 2) * 8;  // full, empty, and whose turn it is
   static_assert(kShared <= 227 * 1024 && kLag < kCount - 1);
 };
 
@@ -61,11 +61,11 @@ __device__ __forceinline__ void hand_over_rest(Barrier* full, Turn<kCount>& land
 }
 
 // d[m] (64, kCols) = rows of A times B over `steps` stages: with kM = 1 this warpgroup's half of the 128 rows, with kM = 2
-// both. seen(step, a) may look at a stage's A.
-template <class T, int kCols, bool kAcrossA, bool kAcrossB, int kM, class Seen>
+// both. seen(step, a) may look at a stage's A; issued() is called when no stage is waited for any more.
+template <class T, int kCols, bool kAcrossA, bool kAcrossB, int kM, class Seen, class Issued>
 __device__ __forceinline__ void multiply_stages(int steps, unsigned char* shared, Barrier* full, Barrier* empty,
                                                 Turn<Stages<kCols>::kCount>& turn, float (&d)[kM][kCols / 2],
-                                                Seen seen) {
+                                                Seen seen, Issued issued) {
   using S = Stages<kCols>;
   // 64 rows along the reduction and a chunk of 64 columns across it are both this many bytes
   constexpr int kChunk = kSteps * kRowBytes;
@@ -99,6 +99,7 @@ __device__ __forceinline__ void multiply_stages(int steps, unsigned char* shared
     last = turn.stage;
     turn.next();
   }
+  issued();
   wgmma_wait<T, kCols, 0>();
 #pragma unroll
   for (int m = 0; m < kM; ++m) pin(d[m]);

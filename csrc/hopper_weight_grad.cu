@@ -105,7 +105,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             sum += p.row_weights ? p.row_weights[p.permutation[row]] * to_float(value) : to_float(value);
           }
           sync_warp();  // one lane gives the stage back for all
-        });
+        },
+        [] {});
     if (sums_bias) {
       halves[thread] = sum;
       sync_some(1, 2 * kGroup);

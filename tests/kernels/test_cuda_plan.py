@@ -34,7 +34,7 @@ def plan(S, E, width, K, *, gated=False, can_split=False, steady=False, hopper=T
 
 
 def test_what_the_layers_of_cumo_run_with_on_an_h100():
-    """Columns of a tile, tiles along them, parts of the sum, blocks; an expert of one crop has 3 row tiles."""
+    """Columns of a tile, tiles along them, parts of the sum, blocks; one crop is 3 row tiles an expert."""
     assert plan(1154, 4, 4096, 1024) == (
         128,
         32,
@@ -163,7 +163,7 @@ def test_split_sums_of_a_layer(many_processors, module, dtype, gated):
 
 @emulated
 def test_combine_adds_up_the_parts(many_processors, module, dtype):
-    """A decoding step: down projection and input gradient are split, combine takes the parts; no other launch."""
+    """A decoding step: down projection and input gradient are split, and combine takes their parts."""
     plan = make_routing("uniform", 3, 4, 2)
     x, up = torch.randn(3, 40, dtype=dtype), torch.randn(4, 1096, 40, dtype=dtype) / 6
     down = torch.randn(4, 24, 1096, dtype=dtype) / 33
@@ -181,6 +181,27 @@ def test_combine_adds_up_the_parts(many_processors, module, dtype):
         with torch.no_grad():
             assert launches(module, lambda: run(x, up, down, bias)) == 3
             assert torch.equal(run(x, up, down, bias), run(x, up, down, bias))
+
+
+@emulated
+@pytest.mark.parametrize("steady", [False, True], ids=["narrow", "wide"])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_several_long_tiles_for_each_block(monkeypatch, gathered, steady):
+    """Hopper's consumers in turns or together, on an odd number of tiles longer than the ring of stages."""
+    monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", "90")
+    monkeypatch.setenv("CUMO_BATCH_INVARIANT", str(int(steady)))
+    assert plan(90, 3, 300, 832, places=2, steady=steady)[:2] == ((256, 2) if steady else (128, 3))
+    routing = make_routing("uniform", 45, 3, 2)
+    offsets, order = routing.expert_offsets, (routing.permutation, routing.inverse_permutation)
+    x, weight = torch.randn(45 if gathered else 90, 832).half(), torch.randn(3, 300, 832).half() / 29
+    gather, rest = (routing, (*order, 2, "gelu")) if gathered else (None, (None, None, 1, "gelu"))
+    with use_backend("cuda"):
+        assert_as_accurate_as_torch(
+            lambda x, w: cumo_kernels.grouped_gemm(x, w, offsets, gather=gather, activation="gelu"),
+            lambda x, w: reference.grouped_gemm(x, w, offsets, None, *rest)[0],
+            x,
+            weight,
+        )
 
 
 @emulated
