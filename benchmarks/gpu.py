@@ -6,7 +6,7 @@ run that is cut off leaves what it found. In the folder given by --out:
     summary.md     a line per step, rewritten after each
     log.txt        everything the steps printed
     verify.json    every case of verify
-    results.tgz    CSV files, pictures, REPORT.md, tile sizes
+    results.tgz    CSV files, pictures, REPORT.md, tile sizes, which backend was faster
 """
 
 import argparse
@@ -115,6 +115,7 @@ def plan(device: str, out: Path) -> list[Step]:
         Step("tune more", (*tune, "--shape", "llm", "--shape", "mlp"), 120, need_gpu),
         Step("all gpu tests", (*tests, *spread, "-m", "gpu", "tests/kernels"), 300, need_gpu),
         Step("full bench", (*bench, "--full", "--seconds", "0.3"), 600, need_gpu),
+        Step("choose", (python, "-m", "benchmarks.choose"), RESERVE, always=True),
         Step("report", (python, "-m", "benchmarks.plot"), RESERVE, always=True),
     ]  # fmt: skip
 
@@ -166,7 +167,13 @@ def pack(out: Path) -> None:
     """results.tgz: whatever the benchmarks and the tuning have written so far."""
     part = out / ".results.tgz.part"
     with tarfile.open(part, "w:gz") as tar:
-        for name in ("benchmarks/results", "benchmarks/REPORT.md", "cumo_kernels/configs"):
+        written = (
+            "benchmarks/results",
+            "benchmarks/REPORT.md",
+            "cumo_kernels/configs",
+            "cumo_kernels/measured.json",
+        )
+        for name in written:
             if (ROOT / name).exists():
                 tar.add(ROOT / name, name)
     part.replace(out / "results.tgz")

@@ -25,6 +25,7 @@
 
 #include "checks.h"
 #include "kernels.h"
+#include "launches.h"
 #include "tiles.h"
 
 namespace cumo {
@@ -34,11 +35,14 @@ using MaybeTensor = std::optional<Tensor>;
 
 #ifdef CUMO_EMULATE
 
-struct On {  // the emulated device: CUMO_EMULATE_CAPABILITY, and few processors so that a block walks several tiles
-  Device device{nullptr, 2, 80, 227 * 1024};
+struct On {  // the emulated device; few processors unless told otherwise, so that a block walks several tiles
+  Device device{nullptr, number("CUMO_EMULATE_SMS", 2), number("CUMO_EMULATE_CAPABILITY", 80), 227 * 1024};
 
-  explicit On(const Tensor&) {
-    if (const char* capability = std::getenv("CUMO_EMULATE_CAPABILITY")) device.capability = std::atoi(capability);
+  explicit On(const Tensor&) {}
+
+  static int number(const char* name, int otherwise) {
+    const char* text = std::getenv(name);
+    return text ? std::atoi(text) : otherwise;
   }
 };
 
@@ -180,12 +184,12 @@ Tensor permute(const Tensor& x, const Tensor& permutation, const Tensor& inverse
   return out;
 }
 
-Tensor combine(const Tensor& rows, const MaybeTensor& topk_weights, const Tensor& inverse_permutation, int64_t top_k) {
-  CHECK_DEVICE(rows);
-  CHECK_DIM(rows, 2);
-  CHECK_INDEX(inverse_permutation, rows, rows.size(0));
-  const int64_t num_tokens = rows.size(0) / top_k;
-  const Dtype dtype = dtype_of("rows", rows);
+// rows (S, H), or in fp32 (parts, S, H), whose sum they are; out (T, H) of `out_dtype`.
+Tensor combine_parts(const Tensor& rows, const MaybeTensor& topk_weights, const Tensor& inverse_permutation,
+                     int64_t top_k, at::ScalarType out_dtype) {
+  const int parts = rows.dim() == 3 ? static_cast<int>(rows.size(0)) : 1;
+  const int64_t num_tokens = rows.size(-2) / top_k;
+  CHECK_INDEX(inverse_permutation, rows, rows.size(-2));
   Tensor weights;
   if (topk_weights) {
     CHECK_DTYPE(*topk_weights, at::kFloat);
@@ -193,13 +197,20 @@ Tensor combine(const Tensor& rows, const MaybeTensor& topk_weights, const Tensor
     CHECK_SAME_DEVICE(*topk_weights, rows);
     weights = topk_weights->contiguous();
   }
-  Tensor out = make(rows, {num_tokens, rows.size(1)});
+  Tensor out = make(rows, {num_tokens, rows.size(-1)}, out_dtype);
   if (out.numel() == 0) return out;
   const On on(rows);
   const Tensor source = rows_of(rows);
-  combine(on.device, dtype, data(source), source.stride(0), topk_weights ? floats(weights) : nullptr,
-          ints(inverse_permutation), num_tokens, rows.size(1), narrow("top_k", top_k), out.mutable_data_ptr());
+  combine(on.device, dtype_of("rows", out), data(source), source.stride(-2), parts,
+          topk_weights ? floats(weights) : nullptr, ints(inverse_permutation), num_tokens, rows.size(-1),
+          narrow("top_k", top_k), out.mutable_data_ptr());
   return out;
+}
+
+Tensor combine(const Tensor& rows, const MaybeTensor& topk_weights, const Tensor& inverse_permutation, int64_t top_k) {
+  CHECK_DEVICE(rows);
+  CHECK_DIM(rows, 2);
+  return combine_parts(rows, topk_weights, inverse_permutation, top_k, rows.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad, const Tensor& rows, const Tensor& topk_weights,
@@ -275,10 +286,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& x, const 
   Tensor mean_probs = stats({r.G, r.E}), density = stats({r.G, r.E}), z = stats({r.G});
   if (r.T) {
     const On on(x);
-    Tensor sums = make(x, {route_blocks(r.T) + r.G, 2 * r.E + 1}, at::kFloat);
+    Tensor scratch = make(x, {route_scratch(r)}, at::kFloat);
     route(on.device, dtype, r, weights.mutable_data_ptr<float>(), indices.mutable_data_ptr<int>(),
           mean_probs.mutable_data_ptr<float>(), density.mutable_data_ptr<float>(), z.mutable_data_ptr<float>(),
-          sums.mutable_data_ptr<float>());
+          scratch.mutable_data_ptr<float>());
   }
   return {weights, indices, mean_probs, density, z};
 }
@@ -296,6 +307,10 @@ std::tuple<Tensor, Tensor> route_backward(const Tensor& grad_weights, const Tens
   CHECK_SHAPE(grad_mean_probs, G, r.E);
   CHECK_SHAPE(grad_z, G);
   CHECK_DTYPE(topk_indices, at::kInt);
+  CHECK_SAME_DEVICE(topk_indices, x);
+  CHECK_SAME_DEVICE(grad_weights, x);
+  CHECK_SAME_DEVICE(grad_mean_probs, x);
+  CHECK_SAME_DEVICE(grad_z, x);
   Tensor dlogits = make(x, {r.T, r.E});
   if (r.T == 0) return {make(x, x.sizes()), gate_weight ? zeros(x, gate_weight->sizes(), x.scalar_type()) : make(x, {0})};
   const On on(x);
@@ -322,11 +337,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& topk_ind
   const On on(indices);
   Tensor tokens_per_expert = make(indices, {num_experts}), expert_offsets = make(indices, {num_experts + 1});
   Tensor permutation = make(indices, {S}), inverse = make(indices, {S});
-  const int blocks = sort_blocks(S);
-  Tensor counts = make(indices, {blocks > 1 ? blocks : 0, num_experts});
+  Tensor scratch = make(indices, {sort_scratch(S, static_cast<int>(num_experts))});
   sort_by_expert(on.device, ints(indices), S, static_cast<int>(num_experts), tokens_per_expert.mutable_data_ptr<int>(),
                  expert_offsets.mutable_data_ptr<int>(), permutation.mutable_data_ptr<int>(),
-                 inverse.mutable_data_ptr<int>(), counts.mutable_data_ptr<int>());
+                 inverse.mutable_data_ptr<int>(), scratch.mutable_data_ptr<int>());
   return {tokens_per_expert, expert_offsets, permutation, inverse};
 }
 
@@ -381,13 +395,31 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         arg("need_up"), arg("need_down"));
 
   // index arithmetic, for tests/kernels/test_cuda.py
-  m.def("_find_tiles", [](const std::vector<int>& offsets, int tiles_n, int tile_rows) {
-    TileWalk walk(offsets.data(), static_cast<int>(offsets.size()) - 1, tiles_n, tile_rows);
-    std::vector<std::tuple<int, int, int, int>> found;
+  m.def("_find_tiles", [](const std::vector<int>& offsets, int tiles_n, int tile_rows, int splits) {
+    TileWalk walk(offsets.data(), static_cast<int>(offsets.size()) - 1, tiles_n, tile_rows, splits);
+    std::vector<std::tuple<int, int, int, int, int>> found;
     for (Tile tile; walk.find(static_cast<int>(found.size()), tile);)
-      found.emplace_back(tile.expert, tile.first_row, tile.end_row, tile.tile_n);
+      found.emplace_back(tile.expert, tile.first_row, tile.end_row, tile.tile_n, tile.split);
     return found;
   });
+  m.def("_steps_of_split", [](int steps, int split, int splits) {
+    const Steps found = steps_of_split(steps, split, splits);
+    return std::make_tuple(found.begin, found.end);
+  });
+  m.def("_grad_tile", [](const std::vector<int>& offsets, int number, int tiles_n, int tiles_k, int splits, int depth) {
+    const GradTile<256> t(offsets.data(), number, tiles_n, tiles_k, splits, depth);
+    return std::make_tuple(t.expert, t.split, t.begin, t.end, t.first_n, t.first_k);
+  });
+  const auto as_tuple = [](const Plan& p) { return std::make_tuple(p.tile_cols, p.tiles_n, p.tiles_k, p.splits, p.blocks); };
+  m.def("_plan_rows", [as_tuple](bool hopper, int64_t S, int E, int64_t width, bool gated, int64_t steps, int64_t places,
+                                 bool can_split, bool steady) {
+    return as_tuple(plan_rows(hopper, S, E, width, gated, steps, places, can_split, !can_split, steady));
+  });
+  m.def("_plan_weight_grad", [as_tuple](bool hopper, int64_t S, int E, int64_t N, int64_t K, int depth, int64_t places) {
+    return as_tuple(plan_weight_grad(hopper, S, E, N, K, depth, places));
+  });
+  m.def("_shared_bytes", [] { return gemm_shared_bytes(); });
+  m.def("_launches", [] { return launches.load(); });
   m.def("_most_row_tiles", &most_row_tiles);
   m.def("_weight_column", [](int tile_n, int tile_columns, int r, int N, bool gated) {
     const WeightColumn column = weight_column(tile_n, tile_columns, r, N, gated);

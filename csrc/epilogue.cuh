@@ -61,9 +61,26 @@ struct ForwardEnd {
   const T* bias;  // (E, width) or null
   T* out;         // (S, N) or null
   T* pre;         // (S, width) or null: z
+  float* parts;   // (splits, S, N) or null: what to write instead, sums of a part of the reduction
+  int64_t S;
   int N, width;   // width is N, or 2N if gated
   Act kind;
   bool gated, wide;
+
+  // The bias goes with the first part.
+  __device__ __forceinline__ void finish_part(const float* patch, const Tile& tile, int64_t row, int col) const {
+    const int left = N - col;
+    if (left <= 0) return;
+    float values[kRun];
+    load_run(patch, kRun, true, values);
+    if (bias && tile.split == 0) {
+      float b[kRun];
+      load_run(bias + int64_t{tile.expert} * N + col, left, wide, b);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) values[i] += b[i];
+    }
+    store_run(parts + (tile.split * S + row) * N + col, values, left, wide);
+  }
 
   __device__ __forceinline__ void finish_half(float (&sums)[kRun], int64_t expert, int64_t row, int col, int left) const {
     if (bias) {
@@ -157,10 +174,22 @@ __device__ __forceinline__ void zero_rows(T* out, int64_t begin, int64_t end, in
 }
 
 template <class T>
-ForwardEnd<T> forward_end(const Gemm& p, void* out, void* pre) {
-  const bool wide = runs_are_wide<T>(p.bias, p.N) && runs_are_wide<T>(out, p.N) && runs_are_wide<T>(pre, p.N);
-  return {static_cast<const T*>(p.bias), static_cast<T*>(out), static_cast<T*>(pre), p.N, p.gated ? 2 * p.N : p.N,
-          p.act, p.gated, wide};
+ForwardEnd<T> forward_end(const Gemm& p, void* out, void* pre, float* parts) {
+  const bool wide = runs_are_wide<T>(p.bias, p.N) && runs_are_wide<T>(out, p.N) && runs_are_wide<T>(pre, p.N) &&
+                    runs_are_wide<float>(parts, p.N);
+  return {static_cast<const T*>(p.bias), static_cast<T*>(out), static_cast<T*>(pre), parts, p.S, p.N,
+          p.gated ? 2 * p.N : p.N, p.act, p.gated, wide};
+}
+
+// Rows past the last expert's end, in every part.
+template <class T>
+__device__ __forceinline__ void zero_tail(const ForwardEnd<T>& end, const Gemm& p, int splits, int thread, int threads) {
+  if (!p.zero_tail) return;
+  const int tail = p.expert_offsets[p.E];
+  zero_rows(end.out, tail, p.S, p.N, thread, threads);
+  zero_rows(end.pre, tail, p.S, end.width, thread, threads);
+  for (int split = 0; split < splits; ++split)
+    zero_rows(end.parts ? end.parts + split * p.S * p.N : nullptr, tail, p.S, p.N, thread, threads);
 }
 
 template <class T>
@@ -179,9 +208,14 @@ __device__ __forceinline__ void finish_patch(const ForwardEnd<T>& end, const flo
 #pragma unroll 1
   for (int item = lane; item < kPatchRows * runs; item += kWarp) {
     const int row = first_row + item / runs, col = first_col + item % runs * (kPatchCols / runs);
-    if (row < tile.end_row)
-      end.finish(patch + item / runs * kPatchStride + item % runs * (kPatchCols / runs), tile.expert, row,
-                 weight_column(tile.tile_n, tile_cols, col, end.N, end.gated).index);
+    if (row >= tile.end_row) continue;
+    const float* run = patch + item / runs * kPatchStride + item % runs * (kPatchCols / runs);
+    const int index = weight_column(tile.tile_n, tile_cols, col, end.N, end.gated).index;
+    if (end.parts) {
+      end.finish_part(run, tile, row, index);
+    } else {
+      end.finish(run, tile.expert, row, index);
+    }
   }
 }
 

@@ -49,18 +49,42 @@ GemmTensors describe_gemm(const Tensor& x, const Tensor& weight, const Tensor& e
   return t;
 }
 
-// -> out and pre-activation, empty where not kept. Without `zero_tail` rows past the last expert's end are left.
+// What CUMO_BATCH_INVARIANT=1 asks for: cumo_kernels/tuning.py.
+bool batch_invariant() {
+  const char* wish = std::getenv("CUMO_BATCH_INVARIANT");
+  return wish && std::string(wish) == "1";
+}
+
+Tensor added_up(const Tensor& parts, at::ScalarType dtype) {
+  Tensor out = make(parts, parts.sizes().slice(1), dtype);
+  if (out.numel() == 0) return out;
+  const On on(parts);
+  sum_parts(on.device, dtype_of("out", out), floats(parts), static_cast<int>(parts.size(0)), out.numel(),
+            out.mutable_data_ptr());
+  return out;
+}
+
+// -> out and pre-activation, empty where not kept; where it pays out is fp32 (parts, S, N), still to be added up.
+// Without `zero_tail` rows past the last expert's end are left.
 std::tuple<Tensor, Tensor> multiply(const Tensor& x, const Tensor& weight, const Tensor& expert_offsets,
                                     const MaybeTensor& bias, const MaybeTensor& permutation, int64_t top_k,
                                     Activation activation, bool keep_out, bool keep_pre, bool zero_tail) {
   const Dtype dtype = dtype_of("x", x);
   GemmTensors t = describe_gemm(x, weight, expert_offsets, bias, permutation, top_k, activation);
   t.p.zero_tail = zero_tail;
-  Tensor out = keep_out ? make(x, {t.p.S, t.p.N}) : make(x, {0});
+  t.p.can_split = activation.kind == Act::none && keep_out && !keep_pre;
+  t.p.steady = batch_invariant();
   Tensor pre = keep_pre ? make(x, {t.p.S, weight.size(1)}) : make(x, {0});
-  if (t.p.S * t.p.N == 0) return {out, pre};
+  if (t.p.S * t.p.N == 0) return {keep_out ? make(x, {t.p.S, t.p.N}) : make(x, {0}), pre};
   const On on(x);
-  grouped_gemm(on.device, dtype, t.p, out_or_null(out), out_or_null(pre));
+  const Plan plan = plan_gemm(on.device, dtype, t.p);
+  if (plan.splits > 1) {
+    Tensor parts = make(x, {plan.splits, t.p.S, t.p.N}, at::kFloat);
+    grouped_gemm(on.device, dtype, t.p, plan, nullptr, nullptr, parts.mutable_data_ptr<float>());
+    return {parts, pre};
+  }
+  Tensor out = keep_out ? make(x, {t.p.S, t.p.N}) : make(x, {0});
+  grouped_gemm(on.device, dtype, t.p, plan, out_or_null(out), out_or_null(pre), nullptr);
   return {out, pre};
 }
 
@@ -68,9 +92,12 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& x, const Tensor& weight, c
                                         const MaybeTensor& bias, const MaybeTensor& permutation,
                                         const MaybeTensor& inverse_permutation, int64_t top_k,
                                         const std::optional<std::string>& activation) {
-  (void)inverse_permutation;  // a gathered row past the last expert's end is a zero row of out anyway
+  // not needed: a gathered row past the last expert's end is a zero row of out anyway
+  CHECK_DEVICE(x);
+  if (inverse_permutation) CHECK_SAME_DEVICE(*inverse_permutation, x);
   const Activation act = activation ? activation_of(*activation) : Activation{Act::none, false};
-  return multiply(x, weight, expert_offsets, bias, permutation, top_k, act, true, activation.has_value(), true);
+  auto [out, pre] = multiply(x, weight, expert_offsets, bias, permutation, top_k, act, true, activation.has_value(), true);
+  return {out.dim() == 3 ? added_up(out, x.scalar_type()) : out, pre};
 }
 
 std::tuple<Tensor, Tensor> weight_gradient(const Tensor& grad, const Tensor& x, const Tensor& expert_offsets,
@@ -82,6 +109,7 @@ std::tuple<Tensor, Tensor> weight_gradient(const Tensor& grad, const Tensor& x, 
   const int64_t num_experts = expert_offsets.numel() - 1;
   CHECK_INDEX(expert_offsets, x, num_experts + 1);
   if (permutation) CHECK_INDEX(*permutation, x, permutation->numel());
+  if (row_weights) CHECK_SAME_DEVICE(*row_weights, x);
   const Dtype dtype = dtype_of("x", x);
   const Tensor grad_rows = rows_of(grad), x_rows = rows_of(x);
   WeightGrad p{};
@@ -99,19 +127,46 @@ std::tuple<Tensor, Tensor> weight_gradient(const Tensor& grad, const Tensor& x, 
   p.N = narrow("N", grad.size(1));
   p.K = narrow("K", x.size(1));
   p.top_k = narrow("top_k", top_k);
-  Tensor out = make(x, {num_experts, p.N, p.K}), bias = need_bias ? make(x, {num_experts, p.N}) : make(x, {0});
-  if (out.numel() == 0) return {out, bias};
+  if (num_experts * p.N == 0) return {make(x, {num_experts, p.N, p.K}), make(x, {need_bias ? num_experts : 0, p.N})};
   const On on(x);
-  grouped_gemm_weight_grad(on.device, dtype, p, out.mutable_data_ptr(), out_or_null(bias));
-  return {out, bias};
+  const Plan plan = plan_weight_grad(on.device, dtype, p);
+  const bool split = plan.splits > 1;
+  std::vector<int64_t> sizes{num_experts, p.N, p.K}, bias_sizes{num_experts, p.N};
+  if (split) sizes.insert(sizes.begin(), plan.splits), bias_sizes.insert(bias_sizes.begin(), plan.splits);
+  const at::ScalarType stored = split ? at::kFloat : x.scalar_type();
+  Tensor out = make(x, sizes, stored), bias = need_bias ? make(x, bias_sizes, stored) : make(x, {0});
+  grouped_gemm_weight_grad(on.device, dtype, p, plan, out_or_null(out), out_or_null(bias));
+  if (!split) return {out, bias};
+  return {added_up(out, x.scalar_type()), need_bias ? added_up(bias, x.scalar_type()) : bias};
 }
 
 std::tuple<Tensor, Tensor> grouped_gemm_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& expert_offsets,
                                                     const MaybeTensor& permutation,
                                                     const MaybeTensor& inverse_permutation, int64_t top_k,
                                                     bool need_bias) {
-  (void)inverse_permutation;  // rows of dropped slots lie past every expert's end
+  // not needed: rows of dropped slots lie past every expert's end
+  CHECK_DEVICE(x);
+  if (inverse_permutation) CHECK_SAME_DEVICE(*inverse_permutation, x);
   return weight_gradient(grad, x, expert_offsets, permutation, top_k, need_bias, false, std::nullopt);
+}
+
+// All before the first launch, under the names of the layer's own arguments.
+void check_layer(const Tensor& x, const Tensor& topk_weights, const Tensor& permutation,
+                 const Tensor& inverse_permutation, const Tensor& expert_offsets, const Tensor& up_proj,
+                 const Tensor& down_proj, const MaybeTensor& up_bias, const MaybeTensor& down_bias) {
+  CHECK_DEVICE(x);
+  CHECK_DTYPE(topk_weights, at::kFloat);
+  CHECK_SAME_DEVICE(topk_weights, x);
+  CHECK_INDEX(permutation, x, topk_weights.numel());
+  CHECK_INDEX(inverse_permutation, x, topk_weights.numel());
+  CHECK_INDEX(expert_offsets, x, up_proj.size(0) + 1);
+  for (const auto& [name, tensor] : {std::pair{"up_proj", &up_proj}, std::pair{"down_proj", &down_proj},
+                                     std::pair{"up_bias", up_bias ? &*up_bias : nullptr},
+                                     std::pair{"down_bias", down_bias ? &*down_bias : nullptr}})
+    if (tensor)
+      TORCH_CHECK_VALUE(tensor->device() == x.device() && tensor->scalar_type() == x.scalar_type(), name,
+                        " must have the device and dtype of x, ", x.device(), " ", x.scalar_type(), ", got ",
+                        tensor->device(), " ", tensor->scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& permutation,
@@ -119,12 +174,15 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& top
                                               const Tensor& up_proj, const Tensor& down_proj,
                                               const MaybeTensor& up_bias, const MaybeTensor& down_bias,
                                               const std::string& activation, const std::string& memory) {
+  check_layer(x, topk_weights, permutation, inverse_permutation, expert_offsets, up_proj, down_proj, up_bias,
+              down_bias);
   const int64_t top_k = topk_weights.size(1);
   auto [a, z] = multiply(x, up_proj, expert_offsets, up_bias, permutation, top_k, activation_of(activation), true,
                          memory == "preact" || memory == "all", false);
   const Tensor y = std::get<0>(multiply(a, down_proj, expert_offsets, down_bias, std::nullopt, top_k,
                                         {Act::none, false}, true, false, false));
-  return {combine(y, topk_weights, inverse_permutation, top_k), z, memory == "all" ? a : make(x, {0})};
+  return {combine_parts(y, topk_weights, inverse_permutation, top_k, x.scalar_type()), z,
+          memory == "all" ? a : make(x, {0})};
 }
 
 // w[p] act(z[p]) of a pre-activation, or w[p] grad[token of p] without an activation: (S, N).
@@ -148,7 +206,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     const MaybeTensor& up_bias, const MaybeTensor& down_bias, const Tensor& z, const Tensor& a,
     const std::string& activation, const std::string& memory, bool need_x, bool need_weights, bool need_up,
     bool need_down) {
-  CHECK_DTYPE(topk_weights, at::kFloat);
+  check_layer(x, topk_weights, permutation, inverse_permutation, expert_offsets, up_proj, down_proj, up_bias,
+              down_bias);
+  CHECK_SAME_DEVICE(grad, x);
+  CHECK_DTYPE(grad, x.scalar_type());
+  CHECK_SAME_DEVICE(z, x);
+  CHECK_SAME_DEVICE(a, x);
   const Activation act = activation_of(activation);
   const Dtype dtype = dtype_of("x", x);
   const int64_t top_k = topk_weights.size(1), S = permutation.numel();
@@ -206,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   if (need_x) {
     const Tensor rows = std::get<0>(multiply(dz, up_proj.transpose(1, 2), expert_offsets, std::nullopt, std::nullopt,
                                              top_k, {Act::none, false}, true, false, false));
-    dx = combine(rows, std::nullopt, inverse_permutation, top_k);
+    dx = combine_parts(rows, std::nullopt, inverse_permutation, top_k, x.scalar_type());
   }
   return {dx, dweights, dup, dup_bias, ddown, ddown_bias};
 }

@@ -14,8 +14,8 @@
 namespace cumo {
 
 template <class T, bool kTf32, bool kAlong>
-__device__ __forceinline__ void multiply_expert_rows(const Gemm& p, const Tile& tile, bool wide_x, bool wide_w,
-                                                     Acc& acc) {
+__device__ __forceinline__ void multiply_expert_rows(const Gemm& p, const Tile& tile, int splits, bool wide_x,
+                                                     bool wide_w, Acc& acc) {
   const T* x = static_cast<const T*>(p.x);
   const T* weight = static_cast<const T*>(p.weight) + tile.expert * p.stride_w_e;
   const T* rows[kPieces];
@@ -32,10 +32,11 @@ __device__ __forceinline__ void multiply_expert_rows(const Gemm& p, const Tile& 
     inside[j] = column.left > 0;
     weights[j] = weight + (inside[j] ? column.index : 0) * p.stride_w;
   }
+  const Steps steps = steps_of_split(ceil_div(p.K, kDepth<T>), tile.split, splits);
   multiply_tiles<T, kTf32, true, kAlong>(
-      ceil_div(p.K, kDepth<T>), acc,
+      steps.end - steps.begin, acc,
       [&](int step, unsigned char* a, unsigned char* b) {
-        const int begin = step * kDepth<T>;
+        const int begin = (steps.begin + step) * kDepth<T>;
 #pragma unroll
         for (int j = 0; j < kPieces; ++j) {
           const AlongPiece piece(j);
@@ -75,35 +76,31 @@ __device__ __forceinline__ void for_each_patch(const Acc& acc, Finish finish) {
 
 template <class T, bool kTf32, bool kAlong>
 __global__ void __launch_bounds__(kGemmThreads, 1)
-    grouped_gemm_kernel(Gemm p, ForwardEnd<T> end, int tiles_n, bool wide_x, bool wide_w) {
-  TileWalk walk(p.expert_offsets, p.E, tiles_n, kTileRows);
+    grouped_gemm_kernel(Gemm p, ForwardEnd<T> end, int tiles_n, int splits, bool wide_x, bool wide_w) {
+  TileWalk walk(p.expert_offsets, p.E, tiles_n, kTileRows, splits);
   Tile tile;
   const WarpPlace place;
   for (int number = blockIdx.x; walk.find(number, tile); number += gridDim.x) {
     Acc acc;
-    multiply_expert_rows<T, kTf32, kAlong>(p, tile, wide_x, wide_w, acc);
+    multiply_expert_rows<T, kTf32, kAlong>(p, tile, splits, wide_x, wide_w, acc);
     for_each_patch(acc, [&](const float* patch, int m) {
       finish_patch(end, patch, tile, tile.first_row + place.row + m * 16, place.col, kTileCols);
     });
     sync_block();
   }
-  if (p.zero_tail) {
-    const int tail = p.expert_offsets[p.E];
-    zero_rows(end.out, tail, p.S, p.N, threadIdx.x, kGemmThreads);
-    zero_rows(end.pre, tail, p.S, end.width, threadIdx.x, kGemmThreads);
-  }
+  zero_tail(end, p, splits, threadIdx.x, kGemmThreads);
 }
 
 template <class T, bool kTf32>
 __global__ void __launch_bounds__(kGemmThreads, 1)
     grad_hidden_kernel(Gemm p, HiddenEnd<T> end, int tiles_n, bool wide_x, bool wide_w) {
-  TileWalk walk(p.expert_offsets, p.E, tiles_n, kTileRows);
+  TileWalk walk(p.expert_offsets, p.E, tiles_n, kTileRows, 1);
   Tile tile;
   const WarpPlace place;
   float* partial = shared_memory<float>() + 8 * (kPatchBytes / 4);  // (128 rows, 4 warps)
   for (int number = blockIdx.x; walk.find(number, tile); number += gridDim.x) {
     Acc acc;
-    multiply_expert_rows<T, kTf32, false>(p, tile, wide_x, wide_w, acc);
+    multiply_expert_rows<T, kTf32, false>(p, tile, 1, wide_x, wide_w, acc);
     for_each_patch(acc, [&](const float* patch, int m) {
       float dots[2] = {};
       finish_patch(end, patch, tile, tile.first_row + place.row + m * 16, place.col, kTileCols, dots);
@@ -131,18 +128,27 @@ static bool wide_w(const Gemm& p, int bytes) {
   return aligned16(p.weight, 0, p.stride_w, bytes) && p.stride_w_e * bytes % 16 == 0 &&
          (p.k_inner || !p.gated || p.N * bytes % 16 == 0);
 }
-static int64_t blocks(const Device& device, const Gemm& p, int tiles_n) {
-  return std::min<int64_t>(2 * device.sms, most_row_tiles(p.S, p.E, kTileRows) * tiles_n);
+
+std::vector<int> gemm_shared_bytes() {
+  std::vector<int> found{kGemmShared};
+  for (const int bytes : hopper_shared_bytes()) found.push_back(bytes);
+  return found;
 }
 
-void grouped_gemm(const Device& device, Dtype dtype, const Gemm& p, void* out, void* pre) {
-  if (uses_hopper(device, dtype, p)) return hopper_grouped_gemm(device, dtype, p, out, pre);
-  const int tiles_n = ceil_div(p.N, p.gated ? kTileCols / 2 : kTileCols);
+Plan plan_gemm(const Device& device, Dtype dtype, const Gemm& p) {
+  const bool hopper = uses_hopper(device, dtype, p);
+  return plan_rows(hopper, p.S, p.E, p.N, p.gated, p.K / (kRowBytes / bytes_of(dtype)),
+                   device.sms * (hopper ? 1 : kGemmPerSm), p.can_split, !p.can_split, p.steady);
+}
+
+void grouped_gemm(const Device& device, Dtype dtype, const Gemm& p, const Plan& plan, void* out, void* pre,
+                  float* parts) {
+  if (plan.hopper) return hopper_grouped_gemm(device, dtype, p, plan, out, pre, parts);
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto end = forward_end<T>(p, out, pre);
+    const auto end = forward_end<T>(p, out, pre, parts);
     const auto run = [&](auto kernel) {
-      launch(device, kernel, blocks(device, p, tiles_n), kGemmThreads, kGemmShared, p, end, tiles_n,
+      launch(device, kernel, plan.blocks, kGemmThreads, kGemmShared, p, end, plan.tiles_n, plan.splits,
              wide_x(p, sizeof(T)), wide_w(p, sizeof(T)));
     };
     if constexpr (sizeof(T) == 4) {
@@ -168,11 +174,12 @@ void grad_hidden(const Device& device, Dtype dtype, const Gemm& p, const float* 
   if (uses_hopper(device, dtype, product))
     return hopper_grad_hidden(device, dtype, p, topk_weights, z, dz, weighted, dots);
   const int tiles_n = grad_hidden_tiles(device, dtype, p);
+  const int64_t blocks = std::min<int64_t>(kGemmPerSm * device.sms, most_row_tiles(p.S, p.E, kTileRows) * tiles_n);
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto end = hidden_end<T>(p, topk_weights, z, dz, weighted, dots);
     const auto run = [&](auto kernel) {
-      launch(device, kernel, blocks(device, p, tiles_n), kGemmThreads, kGemmShared, product, end, tiles_n,
+      launch(device, kernel, blocks, kGemmThreads, kGemmShared, product, end, tiles_n,
              wide_x(product, sizeof(T)), wide_w(product, sizeof(T)));
     };
     if constexpr (sizeof(T) == 4) {

@@ -2,9 +2,12 @@
 //
 // A persistent block of three warpgroups. The first brings operands: the weight by TMA, rows of x by TMA or, gathered,
 // by cp.async of all its threads, which hand a stage over once their copies are in (kLag stages later, so that copies
-// overlap). The other two multiply 64 x kCols each with wgmma out of shared memory, give stages back, and finish their
-// sums (epilogue.cuh) while the first is ahead in the next tile. A full and an empty mbarrier per stage; no cluster.
-// 128 x 256 x 64, four stages forward; 128 x 128 x 64, six stages for grad_hidden, whose epilogue needs more registers.
+// overlap). The other two multiply with wgmma out of shared memory, give stages back, and finish their sums (epilogue.cuh)
+// while the first is ahead in the next tile. Wide tiles, 128 x 256 x 64 in four stages, they share (64 rows each); narrow
+// ones, 128 x 128 x 64 in six, they take in turns, so that one finishes its sums while the other multiplies. Forward
+// plan.h chooses; grad_hidden, which has most to do behind its product, is narrow. A full and an empty mbarrier per stage,
+// and for turns one per group: a phase is known by its parity alone, so nobody may wait for a stage before the other has
+// seen all earlier ones come. No cluster.
 #include "hopper.h"
 
 #include "epilogue.cuh"
@@ -12,16 +15,14 @@
 
 namespace cumo {
 
-constexpr int kForwardCols = 256;
-
 template <class T, int kCols, bool kAlong>
 __device__ __forceinline__ void produce(const TensorMap& map_x, const TensorMap& map_w, const Gemm& p, int tiles_n,
-                                        unsigned char* shared, Barrier* full, Barrier* empty) {
+                                        int splits, unsigned char* shared, Barrier* full, Barrier* empty) {
   using S = Stages<kCols>;
   const int thread = threadIdx.x;
   const bool gathers = p.permutation != nullptr;
   if (!gathers && thread != 0) return;
-  TileWalk walk(p.expert_offsets, p.E, tiles_n, kRows);
+  TileWalk walk(p.expert_offsets, p.E, tiles_n, kRows, splits);
   Tile tile;
   Turn<S::kCount> turn, landed;
   int under_way = 0;
@@ -36,8 +37,10 @@ __device__ __forceinline__ void produce(const TensorMap& map_x, const TensorMap&
         rows[j] = static_cast<const T*>(p.x) + slot / p.top_k * p.stride_x;
       }
     }
+    const Steps steps = steps_of_split(ceil_div(p.K, kSteps), tile.split, splits);
 #pragma unroll 1
-    for (int k = 0; k < p.K; k += kSteps) {
+    for (int step = steps.begin; step < steps.end; ++step) {
+      const int k = step * kSteps;
       unsigned char* a = shared + turn.stage * S::kBytes;
       unsigned char* b = a + S::kABytes;
       wait_for(&empty[turn.stage], turn.phase ^ 1);
@@ -69,19 +72,20 @@ __device__ __forceinline__ void produce(const TensorMap& map_x, const TensorMap&
   if (gathers) hand_over_rest(full, landed, under_way);
 }
 
-template <class T>
-__device__ __forceinline__ void finish_tile(const ForwardEnd<T>& end, const float (&d)[kForwardCols / 2], float* patch,
+// The warp's 16 rows of 64.
+template <int kCols, class T>
+__device__ __forceinline__ void finish_rows(const ForwardEnd<T>& end, const float (&d)[kCols / 2], float* patch,
                                             const Tile& tile, int first_row, int) {
-  for_each_patch<kForwardCols>(
-      d, patch, [&](int first_col) { finish_patch(end, patch, tile, first_row, first_col, kForwardCols); });
+  for_each_patch<kCols>(d, patch,
+                        [&](int first_col) { finish_patch(end, patch, tile, first_row, first_col, kCols); });
 }
 
-template <class T>
-__device__ __forceinline__ void finish_tile(const HiddenEnd<T>& end, const float (&d)[kHopperHiddenCols / 2],
-                                            float* patch, const Tile& tile, int first_row, int tiles_n) {
+template <int kCols, class T>
+__device__ __forceinline__ void finish_rows(const HiddenEnd<T>& end, const float (&d)[kCols / 2], float* patch,
+                                            const Tile& tile, int first_row, int tiles_n) {
   float dots[2] = {};
-  for_each_patch<kHopperHiddenCols>(
-      d, patch, [&](int first_col) { finish_patch(end, patch, tile, first_row, first_col, kHopperHiddenCols, dots); });
+  for_each_patch<kCols>(d, patch,
+                        [&](int first_col) { finish_patch(end, patch, tile, first_row, first_col, kCols, dots); });
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -93,50 +97,64 @@ __device__ __forceinline__ void finish_tile(const HiddenEnd<T>& end, const float
 }
 
 template <class T>
-__device__ __forceinline__ void finish_tail(const ForwardEnd<T>& end, const Gemm& p) {
-  if (!p.zero_tail) return;
-  const int tail = p.expert_offsets[p.E], thread = threadIdx.x - kGroup;
-  zero_rows(end.out, tail, p.S, p.N, thread, kThreads - kGroup);
-  zero_rows(end.pre, tail, p.S, end.width, thread, kThreads - kGroup);
-}
-template <class T>
-__device__ __forceinline__ void finish_tail(const HiddenEnd<T>&, const Gemm&) {}
+__device__ __forceinline__ void zero_tail(const HiddenEnd<T>&, const Gemm&, int, int, int) {}
 
 template <class T, int kCols, bool kAlong, class End>
 __global__ void __launch_bounds__(kThreads, 1)
     hopper_kernel(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w, Gemm p, End end,
-                  int tiles_n) {
+                  int tiles_n, int splits) {
 #if defined(CUMO_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = Stages<kCols>;
+  constexpr bool kTakeTurns = kCols == kPlanNarrow;
+  constexpr int kM = kTakeTurns ? 2 : 1;
   unsigned char* shared = shared_memory<unsigned char>();
   Barrier* full = reinterpret_cast<Barrier*>(shared + S::kBarriers);
   Barrier* empty = full + S::kCount;
+  Barrier* free_for = empty + S::kCount;  // of each consumer: the other has issued its product
   if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) init_barrier(&free_for[i], kGroup / kWarp);
     for (int i = 0; i < S::kCount; ++i) {
       init_barrier(&full[i], p.permutation ? 1 + kGroup : 1);
-      init_barrier(&empty[i], 2 * kGroup / kWarp);
+      init_barrier(&empty[i], (kTakeTurns ? 1 : 2) * kGroup / kWarp);
     }
     fence_barriers();
   }
   sync_block();
   if (threadIdx.x < kGroup) {
     fewer_registers<56>();
-    produce<T, kCols, kAlong>(map_x, map_w, p, tiles_n, shared, full, empty);
+    produce<T, kCols, kAlong>(map_x, map_w, p, tiles_n, splits, shared, full, empty);
     return;
   }
   more_registers<224>();
   const int warp = threadIdx.x / kWarp - kGroup / kWarp;
   float* patch = reinterpret_cast<float*>(shared + S::kPatches + warp * kPatchBytes);
-  TileWalk walk(p.expert_offsets, p.E, tiles_n, kRows);
+  TileWalk walk(p.expert_offsets, p.E, tiles_n, kRows, splits);
   Tile tile;
   Turn<S::kCount> turn;
+  const int me = warp / (kGroup / kWarp);
+  bool others = kTakeTurns && me == 1;
+  int phase = me ^ 1;  // the first group need not wait for the first tile
   for (int number = blockIdx.x; walk.find(number, tile); number += gridDim.x) {
-    float d[kCols / 2];
-    multiply_stages<T, kCols, false, !kAlong>(ceil_div(p.K, kSteps), shared, full, empty, turn, d,
-                                              [](int, const unsigned char*) {});
-    finish_tile(end, d, patch, tile, tile.first_row + warp * 16, tiles_n);
+    const Steps part = steps_of_split(ceil_div(p.K, kSteps), tile.split, splits);
+    const int steps = part.end - part.begin;
+    if (others) {
+      turn.skip(steps);
+    } else {
+      float d[kM][kCols / 2];
+      if (kTakeTurns) wait_for(&free_for[me], phase);
+      multiply_stages<T, kCols, false, !kAlong>(
+          steps, shared, full, empty, turn, d, [](int, const unsigned char*) {},
+          [&] {
+            if (kTakeTurns && threadIdx.x % kWarp == 0) arrive(&free_for[me ^ 1]);
+          });
+      phase ^= 1;
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+        finish_rows<kCols>(end, d[m], patch, tile, tile.first_row + (kTakeTurns ? m * 4 + warp % 4 : warp) * 16, tiles_n);
+    }
+    if (kTakeTurns) others = !others;
   }
-  finish_tail(end, p);
+  zero_tail(end, p, splits, threadIdx.x - kGroup, kThreads - kGroup);
 #endif
 }
 
@@ -162,20 +180,28 @@ bool uses_hopper(const Device& device, Dtype dtype, const Gemm& p) {
 }
 
 template <int kCols, class Kernel, class End>
-static void run(const Device& device, Kernel kernel, const Gemm& p, const End& end) {
-  const int tiles_n = ceil_div(p.N, p.gated ? kCols / 2 : kCols);
-  const int64_t blocks = std::min<int64_t>(device.sms, most_row_tiles(p.S, p.E, kRows) * tiles_n);
+static void run(const Device& device, Kernel kernel, const Gemm& p, const End& end, int tiles_n, int splits,
+                int64_t blocks) {
   launch(device, kernel, blocks, kThreads, Stages<kCols>::kShared, describe_x(p), describe_weight(p, kCols), p, end,
-         tiles_n);
+         tiles_n, splits);
 }
 
-void hopper_grouped_gemm(const Device& device, Dtype dtype, const Gemm& p, void* out, void* pre) {
+template <class T, int kCols>
+static void run_forward(const Device& device, const Gemm& p, const Plan& plan, const ForwardEnd<T>& end) {
+  run<kCols>(device, p.k_inner ? hopper_kernel<T, kCols, true, ForwardEnd<T>> : hopper_kernel<T, kCols, false, ForwardEnd<T>>,
+             p, end, plan.tiles_n, plan.splits, plan.blocks);
+}
+
+void hopper_grouped_gemm(const Device& device, Dtype dtype, const Gemm& p, const Plan& plan, void* out, void* pre,
+                         float* parts) {
   with_16_bit_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    run<kForwardCols>(device,
-                      p.k_inner ? hopper_kernel<T, kForwardCols, true, ForwardEnd<T>>
-                                : hopper_kernel<T, kForwardCols, false, ForwardEnd<T>>,
-                      p, forward_end<T>(p, out, pre));
+    const auto end = forward_end<T>(p, out, pre, parts);
+    if (plan.tile_cols == kPlanWide) {
+      run_forward<T, kPlanWide>(device, p, plan, end);
+    } else {
+      run_forward<T, kPlanNarrow>(device, p, plan, end);
+    }
   });
 }
 
@@ -185,8 +211,10 @@ void hopper_grad_hidden(const Device& device, Dtype dtype, const Gemm& p, const 
     using T = std::remove_pointer_t<decltype(type)>;
     Gemm plain = p;  // the product is as wide as one half of a gated z
     plain.gated = false;
+    const int tiles_n = ceil_div(p.N, kHopperHiddenCols);
     run<kHopperHiddenCols>(device, hopper_kernel<T, kHopperHiddenCols, false, HiddenEnd<T>>, plain,
-                           hidden_end<T>(p, topk_weights, z, dz, weighted, dots));
+                           hidden_end<T>(p, topk_weights, z, dz, weighted, dots), tiles_n, 1,
+                           std::min<int64_t>(device.sms, most_row_tiles(p.S, p.E, kRows) * tiles_n));
   });
 }
 

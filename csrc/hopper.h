@@ -7,10 +7,11 @@ namespace cumo {
 
 constexpr int kHopperHiddenCols = 128;  // columns of one tile of dots
 
-void hopper_grouped_gemm(const Device&, Dtype, const Gemm&, void* out, void* pre);
+std::vector<int> hopper_shared_bytes();
+void hopper_grouped_gemm(const Device&, Dtype, const Gemm&, const Plan&, void* out, void* pre, float* parts);
 void hopper_grad_hidden(const Device&, Dtype, const Gemm&, const float* topk_weights, const void* z, void* dz,
                         void* weighted, float* dots);
 
-void hopper_weight_grad(const Device&, Dtype, const WeightGrad&, void* out, void* bias);
+void hopper_weight_grad(const Device&, Dtype, const WeightGrad&, const Plan&, void* out, void* bias);
 
 }  // namespace cumo

@@ -13,7 +13,7 @@ constexpr bool kBuilt = false;  // not compiled for sm_90a: the portable kernels
 #endif
 
 constexpr int kGroup = 128, kThreads = 3 * kGroup;  // a warpgroup; one producer and two consumers
-constexpr int kRows = 128, kSteps = 64;             // of a tile, and of a stage along the reduction
+constexpr int kRows = kPlanRows, kSteps = 64;       // of a tile, and of a stage along the reduction
 constexpr int kLag = 2;  // stages whose copies overlap before the first is handed over
 
 template <int kCols>
@@ -21,7 +21,7 @@ struct Stages {
   static constexpr int kCount = kCols == 256 ? 4 : 6;
   static constexpr int kABytes = kRows * kRowBytes, kBBytes = kCols * kRowBytes, kBytes = kABytes + kBBytes;
   static constexpr int kPatches = kCount * kBytes, kBarriers = kPatches + 8 * kPatchBytes;
-  static constexpr int kShared = kBarriers + 2 * kCount * 8;
+  static constexpr int kShared = kBarriers + (2 * kCount + 2) * 8;  // full, empty, and whose turn it is
   static_assert(kShared <= 227 * 1024 && kLag < kCount - 1);
 };
 
@@ -31,6 +31,11 @@ struct Turn {
   int stage = 0, phase = 0;
   __device__ __forceinline__ void next() {
     if (++stage == kCount) stage = 0, phase ^= 1;
+  }
+  __device__ __forceinline__ void skip(int stages) {
+    stage += stages;
+    phase ^= stage / kCount & 1;
+    stage %= kCount;
   }
 };
 
@@ -55,29 +60,37 @@ __device__ __forceinline__ void hand_over_rest(Barrier* full, Turn<kCount>& land
   for (; under_way > 0; --under_way, landed.next()) arrive(&full[landed.stage]);
 }
 
-// d (64, kCols) = this warpgroup's half of A times B over `steps` stages; seen(step, a) may look at a stage's A.
-template <class T, int kCols, bool kAcrossA, bool kAcrossB, class Seen>
+// d[m] (64, kCols) = rows of A times B over `steps` stages: with kM = 1 this warpgroup's half of the 128 rows, with kM = 2
+// both. seen(step, a) may look at a stage's A; issued() is called when no stage is waited for any more.
+template <class T, int kCols, bool kAcrossA, bool kAcrossB, int kM, class Seen, class Issued>
 __device__ __forceinline__ void multiply_stages(int steps, unsigned char* shared, Barrier* full, Barrier* empty,
-                                                Turn<Stages<kCols>::kCount>& turn, float (&d)[kCols / 2], Seen seen) {
+                                                Turn<Stages<kCols>::kCount>& turn, float (&d)[kM][kCols / 2],
+                                                Seen seen, Issued issued) {
   using S = Stages<kCols>;
   // 64 rows along the reduction and a chunk of 64 columns across it are both this many bytes
-  const int half = (threadIdx.x / kGroup - 1) * 64 * kRowBytes;
   constexpr int kChunk = kSteps * kRowBytes;
+  const int first = kM == 1 ? (threadIdx.x / kGroup - 1) * kChunk : 0;
 #pragma unroll
-  for (int i = 0; i < kCols / 2; ++i) d[i] = 0.0f;
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int i = 0; i < kCols / 2; ++i) d[m][i] = 0.0f;
   int last = -1;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     wait_for(&full[turn.stage], turn.phase);
     unsigned char* stage = shared + turn.stage * S::kBytes;
-    const uint32_t a = shared_address(stage) + half, b = shared_address(stage + S::kABytes);
-    pin(d);
+    // the address is the lowest field of a descriptor, in units of 16 bytes
+    const uint64_t a = matrix_descriptor(shared_address(stage) + first, kAcrossA ? kChunk : 0);
+    const uint64_t b = matrix_descriptor(shared_address(stage + S::kABytes), kAcrossB ? kChunk : 0);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) pin(d[m]);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kSteps; k += 16)
-      wgmma<T, kCols, kAcrossA, kAcrossB>(
-          d, kAcrossA ? matrix_descriptor(a + k * kRowBytes, kChunk) : matrix_descriptor(a + k * 2, 0),
-          kAcrossB ? matrix_descriptor(b + k * kRowBytes, kChunk) : matrix_descriptor(b + k * 2, 0));
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+        wgmma<T, kCols, kAcrossA, kAcrossB>(d[m], a + (m * kChunk + k * (kAcrossA ? kRowBytes : 2)) / 16,
+                                            b + k * (kAcrossB ? kRowBytes : 2) / 16);
     wgmma_commit();
     seen(step, stage);
     wgmma_wait<T, kCols, 1>();
@@ -86,8 +99,10 @@ __device__ __forceinline__ void multiply_stages(int steps, unsigned char* shared
     last = turn.stage;
     turn.next();
   }
+  issued();
   wgmma_wait<T, kCols, 0>();
-  pin(d);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) pin(d[m]);
   if (last >= 0 && threadIdx.x % kWarp == 0) arrive(&empty[last]);
 }
 

@@ -9,20 +9,9 @@
 
 namespace cumo {
 
-constexpr int kCols = 256;
+constexpr int kCols = kPlanWide;
 using Ring = Stages<kCols>;
 constexpr int kShared = Ring::kShared + 2 * kGroup * 4;  // and the consumers' halves of the bias
-
-struct GradTile {
-  int expert, begin, end, first_n, first_k;
-
-  __device__ __forceinline__ GradTile(const WeightGrad& p, int number, int tiles_n, int tiles_k) {
-    expert = number / (tiles_n * tiles_k);
-    const int local = number % (tiles_n * tiles_k);
-    begin = p.expert_offsets[expert], end = p.expert_offsets[expert + 1];
-    first_n = local / tiles_k * kRows, first_k = local % tiles_k * kCols;
-  }
-};
 
 // This thread's pieces of 64 rows x kWidth columns of an operand; rows past `end` are zeros.
 template <class T, int kWidth>
@@ -52,7 +41,7 @@ __device__ __forceinline__ void fetch_rows(unsigned char* tile, const TensorMap&
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     hopper_weight_grad_kernel(const __grid_constant__ TensorMap map_grad, const __grid_constant__ TensorMap map_x,
-                              WeightGrad p, T* out, T* bias, int tiles_n, int tiles_k, bool wide) {
+                              WeightGrad p, void* out, void* bias, int tiles_n, int tiles_k, int splits, bool wide) {
 #if defined(CUMO_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   unsigned char* shared = shared_memory<unsigned char>();
   Barrier* full = reinterpret_cast<Barrier*>(shared + Ring::kBarriers);
@@ -65,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     fence_barriers();
   }
   sync_block();
-  const int tiles = p.E * tiles_n * tiles_k;
+  const int tiles = p.E * splits * tiles_n * tiles_k;
   Turn<Ring::kCount> turn;
   if (threadIdx.x < kGroup) {
     fewer_registers<56>();
@@ -73,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     int under_way = 0;
     const bool gathers_grad = p.permutation && p.gather_grad, gathers_x = p.permutation && !p.gather_grad;
     for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
-      const GradTile tile(p, number, tiles_n, tiles_k);
+      const GradTile<kCols> tile(p.expert_offsets, number, tiles_n, tiles_k, splits, kSteps);
 #pragma unroll 1
       for (int row = tile.begin; row < tile.end; row += kSteps, turn.next()) {
         unsigned char* a = shared + turn.stage * Ring::kBytes;
@@ -102,10 +91,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* patch = reinterpret_cast<float*>(shared + Ring::kPatches + warp * kPatchBytes);
   float* halves = reinterpret_cast<float*>(shared + Ring::kShared);
   for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
-    const GradTile tile(p, number, tiles_n, tiles_k);
+    const GradTile<kCols> tile(p.expert_offsets, number, tiles_n, tiles_k, splits, kSteps);
     const bool sums_bias = bias != nullptr && tile.first_k == 0;
     float sum = 0.0f;  // of column thread % 128, over this half of every stage's rows
-    float d[kCols / 2];
+    float d[1][kCols / 2];
     multiply_stages<T, kCols, true, true>(
         ceil_div(tile.end - tile.begin, kSteps), shared, full, empty, turn, d, [&](int step, const unsigned char* a) {
           if (!sums_bias) return;
@@ -116,15 +105,17 @@ __global__ void __launch_bounds__(kThreads, 1)
             sum += p.row_weights ? p.row_weights[p.permutation[row]] * to_float(value) : to_float(value);
           }
           sync_warp();  // one lane gives the stage back for all
-        });
+        },
+        [] {});
     if (sums_bias) {
       halves[thread] = sum;
       sync_some(1, 2 * kGroup);
       if (thread < kGroup && tile.first_n + thread < p.N)
-        bias[int64_t{tile.expert} * p.N + tile.first_n + thread] = from_float<T>(halves[thread] + halves[thread + kGroup]);
+        store_one<T>(bias, tile.slab(p.E) * p.N + tile.first_n + thread, halves[thread] + halves[thread + kGroup],
+                   splits > 1);
       sync_some(1, 2 * kGroup);
     }
-    for_each_patch<kCols>(d, patch, [&](int first_col) {
+    for_each_patch<kCols>(d[0], patch, [&](int first_col) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = lane / 4 + 8 * i, n = tile.first_n + warp * kPatchRows + row;
@@ -132,22 +123,28 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (n >= p.N || k >= p.K) continue;
         float values[kRun];
         load_run(patch + row * kPatchStride + lane % 4 * kRun, kRun, true, values);
-        store_run(out + (int64_t{tile.expert} * p.N + n) * p.K + k, values, p.K - k, wide);
+        const int64_t at = (tile.slab(p.E) * p.N + n) * p.K + k;
+        if (splits > 1) {
+          store_run(static_cast<float*>(out) + at, values, p.K - k, wide);
+        } else {
+          store_run(static_cast<T*>(out) + at, values, p.K - k, wide);
+        }
       }
     });
   }
 #endif
 }
 
+std::vector<int> hopper_shared_bytes() { return {Stages<kPlanWide>::kShared, Stages<kPlanNarrow>::kShared, kShared}; }
+
 bool uses_hopper(const Device& device, Dtype dtype, const WeightGrad& p) {
   const auto steps = [](int64_t stride) { return stride > 0 && stride % 8 == 0; };
-  return kBuilt && device.capability == 90 && dtype != Dtype::fp32 && p.S > 0 && aligned16(p.grad, 0, 0, 2) &&
+  return kBuilt && device.capability == 90 && dtype != Dtype::fp32 && p.S > 0 && p.K > 0 && aligned16(p.grad, 0, 0, 2) &&
          aligned16(p.x, 0, 0, 2) && steps(p.stride_grad) && steps(p.stride_x);
 }
 
-void hopper_weight_grad(const Device& device, Dtype dtype, const WeightGrad& p, void* out, void* bias) {
-  const int tiles_n = ceil_div(p.N, kRows), tiles_k = ceil_div(p.K, kCols);
-  const int64_t blocks = std::min<int64_t>(device.sms, int64_t{p.E} * tiles_n * tiles_k);
+void hopper_weight_grad(const Device& device, Dtype dtype, const WeightGrad& p, const Plan& plan, void* out,
+                        void* bias) {
   // the map of a gathered operand is never used, but it must be one
   const auto map = [&](const void* base, int width, int64_t stride, bool gathered) {
     const int64_t rows = gathered ? 1 : p.S;
@@ -155,10 +152,11 @@ void hopper_weight_grad(const Device& device, Dtype dtype, const WeightGrad& p, 
   };
   with_16_bit_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    launch(device, hopper_weight_grad_kernel<T>, blocks, kThreads, kShared,
+    const bool wide = plan.splits > 1 ? runs_are_wide<float>(out, p.K) : runs_are_wide<T>(out, p.K);
+    launch(device, hopper_weight_grad_kernel<T>, plan.blocks, kThreads, kShared,
            map(p.grad, p.N, p.stride_grad, p.permutation && p.gather_grad),
-           map(p.x, p.K, p.stride_x, p.permutation && !p.gather_grad), p, static_cast<T*>(out), static_cast<T*>(bias),
-           tiles_n, tiles_k, runs_are_wide<T>(out, p.K));
+           map(p.x, p.K, p.stride_x, p.permutation && !p.gather_grad), p, out, bias, plan.tiles_n,
+           plan.tiles_k, plan.splits, wide);
   });
 }
 

@@ -5,6 +5,9 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
+
+#include "plan.h"
 
 namespace cumo {
 
@@ -29,10 +32,10 @@ struct Route {
   bool renormalize;
   Compat compat;
 };
-int route_blocks(int T);  // rows of `sums` beside the G of the groups
-// weights (T, K) and the statistics fp32; sums (route_blocks(T) + G, 2E + 1) fp32 is scratch.
+int64_t route_scratch(const Route&);  // floats
+// weights (T, K) and the statistics fp32.
 void route(const Device&, Dtype, const Route&, float* weights, int* indices, float* mean_probs, float* density,
-           float* z, float* sums);
+           float* z, float* scratch);
 // dlogits (T, E) in the dtype of x.
 void route_backward(const Device&, Dtype, const Route&, const float* grad_weights, const float* grad_mean_probs,
                     const float* grad_z, const int* indices, void* dlogits);
@@ -42,16 +45,18 @@ int gate_backward_blocks(const Device&, const Route&);
 // dx = dlogits @ gate (T, H), dgate = dlogits^T @ x (E, H); sums (gate_backward_blocks, E, H) fp32 is scratch.
 void gate_backward(const Device&, Dtype, const Route&, const void* dlogits, void* dx, void* dgate, float* sums);
 
-int sort_blocks(int64_t S);
-// counts (sort_blocks, E) is scratch, unused by one block.
+int64_t sort_scratch(int64_t S, int E);  // integers, may be 0
 void sort_by_expert(const Device&, const int* indices, int64_t S, int E, int* tokens_per_expert, int* expert_offsets,
-                    int* permutation, int* inverse, int* counts);
+                    int* permutation, int* inverse, int* scratch);
+
+// out (width,) = the sum of `count` rows of `parts` (count, width), in their order.
+void sum_parts(const Device&, Dtype, const float* parts, int count, int64_t width, void* out);
 
 void permute(const Device&, Dtype, const void* x, int64_t stride_x_t, const int* permutation, const int* inverse,
              int64_t S, int64_t H, int K, void* out);
-// weights (T, K) or null for ones.
-void combine(const Device&, Dtype, const void* rows, int64_t stride_rows_s, const float* weights, const int* inverse,
-             int64_t T, int64_t H, int K, void* out);
+// weights (T, K) or null for ones. With parts > 1 rows are fp32 (parts, T * K, H), added up first.
+void combine(const Device&, Dtype, const void* rows, int64_t stride_rows_s, int parts, const float* weights,
+             const int* inverse, int64_t T, int64_t H, int K, void* out);
 void combine_backward(const Device&, Dtype, const void* grad, int64_t stride_grad_t, const void* rows,
                       int64_t stride_rows_s, const float* weights, const int* permutation, const int* inverse,
                       int64_t S, int64_t H, int K, void* drows, float* dweights);
@@ -76,10 +81,15 @@ struct Gemm {
   Act act;
   bool gated;
   bool zero_tail;  // rows past the last expert's end are written as zeros, else left
+  bool can_split;  // there is neither an activation nor a pre-activation to keep
+  bool steady;     // a row's result must not depend on S
 };
+std::vector<int> gemm_shared_bytes();  // of a block: the portable GEMMs', then those for sm_90a
 bool uses_hopper(const Device&, Dtype, const Gemm&);
-// out[p] = act(x[row of p] @ weight[e]^T + bias[e]) and pre, its argument; either may be null.
-void grouped_gemm(const Device&, Dtype, const Gemm&, void* out, void* pre);
+Plan plan_gemm(const Device&, Dtype, const Gemm&);
+// out[p] = act(x[row of p] @ weight[e]^T + bias[e]) and pre, its argument; either may be null. A plan with splits gives
+// parts (splits, S, N) in fp32 instead, whose sum is out.
+void grouped_gemm(const Device&, Dtype, const Gemm&, const Plan&, void* out, void* pre, float* parts);
 // h = x[token of p] @ weight[e], weight (E, K, N); dz = w h act'(z), weighted = w act(z), dots = <h, act(z)> by
 // column tile (S, grad_hidden_tiles); any of the three may be null.
 int grad_hidden_tiles(const Device&, Dtype, const Gemm&);
@@ -99,8 +109,10 @@ struct WeightGrad {
   int E, N, K, top_k;
 };
 bool uses_hopper(const Device&, Dtype, const WeightGrad&);
-// out[e] = grad_e^T x_e (E, N, K), bias (E, N) = sums of grad or null; exact zeros for an expert without rows.
-void grouped_gemm_weight_grad(const Device&, Dtype, const WeightGrad&, void* out, void* bias);
+Plan plan_weight_grad(const Device&, Dtype, const WeightGrad&);
+// out[e] = grad_e^T x_e (E, N, K), bias (E, N) = sums of grad or null; exact zeros for an expert without rows. Under a
+// plan with splits both are fp32 and have that many parts, (splits, E, N, K) and (splits, E, N).
+void grouped_gemm_weight_grad(const Device&, Dtype, const WeightGrad&, const Plan&, void* out, void* bias);
 
 // (S, N): w[p] act(z[p]), z (S, N) or gated (S, 2N); without an activation w[p] source[token of p].
 void weigh_rows(const Device&, Dtype, const void* source, int64_t stride_source, const float* topk_weights,

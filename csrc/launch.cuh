@@ -2,17 +2,35 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "kernels.h"
+#include "launches.h"
 #include "platform.cuh"
 
 namespace cumo {
 
+#ifndef CUMO_EMULATE
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("cumo_kernels._C: ") + cudaGetErrorString(error));
+}
+#endif
+
 template <class T>
 __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
+}
+
+// Zeros in stream order; no kernel.
+inline void clear(const Device& device, void* pointer, int64_t bytes) {
+#ifdef CUMO_EMULATE
+  (void)device;
+  std::memset(pointer, 0, bytes);
+#else
+  check(cudaMemsetAsync(pointer, 0, bytes, static_cast<cudaStream_t>(device.stream)));
+#endif
 }
 
 constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
@@ -21,15 +39,13 @@ template <class... Parameters, class... Arguments>
 void launch(const Device& device, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
             const Arguments&... arguments) {
   if (blocks > kMaxGrid) throw std::runtime_error("a grid of " + std::to_string(blocks) + " blocks is too large");
+  ++launches;
   if (shared_bytes > device.shared_memory)
     throw std::runtime_error("a block needs " + std::to_string(shared_bytes) + " bytes of shared memory, this GPU has " +
                              std::to_string(device.shared_memory));
 #ifdef CUMO_EMULATE
   emulate::machine.run(static_cast<int>(blocks), threads, shared_bytes, [&] { kernel(arguments...); });
 #else
-  const auto check = [](cudaError_t error) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string("cumo_kernels._C: ") + cudaGetErrorString(error));
-  };
   if (shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(device.stream)>>>(
@@ -48,6 +64,16 @@ void with_type(Dtype dtype, F f) {
       return f(static_cast<half_t*>(nullptr));
     case Dtype::bf16:
       return f(static_cast<bf16_t*>(nullptr));
+  }
+}
+
+// target[at] of what is fp32 or T.
+template <class T>
+__device__ __forceinline__ void store_one(void* target, int64_t at, float value, bool fp32) {
+  if (fp32) {
+    static_cast<float*>(target)[at] = value;
+  } else {
+    static_cast<T*>(target)[at] = from_float<T>(value);
   }
 }
 

@@ -114,6 +114,8 @@ inline unsigned match_any(int value) {
 }
 
 inline void add_shared(int* counter, int value) { *counter += value; }
+inline int count_in(int* counter) { return (*counter)++; }
+inline float load_of_others(const float* pointer) { return *pointer; }
 
 // 16 bytes to shared memory in the background: the first `bytes` from `source`, the rest zero.
 inline void cp_async16(void* target, const void* source, int bytes) {
@@ -255,6 +257,15 @@ __device__ __forceinline__ T shuffle_xor(T value, int lanes) {
 }
 __device__ __forceinline__ unsigned match_any(int value) { return __match_any_sync(0xffffffffu, value); }
 __device__ __forceinline__ void add_shared(int* counter, int value) { atomicAdd(counter, value); }
+// How many blocks were here before this one. What this block wrote before a barrier is seen by those that come later,
+// and what those before it wrote by this block after a barrier, through load_of_others.
+__device__ __forceinline__ int count_in(int* counter) {
+  __threadfence();
+  const int before = atomicAdd(counter, 1);
+  __threadfence();
+  return before;
+}
+__device__ __forceinline__ float load_of_others(const float* pointer) { return __ldcg(pointer); }
 
 __device__ __forceinline__ void cp_async16(void* target, const void* source, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source), "r"(bytes)

@@ -7,8 +7,8 @@
 //
 // route_kernel: a block per 32 tokens, a warp per 4 of them: the gate is read once for four tokens, an expert's column
 // lives in lane e % 32, the choice is a tournament between lanes. Every (block, group) pair that touch writes one row
-// of sums, at block + group, so that a group's rows lie side by side; stats_kernel, a block per group, adds them in a
-// fixed order. Reads x once: T * H elements. sort_by_expert is in sorting.cu.
+// of sums, at block + group, so that a group's rows lie side by side, and the block that finishes a group last adds them
+// in their order. Reads x once: T * H elements. sort_by_expert is in sorting.cu.
 // Contract: cumo_kernels/ops/routing.py. Truth: cumo_kernels/backends/reference/routing.py.
 #include <cmath>
 
@@ -141,14 +141,60 @@ __device__ __forceinline__ int group_of_token(const Route& r, int token) {
   return low - 1;
 }
 
+struct Stats {
+  float* mean_probs;  // (G, E)
+  float* density;     // (G, E)
+  float* z;           // (G,)
+  float* sums;        // (blocks + G, 2E + 1)
+  int* arrivals;      // (G,): blocks whose sums are there, zero at first
+};
+
+// A column of the statistics of group g: probabilities, first choices, squared logsumexp.
+template <class T>
+__device__ __forceinline__ void store_mean(const Route& r, const Stats& stats, int64_t g, int col, float mean) {
+  if (col < r.E) {
+    stats.mean_probs[g * r.E + col] = r.compat == Compat::cumo ? rounded<T>(mean) : mean;
+  } else if (col < 2 * r.E) {
+    stats.density[g * r.E + col - r.E] = mean;
+  } else {
+    stats.z[g] = mean;
+  }
+}
+
+// The means of group g, of `count` tokens, from the rows of its blocks; by all threads of a block.
+template <class T>
+__device__ __forceinline__ void add_up(const Route& r, const Stats& stats, int g, int first, int last, int count,
+                                       float* partial) {
+  const int width = 2 * r.E + 1, columns = width < kThreads ? width : kThreads, parts = kThreads / columns;
+  const int part = threadIdx.x / columns;
+  for (int left = 0; left < width; left += columns) {
+    const int col = left + threadIdx.x % columns;
+    float sum = 0.0f;
+    if (part < parts && col < width) {
+#pragma unroll 8
+      for (int block = first + part; block <= last; block += parts)
+        sum += load_of_others(stats.sums + (int64_t{block} + g) * width + col);
+    }
+    partial[threadIdx.x] = sum;
+    sync_block();
+    if (part == 0 && col < width) {
+      for (int other = 1; other < parts; ++other) sum += partial[other * columns + threadIdx.x];
+      store_mean<T>(r, stats, g, col, sum / static_cast<float>(count));
+    }
+    sync_block();
+  }
+}
+
 template <class T, int kPerLane>
 __global__ void __launch_bounds__(kThreads) route_kernel(Route r, bool wide, float* weights, int* indices,
-                                                          float* sums) {
+                                                          Stats stats) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   float* token_probs = shared_memory<float>();                            // (tokens, E)
   float* token_squares = token_probs + kTokensPerBlock * r.E;             // (tokens,): logsumexp^2
   int* token_first = reinterpret_cast<int*>(token_squares + kTokensPerBlock);  // (tokens,): first choice
-  float* chosen = token_squares + 2 * kTokensPerBlock + warp * r.K;       // (K,) of this warp
+  float* partial = token_squares + 2 * kTokensPerBlock;                   // (threads,)
+  int* is_last = reinterpret_cast<int*>(partial + kThreads);
+  float* chosen = partial + kThreads + 1 + warp * r.K;                    // (K,) of this warp
 
   const int64_t block_begin = int64_t{blockIdx.x} * kTokensPerBlock;
   const int64_t first_token = block_begin + warp * kTokensPerWarp;
@@ -220,7 +266,7 @@ __global__ void __launch_bounds__(kThreads) route_kernel(Route r, bool wide, flo
     const int begin = static_cast<int>((group.begin > block_begin ? group.begin : block_begin) - block_begin);
     const int end = static_cast<int>((group.end < block_end ? group.end : block_end) - block_begin);
     if (begin >= end) continue;
-    float* out = sums + (int64_t{blockIdx.x} + g) * width;
+    float* out = stats.sums + (int64_t{blockIdx.x} + g) * width;
     for (int col = threadIdx.x; col < width; col += kThreads) {
       float sum = 0.0f;
       for (int t = begin; t < end; ++t)
@@ -229,38 +275,16 @@ __global__ void __launch_bounds__(kThreads) route_kernel(Route r, bool wide, flo
                                : token_squares[t];
       out[col] = sum;
     }
+    const int first = group.begin / kTokensPerBlock, last = (group.end - 1) / kTokensPerBlock;
+    sync_block();
+    if (threadIdx.x == 0) *is_last = count_in(stats.arrivals + g) == last - first;
+    sync_block();
+    if (*is_last) add_up<T>(r, stats, g, first, last, group.end - group.begin, partial);
   }
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) stats_kernel(Route r, const float* sums, float* mean_probs, float* density,
-                                                          float* z) {
-  const int g = blockIdx.x, width = 2 * r.E + 1;
-  const Range group = tokens_of_group(r, g);
-  const int count = group.end > group.begin ? group.end - group.begin : 0;
-  const int first = group.begin / kTokensPerBlock, last = count ? (group.end - 1) / kTokensPerBlock : first - 1;
-  const int columns = width < kThreads ? width : kThreads, parts = kThreads / columns;
-  const int part = threadIdx.x / columns;
-  float* partial = shared_memory<float>();
-  for (int left = 0; left < width; left += columns) {
-    const int col = left + threadIdx.x % columns;
-    float sum = 0.0f;
-    if (part < parts && col < width)
-      for (int block = first + part; block <= last; block += parts) sum += sums[(int64_t{block} + g) * width + col];
-    partial[threadIdx.x] = sum;
-    sync_block();
-    if (part == 0 && col < width) {
-      for (int other = 1; other < parts; ++other) sum += partial[other * columns + threadIdx.x];
-      const float mean = sum / static_cast<float>(count > 1 ? count : 1);
-      if (col < r.E) {
-        mean_probs[int64_t{g} * r.E + col] = r.compat == Compat::cumo ? rounded<T>(mean) : mean;
-      } else if (col < 2 * r.E) {
-        density[int64_t{g} * r.E + col - r.E] = mean;
-      } else {
-        z[g] = mean;
-      }
-    }
-    sync_block();
+  if (r.group_offsets == nullptr || blockIdx.x > 0) return;
+  for (g = threadIdx.x; g < r.G; g += kThreads) {  // groups that no block has met
+    const Range group = tokens_of_group(r, g);
+    for (int col = 0; group.begin >= group.end && col < width; ++col) store_mean<T>(r, stats, g, col, 0.0f);
   }
 }
 
@@ -361,16 +385,10 @@ __global__ void __launch_bounds__(kThreads) gate_backward_kernel(Route r, const 
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) sum_blocks_kernel(const float* sums, int blocks, int64_t width, T* out) {
-  const int64_t col = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (col >= width) return;
-  float sum = 0.0f;
-  for (int block = 0; block < blocks; ++block) sum += sums[block * width + col];
-  out[col] = from_float<T>(sum);
-}
+static int route_blocks(int T) { return ceil_div(T, kTokensPerBlock); }
+static int64_t rows_of_sums(const Route& r) { return (int64_t{route_blocks(r.T)} + r.G) * (2 * r.E + 1); }
 
-int route_blocks(int T) { return ceil_div(T, kTokensPerBlock); }
+int64_t route_scratch(const Route& r) { return rows_of_sums(r) + r.G; }
 
 static bool packs(const Route& r, int element_bytes) {
   return r.gate != nullptr && aligned16(r.x, 0, r.stride_x_t, element_bytes) &&
@@ -378,13 +396,16 @@ static bool packs(const Route& r, int element_bytes) {
 }
 
 void route(const Device& device, Dtype dtype, const Route& r, float* weights, int* indices, float* mean_probs,
-           float* density, float* z, float* sums) {
+           float* density, float* z, float* scratch) {
+  // cleared anew each time: counters kept between calls would be shared by streams, and stay wrong after an abort
+  int* arrivals = reinterpret_cast<int*>(scratch + rows_of_sums(r));
+  clear(device, arrivals, int64_t{4} * r.G);
+  const Stats stats{mean_probs, density, z, scratch, arrivals};
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int shared = 4 * (kTokensPerBlock * (r.E + 2) + kWarps * r.K);
+    const int shared = 4 * (kTokensPerBlock * (r.E + 2) + kThreads + 1 + kWarps * r.K);
     launch(device, r.E <= kWarp ? route_kernel<T, 1> : route_kernel<T, kMaxExperts / kWarp>, route_blocks(r.T),
-           kThreads, shared, r, packs(r, sizeof(T)), weights, indices, sums);
-    launch(device, stats_kernel<T>, r.G, kThreads, 4 * kThreads, r, sums, mean_probs, density, z);
+           kThreads, shared, r, packs(r, sizeof(T)), weights, indices, stats);
   });
 }
 
@@ -407,10 +428,8 @@ void gate_backward(const Device& device, Dtype dtype, const Route& r, const void
     const int blocks = gate_backward_blocks(device, r), experts = r.E <= 8 ? 8 : kMaxFusedExperts;
     launch(device, r.E <= 8 ? gate_backward_kernel<T, 8> : gate_backward_kernel<T, kMaxFusedExperts>, blocks, kThreads,
            4 * kTokensPerBlock * experts, r, static_cast<const T*>(dlogits), static_cast<T*>(dx), sums);
-    const int64_t width = int64_t{r.E} * r.H;
-    launch(device, sum_blocks_kernel<T>, ceil_div<int64_t>(width, kThreads), kThreads, 0, sums, blocks, width,
-           static_cast<T*>(dgate));
   });
+  sum_parts(device, dtype, sums, gate_backward_blocks(device, r), int64_t{r.E} * r.H, dgate);
 }
 
 }  // namespace cumo

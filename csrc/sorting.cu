@@ -1,19 +1,20 @@
 // The stable sort of slots by expert (CUDA), a part of the routing stem.
 //
-// A block owns a run of slots. count_kernel counts them by expert; sort_kernel adds up the counts of all blocks before
-// its own and places its run 256 slots at a time: a slot's rank is the number of earlier lanes with its expert, plus
-// what earlier warps hold, plus what came before. The order of additions cannot change an integer, so nothing here
-// depends on which thread is first. Up to kAlone slots one block does everything in one launch. S * log E reads.
+// A block owns a run of slots and places it 256 at a time: a slot's place is the number of slots of earlier experts, of
+// its own expert in earlier blocks, in earlier steps, in earlier warps and in earlier lanes. Up to kAlone slots every
+// block counts all of them itself, in one launch; with more count_kernel has counted each run before. The order of
+// additions cannot change an integer, so nothing here depends on which thread is first.
 // Contract: cumo_kernels/ops/routing.py. Truth: cumo_kernels/backends/reference/routing.py.
 #include "launch.cuh"
 
 namespace cumo {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kAlone = 2048, kSlotsPerBlock = 1024, kMaxBlocks = 256;
+constexpr int kAlone = 32768, kSlotsPerBlock = 1024, kMaxBlocks = 256;
+constexpr int kBatch = 16;  // slots that a thread asks for at once
 
-int sort_blocks(int64_t S) {
-  return S <= kAlone ? 1 : static_cast<int>(std::min<int64_t>(kMaxBlocks, ceil_div<int64_t>(S, kSlotsPerBlock)));
+static int sort_blocks(int64_t S) {
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(kMaxBlocks, ceil_div<int64_t>(S, kSlotsPerBlock))));
 }
 
 static int slots_per_block(int64_t S, int blocks) {
@@ -23,58 +24,94 @@ static int slots_per_block(int64_t S, int blocks) {
 // Bin E collects the slots of no expert.
 __device__ __forceinline__ int bin_of(int expert, int E) { return expert >= 0 && expert < E ? expert : E; }
 
+// counts[e] += slots [begin, end) of expert e, by all threads of a block, which must meet afterwards.
 __device__ __forceinline__ void count_run(const int* indices, int64_t begin, int64_t end, int E, int* counts) {
-  for (int bin = threadIdx.x; bin <= E; bin += kThreads) counts[bin] = 0;
-  sync_block();
-  for (int64_t slot = begin + threadIdx.x; slot < end; slot += kThreads) add_shared(&counts[bin_of(indices[slot], E)], 1);
-  sync_block();
+  // eight counters of eight bits in two registers: few experts would make all lanes add to the same few words
+  const bool few = E <= 8;
+  uint32_t low = 0, high = 0;
+  int held = 0;  // at most in one counter
+  const auto flush = [&] {
+    for (int e = 0; e < E; ++e) {
+      const int count = sum_of_warp(static_cast<int>((e < 4 ? low : high) >> (e % 4 * 8) & 0xff));
+      if (threadIdx.x % kWarp == 0) add_shared(&counts[e], count);
+    }
+    low = high = held = 0;
+  };
+  for (int64_t first = begin; first < end; first += kThreads * kBatch) {
+    int expert[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t slot = first + i * kThreads + threadIdx.x;
+      expert[i] = slot < end ? indices[slot] : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (expert[i] < 0 || expert[i] >= E) continue;
+      if (!few) {
+        add_shared(&counts[expert[i]], 1);
+      } else if (expert[i] < 4) {
+        low += 1u << (expert[i] * 8);
+      } else {
+        high += 1u << (expert[i] * 8 - 32);
+      }
+    }
+    held += kBatch;
+    if (few && held + kBatch > 255) flush();
+  }
+  if (few) flush();
 }
 
 __global__ void __launch_bounds__(kThreads) count_kernel(const int* indices, int64_t S, int run, int E, int* counts) {
   int* mine = shared_memory<int>();
   const int64_t begin = int64_t{blockIdx.x} * run;
+  for (int bin = threadIdx.x; bin < E; bin += kThreads) mine[bin] = 0;
+  sync_block();
   count_run(indices, begin, begin + run < S ? begin + run : S, E, mine);
+  sync_block();
   for (int bin = threadIdx.x; bin < E; bin += kThreads) counts[int64_t{blockIdx.x} * E + bin] = mine[bin];
 }
 
 __global__ void __launch_bounds__(kThreads) sort_kernel(const int* indices, const int* counts, int64_t S, int run, int E,
                                                          int* tokens_per_expert, int* expert_offsets, int* permutation,
                                                          int* inverse) {
-  int* next = shared_memory<int>();        // (E + 1,): where the next slot of each bin goes
-  int* total = next + E + 1;               // (E + 1,): slots of the bin in all blocks
-  int* in_warp = total + E + 1;            // (warps, E + 1): slots of the bin in this step
-  const int64_t begin = int64_t{blockIdx.x} * run, end = begin + run < S ? begin + run : S;
+  int* before = shared_memory<int>();      // (E,): slots of the bin in earlier blocks
+  int* total = before + E;                 // (E,): slots of the bin in all blocks
+  int* next = total + E;                   // (E + 1,): where the next slot of each bin goes
+  int* in_warp = next + E + 1;             // (warps, E + 1): slots of the bin in this step
+  const int64_t begin = int64_t{blockIdx.x} * run < S ? int64_t{blockIdx.x} * run : S;
+  const int64_t end = begin + run < S ? begin + run : S;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 
-  if (gridDim.x == 1) {
-    count_run(indices, 0, S, E, total);
-    for (int bin = threadIdx.x; bin < E; bin += kThreads) next[bin] = 0;
-  } else {
-    for (int bin = threadIdx.x; bin < E; bin += kThreads) {
-      int before = 0, sum = 0;
+  for (int bin = threadIdx.x; bin < E; bin += kThreads) {
+    int earlier = 0, sum = 0;
+    if (counts) {
+#pragma unroll 8
       for (unsigned block = 0; block < gridDim.x; ++block) {
         const int count = counts[int64_t{block} * E + bin];
-        if (block < blockIdx.x) before += count;
+        earlier += block < blockIdx.x ? count : 0;
         sum += count;
       }
-      next[bin] = before;
-      total[bin] = sum;
     }
+    before[bin] = earlier;
+    total[bin] = sum;
   }
   sync_block();
-  if (threadIdx.x == 0) {
-    int offset = 0, before = 0;  // slots of earlier bins, and those of them in earlier blocks
-    for (int bin = 0; bin < E; ++bin) {
-      before += next[bin];
-      next[bin] += offset;
-      offset += total[bin];
-      if (blockIdx.x == 0) expert_offsets[bin + 1] = offset;
-    }
-    if (blockIdx.x == 0) expert_offsets[0] = 0;
-    next[E] = offset + static_cast<int>(begin) - before;
+  if (!counts) {
+    count_run(indices, 0, begin, E, before);
+    count_run(indices, begin, S, E, total);
+    sync_block();
+    for (int bin = threadIdx.x; bin < E; bin += kThreads) total[bin] += before[bin];
+    sync_block();
   }
-  if (blockIdx.x == 0)
-    for (int bin = threadIdx.x; bin < E; bin += kThreads) tokens_per_expert[bin] = total[bin];
+  for (int bin = threadIdx.x; bin <= E; bin += kThreads) {
+    int offset = 0, earlier = 0;  // slots of lower bins, and those of them in earlier blocks
+    for (int lower = 0; lower < bin; ++lower) offset += total[lower], earlier += before[lower];
+    next[bin] = bin < E ? offset + before[bin] : offset + static_cast<int>(begin) - earlier;
+    if (blockIdx.x == 0) {
+      expert_offsets[bin] = offset;
+      if (bin < E) tokens_per_expert[bin] = total[bin];
+    }
+  }
 
   for (int64_t step = begin; step < end; step += kThreads) {
     for (int i = threadIdx.x; i < kWarps * (E + 1); i += kThreads) in_warp[i] = 0;
@@ -98,12 +135,16 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(const int* indices, cons
   }
 }
 
+int64_t sort_scratch(int64_t S, int E) { return S <= kAlone ? 0 : int64_t{sort_blocks(S)} * E; }
+
 void sort_by_expert(const Device& device, const int* indices, int64_t S, int E, int* tokens_per_expert,
-                    int* expert_offsets, int* permutation, int* inverse, int* counts) {
+                    int* expert_offsets, int* permutation, int* inverse, int* scratch) {
   const int blocks = sort_blocks(S), run = slots_per_block(S, blocks);
-  if (blocks > 1) launch(device, count_kernel, blocks, kThreads, 4 * (E + 1), indices, S, run, E, counts);
-  launch(device, sort_kernel, blocks, kThreads, 4 * (E + 1) * (2 + kWarps), indices, static_cast<const int*>(counts), S,
-         run, E, tokens_per_expert, expert_offsets, permutation, inverse);
+  const bool counted = S > kAlone;
+  if (counted) launch(device, count_kernel, blocks, kThreads, 4 * E, indices, S, run, E, scratch);
+  launch(device, sort_kernel, blocks, kThreads, 4 * (2 * E + (E + 1) * (1 + kWarps)), indices,
+         static_cast<const int*>(counted ? scratch : nullptr), S, run, E, tokens_per_expert, expert_offsets, permutation,
+         inverse);
 }
 
 }  // namespace cumo

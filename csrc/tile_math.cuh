@@ -16,6 +16,7 @@ constexpr int kTileRows = 128, kTileCols = 128;
 constexpr int kTileBytes = kTileRows * kRowBytes;
 constexpr int kGemmStages = 3;
 constexpr int kGemmShared = kGemmStages * 2 * kTileBytes;
+constexpr int kGemmPerSm = 1;  // blocks that a multiprocessor holds: their threads have more than 128 registers
 
 // Accumulators of a thread: [16-row fragment][8-column fragment][element].
 using Acc = float[4][4][4];

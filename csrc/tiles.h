@@ -1,7 +1,7 @@
 // Index arithmetic of the grouped GEMMs, the same on host and device, tested on the host (tests/kernels/test_cuda.py).
 //
-// Rows of expert e are [expert_offsets[e], expert_offsets[e + 1]); it owns ceil(rows / tile rows) * tiles_n tiles.
-// Tiles are numbered expert by expert, so a persistent block finds its tiles from the offsets alone and the grid needs
+// Rows of expert e are [expert_offsets[e], expert_offsets[e + 1]); it owns ceil(rows / tile rows) * tiles_n tiles,
+// and that many again for each further part of a split reduction. Tiles are numbered expert by expert, so a persistent block finds its tiles from the offsets alone and the grid needs
 // no routing.
 #pragma once
 
@@ -19,16 +19,17 @@ constexpr int kGroupRows = 8;  // row tiles that take turns at one column tile, 
 
 struct Tile {
   int expert, first_row, end_row, tile_n;  // rows [first_row, ...) of an expert that ends at end_row
+  int split;                               // which part of the reduction
 };
 
 // Walks the tiles of ascending numbers.
 struct TileWalk {
   const int* expert_offsets;
-  int E, tiles_n, tile_rows;
+  int E, tiles_n, tile_rows, splits;
   int expert = 0, before = 0;  // tiles of the experts before `expert`
 
-  CUMO_BOTH TileWalk(const int* offsets, int experts, int columns, int rows)
-      : expert_offsets(offsets), E(experts), tiles_n(columns), tile_rows(rows) {}
+  CUMO_BOTH TileWalk(const int* offsets, int experts, int columns, int rows, int parts)
+      : expert_offsets(offsets), E(experts), tiles_n(columns), tile_rows(rows), splits(parts) {}
 
   CUMO_BOTH int row_tiles() const {
     return (expert_offsets[expert + 1] - expert_offsets[expert] + tile_rows - 1) / tile_rows;
@@ -36,18 +37,48 @@ struct TileWalk {
 
   // False when there are no more than `number` tiles.
   CUMO_BOTH bool find(int number, Tile& tile) {
-    for (; expert < E; before += row_tiles() * tiles_n, ++expert) {
-      const int tiles_m = row_tiles();
-      if (number >= before + tiles_m * tiles_n) continue;
-      const int local = number - before, group = local / (kGroupRows * tiles_n), within = local % (kGroupRows * tiles_n);
+    for (; expert < E; before += row_tiles() * tiles_n * splits, ++expert) {
+      const int tiles_m = row_tiles(), whole = tiles_m * tiles_n;
+      if (number >= before + whole * splits) continue;
+      const int split = (number - before) / whole, local = (number - before) % whole;
+      const int group = local / (kGroupRows * tiles_n), within = local % (kGroupRows * tiles_n);
       const int left = tiles_m - group * kGroupRows, size = left < kGroupRows ? left : kGroupRows;
       const int begin = expert_offsets[expert];
       tile = {expert, begin + (group * kGroupRows + within % size) * tile_rows, expert_offsets[expert + 1],
-              within / size};
+              within / size, split};
       return true;
     }
     return false;
   }
+};
+
+// Steps [begin, end) of a reduction of `steps` that are split number `split`; of the last ones there may be none.
+struct Steps {
+  int begin, end;
+};
+
+CUMO_BOTH Steps steps_of_split(int steps, int split, int splits) {
+  const int share = (steps + splits - 1) / splits, begin = split * share, end = begin + share;
+  return {begin < steps ? begin : steps, end < steps ? end : steps};
+}
+
+// Tile `number` of the gradient of weights: 128 rows x kCols columns of expert e, summed over rows [begin, end).
+template <int kCols>
+struct GradTile {
+  int expert, split, begin, end, first_n, first_k;
+
+  CUMO_BOTH GradTile(const int* expert_offsets, int number, int tiles_n, int tiles_k, int splits, int depth) {
+    const int part = number / (tiles_n * tiles_k), local = number % (tiles_n * tiles_k);
+    expert = part / splits, split = part % splits;
+    first_n = local / tiles_k * 128, first_k = local % tiles_k * kCols;
+    const int first = expert_offsets[expert], rows = expert_offsets[expert + 1] - first;
+    const Steps steps = steps_of_split((rows + depth - 1) / depth, split, splits);
+    begin = first + steps.begin * depth;
+    end = first + (steps.end * depth < rows ? steps.end * depth : rows);
+  }
+
+  // Which (N, K) of the output it lies in: (splits, E) of them.
+  CUMO_BOTH int64_t slab(int E) const { return int64_t{split} * E + expert; }
 };
 
 // Row tiles that any routing of S rows can need.

@@ -3,8 +3,9 @@
 //   out[e] = sum over the rows p of expert e of grad[p]^T x[p]      grad (S, N)   x (S, K)   out (E, N, K)
 //   bias[e] = sum of grad[p], each times its row's weight            (E, N)
 //
-// Either operand may be gathered by the permutation. One tile of out per turn of a persistent block; the whole reduction
-// of a tile is one block's, in row order, so results repeat. Rows past an expert's end enter as zeros, and an expert
+// Either operand may be gathered by the permutation. One tile of out per turn of a persistent block, summed in row order;
+// where tiles alone would leave the chip idle an expert's rows are split, and the parts added in order (sums.cu), so
+// results repeat. Rows past an expert's end enter as zeros, and an expert
 // without rows gives exact zeros. The bias comes from the tiles of the first columns of x, out of the stages that the
 // product reads anyway. On Hopper 16-bit operands go to hopper_weight_grad.cu. 2 * S * N * K FLOPs.
 // Contract: cumo_kernels/ops/grouped_gemm.py. Truth: cumo_kernels/backends/reference/grouped_gemm.py.
@@ -15,16 +16,17 @@ namespace cumo {
 
 template <class T, bool kTf32>
 __global__ void __launch_bounds__(kGemmThreads, 1)
-    weight_grad_kernel(WeightGrad p, T* out, T* bias, int tiles_n, int tiles_k, bool wide_grad, bool wide_x) {
+    weight_grad_kernel(WeightGrad p, void* out, void* bias, int tiles_n, int tiles_k, int splits, bool wide_grad,
+                       bool wide_x) {
   const T* grad = static_cast<const T*>(p.grad);
   const T* x = static_cast<const T*>(p.x);
   const WarpPlace warp;
   const int lane = threadIdx.x % kWarp;
-  const int tiles = p.E * tiles_n * tiles_k;
+  const int tiles = p.E * splits * tiles_n * tiles_k;
   for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
-    const int expert = number / (tiles_n * tiles_k), local = number % (tiles_n * tiles_k);
-    const int first_n = local / tiles_k * kTileRows, first_k = local % tiles_k * kTileCols;
-    const int begin = p.expert_offsets[expert], end = p.expert_offsets[expert + 1];
+    const GradTile<kTileCols> tile(p.expert_offsets, number, tiles_n, tiles_k, splits, kDepth<T>);
+    const int first_n = tile.first_n, first_k = tile.first_k, begin = tile.begin, end = tile.end;
+    const int64_t slab = tile.slab(p.E);
     const bool sums_bias = bias != nullptr && first_k == 0 && threadIdx.x < kTileRows;
     float bias_sum = 0.0f;
     Acc acc;
@@ -54,34 +56,45 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
           }
         });
     const bool paired = p.K % 2 == 0;
+    const auto store = [&](auto* target) {
 #pragma unroll
-    for (int m = 0; m < 4; ++m)
+      for (int m = 0; m < 4; ++m)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int n = first_n + warp.row + lane / 4 + m * 16 + h * 8;
-        if (n >= p.N) continue;
+        for (int h = 0; h < 2; ++h) {
+          const int n = first_n + warp.row + lane / 4 + m * 16 + h * 8;
+          if (n >= p.N) continue;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int k = first_k + warp.col + lane % 4 * 2 + i * 8;
-          if (k < p.K)
-            store_pair(out + (int64_t{expert} * p.N + n) * p.K + k, acc[m][i][h * 2], acc[m][i][h * 2 + 1], p.K - k,
-                       paired);
+          for (int i = 0; i < 4; ++i) {
+            const int k = first_k + warp.col + lane % 4 * 2 + i * 8;
+            if (k < p.K)
+              store_pair(target + (slab * p.N + n) * p.K + k, acc[m][i][h * 2], acc[m][i][h * 2 + 1], p.K - k, paired);
+          }
         }
-      }
+    };
+    if (splits > 1) {
+      store(static_cast<float*>(out));
+    } else {
+      store(static_cast<T*>(out));
+    }
     if (sums_bias && first_n + static_cast<int>(threadIdx.x) < p.N)
-      bias[int64_t{expert} * p.N + first_n + threadIdx.x] = from_float<T>(bias_sum);
+      store_one<T>(bias, slab * p.N + first_n + threadIdx.x, bias_sum, splits > 1);
   }
 }
 
-void grouped_gemm_weight_grad(const Device& device, Dtype dtype, const WeightGrad& p, void* out, void* bias) {
-  if (uses_hopper(device, dtype, p)) return hopper_weight_grad(device, dtype, p, out, bias);
-  const int tiles_n = ceil_div(p.N, kTileRows), tiles_k = ceil_div(p.K, kTileCols);
-  const int64_t blocks = std::min<int64_t>(2 * device.sms, int64_t{p.E} * tiles_n * tiles_k);
+Plan plan_weight_grad(const Device& device, Dtype dtype, const WeightGrad& p) {
+  const bool hopper = uses_hopper(device, dtype, p);
+  return plan_weight_grad(hopper, p.S, p.E, p.N, p.K, kRowBytes / bytes_of(dtype),
+                          device.sms * (hopper ? 1 : kGemmPerSm));
+}
+
+void grouped_gemm_weight_grad(const Device& device, Dtype dtype, const WeightGrad& p, const Plan& plan, void* out,
+                              void* bias) {
+  if (plan.hopper) return hopper_weight_grad(device, dtype, p, plan, out, bias);
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, kGemmThreads, kGemmShared, p, static_cast<T*>(out), static_cast<T*>(bias), tiles_n,
-             tiles_k, aligned16(p.grad, 0, p.stride_grad, sizeof(T)), aligned16(p.x, 0, p.stride_x, sizeof(T)));
+      launch(device, kernel, plan.blocks, kGemmThreads, kGemmShared, p, out, bias, plan.tiles_n,
+             plan.tiles_k, plan.splits, aligned16(p.grad, 0, p.stride_grad, sizeof(T)), aligned16(p.x, 0, p.stride_x, sizeof(T)));
     };
     if constexpr (sizeof(T) == 4) {
       if (p.tf32) return run(weight_grad_kernel<T, true>);

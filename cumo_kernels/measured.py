@@ -1,39 +1,75 @@
 """Which backend was faster where: the one table, measured.json, that the automatic choice looks at.
 
-    {gpu: [{"op": ..., "dtype": "bfloat16", "rows": ..., "ms": {"triton": ..., "cuda": ...}}, ...]}
+    {gpu: [{"op": ..., "mode": "both", "dtype": "bfloat16", "shape": [rows, columns], "ms": {backend: ...}}]}
 
-gpu is a name of hardware.py, rows the length of the op's first tensor. Written by measurements on that GPU
-behind a green check, never by hand; for a GPU without entries, and in graphs that are being compiled, the
-first backend of dispatch.BACKENDS that can run wins.
+gpu is a name of hardware.py, shape that of the op's first tensor, mode "forward" without gradients or "both"
+with backward. `python -m benchmarks.choose` writes it from timings behind a green check, nobody by hand. For
+a GPU without entries, and in graphs that are being compiled, the first backend of dispatch.BACKENDS that can
+run wins.
 """
 
 import json
-from collections.abc import Sequence
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from cumo_kernels.hardware import gpu_of
 
-TABLE: dict[str, list[dict]] = json.loads(Path(__file__).with_name("measured.json").read_text())
+PATH = Path(__file__).with_name("measured.json")
+TABLE: dict[str, list[dict]] = json.loads(PATH.read_text())
+ALIKE = {"float16": "bfloat16"}  # the same instructions and the same bytes
 
 
 def fastest(op: str, x: torch.Tensor, among: Sequence[str]) -> tuple[str, str] | None:
-    """The backend that took least for the nearest number of rows, and the reason; None without such data."""
+    """The backend that took least at the nearest shape, and the reason; None without such data.
+
+    With gradients enabled that is forward and backward together: backward runs where forward ran.
+    """
     if not TABLE or x.ndim == 0 or torch.compiler.is_compiling():
         return None
-    gpu, dtype = gpu_of(x.device).name, str(x.dtype).removeprefix("torch.")
+    mode = "both" if torch.is_grad_enabled() else "forward"
+    return _fastest(gpu_of(x.device).name, op, mode, x.dtype, tuple(x.shape), tuple(among))
+
+
+@lru_cache(maxsize=4096)
+def _fastest(
+    gpu: str, op: str, mode: str, dtype: torch.dtype, shape: tuple[int, ...], among: tuple[str, ...]
+) -> tuple[str, str] | None:
+    kind = str(dtype).removeprefix("torch.")
     rows = [
         row
         for row in TABLE.get(gpu, ())
-        if row["op"] == op and row["dtype"] == dtype and all(name in row["ms"] for name in among)
+        if (row["op"], row["mode"], ALIKE.get(row["dtype"], row["dtype"]))
+        == (op, mode, ALIKE.get(kind, kind))
+        and all(name in row["ms"] for name in among)
     ]
     if not rows:
         return None
-    # as far as ratios go: 500 rows are nearer to 1000 than to 100
-    distance = lambda row: max(row["rows"] + 1, x.shape[0] + 1) / min(row["rows"] + 1, x.shape[0] + 1)
-    nearest = min(rows, key=distance)
+    asked = (shape[0], math.prod(shape[1:]))
+    # in octaves: 500 rows are nearer to 1000 than to 100
+    octaves = lambda a, b: abs(math.log2((a + 1) / (b + 1)))
+    nearest = min(rows, key=lambda row: sum(map(octaves, row["shape"], asked)))
     times = {name: nearest["ms"][name] for name in among}
     best = min(times, key=times.get)
     spoken = ", ".join(f"{name} {ms:.4g} ms" for name, ms in times.items())
-    return best, f"measured on {gpu}, {nearest['rows']} rows: {spoken}"
+    with_backward = " with backward" if mode == "both" else ""
+    size = " x ".join(map(str, nearest["shape"]))
+    return best, f"measured on {gpu} at {size} {nearest['dtype']}{with_backward}: {spoken}"
+
+
+def save(table: dict[str, Iterable[dict]], path: Path = PATH) -> None:
+    """Put the GPUs of `table` into the file in place of what it has of them; all or nothing."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known |= {gpu: list(rows) for gpu, rows in table.items()}
+    lines = lambda rows: ",\n".join(f"    {json.dumps(row, allow_nan=False)}" for row in rows)
+    parts = [f"  {json.dumps(gpu)}: [\n{lines(rows)}\n  ]" for gpu, rows in sorted(known.items()) if rows]
+    text = "{\n" + ",\n".join(parts) + "\n}\n" if parts else "{}\n"
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)

@@ -3,8 +3,8 @@
     python -m tests.mutate [--only WORD] [--write FILE]
 
 Each fault is one replacement in a copy of the tree, where the tests of the stem it touches then run: those of
-the Triton backend in Triton's interpreter, those of the reference as they are. A fault nobody notices is a
-test that is missing.
+the Triton backend in Triton's interpreter, those of csrc/ in emulation, those of the reference as they are. A
+fault nobody notices is a test that is missing.
 """
 
 import argparse
@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("cumo_kernels", "tests/kernels", "tests/conftest.py", "pyproject.toml")
+COPIED = ("csrc", "cumo_kernels", "tests/kernels", "tests/conftest.py", "pyproject.toml")
 TIMEOUT_S = 1800  # a fault may make a loop endless, which is noticed too
 REFERENCE, TRITON = "cumo_kernels/backends/reference/", "cumo_kernels/backends/triton/"
+CUDA, HOPPER = "csrc/", "csrc/hopper"
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,41 @@ FAULTS = (
     Fault("combine of splits drops the weight", TRITON + "experts.py",
           "mask=position >= 0, other=0.0)\n        total", "mask=position >= 0, other=0.0) * 0 + 1\n        total",
           "tuning", "any_tile_gives_the_same_layer"),
+    # CUDA
+    Fault("consumers wait out of turn", HOPPER + ".cu",
+          "if (kTakeTurns) wait_for(&free_for[me], phase);", "", "cuda_plan", "several"),
+    Fault("fragments of a narrow tile exchanged", HOPPER + ".cu",
+          "kTakeTurns ? m * 4 + warp % 4", "kTakeTurns ? (1 - m) * 4 + warp % 4", "cuda_plan", "several"),
+    Fault("a stage given back before its product is done", HOPPER + "_tiles.cuh",
+          "wgmma_wait<T, kCols, 1>();", "", "grouped_gemm", "long"),
+    Fault("a stage handed over before its copies are in", HOPPER + "_tiles.cuh",
+          "cp_async_wait<kLag>();", "cp_async_wait<kLag + 1>();", "grouped_gemm", "long"),
+    Fault("rows of the next expert in a ragged stage", HOPPER + "_weight_grad.cu",
+          "const bool whole = row + kSteps <= tile.end", "const bool whole = row <= tile.end", "grouped_gemm", "odd"),
+    Fault("bias in every part", CUDA + "epilogue.cuh",
+          "if (bias && tile.split == 0)", "if (bias)", "cuda_plan", "split_rows"),
+    Fault("rows past the expert's end stored", CUDA + "epilogue.cuh",
+          "if (row >= tile.end_row) continue;", "if (row > tile.end_row) continue;", "grouped_gemm", "odd"),
+    Fault("splits overlap", CUDA + "tiles.h",
+          "begin = split * share, end = begin + share;", "begin = split * (share - 1), end = begin + share;",
+          "cuda_plan", "split_rows"),
+    Fault("last part left out", CUDA + "sums.cu",
+          "part < count; ++part", "part < count - (count > 1); ++part", "cuda_plan", "split_rows"),
+    Fault("combine takes one part", CUDA + "permutation.cu",
+          "for (int part = 0; part < parts; ++part)", "for (int part = 0; part < 1; ++part)", "cuda_plan", "combine"),
+    Fault("counters as they were", CUDA + "routing.cu",
+          "clear(device, arrivals, int64_t{4} * r.G);", "", "routing", "fp32"),
+    Fault("groups without tokens left as they were", CUDA + "routing.cu",
+          "if (r.group_offsets == nullptr || blockIdx.x > 0) return;", "return;", "routing", "fp32"),
+    Fault("blocks forget those before them", CUDA + "sorting.cu",
+          "total[bin] += before[bin];", "", "cuda_plan", "sorting"),
+    Fault("dropped slots over each other", CUDA + "sorting.cu",
+          "offset + static_cast<int>(begin) - earlier", "offset + static_cast<int>(begin)", "cuda_plan", "sorting"),
+    Fault("TF32 never taken", CUDA + "grouped_gemm.cu",
+          "if (p.tf32) return run(p.k_inner", "if (false) return run(p.k_inner", "cuda_plan", "tf32"),
+    Fault("bias gradient without the routing weight", CUDA + "weight_grad.cu",
+          "bias_sum += p.row_weights ? p.row_weights[p.permutation[first + k]] * value : value;",
+          "bias_sum += value;", "experts", "odd and bias"),
 )  # fmt: skip
 
 
@@ -211,6 +247,9 @@ def notice(fault: Fault, tree: Path) -> tuple[bool, str]:
     select = "not triton"
     if fault.path.startswith(TRITON):
         environment["TRITON_INTERPRET"], select = "1", "triton"
+    if fault.path.startswith(CUDA):
+        environment["CUMO_EMULATE"], select = "1", "cuda"
+        environment["CUMO_EMULATE_CAPABILITY"] = "90" if fault.path.startswith(HOPPER) else "80"
     if fault.select:
         select = f"({fault.select}) and {select}"
     files = [f"tests/kernels/test_{stem}.py" for stem in fault.tests.split()]

@@ -56,9 +56,11 @@ def test_the_backend_hands_out_the_extension(module):
 WRONG = "meta" if extension.EMULATE else "cpu"  # a device whose tensors this build cannot take
 
 
-def calls(device):
-    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)
+def calls(device, full=False):
+    """(op, arguments) of every op; `full`: with all that is optional."""
+    new = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype, device=device)
     slots, offsets, weights = new(4, dtype=torch.int32), new(3, dtype=torch.int32), new(2, 2)
+    given = lambda tensor: tensor if full else None
     x, up, down = new(2, 8), new(2, 8, 8), new(2, 8, 8)
     plan = (weights, slots, slots, offsets)
     yield "activate", (x, "gelu")
@@ -66,16 +68,19 @@ def calls(device):
     yield "permute", (x, slots, slots, 2)
     yield "combine", (new(4, 8), weights, slots, 2)
     yield "combine_backward", (x, new(4, 8), weights, slots, slots)
-    yield "route", (x, None, None, 1, 2, True, None)
-    yield "route_backward", (weights, new(1, 8), new(1), x, None, slots.view(2, 2), None, True)
+    gate, groups = given(new(2, 8)), given(new(2, dtype=torch.int32))
+    yield "route", (x, gate, groups, 1, 2, True, None)
+    experts = 2 if full else 8
+    yield "route_backward", (weights, new(1, experts), new(1), x, gate, slots.view(2, 2), groups, True)
     yield "sort_by_expert", (slots, 2)
-    yield "grouped_gemm", (new(4, 8), up, offsets, None, None, None, 1, None)
-    yield "grouped_gemm_weight_grad", (new(4, 8), new(4, 8), offsets, None, None, 1, False)
-    yield "expert_mlp", (x, *plan, up, down, None, None, "gelu", "none")
+    bias = given(new(2, 8))
+    yield "grouped_gemm", (new(4, 8), up, offsets, bias, given(slots), given(slots), 1, None)
+    yield "grouped_gemm_weight_grad", (new(4, 8), new(4, 8), offsets, given(slots), given(slots), 1, full)
+    yield "expert_mlp", (x, *plan, up, down, bias, bias, "gelu", "none")
     every = (True, True, True, True)
     yield (
         "expert_mlp_backward",
-        (x, x, *plan, up, down, None, None, new(4, 8), new(0), "gelu", "preact", *every),
+        (x, x, *plan, up, down, bias, bias, new(4, 8), new(0), "gelu", "preact", *every),
     )
 
 
@@ -84,6 +89,24 @@ def test_a_tensor_elsewhere_is_named(module, op, arguments):
     wanted = "CPU tensor in emulation" if extension.EMULATE else "CUDA tensor"
     with pytest.raises(ValueError, match=rf"\w+ must be a {wanted}, got {WRONG}"):
         getattr(module, op)(*arguments)
+
+
+HERE = "cpu" if extension.EMULATE else "cuda"
+
+
+@pytest.mark.skipif(HERE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_the_one_tensor_elsewhere_is_named(module, op):
+    """Each tensor argument in turn, before anything is launched."""
+    (arguments,) = (call for name, call in calls(HERE, full=True) if name == op)
+    names = [name for name, _ in bound(getattr(module, op))]
+    before = module._launches()
+    for i, (name, argument) in enumerate(zip(names, arguments, strict=True)):
+        if isinstance(argument, torch.Tensor):
+            moved = [*arguments[:i], argument.to(WRONG), *arguments[i + 1 :]]
+            with pytest.raises(ValueError, match=rf"^{name} must (be|have)|must be on the device of {name}"):
+                getattr(module, op)(*moved)
+    assert module._launches() == before
 
 
 def test_every_op_has_a_call_above():
@@ -97,16 +120,46 @@ def test_activations_are_all_there():
     assert rows == {name: str(row.is_gated).lower() for name, row in ACTIVATIONS.items()}
 
 
-@given(st.lists(st.integers(0, 700), min_size=1, max_size=9), st.integers(1, 20), st.sampled_from([128, 64]))
-def test_tiles_cover_every_row_once(counts, tiles_n, tile_rows):
-    offsets = [sum(counts[:e]) for e in range(len(counts) + 1)]
-    tiles = extension.load()._find_tiles(offsets, tiles_n, tile_rows)
+COUNTS = st.lists(st.integers(0, 700), min_size=1, max_size=9)  # rows of each expert
+
+
+def offsets_of(counts):
+    return [sum(counts[:e]) for e in range(len(counts) + 1)]
+
+
+@given(COUNTS, st.integers(1, 20), st.sampled_from([128, 64]), st.sampled_from([1, 2, 4]))
+def test_tiles_cover_every_row_once(counts, tiles_n, tile_rows, splits):
+    offsets = offsets_of(counts)
+    tiles = extension.load()._find_tiles(offsets, tiles_n, tile_rows, splits)
     covered = Counter()
-    for expert, first, end, tile_n in tiles:
-        assert offsets[expert] <= first < end == offsets[expert + 1] and 0 <= tile_n < tiles_n
-        covered.update((row, tile_n) for row in range(first, min(first + tile_rows, end)))
-    assert covered == Counter((row, n) for row in range(offsets[-1]) for n in range(tiles_n))
-    assert len(tiles) <= extension.load()._most_row_tiles(offsets[-1], len(counts), tile_rows) * tiles_n
+    for expert, first, end, tile_n, split in tiles:
+        assert offsets[expert] <= first < end == offsets[expert + 1]
+        assert 0 <= tile_n < tiles_n and 0 <= split < splits
+        covered.update((row, tile_n, split) for row in range(first, min(first + tile_rows, end)))
+    assert covered == Counter(
+        (row, n, s) for row in range(offsets[-1]) for n in range(tiles_n) for s in range(splits)
+    )
+    most = extension.load()._most_row_tiles(offsets[-1], len(counts), tile_rows)
+    assert len(tiles) <= most * tiles_n * splits
+
+
+@given(COUNTS, st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 8]), st.sampled_from([32, 64]))
+def test_tiles_of_a_weight_gradient_cover_every_row_once(counts, tiles_n, tiles_k, splits, depth):
+    offsets, module = offsets_of(counts), extension.load()
+    covered = Counter()
+    for number in range(len(counts) * splits * tiles_n * tiles_k):
+        tile = module._grad_tile(offsets, number, tiles_n, tiles_k, splits, depth)
+        expert, _, begin, end, first_n, first_k = tile
+        assert begin >= end or offsets[expert] <= begin < end <= offsets[expert + 1]
+        covered.update((row, first_n, first_k) for row in range(begin, end))
+    cells = [(128 * n, 256 * k) for n in range(tiles_n) for k in range(tiles_k)]
+    assert covered == Counter((row, *cell) for row in range(offsets[-1]) for cell in cells)
+
+
+@given(st.integers(0, 300), st.sampled_from([1, 2, 4, 16]))
+def test_splits_share_the_steps(steps, splits):
+    found = [extension.load()._steps_of_split(steps, split, splits) for split in range(splits)]
+    assert [step for begin, end in found for step in range(begin, end)] == list(range(steps))
 
 
 @pytest.mark.parametrize("tile_columns", [128, 256])

@@ -38,12 +38,19 @@ def built_for(architecture: str) -> None:
 
 
 @cache
-def opcodes(architecture: str) -> dict[str, set[str]]:
-    """Kernel -> the instructions in it."""
+def sass(architecture: str) -> dict[str, list[str]]:
+    """Kernel -> its instructions, without addresses and predicates."""
     built_for(architecture)
     parts = re.split(r"\n\s*Function : (\S+)", dump("-sass", "-arch", architecture))
-    instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)")
-    return {name: set(instruction.findall(body)) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    line = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*);")
+    return {name: line.findall(body) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+@cache
+def opcodes(architecture: str) -> dict[str, set[str]]:
+    """Kernel -> which instructions it has."""
+    first = re.compile(r"[A-Z0-9_]+")
+    return {name: {first.match(line)[0] for line in lines} for name, lines in sass(architecture).items()}
 
 
 def test_every_kernel_is_there():
@@ -58,17 +65,44 @@ def test_nothing_spills():
 
 
 def test_registers_leave_room_for_the_block():
-    """256 threads of 255 registers fit; Hopper's 384 threads start with 168 each."""
-    wide = [row for row in resources() if "hopper" in row[1] and row[2] > 168]
-    assert wide == [] and all(row[2] <= 255 for row in resources())
+    """256 threads of 255 registers fit."""
+    assert [row for row in resources() if row[2] > 255] == []
+
+
+def test_warpgroups_can_trade_registers():
+    """Hopper's 384 threads start with 168 each; with fewer the consumers' 224 would be waited for in vain."""
+    built_for("sm_90a")
+    hopper = [row for row in resources() if row[0] == "sm_90a" and "hopper" in row[1]]
+    assert hopper and all(row[2] == 168 for row in hopper)
+    assert 128 * 56 + 256 * 224 <= 384 * 168
+    for name, lines in sass("sm_90a").items():
+        if "hopper" in name:
+            traded = [line for line in lines if line.startswith("USETMAXREG")]
+            counts = re.findall(r"0x\w+", " ".join(traded))
+            assert sorted(counts) == ["0x38", "0xe0"], (name, traded)
 
 
 def test_hopper_kernels_use_hopper():
     kernels = {name: found for name, found in opcodes("sm_90a").items() if "hopper" in name}
-    assert len(kernels) == 8
+    assert len(kernels) == 12
     for name, found in kernels.items():
         assert {"HGMMA", "UTMALDG", "LDGSTS", "SYNCS"} <= found, name
         assert not found & {"LDL", "STL"}, name
+
+
+def test_products_of_successive_stages_overlap():
+    """Where ptxas cannot follow the sums it waits behind each wgmma: then a loop has more than one wait."""
+    for name, lines in sass("sm_90a").items():
+        if "hopper" not in name:
+            continue
+        products = [i for i, line in enumerate(lines) if line.startswith("HGMMA")]
+        fragments = 2 if "Li128E" in name else 1
+        assert len(products) == 4 * fragments, name
+        loop = lines[products[0] : products[-1] + 40]
+        waits = [line for line in loop if line.startswith("WARPGROUP.DEPBAR")]
+        assert re.search(r"gsb0, 0x1\b", waits[0]) and len(waits) <= 2, (name, waits)
+        between = lines[products[0] : products[-1]]
+        assert not [line for line in between if line.startswith("WARPGROUP.DEPBAR")], name
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100", "sm_120"])

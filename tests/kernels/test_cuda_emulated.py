@@ -3,7 +3,8 @@
 Every kernel is compiled for the CPU and executed thread by thread in a process of its own, barriers,
 asynchronous copies, tensor-core and Hopper instructions included: a race, a missing wait or a wrong layout
 shows as a wrong number, a barrier that not everybody reaches as an error. By hand:
-`CUMO_EMULATE=1 CUMO_EMULATE_CAPABILITY=90 pytest tests/kernels -k cuda`.
+`CUMO_EMULATE=1 CUMO_EMULATE_CAPABILITY=90 pytest tests/kernels -k cuda`. Small tests run with
+Hopper's narrow tiles (csrc/plan.h), so one more run has batch invariance, which asks for the wide ones.
 """
 
 import os
@@ -25,10 +26,14 @@ HOPPER = "(test_grouped_gemm or test_experts) and not fp32"
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 @pytest.mark.skipif(not (extension.CSRC / "bindings.cpp").exists(), reason="there is no csrc/")
 @pytest.mark.parametrize(
-    ("capability", "rows", "at_least"),
-    [pytest.param(80, "", 400, id="sm_80"), pytest.param(90, f" and {HOPPER}", 100, id="sm_90a")],
+    ("capability", "rows", "at_least", "more"),
+    [
+        pytest.param(80, "", 400, {}, id="sm_80"),
+        pytest.param(90, f" and {HOPPER}", 100, {}, id="sm_90a"),
+        pytest.param(90, f" and {HOPPER} and not fp16", 50, {"CUMO_BATCH_INVARIANT": "1"}, id="sm_90a-wide"),
+    ],
 )
-def test_kernels_in_emulation(capability, rows, at_least):
+def test_kernels_in_emulation(capability, rows, at_least, more):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"cuda{rows}", "."]
     environment = {
         **os.environ,
@@ -36,8 +41,12 @@ def test_kernels_in_emulation(capability, rows, at_least):
         "CUMO_EMULATE_CAPABILITY": str(capability),
         "OMP_NUM_THREADS": "1",
     }
-    for name in ("PYTEST_XDIST_WORKER", "CUMO_JIT", "CUMO_BACKEND", "TRITON_INTERPRET"):
+    for name in (
+        "PYTEST_XDIST_WORKER", "CUMO_JIT", "CUMO_BACKEND", "CUMO_BATCH_INVARIANT", "CUMO_EMULATE_SMS",
+        "TRITON_INTERPRET",
+    ):  # fmt: skip
         environment.pop(name, None)
+    environment |= more
     done = subprocess.run(
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=1700
     )

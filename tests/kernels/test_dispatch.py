@@ -84,26 +84,39 @@ def test_command_line_explains():
 def test_the_measured_backend_wins(monkeypatch):
     rivals = tuple(replace(row, refuse=lambda *_: None, on_request=None) for row in BACKENDS)
     monkeypatch.setattr(dispatch, "BACKENDS", rivals)
+    measured._fastest.cache_clear()
     x = torch.zeros(900, 4, dtype=torch.bfloat16)
     monkeypatch.setattr(measured, "TABLE", {})
     assert dispatch.choose("permute", x) == "triton"
     assert "triton     chosen: nothing is measured" in explain("permute", x)
-    row = {"op": "permute", "dtype": "bfloat16"}
+    row = {"op": "permute", "dtype": "bfloat16", "mode": "both"}
     rows = [
-        {**row, "rows": 100, "ms": {"triton": 0.1, "cuda": 0.2}},
-        {**row, "rows": 1000, "ms": {"triton": 0.4, "cuda": 0.3}},
-        {**row, "rows": 900, "ms": {"triton": 9.0}},  # a time of one alone compares nothing
-        {**row, "dtype": "float32", "rows": 900, "ms": {"triton": 0.1, "cuda": 0.2}},
+        {**row, "shape": [100, 4], "ms": {"triton": 0.1, "cuda": 0.2}},
+        {**row, "shape": [1000, 4], "ms": {"triton": 0.4, "cuda": 0.3}},
+        {**row, "shape": [1000, 4096], "ms": {"triton": 0.5, "cuda": 0.6}},
+        {**row, "shape": [900, 4], "ms": {"triton": 9.0}},  # a time of one alone compares nothing
+        {**row, "dtype": "float32", "shape": [900, 4], "ms": {"triton": 0.1, "cuda": 0.2}},
+        {**row, "mode": "forward", "shape": [900, 4], "ms": {"triton": 0.1, "cuda": 0.2}},
     ]
     monkeypatch.setattr(measured, "TABLE", {"interpreter": rows})
     assert dispatch.choose("permute", x) == "cuda"
+    assert dispatch.choose("permute", x.half()) == "cuda"
     assert dispatch.choose("permute", x[:150]) == "triton"
+    assert dispatch.choose("permute", x.repeat(1, 900)) == "triton"
     assert dispatch.choose("combine", x) == "triton"
+    with torch.no_grad():
+        assert dispatch.choose("permute", x) == "triton"
+        text = explain("permute", x)
+    assert (
+        "triton     chosen: measured on interpreter at 900 x 4 bfloat16: triton 0.1 ms, cuda 0.2 ms" in text
+    )
     text = explain("permute", x)
-    assert "cuda       chosen: measured on interpreter, 1000 rows: triton 0.4 ms, cuda 0.3 ms" in text
+    line = "measured on interpreter at 1000 x 4 bfloat16 with backward: triton 0.4 ms, cuda 0.3 ms"
+    assert f"cuda       chosen: {line}" in text
     assert "triton     available" in text and "reference  available" in text
     with use_backend("reference"):
         assert dispatch.choose("permute", x) == "reference"
+    measured._fastest.cache_clear()
 
 
 def test_the_measured_table_is_one():
@@ -111,3 +124,4 @@ def test_the_measured_table_is_one():
         assert hardware.find(gpu).name == gpu
         for row in rows:
             assert row["op"] in OPS and set(row["ms"]) <= {row.name for row in BACKENDS}
+            assert row["mode"] in ("forward", "both") and len(row["shape"]) == 2

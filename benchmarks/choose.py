@@ -1,0 +1,79 @@
+"""python -m benchmarks.choose: from timings on GPUs to cumo_kernels/measured.json, which `auto` looks at.
+
+An entry is one case whose backends were timed in turns within one run; of several runs the last counts.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import record
+from benchmarks.record import Row
+from benchmarks.shapes import SHAPES, Shape
+from cumo_kernels import dispatch, hardware, measured
+from cumo_kernels.tune import DTYPES
+
+# benchmark -> the ops it speaks for, each with the shape of its first tensor
+OPS: dict[str, dict[str, Callable[[Shape], tuple[int, int]]]] = {
+    "route": {"route": lambda s: (s.T, s.H)},
+    "permute_combine": {
+        "permute": lambda s: (s.T, s.H),
+        "combine": lambda s: (s.slots, s.H),
+        "sort_by_expert": lambda s: (s.T, s.K),
+    },
+    "activate": {"activate": lambda s: (s.slots, s.width)},
+    "grouped_gemm": {"grouped_gemm": lambda s: (s.T, s.H)},
+    "expert_mlp": {"expert_mlp": lambda s: (s.T, s.H)},
+}
+RIVALS = tuple(row.name for row in dispatch.BACKENDS if row.name != "reference")
+GPUS = {gpu.name for gpu in hardware.GPUS}
+
+
+def entries(rows: Iterable[Row]) -> dict[str, list[dict]]:
+    """GPU -> the entries that `rows` give, in the order of cases."""
+    cases: dict[tuple, dict[str, dict[str, float]]] = {}  # case -> run -> backend -> milliseconds
+    for row in rows:
+        rival = row.variant.removeprefix("cumo/")
+        if rival not in RIVALS or row.op not in OPS or row.machine not in GPUS:
+            continue
+        # a backward alone is nobody's call, a graph is captured where the choice has been made already
+        if (
+            row.timer != "eager"
+            or row.mode == "backward"
+            or row.pattern != "uniform"
+            or row.shape not in SHAPES
+        ):
+            continue
+        case = (row.machine, row.op, row.mode, row.dtype, replace(SHAPES[row.shape], T=row.tokens))
+        cases.setdefault(case, {}).setdefault(row.run, {})[rival] = row.ms_p50
+    found: dict[str, list[dict]] = {}
+    for (gpu, benchmark, mode, dtype, shape), runs in cases.items():
+        whole = [times for _, times in sorted(runs.items()) if set(times) == set(RIVALS)]
+        for op, size in OPS[benchmark].items() if whole else ():
+            name = str(DTYPES[dtype]).removeprefix("torch.")
+            entry = {"op": op, "mode": mode, "dtype": name, "shape": list(size(shape)), "ms": whole[-1]}
+            found.setdefault(gpu, []).append(entry)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.choose", description=__doc__)
+    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the CSV files")
+    parser.add_argument("--out", type=Path, default=measured.PATH)
+    args = parser.parse_args(argv)
+    found = entries(record.read(args.results))
+    if not found:
+        print(f"choose: {args.results} has no case with {' and '.join(RIVALS)} both timed on a known GPU")
+        return 0
+    measured.save(found, args.out)
+    for gpu, rows in found.items():
+        wins = [min(row["ms"], key=row["ms"].get) for row in rows]
+        won = ", ".join(f"{name} {wins.count(name)}" for name in RIVALS)
+        print(f"choose: {gpu}: {len(rows)} entries, faster: {won}; written to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
