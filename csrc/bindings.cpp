@@ -392,7 +392,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("expert_mlp_backward", &expert_mlp_backward, arg("grad"), arg("x"), arg("topk_weights"), arg("permutation"),
         arg("inverse_permutation"), arg("expert_offsets"), arg("up_proj"), arg("down_proj"), arg("up_bias"),
         arg("down_bias"), arg("z"), arg("a"), arg("activation"), arg("memory"), arg("need_x"), arg("need_weights"),
-        arg("need_up"), arg("need_down"));
+        arg("need_up"), arg("need_up_bias"), arg("need_down"), arg("need_down_bias"));
 
   // index arithmetic, for tests/kernels/test_cuda.py
   m.def("_find_tiles", [](const std::vector<int>& offsets, int tiles_n, int tile_rows, int splits) {

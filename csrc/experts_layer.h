@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     const Tensor& inverse_permutation, const Tensor& expert_offsets, const Tensor& up_proj, const Tensor& down_proj,
     const MaybeTensor& up_bias, const MaybeTensor& down_bias, const Tensor& z, const Tensor& a,
     const std::string& activation, const std::string& memory, bool need_x, bool need_weights, bool need_up,
-    bool need_down) {
+    bool need_up_bias, bool need_down, bool need_down_bias) {
   check_layer(x, topk_weights, permutation, inverse_permutation, expert_offsets, up_proj, down_proj, up_bias,
               down_bias);
   CHECK_SAME_DEVICE(grad, x);
@@ -225,7 +225,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   // with `a` at hand its weight is cheaper to put on the narrower gradient
   const bool need_weighted = need_down && memory != "all";
   Tensor weighted = nothing(), dz = nothing();
-  if (need_x || need_up || need_weights) {
+  const bool need_dz = need_x || need_up || need_up_bias;
+  if (need_dz || need_weights) {
     GemmTensors t = describe_gemm(grad, down_proj.transpose(1, 2), expert_offsets, std::nullopt, permutation, top_k,
                                   {Act::none, false});
     if (t.p.k_inner) {  // grad_hidden reads down_proj as (E, O, I) is stored
@@ -237,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     t.p.act = act.kind, t.p.gated = act.gated;
     const On on(x);
     const int tiles = grad_hidden_tiles(on.device, dtype, t.p);
-    if (need_x || need_up) dz = make(kept_z, kept_z.sizes());
+    if (need_dz) dz = make(kept_z, kept_z.sizes());
     if (need_weighted) weighted = make(x, {S, t.p.N});
     Tensor dots = make(weights, {need_weights ? S : 0, tiles});
     if (S > 0 && t.p.N > 0)
@@ -255,17 +256,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     weighted = weigh(kept_z, weights, permutation, expert_offsets, act);
   }
 
-  if (need_down && memory == "all") {
+  // a bias alone: beside the least weight gradient there is
+  if ((need_down || need_down_bias) && memory == "all") {
     const Tensor weighted_grad = weigh(grad, weights, permutation, expert_offsets, {Act::none, false});
-    std::tie(ddown, ddown_bias) = weight_gradient(weighted_grad, a, expert_offsets, std::nullopt, top_k,
-                                                  down_bias.has_value(), false, std::nullopt);
-  } else if (need_down) {
+    const Tensor columns = need_down ? a : a.narrow(1, 0, 1);
+    std::tie(ddown, ddown_bias) = weight_gradient(weighted_grad, columns, expert_offsets, std::nullopt, top_k,
+                                                  need_down_bias, false, std::nullopt);
+  } else if (need_down || need_down_bias) {
+    const Tensor columns = need_down ? weighted : kept_z.narrow(1, 0, 1);
     std::tie(ddown, ddown_bias) =
-        weight_gradient(grad, weighted, expert_offsets, permutation, top_k, down_bias.has_value(), true, weights);
+        weight_gradient(grad, columns, expert_offsets, permutation, top_k, need_down_bias, true, weights);
   }
-  if (need_up)
-    std::tie(dup, dup_bias) = weight_gradient(dz, x, expert_offsets, permutation, top_k, up_bias.has_value(), false,
-                                              std::nullopt);
+  if (!need_down) ddown = nothing();
+  if (need_up || need_up_bias) {
+    const Tensor columns = need_up ? x : x.narrow(1, 0, 1);
+    std::tie(dup, dup_bias) =
+        weight_gradient(dz, columns, expert_offsets, permutation, top_k, need_up_bias, false, std::nullopt);
+  }
+  if (!need_up) dup = nothing();
   if (need_x) {
     const Tensor rows = std::get<0>(multiply(dz, up_proj.transpose(1, 2), expert_offsets, std::nullopt, std::nullopt,
                                              top_k, {Act::none, false}, true, false, false));

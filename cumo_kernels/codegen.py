@@ -308,7 +308,7 @@ def calls(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[str
             yield (
                 f"expert_mlp backward, {memory}",
                 lambda z=z, a=a, memory=memory: experts.expert_mlp_backward(
-                    meta(T, O), *layer, z, a, name, memory, True, True, True, True
+                    meta(T, O), *layer, z, a, name, memory, True, True, True, not gated, True, not gated
                 ),
             )
 

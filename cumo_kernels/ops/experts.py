@@ -79,7 +79,9 @@ def _expert_mlp_backward(
     need_x: bool,
     need_weights: bool,
     need_up: bool,
+    need_up_bias: bool,
     need_down: bool,
+    need_down_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return dispatch.implementation(backend, "expert_mlp_backward")(
@@ -100,14 +102,17 @@ def _expert_mlp_backward(
         need_x,
         need_weights,
         need_up,
+        need_up_bias,
         need_down,
+        need_down_bias,
     )
 
 
 @_expert_mlp_backward.register_fake
 def _(
     grad, x, topk_weights, permutation, inverse_permutation, expert_offsets, up_proj, down_proj, up_bias,
-    down_bias, z, a, activation, memory, need_x, need_weights, need_up, need_down, backend,
+    down_bias, z, a, activation, memory, need_x, need_weights, need_up, need_up_bias, need_down,
+    need_down_bias, backend,
 ):  # fmt: skip
     def like(tensor, needed):
         return tensor.new_empty(tensor.shape) if needed and tensor is not None else x.new_empty(0)
@@ -116,9 +121,9 @@ def _(
         like(x, need_x),
         topk_weights.new_empty(topk_weights.shape if need_weights else 0),
         like(up_proj, need_up),
-        like(up_bias, need_up),
+        like(up_bias, need_up_bias),
         like(down_proj, need_down),
-        like(down_bias, need_down),
+        like(down_bias, need_down_bias),
     )
 
 
@@ -144,8 +149,10 @@ def _backward(ctx, grad, _z, _a):
         ctx.memory,
         need_x,
         need_weights,
-        need_up or need_up_bias,
-        need_down or need_down_bias,
+        need_up,
+        need_up_bias,
+        need_down,
+        need_down_bias,
         ctx.backend,
     )
     return (

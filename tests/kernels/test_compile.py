@@ -63,9 +63,10 @@ def make_op_calls():
             (torch.randn(T * K, I), rows, offsets, None, None, 1, need_bias, ref),
         )
         given = [t.detach() for t in arguments[: 9 if need_bias else 7]] + [None] * (0 if need_bias else 2)
-        for needs in ((True,) * 4, (True, True, True, False), (False, False, False, True)):
+        for needs in ("xwubdc", "xwub", "d", "bc") if need_bias else ("xwud", "u", "d"):
+            needs = [flag in needs for flag in "xwubdc"]  # x, weights, up, its bias, down, its bias
             yield (
-                f"expert_mlp_backward-{need_bias}-{needs}",
+                f"expert_mlp_backward-{need_bias}-{sum(needs)}-{needs.index(True)}",
                 _expert_mlp_backward,
                 (grad, *given, none, none, "gelu", "x", *needs, ref),
             )

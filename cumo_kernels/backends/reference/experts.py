@@ -47,6 +47,15 @@ def expert_mlp(
     return out, z, a if memory == "all" else x.new_empty(0)
 
 
+def _weight_grad(
+    grad: Tensor, rows: Tensor | None, expert_offsets: Tensor, need_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias; without `rows` that of the bias alone."""
+    columns = grad[:, :1] if rows is None else rows
+    weight, bias = grouped_gemm_weight_grad(grad, columns, expert_offsets, None, None, 1, need_bias)
+    return grad.new_empty(0) if rows is None else weight, bias
+
+
 def expert_mlp_backward(
     grad: Tensor,
     x: Tensor,
@@ -65,7 +74,9 @@ def expert_mlp_backward(
     need_x: bool,
     need_weights: bool,
     need_up: bool,
+    need_up_bias: bool,
     need_down: bool,
+    need_down_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients at x, topk_weights, up_proj, up_bias, down_proj, down_bias; empty where not needed."""
     top_k = topk_weights.shape[1]
@@ -82,24 +93,20 @@ def expert_mlp_backward(
 
     if need_down or need_weights:
         a = a if memory == "all" else activate(z, activation)
-    if need_down:
+    if need_down or need_down_bias:
         weighted = (w * g).to(dtype)
-        ddown, ddown_bias = grouped_gemm_weight_grad(
-            weighted, a, expert_offsets, None, None, top_k, need_bias=down_bias is not None
-        )
-    if need_x or need_up or need_weights:
+        ddown, ddown_bias = _weight_grad(weighted, a if need_down else None, expert_offsets, need_down_bias)
+    if need_x or need_up or need_up_bias or need_weights:
         h = linear(g, down_proj.transpose(1, 2), expert_offsets, None).to(wide)
         if need_weights:
             dw = torch.linalg.vecdot(h, a.to(wide))
             if down_bias is not None:
                 dw = dw + linear(g.to(wide), down_bias[:, None, :].to(wide), expert_offsets, None)[:, 0]
             dweights = to_slots(dw, inverse_permutation).view_as(topk_weights).to(topk_weights.dtype)
-    if need_x or need_up:
+    if need_x or need_up or need_up_bias:
         dz = act.backward(h.mul_(w), z.to(wide)).to(dtype)
-        if need_up:
-            dup, dup_bias = grouped_gemm_weight_grad(
-                dz, rows, expert_offsets, None, None, top_k, need_bias=up_bias is not None
-            )
+        if need_up or need_up_bias:
+            dup, dup_bias = _weight_grad(dz, rows if need_up else None, expert_offsets, need_up_bias)
         if need_x:
             dx = combine(
                 linear(dz, up_proj.transpose(1, 2), expert_offsets, None), None, inverse_permutation, top_k

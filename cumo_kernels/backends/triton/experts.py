@@ -308,7 +308,9 @@ def expert_mlp_backward(
     need_x: bool,
     need_weights: bool,
     need_up: bool,
+    need_up_bias: bool,
     need_down: bool,
+    need_down_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients at x, topk_weights, up_proj, up_bias, down_proj, down_bias; empty where not needed."""
     top_k = topk_weights.shape[1]
@@ -325,10 +327,11 @@ def expert_mlp_backward(
     # with `a` at hand its weight is cheaper to put on the narrower g
     need_weighted = need_down and memory != "all"
     weighted = dz = x.new_empty(0)
-    if need_x or need_up or need_weights:
+    need_dz = need_x or need_up or need_up_bias
+    if need_dz or need_weights:
         dz, weighted, dots = launch_grad_hidden(
             grad, *plan, down_proj, z, activation,
-            need_dz=need_x or need_up, need_weighted=need_weighted, need_dots=need_weights,
+            need_dz=need_dz, need_weighted=need_weighted, need_dots=need_weights,
         )  # fmt: skip
         if need_weights:
             dweights = _topk_weights_grad(
@@ -337,18 +340,21 @@ def expert_mlp_backward(
     elif need_weighted:
         weighted = _weigh_rows(z, *plan, activation)
 
-    if need_down and memory == "all":
+    if (need_down or need_down_bias) and memory == "all":
         weighted_grad = _weigh_rows(grad, *plan, None)
         ddown, ddown_bias = launch_weight_grad(
-            weighted_grad, a, expert_offsets, None, top_k, down_bias is not None
+            weighted_grad, a, expert_offsets, None, top_k, need_down_bias, need_weight=need_down
         )
-    elif need_down:
+    elif need_down or need_down_bias:
+        rows = weighted if need_down else z[:, : down_proj.shape[2]]
         ddown, ddown_bias = launch_weight_grad(
-            grad, weighted, expert_offsets, permutation, top_k, down_bias is not None,
-            gather="grad", row_weights=topk_weights,
+            grad, rows, expert_offsets, permutation, top_k, need_down_bias, need_weight=need_down,
+            gather="grad", row_weights=topk_weights if need_down_bias else None,
         )  # fmt: skip
-    if need_up:
-        dup, dup_bias = launch_weight_grad(dz, x, expert_offsets, permutation, top_k, up_bias is not None)
+    if need_up or need_up_bias:
+        dup, dup_bias = launch_weight_grad(
+            dz, x, expert_offsets, permutation, top_k, need_up_bias, need_weight=need_up
+        )
     if need_x:
         dx = _multiply_and_combine(
             dz, up_proj.transpose(1, 2), expert_offsets, None, None, inverse_permutation, top_k

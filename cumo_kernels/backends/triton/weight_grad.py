@@ -244,6 +244,7 @@ def _plan(
     num_experts: int,
     width: int,
     in_features: int,
+    columns: int,
     grad_strides: tuple[int, int],
     x_strides: tuple[int, int],
     top_k: int,
@@ -267,7 +268,7 @@ def _plan(
     launch = Launch(
         weight_grad_kernel,
         N=width,
-        K=in_features,
+        K=columns,
         top_k=top_k,
         stride_grad_s=grad_strides[0],
         stride_grad_n=grad_strides[1],
@@ -276,13 +277,13 @@ def _plan(
         GATHER_GRAD=gather_grad,
         GATHER_X=gather_x,
         EVEN_N=width % config.BLOCK_N == 0,
-        EVEN_K=in_features % config.BLOCK_K == 0,
+        EVEN_K=columns % config.BLOCK_K == 0,
         INPUT_PRECISION=precision,
         PARTS=config.epilogue_parts(config.BLOCK_N, config.BLOCK_K),
         E=num_experts,
         **config.constants("FLATTEN"),
     )
-    tiles = cdiv(width, config.BLOCK_N) * cdiv(in_features, config.BLOCK_K) * num_experts * config.SPLITS
+    tiles = cdiv(width, config.BLOCK_N) * cdiv(columns, config.BLOCK_K) * num_experts * config.SPLITS
     return config, launch, min(gpu.sms * config.PER_SM, tiles)
 
 
@@ -294,16 +295,19 @@ def launch_weight_grad(
     top_k: int,
     need_bias: bool,
     *,
+    need_weight: bool = True,
     gather: str = "x",
     row_weights: Tensor | None = None,
     config: tuning.Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-> grad_weight (E, N, K), grad_bias (E, N) or empty; `permutation` gathers "x" or "grad".
+    """-> grad_weight (E, N, K), grad_bias (E, N), empty if not needed; `permutation` gathers "x" or "grad".
 
+    The bias alone is added up in the same order as beside the weight, with one column of x for a weight.
     With `row_weights`, (S,) by slot, row p counts row_weights[permutation[p]] times in the bias gradient.
     """
     num_experts = expert_offsets.shape[0] - 1
     width, in_features = grad.shape[1], x.shape[1]
+    x = x if need_weight else x[:, :1]
     gather_grad = permutation is not None and gather == "grad"
     gather_x = permutation is not None and gather == "x"
     num_rows = grad.shape[0] if gather_x else x.shape[0]
@@ -311,15 +315,15 @@ def launch_weight_grad(
     describe_grad = not gather_grad and can_describe(grad, gpu.has_tma)
     describe_x = not gather_x and can_describe(x, gpu.has_tma)
     config, launch, programs = _plan(
-        x.device, x.dtype, tuning.bucket(num_rows), num_experts, width, in_features, grad.stride(),
-        x.stride(), top_k, gather_grad, gather_x, describe_grad, describe_x, need_bias,
+        x.device, x.dtype, tuning.bucket(num_rows), num_experts, width, in_features, x.shape[1],
+        grad.stride(), x.stride(), top_k, gather_grad, gather_x, describe_grad, describe_x, need_bias,
         row_weights is not None, input_precision(x.dtype), config, gpu,
     )  # fmt: skip
     split = config.SPLITS > 1
     make = lambda *size: x.new_empty(
         (config.SPLITS, *size) if split else size, dtype=torch.float32 if split else x.dtype
     )
-    grad_weight = make(num_experts, width, in_features)
+    grad_weight = make(num_experts, width, x.shape[1])
     grad_bias = make(num_experts, width) if need_bias else x.new_empty(0)
     if grad_weight.numel() == 0:
         return grad_weight, grad_bias
@@ -336,6 +340,6 @@ def launch_weight_grad(
         grad_bias if need_bias else None,
     )
     if split:
-        grad_weight = sum_rows(grad_weight, x.dtype)
+        grad_weight = sum_rows(grad_weight, x.dtype) if need_weight else grad_weight
         grad_bias = sum_rows(grad_bias, x.dtype) if need_bias else grad_bias
-    return grad_weight, grad_bias
+    return grad_weight if need_weight else x.new_empty(0), grad_bias
