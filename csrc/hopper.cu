@@ -72,28 +72,32 @@ __device__ __forceinline__ void produce(const TensorMap& map_x, const TensorMap&
   if (gathers) hand_over_rest(full, landed, under_way);
 }
 
-// The warp's 16 rows of 64.
-template <int kCols, class T>
-__device__ __forceinline__ void finish_rows(const ForwardEnd<T>& end, const float (&d)[kCols / 2], float* patch,
+// The warp's 16 rows of every 64 from first_row on.
+template <int kCols, int kM, class T>
+__device__ __forceinline__ void finish_tile(const ForwardEnd<T>& end, const float (&d)[kM][kCols / 2], float* patch,
                                             const Tile& tile, int first_row, int) {
-  for_each_patch<kCols>(d, patch,
-                        [&](int first_col) { finish_patch(end, patch, tile, first_row, first_col, kCols); });
+  for_each_patch<kCols>(d, patch, [&](int m, int first_col) {
+    finish_patch(end, patch, tile, first_row + m * 64, first_col, kCols);
+  });
 }
 
-template <int kCols, class T>
-__device__ __forceinline__ void finish_rows(const HiddenEnd<T>& end, const float (&d)[kCols / 2], float* patch,
+template <int kCols, int kM, class T>
+__device__ __forceinline__ void finish_tile(const HiddenEnd<T>& end, const float (&d)[kM][kCols / 2], float* patch,
                                             const Tile& tile, int first_row, int tiles_n) {
-  float dots[2] = {};
-  for_each_patch<kCols>(d, patch,
-                        [&](int first_col) { finish_patch(end, patch, tile, first_row, first_col, kCols, dots); });
-  const int lane = threadIdx.x % kWarp;
+  float dots[2];
+  for_each_patch<kCols>(d, patch, [&](int m, int first_col) {
+    if (first_col == 0) dots[0] = dots[1] = 0.0f;
+    finish_patch(end, patch, tile, first_row + m * 64, first_col, kCols, dots);
+    if (first_col < kCols - kPatchCols) return;
+    const int lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    dots[i] += shuffle_xor(dots[i], 1);
-    dots[i] += shuffle_xor(dots[i], 2);
-    const int row = first_row + lane / 4 + 8 * i;
-    if (end.dots && lane % 4 == 0 && row < tile.end_row) end.dots[int64_t{row} * tiles_n + tile.tile_n] = dots[i];
-  }
+    for (int i = 0; i < 2; ++i) {
+      dots[i] += shuffle_xor(dots[i], 1);
+      dots[i] += shuffle_xor(dots[i], 2);
+      const int row = first_row + m * 64 + lane / 4 + 8 * i;
+      if (end.dots && lane % 4 == 0 && row < tile.end_row) end.dots[int64_t{row} * tiles_n + tile.tile_n] = dots[i];
+    }
+  });
 }
 
 template <class T>
@@ -148,9 +152,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (kTakeTurns && threadIdx.x % kWarp == 0) arrive(&free_for[me ^ 1]);
           });
       phase ^= 1;
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-        finish_rows<kCols>(end, d[m], patch, tile, tile.first_row + (kTakeTurns ? m * 4 + warp % 4 : warp) * 16, tiles_n);
+      finish_tile<kCols>(end, d, patch, tile, tile.first_row + (kTakeTurns ? warp % 4 : warp) * 16, tiles_n);
     }
     if (kTakeTurns) others = !others;
   }

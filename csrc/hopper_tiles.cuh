@@ -106,21 +106,22 @@ __device__ __forceinline__ void multiply_stages(int steps, unsigned char* shared
   if (last >= 0 && threadIdx.x % kWarp == 0) arrive(&empty[last]);
 }
 
-// The warp's 16 rows in patches of 32 columns.
-template <int kCols, class Finish>
-__device__ __forceinline__ void for_each_patch(const float (&d)[kCols / 2], float* patch, Finish finish) {
+// The warp's 16 rows of each d[m] in patches of 32 columns: finish(m, first column), one copy of its code for all.
+template <int kCols, int kM, class Finish>
+__device__ __forceinline__ void for_each_patch(const float (&d)[kM][kCols / 2], float* patch, Finish finish) {
+  constexpr int kPerRow = kCols / kPatchCols;
 #pragma unroll 1
-  for (int c = 0; c < kCols / kPatchCols; ++c) {
+  for (int c = 0; c < kM * kPerRow; ++c) {
 #pragma unroll
-    for (int other = 0; other < kCols / kPatchCols; ++other)  // registers must not be indexed by c
+    for (int other = 0; other < kM * kPerRow; ++other)  // registers must not be indexed by c
       if (c == other)
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-          const int i = (other * 4 + n) * 4;
-          lay_down(patch, n, d[i], d[i + 1], d[i + 2], d[i + 3]);
+          const float* sums = d[other / kPerRow] + (other % kPerRow * 4 + n) * 4;
+          lay_down(patch, n, sums[0], sums[1], sums[2], sums[3]);
         }
     sync_warp();
-    finish(c * kPatchCols);
+    finish(c / kPerRow, c % kPerRow * kPatchCols);
     sync_warp();
   }
 }

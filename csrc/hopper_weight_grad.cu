@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                    splits > 1);
       sync_some(1, 2 * kGroup);
     }
-    for_each_patch<kCols>(d[0], patch, [&](int first_col) {
+    for_each_patch<kCols>(d, patch, [&](int, int first_col) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = lane / 4 + 8 * i, n = tile.first_n + warp * kPatchRows + row;

@@ -91,18 +91,15 @@ def test_hopper_kernels_use_hopper():
 
 
 def test_products_of_successive_stages_overlap():
-    """Where ptxas cannot follow the sums it waits behind each wgmma: then a loop has more than one wait."""
+    """Where ptxas cannot follow the sums it waits behind each wgmma; here only for the stage before."""
     for name, lines in sass("sm_90a").items():
         if "hopper" not in name:
             continue
         products = [i for i, line in enumerate(lines) if line.startswith("HGMMA")]
         fragments = 2 if "Li128E" in name else 1
         assert len(products) == 4 * fragments, name
-        loop = lines[products[0] : products[-1] + 40]
-        waits = [line for line in loop if line.startswith("WARPGROUP.DEPBAR")]
-        assert re.search(r"gsb0, 0x1\b", waits[0]) and len(waits) <= 2, (name, waits)
-        between = lines[products[0] : products[-1]]
-        assert not [line for line in between if line.startswith("WARPGROUP.DEPBAR")], name
+        waits = [line.split()[-1] for line in lines if line.startswith("WARPGROUP.DEPBAR")]
+        assert sorted(waits) == ["0x0", "0x1"], (name, waits)  # one behind the loop, one inside
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100", "sm_120"])

@@ -96,12 +96,16 @@ def test_blocks_fit_into_every_gpu(module):
     assert portable <= least and all(size <= hardware.find("nvidia_h100").shared_memory for size in hopper)
 
 
-@pytest.fixture(params=[80, 90])
-def many_processors(request, monkeypatch):
-    """Enough of them for sums to be split, at both generations of kernels."""
-    monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", str(request.param))
+@pytest.fixture(
+    params=[(80, torch.float32), (80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float16)],
+    ids=["portable-fp32", "portable-bf16", "hopper-bf16", "hopper-fp16"],
+)
+def kernels(request, monkeypatch) -> torch.dtype:
+    """Both generations of kernels, on processors enough for sums to be split; the dtype to use."""
+    capability, dtype = request.param
+    monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", str(capability))
     monkeypatch.setenv("CUMO_EMULATE_SMS", "16")
-    return request.param
+    return dtype
 
 
 def launches(module, run) -> int:
@@ -112,8 +116,9 @@ def launches(module, run) -> int:
 
 @emulated
 @pytest.mark.parametrize("bias", [True, False])
-def test_split_rows(many_processors, module, dtype, bias):
+def test_split_rows(kernels, module, bias):
     """A long sum of few tiles, with rows behind the last expert, an expert without rows and an odd width."""
+    dtype = kernels
     offsets = torch.tensor([0, 3, 3, 14], dtype=torch.int32)
     x, weight = torch.randn(16, 1100, dtype=dtype), torch.randn(3, 37, 1100, dtype=dtype) / 33
     x, weight = x[:, :1096], weight[:, :, :1096]
@@ -137,8 +142,9 @@ def test_split_rows(many_processors, module, dtype, bias):
 
 @emulated
 @pytest.mark.parametrize("gated", [True, False])
-def test_split_sums_of_a_layer(many_processors, module, dtype, gated):
+def test_split_sums_of_a_layer(kernels, module, gated):
     """Both weight gradients in parts, over rows."""
+    dtype = kernels
     plan = make_routing("skewed", 1030, 1, 1)
     x = torch.randn(1030, 24, dtype=dtype)
     up = torch.randn(1, 32 * (1 + gated), 24, dtype=dtype) / 5
@@ -162,8 +168,9 @@ def test_split_sums_of_a_layer(many_processors, module, dtype, gated):
 
 
 @emulated
-def test_combine_adds_up_the_parts(many_processors, module, dtype):
+def test_combine_adds_up_the_parts(kernels, module):
     """A decoding step: down projection and input gradient are split, and combine takes their parts."""
+    dtype = kernels
     plan = make_routing("uniform", 3, 4, 2)
     x, up = torch.randn(3, 40, dtype=dtype), torch.randn(4, 1096, 40, dtype=dtype) / 6
     down = torch.randn(4, 24, 1096, dtype=dtype) / 33
@@ -205,11 +212,10 @@ def test_several_long_tiles_for_each_block(monkeypatch, gathered, steady):
 
 
 @emulated
-def test_batch_invariance(many_processors, module, monkeypatch):
+def test_batch_invariance(kernels, module, monkeypatch):
     """Forward a row has the same bits alone and among others; without the wish the sum is split."""
     offsets = torch.tensor([0, 200], dtype=torch.int32)
-    x = torch.randn(200, 1096, dtype=torch.bfloat16)
-    weight = torch.randn(1, 40, 1096, dtype=torch.bfloat16)
+    x, weight = torch.randn(200, 1096, dtype=kernels), torch.randn(1, 40, 1096, dtype=kernels)
     run = lambda x, offsets: module.grouped_gemm(x, weight, offsets, None, None, None, 1, None)[0]
     monkeypatch.setenv("CUMO_BATCH_INVARIANT", "1")
     assert launches(module, lambda: run(x[:1], offsets.clamp(max=1))) == 1
