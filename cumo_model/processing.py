@@ -24,6 +24,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from cumo_model.config import CumoConfig
 from cumo_model.conversation import IMAGE_MARKER, chat_template
 from cumo_model.original_config import is_original
+from cumo_model.sentencepieces import like_sentencepiece
 
 ASPECT_RATIOS = ("pad", "square", "anyres")
 
@@ -163,10 +164,13 @@ def build_processor(
 def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder, padding on the right, with `<image>` as a token behind its vocabulary."""
     found = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    backend, model = found.backend_tokenizer, Path(folder, "tokenizer.model")
+    if model.is_file() and not Path(folder, "tokenizer.json").is_file():
+        backend = like_sentencepiece(backend, model)
     # transformers' LlamaTokenizer forgets in saving that a text after a special token begins with a blank;
     # the plain class keeps the tokenizer as it is
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=found.backend_tokenizer,
+        tokenizer_object=backend,
         bos_token=found.bos_token,
         eos_token=found.eos_token,
         unk_token=found.unk_token,

@@ -82,6 +82,8 @@ LAYERS = (
         "shards",
         "losses",
         "vision",
+        "templates",
+        "sentencepieces",
         "conversation",
         "processing",
         "files",
