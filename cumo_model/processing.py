@@ -128,7 +128,7 @@ def build_processor(
         image_size: side of the tower's input in pixels.
         patch_size: side of a patch in pixels.
         vision_feature_select_strategy: "default" drops the tower's class token, "full" keeps it.
-        template: a name of conversation.TEMPLATES, for `apply_chat_template`.
+        template: a name of templates.TEMPLATES, for `apply_chat_template`.
         image_aspect_ratio: see CumoImageProcessor.
         options: `image_grid_pinpoints`, for "anyres": [[height, width], ...], multiples of image_size.
 

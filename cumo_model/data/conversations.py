@@ -45,7 +45,7 @@ class ConversationDataset(Dataset):
             json_path: LLaVA-format file.
             image_root: folder its image paths are relative to.
             processor: from `build_processor`.
-            template: a name of conversation.TEMPLATES.
+            template: a name of templates.TEMPLATES.
             max_length: ids and labels are cut here; None leaves them whole.
 
         Raises:

@@ -60,7 +60,7 @@ class StreamedConversations(Dataset):
             files: names or patterns of record files, read in that order.
             image_root: what `Pictures` takes; None: each picture lies in its record's own .tar shard.
             processor: from `build_processor`.
-            template: a name of conversation.TEMPLATES.
+            template: a name of templates.TEMPLATES.
             max_length: ids and labels are cut here; None leaves them whole.
             cache_dir: keeps the index from one run to the next.
             skip_bad: leave out records that cannot be trained on, with one warning, instead of refusing.
