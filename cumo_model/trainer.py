@@ -23,8 +23,8 @@ from cumo_model.monitor import Monitor, MonitorCallback, ShortProgress
 from cumo_model.recipe import Recipe, StageSection, plain
 from cumo_model.recover import SAVING, StopRequests, checkpoints
 from cumo_model.spread import SpreadCheckpoints, is_spread, spread_experts
-from cumo_model.start import start_model
 from cumo_model.train import PARTS, Interrupted
+from cumo_model.zero import begin, clear, join_processes, require_deepspeed
 
 RECIPE_FILE = "recipe.json"  # in a run's folder: what it is a run of
 RESULT = "model"  # in a finished run's folder
@@ -143,6 +143,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     for name in ("fsdp_config", "deepspeed"):
         if isinstance(given.get(name), str):
             given[name] = _engine_config(name, given[name])
+    if given.get("deepspeed"):
+        require_deepspeed()
+    if not torch.cuda.is_available():
+        given.pop("tf32", None)  # what only a GPU has is no reason to refuse a CPU
     if "fsdp_config" in given:
         given.setdefault("fsdp", True)
     fixed = {
@@ -237,7 +241,8 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     """Model, data and Trainer of a recipe, ready to train."""
     args = training_arguments(recipe)
     set_seed(args.seed)
-    model, processor = start_model(recipe.model, recipe.data)
+    join_processes(args)
+    model, processor = begin(recipe, args)
     stage, data = recipe.stage, recipe.data
     model.config.balance_loss_coef = stage.balance_loss_coef
     model.config.router_z_loss_coef = stage.router_z_loss_coef
@@ -315,6 +320,8 @@ def run_recipe(recipe: Recipe, callbacks: Sequence = ()) -> Path:
         what = "progress is saved" if trainer.save_failed is None else f"NOT saved: {trainer.save_failed}"
         raise Interrupted(f"{out}: stopped at step {trainer.state.global_step}, {what}")
     save_result(trainer, out / RESULT, recipe)
+    if trainer.is_world_process_zero():
+        clear(recipe)
     return out / RESULT
 
 

@@ -95,6 +95,7 @@ LAYERS = (
     ("train", "chat", "tool", "flops", "plots"),
     ("recipe", "recover", "monitor", "experts", "parallel"),
     ("start", "spread"),
+    ("zero",),
     ("trainer",),
     ("demo",),
     ("__main__",),

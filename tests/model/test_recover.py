@@ -54,8 +54,8 @@ def start(recipe: Path, processes: int = 1, **options) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    out, _ = process.communicate(timeout=110)
+def finish(process: subprocess.Popen, code: int = 0, seconds: float = 110) -> str:
+    out, _ = process.communicate(timeout=seconds)
     assert process.returncode == code, out[-3000:]
     return out
 
@@ -158,11 +158,15 @@ class StopAt:
 
 
 def test_a_stop_in_the_middle_of_an_epoch_changes_nothing(folder):
-    """In one process: stop after step 2 of an epoch of three, go on, compare; then the folder is done."""
+    """In one process: stop after step 2 of an epoch of three, go on, compare; then the folder is done.
+
+    The run that is stopped has its data from two other processes.
+    """
     from cumo_model.train import Interrupted
 
+    workers = {"trainer__dataloader_num_workers": 2}
     whole = run_recipe(load_recipe(write_recipe(folder, "whole")))
-    recipe = load_recipe(write_recipe(folder, "cut", trainer__save_steps=100))
+    recipe = load_recipe(write_recipe(folder, "cut", trainer__save_steps=100, **workers))
     with pytest.raises(Interrupted, match="stopped at step 2, progress is saved"):
         run_recipe(recipe, [StopAt(1).callback])
     assert [path.name for path in checkpoints(folder / "cut")] == ["checkpoint-2"]
