@@ -147,6 +147,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         require_deepspeed()
     if not torch.cuda.is_available():
         given.pop("tf32", None)  # what only a GPU has is no reason to refuse a CPU
+        if given.get("fp16"):
+            raise ValueError(
+                "trainer.fp16 needs a GPU, a CPU would compute in fp32; trainer.bf16 runs on both"
+            )
     if "fsdp_config" in given:
         given.setdefault("fsdp", True)
     fixed = {

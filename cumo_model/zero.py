@@ -1,7 +1,7 @@
-"""DeepSpeed beside the Trainer: its process group on CPUs, and where a stage begins under ZeRO-3.
+"""DeepSpeed beside the Trainer: its process group on CPUs, and where a stage begins with weights in parts.
 
-Under ZeRO-3 a model is loaded with each weight spread over the processes, so nobody can make experts of it.
-One process does that first, on a whole model, and leaves a checkpoint that all then load.
+Under ZeRO-3 each weight is spread over the processes as it is loaded, and quantised ones are packed, so that
+nobody can make experts of them. One process does so first, on a whole model, and leaves a checkpoint for all.
 """
 
 import dataclasses
@@ -42,6 +42,9 @@ def join_processes(args: TrainingArguments) -> None:
 
 @contextmanager
 def _whole_weights(args: TrainingArguments) -> Iterator[None]:
+    if not args.deepspeed:
+        yield
+        return
     unset_hf_deepspeed_config()
     try:
         yield
@@ -51,13 +54,16 @@ def _whole_weights(args: TrainingArguments) -> Iterator[None]:
 
 def begin(recipe: Recipe, args: TrainingArguments):
     """`start_model`, whatever the engine."""
-    if not args.deepspeed or not args.hf_deepspeed_config.is_zero3():
-        return start_model(recipe.model, recipe.data)
+    wanted = recipe.model
+    spread = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
+    made_of = (wanted.language, wanted.vision_experts, wanted.projector_experts, wanted.text_experts)
+    if not any(made_of) or not (spread or wanted.quantize):
+        return start_model(wanted, recipe.data)
     folder, failed = Path(recipe.output_dir) / START, None
     if args.process_index == 0 and not folder.is_dir():
         try:
             with _whole_weights(args):
-                model, processor = start_model(recipe.model, recipe.data)
+                model, processor = start_model(dataclasses.replace(wanted, quantize=None), recipe.data)
                 with new_directory(folder) as work:
                     model.save_pretrained(work)
                     processor.save_pretrained(work)
@@ -67,7 +73,7 @@ def begin(recipe: Recipe, args: TrainingArguments):
     if everywhere(failed is not None):
         raise failed or ValueError("another process could not make the model of this stage")
     made = dataclasses.replace(
-        recipe.model,
+        wanted,
         start=str(folder),
         vision=None,
         language=None,
