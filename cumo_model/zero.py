@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from cumo_model.files import new_directory
-from cumo_model.recipe import Recipe
+from cumo_model.recipe import ModelSection, Recipe
 from cumo_model.recover import everywhere
 from cumo_model.start import start_model
 
@@ -41,7 +41,8 @@ def join_processes(args: TrainingArguments) -> None:
 
 
 @contextmanager
-def _whole_weights(args: TrainingArguments) -> Iterator[None]:
+def whole_weights(args: TrainingArguments) -> Iterator[None]:
+    """Models loaded inside are whole on this process."""
     if not args.deepspeed:
         yield
         return
@@ -62,7 +63,7 @@ def begin(recipe: Recipe, args: TrainingArguments):
     folder, failed = Path(recipe.output_dir) / START, None
     if args.process_index == 0 and not folder.is_dir():
         try:
-            with _whole_weights(args):
+            with whole_weights(args):
                 model, processor = start_model(dataclasses.replace(wanted, quantize=None), recipe.data)
                 with new_directory(folder) as work:
                     model.save_pretrained(work)
@@ -72,8 +73,16 @@ def begin(recipe: Recipe, args: TrainingArguments):
             failed = error
     if everywhere(failed is not None):
         raise failed or ValueError("another process could not make the model of this stage")
-    made = dataclasses.replace(
-        wanted,
+    return start_model(first_model(recipe), recipe.data)
+
+
+def first_model(recipe: Recipe) -> ModelSection:
+    """Where the stage's first model is: as the recipe says, or what `begin` left."""
+    folder = Path(recipe.output_dir) / START
+    if not folder.is_dir():
+        return recipe.model
+    return dataclasses.replace(
+        recipe.model,
         start=str(folder),
         vision=None,
         language=None,
@@ -81,7 +90,6 @@ def begin(recipe: Recipe, args: TrainingArguments):
         projector_experts=0,
         text_experts=0,
     )
-    return start_model(made, recipe.data)
 
 
 def clear(recipe: Recipe) -> None:

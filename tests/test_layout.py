@@ -95,7 +95,7 @@ LAYERS = (
     ("train", "chat", "tool", "flops", "plots"),
     ("recipe", "recover", "monitor", "experts", "parallel"),
     ("start", "spread"),
-    ("zero",),
+    ("zero", "adapters"),
     ("trainer",),
     ("demo",),
     ("__main__",),

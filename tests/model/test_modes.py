@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cumo_model import CumoForConditionalGeneration
 from cumo_model.recipe import load_recipe
 from cumo_model.trainer import build_trainer, run_recipe, training_arguments
 from tests.model.training import write_data, write_model, write_recipe
@@ -106,7 +107,9 @@ def test_qlora_on_a_model_with_new_experts(folder, bits):
             losses.append(one.model.train()(**batch, use_cache=False).loss_parts["language"].item())
     assert losses[0] == pytest.approx(losses[1], rel=0.1)  # another model's, were a scale lost
     result = run_recipe(recipe)
-    assert (result / "adapter_model.safetensors").exists() and not (folder / "qlora" / ".start").exists()
+    assert not (folder / "qlora" / ".start").exists()
+    again = CumoForConditionalGeneration.from_pretrained(result)
+    assert again.config.vision_config.num_experts == 4 and again.dtype == torch.float32
 
 
 def test_wandb_offline_gets_every_layer(folder, monkeypatch):

@@ -33,17 +33,17 @@ def folder(tmp_path, tiny_config):
     return tmp_path
 
 
-def command(recipe: Path, processes: int = 1) -> list[str]:
+def command(recipe: Path, processes: int = 1, restarts: int = 0) -> list[str]:
     train = ["-m", "cumo_model", "train", "--config", str(recipe)]
     if processes == 1:
         return [sys.executable, *train]
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    return [sys.executable, *torchrun, *train]
+    return [sys.executable, *torchrun, f"--max-restarts={restarts}", *train]
 
 
-def start(recipe: Path, processes: int = 1, **options) -> subprocess.Popen:
+def start(recipe: Path, processes: int = 1, restarts: int = 0, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        command(recipe, processes),
+        command(recipe, processes, restarts),
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -120,6 +120,23 @@ def test_killed_runs_end_bitwise_where_an_unharmed_one_does(folder, processes):
     same_result(folder / "whole", folder / "killed")
     assert not (folder / "killed" / ".saving").exists()
     assert len(checkpoints(folder / "killed")) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_torchrun_restarts_after_a_worker_is_killed(folder):
+    """SIGKILL for one of two workers; torchrun starts both again, and they go on from the last checkpoint."""
+    steps = {"trainer__max_steps": 12, "trainer__save_steps": 3, "model__text_experts": 0}
+    steps["trainer__per_device_train_batch_size"] = 1
+    finish(start(write_recipe(folder, "whole", **steps), 2))
+    process = start(write_recipe(folder, "killed", **steps), 2, restarts=2)
+    wait_for(lambda: reached(folder / "killed", 3), process)
+    workers = [child for child in psutil.Process(process.pid).children() if "cumo_model" in child.cmdline()]
+    assert len(workers) == 2
+    workers[1].kill()
+    out = finish(process, seconds=200)
+    assert "SIGKILL" in out or "-9" in out
+    same_result(folder / "whole", folder / "killed")
 
 
 @pytest.mark.slow

@@ -69,6 +69,7 @@ BAD_RECIPES = [
     (["stage.trains=[gate]"], r"stage.trains must name some of .*, got \['gate'\]"),
     (["data=5"], "data must hold keys and values, got 5"),
     (["variant=none"], "variant must be one of paper, paper_text, script, got 'none'"),
+    (["stage.lora={target_parameters: [experts.up_proj]}"], "stage.lora.dropout must be 0 with target_par"),
     (["stage.batch_size"], "overrides must look like key=value, got 'stage.batch_size'"),
 ]
 
