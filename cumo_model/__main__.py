@@ -73,7 +73,7 @@ def _ablate(args: argparse.Namespace) -> int:
 def _check_data(args: argparse.Namespace) -> int:
     from cumo_model.data.report import check_files
 
-    return 1 if check_files(args.files, args.images, args.decode) else 0
+    return 1 if check_files(args.files, args.images, args.decode, args.template) else 0
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -161,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         "--images", action="append", help="folder or .tar of the pictures; may be given several times"
     )
     check.add_argument("--decode", action="store_true", help="decode every picture too")
+    check.add_argument("--template", default="mistral_instruct_system", help="that the records must fit")
     check.set_defaults(run=_check_data)
 
     convert = commands.add_parser(

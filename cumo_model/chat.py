@@ -10,9 +10,10 @@ from PIL import Image
 from transformers import AutoProcessor, TextStreamer
 from transformers.utils import logging
 
-from cumo_model.conversation import IMAGE_MARKER, TEMPLATES, reserved_marker, tokenize_prompt
+from cumo_model.conversation import IMAGE_MARKER, reserved_marker, tokenize_prompt
 from cumo_model.cumo import CumoForConditionalGeneration
 from cumo_model.processing import load_image
+from cumo_model.templates import get_template
 
 NEW_TOKENS = 64
 
@@ -74,8 +75,12 @@ def answer(
     if picture is not None:
         pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
         inputs["pixel_values"] = pixels.to(model.device, model.dtype)
+    end = get_template(template).end.strip()
+    if end and end != "</s>":
+        inputs |= {"stop_strings": [end], "tokenizer": processor.tokenizer}
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-    return processor.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    said = processor.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return said.strip().removesuffix(end).strip()
 
 
 def chat(
@@ -86,16 +91,16 @@ def chat(
     max_new_tokens: int = NEW_TOKENS,
 ) -> None:
     """Ask one question, or read questions from the terminal until an empty line; the conversation is kept."""
-    if template not in TEMPLATES or not TEMPLATES[template].instruct:
+    if not get_template(template).instruct:
         raise ValueError(f"template must be an instruct template, got {template!r}")
-    if question is not None and (reason := _unaskable(question)):
+    if question is not None and (reason := _unaskable(question, template)):
         raise ValueError(f"question {reason}")
     picture = load_image(image) if image is not None else None
     model, processor = load(checkpoint)
     turns: list[dict[str, str]] = []
     asked = iter([question]) if question is not None else _typed()
     for text in asked:
-        if reason := _unaskable(text):
+        if reason := _unaskable(text, template):
             print(f"the question {reason}", file=sys.stderr)
             continue
         first = picture is not None and not turns
@@ -105,11 +110,11 @@ def chat(
         turns.append({"from": "gpt", "value": said})
 
 
-def _unaskable(text: str) -> str | None:
+def _unaskable(text: str, template: str) -> str | None:
     """Why `text` cannot be a turn, or None."""
     if IMAGE_MARKER in text:
         return f"must not hold {IMAGE_MARKER}: --image gives the picture"
-    if found := reserved_marker([{"value": text}]):
+    if found := reserved_marker([{"value": text}], template):
         return f"must not hold {found}, which separates turns"
     return None
 

@@ -4,56 +4,28 @@
     mistral_instruct         <s>[INST] {question} [/INST] {answer} </s>[INST] ...
     mistral_instruct_system  the same, with <<SYS>> and the Vicuna sentence pair before the first question
 
-The loss sees the caption and its newline (plain has no `</s>`), or each answer, its `</s>` included.
-One BOS always comes first; the instruct templates also write `<s>`, so theirs have two. A turn's image marker
-moves to its front as `<image>\\n`. The text is tokenised in chunks between markers, each chunk on its own,
-and every marker becomes `image_seq_length` image tokens. Where a tokenizer makes a token of the blank before
-`</s>` (Mistral's SentencePiece does), that token is trained on too.
+and those that CuMo inherits from LLaVA (`templates`). The loss sees the caption and its newline (plain has no
+`</s>`), or each answer and what ends it: `</s>`, `###` or `<|im_end|>`. One BOS always comes first; Mistral's
+templates also write `<s>`, so theirs have two. A turn's one image marker moves to its front as `<image>\\n`,
+several stay where they are. The text is tokenised in chunks between markers, each chunk on its own, and every
+marker becomes `image_seq_length` image tokens. Where a tokenizer makes a token of the blank before `</s>`
+(Mistral's SentencePiece does), that token is trained on too.
+
+LLaVA's own masks differ for two families that CuMo never used: with `###` it also trains on each turn's first
+mark, and with `<|im_end|>` it leaves out that mark.
 """
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-IMAGE_MARKER = "<image>"
+from cumo_model.templates import IMAGE_MARKER, Template, get_template
+
 IGNORE_INDEX = -100
 ROLES = ("human", "gpt")  # alternate, human first
-RESERVED = ("[/INST]", "</s>")  # inside a turn they would be read as the end of a question or an answer
-
-_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-
-@dataclass(frozen=True)
-class Template:
-    """How turns become text."""
-
-    name: str
-    instruct: bool  # False: caption only, whatever the human turn says is dropped
-    system: str = ""
-
-
-TEMPLATES = {
-    template.name: template
-    for template in (
-        Template("plain", instruct=False),
-        Template("mistral_instruct", instruct=True),
-        Template("mistral_instruct_system", instruct=True, system=_SYSTEM),
-    )
-}
-
-
-def get_template(name: str) -> Template:
-    """The template of that name; ValueError lists the known ones."""
-    if name not in TEMPLATES:
-        raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {name!r}")
-    return TEMPLATES[name]
 
 
 def turn_problem(turns: Any) -> str | None:
@@ -79,12 +51,15 @@ def turn_problem(turns: Any) -> str | None:
     return None
 
 
-def render(turns: Sequence[dict[str, str]], template: str) -> tuple[str, list[tuple[int, int]]]:
+def render(
+    turns: Sequence[dict[str, str]], template: str, bos: str = "<s>", eos: str = "</s>"
+) -> tuple[str, list[tuple[int, int]]]:
     """Write turns as text.
 
     Args:
         turns: alternating human and gpt turns; a last human turn without an answer makes a prompt.
-        template: a name of TEMPLATES.
+        template: a name of templates.TEMPLATES.
+        bos, eos: how the tokenizer writes its two tokens.
 
     Returns:
         The text without the tokenizer's own BOS, image markers still in it, and the (start, end) character
@@ -97,36 +72,42 @@ def render(turns: Sequence[dict[str, str]], template: str) -> tuple[str, list[tu
     if problem:
         raise ValueError(problem)
     if not form.instruct:
-        return _render_caption(turns)
-    text, spans = "<s>", []
+        return _render_caption(turns, form)
+
+    def own(text: str) -> str:
+        return text.replace("<s>", bos).replace("</s>", eos)
+
+    text, spans = own(form.opening), []
+    if form.system:
+        text += form.frame[0] + form.system + form.frame[1]
     for number, turn in enumerate(turns):
-        value = _marker_first(turn["value"])
+        value = _with_markers(turn["value"], form)
         if turn["from"] == "human":
-            system = f"<<SYS>>\n{form.system}\n<</SYS>>\n\n" if form.system and number == 0 else ""
-            text += f"[INST] {system}{value} [/INST]"
+            text += own(form.again if number else form.first) + value + form.reply
         else:
             start = len(text)
-            text += f" {value} </s>"
+            text += form.lead + value + own(form.end)
             spans.append((start, len(text)))
     return text, spans
 
 
-def _render_caption(turns: Sequence[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-    if len(turns) > 2 or IMAGE_MARKER not in turns[0]["value"]:
+def _render_caption(turns: Sequence[dict[str, str]], form: Template) -> tuple[str, list[tuple[int, int]]]:
+    markers = turns[0]["value"].count(IMAGE_MARKER)
+    if len(turns) > 2 or markers != 1:
         raise ValueError(
             f"template plain wants one {IMAGE_MARKER} turn and one caption, "
-            f"got {len(turns)} turns: {_brief(turns)}"
+            f"got {len(turns)} turns, {markers} {IMAGE_MARKER} in the first: {_brief(turns)}"
         )
     if len(turns) == 1:
         return IMAGE_MARKER, []
-    text = f"{IMAGE_MARKER}{turns[1]['value']}\n"
+    text = IMAGE_MARKER + turns[1]["value"] + form.end
     return text, [(len(IMAGE_MARKER), len(text))]
 
 
-def _marker_first(value: str) -> str:
-    if IMAGE_MARKER not in value:
-        return value
-    return f"{IMAGE_MARKER}\n{value.replace(IMAGE_MARKER, '').strip()}".strip()
+def _with_markers(value: str, form: Template) -> str:
+    if value.count(IMAGE_MARKER) == 1:
+        value = f"{IMAGE_MARKER}\n{value.replace(IMAGE_MARKER, '').strip()}".strip()
+    return value.replace(IMAGE_MARKER, form.picture)
 
 
 def tokenize_conversation(
@@ -141,9 +122,9 @@ def tokenize_conversation(
         image_seq_length: image tokens per marker.
 
     Returns:
-        ids (N,) and labels (N,), both int64; labels are -100 outside the answers. In the instruct templates a
-        turn that holds a reserved marker ("[/INST]", "</s>") cannot be told apart from the template: all
-        labels are -100 then, with a warning.
+        ids (N,) and labels (N,), both int64; labels are -100 outside the answers. If a turn holds a reserved
+        marker of the template ("[/INST]", "</s>"), which cannot be told apart from it, all labels are -100
+        and there is a warning.
     """
     return tokenize_conversations([turns], tokenizer, template, image_seq_length)[0]
 
@@ -152,7 +133,9 @@ def tokenize_conversations(
     conversations: Sequence[Sequence[dict[str, str]]], tokenizer, template: str, image_seq_length: int
 ) -> list[tuple[Tensor, Tensor]]:
     """`tokenize_conversation` for many, in one call of the tokenizer (some twenty times faster)."""
-    rendered = [render(turns, template) for turns in conversations]
+    tokens_of = {"bos": getattr(tokenizer, "bos_token", None), "eos": getattr(tokenizer, "eos_token", None)}
+    own = {name: token for name, token in tokens_of.items() if token}
+    rendered = [render(turns, template, **own) for turns in conversations]
     chunks = [text.split(IMAGE_MARKER) for text, _ in rendered]
     bos, image = _special_ids(tokenizer, with_image=any(len(pieces) > 1 for pieces in chunks))
     distinct = list(dict.fromkeys(piece for pieces in chunks for piece in pieces))
@@ -175,7 +158,7 @@ def tokenize_conversations(
             ids += piece_ids
             labels += _labels(piece_ids, places, spans, offset)
             offset += len(piece)
-        found = get_template(template).instruct and reserved_marker(turns)
+        found = reserved_marker(turns, template)
         if found:
             warnings.warn(
                 f"conversation {number} holds {found} inside a turn: none of its labels are used",
@@ -197,7 +180,8 @@ def tokenize_prompt(
 
 def chat_template(template: str) -> str:
     """The same grammar as a transformers chat template (Jinja); apply it with `tokenize=True`, which adds no
-    further BOS. A leading system message takes the place of the template's own <<SYS>> text."""
+    further BOS. A leading system message takes the place of the template's own system text, and a last user
+    message is a prompt: what comes before an answer is written behind it."""
     form = get_template(template)
     if not form.instruct:
         return (
@@ -205,29 +189,42 @@ def chat_template(template: str) -> str:
             + _jinja_parts("image", IMAGE_MARKER)
             + "{% endfor %}"
         )
-    # all strings are Jinja's: a line break of the template itself would be trimmed
-    sides = [f"{{{{ {side!r} }}}}" for side in ("<<SYS>>\n", "\n<</SYS>>\n\n")]
-    marker_line = IMAGE_MARKER + "\\n"
-    default = f"{sides[0]}{{{{ {form.system!r} }}}}{sides[1]}" if form.system else ""
+    frame = [_jinja_string(side) for side in form.frame]
+    default = f"{frame[0]}{_jinja_string(form.system)}{frame[1]}" if form.system else ""
+    begin = (
+        f"{{% if loop.first %}}{{{{ system }}}}{_jinja_string(form.first)}"
+        f"{{% else %}}{_jinja_string(form.again)}{{% endif %}}"
+    )
     return (
         "{% if messages and messages[0]['role'] == 'system' %}{% set message = messages[0] %}"
-        f"{{% set system %}}{sides[0]}{_JINJA_TEXT}{sides[1]}{{% endset %}}{{% set turns = messages[1:] %}}"
+        f"{{% set system %}}{frame[0]}{_JINJA_TEXT}{frame[1]}{{% endset %}}{{% set turns = messages[1:] %}}"
         f"{{% else %}}{{% set system %}}{default}{{% endset %}}{{% set turns = messages %}}{{% endif %}}"
-        "{{ bos_token + bos_token }}{% for message in turns %}"
+        f"{{{{ bos_token }}}}{_jinja_string(form.opening)}{{% for message in turns %}}"
         "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}"
         "{{ raise_exception('messages must alternate user and assistant, user first, with at most one system "
         "message before them, got ' + message['role'] + ' as number ' + loop.index | string) }}{% endif %}"
-        "{% if message['role'] == 'user' %}{{ '[INST] ' }}{% if loop.first %}{{ system }}{% endif %}"
-        f"{_jinja_parts('image', marker_line)}{_JINJA_TEXT}{{{{ ' [/INST]' }}}}"
-        f"{{% else %}}{{{{ ' ' }}}}{_JINJA_TEXT}{{{{ ' ' + eos_token }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if message['role'] == 'user' %}}{begin}"
+        f"{_jinja_parts('image', form.picture + chr(10))}{_JINJA_TEXT}{_jinja_string(form.reply)}"
+        f"{{% else %}}{_jinja_string(form.lead)}{_JINJA_TEXT}{_jinja_string(form.end)}{{% endif %}}"
+        "{% endfor %}"
     )
+
+
+def _jinja_string(text: str) -> str:
+    """Written as Jinja's own strings, since it would trim a line break of the template itself."""
+    pieces = []
+    for start, piece in enumerate(text.split("<s>")):
+        pieces += ["bos_token"] * (start > 0)
+        for stop, part in enumerate(piece.split("</s>")):
+            pieces += ["eos_token"] * (stop > 0) + ([repr(part)] if part else [])
+    return "".join(f"{{{{ {piece} }}}}" for piece in pieces)
 
 
 def _jinja_parts(kind: str, written: str) -> str:
     """Write `written` for every content part of that type (content may also be plain text: no parts)."""
     loop = f"{{% for part in message['content'] if part['type'] == '{kind}' %}}"
     return (
-        f"{{% if message['content'] is not string %}}{loop}{{{{ '{written}' }}}}{{% endfor %}}{{% endif %}}"
+        f"{{% if message['content'] is not string %}}{loop}{{{{ {written!r} }}}}{{% endfor %}}{{% endif %}}"
     )
 
 
@@ -264,9 +261,10 @@ def _labels(
     return labels
 
 
-def reserved_marker(turns: Sequence[dict[str, str]]) -> str | None:
-    """What the instruct templates put between turns and one of `turns` holds, or None."""
-    return next((mark for turn in turns for mark in RESERVED if mark in turn["value"]), None)
+def reserved_marker(turns: Sequence[dict[str, str]], template: str) -> str | None:
+    """What the template puts between turns and one of `turns` holds, or None."""
+    marks = get_template(template).reserved
+    return next((mark for turn in turns for mark in marks if mark in turn["value"]), None)
 
 
 def _brief(value: Any) -> str:

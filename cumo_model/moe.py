@@ -88,7 +88,7 @@ class Experts(nn.Module):
         bias: bool,
     ):
         super().__init__()
-        self.activation = activation
+        self.activation, self.fan_in = activation, (hidden_size, intermediate_size)
         is_gated = ACTIVATIONS[activation].is_gated
         self.up_name = "gate_up_proj" if is_gated else "up_proj"
         width = 2 * intermediate_size if is_gated else intermediate_size
@@ -107,8 +107,9 @@ class Experts(nn.Module):
 
     def reset_parameters(self) -> None:
         """What E separate nn.Linear pairs would start from."""
-        for weight, bias in (self.up, (self.down_proj, self.down_proj_bias)):
-            bound = 1 / math.sqrt(weight.shape[2])
+        layers = (self.up, (self.down_proj, self.down_proj_bias))
+        for (weight, bias), fan_in in zip(layers, self.fan_in, strict=True):
+            bound = 1 / math.sqrt(fan_in)  # not of the weight's shape: ZeRO-3 keeps weights elsewhere
             nn.init.uniform_(weight, -bound, bound)
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)

@@ -24,6 +24,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from cumo_model.config import CumoConfig
 from cumo_model.conversation import IMAGE_MARKER, chat_template
 from cumo_model.original_config import is_original
+from cumo_model.sentencepieces import like_sentencepiece
 
 ASPECT_RATIOS = ("pad", "square", "anyres")
 
@@ -127,7 +128,7 @@ def build_processor(
         image_size: side of the tower's input in pixels.
         patch_size: side of a patch in pixels.
         vision_feature_select_strategy: "default" drops the tower's class token, "full" keeps it.
-        template: a name of conversation.TEMPLATES, for `apply_chat_template`.
+        template: a name of templates.TEMPLATES, for `apply_chat_template`.
         image_aspect_ratio: see CumoImageProcessor.
         options: `image_grid_pinpoints`, for "anyres": [[height, width], ...], multiples of image_size.
 
@@ -163,10 +164,13 @@ def build_processor(
 def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder, padding on the right, with `<image>` as a token behind its vocabulary."""
     found = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    backend, model = found.backend_tokenizer, Path(folder, "tokenizer.model")
+    if model.is_file() and not Path(folder, "tokenizer.json").is_file():
+        backend = like_sentencepiece(backend, model)
     # transformers' LlamaTokenizer forgets in saving that a text after a special token begins with a blank;
     # the plain class keeps the tokenizer as it is
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=found.backend_tokenizer,
+        tokenizer_object=backend,
         bos_token=found.bos_token,
         eos_token=found.eos_token,
         unk_token=found.unk_token,

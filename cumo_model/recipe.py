@@ -75,6 +75,13 @@ class LoraSection:
     targets: Any = r"model\.language_model\..*(q|k|v|o|gate|up|down)_proj"  # names, or one pattern
     target_parameters: tuple[str, ...] = ()  # stacked experts: experts.gate_up_proj, experts.down_proj ...
 
+    def __post_init__(self):
+        if self.target_parameters and self.dropout:
+            raise ValueError(
+                "stage.lora.dropout must be 0 with target_parameters, where peft has none, "
+                f"got {self.dropout}"
+            )
+
 
 @dataclass(frozen=True)
 class StageSection:

@@ -66,7 +66,7 @@ class Stage:
 
     name: str
     trains: tuple[str, ...]  # of PARTS
-    template: str  # of cumo_model.conversation.TEMPLATES
+    template: str  # of cumo_model.templates.TEMPLATES
     schedule: Schedule
     balance_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0

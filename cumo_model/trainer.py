@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
+from cumo_model.adapters import has_adapters, load_beside, merged, save_beside, with_lora
 from cumo_model.data.batches import Collator
 from cumo_model.data.sampling import StepSampler, Units, plan_packs
 from cumo_model.data.streamed import StreamedConversations
@@ -23,8 +24,8 @@ from cumo_model.monitor import Monitor, MonitorCallback, ShortProgress
 from cumo_model.recipe import Recipe, StageSection, plain
 from cumo_model.recover import SAVING, StopRequests, checkpoints
 from cumo_model.spread import SpreadCheckpoints, is_spread, spread_experts
-from cumo_model.start import start_model
 from cumo_model.train import PARTS, Interrupted
+from cumo_model.zero import begin, clear, first_model, join_processes, require_deepspeed, whole_weights
 
 RECIPE_FILE = "recipe.json"  # in a run's folder: what it is a run of
 RESULT = "model"  # in a finished run's folder
@@ -118,6 +119,16 @@ class CumoTrainer(SpreadCheckpoints):
             self.monitor.add_losses(outputs["loss_parts"])
         return (loss, outputs) if return_outputs else loss
 
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if has_adapters(self.model):
+            save_beside(self.model, state_dict, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if has_adapters(self.model):
+            load_beside(self.model, resume_from_checkpoint)
+
     def log(self, logs, start_time=None):
         if "loss" in logs:
             if not np.isfinite(logs["loss"]):
@@ -143,6 +154,14 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     for name in ("fsdp_config", "deepspeed"):
         if isinstance(given.get(name), str):
             given[name] = _engine_config(name, given[name])
+    if given.get("deepspeed"):
+        require_deepspeed()
+    if not torch.cuda.is_available():
+        given.pop("tf32", None)  # what only a GPU has is no reason to refuse a CPU
+        if given.get("fp16"):
+            raise ValueError(
+                "trainer.fp16 needs a GPU, a CPU would compute in fp32; trainer.bf16 runs on both"
+            )
     if "fsdp_config" in given:
         given.setdefault("fsdp", True)
     fixed = {
@@ -192,32 +211,6 @@ def freeze(model, stage: StageSection) -> None:
                     parameter.requires_grad_(True)
 
 
-def _with_lora(model, stage: StageSection):
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ModuleNotFoundError:
-        raise ValueError("stage.lora needs the package peft, which is not installed") from None
-
-    lora = stage.lora
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        target_parameters=list(lora.target_parameters) or None,
-        task_type=None,
-    )
-    trained = {name for name, p in model.named_parameters() if p.requires_grad and "language" not in name}
-    wrapped = get_peft_model(model, config)
-    for name, parameter in wrapped.named_parameters():
-        # connector and tower train whole beside the adapters, as in LLaVA, if the stage names them
-        original = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if original in trained and "lm_head" not in name:
-            parameter.requires_grad_(True)
-    return wrapped
-
-
 def _claim(recipe: Recipe, out: Path) -> None:
     """Only the run of the same recipe goes on in a folder."""
     path, wanted = out / RECIPE_FILE, recipe.identity()
@@ -237,7 +230,8 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     """Model, data and Trainer of a recipe, ready to train."""
     args = training_arguments(recipe)
     set_seed(args.seed)
-    model, processor = start_model(recipe.model, recipe.data)
+    join_processes(args)
+    model, processor = begin(recipe, args)
     stage, data = recipe.stage, recipe.data
     model.config.balance_loss_coef = stage.balance_loss_coef
     model.config.router_z_loss_coef = stage.router_z_loss_coef
@@ -269,7 +263,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     )
     freeze(model, stage)
     if stage.lora is not None:
-        model = _with_lora(model, stage)
+        model = with_lora(model, stage)
     if stage.expert_parallel > 1:
         if stage.lora is not None or args.deepspeed:
             raise ValueError("stage.expert_parallel must be 1 with lora or deepspeed")
@@ -315,19 +309,26 @@ def run_recipe(recipe: Recipe, callbacks: Sequence = ()) -> Path:
         what = "progress is saved" if trainer.save_failed is None else f"NOT saved: {trainer.save_failed}"
         raise Interrupted(f"{out}: stopped at step {trainer.state.global_step}, {what}")
     save_result(trainer, out / RESULT, recipe)
+    if trainer.is_world_process_zero():
+        clear(recipe)
     return out / RESULT
 
 
 def save_result(trainer: CumoTrainer, path: Path, recipe: Recipe) -> None:
-    """The trained model and its processor as a folder that appears in one move."""
+    """The trained model, adapters merged, and its processor as a folder that appears in one move."""
     work = path.with_name(f".{path.name}-work")
     trainer.save_model(str(work))  # all processes: sharded weights are gathered
     if not trainer.is_world_process_zero():
         return
     with new_directory(path) as folder:
-        for item in sorted(work.iterdir()):
-            if item.name != "training_args.bin":
-                shutil.move(item, folder / item.name)
+        if has_adapters(trainer.model):
+            with whole_weights(trainer.args):
+                merged(recipe, first_model(recipe), work).save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)
+        else:
+            for item in sorted(work.iterdir()):
+                if item.name != "training_args.bin":
+                    shutil.move(item, folder / item.name)
         (folder / RECIPE_FILE).write_text(json.dumps(plain(recipe), indent=1))
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
     shutil.rmtree(work, ignore_errors=True)

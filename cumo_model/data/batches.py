@@ -13,7 +13,9 @@ from torch import Tensor
 
 from cumo_model.conversation import IGNORE_INDEX
 
-Sample = dict[str, Tensor | None]  # input_ids, labels (N,) int64; pixel_values (3, s, s) fp32 or None
+Sample = dict[
+    str, Tensor | None
+]  # input_ids, labels (N,) int64; pixel_values (pictures, 3, s, s) fp32 or None
 
 
 def pad(samples: Sequence[tuple[Tensor, Tensor]], pad_id: int) -> dict[str, Tensor]:
@@ -33,7 +35,7 @@ def pad(samples: Sequence[tuple[Tensor, Tensor]], pad_id: int) -> dict[str, Tens
 def _with_pictures(batch: dict[str, Tensor], samples: Sequence[Sample]) -> dict[str, Tensor]:
     pictures = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
     if pictures:
-        batch["pixel_values"] = torch.stack(pictures)
+        batch["pixel_values"] = torch.cat(pictures)
     return batch
 
 

@@ -3,6 +3,8 @@ the large ones.
 
     [{"id": ..., "image": "path under image_root", "conversations": [{"from": "human", "value":
     "<image>\n..."}, {"from": "gpt", ...}]}]
+
+With several pictures `image` is a list, in the order of the markers.
 """
 
 import os
@@ -15,14 +17,13 @@ from torch.utils.data import Dataset
 
 from cumo_model.conversation import (
     IMAGE_MARKER,
-    get_template,
-    render,
     tokenize_conversations,
 )
 from cumo_model.data.batches import pad
 from cumo_model.data.pictures import Pictures, PixelReader
-from cumo_model.data.records import row_problems, scan
+from cumo_model.data.records import picture_names, row_problems, scan
 from cumo_model.processing import image_seq_length
+from cumo_model.templates import get_template
 
 
 class ConversationDataset(Dataset):
@@ -44,7 +45,7 @@ class ConversationDataset(Dataset):
             json_path: LLaVA-format file.
             image_root: folder its image paths are relative to.
             processor: from `build_processor`.
-            template: a name of conversation.TEMPLATES.
+            template: a name of templates.TEMPLATES.
             max_length: ids and labels are cut here; None leaves them whole.
 
         Raises:
@@ -56,7 +57,9 @@ class ConversationDataset(Dataset):
         rows, self.pictures = list(scan(path)), Pictures(image_root)
         if not rows:
             raise ValueError(f"{path}: holds no records")
-        problems = [problem for row in rows for problem in row_problems(row, path, self.pictures, False)]
+        problems = [
+            problem for row in rows for problem in row_problems(row, path, self.pictures, False, template)
+        ]
         fatal = [problem for problem in problems if problem.fatal]
         if fatal:
             more = f" (and {len(fatal) - 1} more problems)" if len(fatal) > 1 else ""
@@ -77,10 +80,7 @@ class ConversationDataset(Dataset):
         conversations = [record["conversations"] for record in self.records]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # reserved markers were named above
-            try:
-                samples = tokenize_conversations(conversations, processor.tokenizer, template, tokens)
-            except ValueError as error:
-                raise ValueError(f"{path}: {self._culprit(template)}{error}") from None
+            samples = tokenize_conversations(conversations, processor.tokenizer, template, tokens)
         if max_length is None:
             return samples
         image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
@@ -92,19 +92,12 @@ class ConversationDataset(Dataset):
                 )
         return [(ids[:max_length], labels[:max_length]) for ids, labels in samples]
 
-    def _culprit(self, template: str) -> str:
-        for number, record in enumerate(self.records):
-            try:
-                render(record["conversations"], template)
-            except ValueError:
-                return f"record {number} (id {record.get('id')!r}): "
-        return ""
-
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | None]:
-        """input_ids (N,) int64, labels (N,) int64, pixel_values (3, s, s) fp32 or None for text alone."""
+        """input_ids (N,) int64, labels (N,) int64, pixel_values (pictures, 3, s, s) fp32 or None for text
+        alone."""
         ids, labels = self.samples[index]
         pixels = self.pixels(index)
         return {
@@ -114,17 +107,17 @@ class ConversationDataset(Dataset):
         }
 
     def pixels(self, index: int) -> Tensor | None:
-        """The picture of a record as the tower's input before normalisation, (3, s, s) uint8, from RAM after
-        the first time."""
-        image = self.records[index].get("image")
-        if image is None:
-            return None
-        if image not in self._pixels:
-            try:
-                self._pixels[image] = self.reader.pixels(self.pictures.load(image))
-            except ValueError as error:
-                raise ValueError(f"record {index} (id {self.records[index].get('id')!r}): {error}") from error
-        return self._pixels[image]
+        """The pictures of a record as the tower's input before normalisation, (pictures, 3, s, s) uint8, from
+        RAM after the first time; None for text alone."""
+        names = picture_names(self.records[index])
+        for name in names:
+            if name not in self._pixels:
+                try:
+                    self._pixels[name] = self.reader.pixels(self.pictures.load(name))
+                except ValueError as error:
+                    record = f"record {index} (id {self.records[index].get('id')!r})"
+                    raise ValueError(f"{record}: {error}") from error
+        return torch.stack([self._pixels[name] for name in names]) if names else None
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(..., 3, s, s) uint8 -> fp32 as the image processor scales and normalises."""
@@ -135,5 +128,5 @@ class ConversationDataset(Dataset):
         pictures = [picture for index in indices if (picture := self.pixels(index)) is not None]
         batch = pad([self.samples[index] for index in indices], self.pad_id)
         if pictures:
-            batch["pixel_values"] = self.normalise(torch.stack(pictures))
+            batch["pixel_values"] = self.normalise(torch.cat(pictures))
         return batch

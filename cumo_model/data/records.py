@@ -9,13 +9,14 @@ import mmap
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cumo_model.conversation import IMAGE_MARKER, RESERVED, turn_problem
+from cumo_model.conversation import IMAGE_MARKER, render, reserved_marker, turn_problem
 from cumo_model.data.pictures import PICTURE_SUFFIXES, Pictures
+from cumo_model.templates import get_template
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,14 @@ class Row:
     length: int
     value: Any
     reason: str | None = None
-    image: str | None = None  # the picture beside it in a tar shard
+    beside: tuple[str, ...] = ()  # the pictures beside it in a tar shard, where it names none
 
 
 def scan(path: str | os.PathLike) -> Iterator[Row]:
     """Yield every record of a .json list, a .jsonl file or a .tar shard, broken ones with the reason.
 
-    In a shard a record is a member `name.json`, whose picture may be the member `name.jpg` (or .png ...)
-    when the record names none.
+    In a shard a record is a member `name.json`. Where it names no picture, its pictures are the members
+    `name.jpg`, or several `name.0.jpg`, `name.1.jpg` in the order of their names (or .png ...).
 
     Raises:
         ValueError: the file itself cannot be used; the message begins with its name.
@@ -109,23 +110,47 @@ def _scan_tar(path: str) -> Iterator[Row]:
     try:
         with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
             members = [member for member in tar if member.isfile()]
-            pictures = {
-                os.path.splitext(member.name)[0]: member.name
-                for member in members
-                if member.name.lower().endswith(PICTURE_SUFFIXES)
-            }
             records = [member for member in members if member.name.endswith(".json")]
+            beside = _pictures_beside(members, {member.name.removesuffix(".json") for member in records})
             for number, member in enumerate(records):
                 file.seek(member.offset_data)
                 value, reason = _parse(file.read(member.size))
-                image = None
+                own: tuple[str, ...] = ()
                 if isinstance(value, dict) and "image" not in value:
-                    image = pictures.get(member.name.removesuffix(".json"))
-                    if image:
-                        value = {**value, "image": image}
-                yield Row(number, number + 1, member.offset_data, member.size, value, reason, image)
+                    own = beside.get(member.name.removesuffix(".json"), ())
+                    value = with_pictures(value, own)
+                yield Row(number, number + 1, member.offset_data, member.size, value, reason, own)
     except tarfile.TarError as error:
         raise ValueError(f"{path}: is not an uncompressed tar file: {error}") from None
+
+
+def _pictures_beside(members: list[tarfile.TarInfo], records: set[str]) -> dict[str, tuple[str, ...]]:
+    """Picture members by the record whose name theirs begins with, up to a dot; the longest name counts."""
+    found: dict[str, list[str]] = {}
+    for member in members:
+        name, suffix = os.path.splitext(member.name)
+        if suffix.lower() not in PICTURE_SUFFIXES:
+            continue
+        while name not in records and "." in os.path.basename(name):
+            name = os.path.splitext(name)[0]
+        if name in records:
+            found.setdefault(name, []).append(member.name)
+    return {name: tuple(sorted(names, key=_natural)) for name, names in found.items()}
+
+
+def _natural(name: str) -> list:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def with_pictures(record: dict, names: Sequence[str]) -> dict:
+    """The record with these pictures as its own."""
+    return {**record, "image": names[0] if len(names) == 1 else list(names)} if names else record
+
+
+def picture_names(record: dict) -> list[str]:
+    """The pictures of a record that `record_problem` has nothing against, in the order of their markers."""
+    image = record.get("image", [])
+    return [image] if isinstance(image, str) else list(image)
 
 
 _SPACE = re.compile(rb"[\s,]*")
@@ -194,8 +219,11 @@ def _next_record(data: mmap.mmap, start: int, end: int | None) -> int | None:
     return end
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write it, no tokenizer reads it
+
+
 def record_problem(record: Any) -> str | None:
-    """Why a record is no conversation with at most one picture, or None."""
+    """Why a record is no conversation with one `<image>` marker for each of its pictures, or None."""
     if not isinstance(record, dict):
         return f"must be an object with conversations, got {type(record).__name__}"
     if "conversations" not in record:
@@ -205,29 +233,42 @@ def record_problem(record: Any) -> str | None:
         return problem
     if len(record["conversations"]) % 2:
         return "the last question has no answer"
-    if "image" in record and (not isinstance(record["image"], str) or not record["image"]):
-        return f"image must be a file name, got {record['image']!r}"
+    for order, turn in enumerate(record["conversations"], 1):
+        if _SURROGATE.search(turn["value"]):
+            return f"turn {order} holds half of a surrogate pair, which is no character"
+    if "image" in record:
+        names = record["image"] if isinstance(record["image"], list) else [record["image"]]
+        if not names or not all(isinstance(name, str) and name for name in names):
+            return f"image must be a file name or a list of them, got {record['image']!r}"
     markers = sum(turn["value"].count(IMAGE_MARKER) for turn in record["conversations"])
-    images = int("image" in record)
-    if markers > images:
+    images = len(picture_names(record))
+    if markers == 0 and images == 1:
+        return f"names the image {picture_names(record)[0]!r} but no turn holds {IMAGE_MARKER}"
+    if markers != images:
         return f"{markers} {IMAGE_MARKER} markers but {images} images"
-    if markers < images:
-        return f"names the image {record['image']!r} but no turn holds {IMAGE_MARKER}"
     return None
 
 
-def row_problems(row: Row, path: str, pictures: Pictures | None, decode: bool) -> list[Problem]:
+def row_problems(
+    row: Row, path: str, pictures: Pictures | None, decode: bool, template: str
+) -> list[Problem]:
     """What is wrong with one record of `scan`."""
     name = row.value.get("id") if isinstance(row.value, dict) else None
     reason = row.reason or record_problem(row.value)
-    if reason is None and pictures is not None and "image" in row.value:
-        reason = pictures.problem(row.value["image"], decode)
+    if reason is None and pictures is not None:
+        found = (pictures.problem(name, decode) for name in picture_names(row.value))
+        reason = next((problem for problem in found if problem), None)
+    if reason is None and not get_template(template).instruct:
+        try:
+            render(row.value["conversations"], template)
+        except ValueError as error:
+            reason = str(error)
     if reason is not None:
         return [Problem(path, row.number, name, reason, line=row.line)]
     for order, turn in enumerate(row.value["conversations"], 1):
-        mark = next((mark for mark in RESERVED if mark in turn["value"]), None)
+        mark = reserved_marker([turn], template)
         if mark:
-            reason = f"turn {order} holds {mark}, which the templates use: no label is trained on"
+            reason = f"turn {order} holds {mark}, which the template uses: no label is trained on"
             return [Problem(path, row.number, name, reason, fatal=False, line=row.line)]
     return []
 
@@ -237,6 +278,7 @@ def check(
     image_root: str | os.PathLike | None = None,
     decode: bool = False,
     count: list[int] | None = None,
+    template: str = "mistral_instruct_system",
 ) -> Iterator[Problem]:
     """Yield every problem of a conversation file, in order; nothing when it is fine.
 
@@ -245,13 +287,15 @@ def check(
         image_root: what `Pictures` takes; None leaves the pictures unchecked.
         decode: decode each picture too, which finds cut-off and foreign files.
         count: its first element is set to the number of records read so far.
+        template: whose marks no turn should hold.
     """
+    get_template(template)
     name, count = os.fspath(path), [0] if count is None else count
     pictures = None if image_root is None else Pictures(image_root)
     try:
         for row in scan(path):
             count[0] = row.number + 1
-            yield from row_problems(row, name, pictures, decode)
+            yield from row_problems(row, name, pictures, decode, template)
     except ValueError as error:
         yield Problem(name, None, None, str(error).removeprefix(f"{name}: "))
         return

@@ -10,7 +10,10 @@ from cumo_model.data.records import check, record_files
 
 
 def check_files(
-    files: Sequence[str | os.PathLike], image_root: Sequence[str] | None = None, decode: bool = False
+    files: Sequence[str | os.PathLike],
+    image_root: Sequence[str] | None = None,
+    decode: bool = False,
+    template: str = "mistral_instruct_system",
 ) -> int:
     """Print each problem and a summary of each file.
 
@@ -22,7 +25,7 @@ def check_files(
         roots = list(image_root or []) + ([file] if file.endswith(".tar") else [])
         count, fatal, warned = [0], 0, 0
         with tqdm(desc=file, unit=" records", mininterval=1, disable=not sys.stderr.isatty()) as bar:
-            for problem in check(file, roots or None, decode, count):
+            for problem in check(file, roots or None, decode, count, template):
                 bar.update(count[0] - bar.n)
                 bar.clear()
                 print(problem, flush=True)

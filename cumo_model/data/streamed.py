@@ -12,24 +12,37 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from cumo_model.conversation import IMAGE_MARKER, get_template, tokenize_conversation, tokenize_conversations
+from cumo_model.conversation import IMAGE_MARKER, tokenize_conversation, tokenize_conversations
 from cumo_model.data.pictures import Pictures, PixelReader
-from cumo_model.data.records import Problem, Row, read_row, record_files, row_problems, scan
+from cumo_model.data.records import (
+    Problem,
+    Row,
+    picture_names,
+    read_row,
+    record_files,
+    row_problems,
+    scan,
+    with_pictures,
+)
 from cumo_model.processing import image_seq_length
+from cumo_model.templates import get_template
 
 CHUNK = 1024  # records tokenised in one call
+INDEX_FORMAT = 2
 
 
 class StreamedConversations(Dataset):
     """LLaVA-format conversations in .json, .jsonl and .tar files.
 
-    Items are those of `ConversationDataset`: input_ids and labels (N,) int64, pixel_values (3, s, s) fp32 or
-    None. `lengths` (tokens) and `has_image` of every record are known without reading it.
+    Items are those of `ConversationDataset`: input_ids and labels (N,) int64, pixel_values
+    (pictures, 3, s, s) fp32 or None. `lengths` (tokens) and `has_image` of every record are known without
+    reading it.
     """
 
     def __init__(
@@ -47,7 +60,7 @@ class StreamedConversations(Dataset):
             files: names or patterns of record files, read in that order.
             image_root: what `Pictures` takes; None: each picture lies in its record's own .tar shard.
             processor: from `build_processor`.
-            template: a name of conversation.TEMPLATES.
+            template: a name of templates.TEMPLATES.
             max_length: ids and labels are cut here; None leaves them whole.
             cache_dir: keeps the index from one run to the next.
             skip_bad: leave out records that cannot be trained on, with one warning, instead of refusing.
@@ -70,10 +83,8 @@ class StreamedConversations(Dataset):
         self._file, self._offset, self._length = index["file"], index["offset"], index["length"]
         self.lengths: np.ndarray = index["tokens"]
         self.has_image: np.ndarray = index["has_image"]
-        self._own_image: dict[int, str] = {}
-        names = index["own_images"].tobytes().decode().split("\n")
-        for place, name in zip(index["own_places"].tolist(), names, strict=False):
-            self._own_image[place] = name
+        names = json.loads(index["beside"].tobytes())
+        self._beside: dict[int, list[str]] = dict(zip(index["beside_places"].tolist(), names, strict=True))
 
     def identity(self) -> str:
         """A digest of what the samples are: files, template, tokenizer and cuts, not where they lie."""
@@ -91,7 +102,8 @@ class StreamedConversations(Dataset):
             return self._build_index(skip_bad)
         roots = [os.path.abspath(root) for root in self.pictures.roots]
         times = [os.stat(file).st_mtime_ns for file in self.files]
-        key = hashlib.sha256(json.dumps([self.identity(), times, roots, skip_bad]).encode()).hexdigest()[:20]
+        what = [INDEX_FORMAT, self.identity(), times, roots, skip_bad]
+        key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
         path = Path(cache_dir) / f"index-{key}.safetensors"
         if path.exists():
             return load_file(path)
@@ -104,13 +116,13 @@ class StreamedConversations(Dataset):
 
     def _build_index(self, skip_bad: bool) -> dict[str, np.ndarray]:
         columns: dict[str, list] = {name: [] for name in ("file", "offset", "length", "tokens", "has_image")}
-        own: dict[int, str] = {}
+        beside: dict[int, Sequence[str]] = {}
         bad: list[Problem] = []
         for number, file in enumerate(self.files):
             waiting: list[Row] = []
             rows = tqdm(scan(file), desc=f"reading {os.path.basename(file)}", unit=" records", mininterval=2)
             for row in rows:
-                problems = row_problems(row, file, self.pictures, decode=False)
+                problems = row_problems(row, file, self.pictures, False, self.template)
                 fatal = [problem for problem in problems if problem.fatal]
                 bad += problems
                 if fatal and not skip_bad:
@@ -118,20 +130,20 @@ class StreamedConversations(Dataset):
                 if not fatal:
                     waiting.append(row)
                 if len(waiting) == CHUNK:
-                    self._add(columns, own, bad, number, waiting, skip_bad)
+                    self._add(columns, beside, bad, number, waiting, skip_bad)
                     waiting = []
-            self._add(columns, own, bad, number, waiting, skip_bad)
+            self._add(columns, beside, bad, number, waiting, skip_bad)
         if bad:
             warnings.warn(f"{bad[0]} ({len(bad)} such records)", stacklevel=3)
         if not columns["file"]:
             raise ValueError(f"{self.files[0]}: holds no records that can be trained on")
         kinds = {"file": np.int32, "offset": np.int64, "length": np.int32, "tokens": np.int32}
         index = {name: np.array(values, kinds.get(name, bool)) for name, values in columns.items()}
-        index["own_places"] = np.array(list(own), np.int64)
-        index["own_images"] = np.frombuffer("\n".join(own.values()).encode(), np.uint8)
+        index["beside_places"] = np.array(list(beside), np.int64)
+        index["beside"] = np.frombuffer(json.dumps(list(beside.values())).encode(), np.uint8)
         return index
 
-    def _add(self, columns, own, bad, number: int, rows: list[Row], skip_bad: bool) -> None:
+    def _add(self, columns, beside, bad, number: int, rows: list[Row], skip_bad: bool) -> None:
         if not rows:
             return
         for row, (tokens, problem) in zip(rows, self._count(rows, self.files[number]), strict=True):
@@ -140,8 +152,8 @@ class StreamedConversations(Dataset):
                     raise ValueError(str(problem))
                 bad.append(problem)
                 continue
-            if row.image:
-                own[len(columns["file"])] = row.image
+            if row.beside:
+                beside[len(columns["file"])] = row.beside
             columns["file"].append(number)
             columns["offset"].append(row.offset)
             columns["length"].append(row.length)
@@ -171,7 +183,7 @@ class StreamedConversations(Dataset):
         counts = []
         for row, (ids, _) in zip(rows, samples, strict=True):
             if self.max_length is not None and (ids[self.max_length :] == image_id).any():
-                reason = f"max_length {self.max_length} cuts through the tokens of its image"
+                reason = f"max_length {self.max_length} cuts through the tokens of its images"
                 counts.append(problem(row, reason))
             else:
                 counts.append((min(len(ids), self.max_length or len(ids)), None))
@@ -184,10 +196,10 @@ class StreamedConversations(Dataset):
         return self.files[self._file[index]]
 
     def record(self, index: int) -> dict:
-        """The record as the file has it; in a shard with the picture beside it."""
+        """The record as the file has it; in a shard with the pictures beside it."""
         file = self.files[self._file[index]]
         value = read_row(file, int(self._offset[index]), int(self._length[index]))
-        return {**value, "image": self._own_image[index]} if index in self._own_image else value
+        return with_pictures(value, self._beside.get(index, ()))
 
     def __getitem__(self, index: int) -> dict[str, Tensor | None]:
         record = self.record(index)
@@ -197,11 +209,12 @@ class StreamedConversations(Dataset):
                 record["conversations"], self.processor.tokenizer, self.template, self.tokens_per_image
             )
         pixels = None
-        if "image" in record:
+        if names := picture_names(record):
             try:
-                pixels = self.reader.normalise(self.reader.pixels(self.pictures.load(record["image"])))
+                raw = torch.stack([self.reader.pixels(self.pictures.load(name)) for name in names])
             except ValueError as error:
                 file = self.files[self._file[index]]
                 raise ValueError(f"{file}: record id {record.get('id')!r}: {error}") from error
+            pixels = self.reader.normalise(raw)
         cut = slice(self.max_length)
         return {"input_ids": ids[cut], "labels": labels[cut], "pixel_values": pixels}

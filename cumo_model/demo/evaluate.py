@@ -41,7 +41,7 @@ class Examiner:
                 self.rows.append(i)
 
     def _pixels(self, rows: list[int]) -> Tensor:
-        pixels = torch.stack([self.dataset.pixels(i) for i in rows])
+        pixels = torch.cat([self.dataset.pixels(i) for i in rows])
         return self.dataset.normalise(pixels).to(self.model.device)
 
     def _prompt(self, row: int) -> Tensor:

@@ -68,7 +68,7 @@ def pretrain_vision(
 
     def loss_at(step: int) -> Losses:
         indices = sample_indices(step, schedule.batch_size, len(records), settings.seed)
-        pixels = pictures.normalise(torch.stack([pictures.pixels(i) for i in indices])).to(device)
+        pixels = pictures.normalise(torch.cat([pictures.pixels(i) for i in indices])).to(device)
         loss = model(pixels, _pad([words[i] for i in indices], 0).to(device), names[indices].to(device))
         return loss, {}, schedule.batch_size * (settings.image_size // settings.patch_size) ** 2
 

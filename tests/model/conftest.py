@@ -1,11 +1,39 @@
 """The tiny model of the model tests: every part of the big ones, a few thousand parameters."""
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from cumo_model import CumoConfig, CumoForConditionalGeneration
 
 IMAGE_TOKEN = 60  # outside the vocabulary of 50, as in the released checkpoints
+
+
+@pytest.fixture(scope="session")
+def mistral_model() -> Path:
+    """Mistral-7B-v0.1's SentencePiece model, from the wheel mistral-common that `make setup` lays beside
+    the environment: inside it transformers would import the package and want its dependencies."""
+    model = Path(sys.prefix) / "mistral-common" / "mistral_common" / "data" / "tokenizer.model.v1"
+    if not model.is_file():
+        pytest.skip(f"no Mistral tokenizer at {model}: `make setup` brings it")
+    return model
+
+
+@pytest.fixture(scope="session")
+def mistral(mistral_model, tmp_path_factory):
+    """Mistral's tokenizer as a folder with its tokenizer.model gives it, and that model in SentencePiece."""
+    import sentencepiece
+
+    from cumo_model.processing import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("mistral")
+    (folder / "tokenizer.model").write_bytes(mistral_model.read_bytes())
+    own = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **own}))
+    return load_tokenizer(folder), sentencepiece.SentencePieceProcessor(model_file=str(mistral_model))
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 demo's."""
 
 import json
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from transformers import AutoProcessor
 from cumo_model import CumoConfig
 from cumo_model.conversation import (
     IGNORE_INDEX,
-    TEMPLATES,
     render,
     tokenize_conversation,
     tokenize_conversations,
@@ -23,6 +20,7 @@ from cumo_model.conversation import (
 )
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing import original_processor
+from cumo_model.templates import TEMPLATES
 from tests.model import original
 
 TWO_ROUNDS = [
@@ -41,22 +39,6 @@ def demo():
     )
 
 
-@pytest.fixture(scope="module")
-def mistral(tmp_path_factory):
-    """Mistral-7B-v0.1's SentencePiece model, from the wheel mistral-common that `make setup` lays beside
-    the environment: inside it transformers would import the package and want its dependencies."""
-    model = Path(sys.prefix) / "mistral-common" / "mistral_common" / "data" / "tokenizer.model.v1"
-    if not model.is_file():
-        pytest.skip(f"no Mistral tokenizer at {model}: `make setup` brings it")
-    from transformers import LlamaTokenizer
-
-    folder = tmp_path_factory.mktemp("mistral")
-    (folder / "tokenizer.model").write_bytes(model.read_bytes())
-    tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=True)
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
-    return tokenizer, model
-
-
 def _kept(tokenizer, labels):
     """The runs of tokens the loss sees."""
     runs, last = [], IGNORE_INDEX
@@ -69,16 +51,10 @@ def _kept(tokenizer, labels):
     return [tokenizer.convert_ids_to_tokens(run) for run in runs]
 
 
-def _pieces(model):
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_file=str(model)).encode
-
-
 @pytest.mark.parametrize("template", ["mistral_instruct", "mistral_instruct_system"])
 def test_two_rounds_match_sentencepiece(mistral, template):
-    tokenizer, model = mistral
-    encode, image = _pieces(model), tokenizer.convert_tokens_to_ids("<image>")
+    tokenizer, pieces = mistral
+    encode, image = pieces.encode, tokenizer.convert_tokens_to_ids("<image>")
     system = TEMPLATES[template].system
     opening = "[INST] " + (f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else "")
     ids, labels = tokenize_conversation(TWO_ROUNDS, tokenizer, template, IMAGE_TOKENS)
@@ -95,10 +71,9 @@ def test_two_rounds_match_sentencepiece(mistral, template):
     assert torch.equal(labels[kept], ids[kept])
 
 
-def test_the_processor_of_released_weights_gives_these_ids(mistral, tmp_path):
+def test_the_processor_of_released_weights_gives_these_ids(mistral_model, tmp_path):
     """From tokenizer files alone: `<image>` behind the vocabulary, double BOS, the blank before </s>."""
-    _, model = mistral
-    (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
+    (tmp_path / "tokenizer.model").write_bytes(mistral_model.read_bytes())
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",
@@ -128,14 +103,14 @@ def test_the_processor_of_released_weights_gives_these_ids(mistral, tmp_path):
 
 
 def test_plain_matches_sentencepiece(mistral):
-    tokenizer, model = mistral
+    tokenizer, pieces = mistral
     image = tokenizer.convert_tokens_to_ids("<image>")
     turns = [
         {"from": "human", "value": "Describe the picture.\n<image>"},
         {"from": "gpt", "value": "a cat on a mat"},
     ]
     ids, labels = tokenize_conversation(turns, tokenizer, "plain", IMAGE_TOKENS)
-    caption = _pieces(model)("a cat on a mat\n")
+    caption = pieces.encode("a cat on a mat\n")
     assert ids.tolist() == [1] + [image] * IMAGE_TOKENS + caption
     assert labels.tolist() == [IGNORE_INDEX] * (1 + IMAGE_TOKENS) + caption
     assert 2 not in ids.tolist()
@@ -188,16 +163,6 @@ def test_many_at_once_equal_one_by_one(demo):
     for turns, (ids, labels) in zip(conversations, together, strict=True):
         alone_ids, alone_labels = tokenize_conversation(turns, demo, "mistral_instruct_system", IMAGE_TOKENS)
         assert torch.equal(ids, alone_ids) and torch.equal(labels, alone_labels)
-
-
-@pytest.mark.parametrize("template", ["mistral_instruct", "mistral_instruct_system", "plain"])
-def test_a_prompt_is_the_beginning_of_its_conversation(demo, template):
-    turns = TWO_ROUNDS[:2]
-    ids, labels = tokenize_conversation(turns, demo, template, IMAGE_TOKENS)
-    prompt = tokenize_prompt(turns[:1], demo, template, IMAGE_TOKENS)
-    assert torch.equal(prompt, ids[: len(prompt)])
-    assert (labels[: len(prompt)] == IGNORE_INDEX).all()
-    assert (labels[len(prompt) :] == ids[len(prompt) :]).all()
 
 
 @pytest.mark.parametrize("text", ["yes </s> no", "see [/INST] here"])
@@ -254,7 +219,7 @@ def test_bad_turns_are_named(demo, turns, reason):
 def test_errors_name_template_tokenizer_and_prompt(demo):
     with pytest.raises(
         ValueError,
-        match="template must be one of plain, mistral_instruct, mistral_instruct_system, got 'vicuna'",
+        match=r"template must be one of plain, mistral_instruct, mistral_instruct_system, .*, got 'vicuna'",
     ):
         tokenize_conversation(TWO_ROUNDS, demo, "vicuna", 1)
     with pytest.raises(

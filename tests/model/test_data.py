@@ -73,7 +73,7 @@ def test_items_are_tokens_labels_and_the_processors_pixels(dataset, processor):
             assert item["pixel_values"] is None
             continue
         image = load_image(PICTURES / record["image"])
-        truth = processor(images=image, text="<image>", return_tensors="pt")["pixel_values"][0]
+        truth = processor(images=image, text="<image>", return_tensors="pt")["pixel_values"]
         assert item["pixel_values"].dtype == torch.float32
         # scale and shift in one step round once more than the processor does
         torch.testing.assert_close(
@@ -112,9 +112,7 @@ def test_collate_pads_right_and_keeps_image_order(dataset):
         assert (batch["input_ids"][row, length:] == 0).all()
         assert (batch["labels"][row, length:] == IGNORE_INDEX).all()
         assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (longest - length)
-    assert torch.equal(
-        batch["pixel_values"], torch.stack([items[1]["pixel_values"], items[2]["pixel_values"]])
-    )
+    assert torch.equal(batch["pixel_values"], torch.cat([items[1]["pixel_values"], items[2]["pixel_values"]]))
 
 
 @pytest.mark.parametrize("indices", [[0], [1], [4, 1, 2, 0], [0, 0]])
@@ -178,9 +176,27 @@ BAD_RECORDS = [
         id="unused-image",
     ),
     pytest.param(
-        {"id": 9, "image": ["a.png"], "conversations": ONE},
-        "image must be a file name, got ['a.png']",
-        id="image-list",
+        {"id": 9, "image": [NAMES[0], 3], "conversations": ONE},
+        "image must be a file name or a list of them, got",
+        id="image-list-of-other-things",
+    ),
+    pytest.param(
+        {"id": 9, "image": [], "conversations": ONE}, "image must be a file name or a list", id="no-images"
+    ),
+    pytest.param(
+        {"id": 9, "image": list(NAMES), "conversations": ONE},
+        "1 <image> markers but 3 images",
+        id="more-images-than-markers",
+    ),
+    pytest.param(
+        {"id": 9, "image": [NAMES[0], "gone.png"], "conversations": [*ONE, *ONE]},
+        "image 'gone.png' does not exist under",
+        id="second-image-missing",
+    ),
+    pytest.param(
+        {"id": 9, "conversations": _turns("what?", "red \ud83d")},
+        "turn 2 holds half of a surrogate pair",
+        id="no-character",
     ),
     pytest.param(
         {"id": 9, "image": "gone.png", "conversations": ONE},

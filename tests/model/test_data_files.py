@@ -112,6 +112,80 @@ def test_every_form_of_file_gives_the_same_samples(pictures, processor, indent):
     assert len(list((pictures / "c").glob("index-*"))) == 4
 
 
+def _several(names):
+    turns = [
+        {"from": "human", "value": "<image> or <image>?"},
+        {"from": "gpt", "value": "red"},
+        {"from": "human", "value": "what?\n<image>"},
+        {"from": "gpt", "value": "blue"},
+    ]
+    return {"id": "several", "image": names, "conversations": turns}
+
+
+def test_several_pictures_of_a_record_in_every_form(pictures, processor, tiny_model):
+    """A list, lines, and shards with the pictures beside the record, more than ten of them in their order."""
+    names = ["red.png", "blue.png", "green.png"]
+    many = {
+        "id": "many",
+        "image": [f"{COLOURS[i % 7]}.png" for i in range(12)],
+        "conversations": [{"from": "human", "value": "<image>" * 12}, {"from": "gpt", "value": "red"}],
+    }
+    records = [_several(names), many, _record("white"), _text(2)]
+    whole = pictures / "several.json"
+    whole.write_text(json.dumps(records))
+    shard = pictures / "several.tar"
+    with tarfile.open(shard, "w") as tar:
+        for key, record in zip(("a", "a.b", "c", "d"), records, strict=True):
+            content = {field: value for field, value in record.items() if field != "image"}
+            beside = record.get("image", [])
+            members = {f"{key}.json": json.dumps(content).encode()}
+            if isinstance(beside, str):
+                members[f"{key}.png"] = (pictures / beside).read_bytes()
+            else:
+                members |= {f"{key}.{i}.png": (pictures / name).read_bytes() for i, name in enumerate(beside)}
+            for name, data in sorted(members.items()):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    in_memory = ConversationDataset(whole, pictures, processor)
+    streamed = StreamedConversations(whole, pictures, processor, "mistral_instruct")
+    web = StreamedConversations(shard, None, processor, "mistral_instruct", cache_dir=pictures / "c")
+    again = StreamedConversations(shard, None, processor, "mistral_instruct", cache_dir=pictures / "c")
+    for i, pictured in enumerate([3, 12, 1, 0]):
+        for found in (streamed, web, again):
+            _same(found[i], in_memory[i])
+        pixels = in_memory[i]["pixel_values"]
+        assert pictured == (0 if pixels is None else len(pixels))
+        markers = (in_memory[i]["input_ids"] == processor.image_token_id).sum()
+        assert (
+            markers
+            == 9 * pictured
+            == 9 * sum(t["value"].count("<image>") for t in records[i]["conversations"])
+        )
+    assert list(check(whole, pictures, decode=True)) == list(check(shard, shard, decode=True)) == []
+    order = [in_memory.reader.normalise(in_memory.reader.pixels(in_memory.pictures.load(n))) for n in names]
+    assert torch.equal(in_memory[0]["pixel_values"], torch.stack(order))
+    assert torch.equal(in_memory.batch([0, 2])["pixel_values"][:3], torch.stack(order))
+
+
+def test_packs_of_several_pictures_compute_what_padded_rows_do(pictures, processor, tiny_config):
+    from cumo_model import CumoForConditionalGeneration
+
+    path = _jsonl(pictures / "x.jsonl", [_several(["red.png", "blue.png", "green.png"]), _record("white")])
+    data = StreamedConversations(path, pictures, processor, "vicuna_v1")
+    config = tiny_config(
+        text_options={"vocab_size": len(processor.tokenizer), "max_position_embeddings": 512},
+        image_token_index=processor.image_token_id,
+    )
+    model = CumoForConditionalGeneration(config).train()
+    samples = [data[0], data[1]]
+    padded, packed = collate(samples, data.pad_id), collate_packed([samples], data.pad_id)
+    assert packed["pixel_values"].shape[0] == padded["pixel_values"].shape[0] == 4
+    losses = [model(**batch, use_cache=False).loss_parts for batch in (padded, packed)]
+    for name in ("language", "clip_balance", "mlp_z"):
+        torch.testing.assert_close(losses[0][name], losses[1][name])
+
+
 BROKEN = """[
  {"id": 0, "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
  {"id": 1, "conversations": [{"from": "human", "value": "a"}, {"from": "gpt" "value": "b"}]},
@@ -131,7 +205,7 @@ def test_a_broken_list_is_read_to_its_end(tmp_path):
     good = [row.value["id"] for row in scan(path) if row.reason is None]
     assert good == [0, 3, 5, 6, 7, 8]
     lines = {problem.line: problem.reason for problem in check(path)}
-    assert set(lines) == {3, 4, 6, 8, 11}
+    assert set(lines) == {3, 4, 6, 8, 9, 11}
     assert "is not JSON" in lines[3] and "non-empty list" in lines[8] and "file ends" in lines[11]
 
 

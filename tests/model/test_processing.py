@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cumo_model import CumoConfig
-from cumo_model.conversation import TEMPLATES, tokenize_prompt
+from cumo_model.conversation import tokenize_prompt
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing import (
     CumoImageProcessor,
@@ -23,6 +23,7 @@ from cumo_model.processing import (
     load_image,
     original_processor,
 )
+from cumo_model.templates import TEMPLATES
 from tests.model import original
 
 PICTURES = Path(__file__).parents[1] / "fixtures" / "emoji"

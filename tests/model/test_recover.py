@@ -33,17 +33,17 @@ def folder(tmp_path, tiny_config):
     return tmp_path
 
 
-def command(recipe: Path, processes: int = 1) -> list[str]:
+def command(recipe: Path, processes: int = 1, restarts: int = 0) -> list[str]:
     train = ["-m", "cumo_model", "train", "--config", str(recipe)]
     if processes == 1:
         return [sys.executable, *train]
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    return [sys.executable, *torchrun, *train]
+    return [sys.executable, *torchrun, f"--max-restarts={restarts}", *train]
 
 
-def start(recipe: Path, processes: int = 1, **options) -> subprocess.Popen:
+def start(recipe: Path, processes: int = 1, restarts: int = 0, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        command(recipe, processes),
+        command(recipe, processes, restarts),
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -54,8 +54,8 @@ def start(recipe: Path, processes: int = 1, **options) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    out, _ = process.communicate(timeout=110)
+def finish(process: subprocess.Popen, code: int = 0, seconds: float = 110) -> str:
+    out, _ = process.communicate(timeout=seconds)
     assert process.returncode == code, out[-3000:]
     return out
 
@@ -123,6 +123,23 @@ def test_killed_runs_end_bitwise_where_an_unharmed_one_does(folder, processes):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_torchrun_restarts_after_a_worker_is_killed(folder):
+    """SIGKILL for one of two workers; torchrun starts both again, and they go on from the last checkpoint."""
+    steps = {"trainer__max_steps": 12, "trainer__save_steps": 3, "model__text_experts": 0}
+    steps["trainer__per_device_train_batch_size"] = 1
+    finish(start(write_recipe(folder, "whole", **steps), 2))
+    process = start(write_recipe(folder, "killed", **steps), 2, restarts=2)
+    wait_for(lambda: reached(folder / "killed", 3), process)
+    workers = [child for child in psutil.Process(process.pid).children() if "cumo_model" in child.cmdline()]
+    assert len(workers) == 2
+    workers[1].kill()
+    out = finish(process, seconds=200)
+    assert "SIGKILL" in out or "-9" in out
+    same_result(folder / "whole", folder / "killed")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_sigterm_saves_and_the_same_command_goes_on(folder):
     steps = {"trainer__max_steps": 40, "trainer__save_steps": 1000}
@@ -158,11 +175,15 @@ class StopAt:
 
 
 def test_a_stop_in_the_middle_of_an_epoch_changes_nothing(folder):
-    """In one process: stop after step 2 of an epoch of three, go on, compare; then the folder is done."""
+    """In one process: stop after step 2 of an epoch of three, go on, compare; then the folder is done.
+
+    The run that is stopped has its data from two other processes.
+    """
     from cumo_model.train import Interrupted
 
+    workers = {"trainer__dataloader_num_workers": 2}
     whole = run_recipe(load_recipe(write_recipe(folder, "whole")))
-    recipe = load_recipe(write_recipe(folder, "cut", trainer__save_steps=100))
+    recipe = load_recipe(write_recipe(folder, "cut", trainer__save_steps=100, **workers))
     with pytest.raises(Interrupted, match="stopped at step 2, progress is saved"):
         run_recipe(recipe, [StopAt(1).callback])
     assert [path.name for path in checkpoints(folder / "cut")] == ["checkpoint-2"]

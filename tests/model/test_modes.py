@@ -1,0 +1,126 @@
+"""One step of a recipe in every mode that a CPU has: precision, compilation, optimisers, quantised adapters,
+reporters."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cumo_model import CumoForConditionalGeneration
+from cumo_model.recipe import load_recipe
+from cumo_model.trainer import build_trainer, run_recipe, training_arguments
+from tests.model.training import write_data, write_model, write_recipe
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_config):
+    write_data(tmp_path, text_rows=0)
+    write_model(tmp_path, tiny_config)
+    return tmp_path
+
+
+def run(folder, name, **options):
+    """Loss and gradient norm of each of two steps, the second of which is at the full rate."""
+    options = {"trainer__max_steps": 2, "trainer__warmup_steps": 0, "model__text_experts": 0, **options}
+    result = run_recipe(load_recipe(write_recipe(folder, name, **options)))
+    entries = json.loads((result / "trainer_state.json").read_text())["log_history"]
+    return [(entry["loss"], entry["grad_norm"]) for entry in entries if "loss" in entry], result
+
+
+@pytest.fixture
+def wanted(folder):
+    return run(folder, "plain")[0]
+
+
+def test_bf16_computes_in_bf16_beside_fp32_weights(folder, wanted):
+    """Other than fp32, and by no more than its rounding makes of a loss."""
+    found, result = run(folder, "bf16", trainer__bf16=True)
+    assert found != wanted
+    for one, other in zip(found, wanted, strict=True):
+        assert one[0] == pytest.approx(other[0], rel=torch.finfo(torch.bfloat16).eps)
+    assert {value.dtype for value in load_file(result / "model.safetensors").values()} == {torch.float32}
+    found, result = run(folder, "weights", model__dtype="bfloat16")
+    assert found[0][0] == pytest.approx(wanted[0][0], rel=torch.finfo(torch.bfloat16).eps)
+    assert {value.dtype for value in load_file(result / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in fp16")
+def test_fp16_and_tf32_without_a_gpu(folder):
+    with pytest.raises(ValueError, match=r"trainer\.fp16 needs a GPU, .* trainer\.bf16 runs on both"):
+        training_arguments(load_recipe(write_recipe(folder, trainer__fp16=True)))
+    assert not training_arguments(load_recipe("mistral-7b/sft", ["trainer.dataloader_num_workers=0"])).tf32
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd"])
+def test_other_optimizers(folder, wanted, optimizer):
+    """The first loss is the model's; the second is that optimizer's doing, AdamW's the fused one's."""
+    found, _ = run(folder, optimizer, trainer__optim=optimizer)
+    assert found[0] == wanted[0]
+    assert (found[1][0] == pytest.approx(wanted[1][0], rel=1e-6)) == (optimizer == "adamw_torch")
+
+
+def test_8_bit_adam(folder, wanted):
+    pytest.importorskip("bitsandbytes")
+    trainer = build_trainer(
+        load_recipe(write_recipe(folder, trainer__max_steps=1, trainer__optim="adamw_bnb_8bit"))
+    )
+    trainer.train()
+    assert type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__module__.startswith(
+        "bitsandbytes"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled(folder, wanted):
+    """Every operation of ours is traced; `aot_eager` computes what it traced without another compiler."""
+    options = {"trainer__torch_compile": True, "trainer__torch_compile_backend": "aot_eager"}
+    found, _ = run(folder, "compiled", **options)
+    for one, other in zip(found, wanted, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_qlora_on_a_model_with_new_experts(folder, bits):
+    """Experts are made of whole weights, then the language model is quantised and adapters alone train."""
+    bnb = pytest.importorskip("bitsandbytes")
+    options = {
+        "model__quantize": bits,
+        "model__text_experts": 0,
+        "stage__trains": ["projector"],
+        "stage__lora": {"r": 4, "alpha": 8, "dropout": 0.0},
+        "trainer__max_steps": 2,
+    }
+    recipe = load_recipe(write_recipe(folder, "qlora", **options))
+    trainer = build_trainer(recipe)
+    kind = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
+    packed = {name for name, module in trainer.model.named_modules() if isinstance(module, kind)}
+    assert packed and all("language_model" in name for name in packed)
+    whole = build_trainer(
+        load_recipe(write_recipe(folder, "whole", trainer__max_steps=1, model__text_experts=0))
+    )
+    losses = []
+    for one in (trainer, whole):
+        batch = one.data_collator([one.train_dataset[0], one.train_dataset[1]])
+        with torch.no_grad():
+            losses.append(one.model.train()(**batch, use_cache=False).loss_parts["language"].item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)  # another model's, were a scale lost
+    result = run_recipe(recipe)
+    assert not (folder / "qlora" / ".start").exists()
+    again = CumoForConditionalGeneration.from_pretrained(result)
+    assert again.config.vision_config.num_experts == 4 and again.dtype == torch.float32
+
+
+def test_wandb_offline_gets_every_layer(folder, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(folder))
+    run(folder, "reported", trainer__report_to="wandb")
+    import wandb
+
+    wandb.finish()
+    (log,) = folder.rglob("run-*.wandb")
+    written = log.read_bytes()
+    for name in (b"experts/clip.01/load_entropy", b"mlp_balance", b"grad_norm_gates", b"tokens_per_second"):
+        assert name in written, name
