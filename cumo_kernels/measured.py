@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from cumo_kernels.hardware import gpu_of
+from cumo_kernels.tuning import BATCH_INVARIANT
 
 PATH = Path(__file__).with_name("measured.json")
 TABLE: dict[str, list[dict]] = json.loads(PATH.read_text())
@@ -30,7 +31,8 @@ def fastest(op: str, x: torch.Tensor, among: Sequence[str]) -> tuple[str, str] |
 
     With gradients enabled that is forward and backward together: backward runs where forward ran.
     """
-    if not TABLE or x.ndim == 0 or torch.compiler.is_compiling():
+    # a row's result must not depend on how many come with it, so neither may its backend
+    if not TABLE or x.ndim == 0 or torch.compiler.is_compiling() or BATCH_INVARIANT:
         return None
     mode = "both" if torch.is_grad_enabled() else "forward"
     return _fastest(gpu_of(x.device).name, op, mode, x.dtype, tuple(x.shape), tuple(among))

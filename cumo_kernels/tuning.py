@@ -25,7 +25,18 @@ import torch
 
 from cumo_kernels.hardware import GPUS, INTERPRETER, KIB, Gpu, gpu_of
 
-__all__ = ["Config", "Entry", "Problem", "bucket", "get_config", "gpu_of", "refuse", "save", "search"]
+__all__ = [
+    "Config",
+    "Entry",
+    "Problem",
+    "bucket",
+    "forget",
+    "get_config",
+    "gpu_of",
+    "refuse",
+    "save",
+    "search",
+]
 
 CONFIGS = Path(__file__).parent / "configs"
 KINDS = ("gemm", "grad_hidden", "weight_grad")
@@ -307,6 +318,8 @@ def save(name: str, found: Iterable[Entry], note: str) -> Path:
     path = CONFIGS / f"{name}.json"
     known = {entry.problem: entry for entry in entries(name)} if path.exists() else {}
     known |= {entry.problem: entry for entry in found}
+    if any(entry.ms is None for entry in known.values()):
+        note += "; entries without ms are derived by reasoning, not measured"
     rows = [
         {
             "problem": {**asdict(entry.problem), "dtype": str(entry.problem.dtype).removeprefix("torch.")},
@@ -322,7 +335,14 @@ def save(name: str, found: Iterable[Entry], note: str) -> Path:
         file.write(text)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
-    entries.cache_clear()
-    files_of.cache_clear()
-    get_config.cache_clear()
+    forget()
     return path
+
+
+CACHES = [entries, files_of, get_config]  # and, from backends, what was concluded from them
+
+
+def forget() -> None:
+    """Choose anew from now on: the files, or what chooses, have changed."""
+    for remembering in CACHES:
+        remembering.cache_clear()

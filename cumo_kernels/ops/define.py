@@ -16,7 +16,7 @@ _PLAIN = {Tensor, torch.nn.Parameter, NoneType, bool, int, str}
 
 
 def _is_plain(args: tuple) -> bool:
-    """Whether a call can pass by the dispatcher: eager, without subclasses, modes or transforms."""
+    """Whether a call can pass by the dispatcher: eager, without subclasses, dispatch modes or transforms."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0

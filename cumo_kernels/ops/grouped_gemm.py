@@ -144,6 +144,7 @@ def grouped_gemm(
     check_device("expert_offsets", expert_offsets, "x", x)
     rows = x.shape[0] if gather is None else gather.num_slots
     check_offsets("expert_offsets", expert_offsets, rows, first=0)
+    expert_offsets = expert_offsets.contiguous()
     if bias is not None:
         check_shape("bias", bias, weight.shape[0], weight.shape[1])
         check_like("bias", bias, "x", x)

@@ -125,7 +125,7 @@ def _check_groups(groups: int | Tensor, num_tokens: int, x: Tensor) -> tuple[Ten
                 f"groups must hold the G + 1 offsets of at least one group, got {tuple(groups.shape)}"
             )
         check_offsets("groups", groups, num_tokens)
-        return groups, groups.shape[0] - 1
+        return groups.contiguous(), groups.shape[0] - 1
     if not isinstance(groups, int):
         raise ValueError(f"groups must be an integer or an int32 tensor, got {type(groups).__name__}")
     if groups < 1 or num_tokens % groups:

@@ -143,15 +143,27 @@ def test_a_failure_ends_with_1_and_a_command_that_repeats_it(replaced, capsys, t
     capsys.readouterr()
     assert main([*arguments, "--json", str(tmp_path / "v.json")]) == 1
     report = json.loads((tmp_path / "v.json").read_text())
-    assert report["failed"] == 3 == len(report["results"]) and report["not_checked"]
+    assert report["failed"] == 6 == len(report["results"]) and report["not_checked"]
     command = next(line for line in capsys.readouterr().out.splitlines() if "--case" in line)
     case = command.split("--case '")[1].rstrip("'")
     assert case in {row["case"] for row in report["results"]}
     assert main(["verify", "--backend", "reference", "--device", "cpu", "--case", case]) == 1
 
 
+def test_ops_take_turns_so_that_a_short_budget_sees_all():
+    ops = [case.op for _, case in all_cases(cases.FAMILIES, ("bf16",))]
+    assert set(ops[: 2 * len(cases.OPS)]) == set(cases.OPS)
+    assert "route" in {case.op for _, case in all_cases(cases.FEW, ("bf16",))}
+
+
+def test_nothing_checked_is_no_success(monkeypatch, capsys):
+    monkeypatch.setattr(verify, "all_cases", lambda *_: iter(()))
+    assert main(["verify", "--backend", "reference", "--device", "cpu"]) == 1
+    assert "nothing was checked" in capsys.readouterr().out
+
+
 def test_a_spent_budget_is_said(capsys):
-    assert main(["verify", "--backend", "reference", "--device", "cpu", "--budget", "0.5"]) == 0
+    assert main(["verify", "--backend", "reference", "--device", "cpu", "--budget", "0.001"]) == 0
     out = capsys.readouterr().out
     assert "cases: --budget was spent" in out and "expert_mlp" in out and "\nreference  activate" not in out
 

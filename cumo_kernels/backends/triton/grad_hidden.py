@@ -227,6 +227,7 @@ def launch_grad_hidden(
     """-> dz like z, w * a (S, I), and <h, a> by column tile (S, tiles) fp32; empty where not needed."""
     num_rows = permutation.shape[0]
     num_experts, _, width = down_proj.shape
+    z = z.contiguous()  # what a saved-tensor hook gives back need not be
     gpu = tuning.gpu_of(grad.device)
     stored = down_proj.transpose(1, 2) if _is_k_inner(down_proj.stride()) else down_proj
     config, launch, weight_block = _plan(

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-planned = lru_cache(4096)  # for pure functions of what decides a launch; the device is one of the arguments
+from cumo_kernels import tuning
+
+
+def planned(function: Callable) -> Callable:
+    """Decorator for pure functions of what decides a launch; the device is one of the arguments."""
+    remembering = lru_cache(4096)(function)
+    tuning.CACHES.append(remembering)
+    return remembering
 
 
 def cdiv(a: int, b: int) -> int:
@@ -42,8 +49,7 @@ class Launch:
     """A kernel on one device with all arguments fixed but tensors, descriptors and unspecialised integers.
 
     Triton binds and classifies every argument at every call, three times the work of the launch itself. Here
-    nothing can differ between calls but the alignment of pointers: the key of the plan holds dtypes, and
-    which tensors are None.
+    nothing can differ between calls but dtypes, the alignment of pointers, and which tensors are None.
     """
 
     def __init__(self, kernel, *, num_warps: int = 4, num_stages: int = 3, **fixed):
@@ -61,8 +67,9 @@ class Launch:
         arguments = self._arguments.copy()
         for i, value in zip(self._free, values, strict=True):
             arguments[i] = value
-        aligned = tuple([v.data_ptr() & 15 for v in values if type(v) is Tensor])
-        compiled = self._compiled.get(aligned)
+        # a Parameter is a Tensor too; integers are not specialised
+        kinds = tuple([(v.data_ptr() & 15, v.dtype) if isinstance(v, Tensor) else type(v) for v in values])
+        compiled = self._compiled.get(kinds)
         if compiled is not None:
             compiled[(programs, 1, 1)](*arguments)
             return
@@ -70,7 +77,7 @@ class Launch:
         compiled = self._kernel[(programs,)](**named, **self._options)
         # None from the interpreter, and where kernels are only compiled
         if compiled is not None:
-            self._compiled[aligned] = compiled
+            self._compiled[kinds] = compiled
 
 
 def can_describe(tensor: Tensor, has_tma: bool) -> bool:

@@ -60,7 +60,7 @@ def _route_kernel(
     density_ptr,  # (G, E) fp32
     z_ptr,  # (G,) fp32
     sums_ptr,  # (programs + G, 2 * E + 1) fp32: probs, first choices, squared logsumexp
-    arrivals_ptr,  # (G,) int32, zero before and after
+    arrivals_ptr,  # (G,) int32, zero
     stride_x_t,
     stride_gate_e,
     T,
@@ -396,11 +396,12 @@ def route_backward(
     """
     has_gate = gate_weight is not None
     if has_gate and gate_weight.shape[0] > FUSED_GATE_EXPERTS:
-        dlogits, _ = route_backward(
-            grad_weights, grad_mean_probs, grad_z, x @ gate_weight.T, None, topk_indices, group_offsets,
-            renormalize,
-        )  # fmt: skip
-        return dlogits @ gate_weight, dlogits.T @ x
+        with torch.autocast(x.device.type, enabled=False):
+            dlogits, _ = route_backward(
+                grad_weights, grad_mean_probs, grad_z, x @ gate_weight.T, None, topk_indices, group_offsets,
+                renormalize,
+            )  # fmt: skip
+            return dlogits @ gate_weight, dlogits.T @ x
     (num_tokens, hidden_size), (num_groups, num_experts) = x.shape, grad_mean_probs.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if num_tokens == 0:

@@ -1,0 +1,96 @@
+"""What a remembered launch may take for the same kernel, on a kernel that only notes its calls."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cumo_kernels import tuning
+from cumo_kernels.backends.triton.launch import Launch, can_describe, describe, planned
+
+
+class Parameter:
+    def __init__(self, num: int, name: str, do_not_specialize: bool = False):
+        self.num, self.name, self.do_not_specialize = num, name, do_not_specialize
+
+
+class Kernel:
+    """Binds like Triton's, in effect: a compiled kernel for each combination of dtypes and alignments."""
+
+    arg_names = ("x_ptr", "weight_ptr", "rows", "N", "BLOCK")
+    params = tuple(Parameter(i, name, name == "rows") for i, name in enumerate(arg_names))
+
+    def __init__(self):
+        self.bound, self.launched = 0, []
+
+    def __getitem__(self, grid):
+        def bind(*, num_warps, num_stages, **named):
+            self.bound += 1
+            self.launched.append((grid, tuple(named.values())))
+            return Compiled(self)
+
+        return bind
+
+
+class Compiled:
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.kernel.launched.append((grid[:1], arguments))
+
+
+def test_the_second_call_launches_what_the_first_did_and_binds_nothing():
+    kernel = Kernel()
+    launch, x, weight = Launch(kernel, N=64, BLOCK=16), torch.zeros(8), torch.ones(4)
+    for rows in (3, 1):
+        launch(7, x, weight, rows)
+    first, second = kernel.launched
+    assert kernel.bound == 1 and first[0] == second[0] == (7,)
+    assert first[1][2:] == (3, 64, 16) and second[1][2:] == (1, 64, 16)
+    assert all(one is other for one, other in zip(first[1][:2], second[1][:2], strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, w: (x[1:], w),  # another alignment
+        lambda x, w: (torch.nn.Parameter(x[1:]), w),
+        lambda x, w: (x, torch.nn.Parameter(torch.ones(5)[1:])),
+        lambda x, w: (x.double(), w),
+        lambda x, w: (x, w.bfloat16()),
+        lambda x, w: (x, None),
+        lambda x, w: (x, describe(torch.zeros(4, 4), [1, 4])),
+    ],
+)
+def test_what_triton_would_compile_anew_is_bound_anew(change):
+    kernel = Kernel()
+    launch, x, weight = Launch(kernel, N=64, BLOCK=16), torch.zeros(8), torch.ones(4)
+    for _ in range(2):
+        launch(1, torch.nn.Parameter(x), weight, 1)
+    assert kernel.bound == 1
+    for _ in range(2):
+        launch(1, *change(x, weight), 1)
+    assert kernel.bound == 2
+
+
+def test_what_triton_specialises_must_be_fixed():
+    with pytest.raises(TypeError, match="N is specialised"):
+        Launch(Kernel(), BLOCK=16)
+
+
+def test_descriptors_only_where_the_copy_engine_can_read():
+    x = torch.zeros(9, 16, dtype=torch.bfloat16)
+    assert can_describe(x, True) and not can_describe(x, False)
+    for other in (x[:, 1:], x.T, x[:0], torch.zeros(9, 12, dtype=torch.bfloat16), x[:1].expand(4, 16)):
+        assert not can_describe(other, True)
+
+
+def test_plans_are_forgotten_with_what_they_were_made_of():
+    calls = []
+    plan = planned(lambda key: calls.append(key))
+    plan(1), plan(1)
+    tuning.forget()
+    plan(1)
+    assert calls == [1, 1]
+    tuning.CACHES.remove(plan)
