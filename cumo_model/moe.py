@@ -185,8 +185,16 @@ class MoELayer(nn.Module):
         """x (..., H) as T tokens -> their plan, with statistics over `groups` equal runs of tokens."""
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must be (..., {self.hidden_size}), got {tuple(x.shape)}")
-        logits = self.gate(x.reshape(-1, self.hidden_size))
-        routing = route(logits, self.top_k, groups=groups, compat=self.compat)
+        rows, gate = x.reshape(-1, self.hidden_size), self.gate
+        # a gate that is watched, wrapped or rounded as in the original computes its own logits
+        if (
+            type(gate) is Gate
+            and self.compat is None
+            and not (gate._forward_hooks or gate._forward_pre_hooks)
+        ):
+            routing = route(rows, self.top_k, gate.weight, groups=groups)
+        else:
+            routing = route(gate(rows), self.top_k, groups=groups, compat=self.compat)
         note_routing(self.place, self.layer, routing)
         return routing
 

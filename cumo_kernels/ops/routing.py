@@ -1,7 +1,10 @@
 """route: from router logits to a routing plan with the statistics the auxiliary losses need."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from cumo_kernels import dispatch
 from cumo_kernels.ops.checks import (
@@ -100,6 +103,18 @@ def _backward(ctx, grad_weights, _indices, grad_mean_probs, _density, grad_z):
 
 
 _route.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.cumo.route)
+def _flops(x, gate_weight, *shapes, out_shape=None, **kwargs):
+    """2 * T * E * H for the gate; the rest is no GEMM."""
+    return 2 * math.prod(x) * gate_weight[0] if gate_weight is not None else 0
+
+
+@register_flop_formula(torch.ops.cumo.route_backward)
+def _flops_backward(*shapes, out_shape=None, **kwargs):
+    """Both gradients of the gate's GEMM; the recomputed logits not counted."""
+    return 2 * _flops(*shapes[3:5])
 
 
 @define("cumo::sort_by_expert")

@@ -157,7 +157,7 @@ def test_ops_take_turns_so_that_a_short_budget_sees_all():
 
 
 def test_nothing_checked_is_no_success(monkeypatch, capsys):
-    monkeypatch.setattr(verify, "all_cases", lambda *_: iter(()))
+    monkeypatch.setattr(cases, "all_cases", lambda *_: iter(()))
     assert main(["verify", "--backend", "reference", "--device", "cpu"]) == 1
     assert "nothing was checked" in capsys.readouterr().out
 

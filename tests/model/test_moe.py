@@ -5,9 +5,11 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import gelu, silu
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+from cumo_kernels import route
 from cumo_kernels.testing import assert_as_accurate_as_torch
-from cumo_model import MoELayer, load_balancing_loss, record_routing, router_z_loss
+from cumo_model import MoELayer, load_balancing_loss, moe, record_routing, router_z_loss
 
 
 def quick_gelu(z):
@@ -190,3 +192,26 @@ def test_recomputation_is_not_recorded_twice():
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_watched_gate_computes_what_the_router_does(monkeypatch):
+    """The gate's product belongs to the router unless somebody watches the gate: same results, same FLOPs."""
+    layer, x = MoELayer(12, 16, 4, 2, "gelu"), torch.randn(5, 12)
+    results, given = [], []
+
+    def noted(*args, **options):
+        given.append(len(args))
+        return route(*args, **options)
+
+    monkeypatch.setattr(moe, "route", noted)
+    for watched in (False, True):
+        if watched:
+            layer.gate.register_forward_hook(lambda *_: None)
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            out = layer(leaf)
+            out.square().sum().backward()
+        results.append([out, leaf.grad, layer.gate.weight.grad, torch.tensor(counter.get_total_flops())])
+    assert given == [3, 2]
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*results, strict=True))
