@@ -118,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--image", type=Path, help="the picture; without one only text is talked about")
     chat.add_argument("--question", help="ask this and end; without it questions are read from the terminal")
     chat.add_argument(
-        "--template", default="mistral_instruct", help="how turns are written (mistral_instruct)"
+        "--template",
+        help="how turns are written, such as mistral_instruct (the processor's)",
     )
     chat.add_argument("--max-new-tokens", type=int, default=64)
     chat.set_defaults(run=_chat)

@@ -14,7 +14,7 @@ from cumo_model.cumo import CumoForConditionalGeneration
 from cumo_model.files import read_object
 from cumo_model.layout import original_names
 from cumo_model.llm_moe import CumoMixtralModel
-from cumo_model.processing import CumoProcessor, build_processor, load_tokenizer
+from cumo_model.processing import CumoProcessor, load_tokenizer, processor_for
 from cumo_model.shards import Shards, check_tensors, read_bin
 
 PROJECTOR = "model.mm_projector."
@@ -124,9 +124,7 @@ def parts_processor(
     text: str | os.PathLike, config: CumoConfig, template: str = "mistral_instruct_system"
 ) -> CumoProcessor:
     """The processor of `from_parts`: the language model's tokenizer, with `<image>` behind its vocabulary."""
-    vision = config.vision_config
-    strategy = config.vision_feature_select_strategy
-    return build_processor(load_tokenizer(text), vision.image_size, vision.patch_size, strategy, template)
+    return processor_for(config, load_tokenizer(text), template)
 
 
 def _tower(folder: str | os.PathLike, config: CumoConfig, dtype: torch.dtype) -> CumoVisionModel:

@@ -11,10 +11,8 @@ from cumo_model.cumo import CumoForConditionalGeneration
 from cumo_model.files import new_directory, read_object
 from cumo_model.original_config import is_original
 from cumo_model.parts import from_parts, load_whole, parts_processor
-from cumo_model.processing import original_processor
+from cumo_model.processing import has_tokenizer, original_processor
 from cumo_model.upcycle import step0_difference, upcycle
-
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
 def upcycle_checkpoint(
@@ -60,7 +58,7 @@ def upcycle_checkpoint(
     with new_directory(out) as work:
         if (source / "processor_config.json").is_file():
             AutoProcessor.from_pretrained(source).save_pretrained(work)
-        elif any((source / name).is_file() for name in TOKENIZERS):
+        elif has_tokenizer(source):
             make = parts_processor if checkpoint is None else original_processor
             processor = make(source, moe.config)
             moe.config.image_token_index = processor.image_token_id

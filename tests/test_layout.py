@@ -78,6 +78,7 @@ LAYERS = (
     (
         "config",
         "original_config",
+        "merge",
         "layout",
         "shards",
         "losses",
