@@ -30,6 +30,7 @@ from cumo_model.mlp_moe import CumoProjector
 from cumo_model.moe import MoEHostMixin, RoutingRecord, record_routing
 from cumo_model.original_config import is_original
 from cumo_model.processing import image_token
+from cumo_model.quantize import are_experts_quantized
 from cumo_model.shards import Shards, check_tensors
 from cumo_model.vision import crop_counts, image_pyramid, merge_scales
 
@@ -277,7 +278,12 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
 
         Stacked experts on disk load through `load_state_dict` too, which is how the Trainer resumes.
         `save_original_format=True` writes Mixtral's experts one by one.
+
+        Raises:
+            ValueError: the experts are quantised, which no loader could read back.
         """
+        if are_experts_quantized(self):
+            raise ValueError("save_pretrained must come before quantize_experts, got experts in 4 bits")
         return super().save_pretrained(
             save_directory, *args, save_original_format=save_original_format, **kwargs
         )

@@ -54,7 +54,7 @@ def test_every_dependency_is_pinned_once():
 
 def test_every_import_is_a_dependency():
     extras = PROJECT["optional-dependencies"]
-    needed = PROJECT["dependencies"] + extras["demo"] + extras["train"]
+    needed = PROJECT["dependencies"] + extras["demo"] + extras["train"] + extras["quantize"]
     names = {re.match(r"[\w-]+", requirement)[0] for requirement in needed}
     modules = {"pillow": "PIL", "pyyaml": "yaml"}
     declared = {modules.get(name, name.replace("-", "_")) for name in names}
