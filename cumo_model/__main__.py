@@ -182,8 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     upcycle.add_argument("--text", type=Path, help="folder of a language model")
     upcycle.add_argument("--projector", type=Path, help="mm_projector.bin (a new connector)")
     upcycle.add_argument("--out", type=Path, required=True, help="new folder")
-    for place, experts in (("vision", 4), ("projector", 4), ("text", 0)):
-        text = f"experts of the {place} part ({experts}); 0 leaves it as it is"
+    for place, experts in (("vision", None), ("projector", None), ("text", 0)):
+        usual = 0 if experts == 0 else "4 if it is dense"
+        text = f"experts of the {place} part ({usual}); 0 leaves it as it is"
         upcycle.add_argument(f"--{place}-experts", type=int, default=experts, help=text)
         upcycle.add_argument(f"--{place}-top-k", type=int, help="of this part alone")
     upcycle.add_argument("--top-k", type=int, default=2, help="experts per token (2)")

@@ -31,13 +31,14 @@ def upcycle_checkpoint(
         checkpoint: a CuMo in our layout or the original's; or
         vision, text, projector: its parts, as in `from_parts`.
         dtype: name of a float dtype, that of the files unless given.
-        options: of `upcycle`.
+        options: of `upcycle`; vision_experts and projector_experts None are 4 where the place is dense.
 
     Returns:
         The largest difference of a logit at step 0, on random input.
 
     Raises:
-        ValueError: neither a checkpoint nor vision and text, or what `from_parts` and `upcycle` refuse.
+        ValueError: neither a checkpoint nor vision and text, nothing to do, or what `from_parts` and
+            `upcycle` refuse.
     """
     if (checkpoint is None) == (vision is None or text is None):
         raise ValueError("give either a checkpoint, or vision and text")
@@ -50,6 +51,18 @@ def upcycle_checkpoint(
         dense, source = from_parts(vision, text, projector, kind), Path(text)
     else:
         dense, source = load_checkpoint(checkpoint, kind or "auto"), Path(checkpoint)
+    has_experts = {
+        "vision_experts": dense.config.vision_config.num_experts > 1,
+        "projector_experts": dense.config.projector_num_experts > 1,
+    }
+    for place, sparse in has_experts.items():
+        if options.get(place) is None:
+            options[place] = 0 if sparse else 4
+    if not any(options.get(place, 0) > 1 for place in (*has_experts, "text_experts")):
+        raise ValueError(
+            "there is nothing to upcycle: tower and connector have experts already, or 0 leaves them, and "
+            f"text_experts is {options.get('text_experts', 0)}; such a checkpoint trains on as it is"
+        )
     moe = upcycle(dense, **options)
     difference, largest = step0_difference(dense, moe, batch := probe(dense)), _largest_logit(dense, batch)
     counts = [sum(p.numel() for p in model.parameters()) for model in (dense, moe)]

@@ -96,11 +96,34 @@ def test_upcycle_command_makes_experts_everywhere_and_says_step_0(parts, tmp_pat
     # from a checkpoint that has experts already: the places named by 0 stay, and training goes on
     again = ["upcycle", "--checkpoint", str(tmp_path / "moe"), "--out", str(tmp_path / "more")]
     assert main(again) == 1
+    assert "there is nothing to upcycle: tower and connector have experts" in capsys.readouterr().err
+    assert main([*again, "--vision-experts", "4"]) == 1
     assert "vision_experts must be 0 for a place that has experts already" in capsys.readouterr().err
     assert main(["upcycle", "--out", str(tmp_path / "x")]) == 1
     assert "either a checkpoint, or vision and text" in capsys.readouterr().err
     assert main([*again, "--vision", str(tmp_path / "clip")]) == 1
     assert "got a checkpoint and vision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("experts", [4, 8])
+def test_the_released_layout_gets_experts_in_its_dense_language_model(tmp_path, capsys, experts):
+    """CLIP-MoE and MLP-MoE stay bit for bit, and Mistral becomes 4x or 8x: the ablation without code."""
+    original.write(tmp_path / "theirs", std=0.1, dtype=torch.bfloat16)
+    paths = ["--checkpoint", str(tmp_path / "theirs"), "--out", str(tmp_path / "moe")]
+    assert main(["upcycle", *paths, "--text-experts", str(experts)]) == 0
+    assert "step-0 difference" in capsys.readouterr().out
+    before = CumoForConditionalGeneration.from_pretrained(tmp_path / "theirs")
+    after = CumoForConditionalGeneration.from_pretrained(tmp_path / "moe")
+    assert after.dtype == torch.bfloat16 and after.config.text_config.num_local_experts == experts
+    values = after.state_dict()
+    for name, value in before.state_dict().items():
+        if "language_model" not in name or ".mlp." not in name:
+            assert torch.equal(values[name], value), name
+    down = before.model.language_model.layers[1].mlp.down_proj.weight
+    assert all(torch.equal(e, down) for e in values["model.language_model.layers.1.mlp.experts.down_proj"])
+    batch = probe(after)
+    batch["labels"] = batch["input_ids"]
+    assert {"llm_balance", "clip_z", "mlp_z"} <= set(after.train()(**batch).loss_parts)
 
 
 def test_noise_and_drop_tell_experts_apart_and_the_difference_shows_it(parts, tmp_path, capsys):
