@@ -1,7 +1,7 @@
-"""python -m benchmarks.predict: what tiles and waves allow each GEMM of CuMo, from compiled code, no GPU.
+"""python -m benchmarks.predict: what tiles and waves allow each kernel of CuMo, from compiled code, no GPU.
 
     share = useful part of the tiles * useful part of the waves
-    ms = max(FLOPs / peak / share, bytes / bandwidth)
+    ms = max(FLOPs / peak / share, bytes / bandwidth)           of a GEMM; of other ops the bytes alone
 
 PREDICTIONS, not measurements: they know tile and wave quantisation, registers and shared memory, and nothing
 of latency, caches, clocks or epilogues. Their use is the difference between two commits: `--check` compares
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import predict_ops
 from benchmarks.plot import _write
 from benchmarks.shapes import SHAPES, Shape
 from cumo_kernels import codegen, hardware, tune, tuning
@@ -42,7 +43,7 @@ MIX = {  # classes of SASS instructions, by how their names begin
 
 @dataclass(frozen=True)
 class Prediction:
-    """One GEMM of one layer on one GPU; `ms` and `floor_ms` are computed, not measured."""
+    """One GEMM, or one other op, of one layer on one GPU; `ms` and `floor_ms` are computed, not measured."""
 
     gpu: str
     shape: str
@@ -130,18 +131,25 @@ def predict(
 
 
 def survey(gpu: Gpu, shapes: Iterable[Shape], dtype: str) -> list[Prediction]:
-    """Compile every GEMM of every layer for `gpu` and predict it."""
-    found = []
+    """Compile every GEMM and every other op of every layer for `gpu` and predict it; GEMMs come first."""
+    found, shapes = [], list(shapes)
+    log = lambda line: print(line, file=sys.stderr, flush=True)
     with codegen.compiling(gpu) as launched:
         for shape in shapes:
-            problems = tune.layer_problems(FAMILY[shape.name.split("-")[0]], shape.T, tune.DTYPES[dtype])
+            problems = tune.layer_problems(family(shape), shape.T, tune.DTYPES[dtype])
             for gemm, problem in zip(GEMMS, problems, strict=True):
                 launched.clear()
                 tune.launcher(problem, "meta")(None)
                 report = next(report for report, _ in launched if report.has_dot)
                 found.append(predict(shape, gemm, problem, tuning.get_config(problem, gpu), report, gpu))
-                print(f"  {shape.name} {found[-1].gemm}: {found[-1].ms:.4f} ms", file=sys.stderr, flush=True)
-    return found
+                log(f"  {shape.name} {found[-1].gemm}: {found[-1].ms:.4f} ms")
+    ops = predict_ops.survey(gpu, shapes, dtype, family, blocks_per_sm, instruction_mix, log)
+    return found + [Prediction(**columns) for columns in ops]
+
+
+def family(shape: Shape) -> str:
+    """The name that tune.py and codegen.py have for layers of this kind."""
+    return FAMILY[shape.name.split("-")[0]]
 
 
 def to_csv(rows: Iterable[Prediction]) -> str:

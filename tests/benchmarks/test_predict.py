@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import predict
+from benchmarks import predict, predict_ops
 from benchmarks.shapes import SHAPES
 from cumo_kernels import hardware, tuning
 from cumo_kernels.hardware import KIB
@@ -48,6 +48,19 @@ def test_cost():
     assert flops == 2 * 8192 * 1024 and bytes_ == 2 * (8192 + 1024 + 8192 * 1024)
 
 
+def test_programs_of_a_launch_are_counted_whatever_the_form_of_the_grid(monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    seen = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, **kwargs: seen.append(kwargs))
+    kernel = object.__new__(JITFunction)
+    kernel.arg_names = ["n", "BLOCK"]
+    with predict_ops.grids() as programs:
+        JITFunction.run(kernel, 100, grid=(3, 4), warmup=False)
+        JITFunction.run(kernel, 100, grid=lambda meta: (meta["n"] // meta["BLOCK"], 2), BLOCK=25)
+    assert programs == [12, 8] and len(seen) == 2
+
+
 def test_a_reviewer_sees_what_got_worse():
     head = "shape,dtype,gemm,tile,stack,ms\n"
     old = head + "a,bf16,up,t1,0,1.0\na,bf16,down,t1,0,1.0\na,bf16,x,t1,0,1.0\nb,bf16,up,t1,0,1.0\n"
@@ -62,8 +75,16 @@ def test_a_reviewer_sees_what_got_worse():
 @pytest.mark.timeout(600)
 def test_one_layer_compiled_for_a_gpu_that_is_not_here(monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    rows = predict.survey(H100, [SHAPES["clip-1-crop"]], "bf16")
+    both = predict.survey(H100, [SHAPES["clip-1-crop"]], "bf16")
+    rows, ops = both[:6], {row.gemm: row for row in both[6:]}
     assert [row.gemm for row in rows] == list(predict.GEMMS)
+    assert set(ops) == {name for name, *_ in predict_ops.ALIGNED.values()} and len(both) == 6 + len(ops)
+    combine = ops["combine"]  # rows of two slots read, one written, and an index and a weight for each slot
+    moved = 577 * (3 * 1024 * 2 + 2 * 8)
+    assert combine.ms == combine.floor_ms == pytest.approx(moved / H100.gb_per_s / 1e6)
+    for row in ops.values():
+        assert row.tiles >= 1 and row.registers >= 16 and 0 < row.wave_use <= 1 and "tensor:" in row.mix
+    assert combine.waves == combine.tiles / (H100.sms * combine.blocks_per_sm)
     for row in rows:
         assert 32 <= row.registers <= 255 and row.blocks_per_sm >= 1
         assert 0 < row.share_of_floor <= 1 and row.ms >= row.floor_ms > 0
