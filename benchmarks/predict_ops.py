@@ -13,7 +13,6 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.shapes import Shape
 from cumo_kernels import codegen, tune
-from cumo_kernels.codegen import Report
 from cumo_kernels.hardware import KIB, Gpu
 
 ALIGNED = {  # name of codegen.calls -> (our name, elements moved, bytes moved besides)
@@ -57,7 +56,7 @@ def survey(
     dtype: str,
     family: Callable[[Shape], str],
     blocks_per_sm: Callable[[Gpu, int, int, int], int],
-    mix: Callable[[Report], str],
+    mix: Callable[[dict[str, int]], str],
     log: Callable[[str], None],
 ) -> Iterator[dict]:
     """The columns of a Prediction of every op of every layer; of an op of several kernels the widest."""
@@ -85,5 +84,5 @@ def survey(
                     "stack": max(r.stack for r, _ in launched),
                     "shared_kib": math.ceil(report.shared / KIB), "blocks_per_sm": resident, "tiles": tiles,
                     "waves": waves, "tile_use": 1.0, "wave_use": waves / math.ceil(waves), "ms": floor,
-                    "floor_ms": floor, "share_of_floor": 1.0, "mix": mix(report),
+                    "floor_ms": floor, "share_of_floor": 1.0, "mix": mix(report.opcodes),
                 }  # fmt: skip

@@ -1,5 +1,7 @@
 """Predictions: their arithmetic by hand, what a reviewer is shown, and one GEMM really compiled."""
 
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import predict, predict_ops
+from benchmarks import predict, predict_cuda, predict_ops
 from benchmarks.shapes import SHAPES
 from cumo_kernels import hardware, tuning
 from cumo_kernels.hardware import KIB
@@ -69,6 +71,41 @@ def test_a_reviewer_sees_what_got_worse():
     assert "a bf16 up: predicted 1.0 -> 1.2 ms (t1 -> t2)" == slower
     assert spills == "a bf16 down: 0 -> 16 bytes of stack" and gone == "b bf16 up: no longer there"
     assert predict.worse(old, old) == []
+
+
+KERNELS = """
+template <class T> __global__ void __launch_bounds__(256) scale_kernel(T* x) {
+  __shared__ float part[64];
+  part[threadIdx.x % 64] = x[0];
+  __syncthreads();
+  x[threadIdx.x] = x[threadIdx.x] * part[5];
+}
+template __global__ void scale_kernel<float>(float*);
+__global__ void plain_kernel(float* x) { x[threadIdx.x] += 1; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
+def test_a_compiled_file_tells_of_its_kernels(tmp_path, capsys, monkeypatch):
+    source, binary = tmp_path / "k.cu", tmp_path / "k.o"
+    source.write_text(KERNELS)
+    subprocess.run(["nvcc", "-arch=sm_90a", "-c", source, "-o", binary], check=True)
+    plain, scale = predict_cuda.survey(binary, predict.blocks_per_sm, predict.instruction_mix)
+    assert (plain.kernel, scale.kernel) == ("plain_kernel", "scale_kernel<float>")
+    assert (plain.architecture, plain.gpu) == ("sm_90a", "nvidia_h100")
+    assert (plain.threads, scale.threads, scale.static_shared, scale.stack) == (1024, 256, 256, 0)
+    assert (plain.blocks_per_sm, scale.blocks_per_sm) == (2, 8)  # of 64 warps
+    counts = dict(item.split(":") for item in scale.mix.split())
+    assert int(counts["global"]) == 3 and int(counts["waiting"]) == 1 and int(counts["tensor"]) == 0
+    monkeypatch.setattr(predict, "FOLDER", tmp_path)
+    assert predict.main(["--extension", str(binary)]) == 0
+    assert predict.main(["--extension", str(binary), "--check"]) == 0
+    path = tmp_path / "cuda/extension.csv"
+    path.write_text(path.read_text().replace(",256,8,", ",256,9,").replace("plain_kernel", "old_kernel"))
+    assert predict.main(["--extension", str(binary), "--check"]) == 1
+    out = capsys.readouterr().out
+    assert "sm_90a old_kernel: no longer there" in out
+    assert "sm_90a scale_kernel<float>: blocks per sm 9 -> 8" in out
 
 
 @pytest.mark.slow
