@@ -92,7 +92,7 @@ def _upcycle(args: argparse.Namespace) -> int:
                "projector_top_k", "text_top_k", "noise", "drop", "seed")  # fmt: skip
     options = {name: getattr(args, name) for name in numbers}
     upcycle_checkpoint(
-        args.out, args.checkpoint, args.vision, args.text, args.projector, args.dtype, **options
+        args.out, args.checkpoint, args.vision, args.text, args.projector, args.dtype, args.clip, **options
     )
     return 0
 
@@ -179,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", type=Path, help="a CuMo, in our layout or the original's; or its parts:"
     )
     upcycle.add_argument("--vision", type=Path, help="folder of a CLIP")
+    upcycle.add_argument("--clip", type=Path, help="clip.bin, dense or with experts, for the CLIP's weights")
     upcycle.add_argument("--text", type=Path, help="folder of a language model")
     upcycle.add_argument("--projector", type=Path, help="mm_projector.bin (a new connector)")
     upcycle.add_argument("--out", type=Path, required=True, help="new folder")

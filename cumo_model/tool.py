@@ -22,6 +22,7 @@ def upcycle_checkpoint(
     text: str | os.PathLike | None = None,
     projector: str | os.PathLike | None = None,
     dtype: str | None = None,
+    clip: str | os.PathLike | None = None,
     **options,
 ) -> float:
     """Load a dense model, make experts, print the step-0 difference, save.
@@ -29,7 +30,7 @@ def upcycle_checkpoint(
     Args:
         out: new folder, appears in one move: config, safetensors, and a processor if there is a tokenizer.
         checkpoint: a CuMo in our layout or the original's; or
-        vision, text, projector: its parts, as in `from_parts`.
+        vision, text, projector, clip: its parts, as in `from_parts`.
         dtype: name of a float dtype, that of the files unless given.
         options: of `upcycle`; vision_experts and projector_experts None are 4 where the place is dense.
 
@@ -42,13 +43,13 @@ def upcycle_checkpoint(
     """
     if (checkpoint is None) == (vision is None or text is None):
         raise ValueError("give either a checkpoint, or vision and text")
-    given = {"vision": vision, "text": text, "projector": projector}
+    given = {"vision": vision, "text": text, "projector": projector, "clip": clip}
     if checkpoint is not None and any(given.values()):
         names = " and ".join(name for name, value in given.items() if value)
         raise ValueError(f"give either a checkpoint, or vision and text; got a checkpoint and {names}")
     kind = None if dtype is None else getattr(torch, dtype)
     if checkpoint is None:
-        dense, source = from_parts(vision, text, projector, kind), Path(text)
+        dense, source = from_parts(vision, text, projector, kind, clip), Path(text)
     else:
         dense, source = load_checkpoint(checkpoint, kind or "auto"), Path(checkpoint)
     has_experts = {
