@@ -485,18 +485,3 @@ def test_bad_config_is_named(tiny_config, options, message):
 def test_reentrant_checkpointing_is_refused(tiny_model):
     with pytest.raises(ValueError, match=r"gradient_checkpointing_kwargs must have use_reentrant False"):
         tiny_model().gradient_checkpointing_enable({"use_reentrant": True})
-
-
-def test_skipping_logits_changes_no_gradient(tiny_model, tiny_batch):
-    model, batch = tiny_model().train(), tiny_batch()
-    grads = []
-    for skip in (False, True):
-        model.zero_grad()
-        output = model(**batch, skip_logits=skip)
-        output.loss.backward()
-        grads.append([output.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    assert output.logits is None
-    for full, sparse in zip(*grads, strict=True):
-        torch.testing.assert_close(full, sparse)
-    batch["labels"].fill_(-100)
-    assert model.eval()(**batch, skip_logits=True).loss == 0
