@@ -132,23 +132,25 @@ class CumoProcessor(LlavaProcessor):
         return super().get_text_with_replacements(text, images_replacements, *args, **kwargs)
 
     def picture_layout(self, image_grid_pinpoints: list | None = None) -> PictureLayout:
+        """Tiles and tokens of a picture of any size, as the model has them."""
         side = self.image_processor.crop_size["height"]
         pinpoints = image_grid_pinpoints or self.image_processor.image_grid_pinpoints
-        tokens = image_seq_length(self)
+        tokens = _tile_tokens(self)
         return PictureLayout(side, side // self.patch_size, tokens, self.patch_merge_type, pinpoints)
 
-    def _is_tiled(self, image_aspect_ratio: str | None = None, **kwargs) -> bool:
+    def is_tiled(self, image_aspect_ratio: str | None = None, **kwargs) -> bool:
+        """Whether pictures are cut into tiles, by the image processor's way or the one given instead."""
         return (image_aspect_ratio or self.image_processor.image_aspect_ratio) == "anyres"
 
     def replace_image_token(
         self, image_inputs: dict, image_idx: int, image_grid_pinpoints=None, **kwargs
     ) -> str:
-        size = tuple(map(int, image_inputs["image_sizes"][image_idx])) if self._is_tiled(**kwargs) else None
+        size = tuple(map(int, image_inputs["image_sizes"][image_idx])) if self.is_tiled(**kwargs) else None
         return self.image_token * self.picture_layout(image_grid_pinpoints).tokens(size)
 
     def _process_images(self, images, **kwargs) -> tuple[BatchFeature, list[str]]:
         processed, replacements = super()._process_images(images, **kwargs)
-        if self.patch_merge_type == "flat" or not self._is_tiled(**kwargs):
+        if self.patch_merge_type == "flat" or not self.is_tiled(**kwargs):
             processed.pop("image_sizes")  # the model takes tile after tile
         return processed, replacements
 
@@ -156,7 +158,7 @@ class CumoProcessor(LlavaProcessor):
         """transformers' question how many tokens and tiles pictures of these (height, width) have."""
         found = super()._get_num_multimodal_tokens(image_sizes)
         if image_sizes is not None:
-            layout, is_tiled = self.picture_layout(image_grid_pinpoints), self._is_tiled(**kwargs)
+            layout, is_tiled = self.picture_layout(image_grid_pinpoints), self.is_tiled(**kwargs)
             sizes = [tuple(size) if is_tiled else None for size in image_sizes]
             found.num_image_tokens = [layout.tokens(size) for size in sizes]
             found.num_image_patches = [layout.tiles(size) for size in sizes]
@@ -295,7 +297,22 @@ def processor_for(config: CumoConfig, tokenizer, template: str = "mistral_instru
 
 
 def image_seq_length(processor: LlavaProcessor) -> int:
-    """Image tokens that stand for one picture."""
+    """Image tokens that stand for one picture.
+
+    Raises:
+        ValueError: with anyres that depends on the picture's size; training data have one tile a picture.
+    """
+    if not isinstance(processor, CumoProcessor):
+        return _tile_tokens(processor)
+    if processor.is_tiled():
+        raise ValueError(
+            "image_aspect_ratio must be pad or square where all pictures have as many tokens, as in training "
+            "data, got 'anyres'"
+        )
+    return processor.picture_layout().tokens(None)
+
+
+def _tile_tokens(processor: LlavaProcessor) -> int:
     side = processor.image_processor.crop_size["height"] // processor.patch_size
     dropped = processor.vision_feature_select_strategy == "default"
     return side * side + processor.num_additional_image_tokens - dropped

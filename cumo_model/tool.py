@@ -98,7 +98,7 @@ def probe(model: CumoForConditionalGeneration, seed: int = 0) -> dict[str, torch
     vision = config.vision_config
     ids = torch.randint(config.text_config.vocab_size, (1, 16), generator=generator)
     ids[ids == config.image_token_index] = (config.image_token_index + 1) % config.text_config.vocab_size
-    picture = torch.full((1, config.image_seq_length), config.image_token_index)
+    picture = torch.full((1, config.picture_layout.tokens(None)), config.image_token_index)
     shape = (1, vision.num_channels, vision.image_size, vision.image_size)
     pixels = torch.randn(shape, generator=generator).to(model.device, model.dtype)
     return {"input_ids": torch.cat([picture, ids], 1).to(model.device), "pixel_values": pixels}

@@ -11,10 +11,19 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlavaNextProcessor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
-from cumo_model import CumoConfig, CumoForConditionalGeneration, build_processor, convert, upcycle
+from cumo_model import (
+    CumoConfig,
+    CumoForConditionalGeneration,
+    build_processor,
+    convert,
+    step0_difference,
+    upcycle,
+)
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.merge import MERGES, PictureLayout, as_tiles
+from cumo_model.processing import image_seq_length
 from cumo_model.shards import Shards
+from cumo_model.tool import probe
 from tests.model import original
 
 PINPOINTS = [[12, 24], [24, 12], [24, 24], [36, 12], [12, 36]]  # of tiles of 12 pixels, 3 x 3 patches each
@@ -115,6 +124,8 @@ def test_pictures_of_any_sizes_several_to_a_prompt_reach_their_places(anyres, me
     assert ("image_sizes" in batch) == (merge != "flat")
     places, token = layout(merge), processor.image_token_id
     tiles = [places.tiles(p.size[::-1]) for p in pictures]
+    told = processor._get_num_multimodal_tokens(image_sizes=[p.size[::-1] for p in pictures])
+    assert told["num_image_patches"] == tiles
     assert batch["pixel_values"].shape == (sum(tiles), 3, 12, 12)
     features = model.get_image_features(batch["pixel_values"]).split(tiles)
     arranged = [
@@ -123,6 +134,7 @@ def test_pictures_of_any_sizes_several_to_a_prompt_reach_their_places(anyres, me
     ]
     counts = (batch["input_ids"] == token).sum(1).tolist()
     assert counts == [len(arranged[0]) + len(arranged[1]), len(arranged[2])]
+    assert told["num_image_tokens"] == [len(p) for p in arranged]
     embeds = model.get_input_embeddings()(batch["input_ids"]).clone()
     embeds[batch["input_ids"] == token] = torch.cat(arranged)
     wanted = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
@@ -175,6 +187,7 @@ def test_the_newline_learns_and_is_kept(anyres, tmp_path):
     assert model.model.image_newline.grad.abs().sum() > 0
     moe = upcycle(model)
     assert torch.equal(moe.model.image_newline, model.model.image_newline)
+    assert step0_difference(model, moe, probe(model)) < 1e-4  # what the command prints
     model.eval().save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
@@ -185,6 +198,14 @@ def test_the_newline_learns_and_is_kept(anyres, tmp_path):
     assert all(torch.equal(second[name], batch[name]) for name in second)
     batch.pop("labels")
     assert torch.equal(again.eval()(**second).logits, model(**batch).logits)
+
+
+def test_training_data_have_one_tile_a_picture(anyres, tokenizer):
+    """What reads them asks for the one number of tokens that every picture has."""
+    with pytest.raises(ValueError, match=r"image_aspect_ratio must be pad or square .* got 'anyres'"):
+        image_seq_length(anyres("flat")[1])
+    assert image_seq_length(build_processor(tokenizer, 12, 4, patch_merge_type="spatial_unpad")) == 10
+    assert image_seq_length(build_processor(tokenizer, 12, 4)) == 9
 
 
 def test_a_new_newline_has_the_size_of_a_token(tiny_config):
