@@ -81,7 +81,7 @@ format: $(INSTALLED)
 bench: $(READY)
 	@$(PY) -m benchmarks $(ARGS)
 
-# small wheels of other people's kernels, for benchmarks only: beside the environment, without their dependencies
+# other people's kernels, for benchmarks only: beside the environment, about 170 MB, of which most is cutlass-dsl
 peers: $(INSTALLED)
 	@$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target .peers -r benchmarks/peers.txt
 

@@ -6,6 +6,7 @@ gap with its reason, never a silent absence.
 """
 
 import importlib
+import site
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks import peer_quack
 from benchmarks.eager import activate, experts_loop
 from benchmarks.shapes import Shape
 from cumo_kernels import Routing
@@ -30,6 +32,7 @@ class Peer:
     backward: bool = True
     devices: tuple[str, ...] = ("cuda",)
     only: str | None = None  # "swiglu": gated experts without bias
+    square: bool = False  # what comes out is as wide as what goes in
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
     def refuse(self, shape: Shape, dtype: torch.dtype, device: str) -> str | None:
@@ -38,11 +41,14 @@ class Peer:
             return f"it needs a {' or '.join(self.devices)} device"
         if self.only == "swiglu" and (shape.activation != "swiglu" or shape.bias):
             return "it has only SwiGLU experts without bias"
+        if self.square and shape.O != shape.H:
+            return "it has only layers whose output is as wide as their input"
         if dtype not in self.dtypes:
             return f"it does not compute in {dtype}"
         if self.module is not None:
             if FETCHED.is_dir() and str(FETCHED) not in sys.path:
-                sys.path.append(str(FETCHED))  # behind everything: a peer replaces no package of ours
+                # behind everything: a peer replaces no package of ours; its .pth files count
+                site.addsitedir(str(FETCHED))
             try:
                 _prepare(self.module)
                 importlib.import_module(self.module)
@@ -170,6 +176,29 @@ def _scattermoe(shape: Shape, routing: Routing) -> Layer:
     return layer
 
 
+def _quack(shape: Shape, routing: Routing) -> Layer:
+    return peer_quack.make(shape, routing, _membership(routing) if shape.bias else None)
+
+
+def _sonic(shape: Shape, routing: Routing) -> Layer:
+    from sonicmoe import moe_general_routing_inputs
+    from sonicmoe.enums import ActivationType
+
+    tokens = torch.arange(shape.T, dtype=torch.int32, device=routing.topk_indices.device)
+    tokens = tokens.repeat_interleave(routing.top_k)
+    experts = routing.topk_indices.flatten().int()
+
+    def layer(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        # its weights are (rows, columns, E) views of ours; gate rows come before up rows
+        out, _ = moe_general_routing_inputs(
+            x, weights.flatten(), tokens, experts, up.permute(1, 2, 0), None, down.permute(1, 2, 0), None,
+            shape.E, torch.cuda.current_stream().cuda_stream, ActivationType.SWIGLU, concat_layout=True,
+        )  # fmt: skip
+        return out
+
+    return layer
+
+
 ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PEERS = (
     Peer("cumo-original", None, _eager_loop, devices=("cpu", "cuda"), dtypes=ALL_DTYPES),
@@ -178,16 +207,13 @@ PEERS = (
     Peer("liger", "liger_kernel.ops.fused_moe", _liger, only="swiglu", dtypes=(torch.bfloat16,)),
     Peer("triton_kernels", "triton_kernels.matmul", _triton_kernels, backward=False),
     Peer("scattermoe", "scattermoe.parallel_experts", _scattermoe),
+    Peer("quack", "quack.gemm_interface", _quack),
+    Peer("sonic-moe", "sonicmoe", _sonic, only="swiglu", square=True),
 )
-# asked for, and without an adapter so far: stated in the report
-MISSING = {
-    "quack": "a layer assembled from quack-kernels is not written yet",
-    "sonic-moe": "no adapter yet; its wheel pins torch <= 2.9.1 and has no non-gated experts",
-}
 
 
 def available(shape: Shape, dtype: torch.dtype, device: str) -> tuple[list[Peer], dict[str, str]]:
     """-> peers that can run the case here, and the reason of each that cannot."""
     reasons = {peer.name: peer.refuse(shape, dtype, device) for peer in PEERS}
     runnable = [peer for peer in PEERS if reasons[peer.name] is None]
-    return runnable, {name: reason for name, reason in reasons.items() if reason is not None} | MISSING
+    return runnable, {name: reason for name, reason in reasons.items() if reason is not None}

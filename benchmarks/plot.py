@@ -287,24 +287,28 @@ def predictions(folder: Path, rows: list[Row]) -> list[str]:
         gpu, dtype = found[0]["gpu"], found[0]["dtype"]
         lines += [
             f"\n## Predicted for {gpu}, {dtype}: not measured\n",
-            "Computed by `python -m benchmarks.predict` from the Triton backend's compiled GEMMs: tiles,",
-            "waves, registers and shared memory against the data sheet; no latency, caches, epilogues.\n",
-            "| layer | forward ms | of floor | forward + backward ms | of floor | worst GEMM | spills "
-            "| measured forward, both |",
-            "|---|---|---|---|---|---|---|---|",
+            "Computed by `python -m benchmarks.predict` from the Triton backend's compiled kernels: tiles,",
+            "waves, registers and shared memory against the data sheet; no latency, caches, epilogues. First",
+            "the GEMMs of the layer, then what router, sorting and weighted sum move at full bandwidth.\n",
+            "| layer | forward ms | of floor | forward + backward ms | of floor | worst GEMM "
+            "| route, sort, combine ms | spills | measured forward, both |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for shape in dict.fromkeys(row["shape"] for row in found):
-            gemms = [row for row in found if row["shape"] == shape]
+            layer = [row for row in found if row["shape"] == shape]
+            gemms = [row for row in layer if "kernel" not in row["size"]]
+            around = [row for row in layer if row["gemm"] in ("route", "sort", "combine")]
             total = lambda name, part: sum(float(row[name]) for row in part)
             sums = [(total("ms", part), total("floor_ms", part)) for part in (gemms[:2], gemms)]
             worst = min(gemms, key=lambda row: float(row["share_of_floor"]))
             measured = [_ours(rows, gpu, shape, dtype, mode) for mode in ("forward", "both")]
             cells = [f"{ms:.3g} | {floor / ms:.0%}" for ms, floor in sums]
-            spills = sum(int(row["stack"]) > 0 for row in gemms)
+            spills = sum(int(row["stack"]) > 0 for row in layer)
+            moved = f"{total('ms', around):.3g}" if around else "-"
             seen = ", ".join("not yet" if ms is None else milliseconds(ms) for ms in measured)
             lines.append(
                 f"| {shape} | {' | '.join(cells)} | {worst['gemm']}, {float(worst['share_of_floor']):.0%} | "
-                f"{spills} of {len(gemms)} | {seen} |"
+                f"{moved} | {spills} of {len(layer)} | {seen} |"
             )
     return lines
 

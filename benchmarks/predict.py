@@ -1,7 +1,7 @@
-"""python -m benchmarks.predict: what tiles and waves allow each GEMM of CuMo, from compiled code, no GPU.
+"""python -m benchmarks.predict: what tiles and waves allow each kernel of CuMo, from compiled code, no GPU.
 
     share = useful part of the tiles * useful part of the waves
-    ms = max(FLOPs / peak / share, bytes / bandwidth)
+    ms = max(FLOPs / peak / share, bytes / bandwidth)           of a GEMM; of other ops the bytes alone
 
 PREDICTIONS, not measurements: they know tile and wave quantisation, registers and shared memory, and nothing
 of latency, caches, clocks or epilogues. Their use is the difference between two commits: `--check` compares
@@ -19,7 +19,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import predict_cuda, predict_ops
 from benchmarks.plot import _write
+from benchmarks.predict_cuda import Kernel
 from benchmarks.shapes import SHAPES, Shape
 from cumo_kernels import codegen, hardware, tune, tuning
 from cumo_kernels.codegen import Report
@@ -42,7 +44,7 @@ MIX = {  # classes of SASS instructions, by how their names begin
 
 @dataclass(frozen=True)
 class Prediction:
-    """One GEMM of one layer on one GPU; `ms` and `floor_ms` are computed, not measured."""
+    """One GEMM, or one other op, of one layer on one GPU; `ms` and `floor_ms` are computed, not measured."""
 
     gpu: str
     shape: str
@@ -102,9 +104,9 @@ def peak_of(gpu: Gpu, dtype: torch.dtype) -> float:
     return gpu.tflops_fp32 if dtype == torch.float32 else gpu.tflops_16
 
 
-def instruction_mix(report: Report) -> str:
+def instruction_mix(opcodes: dict[str, int]) -> str:
     counts = dict.fromkeys((*MIX, "other"), 0)
-    for name, number in report.opcodes.items():
+    for name, number in opcodes.items():
         found = (kind for kind, names in MIX.items() if name in names or name.startswith(names[0] + "M"))
         counts[next(found, "other")] += number
     return " ".join(f"{kind}:{number}" for kind, number in counts.items())
@@ -125,29 +127,36 @@ def predict(
     return Prediction(
         gpu.name, shape.name, shape.T, report.dtype, gemm, size, f"{report.tile} w{report.num_warps}",
         report.registers, report.stack, math.ceil(report.shared / KIB), resident, tiles, waves, tile_use,
-        wave_use, ms, floor, floor / ms, instruction_mix(report),
+        wave_use, ms, floor, floor / ms, instruction_mix(report.opcodes),
     )  # fmt: skip
 
 
 def survey(gpu: Gpu, shapes: Iterable[Shape], dtype: str) -> list[Prediction]:
-    """Compile every GEMM of every layer for `gpu` and predict it."""
-    found = []
+    """Compile every GEMM and every other op of every layer for `gpu` and predict it; GEMMs come first."""
+    found, shapes = [], list(shapes)
+    log = lambda line: print(line, file=sys.stderr, flush=True)
     with codegen.compiling(gpu) as launched:
         for shape in shapes:
-            problems = tune.layer_problems(FAMILY[shape.name.split("-")[0]], shape.T, tune.DTYPES[dtype])
+            problems = tune.layer_problems(family(shape), shape.T, tune.DTYPES[dtype])
             for gemm, problem in zip(GEMMS, problems, strict=True):
                 launched.clear()
                 tune.launcher(problem, "meta")(None)
                 report = next(report for report, _ in launched if report.has_dot)
                 found.append(predict(shape, gemm, problem, tuning.get_config(problem, gpu), report, gpu))
-                print(f"  {shape.name} {found[-1].gemm}: {found[-1].ms:.4f} ms", file=sys.stderr, flush=True)
-    return found
+                log(f"  {shape.name} {found[-1].gemm}: {found[-1].ms:.4f} ms")
+    ops = predict_ops.survey(gpu, shapes, dtype, family, blocks_per_sm, instruction_mix, log)
+    return found + [Prediction(**columns) for columns in ops]
 
 
-def to_csv(rows: Iterable[Prediction]) -> str:
+def family(shape: Shape) -> str:
+    """The name that tune.py and codegen.py have for layers of this kind."""
+    return FAMILY[shape.name.split("-")[0]]
+
+
+def to_csv(rows: Iterable[Prediction | Kernel], kind: type = Prediction) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in fields(Prediction))
+    writer.writerow(field.name for field in fields(kind))
     for row in rows:
         writer.writerow(f"{v:.5g}" if isinstance(v, float) else v for v in asdict(row).values())
     return text.getvalue()
@@ -170,6 +179,26 @@ def worse(old: str, new: str) -> list[str]:
     return found
 
 
+def extension(binary: Path, check: bool) -> int:
+    """Survey the built extension (the checkout's own: Path()) into extension.csv, or compare with that."""
+    if binary == Path():
+        built = sorted((FOLDER.parents[1] / "cumo_kernels").glob("_C*.so"))
+        if not built:
+            print("predict: cumo_kernels._C is not built here: CUMO_BUILD=1 make setup", file=sys.stderr)
+            return 2
+        binary = built[0]
+    text = to_csv(predict_cuda.survey(binary, blocks_per_sm, instruction_mix), Kernel)
+    path = FOLDER / "cuda" / "extension.csv"
+    if check:
+        rows = lambda text: list(csv.DictReader(text.splitlines()))
+        found = predict_cuda.worse(rows(path.read_text()), rows(text))
+        print("\n".join(found) or f"nothing worse than in {path}")
+        return int(bool(found))
+    _write(path, lambda part: Path(part).write_text(text))
+    print(f"{len(text.splitlines()) - 1} compiled kernels, nothing measured, in {path}")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -179,7 +208,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", action="append", choices=sorted(shape.name for shape in full))
     parser.add_argument("--dtype", default="bf16", choices=sorted(tune.DTYPES))
     parser.add_argument("--check", action="store_true", help="compare with the committed file; write nothing")
+    parser.add_argument(
+        "--extension", type=Path, nargs="?", const=Path(), help="a built _C instead of Triton's"
+    )
     args = parser.parse_args(argv)
+    if args.extension is not None:
+        return extension(args.extension, args.check)
     shapes = [SHAPES[name] for name in args.shape] if args.shape else full
     code = 0
     for name in args.gpu or ["nvidia_h100"]:

@@ -14,6 +14,7 @@ from cumo_model.moe import MoELayer, RoutingRecord, record_routing
 from cumo_model.parts import from_parts
 from cumo_model.patch import patch_original
 from cumo_model.processing import CumoImageProcessor, CumoProcessor, build_processor
+from cumo_model.quantize import quantize_experts
 from cumo_model.upcycle import step0_difference, upcycle
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "load_balancing_loss",
     "original_layout",
     "patch_original",
+    "quantize_experts",
     "record_routing",
     "router_z_loss",
     "step0_difference",

@@ -92,7 +92,7 @@ def _upcycle(args: argparse.Namespace) -> int:
                "projector_top_k", "text_top_k", "noise", "drop", "seed")  # fmt: skip
     options = {name: getattr(args, name) for name in numbers}
     upcycle_checkpoint(
-        args.out, args.checkpoint, args.vision, args.text, args.projector, args.dtype, **options
+        args.out, args.checkpoint, args.vision, args.text, args.projector, args.dtype, args.clip, **options
     )
     return 0
 
@@ -118,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--image", type=Path, help="the picture; without one only text is talked about")
     chat.add_argument("--question", help="ask this and end; without it questions are read from the terminal")
     chat.add_argument(
-        "--template", default="mistral_instruct", help="how turns are written (mistral_instruct)"
+        "--template",
+        help="how turns are written, such as mistral_instruct (the processor's)",
     )
     chat.add_argument("--max-new-tokens", type=int, default=64)
     chat.set_defaults(run=_chat)
@@ -178,11 +179,13 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", type=Path, help="a CuMo, in our layout or the original's; or its parts:"
     )
     upcycle.add_argument("--vision", type=Path, help="folder of a CLIP")
+    upcycle.add_argument("--clip", type=Path, help="clip.bin, dense or with experts, for the CLIP's weights")
     upcycle.add_argument("--text", type=Path, help="folder of a language model")
     upcycle.add_argument("--projector", type=Path, help="mm_projector.bin (a new connector)")
     upcycle.add_argument("--out", type=Path, required=True, help="new folder")
-    for place, experts in (("vision", 4), ("projector", 4), ("text", 0)):
-        text = f"experts of the {place} part ({experts}); 0 leaves it as it is"
+    for place, experts in (("vision", None), ("projector", None), ("text", 0)):
+        usual = 0 if experts == 0 else "4 if it is dense"
+        text = f"experts of the {place} part ({usual}); 0 leaves it as it is"
         upcycle.add_argument(f"--{place}-experts", type=int, default=experts, help=text)
         upcycle.add_argument(f"--{place}-top-k", type=int, help="of this part alone")
     upcycle.add_argument("--top-k", type=int, default=2, help="experts per token (2)")

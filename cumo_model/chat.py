@@ -10,16 +10,19 @@ from PIL import Image
 from transformers import AutoProcessor, TextStreamer
 from transformers.utils import logging
 
-from cumo_model.conversation import IMAGE_MARKER, reserved_marker, tokenize_prompt
+from cumo_model.config import CumoConfig
+from cumo_model.conversation import chat_template, reserved_marker, tokenize_prompt
 from cumo_model.cumo import CumoForConditionalGeneration
+from cumo_model.original_config import is_original
 from cumo_model.processing import load_image
-from cumo_model.templates import get_template
+from cumo_model.templates import IMAGE_MARKER, TEMPLATES, get_template
 
 NEW_TOKENS = 64
+DEFAULT = "mistral_instruct"
 
 
 def load(checkpoint: str | os.PathLike, device: torch.device | None = None):
-    """(model, processor) from a folder that `train` or `save_pretrained` wrote.
+    """(model, processor) from a folder in our layout or in that of the released checkpoints.
 
     Raises:
         ValueError: the folder is missing or not a whole checkpoint; the message says what is wrong with it.
@@ -32,9 +35,9 @@ def load(checkpoint: str | os.PathLike, device: torch.device | None = None):
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what the loader would report in a page is one line below
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-        if kind != CumoForConditionalGeneration.config_class.model_type:
-            raise ValueError(f"its config.json describes a {kind!r} model")
+        values = json.loads((folder / "config.json").read_text())
+        if values.get("model_type") != CumoConfig.model_type and not is_original(values):
+            raise ValueError(f"its config.json describes a {values.get('model_type')!r} model")
         model, info = CumoForConditionalGeneration.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -70,11 +73,15 @@ def answer(
     streamer: TextStreamer | None = None,
 ) -> str:
     """Greedy answer to the last of `turns` ([{"from": "human" | "gpt", "value": str}, ...])."""
-    ids = tokenize_prompt(turns, processor.tokenizer, template, model.config.image_seq_length)[None]
-    inputs = {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
+    inputs, tokens = {}, 0
     if picture is not None:
-        pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
-        inputs["pixel_values"] = pixels.to(model.device, model.dtype)
+        inputs = processor(images=picture, text=IMAGE_MARKER, return_tensors="pt")
+        tokens = int((inputs.pop("input_ids") == processor.image_token_id).sum())
+    ids = tokenize_prompt(turns, processor.tokenizer, template, tokens)[None]
+    inputs = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    if picture is not None:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     end = get_template(template).end.strip()
     if end and end != "</s>":
         inputs |= {"stop_strings": [end], "tokenizer": processor.tokenizer}
@@ -87,16 +94,20 @@ def chat(
     checkpoint: str | os.PathLike,
     image: str | os.PathLike | None,
     question: str | None = None,
-    template: str = "mistral_instruct",
+    template: str | None = None,
     max_new_tokens: int = NEW_TOKENS,
 ) -> None:
-    """Ask one question, or read questions from the terminal until an empty line; the conversation is kept."""
-    if not get_template(template).instruct:
+    """Ask one question, or read questions from the terminal until an empty line; the conversation is kept.
+
+    `template` is that of the checkpoint's processor unless given.
+    """
+    if template is not None and not get_template(template).instruct:
         raise ValueError(f"template must be an instruct template, got {template!r}")
-    if question is not None and (reason := _unaskable(question, template)):
+    if question is not None and (reason := _unaskable(question, template or DEFAULT)):
         raise ValueError(f"question {reason}")
     picture = load_image(image) if image is not None else None
     model, processor = load(checkpoint)
+    template = template or own_template(processor)
     turns: list[dict[str, str]] = []
     asked = iter([question]) if question is not None else _typed()
     for text in asked:
@@ -108,6 +119,12 @@ def chat(
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         said = answer(model, processor, picture, turns, template, max_new_tokens, streamer)
         turns.append({"from": "gpt", "value": said})
+
+
+def own_template(processor) -> str:
+    """The instruct template whose chat template the processor has; `DEFAULT` if it has none of ours."""
+    known = (name for name, form in TEMPLATES.items() if form.instruct)
+    return next((name for name in known if chat_template(name) == processor.chat_template), DEFAULT)
 
 
 def _unaskable(text: str, template: str) -> str | None:

@@ -20,12 +20,11 @@ from cumo_model.cumo import CumoForConditionalGeneration, own_layout
 from cumo_model.files import new_directory, read_object
 from cumo_model.layout import original_names
 from cumo_model.original_config import TOWER_FOLDER, is_original, to_original
-from cumo_model.processing import original_processor
+from cumo_model.processing import has_tokenizer, original_processor
 from cumo_model.shards import Shape, Shards, check_tensors, write_shards
 
 SHARD_BYTES = 2 * 1000**3
 LAYOUTS = ("cumo", "original")
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
@@ -97,7 +96,7 @@ def convert(
     _check_disk(Path(target), needed)
     with new_directory(target) as work:
         if new_config is None:
-            if is_theirs and any((source / name).is_file() for name in TOKENIZERS):
+            if is_theirs and has_tokenizer(source):
                 processor = original_processor(source, config)
                 config.image_token_index = processor.image_token_id
                 processor.save_pretrained(work)

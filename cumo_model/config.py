@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING, AutoConfig
 
+from cumo_model.merge import PictureLayout
 from cumo_model.original_config import TEXT_TYPE, from_original, is_original
 
 MISTRAL_7B = {  # Instruct-v0.2, where it differs from MistralConfig()
@@ -52,6 +53,10 @@ class CumoConfig(PreTrainedConfig):
         vision_feature_layer: index into the tower's num_hidden_layers + 1 hidden states.
         vision_feature_select_strategy: "default" drops the class token, "full" keeps it (scales [1] only).
         image_token_index: id of the placeholders in `input_ids`; may lie outside the vocabulary.
+        patch_merge_type: how a picture's tiles become tokens, see merge.py; "spatial_unpad" adds a parameter,
+            image_newline.
+        image_grid_pinpoints: [[height, width], ...] of the grids of tiles that anyres chooses from, multiples
+            of the tower's image_size. None: every picture is one tile, or comes tile by tile.
         balance_loss_coef, router_z_loss_coef: weights of the auxiliary losses in training.
         compat: "cumo" repeats the original's rounding in routers and experts; None is more exact and faster.
         original: config.json of the original's checkpoint this one was read from, for the way back.
@@ -78,6 +83,8 @@ class CumoConfig(PreTrainedConfig):
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     image_token_index: int = 32000
+    patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = "flat"
+    image_grid_pinpoints: list | None = None
     balance_loss_coef: float = 0.1
     router_z_loss_coef: float = 0.01
     compat: Literal["cumo"] | None = None
@@ -118,6 +125,12 @@ class CumoConfig(PreTrainedConfig):
                 "vision_feature_select_strategy must be 'default' unless scales is [1], "
                 f"got 'full' with scales {list(self.scales)}"
             )
+        if self.vision_feature_select_strategy == "full" and self.patch_merge_type != "flat":
+            raise ValueError(
+                "vision_feature_select_strategy must be 'default' unless patch_merge_type is 'flat', "
+                f"got 'full' with {self.patch_merge_type!r}"
+            )
+        check_pinpoints(self.image_grid_pinpoints, self.vision_config.image_size)
         num_states = self.vision_config.num_hidden_layers + 1
         if not -num_states <= self.vision_feature_layer < num_states:
             raise ValueError(
@@ -127,9 +140,17 @@ class CumoConfig(PreTrainedConfig):
 
     @property
     def image_seq_length(self) -> int:
-        """Visual tokens per image: the number of placeholders that stand for it in `input_ids`."""
+        """Visual tokens per tile: the number of placeholders that stand for it in `input_ids`, but for what
+        `patch_merge_type` takes away or adds."""
         num_patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
         return num_patches + (self.vision_feature_select_strategy == "full")
+
+    @property
+    def picture_layout(self) -> PictureLayout:
+        side = self.vision_config.image_size
+        grid = side // self.vision_config.patch_size
+        pinpoints = self.image_grid_pinpoints
+        return PictureLayout(side, grid, self.image_seq_length, self.patch_merge_type, pinpoints)
 
 
 def check_experts(name: str, num_experts: int, top_k: int) -> None:
@@ -137,6 +158,19 @@ def check_experts(name: str, num_experts: int, top_k: int) -> None:
         raise ValueError(f"{name} must be at least 1 (1 is dense), got {num_experts}")
     if num_experts > 1 and not 1 <= top_k <= num_experts:
         raise ValueError(f"{name}_per_tok must be between 1 and the {num_experts} experts, got {top_k}")
+
+
+def check_pinpoints(pinpoints: list | None, side: int) -> None:
+    if pinpoints is None:
+        return
+    pairs = [tuple(pair) if isinstance(pair, list | tuple) else (pair,) for pair in pinpoints]
+    if not pairs or any(
+        len(pair) != 2 or any(not isinstance(n, int) or n < side or n % side for n in pair) for pair in pairs
+    ):
+        raise ValueError(
+            f"image_grid_pinpoints must be [height, width] pairs, multiples of the image_size {side}, "
+            f"got {pinpoints}"
+        )
 
 
 AutoConfig.register(CumoVisionConfig.model_type, CumoVisionConfig)

@@ -181,19 +181,35 @@ def tokenize_prompt(
 def chat_template(template: str) -> str:
     """The same grammar as a transformers chat template (Jinja); apply it with `tokenize=True`, which adds no
     further BOS. A leading system message takes the place of the template's own system text, and a last user
-    message is a prompt: what comes before an answer is written behind it."""
+    message is a prompt: what comes before an answer is written behind it. Plain has no place for a system
+    message, and of a user's message it takes the images alone."""
     form = get_template(template)
     if not form.instruct:
         return (
             "{{ bos_token }}{% for message in messages %}"
-            + _jinja_parts("image", IMAGE_MARKER)
-            + "{% endfor %}"
+            "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') or loop.index > 2 %}"
+            "{{ raise_exception('messages must be one of user with an image and at most one of assistant, "
+            "its caption, for plain, got ' + message['role'] + ' as number ' + loop.index | string) }}"
+            "{% endif %}{% if message['role'] == 'user' %}{% set marks %}"
+            f"{_jinja_parts('image', IMAGE_MARKER)}{{% if message['content'] is string %}}"
+            f"{{{{ '{IMAGE_MARKER}' * message['content'].count('{IMAGE_MARKER}') }}}}{{% endif %}}"
+            "{% endset %}{% if not marks %}"
+            "{{ raise_exception('messages must begin with an image in template plain') }}{% endif %}"
+            f"{{{{ marks }}}}{{% else %}}{_JINJA_TEXT}{_jinja_string(form.end)}{{% endif %}}{{% endfor %}}"
         )
     frame = [_jinja_string(side) for side in form.frame]
     default = f"{frame[0]}{_jinja_string(form.system)}{frame[1]}" if form.system else ""
     begin = (
         f"{{% if loop.first %}}{{{{ system }}}}{_jinja_string(form.first)}"
         f"{{% else %}}{_jinja_string(form.again)}{{% endif %}}"
+    )
+    content, marks = "message['content']", f"replace({IMAGE_MARKER!r}, {form.picture!r})"
+    # a lone marker inside a text moves to its front, as in `render`
+    front = f"({IMAGE_MARKER + chr(10)!r} + {content}.replace({IMAGE_MARKER!r}, '').strip()).strip()"
+    question = (
+        f"{{% if {content} is not string %}}{_jinja_parts('image', form.picture + chr(10))}{_JINJA_TEXT}"
+        f"{{% elif {content}.count({IMAGE_MARKER!r}) == 1 %}}{{{{ {front}.{marks} }}}}"
+        f"{{% else %}}{{{{ {content}.{marks} }}}}{{% endif %}}"
     )
     return (
         "{% if messages and messages[0]['role'] == 'system' %}{% set message = messages[0] %}"
@@ -203,8 +219,7 @@ def chat_template(template: str) -> str:
         "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}"
         "{{ raise_exception('messages must alternate user and assistant, user first, with at most one system "
         "message before them, got ' + message['role'] + ' as number ' + loop.index | string) }}{% endif %}"
-        f"{{% if message['role'] == 'user' %}}{begin}"
-        f"{_jinja_parts('image', form.picture + chr(10))}{_JINJA_TEXT}{_jinja_string(form.reply)}"
+        f"{{% if message['role'] == 'user' %}}{begin}{question}{_jinja_string(form.reply)}"
         f"{{% else %}}{_jinja_string(form.lead)}{_JINJA_TEXT}{_jinja_string(form.end)}{{% endif %}}"
         "{% endfor %}"
     )

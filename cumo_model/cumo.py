@@ -6,6 +6,7 @@ over the places that are Mixture-of-Experts, in training only. The language mode
 tower or connector have experts too: without them the original trains Mixtral on the language loss alone.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
-from transformers.models.auto import AutoModel, AutoModelForImageTextToText
+from transformers.models.auto import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.utils.generic import can_return_tuple
 
 from cumo_model.clip_moe import CumoVisionModel
@@ -23,9 +25,12 @@ from cumo_model.config import CumoConfig
 from cumo_model.layout import LOADING_RULES, original_names
 from cumo_model.llm_moe import build_language_model
 from cumo_model.losses import place_losses
+from cumo_model.merge import as_tiles, check_placeholders, pictures_per_row
 from cumo_model.mlp_moe import CumoProjector
 from cumo_model.moe import MoEHostMixin, RoutingRecord, record_routing
 from cumo_model.original_config import is_original
+from cumo_model.processing import image_token
+from cumo_model.quantize import are_experts_quantized
 from cumo_model.shards import Shards, check_tensors
 from cumo_model.vision import crop_counts, image_pyramid, merge_scales
 
@@ -37,7 +42,7 @@ PLACES = ("mlp", "clip", "llm")  # the order in which the original adds their lo
 
 @dataclass
 class CumoModelOutput(BaseModelOutputWithPast):
-    image_hidden_states: Tensor | None = None  # (B, image_seq_length, H) after the connector
+    image_hidden_states: Tensor | None = None  # (tiles, image_seq_length, H) after the connector
 
 
 @dataclass
@@ -73,6 +78,8 @@ class CumoPreTrainedModel(MoEHostMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, CumoProjector):
             module.reset_parameters()
+        if isinstance(module, CumoModel) and module.image_newline is not None:
+            init.normal_(module.image_newline, std=module.image_newline.numel() ** -0.5)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -101,6 +108,7 @@ class CumoPreTrainedModel(MoEHostMixin, PreTrainedModel):
         loader = type(ORIGINAL_LOADER, (cls,), {"__module__": __name__})
         model, info = loader.from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model.__class__ = cls
+        model.config.image_token_index = image_token(folder, model.config.image_token_index)
         model._weight_conversions = None  # from here on it is saved in our layout
         return (model, info) if wants_info else model
 
@@ -122,10 +130,14 @@ class CumoModel(CumoPreTrainedModel):
         self.vision_tower = CumoVisionModel(config.vision_config)
         self.multi_modal_projector = CumoProjector(config)
         self.language_model = build_language_model(config.text_config, config.compat)
+        width = config.text_config.hidden_size
+        self.image_newline = (
+            nn.Parameter(torch.empty(width)) if config.patch_merge_type == "spatial_unpad" else None
+        )
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, all_routers: bool = False) -> Tensor:
-        """(B, 3, s, s) -> (B, image_seq_length, H of the text); `all_routers` as in the tower's forward."""
+        """Tiles (N, 3, s, s) -> (N, image_seq_length, text's H); `all_routers` as in the tower's forward."""
         config, vision = self.config, self.config.vision_config
         wanted = (vision.num_channels, vision.image_size, vision.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != wanted:
@@ -140,67 +152,53 @@ class CumoModel(CumoPreTrainedModel):
             features = merge_scales(features[:, 1:], config.scales, vision.image_size // vision.patch_size)
         return self.multi_modal_projector(features)
 
-    def _check_placeholders(self, is_image: Tensor, num_images: int, lengths: Tensor | None) -> None:
-        """Every row holds whole images, and together they hold all of them; or as much as `lengths` says."""
-        per_image, token = self.config.image_seq_length, self.config.image_token_index
-        if lengths is not None:
-            if lengths.shape != (num_images,) or lengths.is_floating_point():
-                raise ValueError(
-                    f"image_lengths must be ({num_images},) integers, one for each image, "
-                    f"got {tuple(lengths.shape)} {lengths.dtype}"
-                )
-            low, high, total = *map(int, lengths.aminmax()), int(lengths.sum())
-            if low < 0 or high > per_image or total != int(is_image.sum()):
-                raise ValueError(
-                    f"image_lengths must lie in [0, {per_image}] and sum to the {int(is_image.sum())} image "
-                    f"tokens (id {token}) of input_ids, got {lengths.tolist()}"
-                )
-            return
-        counts = is_image.sum(1).tolist()  # the one host sync of a forward pass
-        if sum(counts) != num_images * per_image:
-            raise ValueError(
-                f"input_ids must have {num_images * per_image} image tokens (id {token}), {per_image} for "
-                f"each of the {num_images} images in pixel_values, got {sum(counts)}"
-            )
-        for row, count in enumerate(counts):
-            if count % per_image:
-                raise ValueError(
-                    f"input_ids must have a multiple of {per_image} image tokens (id {token}) in every row, "
-                    f"got {count} in row {row}"
-                )
-
     def _embed(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None,
+        image_sizes: Tensor | None,
         image_lengths: Tensor | None,
         continues: bool,
         all_routers: bool,
         num_dummy_images: int,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, S) -> embeddings (B, S, H) with the images' features at their placeholders; the features."""
+        """(B, S) -> embeddings (B, S, H) with the pictures' features at their placeholders; the features."""
         embed_tokens = self.get_input_embeddings()
         if pixel_values is None and continues and (input_ids.shape[1] == 1 or torch.compiler.is_compiling()):
             return embed_tokens(input_ids), None  # the next token; a further turn is looked through
-        if pixel_values is not None and not isinstance(pixel_values, Tensor):
-            raise ValueError(f"pixel_values must be one tensor, got a {type(pixel_values).__name__}")
-        is_image = input_ids == self.config.image_token_index
-        if not torch.compiler.is_compiling():
-            if pixel_values is None and (tokens := int(is_image.sum())):
-                raise ValueError(
-                    f"pixel_values must come with the image tokens (id {self.config.image_token_index}) of "
-                    f"input_ids, got none for {tokens}"
-                )
-            num_images = 0 if pixel_values is None else pixel_values.shape[0]
-            lengths = None if pixel_values is None else image_lengths
-            self._check_placeholders(is_image, num_images - num_dummy_images, lengths)
+        token, layout = self.config.image_token_index, self.config.picture_layout
+        is_image = input_ids == token
         if pixel_values is None:
+            if not torch.compiler.is_compiling() and (tokens := int(is_image.sum())):
+                raise ValueError(
+                    f"pixel_values must come with the image tokens (id {token}) of input_ids, "
+                    f"got none for {tokens}"
+                )
             return embed_tokens(input_ids), None
+        num_tiles = pixel_values.shape[0] - num_dummy_images
+        sizes = [None] * num_tiles if image_sizes is None else [tuple(size) for size in image_sizes.tolist()]
+        tiles = [layout.tiles(size) for size in sizes]
+        if sum(tiles) != num_tiles:
+            raise ValueError(
+                f"pixel_values must have {sum(tiles)} tiles for the {len(sizes)} image_sizes, got {num_tiles}"
+            )
+        if not torch.compiler.is_compiling():
+            what = "images" if image_sizes is None else "pictures"
+            wanted = [layout.tokens(size) for size in sizes]
+            check_placeholders(is_image, token, wanted, image_lengths, what)
         # the placeholder may lie outside the vocabulary
         embeds = embed_tokens(input_ids.masked_fill(is_image, 0))
         features = self.get_image_features(pixel_values, all_routers)
-        used = features[: features.shape[0] - num_dummy_images]
-        if image_lengths is not None:
+        used = features[:num_tiles]
+        if layout.merge != "flat" or image_sizes is not None:
+            pictures = [
+                layout.arrange(part, size, self.image_newline)
+                for part, size in zip(used.split(tiles), sizes, strict=True)
+            ]
+            if image_lengths is not None:
+                pictures = [p[:n] for p, n in zip(pictures, image_lengths.tolist(), strict=True)]
+            used = torch.cat(pictures) if pictures else used
+        elif image_lengths is not None:
             order = torch.arange(features.shape[1], device=features.device)
             used = used[order < image_lengths[:, None].to(features.device)]
         return embeds.masked_scatter(is_image[:, :, None], used.to(embeds.dtype)), features
@@ -209,7 +207,8 @@ class CumoModel(CumoPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        image_sizes: Tensor | None = None,
         image_lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -232,7 +231,13 @@ class CumoModel(CumoPreTrainedModel):
         if input_ids is not None:
             continues = past_key_values is not None and past_key_values.get_seq_length() > 0
             inputs_embeds, features = self._embed(
-                input_ids, pixel_values, image_lengths, continues, all_routers, num_dummy_images
+                input_ids,
+                as_tiles(pixel_values),
+                image_sizes,
+                image_lengths,
+                continues,
+                all_routers,
+                num_dummy_images,
             )
             if self.training and attention_mask is not None and attention_mask.shape == input_ids.shape:
                 # padding counts in Mixtral's router losses, and the original pads with zero vectors
@@ -273,7 +278,12 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
 
         Stacked experts on disk load through `load_state_dict` too, which is how the Trainer resumes.
         `save_original_format=True` writes Mixtral's experts one by one.
+
+        Raises:
+            ValueError: the experts are quantised, which no loader could read back.
         """
+        if are_experts_quantized(self):
+            raise ValueError("save_pretrained must come before quantize_experts, got experts in 4 bits")
         return super().save_pretrained(
             save_directory, *args, save_original_format=save_original_format, **kwargs
         )
@@ -288,20 +298,23 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         **kwargs,
     ):
-        """Copies of a row for beams or samples take all of the row's images along, in order."""
-        images = {key: kwargs.pop(key) for key in ("pixel_values", "image_lengths") if key in kwargs}
-        if expand_size > 1 and input_ids is not None and images.get("pixel_values") is not None:
+        """Copies of a row for beams or samples take all of the row's pictures along, in order."""
+        names = ("pixel_values", "image_sizes", "image_lengths")
+        images = {key: value for key in names if (value := kwargs.pop(key, None)) is not None}
+        pixels = as_tiles(images.get("pixel_values"))
+        if expand_size > 1 and input_ids is not None and pixels is not None:
+            layout, sizes = self.config.picture_layout, [None] * len(pixels)
+            if "image_sizes" in images:
+                sizes = [tuple(size) for size in images["image_sizes"].tolist()]
             tokens = (input_ids == self.config.image_token_index).sum(1)
-            lengths = images.get("image_lengths")
-            if lengths is None:
-                counts = (tokens // self.config.image_seq_length).tolist()
-            else:  # the images whose tokens end in a row are the row's
-                counts = torch.searchsorted(lengths.cumsum(0), tokens.cumsum(0), right=True)
-                counts = counts.diff(prepend=counts.new_zeros(1)).tolist()
+            lengths = images.get("image_lengths", tokens.new_tensor([layout.tokens(size) for size in sizes]))
+            counts = pictures_per_row(tokens, lengths.to(tokens.device))
+            tiles = torch.tensor([layout.tiles(size) for size in sizes]).split(counts)
+            images["pixel_values"] = pixels
             for key, value in images.items():
-                if value is not None:
-                    rows = value.split(counts)
-                    images[key] = torch.cat([row for row in rows for _ in range(expand_size)])
+                parts = [int(part.sum()) for part in tiles] if key == "pixel_values" else counts
+                rows = value.split(parts)
+                images[key] = torch.cat([row for row in rows for _ in range(expand_size)])
         expanded, kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **kwargs
         )
@@ -311,7 +324,8 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        image_sizes: Tensor | None = None,
         image_lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -327,10 +341,14 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         """Logits, and with `labels` the loss.
 
         Args:
-            input_ids: (B, S) int64; image_seq_length tokens image_token_index stand for each image, in order.
-            pixel_values: (number of images, 3, s, s).
-            image_lengths: (number of images,) integers: how many of each image's tokens `input_ids` has, the
-                first ones; 0 for an image that only counts in the router losses, as the original's dummies of
+            input_ids: (B, S) int64; image_seq_length tokens image_token_index stand for each tile, in order
+                (for each picture `config.picture_layout.tokens(size)`).
+            pixel_values: (number of tiles, 3, s, s), also as (B, tiles, 3, s, s) or a list of pictures,
+                (3, s, s) or (tiles, 3, s, s) each.
+            image_sizes: (number of pictures, 2) integers, height and width of pictures that anyres has cut
+                into tiles, for `patch_merge_type`. None: every tile is a picture.
+            image_lengths: (number of pictures,) integers: how many of each one's tokens `input_ids` has, the
+                first ones; 0 for one that only counts in the router losses, as the original's dummies of
                 rows without a picture. None: all of them.
             attention_mask: (B, S), 0 on padding, left or right.
             labels: (B, S) int64, -100 where no token is to be predicted; image tokens never are.
@@ -344,11 +362,13 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: placeholders and images do not match, or a shape does not fit.
         """
+        pixel_values = as_tiles(pixel_values)
         with_aux = self.training and labels is not None and self._has_expert_losses()
         with record_routing() if with_aux or output_router_stats else nullcontext([]) as records:
             outputs = self.model(
                 input_ids=input_ids,
                 pixel_values=pixel_values,
+                image_sizes=image_sizes,
                 image_lengths=image_lengths,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -467,3 +487,4 @@ def _check_labels(labels: Tensor, rows: Tensor) -> None:
 
 AutoModel.register(CumoConfig, CumoModel)
 AutoModelForImageTextToText.register(CumoConfig, CumoForConditionalGeneration)
+AutoModelForMultimodalLM.register(CumoConfig, CumoForConditionalGeneration)

@@ -4,10 +4,13 @@ Theirs is the language model's config with the multimodal keys beside; the tower
 CLIP of the hub or a folder. Ours keeps theirs whole in `original`, so that nothing is lost on the way back.
 """
 
+import ast
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from cumo_model.merge import MERGES
 
 TEXT_TYPE = {"llava_mistral": "mistral", "llava_mixtral": "mixtral"}
 ARCHITECTURE = {
@@ -21,7 +24,7 @@ TOWERS = {  # what config.json of these says; the original reads it from the hub
 TOWER_FOLDER = "vision_tower"  # of an exported checkpoint whose tower has no name
 RUN_TIME = ("training", "local_rank", "transformers_version")  # leaked into their files
 NOT_MODELLED = (  # written for a model that comes from nowhere else, and read by nothing of ours
-    "mm_vision_select_layer", "mm_patch_merge_type", "num_layers", "dropout", "image_aspect_ratio",
+    "mm_vision_select_layer", "num_layers", "dropout", "image_aspect_ratio",
     "tokenizer_padding_side", "tokenizer_model_max_length", "mm_use_im_start_end", "mm_use_im_patch_token",
     "use_mm_proj",
 )  # fmt: skip
@@ -32,6 +35,7 @@ MULTIMODAL = (
     "tokenizer_padding_side", "tokenizer_model_max_length", "mm_use_im_start_end", "mm_use_im_patch_token",
     "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "mm_projector_lr", "use_mm_proj", "image_grid_pinpoints",
     "tune_mm_vision_tower", "pretrain_mm_mlp_adapter", "unfreeze_mm_vision_tower", "vision_tower_dir",
+    "image_token_index",
 )  # fmt: skip
 
 
@@ -65,7 +69,7 @@ def from_original(values: dict[str, Any], folder: str | os.PathLike | None = Non
     for key, wanted in (
         ("mm_projector_type", ("smoe_mlp", "mlp2x_gelu")),
         ("mm_vision_select_feature", ("patch", "cls_patch")),
-        ("mm_patch_merge_type", ("flat", None)),
+        ("mm_patch_merge_type", (*MERGES, None)),
         ("mm_use_im_start_end", (False, None)),
         ("mm_use_im_patch_token", (False, None)),
     ):
@@ -88,12 +92,27 @@ def from_original(values: dict[str, Any], folder: str | os.PathLike | None = Non
         "scales": [1, *scales[1:]],  # the original never applies its first scale
         "vision_feature_layer": -2,  # the original stores mm_vision_select_layer and never reads it
         "vision_feature_select_strategy": "default" if feature == "patch" else "full",
-        "image_token_index": values["vocab_size"],
+        # ours writes the id of its `<image>`; theirs has a marker outside of any tokenizer
+        "image_token_index": values.get("image_token_index") or values["vocab_size"],
+        "patch_merge_type": values.get("mm_patch_merge_type") or "flat",
+        "image_grid_pinpoints": _pinpoints(values),
         "balance_loss_coef": values.get("balance_loss_coef") or 0.0,
         "router_z_loss_coef": values.get("router_z_loss_coef") or 0.0,
         **({"dtype": dtype} if dtype else {}),
         "original": kept,
     }
+
+
+def _pinpoints(values: dict[str, Any]) -> list[list[int]] | None:
+    """Theirs are (width, height), in a list or written as one; ours [height, width], and only for anyres."""
+    found = values.get("image_grid_pinpoints")
+    if values.get("image_aspect_ratio") != "anyres" or not found:
+        return None
+    try:
+        pairs = ast.literal_eval(found) if isinstance(found, str) else found
+        return [[height, width] for width, height in pairs]
+    except (SyntaxError, TypeError, ValueError):
+        raise ValueError(f"image_grid_pinpoints must be pairs (width, height), got {found!r}") from None
 
 
 def _tower(values: dict[str, Any], folder: str | os.PathLike | None) -> dict[str, Any]:
@@ -161,7 +180,8 @@ def to_original(config) -> dict[str, Any]:
         "mm_vision_select_feature": (
             "patch" if config.vision_feature_select_strategy == "default" else "cls_patch"
         ),
-        "mm_patch_merge_type": "flat",
+        "mm_patch_merge_type": config.patch_merge_type,
+        "image_token_index": config.image_token_index,
         "mlp_smoe": config.projector_num_experts > 1,
         "clip_smoe": vision.num_experts > 1,
         "num_layers": 3,
@@ -176,6 +196,9 @@ def to_original(config) -> dict[str, Any]:
         "use_mm_proj": True,
         "training": False,
     } | ({"num_experts": num_experts, "num_selected": selected} if sparse else {})
+    if config.image_grid_pinpoints is not None:
+        flat["image_grid_pinpoints"] = [[width, height] for height, width in config.image_grid_pinpoints]
+        before["image_aspect_ratio"] = flat["image_aspect_ratio"] = "anyres"
     if config.dtype is not None:
         flat["torch_dtype"] = str(config.dtype).removeprefix("torch.")
     # this model decides about what it models; what it does not stays as they had it

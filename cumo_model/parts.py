@@ -1,6 +1,7 @@
 """A dense CuMo from parts that others trained: a CLIP, a language model, a connector of stage 1 or 2."""
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -14,10 +15,11 @@ from cumo_model.cumo import CumoForConditionalGeneration
 from cumo_model.files import read_object
 from cumo_model.layout import original_names
 from cumo_model.llm_moe import CumoMixtralModel
-from cumo_model.processing import CumoProcessor, build_processor, load_tokenizer
+from cumo_model.processing import CumoProcessor, load_tokenizer, processor_for
 from cumo_model.shards import Shards, check_tensors, read_bin
 
-PROJECTOR = "model.mm_projector."
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+WHOLE_CLIP = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 CLIPS = ("clip", "clip_vision_model")
 UNUSED = "post_layernorm."  # of a CLIP: the tower has none, so a folder may lack it
 
@@ -27,6 +29,7 @@ def from_parts(
     text: str | os.PathLike,
     projector: str | os.PathLike | None = None,
     dtype: torch.dtype | None = None,
+    clip: str | os.PathLike | None = None,
     **options,
 ) -> CumoForConditionalGeneration:
     """Put a CLIP and a language model of transformers together; `upcycle` then makes experts of their MLPs.
@@ -36,6 +39,7 @@ def from_parts(
         text: folder of a mixtral or of a dense decoder (mistral, llama, ...).
         projector: `mm_projector.bin` of the original's stages, dense or with experts. None: a new one, dense.
         dtype: of all parameters; that of the language model's files unless given.
+        clip: `clip.bin` of the original's stages, dense or with experts, instead of the weights in `vision`.
         options: further fields of CumoConfig, such as `scales`.
 
     Raises:
@@ -52,13 +56,16 @@ def from_parts(
         k: v for k, v in tower_config.items() if k not in ("model_type", "architectures", "dtype")
     }
     text_config = AutoConfig.from_pretrained(text)
-    connector = {} if projector is None else _projector_tensors(projector)
+    connector = {} if projector is None else _original_tensors(projector, "mm_projector.")
+    tower = {} if clip is None else _original_tensors(clip, "vision_model.")
+    tower = {name: value for name, value in tower.items() if not name.startswith(UNUSED)}
     experts = {int(key.split(".")[1]) for key in connector if key.startswith("experts.")}
+    tower_config["num_experts"] = len({m[1] for key in tower if (m := EXPERT.search(key))}) or 1
     options = {
         "image_token_index": text_config.vocab_size,
         "projector_num_experts": len(experts) or 1,
     } | options
-    config = CumoConfig(vision_config=tower_config | {"num_experts": 1}, text_config=text_config, **options)
+    config = CumoConfig(vision_config=tower_config, text_config=text_config, **options)
     if text_config.model_type == "mixtral":
         language_class = CumoMixtralModel
     elif type(text_config) in MODEL_MAPPING:
@@ -72,11 +79,20 @@ def from_parts(
     with no_init_weights(), torch.device("meta"):  # the parts replace what this makes
         model = CumoForConditionalGeneration(config)
     model.model.language_model = language
-    model.model.vision_tower = _tower(vision, config, dtype)
+    if clip is None:
+        model.model.vision_tower = _tower(vision, config, dtype)
+    else:
+        model.model.vision_tower = CumoVisionModel._from_config(config.vision_config, dtype=dtype)
+        _load(model.model.vision_tower, tower, "vision_tower.", "vision_tower.vision_model.", clip)
     with torch.device("cpu"):
         model.model.multi_modal_projector = type(model.model.multi_modal_projector)(config).to(dtype)
+        if model.model.image_newline is not None:
+            width = text_config.hidden_size
+            model.model.image_newline = nn.Parameter((torch.randn(width) / width**0.5).to(dtype))
     if connector:
-        _load_projector(model.model.multi_modal_projector, connector, os.fspath(projector))
+        _load(
+            model.model.multi_modal_projector, connector, "multi_modal_projector.", "mm_projector.", projector
+        )
     model.lm_head = _head(text, model, dtype)
     model.config.dtype = dtype
     model.tie_weights()
@@ -124,9 +140,7 @@ def parts_processor(
     text: str | os.PathLike, config: CumoConfig, template: str = "mistral_instruct_system"
 ) -> CumoProcessor:
     """The processor of `from_parts`: the language model's tokenizer, with `<image>` behind its vocabulary."""
-    vision = config.vision_config
-    strategy = config.vision_feature_select_strategy
-    return build_processor(load_tokenizer(text), vision.image_size, vision.patch_size, strategy, template)
+    return processor_for(config, load_tokenizer(text), template)
 
 
 def _tower(folder: str | os.PathLike, config: CumoConfig, dtype: torch.dtype) -> CumoVisionModel:
@@ -139,25 +153,27 @@ def _tower(folder: str | os.PathLike, config: CumoConfig, dtype: torch.dtype) ->
     return tower
 
 
-def _projector_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """name behind `mm_projector.` -> tensor."""
+def _original_tensors(path: str | os.PathLike, place: str) -> dict[str, Tensor]:
+    """Name behind `place` -> tensor; what a whole CLIP holds besides its tower is left out."""
     tensors = read_bin(path)
-    foreign = [name for name in tensors if PROJECTOR.removeprefix("model.") not in name]
-    if foreign or not tensors:
-        raise ValueError(f"{path} must hold mm_projector tensors, got {foreign[:1] or 'nothing'}")
-    return {name.split("mm_projector.", 1)[1]: value for name, value in tensors.items()}
+    found = {name.split(place, 1)[1]: value for name, value in tensors.items() if place in name}
+    others = [name for name in tensors if place not in name and not name.startswith(WHOLE_CLIP)]
+    if others or not found:
+        raise ValueError(f"{path} must hold {place.rstrip('.')} tensors, got {others[:1] or 'nothing'}")
+    return {name: value for name, value in found.items() if not name.endswith("position_ids")}
 
 
-def _load_projector(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    own = dict(module.named_parameters())
-    parts = {
-        name: original_names(f"model.multi_modal_projector.{name}", tuple(p.shape)) for name, p in own.items()
-    }
-    wanted = {k.removeprefix(PROJECTOR): shape for names in parts.values() for k, shape in names.items()}
-    check_tensors({name: tuple(value.shape) for name, value in tensors.items()}, wanted, source)
+def _load(
+    module: nn.Module, tensors: dict[str, Tensor], ours: str, theirs: str, source: str | os.PathLike
+) -> None:
+    """Fill a part of the model, all of it, from tensors with the original's names behind `theirs`."""
+    own, ours, theirs = dict(module.named_parameters()), f"model.{ours}", f"model.{theirs}"
+    parts = {name: original_names(f"{ours}{name}", tuple(p.shape)) for name, p in own.items()}
+    wanted = {k.removeprefix(theirs): shape for names in parts.values() for k, shape in names.items()}
+    check_tensors({name: tuple(value.shape) for name, value in tensors.items()}, wanted, os.fspath(source))
     with torch.no_grad():
         for name, parameter in own.items():
-            pieces = [tensors[key.removeprefix(PROJECTOR)].flatten() for key in parts[name]]
+            pieces = [tensors[key.removeprefix(theirs)].flatten() for key in parts[name]]
             parameter.copy_(torch.cat(pieces).view(parameter.shape))
 
 

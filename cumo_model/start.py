@@ -113,6 +113,7 @@ def _set_processor(processor, data: DataSection, config: CumoConfig):
         config.vision_feature_select_strategy,
         data.template,
         data.aspect,
+        config.patch_merge_type,
     )
     again.image_processor.image_mean = processor.image_processor.image_mean
     again.image_processor.image_std = processor.image_processor.image_std

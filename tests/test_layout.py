@@ -78,6 +78,7 @@ LAYERS = (
     (
         "config",
         "original_config",
+        "merge",
         "layout",
         "shards",
         "losses",
@@ -89,7 +90,7 @@ LAYERS = (
         "files",
     ),
     ("moe", "data"),
-    ("clip_moe", "mlp_moe", "llm_moe", "patch"),
+    ("clip_moe", "mlp_moe", "llm_moe", "patch", "quantize"),
     ("cumo",),
     ("upcycle", "checkpoint", "parts"),
     ("train", "chat", "tool", "flops", "plots"),
@@ -107,6 +108,7 @@ FOREIGN = {
     "transformers": ("cumo_kernels.integrations*", "cumo_model*"),
     "matplotlib": ("cumo_model.demo*", "cumo_model.plots"),
     "resvg_py": ("cumo_model.demo*",),
+    "bitsandbytes": ("cumo_model.quantize",),
 }
 
 

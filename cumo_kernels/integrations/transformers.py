@@ -31,6 +31,7 @@ PLAIN = {  # class of a model's act_fn -> our name for the same function
     hf.SiLUActivation: "silu",
     nn.SiLU: "silu",
 }
+FUNCTIONS = {nn.functional.silu: "silu", nn.functional.gelu: "gelu", nn.functional.relu: "relu"}
 GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 
 logger = logging.get_logger(__name__)
@@ -50,7 +51,8 @@ def _weights(experts: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor 
 def fused_activation(experts: nn.Module) -> str | None:
     """Name of the activation with which one `expert_mlp` computes these experts, or None."""
     act_fn = getattr(experts, "act_fn", None)
-    name = "gelu_tanh" if getattr(act_fn, "approximate", None) == "tanh" else PLAIN.get(type(act_fn))
+    name = FUNCTIONS.get(act_fn, PLAIN.get(type(act_fn)))
+    name = "gelu_tanh" if getattr(act_fn, "approximate", None) == "tanh" else name
     if experts.is_transposed:
         return None
     if not experts.has_gate:

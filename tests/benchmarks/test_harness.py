@@ -182,14 +182,19 @@ def test_one_thread_is_timed_by_the_processor_not_by_the_wall(monkeypatch):
 def test_predictions_are_marked_and_stand_beside_measurements(tmp_path):
     folder = tmp_path / "predicted"
     folder.mkdir()
-    line = "nvidia_h100,clip-1-crop,bf16,{},{},0.01,0.8,{}"
-    gemms = [line.format(*row) for row in (("up", 0.012, 0), ("down", 0.013, 8), ("grad of x", 0.02, 0))]
-    head = "gpu,shape,dtype,gemm,ms,floor_ms,share_of_floor,stack"
+    line = "nvidia_h100,clip-1-crop,bf16,{},{},0.01,0.8,{},{}"
+    gemms = [
+        line.format(*row, "gemm 4096x1024")
+        for row in (("up", 0.012, 0), ("down", 0.013, 8), ("grad of x", 0.02, 0))
+    ]
+    gemms += [line.format(op, ms, 0, "2 kernels, k") for op, ms in (("route", 0.002), ("combine", 0.001))]
+    head = "gpu,shape,dtype,gemm,ms,floor_ms,share_of_floor,stack,size"
     (folder / "nvidia_h100_bf16.csv").write_text("\n".join([head, *gemms]))
     row = a_row(machine="nvidia_h100", op="expert_mlp", shape="clip-1-crop", dtype="bf16", ms_p50=0.05)
     text = "\n".join(plot.predictions(folder, [row]))
     assert "Predicted for nvidia_h100, bf16: not measured" in text
-    assert "| clip-1-crop | 0.025 | 80% | 0.045 | 67% |" in text and "1 of 3 | 0.05 ms, not yet |" in text
+    assert "| clip-1-crop | 0.025 | 80% | 0.045 | 67% |" in text
+    assert "| 0.003 | 1 of 5 | 0.05 ms, not yet |" in text
 
 
 def a_row(**changes) -> record.Row:
@@ -242,6 +247,31 @@ def test_one_broken_case_does_not_cost_the_others(tmp_path, capsys):
     assert harness.run_all([broken], parser.parse_args(words)) == 1
     assert "1 cases measured" in (out := capsys.readouterr()).out and "1 broke off" in out.out
     assert "too large" in out.err and {row.tokens for row in record.read(tmp_path)} == {8}
+
+
+def test_a_case_that_would_not_end_in_time_does_not_begin(monkeypatch, capsys):
+    """1e9 FLOPs a second on a CPU: after the first case the large one is left out, the small one is not."""
+    clock, begun = [0.0], []
+
+    def measure(op, setup, case, *rest):
+        begun.append((op, case.shape.T))
+        clock[0] += case.shape.gemm_flops / 1e9
+        return [], []
+
+    monkeypatch.setattr(harness, "measure", measure)
+    monkeypatch.setattr(harness, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    second = int(1e9 // replace(SMALL, T=1).gemm_flops)  # tokens that take about one
+    cases = lambda *_: [Case(replace(SMALL, T=t * second), "fp32") for t in (10, 200, 20)]
+    files = [types.SimpleNamespace(OP=op, setup=None, cases=cases) for op in ("expert_mlp", "moe_layer", "t")]
+    parser = argparse.ArgumentParser()
+    harness.add_arguments(parser)
+    args = parser.parse_args(["--device", "cpu", "--dry", "--budget", "100"])
+    harness.run_all(files, args)
+    small, large = 10 * second, 200 * second
+    assert begun[:4] == [("expert_mlp", small), ("expert_mlp", 2 * small), ("moe_layer", small),
+                         ("moe_layer", 2 * small)]  # fmt: skip
+    assert begun[4:] == [("t", small), ("t", large)]  # another op is not judged by the layer's FLOPs
+    assert "3 left out: the budget was spent" in capsys.readouterr().out
 
 
 def test_a_file_with_other_columns_is_not_touched(tmp_path):
@@ -298,7 +328,8 @@ def test_speedups_are_against_the_loop_of_the_same_case():
 
 def test_every_peer_is_there_or_has_a_reason():
     runnable, gaps = peers.available(SMALL, torch.float32, "cpu")
-    names = {peer.name for peer in peers.PEERS} | set(peers.MISSING)
+    names = {peer.name for peer in peers.PEERS}
+    assert {"quack", "sonic-moe", "liger", "scattermoe", "triton_kernels", "moe-ops"} < names
     assert {peer.name for peer in runnable} | set(gaps) == names and all(gaps.values())
     assert {peer.name for peer in runnable} == {"cumo-original", "torch-grouped_mm"}
 

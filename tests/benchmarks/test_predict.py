@@ -1,5 +1,7 @@
 """Predictions: their arithmetic by hand, what a reviewer is shown, and one GEMM really compiled."""
 
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import predict
+from benchmarks import predict, predict_cuda, predict_ops
 from benchmarks.shapes import SHAPES
 from cumo_kernels import hardware, tuning
 from cumo_kernels.hardware import KIB
@@ -48,6 +50,19 @@ def test_cost():
     assert flops == 2 * 8192 * 1024 and bytes_ == 2 * (8192 + 1024 + 8192 * 1024)
 
 
+def test_programs_of_a_launch_are_counted_whatever_the_form_of_the_grid(monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    seen = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, **kwargs: seen.append(kwargs))
+    kernel = object.__new__(JITFunction)
+    kernel.arg_names = ["n", "BLOCK"]
+    with predict_ops.grids() as programs:
+        JITFunction.run(kernel, 100, grid=(3, 4), warmup=False)
+        JITFunction.run(kernel, 100, grid=lambda meta: (meta["n"] // meta["BLOCK"], 2), BLOCK=25)
+    assert programs == [12, 8] and len(seen) == 2
+
+
 def test_a_reviewer_sees_what_got_worse():
     head = "shape,dtype,gemm,tile,stack,ms\n"
     old = head + "a,bf16,up,t1,0,1.0\na,bf16,down,t1,0,1.0\na,bf16,x,t1,0,1.0\nb,bf16,up,t1,0,1.0\n"
@@ -58,12 +73,55 @@ def test_a_reviewer_sees_what_got_worse():
     assert predict.worse(old, old) == []
 
 
+KERNELS = """
+template <class T> __global__ void __launch_bounds__(256) scale_kernel(T* x) {
+  __shared__ float part[64];
+  part[threadIdx.x % 64] = x[0];
+  __syncthreads();
+  x[threadIdx.x] = x[threadIdx.x] * part[5];
+}
+template __global__ void scale_kernel<float>(float*);
+__global__ void plain_kernel(float* x) { x[threadIdx.x] += 1; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
+def test_a_compiled_file_tells_of_its_kernels(tmp_path, capsys, monkeypatch):
+    source, binary = tmp_path / "k.cu", tmp_path / "k.o"
+    source.write_text(KERNELS)
+    subprocess.run(["nvcc", "-arch=sm_90a", "-c", source, "-o", binary], check=True)
+    plain, scale = predict_cuda.survey(binary, predict.blocks_per_sm, predict.instruction_mix)
+    assert (plain.kernel, scale.kernel) == ("plain_kernel", "scale_kernel<float>")
+    assert (plain.architecture, plain.gpu) == ("sm_90a", "nvidia_h100")
+    assert (plain.threads, scale.threads, scale.static_shared, scale.stack) == (1024, 256, 256, 0)
+    assert (plain.blocks_per_sm, scale.blocks_per_sm) == (2, 8)  # of 64 warps
+    counts = dict(item.split(":") for item in scale.mix.split())
+    assert int(counts["global"]) == 3 and int(counts["waiting"]) == 1 and int(counts["tensor"]) == 0
+    monkeypatch.setattr(predict, "FOLDER", tmp_path)
+    assert predict.main(["--extension", str(binary)]) == 0
+    assert predict.main(["--extension", str(binary), "--check"]) == 0
+    path = tmp_path / "cuda/extension.csv"
+    path.write_text(path.read_text().replace(",256,8,", ",256,9,").replace("plain_kernel", "old_kernel"))
+    assert predict.main(["--extension", str(binary), "--check"]) == 1
+    out = capsys.readouterr().out
+    assert "sm_90a old_kernel: no longer there" in out
+    assert "sm_90a scale_kernel<float>: blocks per sm 9 -> 8" in out
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_one_layer_compiled_for_a_gpu_that_is_not_here(monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    rows = predict.survey(H100, [SHAPES["clip-1-crop"]], "bf16")
+    both = predict.survey(H100, [SHAPES["clip-1-crop"]], "bf16")
+    rows, ops = both[:6], {row.gemm: row for row in both[6:]}
     assert [row.gemm for row in rows] == list(predict.GEMMS)
+    assert set(ops) == {name for name, *_ in predict_ops.ALIGNED.values()} and len(both) == 6 + len(ops)
+    combine = ops["combine"]  # rows of two slots read, one written, and an index and a weight for each slot
+    moved = 577 * (3 * 1024 * 2 + 2 * 8)
+    assert combine.ms == combine.floor_ms == pytest.approx(moved / H100.gb_per_s / 1e6)
+    for row in ops.values():
+        assert row.tiles >= 1 and row.registers >= 16 and 0 < row.wave_use <= 1 and "tensor:" in row.mix
+    assert combine.waves == combine.tiles / (H100.sms * combine.blocks_per_sm)
     for row in rows:
         assert 32 <= row.registers <= 255 and row.blocks_per_sm >= 1
         assert 0 < row.share_of_floor <= 1 and row.ms >= row.floor_ms > 0

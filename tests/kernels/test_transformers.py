@@ -1,9 +1,13 @@
 """Our experts inside other people's models: transformers' experts interface."""
 
 import copy
+import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.func import functional_call
 from transformers import (
     AutoModelForCausalLM,
@@ -14,6 +18,7 @@ from transformers import (
     NemotronHConfig,
     OlmoeConfig,
     PhimoeConfig,
+    PreTrainedConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
@@ -262,6 +267,69 @@ def test_what_cannot_be_served_falls_back_with_its_reason(monkeypatch):
     assert "its down_proj is torch.float8_e4m3fn" in integration.refusal(experts)
     del experts.down_proj
     assert "no tensor down_proj" in integration.refusal(experts)
+
+
+def every_experts_class():
+    """(module, class) of all that transformers decorates for the experts interface."""
+    folder = Path(transformers.__file__).parent / "models"
+    for file in sorted(folder.glob("*/modeling_*.py")):
+        for name in re.findall(
+            r"^@use_experts_implementation(?:\([^)]*\))?\nclass (\w+)", file.read_text(), flags=re.MULTILINE
+        ):
+            yield f"transformers.models.{file.parent.name}.{file.stem}", name
+
+
+def small_experts(module, name):
+    """An experts module from whichever config of its file has what it asks for, made small."""
+    sizes = {"hidden_size": 32, "n_embd": 32, "moe_latent_size": None}
+    sizes |= dict.fromkeys(("intermediate_size", "moe_intermediate_size", "expert_ffn_hidden_size"), 24)
+    sizes |= dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4)
+    configs = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, PreTrainedConfig)]
+    if "vl" in module.__name__ or "omni" in module.__name__:  # the file does not import its text's config
+        folder = importlib.import_module(module.__name__.replace("modeling", "configuration"))
+        configs += [
+            c for c in vars(folder).values() if isinstance(c, type) and issubclass(c, PreTrainedConfig)
+        ]
+    for kind in configs:
+        try:
+            config = kind()
+            for key, value in sizes.items():
+                if hasattr(config, key) and not isinstance(getattr(config, key), list):
+                    setattr(config, key, value)
+            more = [24] if name == "Ernie4_5_VLMoeMoeExperts" else []  # its intermediate_size
+            return getattr(module, name)(config, *more)
+        except Exception:  # the tower's config, or a model's around it
+            continue
+    raise AssertionError(f"no config of {module.__name__} makes a {name}")
+
+
+@pytest.mark.slow
+def test_the_experts_of_every_model_that_has_the_interface():
+    fused = {}
+    for path, name in every_experts_class():
+        experts = small_experts(importlib.import_module(path), name).double()
+        with torch.no_grad():
+            for parameter in experts.parameters():
+                parameter.normal_(std=0.3)
+        H = experts.down_proj.shape[2 if experts.is_transposed else 1]
+        x, weights = torch.randn(9, H).double(), torch.rand(9, 2).double()
+        index = torch.randint(experts.num_experts, (9, 2))
+        results = []
+        # one loop computes in fp32 whatever it is given
+        plain = "batched_mm" if name == "OpenAIPrivacyFilterExperts" else "eager"
+        for implementation in ("cumo", plain):
+            experts.config._experts_implementation_internal = implementation
+            leaf = x.clone().requires_grad_()
+            out = experts(leaf, index, weights)
+            inputs = [leaf, *experts.parameters()]
+            results.append([out, *torch.autograd.grad(out.square().sum(), inputs, allow_unused=True)])
+        assert integration.refusal(experts) is None, name
+        fused[name] = integration.fused_activation(experts)
+        for got, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(got, wanted, msg=lambda text, name=name: f"{name}: {text}")
+    assert len(fused) > 50
+    assert (fused["Lfm2MoeExperts"], fused["Gemma4TextExperts"]) == ("swiglu", "geglu_tanh")
+    assert (fused["GptOssExperts"], fused["NemotronHExperts"]) == (None, None)
 
 
 def test_models_without_experts_are_named():

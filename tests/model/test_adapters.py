@@ -1,10 +1,13 @@
 """LoRA on attention and stacked experts (peft), and 8- and 4-bit loading (bitsandbytes)."""
 
+import copy
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from cumo_model import CumoForConditionalGeneration, MoELayer
+from cumo_model import CumoForConditionalGeneration, MoELayer, quantize_experts
 
 EXPERTS = ["experts.up_proj", "experts.gate_up_proj", "experts.down_proj"]
 
@@ -75,3 +78,60 @@ def test_quantised_linears_but_gates_and_experts_in_full_precision(tiny_model, t
                 assert torch.equal(parameter, before[f"{name}.{key}"]), (name, key)
     logits = small(**tiny_batch()).logits
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_experts_in_4_bits(tiny_model, tiny_batch, tmp_path, quant_type):
+    """The bits of the model whose experts went through 4 bits and back, in a quarter of the memory."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    options = {"vision": {"hidden_size": 64}, "text_options": {"hidden_size": 64, "intermediate_size": 64}}
+    model = tiny_model(text="mixtral", **options)
+    dense, batch = copy.deepcopy(model), tiny_batch()
+    layers = [m for m in model.modules() if isinstance(m, MoELayer)]
+    before = sum(layer.experts.down_proj.nbytes + layer.experts.up[0].nbytes for layer in layers)
+    assert quantize_experts(model, quant_type) is model
+    assert quantize_experts(model, quant_type) is model  # twice changes nothing
+    after = sum(
+        buffer.nbytes
+        for layer in layers
+        for name, buffer in layer.experts.named_parameters()
+        if "parametrizations" in name
+    )
+    assert after * 8 == before  # fp32
+    for name, module in dense.named_modules():
+        if isinstance(module, MoELayer):
+            assert torch.equal(model.get_submodule(name).gate.weight, module.gate.weight)
+            for weight in (module.experts.up[0], module.experts.down_proj):
+                quantised, state = functional.quantize_4bit(
+                    weight.data, compress_statistics=True, quant_type=quant_type
+                )
+                rough = functional.dequantize_4bit(quantised, state)
+                assert not torch.equal(rough, weight)
+                weight.data = rough
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**batch).logits, dense.eval()(**batch).logits)
+    ids = {"input_ids": batch["input_ids"], "pixel_values": batch["pixel_values"]}
+    greedy = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**ids, **greedy), dense.generate(**ids, **greedy))
+    # adapters learn through the frozen experts what they would through the others
+    grads = []
+    for each in (model, dense):
+        for parameter in each.parameters():
+            parameter.requires_grad_(False)
+        gate = each.model.vision_tower.encoder.layers[0].mlp.gate.weight.requires_grad_()
+        each.train()(**batch).loss.backward()
+        grads.append(gate.grad)
+    assert torch.equal(*grads) and grads[0].abs().sum() > 0
+    with pytest.raises(ValueError, match="save_pretrained must come before quantize_experts"):
+        model.save_pretrained(tmp_path)
+
+
+def test_what_cannot_be_quantised_is_named(tiny_model, monkeypatch):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="quant_type must be nf4 or fp4, got 'int8'"):
+        quantize_experts(model, "int8")
+    with pytest.raises(ValueError, match="model must hold experts, got a Linear without any"):
+        quantize_experts(torch.nn.Linear(2, 2))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn.parametrize", None)
+    with pytest.raises(ValueError, match=r"needs bitsandbytes 0.48 or later"):
+        quantize_experts(model)

@@ -9,9 +9,10 @@ from PIL import Image
 
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.__main__ import main
-from cumo_model.chat import answer, load
+from cumo_model.chat import answer, load, own_template
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing import build_processor
+from tests.model import original
 
 
 @pytest.fixture
@@ -55,6 +56,40 @@ def test_chat_prints_the_models_answer(checkpoint, picture, capsys):
     turns = [{"from": "human", "value": "<image>\nwhat is it?"}]
     said = answer(model, processor, Image.open(picture), turns, "mistral_instruct", 5)
     assert code == 0 and out.strip() == said
+
+
+def test_the_released_layout_chats_with_its_own_template(tmp_path, picture, capsys, monkeypatch):
+    """Straight from the folder, whose tokenizer here has an `<image>` inside its vocabulary."""
+    tokenizer = train_tokenizer(["what is it? a red apple"] * 4, 300)
+    monkeypatch.setattr(original, "VOCAB", len(tokenizer))
+    original.write(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    options = ("--checkpoint", tmp_path / "theirs", "--image", picture, "--question", "what is it?")
+    code, out, err = run(capsys, *options, "--max-new-tokens", 5)
+    assert code == 0, err
+    model, processor = load(tmp_path / "theirs")
+    assert model.config.image_token_index == processor.image_token_id < len(tokenizer)
+    assert own_template(processor) == "mistral_instruct_system"
+    content = [{"type": "image", "image": Image.open(picture)}, {"type": "text", "text": "what is it?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert out.strip() == tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_a_picture_of_several_tiles_is_talked_about(tiny_config, picture):
+    tokenizer = train_tokenizer(["what is it? a red apple"] * 4, 300)
+    tiles = {"patch_merge_type": "spatial_unpad", "image_grid_pinpoints": [[12, 24]]}
+    config = tiny_config(
+        text_options={"vocab_size": len(tokenizer), "eos_token_id": None, "max_position_embeddings": 256},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        **tiles,
+    )
+    processor = build_processor(tokenizer, 12, 4, image_aspect_ratio="anyres", **tiles)
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}]
+    model = CumoForConditionalGeneration(config).eval()
+    assert answer(model, processor, Image.open(picture), turns, "mistral_instruct", 3)
 
 
 def test_the_picture_matters_and_a_second_turn_keeps_the_first(checkpoint, picture):

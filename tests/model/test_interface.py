@@ -47,10 +47,23 @@ def test_pixels_forgotten_in_a_further_turn_are_missed(tiny_model, tiny_batch):
         model.generate(turn, past_key_values=first.past_key_values, **options)
 
 
-def test_missing_and_listed_pixels_are_named(tiny_model, tiny_batch):
+def test_missing_pixels_are_named(tiny_model, tiny_batch):
     model, batch = tiny_model().eval(), tiny_batch()
-    pixels = batch.pop("pixel_values")
+    del batch["pixel_values"]
     with pytest.raises(ValueError, match=r"pixel_values must come with .*\(id 60\) .* got none for 18"):
         model(**batch)
-    with pytest.raises(ValueError, match="pixel_values must be one tensor, got a list"):
-        model(**batch, pixel_values=list(pixels))
+
+
+def test_skipping_logits_changes_no_gradient(tiny_model, tiny_batch):
+    model, batch = tiny_model().train(), tiny_batch()
+    grads = []
+    for skip in (False, True):
+        model.zero_grad()
+        output = model(**batch, skip_logits=skip)
+        output.loss.backward()
+        grads.append([output.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert output.logits is None
+    for full, sparse in zip(*grads, strict=True):
+        torch.testing.assert_close(full, sparse)
+    batch["labels"].fill_(-100)
+    assert model.eval()(**batch, skip_logits=True).loss == 0

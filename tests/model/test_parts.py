@@ -15,9 +15,10 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from cumo_model import CumoForConditionalGeneration, from_parts, record_routing
+from cumo_model import CumoForConditionalGeneration, convert, from_parts, record_routing
 from cumo_model.__main__ import main
 from cumo_model.demo.tokenizer import train_tokenizer
+from cumo_model.shards import Shards
 from cumo_model.tool import probe
 from tests.model import original
 
@@ -76,6 +77,44 @@ def test_a_connector_with_experts_is_taken_as_it_is(parts, tmp_path):
     assert (record.place, record.routing.num_experts, record.routing.top_k) == ("mlp", 4, 1)
 
 
+@pytest.mark.parametrize("smoe", [False, True], ids=["stage-2", "stage-3"])
+def test_the_tower_of_a_clip_bin_dense_or_with_experts(parts, tmp_path, smoe):
+    """The original restarts from no clip.bin that has experts."""
+    parts(smoe=smoe)
+    tensors = original.tensors(clip_smoe=smoe)
+    start = "model.vision_tower."
+    tower = {n.removeprefix(start): v for n, v in tensors.items() if n.startswith(start)}
+    more = {"logit_scale": torch.zeros(()), "vision_model.post_layernorm.weight": torch.ones(32)}
+    torch.save(tower | ({} if smoe else more), tmp_path / "clip.bin")
+    sources = (tmp_path / "clip", tmp_path / "text", tmp_path / "mm_projector.bin")
+    model = from_parts(*sources, clip=tmp_path / "clip.bin")
+    assert (model.config.vision_config.num_experts, model.config.projector_num_experts) == (
+        (4, 4) if smoe else (1, 1)
+    )
+    convert_to = tmp_path / "saved"
+    model.save_pretrained(convert_to)
+    convert(convert_to, tmp_path / "back", progress=False)
+    found = Shards(tmp_path / "back")
+    for name, value in tensors.items():
+        if name.startswith(start):
+            assert torch.equal(found[name], value), name
+    del tower["vision_model.pre_layrnorm.bias"]
+    torch.save(tower, tmp_path / "clip.bin")
+    with pytest.raises(ValueError, match=r"clip.bin does not hold .* 1 missing \(pre_layrnorm.bias"):
+        from_parts(*sources, clip=tmp_path / "clip.bin")
+    torch.save({"model.norm.weight": torch.ones(2)}, tmp_path / "clip.bin")
+    with pytest.raises(ValueError, match=r"clip.bin must hold vision_model tensors, got \['model.norm"):
+        from_parts(*sources, clip=tmp_path / "clip.bin")
+
+
+def test_parts_may_have_a_newline_of_their_own(parts, tmp_path):
+    parts()
+    tiles = {"patch_merge_type": "spatial_unpad", "image_grid_pinpoints": [[12, 24]]}
+    model = from_parts(tmp_path / "clip", tmp_path / "text", **tiles)
+    newline = model.model.image_newline
+    assert newline.shape == (24,) and newline.device.type == "cpu" and newline.abs().sum() > 0
+
+
 def test_upcycle_command_makes_experts_everywhere_and_says_step_0(parts, tmp_path, capsys):
     parts()
     train_tokenizer(["what is it?", "a red apple"] * 20, 320).save_pretrained(tmp_path / "text")
@@ -96,11 +135,34 @@ def test_upcycle_command_makes_experts_everywhere_and_says_step_0(parts, tmp_pat
     # from a checkpoint that has experts already: the places named by 0 stay, and training goes on
     again = ["upcycle", "--checkpoint", str(tmp_path / "moe"), "--out", str(tmp_path / "more")]
     assert main(again) == 1
+    assert "there is nothing to upcycle: tower and connector have experts" in capsys.readouterr().err
+    assert main([*again, "--vision-experts", "4"]) == 1
     assert "vision_experts must be 0 for a place that has experts already" in capsys.readouterr().err
     assert main(["upcycle", "--out", str(tmp_path / "x")]) == 1
     assert "either a checkpoint, or vision and text" in capsys.readouterr().err
     assert main([*again, "--vision", str(tmp_path / "clip")]) == 1
     assert "got a checkpoint and vision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("experts", [4, 8])
+def test_the_released_layout_gets_experts_in_its_dense_language_model(tmp_path, capsys, experts):
+    """CLIP-MoE and MLP-MoE stay bit for bit, and Mistral becomes 4x or 8x: the ablation without code."""
+    original.write(tmp_path / "theirs", std=0.1, dtype=torch.bfloat16)
+    paths = ["--checkpoint", str(tmp_path / "theirs"), "--out", str(tmp_path / "moe")]
+    assert main(["upcycle", *paths, "--text-experts", str(experts)]) == 0
+    assert "step-0 difference" in capsys.readouterr().out
+    before = CumoForConditionalGeneration.from_pretrained(tmp_path / "theirs")
+    after = CumoForConditionalGeneration.from_pretrained(tmp_path / "moe")
+    assert after.dtype == torch.bfloat16 and after.config.text_config.num_local_experts == experts
+    values = after.state_dict()
+    for name, value in before.state_dict().items():
+        if "language_model" not in name or ".mlp." not in name:
+            assert torch.equal(values[name], value), name
+    down = before.model.language_model.layers[1].mlp.down_proj.weight
+    assert all(torch.equal(e, down) for e in values["model.language_model.layers.1.mlp.experts.down_proj"])
+    batch = probe(after)
+    batch["labels"] = batch["input_ids"]
+    assert {"llm_balance", "clip_z", "mlp_z"} <= set(after.train()(**batch).loss_parts)
 
 
 def test_noise_and_drop_tell_experts_apart_and_the_difference_shows_it(parts, tmp_path, capsys):

@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cumo_model import CumoConfig
-from cumo_model.conversation import tokenize_prompt
+from cumo_model.conversation import render, tokenize_conversation, tokenize_prompt
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing import (
     CumoImageProcessor,
@@ -154,10 +154,8 @@ def test_square_cuts_and_other_words_are_refused(tokenizer):
 
 def test_processor_of_an_original_checkpoint(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    config = CumoConfig(original={"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[336, 672]]})
-    processor = original_processor(tmp_path, config)
-    assert processor.image_processor.image_aspect_ratio == "anyres"
-    assert processor.image_processor.image_grid_pinpoints == [[336, 672]]
+    processor = original_processor(tmp_path, CumoConfig(original={"image_aspect_ratio": "square"}))
+    assert processor.image_processor.image_aspect_ratio == "square"
     assert processor.tokenizer.pad_token_id == processor.tokenizer.unk_token_id == 0
     text = processor.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert text.startswith("<s><s>[INST] <<SYS>>\nA chat between") and image_seq_length(processor) == 576
@@ -246,6 +244,40 @@ def test_messages_out_of_order_are_refused(tokenizer, roles):
     processor = build_processor(tokenizer, 48, 8)
     with pytest.raises(TemplateError, match="messages must alternate user and assistant, user first"):
         processor.apply_chat_template([{"role": role, "content": "x"} for role in roles], tokenize=False)
+
+
+def test_plain_chats_are_captions(tokenizer):
+    """Stage 1's grammar: the image, the caption, a line break; no text of the user, no other role."""
+    processor = build_processor(tokenizer, 48, 8, template="plain")
+    image = load_image(PICTURES / "penguin-square.png")
+    asked = [{"type": "image", "image": image}, {"type": "text", "text": "what is it?"}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": "a red apple"}]
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a red apple"}]
+    ids = {}
+    for count in (1, 2):
+        batch = processor.apply_chat_template(
+            messages[:count], tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        ids[count] = batch["input_ids"][0]
+        assert batch["pixel_values"].shape[0] == 1
+    n = image_seq_length(processor)
+    assert torch.equal(ids[2], tokenize_conversation(turns, tokenizer, "plain", n)[0])
+    assert torch.equal(ids[1], tokenize_prompt(turns[:1], tokenizer, "plain", n))
+    text = processor.apply_chat_template([{"role": "user", "content": "what <image>?"}], tokenize=False)
+    assert text == "<s><image>"
+    for roles in (["system", "user"], ["assistant"], ["user", "user"], ["user", "assistant", "user"]):
+        with pytest.raises(TemplateError, match="at most one of assistant, its caption, for plain"):
+            processor.apply_chat_template([{"role": r, "content": "<image>"} for r in roles], tokenize=False)
+    with pytest.raises(TemplateError, match="messages must begin with an image in template plain"):
+        processor.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+
+
+def test_a_marker_inside_a_text_moves_to_its_front(tokenizer):
+    processor = build_processor(tokenizer, 48, 8)
+    for value in ("what <image> is it?", "what is it?\n<image>", "<image>\nwhat is it?", "<image>"):
+        turns = [{"from": "human", "value": value}]
+        text = processor.apply_chat_template([{"role": "user", "content": value}], tokenize=False)
+        assert text == "<s>" + render(turns, "mistral_instruct")[0]
 
 
 def test_the_original_layout_has_a_processor_of_its_own(tokenizer, tmp_path):
