@@ -60,8 +60,7 @@ def test_every_import_is_a_dependency():
     names = {re.match(r"[\w-]+", requirement)[0] for requirement in needed}
     modules = {"pillow": "PIL", "pyyaml": "yaml"}
     declared = {modules.get(name, name.replace("-", "_")) for name in names}
-    own = {"cumo_kernels", "cumo_model", "deepspeed"}  # a recipe asks for DeepSpeed, and users install it
-    known = declared | set(sys.stdlib_module_names) | own
+    known = declared | set(sys.stdlib_module_names) | {"cumo_kernels", "cumo_model"}
     files = [path for top in ("cumo_kernels", "cumo_model") for path in (ROOT / top).rglob("*.py")]
     nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
     imported = {
