@@ -147,23 +147,28 @@ def _disassemble(cubin: bytes) -> tuple[int, int, str]:
 
 
 def _count_loop_spills(sass: str) -> int:
-    """Local accesses inside the innermost loops that multiply: on tensor cores, or in fp32 without any."""
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)(.*)", sass, re.M)
-    code = [(int(address, 16), name, rest) for address, name, rest in lines]
-    loops = [
-        (int(target[1], 16), address)
-        for address, name, rest in code
+    """Local accesses inside the innermost loops that multiply: on tensor cores, or in fp32 without any.
+
+    A loop ends with a branch back under a condition; an unconditional one closes the walk over tiles, or
+    returns from where a barrier is waited for, out of line.
+    """
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z0-9_]+)(.*)", sass, re.M)
+    code = [(int(address, 16), bool(predicate), name, rest) for address, predicate, name, rest in lines]
+    back = [
+        (int(target[1], 16), address, conditional or " P" in rest or "!P" in rest)
+        for address, conditional, name, rest in code
         if name == "BRA" and (target := re.search(r"0x([0-9a-f]+)", rest)) and int(target[1], 16) < address
     ]
     inside = lambda loop, names: sum(
-        name in names and loop[0] <= address <= loop[1] for address, name, _ in code
+        name in names and loop[0] <= address <= loop[1] for address, _, name, _ in code
     )
-    cores = TENSOR_CORE if any(name in TENSOR_CORE for _, name, _ in code) else ("FFMA", "FFMA2")
-    multiply = [loop for loop in loops if inside(loop, cores)]
+    cores = TENSOR_CORE if any(name in TENSOR_CORE for _, _, name, _ in code) else ("FFMA", "FFMA2")
+    multiply = [loop for loop in back if inside(loop, cores)]
+    loops = [loop for loop in multiply if loop[2]] or multiply
     innermost = [
         loop
-        for loop in multiply
-        if not any(other != loop and loop[0] <= other[0] and other[1] <= loop[1] for other in multiply)
+        for loop in loops
+        if not any(other != loop and loop[0] <= other[0] and other[1] <= loop[1] for other in loops)
     ]
     return sum(inside(loop, SPILL) for loop in innermost)
 

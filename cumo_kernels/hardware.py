@@ -28,8 +28,12 @@ class Gpu:
 
     @property
     def has_tma(self) -> bool:
-        """The copy engine that reads tensor descriptors."""
-        return self.capability >= 90
+        """Whether operands come through the copy engine that reads tensor descriptors.
+
+        Workstation Blackwell has one too, but there Triton 3.6's descriptors make every GEMM spill in its main
+        loop, and cp.async none (codegen.py).
+        """
+        return 90 <= self.capability < 120
 
     @property
     def has_warpgroup_mma(self) -> bool:

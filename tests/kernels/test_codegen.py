@@ -75,18 +75,15 @@ def test_a_tile_too_large_for_its_warps_is_reported():
 
 
 def test_only_spills_inside_the_innermost_multiplying_loop_count_as_such():
-    lines = (
-        "STL [R1], R2",
-        "HMMA.16816 R4",
-        "LDL R2, [R1]",
-        "BRA 0x0010",
-        "LDL R3, [R1]",
-        "@P0 BRA 0x0000",
-        "EXIT",
-    )
-    sass = "\n".join(f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(lines))
-    assert codegen._count_loop_spills(sass) == 1
-    assert codegen._count_loop_spills(sass.replace("BRA 0x0010", "BRA 0x0040")) == 3  # one loop, all of it
+    def count(*lines):
+        sass = (f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(lines))
+        return codegen._count_loop_spills("\n".join(sass))
+
+    loop = ("HMMA.16816 R4", "LDL R2, [R1]", "@P1 BRA 0x0010")
+    assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "BRA 0x0000") == 1
+    assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "@P0 BRA 0x0000") == 1  # the loop around it
+    assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "BRA 0x0020") == 1  # back from a wait out of line
+    assert count("STL [R1], R2", "FFMA R4", "LDL R2, [R1]", "BRA 0x0010") == 1
 
 
 def test_each_problem_has_its_words():
