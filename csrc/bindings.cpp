@@ -410,7 +410,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     const GradTile<256> t(offsets.data(), number, tiles_n, tiles_k, splits, depth);
     return std::make_tuple(t.expert, t.split, t.begin, t.end, t.first_n, t.first_k);
   });
-  const auto as_tuple = [](const Plan& p) { return std::make_tuple(p.tile_cols, p.tiles_n, p.tiles_k, p.splits, p.blocks); };
+  const auto as_tuple = [](const Plan& p) {
+    return std::make_tuple(p.tile_cols, p.tiles_n, p.tiles_k, p.splits, p.blocks);
+  };
   m.def("_plan_rows", [as_tuple](bool hopper, int64_t S, int E, int64_t width, bool gated, int64_t steps, int64_t places,
                                  bool can_split, bool steady) {
     return as_tuple(plan_rows(hopper, S, E, width, gated, steps, places, can_split, !can_split, steady));

@@ -96,7 +96,8 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& x, const Tensor& weight, c
   CHECK_DEVICE(x);
   if (inverse_permutation) CHECK_SAME_DEVICE(*inverse_permutation, x);
   const Activation act = activation ? activation_of(*activation) : Activation{Act::none, false};
-  auto [out, pre] = multiply(x, weight, expert_offsets, bias, permutation, top_k, act, true, activation.has_value(), true);
+  auto [out, pre] =
+      multiply(x, weight, expert_offsets, bias, permutation, top_k, act, true, activation.has_value(), true);
   return {out.dim() == 3 ? added_up(out, x.scalar_type()) : out, pre};
 }
 

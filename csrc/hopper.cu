@@ -2,12 +2,12 @@
 //
 // A persistent block of three warpgroups. The first brings operands: the weight by TMA, rows of x by TMA or, gathered,
 // by cp.async of all its threads, which hand a stage over once their copies are in (kLag stages later, so that copies
-// overlap). The other two multiply with wgmma out of shared memory, give stages back, and finish their sums (epilogue.cuh)
-// while the first is ahead in the next tile. Wide tiles, 128 x 256 x 64 in four stages, they share (64 rows each); narrow
-// ones, 128 x 128 x 64 in six, they take in turns, so that one finishes its sums while the other multiplies. Forward
-// plan.h chooses; grad_hidden, which has most to do behind its product, is narrow. A full and an empty mbarrier per stage,
-// and for turns one per group: a phase is known by its parity alone, so nobody may wait for a stage before the other has
-// seen all earlier ones come. No cluster.
+// overlap). The other two multiply with wgmma out of shared memory, give stages back, and finish their sums
+// (epilogue.cuh) while the first is ahead in the next tile. Wide tiles, 128 x 256 x 64 in four stages, they share (64
+// rows each); narrow ones, 128 x 128 x 64 in six, they take in turns, so that one finishes its sums while the other
+// multiplies. Forward plan.h chooses; grad_hidden, which has most to do behind its product, is narrow. A full and an
+// empty mbarrier per stage, and for turns one per group: a phase is known by its parity alone, so nobody may wait for a
+// stage before the other has seen all earlier ones come. No cluster.
 #include "hopper.h"
 
 #include "epilogue.cuh"
@@ -190,8 +190,9 @@ static void run(const Device& device, Kernel kernel, const Gemm& p, const End& e
 
 template <class T, int kCols>
 static void run_forward(const Device& device, const Gemm& p, const Plan& plan, const ForwardEnd<T>& end) {
-  run<kCols>(device, p.k_inner ? hopper_kernel<T, kCols, true, ForwardEnd<T>> : hopper_kernel<T, kCols, false, ForwardEnd<T>>,
-             p, end, plan.tiles_n, plan.splits, plan.blocks);
+  run<kCols>(device,
+             p.k_inner ? hopper_kernel<T, kCols, true, ForwardEnd<T>> : hopper_kernel<T, kCols, false, ForwardEnd<T>>, p,
+             end, plan.tiles_n, plan.splits, plan.blocks);
 }
 
 void hopper_grouped_gemm(const Device& device, Dtype dtype, const Gemm& p, const Plan& plan, void* out, void* pre,

@@ -1,8 +1,8 @@
 // Index arithmetic of the grouped GEMMs, the same on host and device, tested on the host (tests/kernels/test_cuda.py).
 //
-// Rows of expert e are [expert_offsets[e], expert_offsets[e + 1]); it owns ceil(rows / tile rows) * tiles_n tiles,
-// and that many again for each further part of a split reduction. Tiles are numbered expert by expert, so a persistent block finds its tiles from the offsets alone and the grid needs
-// no routing.
+// Rows of expert e are [expert_offsets[e], expert_offsets[e + 1]); it owns ceil(rows / tile rows) * tiles_n tiles, and
+// that many again for each further part of a split reduction. Tiles are numbered expert by expert, so a persistent block
+// finds its tiles from the offsets alone and the grid needs no routing.
 #pragma once
 
 #include <cstdint>

@@ -94,7 +94,8 @@ void grouped_gemm_weight_grad(const Device& device, Dtype dtype, const WeightGra
     using T = std::remove_pointer_t<decltype(type)>;
     const auto run = [&](auto kernel) {
       launch(device, kernel, plan.blocks, kGemmThreads, kGemmShared, p, out, bias, plan.tiles_n,
-             plan.tiles_k, plan.splits, aligned16(p.grad, 0, p.stride_grad, sizeof(T)), aligned16(p.x, 0, p.stride_x, sizeof(T)));
+             plan.tiles_k, plan.splits, aligned16(p.grad, 0, p.stride_grad, sizeof(T)),
+             aligned16(p.x, 0, p.stride_x, sizeof(T)));
     };
     if constexpr (sizeof(T) == 4) {
       if (p.tf32) return run(weight_grad_kernel<T, true>);

@@ -10,7 +10,8 @@ template <class T, int kN>
 struct Wgmma;
 
 #define CUMO_D8(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
 #define CUMO_D64(i) \
   CUMO_D8(i), CUMO_D8(i + 8), CUMO_D8(i + 16), CUMO_D8(i + 24), CUMO_D8(i + 32), CUMO_D8(i + 40), CUMO_D8(i + 48), \
       CUMO_D8(i + 56)

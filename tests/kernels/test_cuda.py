@@ -77,7 +77,7 @@ def calls(device, full=False):
     yield "grouped_gemm", (new(4, 8), up, offsets, bias, given(slots), given(slots), 1, None)
     yield "grouped_gemm_weight_grad", (new(4, 8), new(4, 8), offsets, given(slots), given(slots), 1, full)
     yield "expert_mlp", (x, *plan, up, down, bias, bias, "gelu", "none")
-    every = (True, True, True, True)
+    every = (True,) * 6
     yield (
         "expert_mlp_backward",
         (x, x, *plan, up, down, bias, bias, new(4, 8), new(0), "gelu", "preact", *every),

@@ -303,8 +303,10 @@ def test_tf32(tf32, k_inner):
 
 
 @runs
-def test_one_column(dtype):
-    """A reduction of one step, from a strided view and from a transposed one."""
+@pytest.mark.parametrize("capability", [80, 90])
+def test_one_column(dtype, capability, monkeypatch):
+    """A reduction of one step, from strided and transposed views; bias gradients alone are such."""
+    monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", str(capability))
     offsets = torch.tensor([0, 2, 5], dtype=torch.int32, device=HERE)
     for x in (torch.randn(5, 16, device=HERE), torch.randn(16, 5, device=HERE).T):
         x, weight = x.to(dtype), torch.randn(2, 24, 8, device=HERE, dtype=dtype)
