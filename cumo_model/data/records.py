@@ -9,6 +9,7 @@ import mmap
 import os
 import re
 import tarfile
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,18 +84,20 @@ def read_row(path: str, offset: int, length: int) -> Any:
     """The record `scan` found there."""
     with open(path, "rb") as file:
         file.seek(offset)
-        return json.loads(file.read(length).decode("utf-8"))
+        return json.loads(file.read(length).decode("utf-8-sig"))
 
 
 def _parse(data: bytes) -> tuple[Any, str | None]:
     try:
-        return json.loads(data.decode("utf-8")), None
+        return json.loads(data.decode("utf-8-sig")), None
     except UnicodeDecodeError as error:
         return None, f"is not UTF-8 text: {error}"
     except json.JSONDecodeError as error:
         return None, f"is not JSON: {error.msg} at its line {error.lineno}, column {error.colno}"
     except RecursionError:
         return None, "is nested too deeply"
+    except ValueError as error:  # a number of thousands of digits
+        return None, f"is not JSON that Python reads: {error}"
 
 
 def _scan_lines(file) -> Iterator[Row]:
@@ -120,8 +123,22 @@ def _scan_tar(path: str) -> Iterator[Row]:
                     own = beside.get(member.name.removesuffix(".json"), ())
                     value = with_pictures(value, own)
                 yield Row(number, number + 1, member.offset_data, member.size, value, reason, own)
+            if members and _ends_early(file, members[-1]):
+                place = os.path.getsize(path)
+                reason = "the file ends before its archive does"
+                yield Row(len(records), len(records) + 1, place, 0, None, reason)
     except tarfile.TarError as error:
         raise ValueError(f"{path}: is not an uncompressed tar file: {error}") from None
+
+
+def _ends_early(file, last: tarfile.TarInfo) -> bool:
+    """Whether more should follow the last member that tarfile found: it takes a torn end for the end."""
+    end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    file.seek(0, os.SEEK_END)
+    if file.tell() < last.offset_data + last.size:
+        return True
+    file.seek(end)
+    return file.read(tarfile.BLOCKSIZE).strip(tarfile.NUL) != b""
 
 
 def _pictures_beside(members: list[tarfile.TarInfo], records: set[str]) -> dict[str, tuple[str, ...]]:
@@ -160,7 +177,7 @@ _RECORD = re.compile(rb'\{\s*"(?:id|image|conversations)"')
 
 
 def _scan_list(path: str, data: mmap.mmap) -> Iterator[Row]:
-    place = _SPACE.match(data, 0).end()
+    place = _SPACE.match(data, len(BOM_UTF8) if data[:3] == BOM_UTF8 else 0).end()
     if data[place : place + 1] != b"[":
         value, reason = _parse(data[:])
         raise ValueError(f"{path}: {reason or f'must hold a list of records, got {type(value).__name__}'}")
@@ -291,8 +308,8 @@ def check(
     """
     get_template(template)
     name, count = os.fspath(path), [0] if count is None else count
-    pictures = None if image_root is None else Pictures(image_root)
     try:
+        pictures = None if image_root is None else Pictures(image_root)
         for row in scan(path):
             count[0] = row.number + 1
             yield from row_problems(row, name, pictures, decode, template)

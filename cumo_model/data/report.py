@@ -20,8 +20,14 @@ def check_files(
     Returns:
         How many records cannot be used; a file that cannot be read counts as one.
     """
-    unusable = 0
-    for file in record_files(list(files)):
+    unusable, found = 0, []
+    for pattern in files:
+        try:
+            found += [file for file in record_files(pattern) if file not in found]
+        except ValueError as error:
+            print(error, flush=True)
+            unusable += 1
+    for file in found:
         roots = list(image_root or []) + ([file] if file.endswith(".tar") else [])
         count, fatal, warned = [0], 0, 0
         with tqdm(desc=file, unit=" records", mininterval=1, disable=not sys.stderr.isatty()) as bar:

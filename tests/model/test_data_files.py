@@ -209,6 +209,30 @@ def test_a_broken_list_is_read_to_its_end(tmp_path):
     assert "is not JSON" in lines[3] and "non-empty list" in lines[8] and "file ends" in lines[11]
 
 
+def test_torn_archives_byte_order_marks_and_long_numbers(tmp_path, pictures, capsys):
+    """Each is one problem of one record or file, and everything else is read."""
+    good = json.dumps(_text(1))
+    (tmp_path / "long.jsonl").write_text(f'{good}\n{{"id": {"9" * 6000}}}\n{good}\n')
+    assert [problem.line for problem in check(tmp_path / "long.jsonl")] == [2]
+    (tmp_path / "mark.json").write_text(f"[{good}]", encoding="utf-8-sig")
+    (tmp_path / "mark.jsonl").write_text(good, encoding="utf-8-sig")
+    for name in ("mark.json", "mark.jsonl"):
+        assert list(check(tmp_path / name)) == []
+        assert [row.value for row in scan(tmp_path / name)] == [_text(1)]
+    whole = _shard(tmp_path / "whole.tar", [_text(1), _text(2)], pictures).read_bytes()
+    assert list(check(tmp_path / "whole.tar")) == []
+    for cut in (1024 + 100, 1024 + 512 + 10):  # in the second header, in the second record
+        (tmp_path / "torn.tar").write_bytes(whole[:cut])
+        reasons = [problem.reason for problem in check(tmp_path / "torn.tar")]
+        assert any("file ends before its archive" in r or "unexpected end of data" in r for r in reasons)
+    (tmp_path / "noise.tar").write_bytes(b"\x01" * 700)
+    files = [str(tmp_path / name) for name in ("gone.json", "noise.tar", "whole.tar")]
+    assert main(["data", "check", *files]) == 1
+    out = capsys.readouterr().out
+    assert "gone.json: the file does not exist" in out and "is not an uncompressed tar file" in out
+    assert "whole.tar: 2 records, 0 cannot be used" in out
+
+
 @pytest.mark.parametrize(
     "content", ["[" * 3000, '[{"a": ', '[{"id": 1,]', "[1, [2", '["', b'[{"id": "\xff"}]']
 )

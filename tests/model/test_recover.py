@@ -160,6 +160,20 @@ def test_sigterm_saves_and_the_same_command_goes_on(folder):
     same_result(folder / "whole", folder / "asked")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_sigterm_to_torchrun_stops_all_workers_at_one_step(folder):
+    options = {"trainer__max_steps": 5000, "trainer__save_steps": 5, "model__text_experts": 0}
+    run = folder / "asked"
+    process = start(write_recipe(folder, "asked", trainer__per_device_train_batch_size=1, **options), 2)
+    wait_for(lambda: reached(run, 5), process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=100)
+    said = [line for line in out.splitlines() if "stopped at step" in line]
+    assert len(said) == 2 and len(set(said)) == 1 and "progress is saved" in said[0]
+    assert checkpoints(run)[-1].name == f"checkpoint-{said[0].split('step ')[1].split(',')[0]}"
+
+
 class StopAt:
     """What a signal does, at a known step."""
 
