@@ -30,8 +30,8 @@ class Gpu:
     def has_tma(self) -> bool:
         """Whether operands come through the copy engine that reads tensor descriptors.
 
-        Workstation Blackwell has one too, but Triton 3.6's descriptors make every GEMM there spill in its main
-        loop, and cp.async none (codegen.py).
+        Workstation Blackwell has one too, but Triton 3.6's descriptors make every GEMM there spill in its
+        main loop, and cp.async none (codegen.py).
         """
         return 90 <= self.capability < 120
 
