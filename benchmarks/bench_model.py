@@ -65,7 +65,7 @@ def original_experts():
     """MoELayers compute their experts as the original's loop does."""
     plain = Experts.forward
 
-    def loop(self: Experts, x: Tensor, routing: Routing) -> Tensor:
+    def loop(self: Experts, x: Tensor, routing: Routing, compat: str | None = None) -> Tensor:
         up, up_bias = self.up
         biases = () if up_bias is None else (up_bias, self.down_proj_bias)
         groups = 1 if routing.stats is None else routing.stats.mean_probs.shape[0]

@@ -16,6 +16,7 @@ from benchmarks import (
     bench_experts,
     bench_grouped_gemm,
     bench_layer,
+    bench_model,
     bench_overhead,
     bench_permutation,
     bench_routing,
@@ -79,6 +80,13 @@ def test_every_file_measures_and_nothing_is_refused(file, shape):
             and row.torch == torch.__version__
         )
         assert (row.variant == "dense") == (row.error is None)
+
+
+def test_whole_models_run_with_the_originals_loop():
+    tower = bench_model.cases("cpu", False)[0].shape
+    workload = bench_model.setup(tower, torch.float32, "cpu", "uniform")
+    verdict = harness.gate({"loop": workload.peers["cumo-original"]}, workload)["loop"]
+    assert (verdict.refusal, verdict.backward_refusal) == (None, None) and verdict.error < 2
 
 
 def test_a_wrong_kernel_is_refused_a_timing(monkeypatch):
