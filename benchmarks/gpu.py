@@ -203,6 +203,12 @@ def run(steps: Iterable[Step], budget: float, out: Path, head: str) -> list[Outc
     return outcomes
 
 
+def part_of(steps: Iterable[Step], part: str) -> list[Step]:
+    """ "prove": what must pass, and what that stands on; "measure": the rest. Both build."""
+    proves = lambda step: step.must_pass or step.name in ("machine", "compile")
+    return [s for s in steps if s.always or s.name == "build" or proves(s) == (part == "prove")]
+
+
 def unproven(outcomes: Iterable[Outcome], steps: Iterable[Step], device: str) -> list[Outcome]:
     """Required steps that are not ok; on a CPU, where this script is only tried, some cannot run at all."""
     required = {step.name for step in steps if step.must_pass and (device == "cuda" or not step.why_not())}
@@ -217,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None, help="folder; default runs/gpu/<time>")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try this script")
     parser.add_argument("--only", action="append", help="steps to run, by name; default: all")
+    parser.add_argument("--part", choices=("prove", "measure"), help="half of the steps, for two cold calls")
     args = parser.parse_args(argv)
     import torch
 
@@ -231,6 +238,8 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"--only must be one of {[step.name for step in steps]}, got {sorted(unknown)}")
     steps = [step for step in steps if not args.only or step.name in args.only]
+    if args.part:
+        steps = part_of(steps, args.part)
     head = f"# {name}, torch {torch.__version__}, {now:%Y-%m-%d %H:%M} UTC, budget {args.budget:.0f} s"
     outcomes = run(steps, args.budget, out, head)
     print(f"\n{(out / 'summary.md').read_text()}\nin {out}")

@@ -4,6 +4,7 @@ import json
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +105,14 @@ def test_every_gpu_step_says_on_a_cpu_why_it_is_skipped(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_two_parts_are_the_whole_and_one_proves():
+    steps = gpu.plan("cpu", Path("out"))
+    prove, measure = (gpu.part_of(steps, part) for part in ("prove", "measure"))
+    assert {s.name for s in prove} | {s.name for s in measure} == {s.name for s in steps}
+    assert {s.name for s in steps if s.must_pass} <= {s.name for s in prove}
+    assert {s.name for s in prove} & {s.name for s in measure} == {"build", "choose", "report"}
+
+
 def test_the_real_steps_run_on_a_cpu(tmp_path, capsys):
     wanted = ["machine", "verify", "memcheck", "report"]
     only = [word for name in wanted for word in ("--only", name)]
