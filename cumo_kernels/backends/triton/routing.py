@@ -15,6 +15,8 @@ sort_by_expert is in sorting.py, what both kernels read in logits.py.
 Contract: cumo_kernels/ops/routing.py. Truth: cumo_kernels/backends/reference/routing.py.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -396,7 +398,8 @@ def route_backward(
     """
     has_gate = gate_weight is not None
     if has_gate and gate_weight.shape[0] > FUSED_GATE_EXPERTS:
-        with torch.autocast(x.device.type, enabled=False):
+        # backward may run under an autocast that forward did not see; tensors that are compiled for have none
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             dlogits, _ = route_backward(
                 grad_weights, grad_mean_probs, grad_z, x @ gate_weight.T, None, topk_indices, group_offsets,
                 renormalize,
