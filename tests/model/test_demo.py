@@ -65,7 +65,7 @@ def test_choice_is_the_likeliest_answer(examiner):
             ids = tokenize_prompt(turns, tokenizer, "mistral_instruct", 9).tolist()
             start, total = len(ids), 0.0
             ids += tokenizer(f" {word} </s>", add_special_tokens=False)["input_ids"]
-            pixels = examiner.dataset[row]["pixel_values"][None]
+            pixels = examiner.dataset[row]["pixel_values"]
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0]
             for position in range(start, len(ids)):
@@ -113,7 +113,7 @@ def test_the_exam_looks_at_the_picture(examiner):
     samples = [examiner._answered(0, "red")] * 2
     likelihoods = examiner._likelihood([0, 2], samples)
     assert likelihoods[0] != likelihoods[1]
-    assert torch.equal(examiner._pixels([0])[0], examiner.dataset[0]["pixel_values"])
+    assert torch.equal(examiner._pixels([0]), examiner.dataset[0]["pixel_values"])
 
 
 def test_expert_load_of_the_language_model_leaves_padding_out(examiner, tiny_config):
@@ -131,9 +131,7 @@ def test_expert_load_of_the_language_model_leaves_padding_out(examiner, tiny_con
         for row in [row for row in examiner.rows if examiner.dataset.records[row]["kind"] == kind]:
             sample = examiner.dataset[row]
             with torch.no_grad(), record_routing() as records:
-                examiner.model.model(
-                    input_ids=sample["input_ids"][None], pixel_values=sample["pixel_values"][None]
-                )
+                examiner.model.model(input_ids=sample["input_ids"][None], pixel_values=sample["pixel_values"])
             counts = counts + torch.stack(
                 [r.routing.topk_indices.flatten().bincount(minlength=4) for r in records if r.place == "llm"]
             )
@@ -226,7 +224,7 @@ def test_pictures_are_drawn(examiner, tmp_path):
     }
     plot_losses({"stage": history}, tmp_path / "losses.png")
     plot_expert_load(examiner.expert_load(), tmp_path / "load.png")
-    pixels = examiner.dataset[0]["pixel_values"][None]
+    pixels = examiner.dataset[0]["pixel_values"]
     experts = {key: value.numpy() for key, value in patch_experts(examiner.model, pixels).items()}
     assert {value.shape for value in experts.values()} == {(3, 3)}
     plot_patches(np.zeros((12, 12, 3), np.uint8), experts, tmp_path / "patches.png")
