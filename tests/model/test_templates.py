@@ -18,13 +18,8 @@ from cumo_model.conversation import (
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing import build_processor
 from cumo_model.templates import ALIASES, TEMPLATES, get_template
+from tests.model.test_conversation import TWO_ROUNDS
 
-TWO_ROUNDS = [
-    {"from": "human", "value": "What is it?\n<image>"},
-    {"from": "gpt", "value": "a red apple"},
-    {"from": "human", "value": "Which colour?"},
-    {"from": "gpt", "value": "red"},
-]
 USER = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
     "detailed, and polite answers to the user's questions."

@@ -80,9 +80,7 @@ def _activate_backward_kernel(
 
 
 @planned
-def _plan(
-    kernel, device: torch.device, dtype: torch.dtype, name: str, width: int, block: tuple[int, int]
-) -> Launch:
+def _plan(kernel, device: torch.device, name: str, width: int, block: tuple[int, int]) -> Launch:
     gated = ACTIVATIONS[name].is_gated
     return Launch(kernel, I=width, NAME=name, GATED=gated, BLOCK_S=block[0], BLOCK_I=block[1])
 
@@ -94,7 +92,7 @@ def _launch(kernel, x: Tensor, name: str, *tensors: Tensor) -> None:
         width = x.shape[-1] // 2
         rows = x.numel() // (2 * width)
     block_s, block_i = tile_of_rows(width, x.element_size(), rows)
-    launch = _plan(kernel, x.device, x.dtype, name, width, (block_s, block_i))
+    launch = _plan(kernel, x.device, name, width, (block_s, block_i))
     launch(cdiv(rows, block_s) * cdiv(width, block_i), *tensors, rows)
 
 

@@ -62,12 +62,7 @@ def _weigh_rows_kernel(
 
 @planned
 def _plan_weigh(
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int,
-    top_k: int,
-    strides: tuple[int, int],
-    activation: str | None,
+    device: torch.device, width: int, top_k: int, strides: tuple[int, int], activation: str | None
 ) -> tuple[Launch, int, int]:
     """-> launch, rows of a tile, column tiles."""
     block_m, block_n = 8, min(next_power_of_2(width), 512)
@@ -99,7 +94,7 @@ def _weigh_rows(
     out = source.new_empty(num_rows, width)
     if out.numel():
         launch, block_m, tiles_n = _plan_weigh(
-            source.device, source.dtype, width, topk_weights.shape[1], source.stride(), activation
+            source.device, width, topk_weights.shape[1], source.stride(), activation
         )
         launch(cdiv(num_rows, block_m) * tiles_n, source, topk_weights, permutation, expert_offsets[-1], out)
     return out
@@ -156,14 +151,7 @@ SLOTS = 8  # of a program of _topk_weights_grad_kernel
 
 @planned
 def _plan_topk_weights_grad(
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int,
-    top_k: int,
-    strides: tuple[int, int],
-    tiles: int,
-    num_experts: int,
-    with_bias: bool,
+    device: torch.device, width: int, top_k: int, strides: tuple[int, int], tiles: int, num_experts: int
 ) -> Launch:
     return Launch(
         _topk_weights_grad_kernel,
@@ -194,8 +182,8 @@ def _topk_weights_grad(
     if num_slots:
         bias = None if down_bias is None else down_bias.contiguous()
         launch = _plan_topk_weights_grad(
-            grad.device, grad.dtype, grad.shape[1], topk_weights.shape[1], grad.stride(), dots.shape[1],
-            expert_offsets.shape[0] - 1, bias is not None,
+            grad.device, grad.shape[1], topk_weights.shape[1], grad.stride(), dots.shape[1],
+            expert_offsets.shape[0] - 1,
         )  # fmt: skip
         launch(cdiv(num_slots, SLOTS), dots, grad, bias, inverse_permutation, expert_offsets, out, num_slots)
     return out
@@ -232,9 +220,7 @@ def _combine_splits_kernel(
 
 
 @planned
-def _plan_combine_splits(
-    device: torch.device, dtype: torch.dtype, width: int, top_k: int, num_splits: int, weighted: bool
-) -> tuple[Launch, int]:
+def _plan_combine_splits(device: torch.device, width: int, top_k: int, num_splits: int) -> tuple[Launch, int]:
     """-> launch, column tiles."""
     block_n = min(next_power_of_2(width), 1024)
     launch = Launch(_combine_splits_kernel, N=width, TOP_K=top_k, SPLITS=num_splits, BLOCK_N=block_n)
@@ -256,9 +242,7 @@ def _multiply_and_combine(
         return combine(y, topk_weights, inverse_permutation, top_k)
     num_splits, num_rows, width = y.shape
     out = rows.new_empty(num_rows // top_k, width)
-    launch, tiles_n = _plan_combine_splits(
-        rows.device, rows.dtype, width, top_k, num_splits, topk_weights is not None
-    )
+    launch, tiles_n = _plan_combine_splits(rows.device, width, top_k, num_splits)
     launch(out.shape[0] * tiles_n, y, topk_weights, inverse_permutation, out, num_rows)
     return out
 

@@ -170,7 +170,6 @@ def _plan(
     top_k: int,
     activation: str,
     describe_weight: bool,
-    need: tuple[bool, bool, bool],
     precision: str,
     config: tuning.Config | None,
     gpu: tuning.Gpu,
@@ -232,8 +231,8 @@ def launch_grad_hidden(
     stored = down_proj.transpose(1, 2) if _is_k_inner(down_proj.stride()) else down_proj
     config, launch, weight_block = _plan(
         grad.device, grad.dtype, tuning.bucket(num_rows), down_proj.shape, grad.stride(), down_proj.stride(),
-        topk_weights.shape[1], activation, can_describe(stored, gpu.has_tma),
-        (need_dz, need_weighted, need_dots), input_precision(grad.dtype), config, gpu,
+        topk_weights.shape[1], activation, can_describe(stored, gpu.has_tma), input_precision(grad.dtype),
+        config, gpu,
     )  # fmt: skip
     tiles_n = cdiv(width, config.BLOCK_N)
     dz = torch.empty_like(z) if need_dz else grad.new_empty(0)

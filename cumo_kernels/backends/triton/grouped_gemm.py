@@ -230,8 +230,6 @@ def _plan(
     gathered: bool,
     describe_x: bool,
     describe_weight: bool,
-    with_bias: bool,
-    keep: tuple[bool, bool],
     zero_tail: bool,
     precision: str,
     config: tuning.Config | None,
@@ -313,7 +311,7 @@ def launch_gemm(
     plan = _plan(
         x.device, x.dtype, tuning.bucket(num_rows), weight.shape, x.stride(), weight.stride(), top_k,
         activation, gathered, not gathered and can_describe(x, gpu.has_tma),
-        can_describe(stored, gpu.has_tma), bias is not None, (keep_out, keep_pre), zero_tail,
+        can_describe(stored, gpu.has_tma), zero_tail,
         input_precision(x.dtype), config, gpu,
     )  # fmt: skip
     num_splits = plan.config.SPLITS

@@ -15,7 +15,10 @@ from cumo_kernels import tuning
 
 
 def planned(function: Callable) -> Callable:
-    """Decorator for pure functions of what decides a launch; the device is one of the arguments."""
+    """Decorator for pure functions of what decides a launch's constants; the device is one of the arguments.
+
+    What `Launch` sees for itself (dtypes of tensors, which are None) is none of them.
+    """
     remembering = lru_cache(4096)(function)
     tuning.CACHES.append(remembering)
     return remembering

@@ -158,7 +158,7 @@ def _sum_rows_kernel(
 
 
 @planned
-def _plan_sum(device: torch.device, dtype: torch.dtype, num_rows: int, width: int) -> tuple[Launch, int]:
+def _plan_sum(device: torch.device, num_rows: int, width: int) -> tuple[Launch, int]:
     block_r = min(32, next_power_of_2(num_rows))
     block_n = 4096 // block_r
     launch = Launch(_sum_rows_kernel, R=num_rows, N=width, BLOCK_R=block_r, BLOCK_N=block_n)
@@ -169,6 +169,6 @@ def sum_rows(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """(R, ...) fp32 -> (...): the sum over the first dimension, in a fixed order."""
     out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
     if out.numel():
-        launch, programs = _plan_sum(partials.device, dtype, partials.shape[0], out.numel())
+        launch, programs = _plan_sum(partials.device, partials.shape[0], out.numel())
         launch(programs, partials, out)
     return out

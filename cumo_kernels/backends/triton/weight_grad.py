@@ -252,8 +252,6 @@ def _plan(
     gather_x: bool,
     describe_grad: bool,
     describe_x: bool,
-    with_bias: bool,
-    with_row_weights: bool,
     precision: str,
     config: tuning.Config | None,
     gpu: tuning.Gpu,
@@ -316,8 +314,8 @@ def launch_weight_grad(
     describe_x = not gather_x and can_describe(x, gpu.has_tma)
     config, launch, programs = _plan(
         x.device, x.dtype, tuning.bucket(num_rows), num_experts, width, in_features, x.shape[1],
-        grad.stride(), x.stride(), top_k, gather_grad, gather_x, describe_grad, describe_x, need_bias,
-        row_weights is not None, input_precision(x.dtype), config, gpu,
+        grad.stride(), x.stride(), top_k, gather_grad, gather_x, describe_grad, describe_x,
+        input_precision(x.dtype), config, gpu,
     )  # fmt: skip
     split = config.SPLITS > 1
     make = lambda *size: x.new_empty(
