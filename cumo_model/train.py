@@ -197,7 +197,7 @@ def train(
     model.config.router_z_loss_coef = stage.router_z_loss_coef
     identity = {
         "stage": dataclasses.asdict(stage),
-        "model": hashlib.sha256(model.config.to_json_string().encode()).hexdigest(),
+        "model": _model_digest(model),
         "data": _digest(dataset),
         "seed": seed,
     }
@@ -245,6 +245,19 @@ def read_history(out_dir: str | os.PathLike) -> dict:
 
 def write_history(folder: Path, history: dict, identity: dict) -> None:
     (folder / HISTORY_FILE).write_text(json.dumps({**history, "identity": identity}))
+
+
+# what saving and loading write into a config: a stage continues in memory or from disk alike
+_NOT_THE_MODEL = ("architectures", "dtype", "_name_or_path", "transformers_version")
+
+
+def _model_digest(model: CumoForConditionalGeneration) -> str:
+    def bare(config: dict) -> dict:
+        kept = {key: value for key, value in config.items() if key not in _NOT_THE_MODEL}
+        return {key: bare(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+    content = json.dumps(bare(json.loads(model.config.to_json_string())), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _digest(dataset: ConversationDataset) -> str:

@@ -1,5 +1,6 @@
 """Training: stages as data, what is frozen, and runs killed at any moment."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -132,6 +133,20 @@ def test_a_finished_stage_is_loaded_and_another_one_refused(make_model, conversa
     with pytest.raises(ValueError, match=r"out belongs to a run with another seed: choose another folder"):
         train(make_model(), STAGE, dataset, tmp_path / "out", processor, seed=1)
     assert (tmp_path / "out" / "history.json").stat().st_mtime_ns == stamp
+
+
+def test_a_stage_goes_on_from_the_one_before_in_memory_or_from_disk(make_model, conversations, tmp_path):
+    dataset, processor = make_dataset(conversations), conversations[1]
+    first, second = (dataclasses.replace(STAGE, name=name) for name in ("first", "second"))
+    model = train(make_model(), first, dataset, tmp_path / "first", processor)
+    done = train(model, second, dataset, tmp_path / "second", processor)
+    # a process of its own, killed in the second stage and started again, finds the first on disk
+    loaded = train(make_model(), first, dataset, tmp_path / "first", processor)
+    again = train(loaded, second, dataset, tmp_path / "second", processor)
+    assert all(torch.equal(a, b) for a, b in zip(done.parameters(), again.parameters(), strict=True))
+    loaded.config.vision_config.num_experts_per_tok += 1
+    with pytest.raises(ValueError, match="belongs to a run with another model"):
+        train(loaded, second, dataset, tmp_path / "second", processor)
 
 
 def toy(steps, stop_after=None):
