@@ -297,7 +297,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& x, const 
 std::tuple<Tensor, Tensor> route_backward(const Tensor& grad_weights, const Tensor& grad_mean_probs,
                                           const Tensor& grad_z, const Tensor& x, const MaybeTensor& gate_weight,
                                           const Tensor& topk_indices, const MaybeTensor& group_offsets,
-                                          bool renormalize) {
+                                          bool renormalize, bool need_x, bool need_gate) {
   const Dtype dtype = dtype_of("x", x);
   const int64_t G = grad_mean_probs.size(0);
   RouteTensors t = describe_route(x, gate_weight, group_offsets, G, topk_indices.size(1), renormalize);
@@ -312,18 +312,24 @@ std::tuple<Tensor, Tensor> route_backward(const Tensor& grad_weights, const Tens
   CHECK_SAME_DEVICE(grad_mean_probs, x);
   CHECK_SAME_DEVICE(grad_z, x);
   Tensor dlogits = make(x, {r.T, r.E});
-  if (r.T == 0) return {make(x, x.sizes()), gate_weight ? zeros(x, gate_weight->sizes(), x.scalar_type()) : make(x, {0})};
+  const Tensor nothing = make(x, {0});
+  if (r.T == 0)
+    return {need_x ? make(x, x.sizes()) : nothing,
+            need_gate ? zeros(x, gate_weight->sizes(), x.scalar_type()) : nothing};
   const On on(x);
   const Tensor dweights = grad_weights.contiguous().to(at::kFloat), dmeans = grad_mean_probs.contiguous().to(at::kFloat);
   const Tensor dz = grad_z.contiguous().to(at::kFloat), indices = topk_indices.contiguous();
   route_backward(on.device, dtype, r, floats(dweights), floats(dmeans), floats(dz), ints(indices),
                  dlogits.mutable_data_ptr());
-  if (!gate_weight) return {dlogits, make(x, {0})};
-  if (!t.gate.defined()) return {at::mm(dlogits, *gate_weight), at::mm(dlogits.t(), x)};
-  Tensor dx = make(x, x.sizes()), dgate = make(x, gate_weight->sizes());
-  Tensor sums = make(x, {gate_backward_blocks(on.device, r), r.E, r.H}, at::kFloat);
-  gate_backward(on.device, dtype, r, data(dlogits), dx.mutable_data_ptr(), dgate.mutable_data_ptr(),
-                sums.mutable_data_ptr<float>());
+  if (!gate_weight) return {need_x ? dlogits : nothing, nothing};
+  if (!t.gate.defined())
+    return {need_x ? at::mm(dlogits, *gate_weight) : nothing, need_gate ? at::mm(dlogits.t(), x) : nothing};
+  Tensor dx = need_x ? make(x, x.sizes()) : nothing, dgate = need_gate ? make(x, gate_weight->sizes()) : nothing;
+  Tensor sums = need_gate ? make(x, {gate_backward_blocks(on.device, r), r.E, r.H}, at::kFloat) : nothing;
+  if (need_x || need_gate)
+    gate_backward(on.device, dtype, r, data(dlogits), need_x ? dx.mutable_data_ptr() : nullptr,
+                  need_gate ? dgate.mutable_data_ptr() : nullptr,
+                  need_gate ? sums.mutable_data_ptr<float>() : nullptr);
   return {dx, dgate};
 }
 
@@ -371,9 +377,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         arg("compat"));
   m.def("route_backward",
         py::overload_cast<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&,
-                          const MaybeTensor&, bool>(&route_backward),
+                          const MaybeTensor&, bool, bool, bool>(&route_backward),
         arg("grad_weights"), arg("grad_mean_probs"), arg("grad_z"), arg("x"), arg("gate_weight"), arg("topk_indices"),
-        arg("group_offsets"), arg("renormalize"));
+        arg("group_offsets"), arg("renormalize"), arg("need_x"), arg("need_gate"));
   m.def("sort_by_expert", py::overload_cast<const Tensor&, int64_t>(&sort_by_expert), arg("topk_indices"),
         arg("num_experts"));
   m.def("grouped_gemm",

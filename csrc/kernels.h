@@ -43,6 +43,7 @@ constexpr int kMaxExperts = 256;      // of route and sort_by_expert
 constexpr int kMaxFusedExperts = 32;  // of a gate inside route and gate_backward
 int gate_backward_blocks(const Device&, const Route&);
 // dx = dlogits @ gate (T, H), dgate = dlogits^T @ x (E, H); sums (gate_backward_blocks, E, H) fp32 is scratch.
+// dx, or dgate and sums, may be nullptr: not wanted.
 void gate_backward(const Device&, Dtype, const Route&, const void* dlogits, void* dx, void* dgate, float* sums);
 
 int64_t sort_scratch(int64_t S, int E);  // integers, may be 0

@@ -345,7 +345,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// A thread owns columns of x; a block takes every gridDim-th run of tokens, and its sums follow each other in one order.
+// A thread owns columns of x; a block takes every gridDim-th run of tokens, and its sums follow each other in one
+// order. dx or sums may be nullptr: not wanted.
 template <class T, int kExperts>
 __global__ void __launch_bounds__(kThreads) gate_backward_kernel(Route r, const T* dlogits, T* dx, float* sums) {
   float* shares = shared_memory<float>();  // (tokens, kExperts): dlogits, zero past E
@@ -364,7 +365,7 @@ __global__ void __launch_bounds__(kThreads) gate_backward_kernel(Route r, const 
 #pragma unroll
       for (int e = 0; e < kExperts; ++e) w[e] = e < r.E ? to_float(gate[e * r.stride_gate_e + col]) : 0.0f;
       for (int t = 0; t < count; ++t) {
-        const float value = to_float(x[(begin + t) * r.stride_x_t + col]);
+        const float value = sums != nullptr ? to_float(x[(begin + t) * r.stride_x_t + col]) : 0.0f;
         float grad = 0.0f;
 #pragma unroll
         for (int e = 0; e < kExperts; ++e) {
@@ -372,11 +373,11 @@ __global__ void __launch_bounds__(kThreads) gate_backward_kernel(Route r, const 
           grad += share * w[e];
           sum[e] += share * value;
         }
-        dx[(begin + t) * r.H + col] = from_float<T>(grad);
+        if (dx != nullptr) dx[(begin + t) * r.H + col] = from_float<T>(grad);
       }
 #pragma unroll
       for (int e = 0; e < kExperts; ++e)
-        if (e < r.E) {
+        if (e < r.E && sums != nullptr) {
           float* out = sums + (int64_t{blockIdx.x} * r.E + e) * r.H + col;
           *out = begin == int64_t{blockIdx.x} * kTokensPerBlock ? sum[e] : *out + sum[e];
         }
@@ -429,7 +430,7 @@ void gate_backward(const Device& device, Dtype dtype, const Route& r, const void
     launch(device, r.E <= 8 ? gate_backward_kernel<T, 8> : gate_backward_kernel<T, kMaxFusedExperts>, blocks, kThreads,
            4 * kTokensPerBlock * experts, r, static_cast<const T*>(dlogits), static_cast<T*>(dx), sums);
   });
-  sum_parts(device, dtype, sums, gate_backward_blocks(device, r), int64_t{r.E} * r.H, dgate);
+  if (sums != nullptr) sum_parts(device, dtype, sums, gate_backward_blocks(device, r), int64_t{r.E} * r.H, dgate);
 }
 
 }  // namespace cumo

@@ -280,8 +280,15 @@ def calls(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[str
     yield "route, cumo", lambda: routing.route(x, gate, None, 1, K, True, "cumo")
     yield "route, ragged", lambda: routing.route(x, gate, ints(10), 9, K, True, None)
     yield "route from logits", lambda: routing.route(logits, None, None, 1, K, True, None)
-    yield "route backward", lambda: routing.route_backward(*grads, x, gate, indices, None, True)
-    yield "route backward, logits", lambda: routing.route_backward(*grads, logits, None, indices, None, True)
+    yield "route backward", lambda: routing.route_backward(*grads, x, gate, indices, None, True, True, True)
+    yield (
+        "route backward, frozen gate",
+        lambda: routing.route_backward(*grads, x, gate, indices, None, True, True, False),
+    )
+    yield (
+        "route backward, logits",
+        lambda: routing.route_backward(*grads, logits, None, indices, None, True, True, False),
+    )
     yield "sort", lambda: routing.sort_by_expert(indices, E)
     yield "permute", lambda: permutation.permute(x, perm, inverse, K)
     yield "combine", lambda: permutation.combine(meta(S, O), weights, inverse, K)

@@ -63,20 +63,30 @@ def _route_backward(
     topk_indices: Tensor,
     group_offsets: Tensor | None,
     renormalize: bool,
+    need_x: bool,
+    need_gate: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     return dispatch.implementation(backend, "route_backward")(
-        grad_weights, grad_mean_probs, grad_z, x, gate_weight, topk_indices, group_offsets, renormalize
+        grad_weights,
+        grad_mean_probs,
+        grad_z,
+        x,
+        gate_weight,
+        topk_indices,
+        group_offsets,
+        renormalize,
+        need_x,
+        need_gate,
     )
 
 
 @_route_backward.register_fake
 def _(
-    grad_weights, grad_mean_probs, grad_z, x, gate_weight, topk_indices, group_offsets, renormalize, backend
-):
-    return x.new_empty(x.shape), x.new_empty(0) if gate_weight is None else gate_weight.new_empty(
-        gate_weight.shape
-    )
+    grad_weights, grad_mean_probs, grad_z, x, gate_weight, topk_indices, group_offsets, renormalize, need_x,
+    need_gate, backend,
+):  # fmt: skip
+    return x.new_empty(x.shape if need_x else 0), x.new_empty(gate_weight.shape if need_gate else 0)
 
 
 def _save(ctx, inputs, output):
@@ -88,6 +98,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad_weights, _indices, grad_mean_probs, _density, grad_z):
     x, gate_weight, topk_indices, group_offsets = ctx.saved_tensors
+    need_x, need_gate = ctx.needs_input_grad[:2]
     dx, dgate = _route_backward(
         grad_weights,
         grad_mean_probs,
@@ -97,9 +108,11 @@ def _backward(ctx, grad_weights, _indices, grad_mean_probs, _density, grad_z):
         topk_indices,
         group_offsets,
         ctx.renormalize,
+        need_x,
+        need_gate,
         ctx.backend,
     )
-    return dx, None if gate_weight is None else dgate, None, None, None, None, None, None
+    return dx if need_x else None, dgate if need_gate else None, None, None, None, None, None, None
 
 
 _route.register_autograd(_backward, setup_context=_save)
@@ -113,8 +126,9 @@ def _flops(x, gate_weight, *shapes, out_shape=None, **kwargs):
 
 @register_flop_formula(torch.ops.cumo.route_backward)
 def _flops_backward(*shapes, out_shape=None, **kwargs):
-    """Both gradients of the gate's GEMM; the recomputed logits not counted."""
-    return 2 * _flops(*shapes[3:5])
+    """The wanted gradients of the gate's GEMM; the recomputed logits not counted."""
+    need_x, need_gate = shapes[8:10]
+    return (need_x + need_gate) * _flops(*shapes[3:5])
 
 
 @define("cumo::sort_by_expert")

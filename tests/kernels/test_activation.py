@@ -62,3 +62,15 @@ def test_names_the_bad_argument():
         cumo_kernels.activate(torch.randn(2, 3), "swiglu")
     with pytest.raises(ValueError, match=r"x must be float32, .*int64"):
         cumo_kernels.activate(torch.ones(2, 2, dtype=torch.int64), "gelu")
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_another_number_of_tokens_needs_no_other_plan(backend, device):
+    from cumo_kernels.backends.triton import activation
+
+    plans = []
+    for num_rows in (3, 5):
+        with use_backend(backend):
+            cumo_kernels.activate(torch.randn(num_rows, 32, device=device), "quick_gelu")
+        plans.append(activation._plan.cache_info().misses)
+    assert plans[0] == plans[1]

@@ -71,7 +71,10 @@ def calls(device, full=False):
     gate, groups = given(new(2, 8)), given(new(2, dtype=torch.int32))
     yield "route", (x, gate, groups, 1, 2, True, None)
     experts = 2 if full else 8
-    yield "route_backward", (weights, new(1, experts), new(1), x, gate, slots.view(2, 2), groups, True)
+    yield (
+        "route_backward",
+        (weights, new(1, experts), new(1), x, gate, slots.view(2, 2), groups, True, True, full),
+    )
     yield "sort_by_expert", (slots, 2)
     bias = given(new(2, 8))
     yield "grouped_gemm", (new(4, 8), up, offsets, bias, given(slots), given(slots), 1, None)

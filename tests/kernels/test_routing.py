@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from cumo_kernels import dispatch, route, routing_from_topk, use_backend
 from cumo_kernels.backends import reference
@@ -119,7 +120,7 @@ def test_ragged_groups_against_slices(backend, device, offsets, gated):
         for got, want in zip(stats, wanted[2:], strict=True):
             assert torch.allclose(got[g], want[0], rtol=1e-5, atol=1e-7)
     upstream = [torch.randn_like(t) for t in (weights, stats[0], stats[2])]
-    arguments = (*upstream, x, gate, indices, groups, True)
+    arguments = (*upstream, x, gate, indices, groups, True, True, gated)
     found = dispatch.implementation(backend, "route_backward")(*arguments)
     for got, want in zip(found, reference.route_backward(*arguments), strict=True):
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -145,18 +146,43 @@ def test_gate_in_every_dtype(backend, device, dtype, num_tokens, hidden_size, nu
     for got, want in zip(found[::2], wanted[::2], strict=True):
         assert torch.allclose(got, want, rtol=1e-5, atol=1e-7)
     upstream = [torch.randn_like(t) for t in found[::2]]
-    arguments = (*upstream, x, gate, wanted[1], None, True)
+    arguments = (*upstream, x, gate, wanted[1], None, True, True, True)
     found = dispatch.implementation(backend, "route_backward")(*arguments)
     for got, want, exact in zip(
         found,
         reference.route_backward(*arguments),
         reference.route_backward(
-            *(t.double() for t in upstream), x.double(), gate.double(), wanted[1], None, True
+            *(t.double() for t in upstream), x.double(), gate.double(), wanted[1], None, True, True, True
         ),
         strict=True,
     ):
         allowed = 2 * (want - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
         assert got.dtype == dtype and (got - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("num_experts", [5, 40], ids=["fused", "gate-in-front"])
+@pytest.mark.parametrize("num_tokens", [0, 70])
+def test_only_gradients_that_are_needed(backend, device, num_tokens, num_experts):
+    x, gate = (torch.randn(n, 33, device=device) for n in (num_tokens, num_experts))
+    indices = dispatch.implementation(backend, "route")(x, gate, None, 1, 2, True, None)[1]
+    upstream = [torch.randn(*size, device=device) for size in ((num_tokens, 2), (1, num_experts), (1,))]
+    backward = dispatch.implementation(backend, "route_backward")
+    both = backward(*upstream, x, gate, indices, None, True, True, True)
+    for needs in ((True, False), (False, True), (False, False)):
+        found = backward(*upstream, x, gate, indices, None, True, *needs)
+        for got, want, needed in zip(found, both, needs, strict=True):
+            assert torch.equal(got, want) if needed else got.shape == (0,)
+
+
+def test_a_frozen_gate_costs_no_gradient(backend, device):
+    """And one that trains alone none at x."""
+    x, gate = torch.randn(9, 8, device=device), torch.randn(4, 8, device=device)
+    for frozen in (False, True):
+        leaf = (x if frozen else gate).clone().requires_grad_()
+        with use_backend(backend), FlopCounterMode(display=False) as counter:
+            outputs(route(leaf, 2, gate) if frozen else route(x, 2, leaf))[0].square().sum().backward()
+        assert leaf.grad.shape == leaf.shape
+        assert counter.get_flop_counts()["Global"][torch.ops.cumo.route_backward] == 2 * 9 * 8 * 4
 
 
 def test_non_contiguous(backend, device):
@@ -201,7 +227,7 @@ def test_rows_without_a_maximum_stay_in_range(backend, device, dtype):
     assert torch.equal(indices[good], wanted[1][good]) and torch.equal(weights[good], wanted[0][good])
     backward = dispatch.implementation(backend, "route_backward")
     upstream = torch.randn_like(weights), torch.randn(1, 6, device=device), torch.randn(1, device=device)
-    found, exact = (backward(*upstream, x, None, indices, None, True)[0] for x in (bad, logits))
+    found, exact = (backward(*upstream, x, None, indices, None, True, True, False)[0] for x in (bad, logits))
     assert torch.equal(found[good], exact[good])
 
 

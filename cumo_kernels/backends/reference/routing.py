@@ -91,8 +91,10 @@ def route_backward(
     topk_indices: Tensor,
     group_offsets: Tensor | None,
     renormalize: bool,
+    need_x: bool,
+    need_gate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients at topk_weights, mean_probs and z -> gradients at x and gate_weight (empty without one).
+    """Gradients at topk_weights, mean_probs and z -> gradients at x and gate_weight, empty where not needed.
 
     With v = p[idx] and s = sum(v): dv = (dw - <dw, w>) / s. Then dp collects dv and the groups' share,
     and dlogits = p * (dp - <dp, p>) + 2 * lse * p * (the groups' share of dz). Rounding of `compat` is
@@ -118,9 +120,10 @@ def route_backward(
         + probs * (2 * lse * spread_group_grad(grad_z.to(wide), num_tokens, group_offsets))[:, None]
     )
     grad_logits = grad_logits.to(logits.dtype)
+    nothing = x.new_empty(0)
     if gate_weight is None:
-        return grad_logits, x.new_empty(0)
-    return grad_logits @ gate_weight, grad_logits.T @ x
+        return grad_logits if need_x else nothing, nothing
+    return grad_logits @ gate_weight if need_x else nothing, grad_logits.T @ x if need_gate else nothing
 
 
 def sort_by_expert(topk_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

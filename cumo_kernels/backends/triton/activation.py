@@ -3,8 +3,8 @@
     out[s] = act(x[s])                          x (S, I)    out (S, I)
     out[s] = act(x[s, :I]) * x[s, I:]           x (S, 2I)   out (S, I)     gated
 
-One program per tile of rows x columns; a plain activation sees one long row. Memory bound: 2 * S * I elements
-(3 gated) forward, 3 * S * I (5 gated) backward, moved in 16-byte pieces when I allows it.
+One program per tile of rows x columns. Memory bound: 2 * S * I elements (3 gated) forward, 3 * S * I (5 gated)
+backward, moved in 16-byte pieces when I allows it.
 
 Contract: cumo_kernels/ops/activation.py. Truth: cumo_kernels/backends/reference/activation.py.
 """
@@ -86,11 +86,13 @@ def _plan(kernel, device: torch.device, name: str, width: int, block: tuple[int,
 
 
 def _launch(kernel, x: Tensor, name: str, *tensors: Tensor) -> None:
-    """Over S rows of width I; a plain activation does not care where rows end and sees one."""
-    rows, width = 1, x.numel()
-    if ACTIVATIONS[name].is_gated:
-        width = x.shape[-1] // 2
-        rows = x.numel() // (2 * width)
+    """Over S rows of width I; a plain activation sees one long row where rows do not start at 16 bytes."""
+    gated, width = ACTIVATIONS[name].is_gated, x.shape[-1]
+    rows = x.numel() // width
+    if gated:
+        width //= 2
+    elif width * x.element_size() % 16:  # a plan for every number of tokens, but still 16 bytes at a time
+        rows, width = 1, x.numel()
     block_s, block_i = tile_of_rows(width, x.element_size(), rows)
     launch = _plan(kernel, x.device, name, width, (block_s, block_i))
     launch(cdiv(rows, block_s) * cdiv(width, block_i), *tensors, rows)

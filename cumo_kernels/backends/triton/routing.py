@@ -212,6 +212,8 @@ def _route_backward_kernel(
     HAS_GATE: tl.constexpr,
     RAGGED: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    NEED_X: tl.constexpr,
+    NEED_GATE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -275,20 +277,24 @@ def _route_backward_kernel(
                 cols = h + tl.arange(0, BLOCK_H)
                 x_mask = token_mask[:, None] & (cols < H)[None, :]
                 gate_mask = expert_mask[:, None] & (cols < H)[None, :]
-                gate = tl.load(
-                    gate_ptr + experts[:, None].to(tl.int64) * stride_gate_e + cols[None, :],
-                    mask=gate_mask,
-                    other=0.0,
-                )
-                dx = dot(dlogits, gate, tl.zeros((BLOCK_T, BLOCK_H), dtype=tl.float32), INPUT_PRECISION)
-                tl.store(dx_ptr + tokens64[:, None] * H + cols[None, :], narrow(dx, DTYPE), mask=x_mask)
-                x = tl.load(x_ptr + tokens64[:, None] * stride_x_t + cols[None, :], mask=x_mask, other=0.0)
-                # this program's own sums: nothing on its first tile, then what it wrote on the last
-                sum_ptrs = dgate_sums_ptr + (pid.to(tl.int64) * E + experts[:, None]) * H + cols[None, :]
-                before = tl.load(sum_ptrs, mask=gate_mask & (tile != pid), other=0.0)
-                tl.store(sum_ptrs, dot(tl.trans(dlogits), x, before, INPUT_PRECISION), mask=gate_mask)
-            tl.debug_barrier()
-        else:
+                if NEED_X:
+                    gate = tl.load(
+                        gate_ptr + experts[:, None].to(tl.int64) * stride_gate_e + cols[None, :],
+                        mask=gate_mask,
+                        other=0.0,
+                    )
+                    dx = dot(dlogits, gate, tl.zeros((BLOCK_T, BLOCK_H), dtype=tl.float32), INPUT_PRECISION)
+                    tl.store(dx_ptr + tokens64[:, None] * H + cols[None, :], narrow(dx, DTYPE), mask=x_mask)
+                if NEED_GATE:
+                    x_ptrs = x_ptr + tokens64[:, None] * stride_x_t + cols[None, :]
+                    x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+                    # this program's own sums: nothing on its first tile, then what it wrote on the last
+                    sum_ptrs = dgate_sums_ptr + (pid.to(tl.int64) * E + experts[:, None]) * H + cols[None, :]
+                    before = tl.load(sum_ptrs, mask=gate_mask & (tile != pid), other=0.0)
+                    tl.store(sum_ptrs, dot(tl.trans(dlogits), x, before, INPUT_PRECISION), mask=gate_mask)
+            if NEED_GATE:
+                tl.debug_barrier()
+        elif NEED_X:
             tl.store(dx_ptr + tokens64[:, None] * E + experts[None, :], dlogits, mask=mask)
 
 
@@ -320,11 +326,11 @@ def _tiles(dtype: torch.dtype, width: int, num_experts: int, has_gate: bool, blo
 def _plan(
     kernel, device: torch.device, dtype: torch.dtype, width: int, strides: tuple[int, int], num_experts: int,
     has_gate: bool, block_t: int, ragged: bool, top_k: int, renormalize: bool, compat: str | None,
-    precision: str, gpu: Gpu,
+    precision: str, gpu: Gpu, need_x: bool = True, need_gate: bool = True,
 ) -> tuple[Launch, int]:  # fmt: skip
     """-> launch, tokens of a tile."""
     tiles = _tiles(dtype, width, num_experts, has_gate, block_t, gpu)
-    own = {"num_stages": 3}
+    own = {"NEED_X": need_x, "NEED_GATE": need_gate, "num_stages": 3}
     if kernel is _route_kernel:
         rows = max(4, min(64, 1024 // tiles["BLOCK_E"]))
         own = {
@@ -390,36 +396,38 @@ def route_backward(
     topk_indices: Tensor,
     group_offsets: Tensor | None,
     renormalize: bool,
+    need_x: bool,
+    need_gate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients at topk_weights, mean_probs and z -> gradients at x and gate_weight (empty without one).
+    """Gradients at topk_weights, mean_probs and z -> gradients at x and gate_weight, empty where not needed.
 
     With v = p[idx] and s = sum(v): dv = (dw - <dw, w>) / s. Then dp collects dv and the groups' share,
     and dlogits = p * (dp - <dp, p> + 2 * lse * the groups' share of dz).
     """
-    has_gate = gate_weight is not None
+    has_gate, nothing = gate_weight is not None, x.new_empty(0)
     if has_gate and gate_weight.shape[0] > FUSED_GATE_EXPERTS:
         # backward may run under an autocast that forward did not see; tensors that are compiled for have none
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             dlogits, _ = route_backward(
                 grad_weights, grad_mean_probs, grad_z, x @ gate_weight.T, None, topk_indices, group_offsets,
-                renormalize,
+                renormalize, True, False,
             )  # fmt: skip
-            return dlogits @ gate_weight, dlogits.T @ x
+            return dlogits @ gate_weight if need_x else nothing, dlogits.T @ x if need_gate else nothing
     (num_tokens, hidden_size), (num_groups, num_experts) = x.shape, grad_mean_probs.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else nothing
     if num_tokens == 0:
-        return dx, torch.zeros_like(gate_weight) if has_gate else x.new_empty(0)
+        return dx, torch.zeros_like(gate_weight) if need_gate else nothing
     x = whole_rows(x)
     gate = whole_rows(gate_weight) if has_gate else x
     gpu, ragged = gpu_of(x.device), group_offsets is not None
     launch, block_t = _plan(
         _route_backward_kernel, x.device, x.dtype, hidden_size, (x.stride(0), gate.stride(0)), num_experts,
         has_gate, _tokens_of_tile(num_tokens, gpu), ragged, topk_indices.shape[1], renormalize, None,
-        input_precision(x.dtype), gpu,
+        input_precision(x.dtype), gpu, need_x, need_gate,
     )  # fmt: skip
     programs = cdiv(num_tokens, block_t)
-    sums = grad_z
-    if has_gate:
+    sums = None
+    if need_gate:
         programs = min(programs, 2 * gpu.sms)
         sums = torch.empty(programs, num_experts, hidden_size, dtype=torch.float32, device=x.device)
     launch(
@@ -427,6 +435,4 @@ def route_backward(
         topk_indices.contiguous(), group_offsets, dx, sums,
         num_tokens, num_groups, num_tokens // num_groups, (num_groups + 1).bit_length(),
     )  # fmt: skip
-    if not has_gate:
-        return dx, x.new_empty(0)
-    return dx, sum_rows(sums, x.dtype)
+    return dx, sum_rows(sums, x.dtype) if need_gate else nothing
