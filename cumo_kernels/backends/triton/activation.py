@@ -3,8 +3,8 @@
     out[s] = act(x[s])                          x (S, I)    out (S, I)
     out[s] = act(x[s, :I]) * x[s, I:]           x (S, 2I)   out (S, I)     gated
 
-One program per tile of rows x columns. Memory bound: 2 * S * I elements (3 gated) forward, 3 * S * I (5 gated)
-backward, moved in 16-byte pieces when I allows it.
+One program per tile of rows x columns. Memory bound: 2 * S * I elements (3 gated) forward, 3 * S * I (5
+gated) backward, moved in 16-byte pieces when I allows it.
 
 Contract: cumo_kernels/ops/activation.py. Truth: cumo_kernels/backends/reference/activation.py.
 """
