@@ -13,7 +13,7 @@ from benchmarks import record
 from benchmarks.record import Row
 from benchmarks.shapes import SHAPES, Shape
 from cumo_kernels import dispatch, hardware, measured
-from cumo_kernels.tune import DTYPES
+from cumo_kernels.problems import DTYPES
 
 # benchmark -> the ops it speaks for, each with the shape of its first tensor
 OPS: dict[str, dict[str, Callable[[Shape], tuple[int, int]]]] = {

@@ -23,13 +23,13 @@ from benchmarks import predict_cuda, predict_ops
 from benchmarks.plot import _write
 from benchmarks.predict_cuda import Kernel
 from benchmarks.shapes import SHAPES, Shape
-from cumo_kernels import codegen, hardware, tune, tuning
+from cumo_kernels import codegen, hardware, problems, tuning
 from cumo_kernels.codegen import Report
 from cumo_kernels.hardware import KIB, Gpu
 from cumo_kernels.tuning import Config, Problem
 
 FOLDER = Path(__file__).resolve().parent / "predicted"
-FAMILY = {"clip": "clip", "connector": "mlp", "mixtral": "llm"}  # our shapes' first word -> tune.SHAPES
+FAMILY = {"clip": "clip", "connector": "mlp", "mixtral": "llm"}  # our shapes' first word -> problems.SHAPES
 REGISTERS = 65536  # of one multiprocessor, every generation since Volta
 GEMMS = ("up", "down", "grad of hidden", "grad of down", "grad of up", "grad of x")  # as in layer_problems
 MIX = {  # classes of SASS instructions, by how their names begin
@@ -94,7 +94,7 @@ def tile_count(problem: Problem, config: Config) -> tuple[int, float]:
 def cost(problem: Problem) -> tuple[int, int]:
     """-> FLOPs, and bytes when every operand moves once."""
     size = torch.finfo(problem.dtype).bits // 8
-    n, hit = problem.n * (1 + problem.gated), max(min(problem.experts, problem.rows), 1)
+    n, hit = problem.columns, max(min(problem.experts, problem.rows), 1)
     weights = problem.experts if problem.kind == "weight_grad" else hit
     elements = problem.rows * (n + problem.k) + weights * n * problem.k
     return 2 * problem.rows * n * problem.k, size * elements
@@ -123,7 +123,7 @@ def predict(
     flops, bytes_ = cost(problem)
     arithmetic, memory = flops / peak_of(gpu, problem.dtype) / 1e9, bytes_ / gpu.gb_per_s / 1e6
     ms, floor = max(arithmetic / tile_use / wave_use, memory), max(arithmetic, memory)
-    size = f"{problem.kind} {problem.n * (1 + problem.gated)}x{problem.k}"
+    size = f"{problem.kind} {problem.columns}x{problem.k}"
     return Prediction(
         gpu.name, shape.name, shape.T, report.dtype, gemm, size, f"{report.tile} w{report.num_warps}",
         report.registers, report.stack, math.ceil(report.shared / KIB), resident, tiles, waves, tile_use,
@@ -137,10 +137,10 @@ def survey(gpu: Gpu, shapes: Iterable[Shape], dtype: str) -> list[Prediction]:
     log = lambda line: print(line, file=sys.stderr, flush=True)
     with codegen.compiling(gpu) as launched:
         for shape in shapes:
-            problems = tune.layer_problems(family(shape), shape.T, tune.DTYPES[dtype])
-            for gemm, problem in zip(GEMMS, problems, strict=True):
+            layer = problems.layer_problems(family(shape), shape.T, problems.DTYPES[dtype])
+            for gemm, problem in zip(GEMMS, layer, strict=True):
                 launched.clear()
-                tune.launcher(problem, "meta")(None)
+                problems.launcher(problem, "meta")(None)
                 report = next(report for report, _ in launched if report.has_dot)
                 found.append(predict(shape, gemm, problem, tuning.get_config(problem, gpu), report, gpu))
                 log(f"  {shape.name} {found[-1].gemm}: {found[-1].ms:.4f} ms")
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     full = [s for s in SHAPES.values() if s.name.split("-")[0] in FAMILY and "quarter" not in s.name]
     parser.add_argument("--shape", action="append", choices=sorted(shape.name for shape in full))
-    parser.add_argument("--dtype", default="bf16", choices=sorted(tune.DTYPES))
+    parser.add_argument("--dtype", default="bf16", choices=sorted(problems.DTYPES))
     parser.add_argument("--check", action="store_true", help="compare with the committed file; write nothing")
     parser.add_argument(
         "--extension", type=Path, nargs="?", const=Path(), help="a built _C instead of Triton's"

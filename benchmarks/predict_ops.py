@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from triton.runtime.jit import JITFunction
 
 from benchmarks.shapes import Shape
-from cumo_kernels import codegen, tune
+from cumo_kernels import codegen, problems
 from cumo_kernels.hardware import KIB, Gpu
 
 ALIGNED = {  # name of codegen.calls -> (our name, elements moved, bytes moved besides)
@@ -60,7 +60,7 @@ def survey(
     log: Callable[[str], None],
 ) -> Iterator[dict]:
     """The columns of a Prediction of every op of every layer; of an op of several kernels the widest."""
-    kind = tune.DTYPES[dtype]
+    kind = problems.DTYPES[dtype]
     with codegen.compiling(gpu) as launched, grids() as programs:
         for shape in shapes:
             for name, call in codegen.calls(family(shape), shape.T, kind):

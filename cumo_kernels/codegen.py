@@ -28,15 +28,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from cumo_kernels import hardware, tune
+from cumo_kernels import hardware, problems
 from cumo_kernels.hardware import Gpu
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 TARGETS = ("nvidia_a100", "nvidia_h100", "nvidia_b200", "nvidia_rtx_pro_6000")  # sm_80, 90, 100, 120
 # beside CuMo's layers one with the most experts, which no file in configs/ knows
-SHAPES = {**tune.SHAPES, "many": (1024, 512, 1024, 256, 8, True, (4096,))}
+SHAPES = {**problems.SHAPES, "many": (1024, 512, 1024, 256, 8, True, (4096,))}
 ACTIVATION = {"clip": "quick_gelu", "mlp": "gelu", "llm": "swiglu", "many": "geglu"}
-DTYPES = {**tune.DTYPES, "tf32": torch.float32}
+DTYPES = {**problems.DTYPES, "tf32": torch.float32}
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "OMMA")
 ASYNC_COPY = ("LDGSTS", "UTMALDG", "UBLKCP")
 SPILL = ("LDL", "STL")

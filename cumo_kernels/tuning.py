@@ -61,9 +61,18 @@ class Problem:
     n: int
     k: int
     experts: int
-    gated: bool = False  # a tile has a gate and an up half, n columns each
+    gated: bool = False  # the activation: in "gemm" a tile has a gate and an up half, n columns each
     gathered: bool = False  # rows come in token order
     can_split: bool = False  # partial sums over k (over rows in "weight_grad") are allowed
+
+    @property
+    def halves(self) -> int:
+        """Products that share their rows: 2 where the gate's is computed beside the up projection's."""
+        return 2 if self.kind == "gemm" and self.gated else 1
+
+    @property
+    def columns(self) -> int:
+        return self.n * self.halves
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ def tile_shape(config: Config, problem: Problem) -> tuple[int, int, int]:
     """Rows and columns of the sums a program holds, and the length of one step."""
     if problem.kind == "weight_grad":
         return config.BLOCK_N, config.BLOCK_K, config.BLOCK_M
-    return config.BLOCK_M, config.BLOCK_N * (1 + problem.gated), config.BLOCK_K
+    return config.BLOCK_M, config.BLOCK_N * problem.halves, config.BLOCK_K
 
 
 def shared_memory(config: Config, problem: Problem) -> int:
@@ -294,34 +303,34 @@ def search(
     gpu: Gpu,
     time_ms: Callable[[Config], float],
     seconds: float,
-    prepare: Callable[[Config], object] = lambda config: None,
+    prepare: Callable[[list[Config]], object] = lambda configs: None,
 ) -> Entry:
     """The fastest config met by walking from the current choice to better neighbours.
 
     Args:
         time_ms: runs `problem` with a config and returns its milliseconds, inf if it cannot.
         seconds: of timing at most.
-        prepare: compiles what `time_ms` will run; its time does not count, which may be a hundred timings'.
+        prepare: compiles what `time_ms` may run next; its time does not count, which may be a hundred timings'.
     """
     spent = 0.0
 
     def timed(config: Config) -> float:
         nonlocal spent
-        prepare(config)
         begin = time.monotonic()
         ms = time_ms(config)
         spent += time.monotonic() - begin
         return ms
 
     best = get_config(problem, gpu)
+    prepare([best])
     times = {best: timed(best)}
     improved = True
-    while improved:
+    while improved and spent <= seconds:
         improved = False
-        for other in list(neighbours(best, problem, gpu)):
-            other = replace(other, SPLITS=splits(problem, other, gpu))
-            if other in times:
-                continue
+        others = [replace(c, SPLITS=splits(problem, c, gpu)) for c in neighbours(best, problem, gpu)]
+        others = [other for other in dict.fromkeys(others) if other not in times]
+        prepare(others)
+        for other in others:
             if spent > seconds:
                 break
             times[other] = timed(other)

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.runtime.jit import JITFunction
 
-from cumo_kernels import codegen, hardware, tuning
+from cumo_kernels import codegen, hardware, problems, tuning
 from cumo_kernels.backends.triton import (
     activation,
     experts,
@@ -99,3 +99,16 @@ def test_each_problem_has_its_words():
     ):
         (problem,) = dataclasses.replace(good, **change).problems
         assert word in problem
+
+
+@pytest.mark.parametrize("shape", problems.SHAPES)
+def test_a_layer_asks_for_the_tiles_that_tune_finds(shape, monkeypatch):
+    asked, choose = set(), tuning.get_config
+    monkeypatch.setattr(tuning, "get_config", lambda problem, gpu: asked.add(problem) or choose(problem, gpu))
+    tuning.forget()
+    with codegen.compiling(HOPPER, lambda kernel: False):
+        for name, call in codegen.calls(shape, 64, torch.bfloat16):
+            if name in ("expert_mlp, preact", "expert_mlp backward, preact"):
+                call()
+    tuning.forget()
+    assert asked == set(problems.layer_problems(shape, 64, torch.bfloat16))

@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
-from cumo_kernels import expert_mlp, grouped_gemm, routing_from_topk, tune, tuning, use_backend
+from cumo_kernels import expert_mlp, grouped_gemm, problems, routing_from_topk, tune, tuning, use_backend
 from cumo_kernels.__main__ import main
 from cumo_kernels.backends import reference
 from cumo_kernels.hardware import GPUS, INTERPRETER, KIB, assume, find, gpu_of, match
@@ -30,10 +31,10 @@ def fresh_caches(monkeypatch):
 
 
 def all_problems():
-    for shape in tune.SHAPES:
+    for shape in problems.SHAPES:
         for num_tokens in (0, 1, 16, 577, 4096, 100_000):
-            for dtype in tune.DTYPES.values():
-                yield from tune.layer_problems(shape, num_tokens, dtype)
+            for dtype in problems.DTYPES.values():
+                yield from problems.layer_problems(shape, num_tokens, dtype)
     for rows, n, k, experts in ((7, 1, 1, 1), (300, 97, 33, 7), (1 << 20, 8, 100_000, 256)):
         yield Problem("gemm", BF16, rows, n, k, experts, can_split=True)
         yield Problem("weight_grad", torch.float32, rows, n, k, experts, can_split=True)
@@ -187,6 +188,28 @@ def test_search_walks_to_the_fastest_neighbour(monkeypatch):
     assert start.config == replace(tuning.get_config(problem, CARD), SPLITS=1)
 
 
+def test_search_compiles_all_neighbours_before_it_times_one():
+    problem, prepared = Problem("gemm", BF16, 9216, 4096, 1024, 4, gathered=True), []
+
+    def time_ms(config):
+        assert config in prepared
+        return 1.0
+
+    tuning.search(problem, CARD, time_ms, seconds=60, prepare=prepared.extend)
+    assert len(prepared) == len(set(prepared)) > 8
+
+
+def test_a_workers_kernels_are_in_tritons_cache(monkeypatch, tmp_path):
+    """As a process beside this one would leave them."""
+    if os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("the interpreter compiles nothing")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "gpu_of", lambda device: CARD)
+    problem = Problem("grad_hidden", BF16, 64, 64, 64, 2, gated=True, gathered=True)
+    tune.compile_for_this(problem, Config(32, 32, 32, 4, 2))
+    assert list(tmp_path.rglob("grad_hidden_kernel.cubin"))
+
+
 def test_save_replaces_entries_of_the_same_problem_and_nothing_else(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
     first = Entry(Problem("gemm", BF16, 128, 64, 64, 4), Config(64, 64, 32, 4, 3), 0.5)
@@ -225,6 +248,7 @@ def test_a_gemm_that_never_ran_is_not_saved(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "card")
     monkeypatch.setattr(tuning, "gpu_of", lambda device: CARD)
     monkeypatch.setattr(tune, "launcher", lambda problem, device: None)
+    monkeypatch.setattr(tune, "ready", lambda *what: None)
     ran = lambda launch, config: 1.0 if config.num_warps == 8 else math.inf
     before = (SOURCE / "nvidia_h100.json").read_text()
     (tmp_path / "nvidia_h100.json").write_text(before)

@@ -176,8 +176,11 @@ def _plan(
 ) -> tuple[tuning.Config, Launch, list[int] | None]:
     """-> config, launch, and the block of the weight's descriptor if it has one."""
     num_experts, out_features, width = weight_shape
+    gated = ACTIVATIONS[activation].is_gated
     if config is None:
-        problem = tuning.Problem("grad_hidden", dtype, rows, width, out_features, num_experts, gathered=True)
+        problem = tuning.Problem(
+            "grad_hidden", dtype, rows, width, out_features, num_experts, gated, gathered=True
+        )
         config = tuning.get_config(problem, gpu)
     k_inner = _is_k_inner(weight_strides)
     block = [1, config.BLOCK_N, config.BLOCK_K] if k_inner else [1, config.BLOCK_K, config.BLOCK_N]
@@ -192,7 +195,7 @@ def _plan(
         stride_w_k=weight_strides[1],
         stride_w_n=weight_strides[2],
         ACTIVATION=activation,
-        GATED=ACTIVATIONS[activation].is_gated,
+        GATED=gated,
         K_INNER=k_inner,
         EVEN_N=width % config.BLOCK_N == 0,
         EVEN_K=out_features % config.BLOCK_K == 0,
