@@ -21,8 +21,8 @@ from benchmarks import record, timing
 from benchmarks.record import Gap, Row
 from benchmarks.shapes import SHAPES, Shape
 from cumo_kernels import dispatch, hardware, use_backend
-from cumo_kernels.testing import Yardstick
 from cumo_kernels.problems import DTYPES
+from cumo_kernels.testing import Yardstick
 
 MODES = ("forward", "backward", "both")
 LAYER = "expert_mlp"

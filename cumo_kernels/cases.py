@@ -13,8 +13,8 @@ from torch import Tensor
 from cumo_kernels import ops
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.backends import reference
-from cumo_kernels.testing import PATTERNS, make_routing
 from cumo_kernels.problems import DTYPES
+from cumo_kernels.testing import PATTERNS, make_routing
 from cumo_kernels.types import Routing
 
 LAYOUTS = ("contiguous", "transposed", "strided", "shifted")

@@ -33,9 +33,9 @@ def launcher(
 ) -> Callable[[Config | None], object]:
     """A function that runs `problem` once with a config (None: the chosen one), on balanced random data.
 
-    Gathered rows belong to half as many tokens, as with CuMo's two experts per token. On the meta device nothing
-    runs: that is for compiling ahead of time. `transposed` stores the weight with its inputs and outputs
-    exchanged, as the input gradient reads it.
+    Gathered rows belong to half as many tokens, as with CuMo's two experts per token. On the meta device
+    nothing runs: that is for compiling ahead of time. `transposed` stores the weight with its inputs and
+    outputs exchanged, as the input gradient reads it.
     """
     from cumo_kernels.backends.triton.grad_hidden import launch_grad_hidden
     from cumo_kernels.backends.triton.grouped_gemm import launch_gemm

@@ -310,7 +310,7 @@ def search(
     Args:
         time_ms: runs `problem` with a config and returns its milliseconds, inf if it cannot.
         seconds: of timing at most.
-        prepare: compiles what `time_ms` may run next; its time does not count, which may be a hundred timings'.
+        prepare: compiles what `time_ms` may run next; its time does not count, a hundred timings' or more.
     """
     spent = 0.0
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from cumo_kernels import cases, dispatch, use_backend
 from cumo_kernels.cases import FAMILIES, FEW, GPU_FAMILIES, Call, Case, build, parse
 from cumo_kernels.guards import guarded_memory
-from cumo_kernels.testing import Yardstick
 from cumo_kernels.problems import DTYPES
+from cumo_kernels.testing import Yardstick
 
 REPEATS = 3
 EXCUSED = "reference"  # written to be read: it asks the host where experts begin
