@@ -116,15 +116,19 @@ def _combine_backward_kernel(
         in_row = (cols < H)[None, :]
         row_mask = kept[:, None] & in_row
         grad_ptrs = grad_ptr + tokens[:, None] * stride_grad_t + cols[None, :]
-        grad = tl.load(grad_ptrs, mask=row_mask, other=0.0).to(tl.float32)
         row_ptrs = rows_ptr + positions[:, None] * stride_rows_s + cols[None, :]
-        acc += grad * tl.load(row_ptrs, mask=row_mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptrs, mask=row_mask, other=0.0).to(tl.float32)
+        row = tl.load(row_ptrs, mask=row_mask, other=0.0).to(tl.float32)
+        acc += grad * row
         drow = narrow(weights[:, None] * grad, drows_ptr.dtype.element_ty)
         tl.store(drows_ptr + positions[:, None] * H + cols[None, :], drow, mask=row_mask)
-        zero = tl.zeros((BLOCK_S, BLOCK_H), dtype=drows_ptr.dtype.element_ty)
-        zero_ptrs = drows_ptr + slots.to(tl.int64)[:, None] * H + cols[None, :]
-        tl.store(zero_ptrs, zero, mask=dropped[:, None] & in_row)
     tl.store(dweights_ptr + slots, tl.sum(acc, 1), mask=mask)
+    if tl.max(dropped.to(tl.int32), 0) > 0:
+        for h in range(0, H, BLOCK_H):
+            cols = h + tl.arange(0, BLOCK_H)
+            zero = tl.zeros((BLOCK_S, BLOCK_H), dtype=drows_ptr.dtype.element_ty)
+            zero_ptrs = drows_ptr + slots.to(tl.int64)[:, None] * H + cols[None, :]
+            tl.store(zero_ptrs, zero, mask=dropped[:, None] & (cols < H)[None, :])
 
 
 @planned
