@@ -77,6 +77,12 @@ class AtomicCheckpoints(Trainer):
     _saving_to: str | None = None
     save_failed: str | None = None  # why the last checkpoint could not be written
 
+    def _run_epoch(self, **options):
+        if self.state.global_step >= self.state.max_steps:  # the Trainer would look only after one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**options)
+
     def _get_output_dir(self, trial):
         return self._saving_to or super()._get_output_dir(trial)
 

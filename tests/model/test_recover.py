@@ -210,6 +210,17 @@ def test_a_stop_in_the_middle_of_an_epoch_changes_nothing(folder):
     assert (folder / "cut" / "model").stat().st_mtime_ns == stamp
 
 
+def test_a_run_cut_off_behind_its_last_step_makes_no_further_one(folder):
+    """Killed between the last checkpoint, in the middle of an epoch, and the result."""
+    five = {"trainer__max_steps": 5}
+    run_recipe(load_recipe(write_recipe(folder, "whole", **five)))
+    recipe = load_recipe(write_recipe(folder, "cut", **five))
+    shutil.copytree(folder / "whole" / "checkpoint-5", folder / "cut" / "checkpoint-5")
+    run_recipe(recipe)
+    assert [entry[0] for entry in losses(folder / "cut")] == [1, 2, 3, 4, 5]
+    same_result(folder / "whole", folder / "cut")
+
+
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(folder):
     """The kernel refuses to write past a limit, as a full disk would; older checkpoints stay whole."""
     recipe = load_recipe(write_recipe(folder, trainer__max_steps=6, trainer__save_steps=2))
