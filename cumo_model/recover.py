@@ -5,17 +5,20 @@ renamed, so whatever bears the name is whole; older ones go only afterwards.
 """
 
 import errno
+import math
 import os
 import re
 import shutil
 import signal
 import threading
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -66,6 +69,13 @@ def everywhere(value: bool) -> bool:
     return bool(flag.item())
 
 
+def _finite(parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether this process's shares of all parameters are numbers; one wait for the device."""
+    shares = (p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in parameters)
+    largest = [torch.linalg.vector_norm(share, math.inf).float() for share in shares if share.numel()]
+    return not largest or math.isfinite(torch.stack(largest).max().item())
+
+
 def _barrier() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
@@ -91,6 +101,9 @@ class AtomicCheckpoints(Trainer):
         final, work = run / f"checkpoint-{step}", run / SAVING
         if final.exists():
             return
+        # whoever goes on from such a checkpoint never trains again, and the good ones would go for it
+        if everywhere(not _finite(p for p in self.model.parameters() if p.requires_grad)):
+            raise FloatingPointError(f"a weight is not finite at step {step}: no checkpoint is made of that")
         first = self.is_world_process_zero()
         if first:
             shutil.rmtree(work, ignore_errors=True)

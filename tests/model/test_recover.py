@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from cumo_model.recipe import load_recipe
 from cumo_model.recover import checkpoints
@@ -176,12 +177,31 @@ def test_sigterm_to_torchrun_stops_all_workers_at_one_step(folder):
     assert checkpoints(run)[-1].name == f"checkpoint-{steps[0]}"
 
 
+class SpoilAt(TrainerCallback):
+    """A weight that is no number behind this step, as one bad batch makes it."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            with torch.no_grad():
+                next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = float("nan")
+
+
+def test_no_checkpoint_is_made_of_weights_that_are_no_numbers(folder):
+    """The log is rarer than checkpoints, so that it sees nothing before; the run goes on from the good one."""
+    recipe = load_recipe(write_recipe(folder, trainer__logging_steps=100))
+    with pytest.raises(FloatingPointError, match="a weight is not finite at step 4: no checkpoint"):
+        run_recipe(recipe, [SpoilAt(4)])
+    assert [path.name for path in checkpoints(recipe.output_dir)] == ["checkpoint-2"]
+    assert run_recipe(recipe).is_dir()
+
+
 class StopAt:
     """What a signal does, at a known step."""
 
     def __init__(self, step):
-        from transformers import TrainerCallback
-
         class Stop(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs):
                 if state.global_step == step:
