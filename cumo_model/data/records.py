@@ -189,8 +189,15 @@ def _scan_list(path: str, data: mmap.mmap) -> Iterator[Row]:
             if data[place : place + 1] == b"":
                 line += _newlines(data, counted, place)
                 yield Row(number, line, place, 0, None, "the file ends before its list does")
+            elif _SPACE.match(data, place + 1).end() < len(data):
+                line += _newlines(data, counted, place)
+                yield Row(number, line, place, 0, None, "the list ends here, and more follows")
             return
         line, counted = line + _newlines(data, counted, place), place
+        if data[place : place + 1] == b"}":
+            yield Row(number, line, place, 1, None, "} closes nothing")
+            number, place = number + 1, place + 1
+            continue
         end = _element_end(data, place)
         value, reason = _parse(data[place : end or len(data)])
         if reason and end is None:

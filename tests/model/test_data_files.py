@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -207,6 +208,21 @@ def test_a_broken_list_is_read_to_its_end(tmp_path):
     lines = {problem.line: problem.reason for problem in check(path)}
     assert set(lines) == {3, 4, 6, 8, 9, 11}
     assert "is not JSON" in lines[3] and "non-empty list" in lines[8] and "file ends" in lines[11]
+
+
+def test_a_bracket_too_many_is_said_and_passed(tmp_path):
+    """Hand-made edits leave these; no record before or behind one is lost in silence, and reading ends."""
+    path, (one, two) = tmp_path / "odd.json", (json.dumps(_text(n)) for n in (1, 2))
+    for content, said, read in (
+        (f"[{one}}}, {two}]", ["} closes nothing"], [_text(1), _text(2)]),
+        (f"[}}}}{one}]", ["} closes nothing"] * 2, [_text(1)]),
+        (f"[{one}], {two}]", ["the list ends here, and more follows"], [_text(1)]),
+        (f"[{one}]\n \n", [], [_text(1)]),
+    ):
+        path.write_text(content)
+        rows = list(islice(scan(path), 10))
+        assert [row.reason for row in rows if row.reason] == said, content
+        assert [row.value for row in rows if not row.reason] == read, content
 
 
 def test_torn_archives_byte_order_marks_and_long_numbers(tmp_path, pictures, capsys):
