@@ -7,6 +7,7 @@ with every record checked and tokenised, and kept in `cache_dir`.
 import hashlib
 import json
 import os
+import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ from cumo_model.processing import image_seq_length
 from cumo_model.templates import get_template
 
 CHUNK = 1024  # records tokenised in one call
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
 
 
 class StreamedConversations(Dataset):
@@ -106,10 +107,14 @@ class StreamedConversations(Dataset):
         key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
         path = Path(cache_dir) / f"index-{key}.safetensors"
         if path.exists():
-            return load_file(path)
+            index = load_file(path)
+            if len(index["bad"]):
+                text = index["bad"].tobytes().decode()
+                warnings.warn(f"{text}; found when {path} was made, delete it to look again", stacklevel=4)
+            return index
         index = self._build_index(skip_bad)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # nodes may share process numbers
         save_file(index, part)
         os.replace(part, path)
         return index
@@ -133,12 +138,14 @@ class StreamedConversations(Dataset):
                     self._add(columns, beside, bad, number, waiting, skip_bad)
                     waiting = []
             self._add(columns, beside, bad, number, waiting, skip_bad)
+        said = f"{bad[0]} ({len(bad)} such records)" if bad else ""
         if bad:
-            warnings.warn(f"{bad[0]} ({len(bad)} such records)", stacklevel=3)
+            warnings.warn(said, stacklevel=4)
         if not columns["file"]:
             raise ValueError(f"{self.files[0]}: holds no records that can be trained on")
         kinds = {"file": np.int32, "offset": np.int64, "length": np.int32, "tokens": np.int32}
         index = {name: np.array(values, kinds.get(name, bool)) for name, values in columns.items()}
+        index["bad"] = np.frombuffer(said.encode(), np.uint8)
         index["beside_places"] = np.array(list(beside), np.int64)
         index["beside"] = np.frombuffer(json.dumps(list(beside.values())).encode(), np.uint8)
         return index

@@ -276,6 +276,9 @@ def test_bad_records_stop_a_run_or_are_left_out(pictures, processor):
     with pytest.warns(UserWarning, match="has no conversations"):
         found = StreamedConversations(path, pictures, processor, skip_bad=True)
     assert [found.record(i)["id"] for i in range(len(found))] == ["red", "green"]
+    for said in ("such records\\)$", "such records\\); found when .*index-.*, delete it to look again"):
+        with pytest.warns(UserWarning, match=said):  # what is left out is said by every run
+            StreamedConversations(path, pictures, processor, skip_bad=True, cache_dir=pictures / "index")
     with pytest.raises(ValueError, match=r"x\.jsonl:1: record 0 .* max_length 5 cuts through"):
         StreamedConversations(_jsonl(path, RECORDS), pictures, processor, max_length=5)
     with pytest.raises(ValueError, match="template plain wants"):
