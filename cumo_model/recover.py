@@ -99,7 +99,7 @@ class AtomicCheckpoints(Trainer):
     def _save_checkpoint(self, model, trial):
         run, step = Path(self.args.output_dir), self.state.global_step
         final, work = run / f"checkpoint-{step}", run / SAVING
-        if final.exists():
+        if (final / TRAINER_STATE_NAME).is_file():
             return
         # whoever goes on from such a checkpoint never trains again, and the good ones would go for it
         if everywhere(not _finite(p for p in self.model.parameters() if p.requires_grad)):
@@ -130,6 +130,7 @@ class AtomicCheckpoints(Trainer):
         if first:
             for path in [*(work / final.name).rglob("*"), work / final.name]:
                 _flush(path)
+            shutil.rmtree(final, ignore_errors=True)  # half of one, of somebody's copying
             os.replace(work / final.name, final)
             _flush(run)
             shutil.rmtree(work, ignore_errors=True)
