@@ -30,6 +30,7 @@ from cumo_model.moe import MoELayer, RoutingRecord, record_routing
 PLACES = ("mlp", "clip", "llm")
 LOSSES = ("language", *(f"{place}_{kind}" for place in PLACES for kind in ("balance", "z")))
 EXTRA = ("slots", "balance", "z", "calls", "router_entropy", "entropy_calls")  # beside the load of a layer
+SUMS = ("_losses", "_loads", "_extra", "tokens", "images", "flops")  # of a Monitor
 PARTS_OF = {"vision": "vision_tower", "projector": "multi_modal_projector", "language": ""}
 
 
@@ -58,6 +59,16 @@ class Monitor:
         self._extra: dict[str, dict[str, Tensor | float]] = {name: {} for name in self.layers}
         self.tokens: Tensor | int = 0
         self.images, self.flops, self.since = 0, 0.0, time.monotonic()
+
+    def state_dict(self) -> dict:
+        """What was added up since the last `read`."""
+        elapsed = time.monotonic() - self.since
+        return {name: getattr(self, name) for name in SUMS} | {"elapsed": elapsed}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in SUMS:
+            setattr(self, name, state[name])
+        self.since = time.monotonic() - state["elapsed"]
 
     def _watch_gate(self, name: str):
         def watch(module, args, logits: Tensor) -> None:

@@ -13,7 +13,6 @@
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -110,15 +109,12 @@ class Recipe:
 
     def identity(self) -> dict:
         """What makes a training this training; the rest may change when it goes on."""
-        return {key: value for key, value in plain(self).items() if key not in FREE}
+        seeds = [self.trainer.get(name) for name in ("seed", "data_seed")]  # of packs and order
+        return {key: value for key, value in plain(self).items() if key not in FREE} | {"seed": seeds}
 
 
 def plain(recipe: Recipe) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
-
-
-def digest(recipe: Recipe) -> str:
-    return hashlib.sha256(json.dumps(recipe.identity(), sort_keys=True).encode()).hexdigest()
 
 
 def shipped_recipes() -> list[str]:

@@ -7,6 +7,8 @@ recipe's, and accumulation is what is left of it after processes and micro-batch
 import json
 import os
 import shutil
+import signal
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,12 +30,20 @@ from cumo_model.train import PARTS, Interrupted
 from cumo_model.zero import begin, clear, first_model, join_processes, require_deepspeed, whole_weights
 
 RECIPE_FILE = "recipe.json"  # in a run's folder: what it is a run of
+DATA_FILE = "data.json"  # likewise: what its data are
 RESULT = "model"  # in a finished run's folder
 
 
 class _Loader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
+
+
+def _leave_stops_to_the_parent(worker: int) -> None:
+    """In a process that loads data: a signal for the whole group, as of Ctrl-C, timeout or a batch system, is
+    answered by who trains, and a loader that died of it would fail the step before the save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class CumoTrainer(SpreadCheckpoints):
@@ -88,6 +98,7 @@ class CumoTrainer(SpreadCheckpoints):
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=_leave_stops_to_the_parent,
         )
 
     def create_optimizer(self, model=None):
@@ -128,6 +139,33 @@ class CumoTrainer(SpreadCheckpoints):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if has_adapters(self.model):
             load_beside(self.model, resume_from_checkpoint)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        path = self._window_file(output_dir)
+        torch.save(
+            {
+                "loss": self._tr_loss,
+                "total": self._total_loss_scalar,
+                "logged": self._globalstep_last_logged,
+                "monitor": self.monitor.state_dict(),
+            },
+            path,
+        )
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        path = self._window_file(checkpoint)
+        if not path.is_file():
+            return
+        window = torch.load(path, weights_only=True, map_location=self.args.device)
+        self._tr_loss, self._total_loss_scalar = window["loss"], window["total"]
+        self._globalstep_last_logged = window["logged"]
+        self.monitor.load_state_dict(window["monitor"])
+
+    def _window_file(self, folder: str | os.PathLike) -> Path:
+        """What this process has added up since the last log: the next one is then of all its steps."""
+        return Path(folder, f"window_{self.args.process_index}_of_{self.args.world_size}.pt")
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -211,9 +249,9 @@ def freeze(model, stage: StageSection) -> None:
                     parameter.requires_grad_(True)
 
 
-def _claim(recipe: Recipe, out: Path) -> None:
-    """Only the run of the same recipe goes on in a folder."""
-    path, wanted = out / RECIPE_FILE, recipe.identity()
+def _claim(path: Path, wanted: dict) -> None:
+    """Only a run of the same things goes on in a folder, where `path` says what they are."""
+    out = path.parent
     if path.exists():
         found = json.loads(path.read_text())
         differ = sorted(key for key in wanted if found.get(key) != wanted[key])
@@ -221,7 +259,7 @@ def _claim(recipe: Recipe, out: Path) -> None:
             raise ValueError(f"{out} is a run with another {', '.join(differ)}: choose another output_dir")
         return
     out.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # nodes may share process numbers
     part.write_text(json.dumps(wanted, indent=1))
     os.replace(part, path)
 
@@ -246,6 +284,9 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
             cache,
             data.skip_bad,
         )
+    _claim(
+        Path(recipe.output_dir) / DATA_FILE, {"content of data": dataset.identity(), "records": len(dataset)}
+    )
     units = [[i] for i in range(len(dataset))]
     lengths, has_image = dataset.lengths, dataset.has_image
     if data.packing:
@@ -294,8 +335,11 @@ def run_recipe(recipe: Recipe, callbacks: Sequence = ()) -> Path:
         Interrupted: SIGINT or SIGTERM came; progress is saved.
     """
     out = Path(recipe.output_dir)
-    _claim(recipe, out)
+    _claim(out / RECIPE_FILE, recipe.identity())
     if (out / RESULT).is_dir():
+        if int(os.environ.get("RANK", 0)) == 0:
+            clear(recipe)  # left where a run was killed between its result and this
+            shutil.rmtree(_work(out / RESULT), ignore_errors=True)
         return out / RESULT
     trainer = build_trainer(recipe, callbacks)
     if trainer.is_world_process_zero():
@@ -314,9 +358,13 @@ def run_recipe(recipe: Recipe, callbacks: Sequence = ()) -> Path:
     return out / RESULT
 
 
+def _work(path: Path) -> Path:
+    return path.with_name(f".{path.name}-work")
+
+
 def save_result(trainer: CumoTrainer, path: Path, recipe: Recipe) -> None:
     """The trained model, adapters merged, and its processor as a folder that appears in one move."""
-    work = path.with_name(f".{path.name}-work")
+    work = _work(path)
     trainer.save_model(str(work))  # all processes: sharded weights are gathered
     if not trainer.is_world_process_zero():
         return

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from cumo_model.recipe import load_recipe
 from cumo_model.recover import checkpoints
+from cumo_model.train import Interrupted
 from cumo_model.trainer import build_trainer, run_recipe
 from tests.model.training import write_data, write_model, write_recipe
 
@@ -144,22 +145,44 @@ def test_torchrun_restarts_after_a_worker_is_killed(folder):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_sigterm_saves_and_the_same_command_goes_on(folder):
-    steps = {"trainer__max_steps": 40, "trainer__save_steps": 1000}
+    steps = {"trainer__max_steps": 120, "trainer__save_steps": 5}
     finish(start(write_recipe(folder, "whole", **steps)))
     recipe = write_recipe(folder, "asked", **steps)
     process = start(recipe)
-    log = folder / "asked"
-    wait_for(lambda: (log / "recipe.json").exists(), process)
-    time.sleep(3)
+    wait_for(lambda: reached(folder / "asked", 5), process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    if process.returncode == -signal.SIGTERM:  # it had not begun to train
-        assert not checkpoints(log)
-    else:
-        assert process.returncode == 130 and "progress is saved" in out
-        assert len(checkpoints(log)) == 1
+    assert process.returncode == 130 and "progress is saved" in out, out[-2000:]
     finish(start(recipe))
     same_result(folder / "whole", folder / "asked")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_sigterm_to_a_whole_group_saves_too(folder):
+    """As `timeout` or a batch system sends it: the processes that load data get it at the same time."""
+    loaders = {"trainer__dataloader_num_workers": 2, "trainer__dataloader_persistent_workers": True}
+    process = start(write_recipe(folder, "asked", trainer__max_steps=5000, trainer__save_steps=5, **loaders))
+    wait_for(lambda: reached(folder / "asked", 5), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "progress is saved" in out, out[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_one_process_goes_on_where_two_were(folder):
+    """As elastic torchrun does when a node is gone: the same global batches, so the same losses but for the
+    order of sums."""
+    steps = {"trainer__max_steps": 8, "model__text_experts": 0, "trainer__per_device_train_batch_size": 1}
+    finish(start(write_recipe(folder, "two", **steps, trainer__save_total_limit=9), 2))
+    recipe, run = write_recipe(folder, "one", **steps), folder / "one"
+    run.mkdir()
+    shutil.copytree(folder / "two" / "checkpoint-4", run / "checkpoint-4")
+    finish(start(recipe))
+    assert [entry[0] for entry in losses(run)] == list(range(1, 9))
+    for found, wanted in zip(losses(run), losses(folder / "two"), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -190,7 +213,7 @@ class SpoilAt(TrainerCallback):
 
 
 def test_no_checkpoint_is_made_of_weights_that_are_no_numbers(folder):
-    """The log is rarer than checkpoints, so that it sees nothing before; the run goes on from the good one."""
+    """The log is rarer than checkpoints and has seen nothing; the run goes on from the good one."""
     recipe = load_recipe(write_recipe(folder, trainer__logging_steps=100))
     with pytest.raises(FloatingPointError, match="a weight is not finite at step 4: no checkpoint"):
         run_recipe(recipe, [SpoilAt(4)])
@@ -215,8 +238,6 @@ def test_a_stop_in_the_middle_of_an_epoch_changes_nothing(folder):
 
     The run that is stopped has its data from two other processes.
     """
-    from cumo_model.train import Interrupted
-
     workers = {"trainer__dataloader_num_workers": 2}
     whole = run_recipe(load_recipe(write_recipe(folder, "whole")))
     recipe = load_recipe(write_recipe(folder, "cut", trainer__save_steps=100, **workers))
@@ -228,6 +249,41 @@ def test_a_stop_in_the_middle_of_an_epoch_changes_nothing(folder):
     stamp = (folder / "cut" / "model").stat().st_mtime_ns
     assert run_recipe(recipe) == folder / "cut" / "model"
     assert (folder / "cut" / "model").stat().st_mtime_ns == stamp
+
+
+def test_a_stop_between_two_logs_changes_none_of_them(folder):
+    """The loss and its parts in the log are means over all steps since the last one, whoever made them."""
+    names, found = ("step", "loss", "language", "clip_balance", "clip_load_entropy"), []
+    options = {"trainer__logging_steps": 3, "trainer__save_steps": 100}
+    run_recipe(load_recipe(write_recipe(folder, "whole", **options)))
+    recipe = load_recipe(write_recipe(folder, "cut", **options))
+    with pytest.raises(Interrupted, match="stopped at step 2"):
+        run_recipe(recipe, [StopAt(1).callback])
+    run_recipe(recipe)
+    for name in ("whole", "cut"):
+        path = folder / name / "model" / "trainer_state.json"
+        entries = [e for e in json.loads(path.read_text())["log_history"] if "loss" in e]
+        found.append([[entry.get(key) for key in names] for entry in entries])
+    assert [entry[0] for entry in found[0]] == [3, 6] and found[0] == found[1]
+
+
+def test_other_data_or_another_order_are_another_run(folder):
+    recipe = write_recipe(folder, trainer__max_steps=4)
+    with pytest.raises(Interrupted):
+        run_recipe(load_recipe(recipe), [StopAt(1).callback])
+    with pytest.raises(ValueError, match="is a run with another seed: choose another output_dir"):
+        run_recipe(load_recipe(recipe, ["trainer.seed=4"]))
+    more = (folder / "colours.jsonl").read_text()
+    (folder / "colours.jsonl").write_text(f"{more}\n{more.splitlines()[0]}")
+    with pytest.raises(ValueError, match="is a run with another content of data, records: choose another"):
+        run_recipe(load_recipe(recipe))
+    (folder / "colours.jsonl").write_text(more)
+    assert run_recipe(load_recipe(recipe)).is_dir()
+    leftovers = [folder / "run" / name for name in (".start", ".model-work")]
+    for left in leftovers:  # of a run killed when all but this was done
+        left.mkdir()
+    run_recipe(load_recipe(recipe))
+    assert not any(left.exists() for left in leftovers)
 
 
 def test_a_run_cut_off_behind_its_last_step_makes_no_further_one(folder):
@@ -281,3 +337,5 @@ def test_half_a_checkpoint_is_none(folder):
     (folder / "run" / "checkpoint-7").mkdir(parents=True)
     (folder / "run" / "checkpoint-7" / "model.safetensors").write_bytes(b"half")
     assert checkpoints(folder / "run") == []
+    run_recipe(load_recipe(write_recipe(folder, trainer__max_steps=7, trainer__save_steps=7)))
+    assert [path.name for path in checkpoints(folder / "run")] == ["checkpoint-7"]
