@@ -79,7 +79,8 @@ def _refuse_reference(op: str, device: str, dtype: torch.dtype, num_experts: int
 @dataclass(frozen=True)
 class Backend:
     name: str  # folder under cumo_kernels/backends
-    refuse: Callable[..., str | None]  # (op, device, dtype, num_experts) -> why it cannot run this call, or None
+    # (op, device, dtype, num_experts) -> why it cannot run this call, or None
+    refuse: Callable[..., str | None]
     on_request: str | None = None  # why it runs only when it is forced, or None
 
 
