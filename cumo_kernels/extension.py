@@ -69,13 +69,17 @@ def load() -> ModuleType:
     """The module with the launchers.
 
     Raises:
-        RuntimeError: compiling failed; the message has the compiler's.
+        RuntimeError: compiling failed; the message has the compiler's. Or what was built does not fit torch.
     """
     if EMULATE:
         return _compile("cumo_emulated", _as_cpp(sources()), EMULATION_FLAGS)
     if JIT:
         return _compile("cumo_jit", sources(), CXX_FLAGS)
-    return importlib.import_module("cumo_kernels._C")
+    try:
+        return importlib.import_module("cumo_kernels._C")
+    except ImportError as error:
+        reason = f"cumo_kernels._C was built for another torch, build it again: {error}"
+        raise RuntimeError(reason) from error
 
 
 def _build_directory(name: str) -> Path:

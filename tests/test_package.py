@@ -144,6 +144,19 @@ def test_nothing_missing_no_refusal(machine, monkeypatch):
         setup.build_arguments()
 
 
+def test_an_extension_that_does_not_fit_torch_says_so(monkeypatch):
+    from cumo_kernels import extension
+
+    def fail(name):
+        raise ImportError("undefined symbol: _ZN2at5emptyE")
+
+    monkeypatch.setattr(extension, "EMULATE", False)
+    monkeypatch.setattr(extension, "JIT", False)
+    monkeypatch.setattr(extension.importlib, "import_module", fail)
+    with pytest.raises(RuntimeError, match=r"built for another torch, build it again: undefined symbol"):
+        extension.load.__wrapped__()
+
+
 def test_architectures_that_cannot_be_compiled_for_are_left_out(machine, monkeypatch):
     """A container's environment lists GPUs that nobody asked these kernels to run on."""
     setup = machine(None)
