@@ -23,7 +23,10 @@ HERE = ROOT = Path(__file__).resolve().parent
 
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
+    if home:
+        return shutil.which("nvcc", path=str(Path(home) / "bin"))
+    # installers put it there and leave PATH to the user
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def ask_nvcc(nvcc: str) -> tuple[str, str]:
@@ -62,7 +65,7 @@ def refusal() -> str | None:
         return "this tree has no csrc/bindings.cpp"
     nvcc = find_nvcc()
     if nvcc is None:
-        return "there is no nvcc on PATH or under CUDA_HOME"
+        return "there is no nvcc on PATH, in /usr/local/cuda or under CUDA_HOME"
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed in the build environment (pip install --no-build-isolation uses yours)"
     import torch
@@ -72,6 +75,9 @@ def refusal() -> str | None:
     release, _ = ask_nvcc(nvcc)
     if release.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"nvcc is CUDA {release}, torch {torch.__version__} is CUDA {torch.version.cuda}"
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if asked and not settings().choose_architectures(asked)[0]:
+        return f"the kernels need an architecture from 8.0 on, TORCH_CUDA_ARCH_LIST is {asked}"
     return None
 
 
@@ -81,7 +87,10 @@ def extension() -> dict:
     os.environ["CUDA_HOME"] = ask_nvcc(nvcc)[1]
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         os.environ["TORCH_CUDA_ARCH_LIST"] = known_architectures(nvcc, build.ARCHITECTURES)
-    architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
+    architectures, notes = build.choose_architectures(os.environ["TORCH_CUDA_ARCH_LIST"])
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+    for note in notes:
+        print(f"cumo_kernels._C: {note}")
     print(f"cumo_kernels._C: nvcc {ask_nvcc(nvcc)[0]} for {architectures}")
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 

@@ -57,9 +57,13 @@ def sanitizer() -> str | None:
 def no_build() -> str | None:
     if not (ROOT / "csrc" / "bindings.cpp").exists():
         return "this tree has no csrc/bindings.cpp"
-    return (
-        None if shutil.which("nvcc") or os.environ.get("CUDA_HOME") else "no nvcc on PATH or under CUDA_HOME"
-    )
+    if (
+        os.environ.get("CUDA_HOME")
+        or shutil.which("nvcc")
+        or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    ):
+        return None
+    return "no nvcc on PATH, in /usr/local/cuda or under CUDA_HOME"
 
 
 def plan(device: str, out: Path) -> list[Step]:

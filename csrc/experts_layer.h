@@ -111,6 +111,13 @@ std::tuple<Tensor, Tensor> weight_gradient(const Tensor& grad, const Tensor& x, 
   CHECK_INDEX(expert_offsets, x, num_experts + 1);
   if (permutation) CHECK_INDEX(*permutation, x, permutation->numel());
   if (row_weights) CHECK_SAME_DEVICE(*row_weights, x);
+  const int64_t S = permutation ? permutation->numel() : x.size(0);
+  if (!permutation || !gather_grad) {
+    CHECK_SHAPE(grad, S, grad.size(1));
+  }
+  if (!permutation || gather_grad) {
+    CHECK_SHAPE(x, S, x.size(1));
+  }
   const Dtype dtype = dtype_of("x", x);
   const Tensor grad_rows = rows_of(grad), x_rows = rows_of(x);
   WeightGrad p{};
@@ -123,7 +130,7 @@ std::tuple<Tensor, Tensor> weight_gradient(const Tensor& grad, const Tensor& x, 
   p.stride_grad = grad_rows.stride(0);
   p.stride_x = x_rows.stride(0);
   p.tf32 = tf32_allowed(x);
-  p.S = permutation ? permutation->numel() : x.size(0);
+  p.S = S;
   p.E = narrow("E", num_experts);
   p.N = narrow("N", grad.size(1));
   p.K = narrow("K", x.size(1));

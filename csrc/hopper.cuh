@@ -198,8 +198,8 @@ __device__ __forceinline__ void wait_for(Barrier* barrier, int phase) {
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-      "@done bra.uni over;\n"
-      "bra.uni again;\n"
+      "@done bra over;\n"  // not bra.uni: threads of a warp may be told different things
+      "bra again;\n"
       "over:\n"
       "}\n" ::"r"(shared_address(barrier)),
       "r"(phase)

@@ -13,18 +13,35 @@ constexpr int kCols = kPlanWide;
 using Ring = Stages<kCols>;
 constexpr int kShared = Ring::kShared + 2 * kGroup * 4;  // and the consumers' halves of the bias
 
-// This thread's pieces of 64 rows x kWidth columns of an operand; rows past `end` are zeros.
+// How the producers share 64 rows of kWidth columns, 16 bytes a thread at a time.
+template <int kWidth>
+struct Share {
+  static constexpr int kPerRow = kWidth / 8, kRowsAtOnce = kGroup / kPerRow, kPerWarp = kWarp / kPerRow;
+};
+
+// The tokens of the warp's rows of a stage, one a lane: what comes one after the other otherwise, a load and a division
+// before every copy, takes longer than the stage's products.
+template <int kWidth>
+__device__ __forceinline__ int token_of_lane(const int* permutation, int top_k, int first_row, int end) {
+  using P = Share<kWidth>;
+  const int lane = threadIdx.x % kWarp;
+  const int row = first_row + threadIdx.x / kWarp * P::kPerWarp + lane % P::kPerWarp + lane / P::kPerWarp * P::kRowsAtOnce;
+  return row < end ? permutation[row] / top_k : 0;
+}
+
+// This thread's pieces of an operand; rows past `end` are zeros. Rows are those of the warp's tokens, or in their order.
 template <class T, int kWidth>
-__device__ __forceinline__ void copy_rows(unsigned char* tile, const T* source, int64_t stride, const int* permutation,
-                                          int top_k, int first_row, int end, int first_col, int width) {
-  constexpr int kPerRow = kWidth / 8, kRowsAtOnce = kGroup / kPerRow;
-  const int outer = threadIdx.x % kPerRow * 8, left = width - first_col - outer;
+__device__ __forceinline__ void copy_rows(unsigned char* tile, const T* source, int64_t stride, bool gathers, int tokens,
+                                          int first_row, int end, int first_col, int width) {
+  using P = Share<kWidth>;
+  const int outer = threadIdx.x % P::kPerRow * 8, left = width - first_col - outer;
   const int bytes = left < 0 ? 0 : left < 8 ? left * 2 : 16;
 #pragma unroll 4
-  for (int k = threadIdx.x / kPerRow; k < kSteps; k += kRowsAtOnce) {
-    const int row = first_row + k;
+  for (int i = 0; i < kSteps / P::kRowsAtOnce; ++i) {
+    const int k = threadIdx.x / P::kPerRow + i * P::kRowsAtOnce, row = first_row + k;
+    const int token = shuffle(tokens, threadIdx.x % kWarp / P::kPerRow + i * P::kPerWarp);
     const bool inside = row < end && bytes > 0;
-    const int64_t from = !inside ? 0 : permutation ? permutation[row] / top_k : row;
+    const int64_t from = gathers ? token : row;
     cp_async16(tile + offset_across(k, outer * 2, kSteps), source + (inside ? from * stride + first_col + outer : 0),
                inside ? bytes : 0);
   }
@@ -68,6 +85,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         unsigned char* a = shared + turn.stage * Ring::kBytes;
         unsigned char* b = a + Ring::kABytes;
         const bool whole = row + kSteps <= tile.end, fetch_grad = whole && !gathers_grad, fetch_x = whole && !gathers_x;
+        const int tokens = gathers_grad ? token_of_lane<kRows>(p.permutation, p.top_k, row, tile.end)
+                           : gathers_x  ? token_of_lane<kCols>(p.permutation, p.top_k, row, tile.end)
+                                        : 0;
         wait_for(&empty[turn.stage], turn.phase ^ 1);
         if (threadIdx.x == 0) {
           arrive_expecting(&full[turn.stage], (fetch_grad ? Ring::kABytes : 0) + (fetch_x ? Ring::kBBytes : 0));
@@ -75,11 +95,11 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (fetch_x) fetch_rows<kCols>(b, map_x, &full[turn.stage], row, tile.first_k);
         }
         if (!fetch_grad)
-          copy_rows<T, kRows>(a, static_cast<const T*>(p.grad), p.stride_grad, gathers_grad ? p.permutation : nullptr,
-                              p.top_k, row, tile.end, tile.first_n, p.N);
+          copy_rows<T, kRows>(a, static_cast<const T*>(p.grad), p.stride_grad, gathers_grad, tokens, row, tile.end,
+                              tile.first_n, p.N);
         if (!fetch_x)
-          copy_rows<T, kCols>(b, static_cast<const T*>(p.x), p.stride_x, gathers_x ? p.permutation : nullptr, p.top_k,
-                              row, tile.end, tile.first_k, p.K);
+          copy_rows<T, kCols>(b, static_cast<const T*>(p.x), p.stride_x, gathers_x, tokens, row, tile.end, tile.first_k,
+                              p.K);
         hand_over(full, landed, under_way);
       }
     }

@@ -97,6 +97,22 @@ T shuffle_xor(T value, int lanes) {
   return out;
 }
 
+// `value` of that lane; each may ask for another's.
+inline int shuffle(int value, int lane) {
+  auto& m = emulate::machine;
+  struct {
+    int value, lane, out;
+  } argument{value, lane, 0};
+  using Argument = decltype(argument);
+  m.meet(m.warp(), 32, m.thread.x % 32, "shuffle", &argument, [](void** all) {
+    for (int i = 0; i < 32; ++i) {
+      auto* mine = static_cast<Argument*>(all[i]);
+      mine->out = static_cast<Argument*>(all[mine->lane % 32])->value;
+    }
+  });
+  return argument.out;
+}
+
 // The lanes of the warp that hold the same value, as a mask.
 inline unsigned match_any(int value) {
   auto& m = emulate::machine;
@@ -255,6 +271,7 @@ template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
+__device__ __forceinline__ int shuffle(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 __device__ __forceinline__ unsigned match_any(int value) { return __match_any_sync(0xffffffffu, value); }
 __device__ __forceinline__ void add_shared(int* counter, int value) { atomicAdd(counter, value); }
 // How many blocks were here before this one. What this block wrote before a barrier is seen by those that come later,

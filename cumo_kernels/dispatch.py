@@ -45,9 +45,10 @@ _CUDA_MISSING = extension.missing()
 _TRITON_MISSING = _missing("triton") or _missing("cumo_kernels.backends.triton")
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+CUDA_EXPERTS = 256  # kMaxExperts of csrc/kernels.h
 
 
-def _refuse_cuda(op: str, device: str, dtype: torch.dtype) -> str | None:
+def _refuse_cuda(op: str, device: str, dtype: torch.dtype, num_experts: int = 0) -> str | None:
     if _CUDA_MISSING is not None:
         return _CUDA_MISSING
     if extension.EMULATE and device != "cpu":
@@ -56,10 +57,12 @@ def _refuse_cuda(op: str, device: str, dtype: torch.dtype) -> str | None:
         return f"it needs CUDA tensors or CUMO_EMULATE=1, got {device}"
     if dtype not in _FLOATS:
         return f"it computes in fp32, fp16 and bf16, got {dtype}"
+    if OPS[op] == "routing" and num_experts > CUDA_EXPERTS:
+        return f"it routes to at most {CUDA_EXPERTS} experts, got {num_experts}"
     return None
 
 
-def _refuse_triton(op: str, device: str, dtype: torch.dtype) -> str | None:
+def _refuse_triton(op: str, device: str, dtype: torch.dtype, num_experts: int = 0) -> str | None:
     if _TRITON_MISSING:
         return "triton or cumo_kernels.backends.triton is not in this installation"
     if device != "cuda" and not _INTERPRET:
@@ -69,14 +72,15 @@ def _refuse_triton(op: str, device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _refuse_reference(op: str, device: str, dtype: torch.dtype) -> str | None:
+def _refuse_reference(op: str, device: str, dtype: torch.dtype, num_experts: int = 0) -> str | None:
     return None
 
 
 @dataclass(frozen=True)
 class Backend:
     name: str  # folder under cumo_kernels/backends
-    refuse: Callable[[str, str, torch.dtype], str | None]  # why it cannot run this call, or None
+    # (op, device, dtype, num_experts) -> why it cannot run this call, or None
+    refuse: Callable[..., str | None]
     on_request: str | None = None  # why it runs only when it is forced, or None
 
 
@@ -98,14 +102,17 @@ def _check_name(source: str, name: str) -> str:
 _forced: str | None = os.environ.get("CUMO_BACKEND") or None
 
 
-def choose(op: str, x: torch.Tensor) -> str:
-    """Name of the backend that runs `op` on tensors like `x`; RuntimeError with the reasons if none does."""
+def choose(op: str, x: torch.Tensor, num_experts: int = 0) -> str:
+    """Name of the backend that runs `op` on tensors like `x`; RuntimeError with the reasons if none does.
+
+    `num_experts` is for the ops of routing, where a backend may have a limit.
+    """
     if _forced is not None:
         _check_name("CUMO_BACKEND", _forced)
     reasons, able = [], []
     for backend in BACKENDS:
         if _forced is None or _forced == backend.name:
-            reason = backend.refuse(op, x.device.type, x.dtype)
+            reason = backend.refuse(op, x.device.type, x.dtype, num_experts)
             if reason is None and _forced is None:
                 reason = backend.on_request
             if reason is None:
@@ -153,8 +160,11 @@ def use_backend(name: str | None):
         _forced = previous
 
 
-def explain(op: str, x: torch.Tensor) -> str:
-    """One line per backend: chosen, available, or the reason it refuses `op` on tensors like `x`."""
+def explain(op: str, x: torch.Tensor, num_experts: int = 0) -> str:
+    """One line per backend: chosen, available, or the reason it refuses `op` on tensors like `x`.
+
+    `num_experts` as for `choose`.
+    """
     if op not in OPS:
         raise ValueError(f"op must be one of {sorted(OPS)}, got {op!r}")
     if _forced is not None:
@@ -162,7 +172,7 @@ def explain(op: str, x: torch.Tensor) -> str:
     lines = [f"{op} on {x.device.type} {str(x.dtype).removeprefix('torch.')}:"]
     verdicts, able = {}, []
     for backend in BACKENDS:
-        reason = backend.refuse(op, x.device.type, x.dtype)
+        reason = backend.refuse(op, x.device.type, x.dtype, num_experts)
         if _forced not in (None, backend.name):
             verdicts[backend.name] = f"not asked: {_forced} is forced"
         elif reason is not None:

@@ -9,6 +9,7 @@ setup.py reads `ARCHITECTURES` and the flags from here, so that both ways build 
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,20 @@ def nvcc_flags(architectures: str) -> list[str]:
     """For `architectures` as in TORCH_CUDA_ARCH_LIST; without 9.0a Hopper runs what the others do."""
     flags = ["-O3", "-lineinfo", "-std=c++17"]
     return [*flags, "-DCUMO_SM90A"] if "9.0a" in architectures else flags
+
+
+def choose_architectures(asked: str) -> tuple[str, list[str]]:
+    """-> of a TORCH_CUDA_ARCH_LIST what csrc/ compiles for, and what to tell the user; "" if nothing is left.
+
+    Containers put long lists into the environment, which nobody asked for with these kernels in mind.
+    """
+    names = re.split(r"[;\s]+", asked.strip())
+    old = [name for name in names if re.match(r"[1-7]\.|Kepler|Maxwell|Pascal|Volta|Turing", name)]
+    left = [name for name in names if name not in old]
+    notes = [f"nothing is compiled for {', '.join(old)}: the kernels need 8.0 or later"] if old else []
+    if any(name in ("9.0", "9.0+PTX", "Hopper") for name in left) and "9.0a" not in asked:
+        notes.append("without 9.0a in TORCH_CUDA_ARCH_LIST Hopper runs the kernels of Ampere")
+    return ";".join(left), notes
 
 
 def sources(csrc: Path = CSRC) -> list[Path]:
@@ -54,13 +69,17 @@ def load() -> ModuleType:
     """The module with the launchers.
 
     Raises:
-        RuntimeError: compiling failed; the message has the compiler's.
+        RuntimeError: compiling failed; the message has the compiler's. Or what was built does not fit torch.
     """
     if EMULATE:
         return _compile("cumo_emulated", _as_cpp(sources()), EMULATION_FLAGS)
     if JIT:
         return _compile("cumo_jit", sources(), CXX_FLAGS)
-    return importlib.import_module("cumo_kernels._C")
+    try:
+        return importlib.import_module("cumo_kernels._C")
+    except ImportError as error:
+        reason = f"cumo_kernels._C was built for another torch, build it again: {error}"
+        raise RuntimeError(reason) from error
 
 
 def _build_directory(name: str) -> Path:
@@ -98,7 +117,11 @@ def _compile(name: str, files: list[Path], cxx_flags: list[str]) -> ModuleType:
         print(
             f"cumo_kernels: compiling csrc/ into {directory}; the first time takes minutes", file=sys.stderr
         )
-    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and torch.cuda.is_available():
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"], notes = choose_architectures(asked)
+        for note in [] if EMULATE else notes:
+            print(f"cumo_kernels: {note}", file=sys.stderr)
+    elif torch.cuda.is_available():
         version = ".".join(map(str, torch.cuda.get_device_capability()))
         os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0a" if version == "9.0" else version
     return cpp_extension.load(

@@ -99,6 +99,7 @@ def machine(monkeypatch, tmp_path):
     def make(missing: str | None):
         setup = load_setup()
         monkeypatch.delenv("CUMO_BUILD", raising=False)
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
         monkeypatch.setattr(setup, "ROOT", tmp_path)
         (tmp_path / "csrc").mkdir(exist_ok=True)
         if missing != "csrc":
@@ -141,6 +142,33 @@ def test_nothing_missing_no_refusal(machine, monkeypatch):
     monkeypatch.setenv("CUMO_BUILD", "yes")
     with pytest.raises(SystemExit, match="CUMO_BUILD must be 0, 1 or unset, got 'yes'"):
         setup.build_arguments()
+
+
+def test_an_extension_that_does_not_fit_torch_says_so(monkeypatch):
+    from cumo_kernels import extension
+
+    def fail(name):
+        raise ImportError("undefined symbol: _ZN2at5emptyE")
+
+    monkeypatch.setattr(extension, "EMULATE", False)
+    monkeypatch.setattr(extension, "JIT", False)
+    monkeypatch.setattr(extension.importlib, "import_module", fail)
+    with pytest.raises(RuntimeError, match=r"built for another torch, build it again: undefined symbol"):
+        extension.load.__wrapped__()
+
+
+def test_architectures_that_cannot_be_compiled_for_are_left_out(machine, monkeypatch):
+    """A container's environment lists GPUs that nobody asked these kernels to run on."""
+    setup = machine(None)
+    choose = setup.settings().choose_architectures
+    assert choose("8.0;9.0a;10.0;12.0+PTX") == ("8.0;9.0a;10.0;12.0+PTX", [])
+    left, notes = choose("7.5 8.0 8.6 9.0 10.0 12.0+PTX")
+    assert left == "8.0;8.6;9.0;10.0;12.0+PTX"
+    assert "for 7.5: " in notes[0] and "without 9.0a" in notes[1] and len(notes) == 2
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")
+    assert setup.refusal().endswith("from 8.0 on, TORCH_CUDA_ARCH_LIST is 7.0;7.5+PTX")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert setup.refusal() is None
 
 
 def test_the_wheel_holds_both_packages(tmp_path):

@@ -6,6 +6,7 @@ no detour at all where nothing requires a gradient.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from types import NoneType
 
 import torch
@@ -26,12 +27,26 @@ def _is_plain(args: tuple) -> bool:
     )
 
 
+def _without_autocast(function: Callable) -> Callable:
+    """What autocast had to say was said before; backward may run under one that forward did not see."""
+
+    @wraps(function)
+    def run(x, *args):
+        device = x.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return function(x, *args)
+        with torch.autocast(device, enabled=False):
+            return function(x, *args)
+
+    return run
+
+
 class Op:
     """What `define` makes of a function, and is called like it; `op` is what the dispatcher knows."""
 
     def __init__(self, name: str, function: Callable):
-        self._function = function
-        self.op = torch.library.custom_op(name, function, mutates_args=())
+        self._function = _without_autocast(function)
+        self.op = torch.library.custom_op(name, self._function, mutates_args=())
         self._node: type[Function] | None = None
         self.register_fake = self.op.register_fake
 

@@ -208,7 +208,7 @@ def route(
     if compat not in COMPAT:
         raise ValueError(f"compat must be one of {COMPAT}, got {compat!r}")
     group_offsets, num_groups = _check_groups(groups, x.shape[0], x)
-    backend = dispatch.choose("route", x)
+    backend = dispatch.choose("route", x, num_experts)
     weights, indices, mean_probs, top1_density, z = _route(
         x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat, backend
     )
@@ -250,5 +250,5 @@ def routing_from_topk(topk_weights: Tensor, topk_indices: Tensor, num_experts: i
             raise ValueError(f"topk_indices must lie in [0, {num_experts}], got values from {low} to {high}")
     weights = topk_weights.to(accumulate_dtype(topk_weights.dtype))
     indices = topk_indices.int()
-    backend = dispatch.choose("sort_by_expert", weights)
+    backend = dispatch.choose("sort_by_expert", weights, num_experts)
     return Routing(weights, indices, *_sort_by_expert(indices, num_experts, backend))

@@ -119,6 +119,28 @@ def test_the_measured_backend_wins(monkeypatch):
     measured._fastest.cache_clear()
 
 
+def test_more_experts_than_a_backend_routes_to_go_to_another(monkeypatch):
+    if (header := extension.CSRC / "kernels.h").exists():
+        assert f"kMaxExperts = {dispatch.CUDA_EXPERTS};" in header.read_text()
+    monkeypatch.setattr(dispatch, "_CUDA_MISSING", None)
+    monkeypatch.setattr(extension, "EMULATE", True)
+    rows = [replace(row, on_request=None) for row in BACKENDS if row.name != "triton"]
+    monkeypatch.setattr(dispatch, "BACKENDS", rows)
+    x = torch.zeros(2, 257)
+    assert dispatch.choose("route", x, 256) == dispatch.choose("expert_mlp", x, 257) == "cuda"
+    assert dispatch.choose("route", x, 257) == dispatch.choose("sort_by_expert", x, 257) == "reference"
+    reason = "it routes to at most 256 experts, got 257"
+    assert f"cuda       refuses: {reason}" in explain("route", x, 257)
+    indices = torch.zeros(2, 1, dtype=torch.int32)
+    cumo_kernels.route(x, 2)
+    cumo_kernels.routing_from_topk(torch.ones(2, 1), indices, 257)
+    with use_backend("cuda"):
+        with pytest.raises(RuntimeError, match=reason):
+            cumo_kernels.route(x, 2)
+        with pytest.raises(RuntimeError, match=reason):
+            cumo_kernels.routing_from_topk(torch.ones(2, 1), indices, 257)
+
+
 def test_the_measured_table_is_one():
     for gpu, rows in measured.TABLE.items():
         assert hardware.find(gpu).name == gpu

@@ -243,6 +243,23 @@ def test_logits_of_the_gate_are_rounded_as_those_of_a_linear_layer(backend, devi
     assert dtype == torch.float32 or not torch.equal(logits.double(), x.double() @ gate.double().T)
 
 
+@pytest.mark.parametrize("num_experts", [5, 40])  # the gate inside the kernels, and in front of them
+def test_backward_under_an_autocast_that_forward_did_not_see(backend, device, num_experts):
+    """Routers compute in fp32 apart from autocast, and loss.backward() is called inside of it."""
+    x = torch.randn(24, 16, device=device, requires_grad=True)
+    gate = torch.randn(num_experts, 16, device=device, requires_grad=True)
+    upstream = torch.randn(24, 2, device=device)
+
+    def gradients(inside: bool):
+        with use_backend(backend):
+            weights = route(x, 2, gate).topk_weights
+        with torch.autocast(device, torch.bfloat16, enabled=inside):
+            return torch.autograd.grad(weights, (x, gate), upstream)
+
+    for found, wanted in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(found, wanted)
+
+
 SORTS = [  # num_tokens, num_experts, top_k; one program sorts 4 blocks of slots, smaller with more experts
     pytest.param(0, 4, 2, id="no-slot"),
     pytest.param(1, 1, 1, id="one-slot"),
