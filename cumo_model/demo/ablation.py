@@ -208,13 +208,15 @@ def table(result: dict) -> str:
         cells += [f"{row['flops'] / base:.2f}x", f"{row['parameters'] / 1e6:.1f} M"]
         cells.append(", ".join(f"{place} {value:.2f}" for place, value in row["load_entropy"].items()) or "-")
         lines.append(f"| {ROWS[name].title} | {' | '.join(cells)} |")
-    lines += ["", "| the paper says | choice here | exact match here |", "|---|---|---|"]
+    lines += ["", "| the paper says | choice here | exact match here | loss here |", "|---|---|---|---|"]
     for text, better, worse in CLAIMS:
         if better in result and worse in result:
             cells = []
             for key in ("choice", "exact"):
                 mean, error, word = verdict(result[better][key], result[worse][key])
                 cells.append(f"{100 * mean:+.1f} ± {100 * error:.1f}: {word}")
+            mean, error, word = verdict(result[worse]["loss"], result[better]["loss"])  # lower is better
+            cells.append(f"{-mean:+.3f} ± {error:.3f}: {word}")
             lines.append(f"| {text} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -228,7 +230,8 @@ def write_table(out: Path, result: dict, seconds: float) -> None:
         f"{seeds} seeds a row, {schedule['steps']} steps of {schedule['batch_size']}; mean ± standard "
         "deviation over seeds, per cent, on unseen drawings.\nAll rows make the same number of steps, "
         "so those with experts cost more; stages 0 to 2 are shared,\nso the spread is that of stage 3 "
-        "alone. Claims: paired difference ± standard error; a t-test at 5 % decides.\n\n"
+        "alone. Loss: the language model's in training, mean of the last 20 steps.\nClaims: paired difference "
+        "± standard error; a t-test at 5 % decides.\n\n"
     )
     text = head + table(result) + f"\nThe last call took {seconds / 60:.1f} minutes.\n"
     for name, content in (("results.json", json.dumps(result, indent=1)), ("table.md", text)):

@@ -7,11 +7,11 @@ import pytest
 from cumo_model.demo.ablation import CLAIMS, ROWS, run_ablation, table, verdict
 
 
-def _row(choice, exact, flops=100):
+def _row(choice, exact, flops=100, loss=0.5):
     return {
         "choice": choice,
         "exact": exact,
-        "loss": [0.5] * len(choice),
+        "loss": [loss, loss + 0.1],
         "flops": flops,
         "parameters": 1_000_000,
         "load_entropy": {"clip": 0.9} if flops > 100 else {},
@@ -35,10 +35,10 @@ def test_a_verdict_needs_a_t_test():
 
 
 def test_the_table_has_mean_spread_cost_and_claims():
-    text = table({"dense": _row([0.5, 0.7], [0.4, 0.4]), "mlp": _row([0.6, 0.8], [0.5, 0.5], 120)})
-    assert "| dense | 60.0 ± 14.1 | 40.0 ± 0.0 | 0.500 ± 0.000 | 1.00x | 1.0 M | - |" in text
+    text = table({"dense": _row([0.5, 0.7], [0.4, 0.4]), "mlp": _row([0.6, 0.8], [0.5, 0.5], 120, 0.4)})
+    assert "| dense | 60.0 ± 14.1 | 40.0 ± 0.0 | 0.550 ± 0.071 | 1.00x | 1.0 M | - |" in text
     assert "| + MLP-MoE, 2 of 4 | 70.0 ± 14.1 |" in text and "1.20x" in text and "clip 0.90" in text
-    assert "+10.0 ± 0.0: seen here too" in text
+    assert "+10.0 ± 0.0: seen here too" in text and "-0.100 ± 0.000: seen here too" in text
     assert len([line for line in text.splitlines() if "seen here" in line]) == 1
 
 
