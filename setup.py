@@ -92,13 +92,14 @@ def extension() -> dict:
     for note in notes:
         print(f"cumo_kernels._C: {note}")
     print(f"cumo_kernels._C: nvcc {ask_nvcc(nvcc)[0]} for {architectures}")
+    cxx_flags = [*build.CXX_FLAGS, f'-DCUMO_ARCHITECTURES="{architectures}"']
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
     module = CUDAExtension(
         "cumo_kernels._C",
         [path.relative_to(ROOT).as_posix() for path in build.sources(ROOT / "csrc")],
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": build.CXX_FLAGS, "nvcc": build.nvcc_flags(architectures)},
+        extra_compile_args={"cxx": cxx_flags, "nvcc": build.nvcc_flags(architectures)},
         depends=[path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "csrc").iterdir())],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}

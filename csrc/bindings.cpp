@@ -367,6 +367,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   using py::arg;
   m.doc() = "CUDA kernels of cumo_kernels; use them through its public functions.";
+#ifdef CUMO_ARCHITECTURES
+  m.attr("architectures") = CUMO_ARCHITECTURES;  // the TORCH_CUDA_ARCH_LIST it was built with
+#endif
 
   m.def("activate", py::overload_cast<const Tensor&, const std::string&>(&activate), arg("x"), arg("name"));
   m.def("activate_backward", py::overload_cast<const Tensor&, const Tensor&, const std::string&>(&activate_backward),

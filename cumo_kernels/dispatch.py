@@ -46,33 +46,37 @@ _TRITON_MISSING = _missing("triton") or _missing("cumo_kernels.backends.triton")
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CUDA_EXPERTS = 256  # kMaxExperts of csrc/kernels.h
+Device = torch.device | str
 
 
-def _refuse_cuda(op: str, device: str, dtype: torch.dtype, num_experts: int = 0) -> str | None:
+def _refuse_cuda(op: str, device: Device, dtype: torch.dtype, num_experts: int = 0) -> str | None:
     if _CUDA_MISSING is not None:
         return _CUDA_MISSING
-    if extension.EMULATE and device != "cpu":
-        return f"it needs CPU tensors under CUMO_EMULATE=1, got {device}"
-    if device != "cuda" and not extension.EMULATE:
-        return f"it needs CUDA tensors or CUMO_EMULATE=1, got {device}"
+    device = torch.device(device)
+    if extension.EMULATE and device.type != "cpu":
+        return f"it needs CPU tensors under CUMO_EMULATE=1, got {device.type}"
+    if device.type != "cuda" and not extension.EMULATE:
+        return f"it needs CUDA tensors or CUMO_EMULATE=1, got {device.type}"
     if dtype not in _FLOATS:
         return f"it computes in fp32, fp16 and bf16, got {dtype}"
     if OPS[op] == "routing" and num_experts > CUDA_EXPERTS:
         return f"it routes to at most {CUDA_EXPERTS} experts, got {num_experts}"
-    return None
+    # a graph being compiled has no place for this question; its first eager call has answered it
+    return None if torch.compiler.is_compiling() else extension.unfit(device)
 
 
-def _refuse_triton(op: str, device: str, dtype: torch.dtype, num_experts: int = 0) -> str | None:
+def _refuse_triton(op: str, device: Device, dtype: torch.dtype, num_experts: int = 0) -> str | None:
     if _TRITON_MISSING:
         return "triton or cumo_kernels.backends.triton is not in this installation"
-    if device != "cuda" and not _INTERPRET:
-        return f"it needs CUDA tensors or TRITON_INTERPRET=1, got {device}"
+    device = torch.device(device)
+    if device.type != "cuda" and not _INTERPRET:
+        return f"it needs CUDA tensors or TRITON_INTERPRET=1, got {device.type}"
     if dtype not in _FLOATS:
         return f"it computes in fp32, fp16 and bf16, got {dtype}"
     return None
 
 
-def _refuse_reference(op: str, device: str, dtype: torch.dtype, num_experts: int = 0) -> str | None:
+def _refuse_reference(op: str, device: Device, dtype: torch.dtype, num_experts: int = 0) -> str | None:
     return None
 
 
@@ -112,7 +116,7 @@ def choose(op: str, x: torch.Tensor, num_experts: int = 0) -> str:
     reasons, able = [], []
     for backend in BACKENDS:
         if _forced is None or _forced == backend.name:
-            reason = backend.refuse(op, x.device.type, x.dtype, num_experts)
+            reason = backend.refuse(op, x.device, x.dtype, num_experts)
             if reason is None and _forced is None:
                 reason = backend.on_request
             if reason is None:
@@ -172,7 +176,7 @@ def explain(op: str, x: torch.Tensor, num_experts: int = 0) -> str:
     lines = [f"{op} on {x.device.type} {str(x.dtype).removeprefix('torch.')}:"]
     verdicts, able = {}, []
     for backend in BACKENDS:
-        reason = backend.refuse(op, x.device.type, x.dtype, num_experts)
+        reason = backend.refuse(op, x.device, x.dtype, num_experts)
         if _forced not in (None, backend.name):
             verdicts[backend.name] = f"not asked: {_forced} is forced"
         elif reason is not None:

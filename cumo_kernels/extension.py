@@ -47,6 +47,19 @@ def choose_architectures(asked: str) -> tuple[str, list[str]]:
     return ";".join(left), notes
 
 
+def runs_on(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether what was compiled for `architectures` runs on a GPU of that compute capability."""
+    for name in architectures.split(";"):
+        known = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
+        if known is None:  # the name of a generation: torch knows what it means
+            return True
+        built, suffix = (int(known[1]), int(known[2])), known[3]
+        same = built == capability if suffix == "a" else built[0] == capability[0] and built <= capability
+        if same or (known[4] and not suffix and built <= capability):
+            return True
+    return False
+
+
 def sources(csrc: Path = CSRC) -> list[Path]:
     return sorted(path for path in csrc.iterdir() if path.suffix in (".cpp", ".cu"))
 
@@ -62,6 +75,24 @@ def missing() -> str | None:
     if importlib.util.find_spec("cumo_kernels._C") is None:
         return "the extension cumo_kernels._C is not built in this installation"
     return None
+
+
+@cache
+def unfit(device) -> str | None:
+    """Why what is installed does not run on that GPU, or None."""
+    import torch
+
+    if EMULATE or JIT or not torch.cuda.is_available():
+        return None
+    try:
+        architectures = getattr(load(), "architectures", "all it knew")
+    except RuntimeError as error:
+        return str(error)
+    capability = torch.cuda.get_device_capability(device)
+    if runs_on(capability, architectures):
+        return None
+    version = ".".join(map(str, capability))
+    return f"cumo_kernels._C was built for {architectures}, this GPU is {version}: build it again here"
 
 
 @cache

@@ -230,8 +230,8 @@ def write_table(out: Path, result: dict, seconds: float) -> None:
         f"{seeds} seeds a row, {schedule['steps']} steps of {schedule['batch_size']}; mean ± standard "
         "deviation over seeds, per cent, on unseen drawings.\nAll rows make the same number of steps, "
         "so those with experts cost more; stages 0 to 2 are shared,\nso the spread is that of stage 3 "
-        "alone. Loss: the language model's in training, mean of the last 20 steps.\nClaims: paired difference "
-        "± standard error; a t-test at 5 % decides.\n\n"
+        "alone. Loss: the language model's in training, mean of the last 20 steps.\nClaims: paired "
+        "difference ± standard error; a t-test at 5 % decides.\n\n"
     )
     text = head + table(result) + f"\nThe last call took {seconds / 60:.1f} minutes.\n"
     for name, content in (("results.json", json.dumps(result, indent=1)), ("table.md", text)):

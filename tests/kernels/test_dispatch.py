@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,41 @@ def test_cpu_tensors_run_on_the_reference():
 def test_fp64_is_refused_by_everyone_but_the_reference():
     for backend in BACKENDS[:-1]:
         assert backend.refuse("route", "cuda", torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((7, 5), extension.ARCHITECTURES, False),
+        ((8, 9), extension.ARCHITECTURES, True),
+        ((9, 0), extension.ARCHITECTURES, True),
+        ((9, 0), "9.0a", True),
+        ((10, 3), "10.0", True),
+        ((10, 0), "9.0a", False),
+        ((10, 0), "9.0", False),
+        ((10, 0), "9.0+PTX", True),
+        ((12, 1), extension.ARCHITECTURES, True),
+        ((8, 0), "8.6", False),
+        ((8, 6), "Ampere", True),
+    ],
+)
+def test_binaries_run_within_their_generation_and_ptx_later(capability, architectures, runs):
+    assert extension.runs_on(capability, architectures) == runs
+
+
+def test_cuda_refuses_a_gpu_it_was_not_built_for(monkeypatch):
+    monkeypatch.setattr(dispatch, "_CUDA_MISSING", None)
+    monkeypatch.setattr(extension, "EMULATE", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(extension, "load", lambda: types.SimpleNamespace(architectures="8.0;9.0a"))
+    extension.unfit.cache_clear()
+    reason = dispatch._refuse_cuda("permute", "cuda:0", torch.float32)
+    assert reason == "cumo_kernels._C was built for 8.0;9.0a, this GPU is 7.5: build it again here"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    extension.unfit.cache_clear()
+    assert dispatch._refuse_cuda("permute", "cuda:0", torch.float32) is None
+    extension.unfit.cache_clear()
 
 
 @pytest.mark.parametrize("backend", [b.name for b in BACKENDS])
