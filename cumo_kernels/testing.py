@@ -144,20 +144,29 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 def _accuracy(name: str, got: Tensor, native: Tensor, truth: Tensor, eps: float) -> Accuracy:
     if got.numel() == 0:
         return Accuracy(name, 0.0, None)
-    if not torch.equal(got.isfinite(), truth.isfinite()):
-        number = int((~got.isfinite()).sum())
-        return Accuracy(name, math.inf, f"{name} has {number} non-finite values that fp64 has not")
+    finite = truth.isfinite()
+    if not torch.equal(got.isfinite(), finite):
+        number = int((~got.isfinite() & finite).sum())
+        what = f"{number} non-finite values that fp64 has not" if number else "numbers where fp64 has none"
+        return Accuracy(name, math.inf, f"{name} has {what}")
+    kinds = [t[~finite].nan_to_num(0.0) for t in (got, truth)]  # infinities become the largest numbers
+    if not torch.equal(*kinds):
+        return Accuracy(name, math.inf, f"{name} has another infinity or NaN than fp64")
+    # an infinite error of torch's own would allow everything, and inf - inf is no error at all
+    within = lambda t, where: t if where.all() else t.masked_fill(~where, 0.0)
+    errors, own = within(got - truth, finite), within(native - truth, finite & native.isfinite())
+    truth = within(truth, finite)
     ratio, reason = 0.0, None
     for measure, of in (
         ("at most", lambda t: float(t.abs().max())),
         ("in the mean square", lambda t: float(t.norm()) / t.numel() ** 0.5),
     ):
-        error, torchs, size = of(got - truth), of(native - truth), of(truth)
+        error, torchs, size = of(errors), of(own), of(truth)
         unit = max(torchs, eps / 2 * size)
         ratio = max(ratio, error / unit if unit else math.inf if error else 0.0)
         allowed = 2 * torchs + eps * size
         if reason is None and error > allowed:
-            worst = torch.unravel_index((got - truth).abs().argmax(), got.shape)
+            worst = torch.unravel_index(errors.abs().argmax(), got.shape)
             reason = (
                 f"{name} is off {measure} by {error:.3e}, allowed {allowed:.3e} (torch itself {torchs:.3e}); "
                 f"worst at index {[int(i) for i in worst[1:]]} of {tuple(got.shape[1:])}"
