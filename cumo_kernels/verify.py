@@ -14,19 +14,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 
 from cumo_kernels import cases, dispatch, use_backend
 from cumo_kernels.cases import FAMILIES, FEW, GPU_FAMILIES, Call, Case, build, parse
+from cumo_kernels.fuzz import draw, shrink
 from cumo_kernels.guards import guarded_memory
 from cumo_kernels.problems import DTYPES
 from cumo_kernels.testing import Yardstick
 
 REPEATS = 3
 EXCUSED = "reference"  # written to be read: it asks the host where experts begin
+SWITCHES = (  # environment variables that change which code a case runs
+    "TRITON_INTERPRET", "CUMO_EMULATE", "CUMO_EMULATE_CAPABILITY", "CUMO_EMULATE_SMS", "CUMO_JIT",
+    "CUMO_BATCH_INVARIANT", "PYTORCH_NO_CUDA_MEMORY_CACHING",
+)  # fmt: skip
+FLUSH = 5.0  # seconds between two states of the --json file
 
 
 @dataclass
@@ -45,13 +51,14 @@ class Result:
     exact: bool | None = None
     sync_free: bool | None = None
     graph: bool | None = None
+    lost: bool = False  # after it nothing runs on the device any more, in this process
     failures: list[str] = field(default_factory=list)
 
     @property
     def command(self) -> str:
-        interpreter = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
+        switches = "".join(f"{name}={os.environ[name]} " for name in SWITCHES if name in os.environ)
         return (
-            f"{interpreter}python -m cumo_kernels verify --backend {self.backend} --device {self.device} "
+            f"{switches}python -m cumo_kernels verify --backend {self.backend} --device {self.device} "
             f"--case '{self.case}'"
         )
 
@@ -157,6 +164,14 @@ def _check_graph(call: Call, result: Result) -> None:
         result.failures.append("a replayed graph gives other bits than an eager run")
 
 
+def _is_lost(device: str) -> bool:
+    """Whether a kernel left the device in a state in which this process can run nothing on it."""
+    try:
+        return device == "cuda" and torch.ones(1, device="cuda").item() != 1
+    except RuntimeError:
+        return True
+
+
 def check(case: Case, backend: str, device: str, family: str = "") -> Result:
     """Every check that applies; whatever is raised on the way is a failure with its text."""
     result = Result(str(case), backend, device, family)
@@ -172,6 +187,7 @@ def check(case: Case, backend: str, device: str, family: str = "") -> Result:
                 _check_graph(call, result)
     except Exception as error:
         result.failures.append(f"{type(error).__name__}: {str(error).strip()[:500]}")
+        result.lost = _is_lost(device)
     return result
 
 
@@ -187,96 +203,47 @@ def backends_of(device: str) -> tuple[list[str], list[str]]:
     return names, missing
 
 
-def draw(generator: random.Random, dtypes: tuple[str, ...], big: bool) -> Case:
-    """A random case; half of its fields keep to small or ordinary values."""
-    rand, choice = generator.randint, generator.choice
-    size = lambda top: choice((1, 2, 8, 16, 32, 64, rand(1, top), rand(1, top)))
-    experts = choice((1, 2, 4, 4, 8, rand(1, 16), 64))
-    groups = choice((1, 1, 2, 3))
-    dtype = choice(dtypes)
-    op = choice(cases.OPS)
-    case = Case(
-        op,
-        T=groups * choice((0, 1, rand(2, 9), rand(10, 80), rand(10, 3000 if big else 150))),
-        H=size(520 if big else 130),
-        I=size(300 if big else 100),
-        O=size(300 if big else 100),
-        E=experts,
-        K=rand(1, min(experts, 8)),
-        activation=choice(sorted(cases.ACTIVATIONS)),
-        bias=choice((True, False)),
-        gated=choice((True, False)) and not (op == "route" and dtype != "fp32"),
-        memory=choice(("x", "preact", "all")),
-        groups=groups,
-        pattern=choice((*cases.PATTERNS, "dropped")),
-        layout=choice(cases.LAYOUTS),
-        dtype=dtype,
-        seed=rand(0, 999_999),
-    )
-    return cases.used(case)
-
-
-def smaller(case: Case, name: str) -> Iterator[Case]:
-    """`case` with a simpler value of one field, the boldest first."""
-    value = getattr(case, name)
-    if isinstance(value, bool | str):
-        steps = [getattr(Case(case.op), name)]
-    else:
-        least = 0 if name in ("T", "seed") else 1
-        steps = [step for step in (least, value // 2, value - 1) if least <= step < value]
-    for step in dict.fromkeys(steps):
-        other = cases.used(replace(case, **{name: step}))
-        if other != case and other.problem is None:
-            yield other
-
-
-def shrink(case: Case, fails: Callable[[Case], bool], seconds: float = 90) -> Case:
-    """The simplest case found in `seconds` that still `fails`."""
-    stop = time.monotonic() + seconds
-    improved = True
-    while improved:
-        improved = False
-        for row in fields(case)[1:]:
-            for other in smaller(case, row.name):
-                if time.monotonic() > stop:
-                    return case
-                if fails(other):
-                    case, improved = other, True
-                    break
-    return case
-
-
 def fuzz(
-    backends: list[str], dtypes: tuple[str, ...], device: str, seconds: float, seed: int
+    backends: list[str],
+    dtypes: tuple[str, ...],
+    device: str,
+    seconds: float,
+    seed: int,
+    names: tuple[str, ...] = cases.OPS,
 ) -> Iterator[Result]:
     """Random cases until the time is up; a failure is shrunk before it is yielded, and ends the search."""
     generator = random.Random(seed)
     stop = time.monotonic() + seconds
     while time.monotonic() < stop:
-        case = draw(generator, dtypes, device == "cuda")
+        case = draw(generator, dtypes, device == "cuda", names)
         for backend in backends:
             result = check(case, backend, device, "fuzz")
-            if result.failures:
+            if result.failures and not result.lost:
                 fails = lambda other, backend=backend: bool(check(other, backend, device).failures)
-                yield check(shrink(case, fails), backend, device, "fuzz")
-                return
+                small = check(shrink(case, fails), backend, device, "fuzz")
+                if small.failures:
+                    result = small
+                else:  # what fails only now and then has failed all the same
+                    result.failures.append("not every time: the same case has passed since")
             yield result
+            if result.failures:
+                return
 
 
-def interpreted(options: list[str], log: Callable[[str], None]) -> list[Result]:
-    """The Triton backend in Triton's interpreter, which only a process of its own can choose."""
-    command = [sys.executable, "-m", "cumo_kernels", "verify", "--backend", "triton", "--device", "cpu"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+def elsewhere(options: list[str], switches: dict[str, str]) -> tuple[list[Result], list[str]]:
+    """Verify in a process of its own -> results, and sentences for what was not checked."""
+    command = [sys.executable, "-m", "cumo_kernels", "verify", "--json", "-", *options]
+    environment = {**os.environ, **switches}
     environment.pop("CUMO_BACKEND", None)
-    log("triton in the interpreter (a process of its own, a second or so a case)")
-    done = subprocess.run(
-        [*command, "--json", "-", *options], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        return [Result(**row) for row in json.loads(done.stdout)["results"]]
+        report = json.loads(done.stdout)
+        return [Result(**row) for row in report["results"]], report["not_checked"]
     except (json.JSONDecodeError, KeyError):
-        failure = f"the interpreter's process ended with {done.returncode} and no result"
-        return [Result("expert_mlp", "triton", "cpu", failures=[failure])]
+        words = " ".join([*(f"{name}={value}" for name, value in switches.items()), *options])
+        failure = f"a process of its own ended with {done.returncode} and no result: verify {words}"
+        device, backend = (options[options.index(name) + 1] for name in ("--device", "--backend"))
+        return [Result("expert_mlp", backend, device, failures=[failure])], []
 
 
 def table(results: Iterable[Result]) -> str:
@@ -322,15 +289,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="random cases until the time is up")
     parser.add_argument("--seed", type=int, default=0, help="of --fuzz")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds; no case begins after them")
+    parser.add_argument("--begin", type=int, default=0, help=argparse.SUPPRESS)  # with this case of all
     parser.add_argument(
         "--no-interpreter", action="store_true", help="leave Triton out where there is no GPU"
     )
     parser.add_argument("--json", metavar="FILE", help="write every case's result; - is the screen, alone")
 
 
-def _run(args: argparse.Namespace, log: Callable[[str], None]) -> tuple[list[Result], list[str]]:
-    """-> results, and sentences for what was not checked."""
+def _survey(
+    args: argparse.Namespace, backends: list[str], device: str, note: Callable[[Result], None], log: Callable
+) -> list[str]:
+    """Every case of the families -> sentences for those that were not checked."""
+    families = FEW if args.few else FAMILIES | (GPU_FAMILIES if device == "cuda" else {})
+    dtypes, names = tuple(args.dtype or DTYPES), tuple(args.op or cases.OPS)
+    todo = list(cases.all_cases(families, dtypes, names))
+    begin = time.monotonic()
+    for i, (family, case) in enumerate(todo[args.begin :], args.begin):
+        left = args.budget - (time.monotonic() - begin)
+        if left <= 0:
+            return [f"{len(todo) - i} of {len(todo)} cases: --budget was spent"]
+        for at, backend in enumerate(backends, 1):
+            result = check(case, backend, device, family)
+            note(result)
+            if result.lost:
+                log(f"the device is lost: the other {len(todo) - i - 1} cases run in a new process")
+                words = ["--device", device, "--begin", str(i + 1), *(["--few"] if args.few else [])]
+                words += [] if left == math.inf else ["--budget", str(left)]
+                for option, values in (("--backend", backends), ("--dtype", dtypes), ("--op", names)):
+                    words += [word for value in values for word in (option, value)]
+                results, missing = elsewhere(words, {}) if i + 1 < len(todo) else ([], [])
+                for other in results:
+                    note(other)
+                skipped = [f"{name} {case}: the device was lost before" for name in backends[at:]]
+                return skipped + [line for line in missing if "budget" in line or "lost" in line]
+        if (i + 1) % 50 == 0:
+            log(f"{i + 1} of {len(todo)} cases")
+    return []
+
+
+def _run(args: argparse.Namespace, note: Callable[[Result], None], log: Callable[[str], None]) -> list[str]:
+    """Hand every result to `note` -> sentences for what was not checked."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device on this machine")
     runnable, missing = backends_of(device)
     refused = [name for name in args.backend or () if name not in runnable]
     interpret = device == "cpu" and "triton" not in runnable and not args.no_interpreter
@@ -338,14 +339,6 @@ def _run(args: argparse.Namespace, log: Callable[[str], None]) -> tuple[list[Res
     backends = [name for name in args.backend or runnable if name in runnable]
     if not backends and not interpret:
         raise ValueError(f"--backend {', '.join(refused)} does not run here: {'; '.join(missing)}")
-    dtypes = tuple(args.dtype or DTYPES)
-    results: list[Result] = []
-
-    def note(result: Result) -> None:
-        results.append(result)
-        if result.failures:
-            log(f"FAILED {result.backend} {result.case}: {result.failures[0]}")
-
     passed_on: list[str] = []
     if args.case:
         passed_on = ["--case", args.case]
@@ -353,63 +346,79 @@ def _run(args: argparse.Namespace, log: Callable[[str], None]) -> tuple[list[Res
             note(check(parse(args.case), backend, device))
     elif args.fuzz:
         passed_on = ["--fuzz", str(args.fuzz), "--seed", str(args.seed)]
-        if backends:
-            for result in fuzz(backends, dtypes, device, args.fuzz, args.seed):
-                note(result)
-        log(f"{len(results)} random cases from seed {args.seed}")
+        number = 0
+        dtypes, names = tuple(args.dtype or DTYPES), tuple(args.op or cases.OPS)
+        for result in fuzz(backends, dtypes, device, args.fuzz, args.seed, names) if backends else ():
+            note(result)
+            number += 1
+        log(f"{number} random cases from seed {args.seed}")
     else:
-        families = FEW if args.few else FAMILIES | (GPU_FAMILIES if device == "cuda" else {})
-        todo = list(cases.all_cases(families, dtypes, tuple(args.op or cases.OPS)))
-        begin, late = time.monotonic(), 0
-        for i, (family, case) in enumerate(todo):
-            if time.monotonic() - begin > args.budget:
-                late = len(todo) - i
-                break
-            for backend in backends:
-                note(check(case, backend, device, family))
-            if (i + 1) % 50 == 0:
-                log(f"{i + 1} of {len(todo)} cases")
-        if late:
-            missing.append(f"{late} of {len(todo)} cases: --budget was spent")
+        missing += _survey(args, backends, device, note, log)
     if interpret:
         asked = args.backend and "triton" in args.backend and not args.few
         passed_on += passed_on or ([] if asked else ["--few"])
+        few = "--few" in passed_on
         passed_on += [word for op in args.op or () for word in ("--op", op)]
         # the interpreter cuts fp32 to bf16 where a GPU rounds
         passed_on += [word for dtype in args.dtype or ("fp32", "fp16") for word in ("--dtype", dtype)]
-        results += interpreted(passed_on, log)
+        log("triton in the interpreter (a process of its own, a second or so a case)")
+        options = ["--backend", "triton", "--device", "cpu", *passed_on]
+        for result in elsewhere(options, {"TRITON_INTERPRET": "1"})[0]:
+            note(result)
         missing = [m for m in missing if not m.startswith("triton ")]
-        missing.append("triton on a GPU: only its arithmetic was checked, in the interpreter")
+        less = f", of {len(FEW)} awkward families (--backend triton: of all)" if few else ""
+        less += "" if args.dtype else ", without bf16"
+        missing.append(f"triton on a GPU: only its arithmetic was checked, in the interpreter{less}")
     if device != "cuda":
         missing.append("sync-free and graph: they need a CUDA device")
-    return results, missing
+    return missing
+
+
+def _report(results: list[Result], missing: list[str], begin: float) -> dict:
+    return {
+        "seconds": round(time.monotonic() - begin, 1),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "failed": sum(bool(result.failures) for result in results),
+        "not_checked": missing,
+        "results": [asdict(result) for result in results],
+    }
+
+
+def _write(report: dict, path: str) -> None:
+    part = f"{path}.part"
+    with open(part, "w") as file:
+        json.dump(report, file, indent=1)
+    os.replace(part, path)
 
 
 def main(args: argparse.Namespace) -> int:
     log = lambda line: print(line, file=sys.stderr, flush=True)
-    begin = time.monotonic()
+    begin = written = time.monotonic()
+    results: list[Result] = []
+
+    def note(result: Result) -> None:
+        nonlocal written
+        results.append(result)
+        if result.failures:
+            log(f"FAILED {result.backend} {result.case}: {result.failures[0]}")
+        # a run that is cut off leaves what it has found
+        if args.json not in (None, "-") and time.monotonic() - written > FLUSH:
+            _write(_report(results, ["the rest: this run has not ended"], begin), args.json)
+            written = time.monotonic()
+
     try:
-        results, missing = _run(args, log)
+        missing = _run(args, note, log)
     except ValueError as error:
         log(f"verify: {error}")
         return 2
     failed = [result for result in results if result.failures]
-    report = {
-        "seconds": round(time.monotonic() - begin, 1),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "failed": len(failed),
-        "not_checked": missing,
-        "results": [asdict(result) for result in results],
-    }
+    report = _report(results, missing, begin)
     if args.json == "-":
         print(json.dumps(report))
         return 1 if failed or not results else 0
     if args.json:
-        part = f"{args.json}.part"
-        with open(part, "w") as file:
-            json.dump(report, file, indent=1)
-        os.replace(part, args.json)
+        _write(report, args.json)
     print(table(results))
     print("output, gradient: the worst error in units of torch's own in that dtype, both against fp64")
     for line in missing:

@@ -180,6 +180,100 @@ def test_fuzz_finds_a_rare_bug_and_makes_it_small(replaced):
     assert (found.T, found.H, found.E, found.layout) == (7, 3, 1, "contiguous")
 
 
+def test_fuzz_keeps_a_failure_that_does_not_come_again(replaced):
+    calls = []
+
+    def once(plain, *args):
+        calls.append(args)
+        return plain(*args) * (1.5 if len(calls) == 1 else 1)
+
+    replaced("activate", once)
+    *_, last = verify.fuzz(["reference"], ("fp32",), "cpu", 60, seed=0, names=("activate",))
+    assert "off" in last.failures[0] and last.failures[-1].startswith("not every time")
+
+
+def test_fuzz_draws_the_ops_that_were_asked_for(tmp_path):
+    path = tmp_path / "v.json"
+    words = [
+        "--device",
+        "cpu",
+        "--backend",
+        "reference",
+        "--fuzz",
+        "0.5",
+        "--op",
+        "combine",
+        "--json",
+        str(path),
+    ]
+    assert main(["verify", *words]) == 0
+    assert {row["case"].split()[0] for row in json.loads(path.read_text())["results"]} == {"combine"}
+
+
+def test_a_command_names_what_chose_the_code(monkeypatch):
+    for name in verify.SWITCHES:
+        monkeypatch.delenv(name, raising=False)
+    result = verify.Result("permute T=5", "cuda", "cpu")
+    assert result.command.startswith("python -m cumo_kernels verify --backend cuda")
+    monkeypatch.setenv("CUMO_EMULATE", "1")
+    monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", "90")
+    assert result.command.startswith("CUMO_EMULATE=1 CUMO_EMULATE_CAPABILITY=90 python -m")
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_found(replaced, monkeypatch, tmp_path):
+    def cut_off(plain, x, name):
+        if x.dtype == torch.bfloat16:
+            raise KeyboardInterrupt
+        return plain(x, name) * (1.1 if x.dtype == torch.float16 else 1)
+
+    replaced("activate", cut_off)
+    monkeypatch.setattr(verify, "FLUSH", 0)
+    path = tmp_path / "v.json"
+    words = ["--backend", "reference", "--device", "cpu", "--few", "--op", "activate"]
+    words += [word for dtype in ("fp32", "fp16", "bf16") for word in ("--dtype", dtype)]
+    with pytest.raises(KeyboardInterrupt):
+        main(["verify", *words, "--json", str(path)])
+    report = json.loads(path.read_text())
+    assert (len(report["results"]), report["failed"]) == (2, 1)
+    assert report["not_checked"] == ["the rest: this run has not ended"]
+
+
+def test_a_lost_device_is_blamed_on_one_case_alone(replaced, monkeypatch, tmp_path, capsys):
+    """The others run in a process of its own, whose arguments are tried in this one."""
+    broken, asked, whole = [], [], dispatch.implementation("reference", "activate")
+
+    def breaks(plain, x, name):
+        broken.append(name)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def another_process(words, switches):
+        asked.append(words)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(dispatch._implementations, ("reference", "activate"), whole)
+            assert main(["verify", *words, "--json", str(tmp_path / "child.json")]) == 0
+        report = json.loads((tmp_path / "child.json").read_text())
+        return [verify.Result(**row) for row in report["results"]], report["not_checked"]
+
+    replaced("activate", breaks)
+    monkeypatch.setattr(verify, "_is_lost", lambda device: True)
+    monkeypatch.setattr(verify, "elsewhere", another_process)
+    words = ["--backend", "reference", "--device", "cpu", "--few", "--op", "activate", "--op", "combine"]
+    assert main(["verify", *words, "--json", str(tmp_path / "v.json")]) == 1
+    report = json.loads((tmp_path / "v.json").read_text())
+    rows = [(row["case"].split()[0], bool(row["failures"])) for row in report["results"]]
+    assert len(broken) == 1 and rows[0] == ("activate", True) and not any(failed for _, failed in rows[1:])
+    every = len(list(all_cases(cases.FEW, ("fp32", "fp16", "bf16"), ("activate", "combine"))))
+    assert (
+        len(rows) == every and report["failed"] == 1 and asked[0][:4] == ["--device", "cpu", "--begin", "1"]
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_device_that_is_not_there_is_no_failure_of_every_case(capsys):
+    assert main(["verify", "--device", "cuda"]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
 def test_fuzz_stops_in_time():
     results = list(verify.fuzz(["reference"], ("fp32", "fp16", "bf16"), "cpu", 2, seed=3))
     assert results and not any(result.failures for result in results)
