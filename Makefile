@@ -1,10 +1,18 @@
 # Every target makes one virtual environment from constraints.txt the first time and reuses it.
 #   ARGS="..."      goes to the program a target runs: make test ARGS="-k routing", make demo ARGS=--quick
-#   VENV=system     uses $(PYTHON) as it is, for a machine that already carries torch and cannot download
+#   VENV=system     uses $(PYTHON) as it is, for a machine that already carries torch and cannot download;
+#                   make gpu does so by itself where there is no .venv and torch, triton, transformers, pytest are
 #   BUDGET=SECONDS  what make gpu may take
 #   WORKERS=N       test processes, one torch thread each
 
 PYTHON ?= python3
+# a machine that measures often carries what `make gpu` needs, and cannot download
+CARRIES := import importlib.util as u; print(all(map(u.find_spec, ("torch", "triton", "transformers", "pytest"))))
+ifeq ($(MAKECMDGOALS)$(wildcard .venv/.installed),gpu)
+ifeq ($(shell $(PYTHON) -c '$(CARRIES)' 2>/dev/null),True)
+VENV ?= system
+endif
+endif
 VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=

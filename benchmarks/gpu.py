@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from cumo_kernels import extension
+
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 540.0
 GPU_TESTS = "odd-tails or clip-crop"  # of tests/kernels/test_gpu.py: every op, ragged and at size
@@ -66,8 +68,15 @@ def no_build() -> str | None:
     return "no nvcc on PATH, in /usr/local/cuda or under CUDA_HOME"
 
 
-def plan(device: str, out: Path) -> list[Step]:
-    """Every step, in order; on a CPU those that need a GPU say so."""
+def build_environment(capability: tuple[int, int] | None) -> dict[str, str]:
+    """Compile for this GPU alone, and fail rather than go on without the extension."""
+    if capability is None or os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return {"CUMO_BUILD": "1"}
+    return {"CUMO_BUILD": "1", "TORCH_CUDA_ARCH_LIST": extension.architecture(capability)}
+
+
+def plan(device: str, out: Path, capability: tuple[int, int] | None = None) -> list[Step]:
+    """Every step, in order; on a CPU those that need a GPU say so. `capability` is that of the GPU."""
     python = sys.executable
     cumo = (python, "-m", "cumo_kernels")
     need_gpu = lambda: None if device == "cuda" else "torch sees no CUDA device"
@@ -92,7 +101,10 @@ def plan(device: str, out: Path) -> list[Step]:
     small = (*verify, "--few", "--dtype", "bf16")
     return [
         Step("machine", (*cumo, "explain", "--device", device), 30),
-        Step("build", (python, "setup.py", "build_ext", "--inplace"), 240, no_build, must_pass=True),
+        Step(
+            "build", (python, "setup.py", "build_ext", "--inplace"), 240, no_build,
+            build_environment(capability), must_pass=True,
+        ),
         Step(
             "compile", (python, "-m", "cumo_kernels.codegen", "--gpu", "this", "--dtype", "bf16",
                         "--workers", cores), 120, need_gpu,
@@ -237,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU: no GPU was measured"
     now = datetime.now(UTC)
     out = (args.out or ROOT / "runs" / "gpu" / f"{now:%Y%m%dT%H%M%S}").resolve()
-    steps = plan(args.device, out)
+    steps = plan(args.device, out, torch.cuda.get_device_capability() if args.device == "cuda" else None)
     unknown = set(args.only or ()) - {step.name for step in steps}
     if unknown:
         parser.error(f"--only must be one of {[step.name for step in steps]}, got {sorted(unknown)}")

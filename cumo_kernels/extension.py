@@ -60,6 +60,11 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
     return False
 
 
+def architecture(capability: tuple[int, int]) -> str:
+    """What a GPU of that compute capability is called in TORCH_CUDA_ARCH_LIST."""
+    return "9.0a" if capability == (9, 0) else ".".join(map(str, capability))
+
+
 def sources(csrc: Path = CSRC) -> list[Path]:
     return sorted(path for path in csrc.iterdir() if path.suffix in (".cpp", ".cu"))
 
@@ -153,8 +158,7 @@ def _compile(name: str, files: list[Path], cxx_flags: list[str]) -> ModuleType:
         for note in [] if EMULATE else notes:
             print(f"cumo_kernels: {note}", file=sys.stderr)
     elif torch.cuda.is_available():
-        version = ".".join(map(str, torch.cuda.get_device_capability()))
-        os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0a" if version == "9.0" else version
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architecture(torch.cuda.get_device_capability())
     return cpp_extension.load(
         name,
         [str(path) for path in files],

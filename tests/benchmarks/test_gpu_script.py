@@ -1,6 +1,9 @@
 """make gpu's script, tried without a GPU: budget, order, what is on disk after a cut, reasons to skip."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 import tarfile
 import time
@@ -103,8 +106,67 @@ def test_every_gpu_step_says_on_a_cpu_why_it_is_skipped(tmp_path):
         assert gpu.main([]) == 1
 
 
+def test_the_extension_is_built_for_this_gpu_or_the_step_fails(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    build = lambda capability: next(s for s in gpu.plan("cuda", tmp_path, capability) if s.name == "build")
+    assert build((9, 0)).environment == {"CUMO_BUILD": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    assert build((10, 0)).environment["TORCH_CUDA_ARCH_LIST"] == "10.0"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert build((9, 0)).environment == {"CUMO_BUILD": "1"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not here")
+@pytest.mark.parametrize("carries", [True, False])
+def test_make_gpu_installs_nothing_where_all_is_there(tmp_path, carries):
+    """A python that says whether it has torch, triton, transformers and pytest."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho {carries}\n")
+    python.chmod(0o755)
+    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
+        shutil.copy(gpu.ROOT / name, tmp_path)
+    environment = {name: text for name, text in os.environ.items() if name != "VENV"}
+    make = lambda *words: subprocess.run(
+        ["make", "-n", f"PYTHON={python}", *words], cwd=tmp_path, env=environment, capture_output=True,
+        text=True, check=True,
+    ).stdout  # fmt: skip
+    assert (f"{python} -m benchmarks.gpu" in make("gpu")) == carries
+    assert ("pip install" in make("gpu")) == (not carries)
+    assert "pip install" in make("gpu", "VENV=.venv") and "pip install" in make("lint")
+
+
+# transformers asks which of these are installed, and must get an answer
+BARE = """
+import runpy, sys
+from importlib.machinery import PathFinder
+
+absent = {"PIL", "accelerate", "bitsandbytes", "hypothesis", "matplotlib", "ninja", "peft", "psutil",
+          "pybind11", "pytest_timeout", "rich", "sentencepiece", "tensorboard", "xdist"}
+find = PathFinder.find_spec
+PathFinder.find_spec = classmethod(
+    lambda cls, name, *rest: None if name.split(".")[0] in absent else find(name, *rest)
+)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
+def test_a_bare_machine_has_every_gpu_test_and_every_benchmark():
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    start = lambda code: subprocess.run(
+        [sys.executable, "-c", BARE + code], cwd=gpu.ROOT, env=environment, capture_output=True, text=True
+    )
+    words = ["pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "-m", "gpu", "tests/kernels"]
+    done = start(f"sys.argv = {words!r}\nrunpy.run_module('pytest', run_name='__main__')")
+    assert done.returncode == 0 and " error" not in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "tests/kernels/test_gpu.py" in done.stdout and "tests/kernels/test_routing.py" in done.stdout
+    done = start(
+        "from benchmarks import plot\n"
+        "from benchmarks.__main__ import FILES, load\n"
+        "print([name for name in FILES if isinstance(load(name), str)], plot.plt)"
+    )
+    assert done.stdout.strip() == "[] None", done.stdout + done.stderr
+
+
 def test_two_parts_are_the_whole_and_one_proves():
     steps = gpu.plan("cpu", Path("out"))
     prove, measure = (gpu.part_of(steps, part) for part in ("prove", "measure"))
@@ -113,6 +175,8 @@ def test_two_parts_are_the_whole_and_one_proves():
     assert {s.name for s in prove} & {s.name for s in measure} == {"build", "choose", "report"}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_real_steps_run_on_a_cpu(tmp_path, capsys):
     wanted = ["machine", "verify", "memcheck", "report"]
     only = [word for name in wanted for word in ("--only", name)]
