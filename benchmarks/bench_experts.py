@@ -51,7 +51,8 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
     peers, gaps = available(shape, dtype, device)
     rows = draw(shape.slots, shape.H)
     dense_up, dense_down = draw(shape.width, shape.H), draw(shape.O, shape.I)
-    size, used = x.element_size(), min(shape.E, shape.slots) * shape.weights // shape.E
+    hit = int((routing.tokens_per_expert > 0).sum())  # weights of the others need not be read
+    size, used = x.element_size(), hit * shape.weights // shape.E
     return Workload(
         run=run,
         truth=truth,

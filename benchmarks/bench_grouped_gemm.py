@@ -37,7 +37,7 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
         return reference.grouped_gemm(x, w, offsets, b, *plan, shape.activation)[0]
 
     rows, dense_weight = draw(shape.slots, shape.H), draw(shape.width, shape.H) / shape.H**0.5
-    size, used = x.element_size(), min(shape.E, shape.slots)
+    size, used = x.element_size(), int((routing.tokens_per_expert > 0).sum())
     return Workload(
         run=run,
         truth=truth,

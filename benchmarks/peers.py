@@ -204,7 +204,7 @@ PEERS = (
     Peer("cumo-original", None, _eager_loop, devices=("cpu", "cuda"), dtypes=ALL_DTYPES),
     Peer("torch-grouped_mm", None, _grouped_mm, devices=("cpu", "cuda"), dtypes=ALL_DTYPES),
     Peer("moe-ops", "moe_ops", _moe_ops),
-    Peer("liger", "liger_kernel.ops.fused_moe", _liger, only="swiglu", dtypes=(torch.bfloat16,)),
+    Peer("liger", "liger_kernel.ops.fused_moe", _liger, only="swiglu", square=True, dtypes=(torch.bfloat16,)),
     Peer("triton_kernels", "triton_kernels.matmul", _triton_kernels, backward=False),
     Peer("scattermoe", "scattermoe.parallel_experts", _scattermoe),
     Peer("quack", "quack.gemm_interface", _quack),

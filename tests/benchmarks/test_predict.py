@@ -1,5 +1,6 @@
 """Predictions: their arithmetic by hand, what a reviewer is shown, and one GEMM really compiled."""
 
+import csv
 import shutil
 import subprocess
 from dataclasses import replace
@@ -71,6 +72,22 @@ def test_a_reviewer_sees_what_got_worse():
     assert "a bf16 up: predicted 1.0 -> 1.2 ms (t1 -> t2)" == slower
     assert spills == "a bf16 down: 0 -> 16 bytes of stack" and gone == "b bf16 up: no longer there"
     assert predict.worse(old, old) == []
+
+
+def test_committed_predictions_are_of_todays_tiles():
+    """Without compiling: `python -m benchmarks.predict` writes the files anew."""
+    paths = sorted(predict.FOLDER.glob("*.csv"))
+    assert paths
+    for path in paths:
+        for line in csv.DictReader(path.read_text().splitlines()):
+            if line["gemm"] not in predict.GEMMS:
+                continue
+            shape, dtype = SHAPES[line["shape"]], predict.tune.DTYPES[line["dtype"]]
+            problems = predict.tune.layer_problems(predict.family(shape), shape.T, dtype)
+            problem = dict(zip(predict.GEMMS, problems, strict=True))[line["gemm"]]
+            config = tuning.get_config(problem, hardware.find(line["gpu"]))
+            tile = f"m{config.BLOCK_M} n{config.BLOCK_N} k{config.BLOCK_K} "
+            assert line["tile"].startswith(tile), f"{path.name}: {line['shape']} {line['gemm']}"
 
 
 KERNELS = """
