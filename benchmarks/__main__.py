@@ -11,20 +11,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks import harness, plot
 
-# by value: a run that is cut off has the layer before its parts
+# by value: of each in turn one case is measured, so that a run that is cut off has the layer first
 FILES = (
     "experts", "layer", "model", "overhead", "grouped_gemm", "routing", "permutation", "activation",
     "scaling",
 )  # fmt: skip
 
 
-def load(name: str) -> ModuleType | None:
-    """bench_<name>, or None, said aloud, where a package that it needs is missing."""
+def load(name: str) -> ModuleType | str:
+    """bench_<name>, or the reason, said aloud, where a package that it needs is missing."""
     try:
         return importlib.import_module(f"benchmarks.bench_{name}")
     except ModuleNotFoundError as error:
         print(f"bench_{name}: left out: {error}", file=sys.stderr)
-        return None
+        return str(error)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,8 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-report", action="store_true", help="leave pictures and REPORT.md as they are")
     args = parser.parse_args(argv)
     wanted = [name for name in FILES if not args.only or name in args.only]
-    files = [file for name in wanted if (file := load(name))]
-    code = harness.run_all(files, args)
+    loaded = {name: load(name) for name in wanted}
+    absent = {name: file for name, file in loaded.items() if isinstance(file, str)}
+    code = harness.run_all([file for name, file in loaded.items() if name not in absent], args, absent)
     if not args.dry and not args.no_report:
         print(f"bench: {plot.report(args.results)}", file=sys.stderr)
     return code

@@ -1,8 +1,9 @@
 """Whole models of cumo_model, random weights: python -m benchmarks.bench_model [--backend NAME] [--full]
 
 clip-tower: the vision tower, backward to pixels and every weight. cumo-step: a training step's
-loss and gradients of the whole model. cumo-generate: 16 greedy tokens. Layers are cut to what fits, and the
-column `gate` says so. The gate runs in fp32: deep stacks of rounded routers choose other experts than fp64.
+loss and gradients of the whole model. cumo-generate: 16 greedy tokens. Layers of the language model are cut
+to what fits, and the column `gate` says so. The gate runs in fp32, on a GPU with fewer layers: deep stacks of
+rounded routers choose other experts than fp64. It covers gradients of pixels, not those of each weight.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.eager import experts_loop
 from benchmarks.harness import Case, Workload, main
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import Shape
 from cumo_kernels import Routing, use_backend
 from cumo_model import CumoConfig, CumoForConditionalGeneration
 from cumo_model.moe import Experts
@@ -25,38 +26,74 @@ OP = "model"
 
 @dataclass(frozen=True)
 class Size:
-    """What of CuMo-7B is left; the CPU's is a few percent of it in every direction."""
+    """What of CuMo-7B is built: `crops` are the tower's, `images` the whole model's."""
 
     vision: dict
     text: dict
+    crops: int
     images: int
     words: int
     note: str
 
 
-def size_of(device: str) -> Size:
-    if device == "cuda":
-        text = {"model_type": "mistral", "num_hidden_layers": 4, "vocab_size": 32000}
-        return Size({"num_hidden_layers": 6}, text, 1, 128, "6 of 24 tower layers, 4 of 32 text layers")
-    vision = {
-        "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "image_size": 112,
-    }  # fmt: skip
-    text = {
-        "model_type": "mistral", "hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2000,
-    }  # fmt: skip
-    return Size(
-        vision, text, 1, 64, "width a quarter of CLIP's, a sixteenth of Mistral's; 4 + 2 layers, 112 px"
-    )
+SMALL_TEXT = {
+    "model_type": "mistral", "hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2000,
+}  # fmt: skip
+SMALL_VISION = {
+    "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "image_size": 112,
+}  # fmt: skip
+ON_CPU = "width a quarter of CLIP's, a sixteenth of Mistral's; 4 + 2 layers, 112 px"
+GATE = "-gate"  # behind the name of a case: what of it fp64 copies fit beside
+
+
+def mistral(layers: int) -> dict:
+    return {"model_type": "mistral", "num_hidden_layers": layers, "vocab_size": 32000}
+
+
+SIZES = {
+    "cpu": dict.fromkeys(
+        ("clip-tower", "cumo-step", "cumo-generate"), Size(SMALL_VISION, SMALL_TEXT, 1, 1, 64, ON_CPU)
+    ),
+    "cuda": {
+        "clip-tower": Size({}, SMALL_TEXT, 10, 1, 128, "24 layers, the 10 crops of one image"),
+        "clip-tower-gate": Size({"num_hidden_layers": 6}, SMALL_TEXT, 2, 1, 128, "6 of 24 layers, 2 crops"),
+    }
+    | {
+        f"{name}{gate}": Size({"num_hidden_layers": tower}, mistral(layers), 10, 1, 128,
+                              f"{tower} of 24 tower layers, {layers} of 32 text layers")
+        for name in ("cumo-step", "cumo-generate")
+        for gate, tower, layers in (("", 24, 16), (GATE, 6, 4))
+    },
+}  # fmt: skip
+
+
+def config_of(size: Size) -> CumoConfig:
+    holder = size.text["vocab_size"]  # the first id outside
+    return CumoConfig(vision_config=size.vision, text_config=dict(size.text), image_token_index=holder)
+
+
+def shape_of(name: str, device: str) -> Shape:
+    """The tower's layers and tokens, or the language model's."""
+    size = SIZES[device][name]
+    config = config_of(size)
+    vision, text = config.vision_config, config.text_config
+    if name.startswith("clip-tower"):
+        tokens = size.crops * ((vision.image_size // vision.patch_size) ** 2 + 1)
+        hidden, inner, experts, chosen = (
+            vision.hidden_size, vision.intermediate_size, vision.num_experts, vision.num_experts_per_tok,
+        )  # fmt: skip
+    else:
+        tokens = size.images * (size.words + config.image_seq_length)
+        hidden, inner, experts, chosen = text.hidden_size, text.intermediate_size, 1, 1
+    return Shape(name, tokens, hidden, inner, hidden, experts, chosen, "quick_gelu", True)
 
 
 def model_of(size: Size, device: str, dtype: torch.dtype) -> CumoForConditionalGeneration:
     torch.manual_seed(0)
-    holder = size.text["vocab_size"]  # the first id outside
-    config = CumoConfig(vision_config=size.vision, text_config=dict(size.text), image_token_index=holder)
     with torch.device(device):
-        model = CumoForConditionalGeneration(config)
+        model = CumoForConditionalGeneration(config_of(size))
     return model.to(dtype).train()
 
 
@@ -82,24 +119,25 @@ def original_experts():
 
 
 def cases(device: str, full: bool) -> list[Case]:
-    base = SHAPES["clip-image" if device == "cuda" else "clip-1-crop"]
     dtype = "bf16" if device == "cuda" else "fp32"
-    size = size_of(device)
-    named = lambda name: Shape(**{**vars(base), "name": name, "T": size.images, "groups": 1})
+    modes = {"clip-tower": ("forward", "both"), "cumo-step": ("both",), "cumo-generate": ("forward",)}
     return [
-        Case(named("clip-tower"), dtype, modes=("forward", "both"), gate_dtype="fp32"),
-        Case(named("cumo-step"), dtype, modes=("both",), gate_dtype="fp32"),
-        Case(named("cumo-generate"), dtype, modes=("forward",), gate_dtype="fp32"),
-    ]
+        Case(
+            shape_of(name, device), dtype, modes=wanted, gate_dtype="fp32",
+            gate_shape=shape_of(name + GATE, device) if name + GATE in SIZES[device] else None,
+        )
+        for name, wanted in modes.items()
+    ]  # fmt: skip
 
 
 def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Workload:
-    size = size_of(device)
+    size = SIZES[device][shape.name]
     model = model_of(size, device, dtype)
     config = model.config
     side = config.vision_config.image_size
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(size.images, 3, side, side, generator=generator).to(device, dtype)
+    pictures = size.crops if shape.name.startswith("clip-tower") else size.images
+    pixels = torch.randn(pictures, 3, side, side, generator=generator).to(device, dtype)
     words = torch.randint(3, config.text_config.vocab_size, (size.images, size.words), generator=generator)
     holders = torch.full((size.images, config.image_seq_length), config.image_token_index)
     ids = torch.cat([words[:, :4], holders, words[:, 4:]], 1).to(device)
@@ -123,7 +161,7 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
             input_ids=ids, pixel_values=x, max_new_tokens=16, min_new_tokens=16, do_sample=False
         ).float()
 
-    run = {"clip-tower": tower, "cumo-step": step, "cumo-generate": generate}[shape.name]
+    run = {"clip-tower": tower, "cumo-step": step, "cumo-generate": generate}[shape.name.removesuffix(GATE)]
 
     def original(x: Tensor) -> Tensor:
         with original_experts():

@@ -4,8 +4,11 @@ A benchmark file has an op's name, its cases and one `setup`; everything else is
 """
 
 import argparse
+import contextlib
 import gc
+import itertools
 import math
+import os
 import sys
 import time
 import traceback
@@ -13,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,9 +24,11 @@ from torch import Tensor
 from benchmarks import record, timing
 from benchmarks.record import Gap, Row
 from benchmarks.shapes import SHAPES, Shape
+from benchmarks.steps import captured, peak_bytes, saved_bytes, steps_of
 from cumo_kernels import dispatch, hardware, use_backend
 from cumo_kernels.problems import DTYPES
 from cumo_kernels.testing import Yardstick
+from cumo_kernels.verify import is_lost
 
 MODES = ("forward", "backward", "both")
 LAYER = "expert_mlp"
@@ -69,6 +75,7 @@ class Case:
     pattern: str = "uniform"
     modes: tuple[str, ...] = MODES
     gate_dtype: str | None = None  # the dtype timed, unless given
+    gate_shape: Shape | None = None  # that of `gate_shape`, unless given
 
 
 Setup = Callable[[Shape, torch.dtype, str, str], Workload]
@@ -125,7 +132,15 @@ class Verdict:
     backward_refusal: str | None = None  # why it gets none of a backward
 
 
-def gate(variants: dict[str, Callable], workload: Workload) -> dict[str, Verdict]:
+class DeviceLost(Exception):
+    """A variant left the GPU in a state in which this process can run nothing on it: nobody else's fault."""
+
+    def __init__(self, variant: str, error: Exception):
+        super().__init__(f"{variant} broke the device: {said(error)}")
+        self.variant = variant
+
+
+def gate(variants: dict[str, Callable], workload: Workload, device: str) -> dict[str, Verdict]:
     """Hold every variant against fp64 by the rule of cumo_kernels/testing.py."""
     yardstick = Yardstick(workload.truth, workload.inputs, pool=False)
     verdicts = {}
@@ -133,6 +148,8 @@ def gate(variants: dict[str, Callable], workload: Workload) -> dict[str, Verdict
         try:
             found = yardstick.measure(run)
         except Exception as error:  # somebody else's package, too, may raise anything: then it has no number
+            if is_lost(device):
+                raise DeviceLost(name, error) from error
             verdicts[name] = Verdict(refusal=said(error))
             continue
         outputs = [row for row in found if row.name.startswith("output")]
@@ -146,59 +163,6 @@ def gate(variants: dict[str, Callable], workload: Workload) -> dict[str, Verdict
 
 def said(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:160]}"
-
-
-def steps_of(
-    run: Callable, inputs: tuple[Tensor, ...], modes: Iterable[str], parameters: tuple[Tensor, ...] = ()
-) -> dict[str, timing.Step]:
-    """mode -> a function without arguments that does it once."""
-    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]  # shared, not copied
-    wanted = [*(t for t in leaves if t.requires_grad), *parameters]
-    as_tuple = lambda outs: (outs,) if isinstance(outs, Tensor) else outs
-    differentiable = lambda: tuple(o for o in as_tuple(run(*leaves)) if o.requires_grad)
-
-    def forward() -> object:
-        with torch.no_grad():
-            return run(*leaves)
-
-    steps: dict[str, timing.Step] = {"forward": forward}
-    if set(modes) - {"forward"}:
-        outs = differentiable()
-        upstream = tuple(torch.randn_like(o) for o in outs)
-        steps["backward"] = lambda: torch.autograd.grad(
-            outs, wanted, upstream, retain_graph=True, allow_unused=True
-        )
-        steps["both"] = lambda: torch.autograd.grad(differentiable(), wanted, upstream, allow_unused=True)
-    return {mode: steps[mode] for mode in modes if mode in steps}
-
-
-def saved_bytes(run: Callable, inputs: tuple[Tensor, ...], parameters: tuple[Tensor, ...] = ()) -> int:
-    """What one forward pass keeps for backward, besides inputs and weights; memory kept twice counts once."""
-    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]  # shared, not copied
-    given = {t.untyped_storage().data_ptr() for t in (*leaves, *parameters)}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = run(*leaves)
-    del out
-    return sum(kept.values())
-
-
-def _peak_bytes(step: timing.Step, device: str) -> int | None:
-    if device != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def floor_ms(flops: int, bytes_: int, dtype: torch.dtype, device: str) -> float | None:
@@ -222,24 +186,33 @@ def measure(
     seconds: float = 1.0,
     wanted: Iterable[str] | None = None,
     log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    without: Iterable[str] = (),
 ) -> tuple[list[Row], list[Gap]]:
-    """Gate, then time, one case -> a row per variant and mode that was timed, a gap per one that was not."""
+    """Gate, then time, one case -> a row per variant and mode that was timed, a gap per one that was not.
+
+    Args:
+        wanted: of our backends these; None is all that run here.
+        without: variants that broke the device before.
+
+    Raises:
+        DeviceLost: one more did.
+    """
     shape, dtype, gate_dtype = case.shape, DTYPES[case.dtype], DTYPES[case.gate_dtype or case.dtype]
     facts = record.machine(device) | record.versions() | {"commit": record.commit()}
-    small = gate_shape(shape, device)
+    small = case.gate_shape or gate_shape(shape, device)
     gaps: list[Gap] = []
 
     def gap(variant: str, mode: str, reason: str) -> None:
-        gaps.append(
-            Gap(op, variant, mode, shape.name, case.pattern, case.dtype, reason, facts["machine"], run_id)
-        )
+        gaps.append(gap_of(op, case, variant, mode, reason, device, run_id))
         log(f"  {variant}: NOT TIMED ({mode}): {reason}")
 
     log(f"{op} {shape.name} T={shape.T} {case.dtype} {case.pattern}")
     torch.manual_seed(0)
     gated = setup(small, gate_dtype, device, case.pattern)
-    verdicts = gate(_variants(gated, device, wanted), gated)
-    for name, reason in gated.gaps.items():
+    present = lambda load: {n: f for n, f in _variants(load, device, wanted).items() if n not in without}
+    verdicts = gate(present(gated), gated, device)
+    gone = dict.fromkeys(without, "it broke the device earlier in this run")
+    for name, reason in (gated.gaps | gone).items():
         gap(name, "all", reason)
     for name, verdict in verdicts.items():
         if verdict.refusal is not None:
@@ -249,87 +222,112 @@ def measure(
     same = small == shape and gate_dtype == dtype
     workload = gated if same else setup(shape, dtype, device, case.pattern)
     remarks = [workload.note] if workload.note else []
-    remarks += [f"gate at T{small.T} {small.sizes}"] if small != shape else []
+    gated_note = f", {gated.note}" if gated.note else ""
+    remarks += [f"gate at T{small.T} {small.sizes}{gated_note}"] if small != shape else []
     remarks += [f"gate in {case.gate_dtype}"] if gate_dtype != dtype else []
-    variants = {n: f for n, f in _variants(workload, device, wanted).items() if verdicts[n].refusal is None}
+    variants = {n: f for n, f in present(workload).items() if verdicts[n].refusal is None}
     del gated
     _collect(device)
+
+    saved: dict[str, int] = {}
 
     def ready(name: str, run: Callable, inputs: tuple[Tensor, ...]) -> dict[str, timing.Step]:
         forward_only = name in verdicts and verdicts[name].backward_refusal is not None
         modes = [mode for mode in case.modes if mode == "forward" or not forward_only]
+        parameters = () if name == "dense" else workload.parameters
         try:
-            steps = steps_of(run, inputs, modes, () if name == "dense" else workload.parameters)
+            steps = steps_of(run, inputs, modes, parameters)
             for step in steps.values():
                 step()
+            if name != "dense" and set(modes) - {"forward"}:
+                saved[name] = saved_bytes(run, inputs, parameters)
+            if device == "cuda":
+                torch.cuda.synchronize()
         except Exception as error:  # out of memory, or whatever a peer raises at this size
+            if is_lost(device):
+                raise DeviceLost(name, error) from error
             gap(name, "all", f"it cannot run: {said(error)}")
             return {}
         return steps
 
     steps = {name: ready(name, run, workload.inputs) for name, run in variants.items()}
-    saved = {
-        name: saved_bytes(variants[name], workload.inputs, workload.parameters)
-        for name, modes in steps.items()
-        if set(modes) - {"forward"}
-    }
     if workload.dense is not None:
         steps["dense"] = ready("dense", *workload.dense)
     rows: list[Row] = []
-    clock = timing.clock_of(device)
     for mode in case.modes:
-        flops, bytes_ = workload.cost(mode)
-        floor = floor_ms(flops, bytes_, dtype, device)
-        eager = {name: modes[mode] for name, modes in steps.items() if mode in modes}
-        timed = {clock.name: eager}
-        if device == "cuda" and mode != "backward":  # a backward alone belongs to a graph captured elsewhere
-            timed["graph"] = _captured(eager, log)
-        peak = {name: _peak_bytes(step, device) for name, step in eager.items()}
-        for timer, group in timed.items():
-            times = timing.interleave(group, clock, seconds) if group else {}
-            dense = times["dense"].ms_p50 if "dense" in times else None
-            for name, t in times.items():
-                verdict = verdicts.get(name, Verdict())
-                rows.append(
-                    Row(
-                        run=run_id, op=op, variant=name, mode=mode, shape=shape.name, tokens=shape.T,
-                        sizes=shape.sizes, pattern=case.pattern, dtype=case.dtype, timer=timer,
-                        cache=clock.cache, rounds=t.rounds, ms_p20=t.ms_p20, ms_p50=t.ms_p50, ms_p80=t.ms_p80,
-                        tflops=flops / t.ms_p50 / 1e9 if flops else None,
-                        gb_per_s=bytes_ / t.ms_p50 / 1e6 if bytes_ else None,
-                        floor_ms=floor, share_of_floor=None if floor is None else floor / t.ms_p50,
-                        ratio_to_dense=None if dense is None else dense / t.ms_p50,
-                        saved_bytes=saved.get(name), peak_bytes=peak.get(name),
-                        error=verdict.error, gradient_error=verdict.gradient_error, gate="; ".join(remarks),
-                        date=datetime.now(UTC).strftime("%Y-%m-%d"), **facts,
-                    )
-                )  # fmt: skip
-                span = f"({t.ms_p20:.4g} .. {t.ms_p80:.4g})"
-                log(f"  {mode:<8} {timer:<5} {name:<18} {t.ms_p50:.4g} ms {span}")
+        try:
+            rows += _timed(
+                op, case, mode, workload, steps, verdicts, saved, "; ".join(remarks), facts, device, run_id,
+                seconds, log,
+            )  # fmt: skip
+        except Exception as error:  # what the other modes showed stays
+            gap("all", mode, f"timing broke off: {said(error)}")
+            if is_lost(device):
+                break
     _collect(device)
     return rows, gaps
+
+
+def gap_of(op: str, case: Case, variant: str, mode: str, reason: str, device: str, run_id: str) -> Gap:
+    shape, machine = case.shape, record.machine(device)["machine"]
+    return Gap(
+        op, variant, mode, shape.name, shape.T, shape.sizes, case.pattern, case.dtype, reason, machine, run_id
+    )
+
+
+def _timed(
+    op: str,
+    case: Case,
+    mode: str,
+    workload: Workload,
+    steps: dict[str, dict[str, timing.Step]],
+    verdicts: dict[str, Verdict],
+    saved: dict[str, int],
+    remark: str,
+    facts: dict[str, str],
+    device: str,
+    run_id: str,
+    seconds: float,
+    log: Callable[[str], None],
+) -> list[Row]:
+    """All variants of one case in one mode, in turns."""
+    shape, rows, clock = case.shape, [], timing.clock_of(device)
+    flops, bytes_ = workload.cost(mode)
+    floor = floor_ms(flops, bytes_, DTYPES[case.dtype], device)
+    eager = {name: modes[mode] for name, modes in steps.items() if mode in modes}
+    timed = {clock.name: eager}
+    if device == "cuda" and mode != "backward":  # a backward alone belongs to a graph captured elsewhere
+        timed["graph"] = captured(eager, log)
+    peak = {name: peak_bytes(step, device) for name, step in eager.items()}
+    for timer, group in timed.items():
+        times = timing.interleave(group, clock, seconds) if group else {}
+        dense = times["dense"].ms_p50 if "dense" in times else None
+        for name, t in times.items():
+            verdict = verdicts.get(name, Verdict())
+            rows.append(
+                Row(
+                    run=run_id, op=op, variant=name, mode=mode, shape=shape.name, tokens=shape.T,
+                    sizes=shape.sizes, pattern=case.pattern, dtype=case.dtype, timer=timer,
+                    cache=clock.cache, rounds=t.rounds, ms_p20=t.ms_p20, ms_p50=t.ms_p50, ms_p80=t.ms_p80,
+                    tflops=flops / t.ms_p50 / 1e9 if flops else None,
+                    gb_per_s=bytes_ / t.ms_p50 / 1e6 if bytes_ else None,
+                    floor_ms=floor, share_of_floor=None if floor is None else floor / t.ms_p50,
+                    ratio_to_dense=None if dense is None else dense / t.ms_p50,
+                    saved_bytes=saved.get(name), peak_bytes=peak.get(name),
+                    error=verdict.error, gradient_error=verdict.gradient_error, gate=remark,
+                    date=datetime.now(UTC).strftime("%Y-%m-%d"), **facts,
+                )
+            )  # fmt: skip
+            span = f"({t.ms_p20:.4g} .. {t.ms_p80:.4g})"
+            log(f"  {mode:<8} {timer:<5} {name:<18} {t.ms_p50:.4g} ms {span}")
+    return rows
 
 
 def _collect(device: str) -> None:
     gc.collect()
     if device == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _captured(steps: dict[str, timing.Step], log: Callable[[str], None]) -> dict[str, timing.Step]:
-    found = {}
-    for name, step in steps.items():
-        try:
-            # what waits for the host would break off a capture, and leave the allocator in the middle of it
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                step()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            found[name] = timing.captured(step)
-        except Exception as error:
-            log(f"  {name}: no CUDA graph: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
-    return found
+        with contextlib.suppress(RuntimeError):  # of a lost device
+            torch.cuda.empty_cache()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -345,49 +343,111 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the CSV files")
     parser.add_argument("--dry", action="store_true", help="write no file")
+    # how a run goes on in a new process after a variant broke the device
+    for name, options in (("--begin", {"type": int, "default": 0}), ("--without", {"action": "append"}),
+                          ("--run", {})):  # fmt: skip
+        parser.add_argument(name, help=argparse.SUPPRESS, **options)
 
 
-def run_all(files: Iterable, args: argparse.Namespace) -> int:
-    """Measure the cases of benchmark modules (OP, cases, setup), each appended as soon as it is done."""
+def cases_of(file: ModuleType, device: str, args: argparse.Namespace) -> list[Case]:
+    """The cases of a benchmark file that the command line asks for."""
+    cases = file.cases(device, args.full)
+    if args.shape:
+        every, first = [*cases, *file.cases(device, True)], cases[0]
+        found = []
+        for name in args.shape:
+            known = list(dict.fromkeys(case for case in every if case.shape.name == name))
+            # layers may have any shape; whole models and sweeps have their own
+            found += known or ([replace(first, shape=SHAPES[name])] if first.shape.name in SHAPES else [])
+        cases = found
+    return [replace(case, dtype=dtype) for case in cases for dtype in args.dtype or [case.dtype]]
+
+
+def in_turns(
+    files: Iterable[ModuleType], device: str, args: argparse.Namespace
+) -> list[tuple[ModuleType, Case]]:
+    """The first case of every file, then the second: a run that is cut off has something of each."""
+    columns = [[(file, case) for case in cases_of(file, device, args)] for file in files]
+    return [entry for row in itertools.zip_longest(*columns) for entry in row if entry is not None]
+
+
+def _restart(words: list[str]) -> None:
+    """Go on in a new process: what was lost is lost for this one. Of options given twice the last counts."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for name in os.listdir("/proc/self/fd"):  # an open device file would keep this process's GPU memory
+        if int(name) > 2:
+            with contextlib.suppress(OSError):
+                os.set_inheritable(int(name), False)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *words])
+
+
+def run_all(
+    files: Iterable[ModuleType], args: argparse.Namespace, absent: dict[str, str] | None = None
+) -> int:
+    """Measure the cases of benchmark modules (OP, cases, setup), each appended as soon as it is done.
+
+    Args:
+        absent: benchmark files that cannot be loaded -> why.
+    """
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    run_id = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    budget = args.budget or (210 if device == "cpu" and not args.full else math.inf)
+    run_id = args.run or datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    budget = (210 if device == "cpu" and not args.full else math.inf) if args.budget is None else args.budget
+    seconds = 1.0 if args.seconds is None else args.seconds
     stop, done, left, broken = time.monotonic() + budget, 0, 0, 0
     rates: dict[str, float] = {}  # op -> seconds per FLOP of its layer, the slowest case so far
-    for file in files:
-        cases = file.cases(device, args.full)
-        if args.shape:
-            cases = [c for c in cases if c.shape.name in args.shape] or [Case(SHAPES[s]) for s in args.shape]
-        for case in cases:
-            for dtype in args.dtype or [case.dtype]:
-                # on a GPU the first cases compile, and say nothing of the next; a CPU may be shared by many
-                likely = (
-                    rates.get(file.OP, rates.get(LAYER, 0)) if device == "cpu" and file.OP in DENSE else 0
-                )
-                begin = time.monotonic()
-                if begin + likely * case.shape.gemm_flops > stop:
-                    left += 1
-                    continue
-                try:
-                    rows, gaps = measure(
-                        file.OP, file.setup, replace(case, dtype=dtype), device, run_id,
-                        args.seconds or 1.0, args.backend,
-                    )  # fmt: skip
-                except Exception:  # one case that does not fit must not cost those behind it
-                    traceback.print_exc()
-                    broken += 1
-                    _collect(device)
-                    continue
-                done += bool(rows)
-                rate = (time.monotonic() - begin) / max(1, case.shape.gemm_flops)
-                rates[file.OP] = max(rate, rates.get(file.OP, 0))
-                if not args.dry:
-                    record.append(rows, args.results)
-                    record.append_gaps(gaps, args.results)
-    print(f"bench: {done} cases measured on {record.machine(device)['machine']}", end="")
+    machine = record.machine(device)["machine"]
+
+    def keep(rows: list[Row], gaps: list[Gap]) -> None:
+        if not args.dry:
+            record.append(rows, args.results)
+            record.append_gaps(gaps, args.results)
+
+    keep([], [Gap(name, "all", "all", "", 0, "", "", "", why, machine, run_id)
+              for name, why in (absent or {}).items() if not args.begin])  # fmt: skip
+    for at, (file, case) in enumerate(in_turns(files, device, args)):
+        if at < args.begin:
+            continue
+        missing = lambda variant, reason, file=file, case=case: [
+            gap_of(file.OP, case, variant, "all", reason, device, run_id)
+        ]
+        # on a GPU the first cases compile, and say nothing of the next; a CPU may be shared by many
+        likely = rates.get(file.OP, rates.get(LAYER, 0)) if device == "cpu" and file.OP in DENSE else 0
+        begin = time.monotonic()
+        if begin + likely * case.shape.gemm_flops > stop:
+            left += 1
+            keep([], missing("all", record.NO_TIME))
+            continue
+        again: list[str] | None = None  # with these words, where the device is lost
+        try:
+            rows, gaps = measure(
+                file.OP, file.setup, case, device, run_id, seconds, args.backend, without=args.without or ()
+            )
+            keep(rows, gaps)
+            done += bool(rows)
+            if is_lost(device):
+                again = ["--begin", str(at + 1)]
+        except DeviceLost as error:
+            keep([], missing(error.variant, str(error)))
+            again = ["--begin", str(at), "--without", error.variant]
+        except Exception as error:  # one case that does not fit must not cost those behind it
+            traceback.print_exc()
+            broken += 1
+            keep([], missing("all", f"it broke off: {said(error)}"))
+            again = ["--begin", str(at + 1)] if is_lost(device) else None
+            _collect(device)
+        if again is not None:
+            print(
+                f"bench: the device is lost, going on in a new process ({' '.join(again)})", file=sys.stderr
+            )
+            end = [] if stop == math.inf else ["--budget", f"{max(0, stop - time.monotonic()):.0f}"]
+            _restart([*again, *end, "--run", run_id])
+        rate = (time.monotonic() - begin) / max(1, case.shape.gemm_flops)
+        rates[file.OP] = max(rate, rates.get(file.OP, 0))
+    print(f"bench: {done} cases measured on {machine}", end="")
     print(f", {broken} broke off" if broken else "", end="")
     print(f", {left} left out: the budget was spent" if left else "")
-    return 1 if broken or not done + left else 0
+    return 1 if broken or not (done or left or args.begin) else 0
 
 
 def main(module_name: str) -> int:

@@ -74,16 +74,19 @@ def _variants(rows: Iterable[Row]) -> list[str]:
     return sorted(names, key=lambda name: (name == "dense", name == BASE, not name.startswith("cumo/"), name))
 
 
+def _beside(row: Row) -> tuple:
+    """Equal for rows that may be compared: variants that took turns, all of them by the same clock."""
+    return (*record.case_of(row), row.mode, row.machine, row.run, row.timer)
+
+
 def speedups(rows: list[Row]) -> dict[tuple[str, str], dict[str, float]]:
-    """(op and mode, case) -> variant -> times as fast as the original's loop in the same run."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in _best_timer(rows):
-        groups.setdefault((row.op, row.mode, _case(row)), []).append(row)
-    found = {}
-    for (op, mode, case), group in groups.items():
-        base = next((row.ms_p50 for row in group if row.variant == BASE), None)
-        if base is not None:
-            found[f"{TITLES.get(op, op)}, {mode}", case] = {row.variant: base / row.ms_p50 for row in group}
+    """(op and mode, case) -> variant -> times as fast as the original's loop beside it."""
+    base = {_beside(row): row.ms_p50 for row in rows if row.variant == BASE}
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in sorted(rows, key=lambda row: row.timer == "eager"):
+        if _beside(row) in base:
+            key = f"{TITLES.get(row.op, row.op)}, {row.mode}", _case(row)
+            found.setdefault(key, {})[row.variant] = base[_beside(row)] / row.ms_p50
     return found
 
 
@@ -125,36 +128,49 @@ def plot_speedups(rows: list[Row], path: Path) -> Path | None:
 
 
 def plot_roofline(rows: list[Row], path: Path) -> Path | None:
-    """Rate over arithmetic intensity; under the roof of the data sheet where hardware.py has the machine."""
-    rows = [
-        r for r in _best_timer(rows) if r.tflops and r.gb_per_s and r.op != "scaling" and r.mode != "backward"
-    ]
+    """Axes per op: rate over arithmetic intensity, or bytes a second where the op has no FLOPs to speak of;
+    under the roof of the data sheet where hardware.py has the machine."""
+    rows = [r for r in _best_timer(rows) if r.gb_per_s and r.op != "scaling" and r.mode != "backward"]
     if not rows:
         return None
-    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
-    intensity = lambda r: r.tflops * 1e3 / r.gb_per_s  # FLOPs per byte of the task
+    ops = list(dict.fromkeys(r.op for r in rows))
+    across = min(len(ops), 3)
+    figure, axes = plt.subplots(
+        -(-len(ops) // across), across, figsize=(4.6 * across, 0.8 + 3.4 * -(-len(ops) // across)),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
     names = _variants(rows)
     colours = dict(zip(names, plt.get_cmap("tab10").colors * 2, strict=False))
-    for name in names:
-        mine = [r for r in rows if r.variant == name]
-        marks = {"forward": "o", "both": "s"}
-        for mode, mark in marks.items():
-            points = [r for r in mine if r.mode == mode]
-            axis.scatter(
-                [intensity(r) for r in points], [r.tflops for r in points], s=18, marker=mark, alpha=0.7,
-                color=colours[name], label=name if mode == next(iter(marks)) else None,
-            )  # fmt: skip
     gpu = next((g for g in hardware.GPUS if g.name == rows[0].machine), None)
-    if gpu is not None:
-        low, high = min(map(intensity, rows)) / 2, max(map(intensity, rows)) * 2
-        xs = [low * (high / low) ** (i / 100) for i in range(101)]
-        axis.plot(
-            xs, [min(gpu.tflops_16, gpu.gb_per_s * x / 1e3) for x in xs], "k-", lw=1, label="data sheet"
-        )
-    axis.set(xscale="log", yscale="log", xlabel="FLOPs per byte of the task", ylabel="TFLOP/s")
-    axis.set_title(f"{rows[0].device}\no forward, square: forward and backward", fontsize=9)
-    axis.legend(fontsize=7)
+    for axis, op in itertools.zip_longest(axes.flat, ops):
+        axis.set_visible(op is not None)
+        if op is not None:
+            _roofline(axis, [r for r in rows if r.op == op], colours, gpu)
+            axis.set_title(TITLES.get(op, op), fontsize=9)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), fontsize=7)
+    figure.suptitle(f"{rows[0].device}; o forward, square: forward and backward", fontsize=9)
     return _save(figure, path)
+
+
+def _roofline(axis, rows: list[Row], colours: dict[str, tuple], gpu: hardware.Gpu | None) -> None:
+    counted = all(r.tflops for r in rows)
+    # FLOPs, or bytes, of the task
+    across = (lambda r: r.tflops * 1e3 / r.gb_per_s) if counted else (lambda r: r.gb_per_s * r.ms_p50)
+    height = (lambda r: r.tflops) if counted else (lambda r: r.gb_per_s)
+    for row in rows:
+        mark = "o" if row.mode == "forward" else "s"
+        axis.scatter(across(row), height(row), s=18, marker=mark, alpha=0.7, color=colours[row.variant])
+    low, high = min(map(across, rows)) / 2, max(map(across, rows)) * 2
+    if gpu is not None and gpu.gb_per_s is not None:
+        kinds = {r.dtype for r in rows}
+        peak = gpu.tflops_fp32 if kinds == {"fp32"} else gpu.tflops_16
+        xs = [low * (high / low) ** (i / 100) for i in range(101)]
+        roof = [min(peak, gpu.gb_per_s * x / 1e3) if counted else gpu.gb_per_s for x in xs]
+        axis.plot(xs, roof, "k-", lw=1)
+    labels = ("FLOPs per byte of the task", "TFLOP/s") if counted else ("MB of the task", "GB/s")
+    axis.set(xscale="log", yscale="log", xlabel=labels[0], ylabel=labels[1])
+    axis.tick_params(labelsize=7)
 
 
 def _size(row: Row, letter: str) -> int:
@@ -217,9 +233,10 @@ def milliseconds(ms: float) -> str:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Markdown: a line per case and mode, a column per variant: milliseconds, and speed-up over the loop."""
-    rows = _best_timer(rows)
+    """Markdown: a line per case, mode and clock, a column per variant: milliseconds, and speed-up over the
+    loop; then what else was measured of our own."""
     lines = []
+    base = {_beside(row): row.ms_p50 for row in rows if row.variant == BASE}
     for op in dict.fromkeys(row.op for row in rows):
         mine = [row for row in rows if row.op == op]
         names = _variants(mine)
@@ -230,8 +247,8 @@ def table(rows: list[Row]) -> list[str]:
         ]
         groups: dict[tuple, dict[str, Row]] = {}
         for row in mine:
-            groups.setdefault((_case(row), row.tokens, row.sizes, row.mode), {})[row.variant] = row
-        for (case, tokens, sizes, mode), by in groups.items():
+            groups.setdefault((record.case_of(row), _mode(row)), {})[row.variant] = row
+        for (_, mode), by in groups.items():
             cells = []
             for name in names:
                 row = by.get(name)
@@ -239,42 +256,87 @@ def table(rows: list[Row]) -> list[str]:
                     cells.append("-")
                     continue
                 text = milliseconds(row.ms_p50)
-                if BASE in by and name != BASE:
-                    text += f", {by[BASE].ms_p50 / row.ms_p50:.2f}x"
+                if name != BASE and _beside(row) in base:
+                    text += f", {base[_beside(row)] / row.ms_p50:.2f}x"
                 if row.share_of_floor is not None:
                     text += f", {row.share_of_floor:.0%} of floor"
                 cells.append(text)
-            remark = next(iter(by.values())).gate
-            lines.append(f"| {case} T={tokens} {sizes} | {mode} | {' | '.join(cells)} | {remark} |")
+            first = next(iter(by.values()))
+            lines.append(f"| {_whole_case(first)} | {mode} | {' | '.join(cells)} | {first.gate} |")
+        lines += details(mine)
+    return lines
+
+
+def _mode(row: Row) -> str:
+    return f"{row.mode}, CUDA graph" if row.timer == "graph" else row.mode
+
+
+def _whole_case(row: Row) -> str:
+    return f"{_case(row)} T={row.tokens} {row.sizes}"
+
+
+def details(rows: list[Row]) -> list[str]:
+    """The columns of our own rows that the first table has no room for."""
+    lines = [
+        "\n| case | mode | ours | TFLOP/s | GB/s | of dense | as fast as peers | KiB kept a token | peak MiB "
+        "| error, gradient |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    number = lambda value, form, scale=1: "-" if value is None else format(value / scale, form)
+    for row in rows:
+        if not row.variant.startswith("cumo/"):
+            continue
+        peers = [
+            r for r in rows if _beside(r) == _beside(row) and not r.variant.startswith(("cumo/", "dense"))
+        ]
+        cells = (
+            _whole_case(row), _mode(row), row.variant, number(row.tflops, ".3g"), number(row.gb_per_s, ".3g"),
+            number(row.ratio_to_dense, ".0%"),
+            ", ".join(f"{peer.variant} {peer.ms_p50 / row.ms_p50:.2f}x" for peer in peers) or "-",
+            number(row.saved_bytes, ".3g", 1024 * row.tokens), number(row.peak_bytes, ".4g", 2**20),
+            f"{number(row.error, '.2f')}, {number(row.gradient_error, '.2f')}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def not_timed(gaps: list[Gap], rows: list[Row]) -> list[str]:
     """A line per variant and reason; a gap that a later run closed is none."""
-    newest = {(r.op, r.variant, r.mode, r.shape, r.pattern, r.dtype): r.run for r in rows}
+    newest: dict[tuple, str] = {}  # (case, variant and mode of the gap that it closes) -> run
+    for row in rows:
+        closes = {(row.variant, "all"), ("all", "all"), ("all", row.mode)}
+        for variant, mode in closes | ({(row.variant, "backward")} if row.mode != "forward" else set()):
+            key = (record.case_of(row), variant, mode)
+            newest[key] = max(row.run, newest.get(key, ""))
+        whole = ((row.op, "", 0, "", "", ""), "all", "all")  # a file that could not be loaded, now can
+        newest[whole] = max(row.run, newest.get(whole, ""))
     grouped: dict[tuple[str, str, str], list[str]] = {}
     for gap in gaps:
-        mode = "forward" if gap.mode == "all" else "both"
-        if newest.get((gap.op, gap.variant, mode, gap.shape, gap.pattern, gap.dtype), "") <= gap.run:
-            case = f"{gap.op} {gap.shape} {gap.dtype}"
+        closed_by = newest.get((record.case_of(gap), gap.variant, gap.mode), "")
+        if closed_by <= gap.run and not (closed_by and gap.reason == record.NO_TIME):
+            case = " ".join(word for word in (gap.op, gap.shape, gap.dtype) if word)
+            case += f" T={gap.tokens}" if gap.op == "scaling" else ""
             grouped.setdefault((gap.variant, gap.mode, gap.reason), []).append(case)
     if not grouped:
         return []
     lines = ["\n#### Asked for and not timed\n"]
     for (variant, mode, reason), cases in grouped.items():
+        # whole cases are named one by one: nothing else in the report does
         more = f" and {len(cases) - 1} more" if len(cases) > 1 else ""
-        lines.append(f"- {variant}{', backward' if mode == 'backward' else ''}: {reason} ({cases[0]}{more})")
+        named = ", ".join(cases) if variant == "all" else f"{cases[0]}{more}"
+        who = "every variant" if variant == "all" else variant
+        lines.append(f"- {who}{'' if mode == 'all' else f', {mode}'}: {reason} ({named})")
     return lines
 
 
-def _ours(rows: list[Row], machine: str, shape: str, dtype: str, mode: str) -> float | None:
-    """Milliseconds of our fastest backend for the expert layer with balanced routing, if it was measured."""
+def _triton(rows: list[Row], machine: str, shape: str, dtype: str, mode: str) -> float | None:
+    """Milliseconds of the Triton backend for the expert layer with balanced routing, if it was measured."""
     wanted = (machine, "expert_mlp", shape, dtype, mode, "uniform")
     found = (
         row.ms_p50
         for row in rows
         if (row.machine, row.op, row.shape, row.dtype, row.mode, row.pattern) == wanted
-        and row.variant.startswith("cumo/")
+        and row.variant == "cumo/triton"  # whose kernels are predicted
     )
     return min(found, default=None)
 
@@ -291,7 +353,7 @@ def predictions(folder: Path, rows: list[Row]) -> list[str]:
             "waves, registers and shared memory against the data sheet; no latency, caches, epilogues. First",
             "the GEMMs of the layer, then what router, sorting and weighted sum move at full bandwidth.\n",
             "| layer | forward ms | of floor | forward + backward ms | of floor | worst GEMM "
-            "| route, sort, combine ms | spills | measured forward, both |",
+            "| route, sort, combine ms | spills | measured forward, both (x of the predicted GEMMs) |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for shape in dict.fromkeys(row["shape"] for row in found):
@@ -301,11 +363,14 @@ def predictions(folder: Path, rows: list[Row]) -> list[str]:
             total = lambda name, part: sum(float(row[name]) for row in part)
             sums = [(total("ms", part), total("floor_ms", part)) for part in (gemms[:2], gemms)]
             worst = min(gemms, key=lambda row: float(row["share_of_floor"]))
-            measured = [_ours(rows, gpu, shape, dtype, mode) for mode in ("forward", "both")]
+            measured = [_triton(rows, gpu, shape, dtype, mode) for mode in ("forward", "both")]
             cells = [f"{ms:.3g} | {floor / ms:.0%}" for ms, floor in sums]
             spills = sum(int(row["stack"]) > 0 for row in layer)
             moved = f"{total('ms', around):.3g}" if around else "-"
-            seen = ", ".join("not yet" if ms is None else milliseconds(ms) for ms in measured)
+            seen = ", ".join(
+                "not yet" if ms is None else f"{milliseconds(ms)} ({ms / predicted:.2f}x)"
+                for ms, (predicted, _) in zip(measured, sums, strict=True)
+            )
             lines.append(
                 f"| {shape} | {' | '.join(cells)} | {worst['gemm']}, {float(worst['share_of_floor']):.0%} | "
                 f"{moved} | {spills} of {len(layer)} | {seen} |"
@@ -318,7 +383,9 @@ HEAD = """# Benchmark report
 Made by `python -m benchmarks.plot` from the CSV files in `benchmarks/results/` and from nothing else. Every
 timing stands behind a correctness gate: in the same command the variant was held against fp64 by the rule of
 `cumo_kernels/testing.py`. `x` is how many times as fast as the original CuMo's eager loop (our port of it);
-`dense` is a dense MLP of equal FLOPs without experts, the ceiling. Medians; variants of one case took turns.
+`dense` is a dense MLP of equal FLOPs without experts, the ceiling. Medians; ratios are only of variants that
+took turns in one run, by the same clock (a loop that waits for the host cannot be a CUDA graph). Errors are
+in units of torch's own. Floors are the data sheet's.
 On a CPU with one thread it is processor time that is measured, since other jobs lengthen the wall's.
 """
 
@@ -334,12 +401,13 @@ def report(results: Path = record.RESULTS) -> Path:
         lines += ["Nothing has been measured yet: `python -m benchmarks` does.\n"]
     for machine in machines:
         mine = [row for row in rows if row.machine == machine]
-        first = mine[-1]
-        commits = ", ".join(dict.fromkeys(row.commit for row in mine))
+        every = lambda name, mine=mine: ", ".join(dict.fromkeys(str(getattr(row, name)) for row in mine))
+        driver, triton = every("driver"), every("triton")
         lines += [f"\n## {machine}\n"]
         lines += [
-            f"{first.device}{f', driver {first.driver}' if first.driver else ''}; torch {first.torch}, "
-            f"Triton {first.triton or 'none'}; commit {commits}; {first.date}; caches {first.cache}.\n"
+            f"{every('device')}{f', driver {driver}' if driver else ''}; torch {every('torch')}, "
+            f"Triton {triton or 'none'}; commit {every('commit')}; {every('date')}; "
+            f"caches {every('cache')}.\n"
         ]
         if plt is None:
             lines += [

@@ -65,9 +65,11 @@ class Gap:
     """What was asked for and not timed, and why."""
 
     op: str
-    variant: str
-    mode: str  # backward, or all
+    variant: str  # or all
+    mode: str  # backward, or all; where timing broke off any
     shape: str
+    tokens: int
+    sizes: str  # H I O E K
     pattern: str
     dtype: str
     reason: str
@@ -76,6 +78,7 @@ class Gap:
 
 
 GAPS = "not_timed.csv"
+NO_TIME = "no time was left for it"
 
 
 def _first_line(command: list[str]) -> str:
@@ -197,24 +200,16 @@ def read(results: Path = RESULTS) -> list[Row]:
 
 def read_gaps(results: Path = RESULTS) -> list[Gap]:
     """The gaps of each machine, the last word on each case."""
-    found = [Gap(**line) for path in sorted(results.glob(f"*/{GAPS}")) for line in _lines(path)]
-    return list(
-        {(g.machine, g.op, g.variant, g.mode, g.shape, g.pattern, g.dtype): g for g in found}.values()
-    )
+    lines = [line for path in sorted(results.glob(f"*/{GAPS}")) for line in _lines(path)]
+    found = [Gap(**{**line, "tokens": int(line["tokens"])}) for line in lines]
+    return list({(g.machine, g.variant, g.mode, *case_of(g)): g for g in found}.values())
+
+
+def case_of(line: Row | Gap) -> tuple[str | int, ...]:
+    """What was asked for, whoever does it in whichever mode."""
+    return line.op, line.shape, line.tokens, line.sizes, line.pattern, line.dtype
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
     """Of rows for the same measurement on the same machine, the last one."""
-    key = lambda r: (
-        r.machine,
-        r.op,
-        r.variant,
-        r.mode,
-        r.shape,
-        r.tokens,
-        r.sizes,
-        r.pattern,
-        r.dtype,
-        r.timer,
-    )
-    return list({key(row): row for row in rows}.values())
+    return list({(r.machine, r.variant, r.mode, r.timer, *case_of(r)): r for r in rows}.values())

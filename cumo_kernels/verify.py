@@ -164,7 +164,7 @@ def _check_graph(call: Call, result: Result) -> None:
         result.failures.append("a replayed graph gives other bits than an eager run")
 
 
-def _is_lost(device: str) -> bool:
+def is_lost(device: str) -> bool:
     """Whether a kernel left the device in a state in which this process can run nothing on it."""
     try:
         return device == "cuda" and torch.ones(1, device="cuda").item() != 1
@@ -187,7 +187,7 @@ def check(case: Case, backend: str, device: str, family: str = "") -> Result:
                 _check_graph(call, result)
     except Exception as error:
         result.failures.append(f"{type(error).__name__}: {str(error).strip()[:500]}")
-        result.lost = _is_lost(device)
+        result.lost = is_lost(device)
     return result
 
 

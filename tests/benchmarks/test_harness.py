@@ -1,11 +1,11 @@
 """The harness: no timing without a green gate, honest rows, pictures from files alone."""
 
-import argparse
 import csv
 import importlib.util
+import shutil
 import sys
 import time
-import types
+import weakref
 from dataclasses import fields, replace
 
 import pytest
@@ -85,8 +85,28 @@ def test_every_file_measures_and_nothing_is_refused(file, shape):
 def test_whole_models_run_with_the_originals_loop():
     tower = bench_model.cases("cpu", False)[0].shape
     workload = bench_model.setup(tower, torch.float32, "cpu", "uniform")
-    verdict = harness.gate({"loop": workload.peers["cumo-original"]}, workload)["loop"]
+    verdict = harness.gate({"loop": workload.peers["cumo-original"]}, workload, "cpu")["loop"]
     assert (verdict.refusal, verdict.backward_refusal) == (None, None) and verdict.error < 2
+
+
+def test_whole_models_are_what_their_rows_say():
+    cpu = {case.shape.name: case.shape for case in bench_model.cases("cpu", False)}
+    assert (cpu["clip-tower"].T, cpu["clip-tower"].sizes) == (65, "H256 I1024 O256 E4 K2")
+    gpu = {case.shape.name: case for case in bench_model.cases("cuda", False)}
+    tower = gpu["clip-tower"]
+    assert (tower.shape.T, tower.shape.sizes) == (5770, "H1024 I4096 O1024 E4 K2")
+    layers = lambda name: tuple(
+        part.num_hidden_layers
+        for size in [bench_model.config_of(bench_model.SIZES["cuda"][name])]
+        for part in (size.vision_config, size.text_config)
+    )
+    assert layers("clip-tower")[0] == 24
+    for name in ("cumo-step", "cumo-generate"):
+        vision, text = layers(name)
+        note = bench_model.SIZES["cuda"][name].note
+        assert note == f"{vision} of 24 tower layers, {text} of 32 text layers"
+        assert gpu[name].shape.sizes == "H4096 I14336 O4096 E1 K1" and gpu[name].shape.T == 128 + 576
+        assert layers(gpu[name].gate_shape.name) < (vision, text)
 
 
 def test_a_wrong_kernel_is_refused_a_timing(monkeypatch):
@@ -147,6 +167,30 @@ def test_saved_bytes_are_those_of_the_memory_plan():
     assert harness.saved_bytes(workload.peers["cumo-original"], workload.inputs) > 2 * plan
 
 
+def test_only_a_backward_alone_keeps_a_graph():
+    class Noted(torch.autograd.Function):
+        alive = 0
+
+        @staticmethod
+        def forward(ctx, x):
+            Noted.alive += 1
+            ctx.mark = weakref.finalize(ctx, lambda: setattr(Noted, "alive", Noted.alive - 1))
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2
+
+    x = torch.ones(3)
+    steps = harness.steps_of(Noted.apply, (x,), ("forward", "both"))
+    steps["both"]()
+    assert Noted.alive == 0
+    assert harness.steps_of(Noted.apply, (x,), ("backward",))["backward"]()[0].shape == x.shape
+    steps = harness.steps_of(Noted.apply, (x,), ("backward",))
+    assert Noted.alive == 1
+    del steps
+
+
 def test_gate_shape_shrinks_only_what_is_too_large():
     assert harness.gate_shape(SMALL, "cpu") == SMALL
     assert harness.gate_shape(SHAPES["clip-1-crop"], "cpu") == SHAPES["clip-1-crop"]
@@ -167,6 +211,15 @@ def test_flops_are_those_of_the_spec():
         ("mixtral-train", 5.77e12),
     ):
         assert SHAPES[name].gemm_flops == pytest.approx(flops, rel=6e-3)
+
+
+@pytest.mark.parametrize("file", [bench_experts, bench_grouped_gemm], ids=["layer", "gemm"])
+def test_the_floor_counts_the_weights_that_are_met(file):
+    even, two = (
+        file.setup(SMALL, torch.float32, "cpu", pattern).bytes for pattern in ("uniform", "one_expert")
+    )
+    weights = SMALL.weights if file is bench_experts else SMALL.E * SMALL.width * SMALL.H
+    assert even - two == 4 * weights // 2  # top-2: half of the four experts
 
 
 def test_variants_take_turns():
@@ -199,10 +252,12 @@ def test_predictions_are_marked_and_stand_beside_measurements(tmp_path):
     head = "gpu,shape,dtype,gemm,ms,floor_ms,share_of_floor,stack,size"
     (folder / "nvidia_h100_bf16.csv").write_text("\n".join([head, *gemms]))
     row = a_row(machine="nvidia_h100", op="expert_mlp", shape="clip-1-crop", dtype="bf16", ms_p50=0.05)
-    text = "\n".join(plot.predictions(folder, [row]))
+    row = replace(row, variant="cumo/triton")
+    faster = replace(row, variant="cumo/cuda", ms_p50=0.01)  # the prediction is of Triton's kernels
+    text = "\n".join(plot.predictions(folder, [row, faster]))
     assert "Predicted for nvidia_h100, bf16: not measured" in text
     assert "| clip-1-crop | 0.025 | 80% | 0.045 | 67% |" in text
-    assert "| 0.003 | 1 of 5 | 0.05 ms, not yet |" in text
+    assert "| 0.003 | 1 of 5 | 0.05 ms (2.00x), not yet |" in text
 
 
 def a_row(**changes) -> record.Row:
@@ -223,63 +278,6 @@ def test_rows_survive_the_file(tmp_path):
     with (tmp_path / "m" / "o.csv").open() as file:
         assert next(csv.reader(file)) == [field.name for field in fields(record.Row)]
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["o.csv"]
-
-
-def test_gaps_are_in_the_report_until_a_later_run_closes_them(tmp_path):
-    results = tmp_path / "results"
-    row = a_row(machine="m", variant="peer", run="2")
-    old = record.Gap(row.op, "peer", "all", row.shape, row.pattern, row.dtype, "not here", "m", "1")
-    record.append([replace(row, variant="cumo/reference")], results)
-    record.append_gaps([old], results)
-    assert f"- peer: not here ({row.op} {row.shape} fp32)" in plot.report(results).read_text()
-    record.append_gaps([replace(old, shape="other")], results)
-    assert "fp32 and 1 more)" in plot.report(results).read_text()
-    record.append([row, replace(row, shape="other")], results)
-    assert "not here" not in plot.report(results).read_text()
-
-
-def test_one_broken_case_does_not_cost_the_others(tmp_path, capsys):
-    def setup(shape, *rest):
-        if shape.T == 1:
-            raise MemoryError("too large")
-        return bench_activation.setup(shape, *rest)
-
-    broken = types.SimpleNamespace(
-        OP="t",
-        setup=setup,
-        cases=lambda *_: [Case(replace(SMALL, T=t), "fp32", modes=("forward",)) for t in (1, 8)],
-    )
-    parser = argparse.ArgumentParser()
-    harness.add_arguments(parser)
-    words = ["--device", "cpu", "--results", str(tmp_path), "--seconds", "0"]
-    assert harness.run_all([broken], parser.parse_args(words)) == 1
-    assert "1 cases measured" in (out := capsys.readouterr()).out and "1 broke off" in out.out
-    assert "too large" in out.err and {row.tokens for row in record.read(tmp_path)} == {8}
-
-
-def test_a_case_that_would_not_end_in_time_does_not_begin(monkeypatch, capsys):
-    """1e9 FLOPs a second on a CPU: after the first case the large one is left out, the small one is not."""
-    clock, begun = [0.0], []
-
-    def measure(op, setup, case, *rest):
-        begun.append((op, case.shape.T))
-        clock[0] += case.shape.gemm_flops / 1e9
-        return [], []
-
-    monkeypatch.setattr(harness, "measure", measure)
-    monkeypatch.setattr(harness, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
-    second = int(1e9 // replace(SMALL, T=1).gemm_flops)  # tokens that take about one
-    cases = lambda *_: [Case(replace(SMALL, T=t * second), "fp32") for t in (10, 200, 20)]
-    files = [types.SimpleNamespace(OP=op, setup=None, cases=cases) for op in ("expert_mlp", "moe_layer", "t")]
-    parser = argparse.ArgumentParser()
-    harness.add_arguments(parser)
-    args = parser.parse_args(["--device", "cpu", "--dry", "--budget", "100"])
-    harness.run_all(files, args)
-    small, large = 10 * second, 200 * second
-    assert begun[:4] == [("expert_mlp", small), ("expert_mlp", 2 * small), ("moe_layer", small),
-                         ("moe_layer", 2 * small)]  # fmt: skip
-    assert begun[4:] == [("t", small), ("t", large)]  # another op is not judged by the layer's FLOPs
-    assert "3 left out: the budget was spent" in capsys.readouterr().out
 
 
 def test_a_file_with_other_columns_is_not_touched(tmp_path):
@@ -332,6 +330,53 @@ def test_speedups_are_against_the_loop_of_the_same_case():
     rows = [replace(row, ms_p50=times[row.variant]) for row in rows]
     ((_, found),) = plot.speedups(rows).items()
     assert found == {"cumo/reference": 3, "cumo-original": 1, "torch-grouped_mm": 2, "dense": 6}
+    # neither another run nor another clock took turns with the loop
+    text = "\n".join(plot.table(rows))
+    assert "2 ms, 3.00x" in text and "cumo-original 3.00x, torch-grouped_mm 1.50x" in text
+    for other in ({"run": "another"}, {"timer": "graph"}):
+        apart = [replace(row, **other) if row.variant == "cumo/reference" else row for row in rows]
+        ((_, found),) = plot.speedups(apart).items()
+        assert "cumo/reference" not in found and "dense" in found
+        assert "2 ms, 3.00x" not in (text := "\n".join(plot.table(apart))) and "3 ms, 2.00x" in text
+    assert "forward, CUDA graph" in text
+    faster = replace(rows[0], variant="cumo/reference", ms_p50=0.5, timer="graph")
+    eager = [replace(row, timer="eager") for row in rows]
+    assert next(iter(plot.speedups([*eager, faster]).values()))["cumo/reference"] == 3
+
+
+def test_every_op_has_its_roofline(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: figures.append(figure) or path)
+    rows = [
+        a_row(op="expert_mlp", machine="nvidia_h100", tflops=300.0, gb_per_s=900.0),
+        a_row(op="activate", machine="nvidia_h100", tflops=None, gb_per_s=2000.0),
+    ]
+    assert plot.plot_roofline(rows, tmp_path / "r.png") is not None
+    seen = [(axis.get_title(), axis.get_ylabel()) for axis in figures[0].axes if axis.get_visible()]
+    assert seen == [("expert layer", "TFLOP/s"), ("activation", "GB/s")]
+    roofs = [max(axis.lines[0].get_ydata()) for axis in figures[0].axes[:2]]
+    assert roofs[0] <= 989 and roofs[1] == 3350
+
+
+def test_the_committed_report_is_what_the_committed_rows_say(monkeypatch, tmp_path):
+    """python -m benchmarks.plot makes it anew; the pictures are taken as they are."""
+    folder = record.RESULTS.parent
+    for name in ("results", "predicted"):
+        shutil.copytree(folder / name, tmp_path / name)
+    there = lambda rows, path: path if path.exists() else None
+    monkeypatch.setattr(plot, "PICTURES", dict.fromkeys(plot.PICTURES, there))
+    assert plot.report(tmp_path / "results").read_text() == (folder / "REPORT.md").read_text()
+
+
+def test_the_report_names_every_version_it_has_rows_of(tmp_path):
+    row = a_row(machine="m")
+    record.append(
+        [row, replace(row, variant="b", torch="9.9", commit="abc", date="2001-01-01")], tmp_path / "results"
+    )
+    line = next(
+        line for line in plot.report(tmp_path / "results").read_text().splitlines() if "; torch " in line
+    )
+    assert f"torch {row.torch}, 9.9" in line and f"{row.commit}, abc" in line and "2001-01-01" in line
 
 
 def test_every_peer_is_there_or_has_a_reason():

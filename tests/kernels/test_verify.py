@@ -255,7 +255,7 @@ def test_a_lost_device_is_blamed_on_one_case_alone(replaced, monkeypatch, tmp_pa
         return [verify.Result(**row) for row in report["results"]], report["not_checked"]
 
     replaced("activate", breaks)
-    monkeypatch.setattr(verify, "_is_lost", lambda device: True)
+    monkeypatch.setattr(verify, "is_lost", lambda device: True)
     monkeypatch.setattr(verify, "elsewhere", another_process)
     words = ["--backend", "reference", "--device", "cpu", "--few", "--op", "activate", "--op", "combine"]
     assert main(["verify", *words, "--json", str(tmp_path / "v.json")]) == 1

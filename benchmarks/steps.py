@@ -1,0 +1,78 @@
+"""What is timed and weighed: one forward, one backward or both, as functions without arguments."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from benchmarks import timing
+
+
+def steps_of(
+    run: Callable, inputs: tuple[Tensor, ...], modes: Iterable[str], parameters: tuple[Tensor, ...] = ()
+) -> dict[str, timing.Step]:
+    """mode -> a function without arguments that does it once."""
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]  # shared, not copied
+    wanted = [*(t for t in leaves if t.requires_grad), *parameters]
+    as_tuple = lambda outs: (outs,) if isinstance(outs, Tensor) else outs
+    differentiable = lambda: tuple(o for o in as_tuple(run(*leaves)) if o.requires_grad)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return run(*leaves)
+
+    steps: dict[str, timing.Step] = {"forward": forward}
+    if set(modes) - {"forward"}:
+        outs = differentiable()
+        upstream = tuple(torch.randn_like(o) for o in outs)
+        if "backward" in modes:  # it alone keeps what forward saved, of every variant at a time
+            steps["backward"] = lambda: torch.autograd.grad(
+                outs, wanted, upstream, retain_graph=True, allow_unused=True
+            )
+        steps["both"] = lambda: torch.autograd.grad(differentiable(), wanted, upstream, allow_unused=True)
+    return {mode: steps[mode] for mode in modes if mode in steps}
+
+
+def saved_bytes(run: Callable, inputs: tuple[Tensor, ...], parameters: tuple[Tensor, ...] = ()) -> int:
+    """What one forward pass keeps for backward, besides inputs and weights; memory kept twice counts once."""
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]  # shared, not copied
+    given = {t.untyped_storage().data_ptr() for t in (*leaves, *parameters)}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = run(*leaves)
+    del out
+    return sum(kept.values())
+
+
+def peak_bytes(step: timing.Step, device: str) -> int | None:
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def captured(steps: dict[str, timing.Step], log: Callable[[str], None]) -> dict[str, timing.Step]:
+    found = {}
+    for name, step in steps.items():
+        try:
+            # what waits for the host would break off a capture, and leave the allocator in the middle of it
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            found[name] = timing.captured(step)
+        except Exception as error:
+            log(f"  {name}: no CUDA graph: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+    return found
