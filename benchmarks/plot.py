@@ -170,7 +170,7 @@ def _roofline(axis, rows: list[Row], colours: dict[str, tuple], gpu: hardware.Gp
         axis.plot(xs, roof, "k-", lw=1)
     labels = ("FLOPs per byte of the task", "TFLOP/s") if counted else ("MB of the task", "GB/s")
     axis.set(xscale="log", yscale="log", xlabel=labels[0], ylabel=labels[1])
-    axis.tick_params(labelsize=7)
+    axis.tick_params(which="both", labelsize=7)
 
 
 def _size(row: Row, letter: str) -> int:
