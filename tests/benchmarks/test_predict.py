@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from benchmarks import predict, predict_cuda, predict_ops
 from benchmarks.shapes import SHAPES
-from cumo_kernels import hardware, tuning
+from cumo_kernels import hardware, problems, tuning
 from cumo_kernels.hardware import KIB
 from cumo_kernels.tuning import Config, Problem
 
@@ -82,9 +82,9 @@ def test_committed_predictions_are_of_todays_tiles():
         for line in csv.DictReader(path.read_text().splitlines()):
             if line["gemm"] not in predict.GEMMS:
                 continue
-            shape, dtype = SHAPES[line["shape"]], predict.tune.DTYPES[line["dtype"]]
-            problems = predict.tune.layer_problems(predict.family(shape), shape.T, dtype)
-            problem = dict(zip(predict.GEMMS, problems, strict=True))[line["gemm"]]
+            shape, dtype = SHAPES[line["shape"]], problems.DTYPES[line["dtype"]]
+            layer = problems.layer_problems(predict.family(shape), shape.T, dtype)
+            problem = dict(zip(predict.GEMMS, layer, strict=True))[line["gemm"]]
             config = tuning.get_config(problem, hardware.find(line["gpu"]))
             tile = f"m{config.BLOCK_M} n{config.BLOCK_N} k{config.BLOCK_K} "
             assert line["tile"].startswith(tile), f"{path.name}: {line['shape']} {line['gemm']}"
