@@ -22,7 +22,7 @@ def load(name: str) -> ModuleType | str:
     """bench_<name>, or the reason, said aloud, where a package that it needs is missing."""
     try:
         return importlib.import_module(f"benchmarks.bench_{name}")
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         print(f"bench_{name}: left out: {error}", file=sys.stderr)
         return str(error)
 

@@ -2,9 +2,10 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
@@ -26,9 +27,6 @@ from cumo_model.conversation import IMAGE_MARKER, chat_template
 from cumo_model.merge import MERGES, PictureLayout
 from cumo_model.original_config import is_original
 from cumo_model.sentencepieces import like_sentencepiece
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 logger = logging.get_logger(__name__)
 
@@ -320,14 +318,12 @@ def _tile_tokens(processor: LlavaProcessor) -> int:
     return side * side + processor.num_additional_image_tokens - dropped
 
 
-def load_image(path: str | os.PathLike) -> "Image.Image":
+def load_image(path: str | os.PathLike) -> Image.Image:
     """Decode a whole picture as RGB.
 
     Raises:
         ValueError: the file is missing, is not a picture, or is cut off; the message names it.
     """
-    from PIL import Image  # here: a machine that only measures the model has no pictures, and may lack it
-
     try:
         with Image.open(path) as image:
             return image.convert("RGB")

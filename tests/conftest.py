@@ -1,5 +1,6 @@
 """Fixtures every test shares: where it runs, with which numbers, and what uninitialised memory holds."""
 
+import importlib.machinery
 import os
 
 # before torch and transformers are imported: no test may wait for a hub, and cuBLAS reads this once
@@ -26,13 +27,19 @@ try:
     import hypothesis
 except ModuleNotFoundError:
     # a bare GPU machine: the tests beside those of properties still run there
-    skipped = lambda *_, **__: (
-        lambda test: pytest.mark.skip(reason="hypothesis is not installed")(lambda: None)
-    )
+    def skipped(*_, **__):
+        @pytest.mark.skip(reason="hypothesis is not installed")
+        def nothing():
+            pass
+
+        return lambda test: nothing
+
     hypothesis = types.ModuleType("hypothesis")
+    hypothesis.__spec__ = importlib.machinery.ModuleSpec("hypothesis", None)  # others ask for it
     hypothesis.given = hypothesis.settings = skipped
     hypothesis.strategies = types.ModuleType("hypothesis.strategies")
-    hypothesis.strategies.__getattr__ = lambda name: lambda *_, **__: None
+    for name in ("booleans", "data", "integers", "lists", "sampled_from"):
+        setattr(hypothesis.strategies, name, lambda *_, **__: None)
     sys.modules |= {"hypothesis": hypothesis, "hypothesis.strategies": hypothesis.strategies}
 else:
     # the same examples on every machine; pytest-timeout is the only clock
