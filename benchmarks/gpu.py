@@ -69,8 +69,8 @@ def no_build() -> str | None:
 
 
 def build_environment(capability: tuple[int, int] | None) -> dict[str, str]:
-    """Compile for this GPU alone, and fail rather than go on without the extension."""
-    if capability is None or os.environ.get("TORCH_CUDA_ARCH_LIST"):
+    """Compile for this GPU alone, whatever list a container brings, and fail rather than go on without."""
+    if capability is None:
         return {"CUMO_BUILD": "1"}
     return {"CUMO_BUILD": "1", "TORCH_CUDA_ARCH_LIST": extension.architecture(capability)}
 
