@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from cumo_kernels.backends.triton import (
 from cumo_kernels.backends.triton.grouped_gemm import launch_gemm
 
 MODULES = (activation, experts, grad_hidden, grouped_gemm, permutation, routing, sorting, tiles, weight_grad)
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "codegen.md"
 HOPPER = hardware.find("nvidia_h100")
 KERNELS = {
     name
@@ -112,3 +115,12 @@ def test_a_layer_asks_for_the_tiles_that_tune_finds(shape, monkeypatch):
                 call()
     tuning.forget()
     assert asked == set(problems.layer_problems(shape, 64, torch.bfloat16))
+
+
+def test_the_committed_table_has_every_kernel_on_every_target():
+    text = TABLE.read_text()
+    rows = re.findall(r"^\| `(\w+)` \| sm_(\d+) \| (\w+) \|.*\| (.*) \|$", text, re.M)
+    wanted = {hardware.find(name).capability for name in codegen.TARGETS}
+    assert {(kernel, int(sm)) for kernel, sm, _, _ in rows} == {(k, sm) for k in KERNELS for sm in wanted}
+    assert {dtype for *_, dtype, _ in rows} == set(codegen.DTYPES)
+    assert {verdict for *_, verdict in rows} == {"ok"}

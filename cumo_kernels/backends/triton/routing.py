@@ -309,7 +309,8 @@ def _tiles(dtype: torch.dtype, width: int, num_experts: int, has_gate: bool, blo
     block_e = next_power_of_2(num_experts)
     if not has_gate:
         tile = {"BLOCK_T": max(8, min(128, 1024 // block_e)), "BLOCK_E": block_e, "BLOCK_H": 16}
-        return {"E": num_experts, **tile, "HAS_GATE": False, "num_warps": 4}
+        # with four warps the assembler spills two registers on sm_120
+        return {"E": num_experts, **tile, "HAS_GATE": False, "num_warps": 8 if gpu.capability >= 120 else 4}
     is_fp32 = dtype == torch.float32
     block_e = max(16, block_e)  # the least width of a tensor-core tile
     # IEEE products run out of registers; Triton 3.6 fails to lay a 64 x 16 tile out in the tensor memory of
