@@ -223,7 +223,7 @@ FAULTS = (
     Fault("counters as they were", CUDA + "routing.cu",
           "clear(device, arrivals, int64_t{4} * r.G);", "", "routing", "fp32"),
     Fault("groups without tokens left as they were", CUDA + "routing.cu",
-          "if (r.group_offsets == nullptr || blockIdx.x > 0) return;", "return;", "routing", "fp32"),
+          "if (r.group_offsets == nullptr || blockIdx.x > 0) return;", "return;", "routing", "ragged"),
     Fault("blocks forget those before them", CUDA + "sorting.cu",
           "total[bin] += before[bin];", "", "cuda_plan", "sorting"),
     Fault("dropped slots over each other", CUDA + "sorting.cu",
