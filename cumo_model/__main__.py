@@ -5,6 +5,7 @@ The work is in the library; errors come as one line.
 
 import argparse
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -219,12 +220,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cumo: {error}", file=sys.stderr)
         return 1
     except Exception as error:
+        from safetensors import SafetensorError
+
         from cumo_model.train import Interrupted
 
-        if not isinstance(error, Interrupted):
+        if not isinstance(error, Interrupted | SafetensorError | EOFError | pickle.UnpicklingError):
             raise
-        print(f"cumo: {error}", file=sys.stderr)
-        return 130
+        what = "" if isinstance(error, Interrupted) else "a file of tensors is damaged: "
+        print(f"cumo: {what}{error}", file=sys.stderr)
+        return 1 if what else 130
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)

@@ -81,8 +81,9 @@ class SpreadCheckpoints(AtomicCheckpoints):
             return super()._save_optimizer_and_scheduler(output_dir)
         state = _settled(get_optimizer_state_dict(self.model, self._torch_optimizer, options=_WHOLE))
         if self.args.should_save:
-            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+            with self._room_may_end():
+                torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not self._fsdp_on_cpu:

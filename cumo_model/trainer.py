@@ -24,7 +24,7 @@ from cumo_model.data.streamed import StreamedConversations
 from cumo_model.files import new_directory
 from cumo_model.monitor import Monitor, MonitorCallback, ShortProgress
 from cumo_model.recipe import Recipe, StageSection, plain
-from cumo_model.recover import SAVING, StopRequests, checkpoints
+from cumo_model.recover import SAVING, StopRequests, last_sound
 from cumo_model.spread import SpreadCheckpoints, is_spread, spread_experts
 from cumo_model.train import PARTS, Interrupted
 from cumo_model.zero import begin, clear, first_model, join_processes, require_deepspeed, whole_weights
@@ -133,7 +133,8 @@ class CumoTrainer(SpreadCheckpoints):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if has_adapters(self.model):
-            save_beside(self.model, state_dict, output_dir or self.args.output_dir)
+            with self._room_may_end():
+                save_beside(self.model, state_dict, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -330,7 +331,8 @@ def run_recipe(recipe: Recipe, callbacks: Sequence = ()) -> Path:
         The folder with the trained model and its processor.
 
     Raises:
-        ValueError: the recipe does not fit the data, the model, or what `output_dir` holds.
+        ValueError: the recipe does not fit the data, the model, or what `output_dir` holds, or no checkpoint
+            there can be read.
         FloatingPointError: the loss is not finite.
         Interrupted: SIGINT or SIGTERM came; progress is saved.
     """
@@ -344,8 +346,8 @@ def run_recipe(recipe: Recipe, callbacks: Sequence = ()) -> Path:
     trainer = build_trainer(recipe, callbacks)
     if trainer.is_world_process_zero():
         shutil.rmtree(out / SAVING, ignore_errors=True)
-    last = checkpoints(out)
-    trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
+    last = last_sound(out)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     stops = [
         callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopRequests)
     ]
