@@ -21,7 +21,7 @@ from cumo_model.adapters import has_adapters, load_beside, merged, save_beside, 
 from cumo_model.data.batches import Collator
 from cumo_model.data.sampling import StepSampler, Units, plan_packs
 from cumo_model.data.streamed import StreamedConversations
-from cumo_model.files import new_directory
+from cumo_model.files import fingerprint, new_directory
 from cumo_model.monitor import Monitor, MonitorCallback, ShortProgress
 from cumo_model.recipe import Recipe, StageSection, plain
 from cumo_model.recover import SAVING, StopRequests, last_sound
@@ -31,6 +31,7 @@ from cumo_model.zero import begin, clear, first_model, join_processes, require_d
 
 RECIPE_FILE = "recipe.json"  # in a run's folder: what it is a run of
 DATA_FILE = "data.json"  # likewise: what its data are
+START_FILE = "start.json"  # likewise: what the models it begins with are
 RESULT = "model"  # in a finished run's folder
 
 
@@ -265,6 +266,17 @@ def _claim(path: Path, wanted: dict) -> None:
     os.replace(part, path)
 
 
+def _claim_start(recipe: Recipe) -> None:
+    """A stage before that was trained again, into the same folder, is another beginning."""
+    model = recipe.model
+    named = (model.start, model.vision, model.language, model.projector)
+    paths = [path for path in named if path is not None]
+    # where one is gone a run that needs it says so
+    if all(os.path.exists(path) for path in paths):
+        wanted = {f"content of {path}": fingerprint(path) for path in paths}
+        _claim(Path(recipe.output_dir) / START_FILE, wanted)
+
+
 def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     """Model, data and Trainer of a recipe, ready to train."""
     args = training_arguments(recipe)
@@ -338,6 +350,7 @@ def run_recipe(recipe: Recipe, callbacks: Sequence = ()) -> Path:
     """
     out = Path(recipe.output_dir)
     _claim(out / RECIPE_FILE, recipe.identity())
+    _claim_start(recipe)
     if (out / RESULT).is_dir():
         if int(os.environ.get("RANK", 0)) == 0:
             clear(recipe)  # left where a run was killed between its result and this
