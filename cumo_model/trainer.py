@@ -71,7 +71,8 @@ class CumoTrainer(SpreadCheckpoints):
             options: of Trainer (processing_class, callbacks).
         """
         self.lengths, self.has_image, self.grouping, self.stage = lengths, has_image, grouping, stage
-        self.monitor = Monitor(model, stage.trains)
+        whole = set(stage.trains) - ({"language"} if stage.lora is not None else set())
+        self.monitor = Monitor(model, whole)
         super().__init__(model, args, data_collator=collator, train_dataset=units, **options)
         self.metrics = MonitorCallback(self.monitor)
         self.callback_handler.callbacks.insert(0, self.metrics)
@@ -204,6 +205,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             )
     if "fsdp_config" in given:
         given.setdefault("fsdp", True)
+    if stage.expert_parallel > 1 and stage.expert_exchange == "padded" and torch.cuda.is_available():
+        if not given.get("use_cpu"):  # sizes are agreed on by CPU tensors, rows travel by NCCL
+            given.setdefault("ddp_backend", "cpu:gloo,cuda:nccl")
     fixed = {
         "output_dir": recipe.output_dir,
         "per_device_train_batch_size": micro,
@@ -321,7 +325,9 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     if stage.expert_parallel > 1:
         if stage.lora is not None or args.deepspeed:
             raise ValueError("stage.expert_parallel must be 1 with lora or deepspeed")
-        spread_experts(model, stage.expert_parallel, args.device, bool(args.fsdp))
+        if args.fp16:  # the Trainer's norm over both kinds of parameters does not know the loss's scale
+            raise ValueError("stage.expert_parallel must be 1 with trainer.fp16; it works with trainer.bf16")
+        spread_experts(model, stage.expert_parallel, args.device, bool(args.fsdp), stage.expert_exchange)
     return CumoTrainer(
         model,
         args,
