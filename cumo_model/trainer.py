@@ -161,7 +161,9 @@ class CumoTrainer(SpreadCheckpoints):
         path = self._window_file(checkpoint)
         if not path.is_file():
             return
-        window = torch.load(path, weights_only=True, map_location=self.args.device)
+        device = self.args.device
+        place = device if device.type == "cuda" else device.type  # "cpu:0" is no place to torch.load
+        window = torch.load(path, weights_only=True, map_location=place)
         self._tr_loss, self._total_loss_scalar = window["loss"], window["total"]
         self._globalstep_last_logged = window["logged"]
         self.monitor.load_state_dict(window["monitor"])
