@@ -52,6 +52,17 @@ def test_engines_train_alike(folder):
     same_result(folder / "experts", folder / "padded")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_experts_over_two_of_four_processes_train_alike(folder):
+    """Each expert is on two processes then, beside DDP: norms of gradients are over both axes."""
+    options = {**OPTIONS, "trainer__max_steps": 2}
+    run_recipe(load_recipe(write_recipe(folder, "one", **options)))
+    finish(start(write_recipe(folder, "four", **options, stage__expert_parallel=2), 4), seconds=250)
+    for one, other in zip(losses(folder / "four"), losses(folder / "one"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
 def test_the_exchange_of_a_recipe_reaches_the_layers(folder, monkeypatch):
     """And asks for a process group that serves CPU and GPU, where there is a GPU."""
     options = {"stage__expert_parallel": 2, "trainer__per_device_train_batch_size": 1}
