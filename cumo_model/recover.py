@@ -26,6 +26,8 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from cumo_model.files import read_object
+
 SAVING = ".saving"
 SIZES = "files.json"  # in a checkpoint: its files and their bytes
 DAMAGED = "damaged-"  # before the name of a checkpoint that cannot be read
@@ -46,9 +48,9 @@ def damage(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be gone on from, None where nothing is seen: files that are missing or cut off,
     headers that are none. No tensor is read, so this takes a moment at any size."""
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-        sizes = checkpoint / SIZES
-        for name, size in (json.loads(sizes.read_text()) if sizes.is_file() else {}).items():
+        read_object(checkpoint / TRAINER_STATE_NAME)
+        sizes = checkpoint / SIZES  # the Trainer's own checkpoints have none
+        for name, size in (read_object(sizes) if sizes.is_file() else {}).items():
             found = (checkpoint / name).stat().st_size
             if found != size:
                 return f"{name} has {found:,} bytes instead of {size:,}"
@@ -63,7 +65,7 @@ def damage(checkpoint: Path) -> str | None:
         return f"{Path(error.filename or checkpoint).name} is missing"
     except SafetensorError as error:
         return f"{name}: {error}"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return str(error)
     return None
 

@@ -24,7 +24,6 @@ from tests.model.test_recover import (
     finish,
     kill,
     losses,
-    reached,
     same_result,
     wait_for,
 )
@@ -71,9 +70,9 @@ DAMAGES = [
     (cut, "optimizer.pt", "optimizer.pt has"),
     (blank, "model.safetensors", "model.safetensors: "),
     (blank, "optimizer.pt", "optimizer.pt is not what torch.save writes"),
-    (blank, "trainer_state.json", "Expecting value"),
+    (blank, "trainer_state.json", "trainer_state.json is damaged"),
     (Path.unlink, "optimizer.pt", "optimizer.pt is missing"),
-    (Path.unlink, "trainer_state.json", "trainer_state.json is missing"),
+    (Path.unlink, "trainer_state.json", "trainer_state.json does not exist"),
 ]
 
 
@@ -87,7 +86,7 @@ def test_what_is_damaged_is_seen_and_named(folder, capsys):
     shutil.copytree(last, kept)
     for spoil, name, reason in DAMAGES:
         spoil(last / name)
-        assert (damage(last) or "").startswith(reason), (spoil, name)
+        assert reason in (damage(last) or ""), (spoil, name)
         shutil.rmtree(last)
         shutil.copytree(kept, last)
     for path in checkpoints(folder / "run"):
@@ -149,17 +148,15 @@ def chain(folder: Path, name: str, **options) -> tuple[list[Path], subprocess.Po
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_chain_of_stages_killed_between_two_ends_where_an_unharmed_one_does(folder):
-    """SIGKILL as soon as the first stage has its result, and again in the middle of the second."""
+    """SIGKILL as soon as the first stage has its result; then the same two commands again."""
     whole, process = chain(folder, "whole")
     finish(process, seconds=200)
-    moments = (lambda runs: (runs[0] / "model").is_dir(), lambda runs: reached(runs[1], 4))
-    for moment in moments:
-        runs, process = chain(folder, "cut")
-        wait_for(lambda: moment(runs), process)  # noqa: B023
-        assert process.poll() is None, process.communicate()[0][-2000:]
-        kill(process)
-        process.communicate()
-        assert not (runs[1] / "model").exists()
+    runs, process = chain(folder, "cut")
+    wait_for(lambda: (runs[0] / "model").is_dir(), process)
+    assert process.poll() is None, process.communicate()[0][-2000:]
+    kill(process)
+    process.communicate()
+    assert not checkpoints(runs[1])
     finish(chain(folder, "cut")[1], seconds=200)
     for one, other in zip(whole, runs, strict=True):
         same_result(one, other)
