@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     ablate = commands.add_parser("ablate", help="the paper's ablations on the demo's data, as a table")
     ablate.add_argument("--out", type=Path, help="folder of the runs, resumed if it is there (runs/ablation)")
     ablate.add_argument("--seeds", type=int, default=3)
-    ablate.add_argument("--rows", nargs="+", help="some of the rows only")
+    ablate.add_argument("--rows", nargs="+", help="run these rows only; the table has all that are done")
     ablate.add_argument("--steps", type=int, help="of stage 3 (300)")
     ablate.add_argument("--quick", action="store_true", help="a run that proves the path and learns little")
     ablate.set_defaults(run=_ablate)

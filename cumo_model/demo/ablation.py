@@ -71,7 +71,7 @@ def run_ablation(
 
     Args:
         seeds: runs of each row.
-        rows: some of ROWS; all by default.
+        rows: to run, some of ROWS; all by default. The table holds all that are done.
         is_quick: the demo's quick settings; proves the path, learns little.
         steps: of stage 3, 300 unless given.
 
