@@ -5,6 +5,7 @@ The work is in the library; errors come as one line.
 
 import argparse
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -148,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     ablate = commands.add_parser("ablate", help="the paper's ablations on the demo's data, as a table")
     ablate.add_argument("--out", type=Path, help="folder of the runs, resumed if it is there (runs/ablation)")
     ablate.add_argument("--seeds", type=int, default=3)
-    ablate.add_argument("--rows", nargs="+", help="some of the rows only")
+    ablate.add_argument("--rows", nargs="+", help="run these rows only; the table has all that are done")
     ablate.add_argument("--steps", type=int, help="of stage 3 (300)")
     ablate.add_argument("--quick", action="store_true", help="a run that proves the path and learns little")
     ablate.set_defaults(run=_ablate)
@@ -219,12 +220,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cumo: {error}", file=sys.stderr)
         return 1
     except Exception as error:
+        from safetensors import SafetensorError
+
         from cumo_model.train import Interrupted
 
-        if not isinstance(error, Interrupted):
+        if not isinstance(error, Interrupted | SafetensorError | EOFError | pickle.UnpicklingError):
             raise
-        print(f"cumo: {error}", file=sys.stderr)
-        return 130
+        what = "" if isinstance(error, Interrupted) else "a file of tensors is damaged: "
+        print(f"cumo: {what}{error}", file=sys.stderr)
+        return 1 if what else 130
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)

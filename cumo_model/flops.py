@@ -62,7 +62,11 @@ def projector_flops(config: CumoConfig) -> float:
 def step_flops(
     config: CumoConfig, trains: Collection[str], tokens: int, width: int, predicted: int, images: int
 ) -> float:
-    """Forward and backward FLOPs of one batch; `trains` names parts as a recipe's stage does."""
+    """Forward and backward FLOPs of one batch.
+
+    `trains` names the parts whose weights get gradients. Under LoRA the language model is none of them, and
+    the adapters' own small products are left out.
+    """
     vision = 3 if "vision" in trains else 1
     projector = 3 if "projector" in trains else (2 if vision == 3 else 1)
     language = 3 if "language" in trains else 2

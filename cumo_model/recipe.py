@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from cumo_model.parallel import EXCHANGES
 from cumo_model.train import PARTS
 
 SHIPPED = Path(__file__).with_name("recipes")
@@ -91,11 +92,16 @@ class StageSection:
     balance_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
     expert_parallel: int = 1  # processes that share the experts of a layer
+    expert_exchange: str = "exact"  # how tokens travel to them; "padded" waits for no device, for more memory
     lora: LoraSection | None = None
 
     def __post_init__(self):
         if not self.trains or set(self.trains) - set(PARTS):
             raise ValueError(f"stage.trains must name some of {sorted(PARTS)}, got {list(self.trains)}")
+        if self.expert_exchange not in EXCHANGES:
+            raise ValueError(
+                f"stage.expert_exchange must be one of {', '.join(EXCHANGES)}, got {self.expert_exchange!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,9 @@ class Recipe:
     def identity(self) -> dict:
         """What makes a training this training; the rest may change when it goes on."""
         seeds = [self.trainer.get(name) for name in ("seed", "data_seed")]  # of packs and order
-        return {key: value for key, value in plain(self).items() if key not in FREE} | {"seed": seeds}
+        values = {key: value for key, value in plain(self).items() if key not in FREE} | {"seed": seeds}
+        del values["stage"]["expert_exchange"]  # computes the same
+        return values
 
 
 def plain(recipe: Recipe) -> dict:

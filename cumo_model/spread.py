@@ -29,15 +29,18 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SOME = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
-def spread_experts(model: nn.Module, number: int, device: torch.device, with_fsdp: bool) -> None:
+def spread_experts(
+    model: nn.Module, number: int, device: torch.device, with_fsdp: bool, exchange: str = "exact"
+) -> None:
     """Experts over `number` processes each, and over the rest of them by FSDP2.
 
     Args:
+        exchange: of `expert_parallel`.
         with_fsdp: whether the rest of the model is sharded so too.
     """
     mesh = expert_mesh(number, device.type)
     model.to(device)
-    expert_parallel(model, mesh["experts"])
+    expert_parallel(model, mesh["experts"], exchange)
     if with_fsdp or mesh["data"].size() > 1:
         shard_experts(model, mesh)
 
@@ -81,8 +84,9 @@ class SpreadCheckpoints(AtomicCheckpoints):
             return super()._save_optimizer_and_scheduler(output_dir)
         state = _settled(get_optimizer_state_dict(self.model, self._torch_optimizer, options=_WHOLE))
         if self.args.should_save:
-            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+            with self._room_may_end():
+                torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not self._fsdp_on_cpu:

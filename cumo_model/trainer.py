@@ -21,16 +21,17 @@ from cumo_model.adapters import has_adapters, load_beside, merged, save_beside, 
 from cumo_model.data.batches import Collator
 from cumo_model.data.sampling import StepSampler, Units, plan_packs
 from cumo_model.data.streamed import StreamedConversations
-from cumo_model.files import new_directory
+from cumo_model.files import fingerprint, new_directory
 from cumo_model.monitor import Monitor, MonitorCallback, ShortProgress
 from cumo_model.recipe import Recipe, StageSection, plain
-from cumo_model.recover import SAVING, StopRequests, checkpoints
+from cumo_model.recover import SAVING, StopRequests, last_sound
 from cumo_model.spread import SpreadCheckpoints, is_spread, spread_experts
 from cumo_model.train import PARTS, Interrupted
 from cumo_model.zero import begin, clear, first_model, join_processes, require_deepspeed, whole_weights
 
 RECIPE_FILE = "recipe.json"  # in a run's folder: what it is a run of
 DATA_FILE = "data.json"  # likewise: what its data are
+START_FILE = "start.json"  # likewise: what the models it begins with are
 RESULT = "model"  # in a finished run's folder
 
 
@@ -70,7 +71,8 @@ class CumoTrainer(SpreadCheckpoints):
             options: of Trainer (processing_class, callbacks).
         """
         self.lengths, self.has_image, self.grouping, self.stage = lengths, has_image, grouping, stage
-        self.monitor = Monitor(model, stage.trains)
+        whole = set(stage.trains) - ({"language"} if stage.lora is not None else set())
+        self.monitor = Monitor(model, whole)
         super().__init__(model, args, data_collator=collator, train_dataset=units, **options)
         self.metrics = MonitorCallback(self.monitor)
         self.callback_handler.callbacks.insert(0, self.metrics)
@@ -133,7 +135,8 @@ class CumoTrainer(SpreadCheckpoints):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if has_adapters(self.model):
-            save_beside(self.model, state_dict, output_dir or self.args.output_dir)
+            with self._room_may_end():
+                save_beside(self.model, state_dict, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -158,7 +161,9 @@ class CumoTrainer(SpreadCheckpoints):
         path = self._window_file(checkpoint)
         if not path.is_file():
             return
-        window = torch.load(path, weights_only=True, map_location=self.args.device)
+        device = self.args.device
+        place = device if device.type == "cuda" else device.type  # "cpu:0" is no place to torch.load
+        window = torch.load(path, weights_only=True, map_location=place)
         self._tr_loss, self._total_loss_scalar = window["loss"], window["total"]
         self._globalstep_last_logged = window["logged"]
         self.monitor.load_state_dict(window["monitor"])
@@ -202,6 +207,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             )
     if "fsdp_config" in given:
         given.setdefault("fsdp", True)
+    if stage.expert_parallel > 1 and stage.expert_exchange == "padded" and torch.cuda.is_available():
+        if not given.get("use_cpu"):  # sizes are agreed on by CPU tensors, rows travel by NCCL
+            given.setdefault("ddp_backend", "cpu:gloo,cuda:nccl")
     fixed = {
         "output_dir": recipe.output_dir,
         "per_device_train_batch_size": micro,
@@ -264,6 +272,17 @@ def _claim(path: Path, wanted: dict) -> None:
     os.replace(part, path)
 
 
+def _claim_start(recipe: Recipe) -> None:
+    """A stage before that was trained again, into the same folder, is another beginning."""
+    model = recipe.model
+    named = (model.start, model.vision, model.language, model.projector)
+    paths = [path for path in named if path is not None]
+    # where one is gone a run that needs it says so
+    if all(os.path.exists(path) for path in paths):
+        wanted = {f"content of {path}": fingerprint(path) for path in paths}
+        _claim(Path(recipe.output_dir) / START_FILE, wanted)
+
+
 def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     """Model, data and Trainer of a recipe, ready to train."""
     args = training_arguments(recipe)
@@ -308,7 +327,9 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     if stage.expert_parallel > 1:
         if stage.lora is not None or args.deepspeed:
             raise ValueError("stage.expert_parallel must be 1 with lora or deepspeed")
-        spread_experts(model, stage.expert_parallel, args.device, bool(args.fsdp))
+        if args.fp16:  # the Trainer's norm over both kinds of parameters does not know the loss's scale
+            raise ValueError("stage.expert_parallel must be 1 with trainer.fp16; it works with trainer.bf16")
+        spread_experts(model, stage.expert_parallel, args.device, bool(args.fsdp), stage.expert_exchange)
     return CumoTrainer(
         model,
         args,
@@ -330,12 +351,14 @@ def run_recipe(recipe: Recipe, callbacks: Sequence = ()) -> Path:
         The folder with the trained model and its processor.
 
     Raises:
-        ValueError: the recipe does not fit the data, the model, or what `output_dir` holds.
+        ValueError: the recipe does not fit the data, the model, or what `output_dir` holds, or no checkpoint
+            there can be read.
         FloatingPointError: the loss is not finite.
         Interrupted: SIGINT or SIGTERM came; progress is saved.
     """
     out = Path(recipe.output_dir)
     _claim(out / RECIPE_FILE, recipe.identity())
+    _claim_start(recipe)
     if (out / RESULT).is_dir():
         if int(os.environ.get("RANK", 0)) == 0:
             clear(recipe)  # left where a run was killed between its result and this
@@ -344,8 +367,8 @@ def run_recipe(recipe: Recipe, callbacks: Sequence = ()) -> Path:
     trainer = build_trainer(recipe, callbacks)
     if trainer.is_world_process_zero():
         shutil.rmtree(out / SAVING, ignore_errors=True)
-    last = checkpoints(out)
-    trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
+    last = last_sound(out)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     stops = [
         callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopRequests)
     ]

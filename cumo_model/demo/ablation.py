@@ -5,6 +5,7 @@ weights and the order of its data. The spread is that of stage 3 alone.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -70,7 +71,7 @@ def run_ablation(
 
     Args:
         seeds: runs of each row.
-        rows: some of ROWS; all by default.
+        rows: to run, some of ROWS; all by default. The table holds all that are done.
         is_quick: the demo's quick settings; proves the path, learns little.
         steps: of stage 3, 300 unless given.
 
@@ -98,7 +99,7 @@ def run_ablation(
             done = {"vision": "vision", "text": "text", "dense": "compute.json"}
             run_tasks(out, [task for task in phase if not (out / done[task]).exists()], cores)
         run_tasks(out, [job for job, path in jobs.items() if not path.exists()], cores)
-    result = summary(out, names, seeds)
+    result = summary(out, seeds)
     write_table(out, result, time.monotonic() - start)
     return 0
 
@@ -153,11 +154,15 @@ def run_row(run, row_name: str, seed: int) -> None:
     write_json(scores_path(run.folder, row_name, seed), result)
 
 
-def summary(out: Path, rows: list[str], seeds: int) -> dict:
-    """Row -> measure -> values by seed."""
+def summary(out: Path, seeds: int) -> dict:
+    """Row -> measure -> values by seed: all rows with so many runs, whichever call made them, and all runs of
+    those."""
     found: dict = {}
-    for name in rows:
-        runs = [json.loads(scores_path(out, name, seed).read_text()) for seed in range(seeds)]
+    for name in ROWS:
+        paths = itertools.takewhile(Path.exists, (scores_path(out, name, seed) for seed in itertools.count()))
+        runs = [json.loads(path.read_text()) for path in paths]
+        if len(runs) < seeds:
+            continue
         exact = [[sum(part) for part in zip(*run["exact"].values(), strict=True)] for run in runs]
         found[name] = {
             "choice": [run["choice"]["name"][0] / run["choice"]["name"][1] for run in runs],
@@ -183,8 +188,11 @@ STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.
 
 
 def verdict(better: list[float], worse: list[float]) -> tuple[float, float, str]:
-    """Mean difference of paired seeds, its standard error, and what a two-sided t-test at 5 % makes of it."""
-    differences = [a - b for a, b in zip(better, worse, strict=True)]
+    """Mean difference of paired seeds, its standard error, and what a two-sided t-test at 5 % makes of it.
+
+    Seeds that only one of the two rows has are left out.
+    """
+    differences = [a - b for a, b in zip(better, worse, strict=False)]
     mean = statistics.mean(differences)
     error = _spread(differences) / math.sqrt(len(differences))
     if math.isnan(error) or abs(mean) <= STUDENT.get(len(differences) - 1, 2.2) * error:
@@ -222,7 +230,8 @@ def table(result: dict) -> str:
 
 
 def write_table(out: Path, result: dict, seconds: float) -> None:
-    seeds = len(next(iter(result.values()))["choice"])
+    numbers = sorted({len(row["choice"]) for row in result.values()})
+    seeds = " to ".join(str(number) for number in (numbers[:1] + numbers[-1:] if numbers[1:] else numbers))
     settings = json.loads((out / "settings.json").read_text())
     schedule = settings["sft"]
     head = (

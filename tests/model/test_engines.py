@@ -1,14 +1,16 @@
 """The same recipe on two processes under DDP, FSDP2 and expert parallelism; LoRA."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cumo_model import CumoForConditionalGeneration
+from cumo_model import CumoForConditionalGeneration, spread, trainer
 from cumo_model.recipe import load_recipe
 from cumo_model.recover import checkpoints
 from cumo_model.train import Interrupted
-from cumo_model.trainer import build_trainer, run_recipe
+from cumo_model.trainer import build_trainer, run_recipe, training_arguments
 from tests.model.test_recover import StopAt, finish, losses, same_result, start
 from tests.model.training import write_data, write_model, write_recipe
 
@@ -24,6 +26,7 @@ OPTIONS = {"trainer__per_device_train_batch_size": 1, "trainer__max_steps": 4, "
 ENGINES = {
     "fsdp": {"trainer__fsdp_config": "engines/fsdp2.json"},
     "experts": {"stage__expert_parallel": 2},
+    "padded": {"stage__expert_parallel": 2, "stage__expert_exchange": "padded"},
     "both": {"stage__expert_parallel": 2, "trainer__fsdp_config": "engines/fsdp2.json"},
 }
 
@@ -31,7 +34,8 @@ ENGINES = {
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_engines_train_alike(folder):
-    """Losses and weights after four steps, checkpoints on the way, steps of text alone among them."""
+    """Losses and weights after four steps, checkpoints on the way, steps of text alone among them; both ways
+    to exchange tokens give the same bits."""
     finish(start(write_recipe(folder, "ddp", **OPTIONS), 2))
     wanted, weights = losses(folder / "ddp"), load_file(folder / "ddp" / "model" / "model.safetensors")
     for name, options in ENGINES.items():
@@ -45,6 +49,37 @@ def test_engines_train_alike(folder):
             differs = ((found[key] - value).abs() > 1e-5).float().mean()
             assert differs < 0.02, (name, key)
         assert len(checkpoints(folder / name)) == 2
+    same_result(folder / "experts", folder / "padded")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_experts_over_two_of_four_processes_train_alike(folder):
+    """Each expert is on two processes then, beside DDP: norms of gradients are over both axes."""
+    options = {**OPTIONS, "trainer__max_steps": 2}
+    run_recipe(load_recipe(write_recipe(folder, "one", **options)))
+    finish(start(write_recipe(folder, "four", **options, stage__expert_parallel=2), 4), seconds=250)
+    for one, other in zip(losses(folder / "four"), losses(folder / "one"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_the_exchange_of_a_recipe_reaches_the_layers(folder, monkeypatch):
+    """And asks for a process group that serves CPU and GPU, where there is a GPU."""
+    options = {"stage__expert_parallel": 2, "trainer__per_device_train_batch_size": 1}
+    recipe = load_recipe(write_recipe(folder, **options, stage__expert_exchange="padded"))
+    seen = []
+    mesh = {"experts": "of two", "data": SimpleNamespace(size=lambda: 1)}
+    monkeypatch.setattr(spread, "expert_mesh", lambda number, kind: mesh)
+    monkeypatch.setattr(spread, "expert_parallel", lambda model, *given: seen.append(given))
+    build_trainer(recipe)
+    assert seen == [("of two", "padded")]
+    exact = load_recipe(write_recipe(folder, "exact", **options, trainer__use_cpu=False))
+    assert load_recipe(write_recipe(folder, **options)).identity() == recipe.identity()
+    monkeypatch.setattr(trainer, "TrainingArguments", lambda **given: given)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "ddp_backend" not in training_arguments(exact) and "ddp_backend" not in training_arguments(recipe)
+    padded = load_recipe(folder / "exact.yaml", ["stage.expert_exchange=padded"])
+    assert training_arguments(padded)["ddp_backend"] == "cpu:gloo,cuda:nccl"
 
 
 @pytest.mark.slow
@@ -61,19 +96,52 @@ def test_a_run_with_spread_experts_goes_on(folder):
     assert losses(folder / "whole") == losses(run)
 
 
+def test_frozen_weights_under_lora_cost_no_gradient_of_theirs(folder):
+    """FLOPs against what torch counts, with adapters of rank 1, which are not counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    pytest.importorskip("peft")
+    write_data(folder, text_rows=0)
+    lora = {"r": 1, "alpha": 1, "dropout": 0.0, "targets": r".*layers\.0\..*q_proj"}
+    places = {f"model__{place}_experts": 0 for place in ("vision", "projector", "text")}
+    recipe = write_recipe(
+        folder, model__attn_implementation="eager", stage__lora=lora, stage__trains=["language"], **places
+    )
+    made = build_trainer(load_recipe(recipe))
+    batch = made.data_collator([made.train_dataset[0], made.train_dataset[1]])
+    made.monitor.reset()
+    with FlopCounterMode(display=False) as counter:
+        made.compute_loss(made.model.train(), batch).backward()
+    assert made.monitor.flops == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_spread_experts_are_not_trained_in_fp16(folder, monkeypatch):
+    recipe = load_recipe(write_recipe(folder, stage__expert_parallel=2))
+    real = training_arguments
+
+    def fp16(recipe):
+        args = real(recipe)
+        object.__setattr__(args, "fp16", True)
+        return args
+
+    monkeypatch.setattr(trainer, "training_arguments", fp16)
+    with pytest.raises(ValueError, match=r"expert_parallel must be 1 with trainer\.fp16"):
+        build_trainer(recipe)
+
+
 def test_lora_trains_adapters_and_the_connector(folder):
     peft = pytest.importorskip("peft")
     lora = {"r": 4, "alpha": 8, "dropout": 0.0, "target_parameters": ["experts.gate_up_proj"]}
     recipe = write_recipe(
         folder, trainer__max_steps=2, stage__lora=lora, stage__trains=["projector", "language"]
     )
-    trainer = build_trainer(load_recipe(recipe))
-    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    made = build_trainer(load_recipe(recipe))
+    trained = {name for name, p in made.model.named_parameters() if p.requires_grad}
     assert any("lora_A" in n and "self_attn.q_proj" in n for n in trained)
     assert any("lora_A" in n and "experts" in n for n in trained)
     assert any("multi_modal_projector" in n for n in trained)
     assert not any("vision_tower" in n or ("language_model" in n and "lora_" not in n) for n in trained)
-    assert isinstance(trainer.model, peft.PeftModel)
+    assert isinstance(made.model, peft.PeftModel)
 
 
 def test_a_lora_stage_stops_goes_on_and_leaves_a_whole_model(folder):
@@ -89,11 +157,11 @@ def test_a_lora_stage_stops_goes_on_and_leaves_a_whole_model(folder):
     run_recipe(recipe)
     same_result(folder / "whole", folder / "cut")
 
-    trainer = build_trainer(load_recipe(write_recipe(folder, "whole", **options)))
-    trainer._load_from_checkpoint(str(folder / "whole" / "checkpoint-4"))
-    batch = trainer.data_collator([trainer.train_dataset[0]])
+    made = build_trainer(load_recipe(write_recipe(folder, "whole", **options)))
+    made._load_from_checkpoint(str(folder / "whole" / "checkpoint-4"))
+    batch = made.data_collator([made.train_dataset[0]])
     model = CumoForConditionalGeneration.from_pretrained(whole).eval()
-    trained, merged = (one.eval()(**batch).logits for one in (trainer.model, model))
+    trained, merged = (one.eval()(**batch).logits for one in (made.model, model))
     torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-4)
     assert not any("lora" in name for name, _ in model.named_parameters())
     following = write_recipe(folder, "next", model__start=str(whole), trainer__max_steps=1)
@@ -102,7 +170,7 @@ def test_a_lora_stage_stops_goes_on_and_leaves_a_whole_model(folder):
 
 def test_stacked_experts_are_one_parameter(folder):
     """What an engine waits for is a parameter; none of ours belongs to one expert."""
-    trainer = build_trainer(load_recipe(write_recipe(folder)))
-    names = [name for name, p in trainer.model.named_parameters() if "experts" in name]
-    assert names and all(p.shape[0] == 4 for n, p in trainer.model.named_parameters() if "experts" in n)
-    assert torch.nn.ModuleList not in {type(m) for n, m in trainer.model.named_modules() if "experts" in n}
+    made = build_trainer(load_recipe(write_recipe(folder)))
+    names = [name for name, p in made.model.named_parameters() if "experts" in name]
+    assert names and all(p.shape[0] == 4 for n, p in made.model.named_parameters() if "experts" in n)
+    assert torch.nn.ModuleList not in {type(m) for n, m in made.model.named_modules() if "experts" in n}

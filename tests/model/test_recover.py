@@ -95,13 +95,14 @@ def kill(process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_runs_end_bitwise_where_an_unharmed_one_does(folder, processes):
-    """SIGKILL for a run and all it started, at random moments behind the first checkpoints.
+@pytest.mark.parametrize("processes, every", [(1, 4), (2, 5)])
+def test_killed_runs_end_bitwise_where_an_unharmed_one_does(folder, processes, every):
+    """SIGKILL for a run and all it started, at random moments behind the first checkpoints, which lie inside
+    epochs of three steps, the second one and a later one.
 
     Dropout makes the random state count.
     """
-    steps = {"trainer__max_steps": 12, "trainer__save_steps": 3, "data__grouping": "modality_length"}
+    steps = {"trainer__max_steps": 12, "trainer__save_steps": every, "data__grouping": "modality_length"}
     if processes == 2:
         steps |= {"trainer__per_device_train_batch_size": 1, "model__text_experts": 0}
     config = folder / "start" / "config.json"
@@ -110,7 +111,7 @@ def test_killed_runs_end_bitwise_where_an_unharmed_one_does(folder, processes):
     config.write_text(json.dumps(content))
     finish(start(write_recipe(folder, "whole", **steps), processes))
     recipe, dice, kills = write_recipe(folder, "killed", **steps), random.Random(7), 0
-    for goal in (3, 9):
+    for goal in (every, 2 * every):
         process = start(recipe, processes)
         wait_for(lambda: reached(folder / "killed", goal), process)  # noqa: B023
         time.sleep(dice.random() * 0.3)
@@ -145,11 +146,11 @@ def test_torchrun_restarts_after_a_worker_is_killed(folder):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_sigterm_saves_and_the_same_command_goes_on(folder):
-    steps = {"trainer__max_steps": 120, "trainer__save_steps": 5}
+    steps = {"trainer__max_steps": 40, "trainer__save_steps": 8}
     finish(start(write_recipe(folder, "whole", **steps)))
     recipe = write_recipe(folder, "asked", **steps)
     process = start(recipe)
-    wait_for(lambda: reached(folder / "asked", 5), process)
+    wait_for(lambda: reached(folder / "asked", 8), process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "progress is saved" in out, out[-2000:]

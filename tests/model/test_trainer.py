@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.__main__ import main
@@ -55,6 +57,7 @@ def test_the_recipes_have_the_papers_figures():
         common = recipe.trainer
         assert (common["num_train_epochs"], common["warmup_steps"], common["weight_decay"]) == (1, 0.03, 0)
         assert (common["lr_scheduler_type"], common["adam_beta2"], common["bf16"]) == ("cosine", 0.999, True)
+        assert ("ddp_timeout" in common) == name.startswith("mixtral")
         assert data.grouping == ("none" if trains else "modality_length")
         assert data.aspect == ("square" if trains else "pad")
     for name, figures in SCRIPTS.items():
@@ -70,6 +73,7 @@ BAD_RECIPES = [
     (["data=5"], "data must hold keys and values, got 5"),
     (["variant=none"], "variant must be one of paper, paper_text, script, got 'none'"),
     (["stage.lora={target_parameters: [experts.up_proj]}"], "stage.lora.dropout must be 0 with target_par"),
+    (["stage.expert_exchange=some"], "stage.expert_exchange must be one of exact, padded, got 'some'"),
     (["stage.batch_size"], "overrides must look like key=value, got 'stage.batch_size'"),
 ]
 
@@ -165,6 +169,27 @@ def test_rates_packing_and_precision(folder):
     }
     assert by_rate[5e-2] < by_rate[1e-3]
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+def test_norms_of_parts_are_those_of_the_gradients_whatever_the_loss_is_scaled_by(folder, monkeypatch):
+    """fp16's scaler, on fp32 here, and no clipping."""
+
+    class Scaled(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):  # the model is prepared, for fp32
+            made.accelerator.native_amp = True
+            monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+
+    found = []
+    for name, scaler in (("plain", None), ("scaled", torch.amp.GradScaler("cpu", init_scale=1024.0))):
+        recipe = write_recipe(folder, name, trainer__max_steps=2, trainer__max_grad_norm=0.0)
+        made = build_trainer(load_recipe(recipe), [Scaled()] if scaler else [])
+        made.accelerator.scaler = scaler
+        made.train()
+        entries = [entry for entry in made.state.log_history if "loss" in entry]
+        found.append([{k: v for k, v in entry.items() if k.startswith("grad_norm")} for entry in entries])
+    assert len(found[0]) == 2 and "grad_norm_gates" in found[0][0]
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
 
 
 def test_checkpointing_gives_the_same_losses(folder):
