@@ -32,7 +32,7 @@ ENGINES = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(700)
 def test_engines_train_alike(folder):
     """Losses and weights after four steps, checkpoints on the way, steps of text alone among them.
 
