@@ -117,7 +117,7 @@ class Recipe:
         """What makes a training this training; the rest may change when it goes on."""
         seeds = [self.trainer.get(name) for name in ("seed", "data_seed")]  # of packs and order
         values = {key: value for key, value in plain(self).items() if key not in FREE} | {"seed": seeds}
-        del values["stage"]["expert_exchange"]  # computes the same
+        del values["stage"]["expert_exchange"]  # the same but for rounding
         return values
 
 
