@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import eager
 from benchmarks.harness import Case, Workload, main
+from benchmarks.peers import compared_as_experts
 from benchmarks.shapes import Shape, chosen
 from cumo_kernels import ops
 from cumo_kernels.backends import reference
@@ -82,6 +83,7 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
             + shape.slots * (3 * shape.width + 2 * shape.I + 2 * shape.H)
         ),
         peers={"cumo-original": original},
+        gaps=compared_as_experts(),
         dense=(dense, (rows, *ends)),
     )
 

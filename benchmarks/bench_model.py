@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.eager import experts_loop
 from benchmarks.harness import Case, Workload, main
+from benchmarks.peers import compared_as_experts
 from benchmarks.shapes import Shape
 from cumo_kernels import Routing, use_backend
 from cumo_model import CumoConfig, CumoForConditionalGeneration
@@ -180,6 +181,7 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
         parameters=tuple(model.parameters()),
         flops=counter.get_total_flops(),
         peers={"cumo-original": original},
+        gaps=compared_as_experts(),
         note=size.note,
     )
 

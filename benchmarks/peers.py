@@ -217,3 +217,9 @@ def available(shape: Shape, dtype: torch.dtype, device: str) -> tuple[list[Peer]
     reasons = {peer.name: peer.refuse(shape, dtype, device) for peer in PEERS}
     runnable = [peer for peer in PEERS if reasons[peer.name] is None]
     return runnable, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def compared_as_experts() -> dict[str, str]:
+    """The gap of each peer where more than the experts is timed; the original's loop has all of it."""
+    reason = "its adapter has only the experts behind a given plan, no router and no losses: see expert_mlp"
+    return {peer.name: reason for peer in PEERS if peer.name != "cumo-original"}

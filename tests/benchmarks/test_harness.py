@@ -87,6 +87,7 @@ def test_whole_models_run_with_the_originals_loop():
     workload = bench_model.setup(tower, torch.float32, "cpu", "uniform")
     verdict = harness.gate({"loop": workload.peers["cumo-original"]}, workload, "cpu")["loop"]
     assert (verdict.refusal, verdict.backward_refusal) == (None, None) and verdict.error < 2
+    assert set(workload.peers) | set(workload.gaps) == {peer.name for peer in peers.PEERS}
 
 
 def test_whole_models_are_what_their_rows_say():
@@ -385,6 +386,16 @@ def test_every_peer_is_there_or_has_a_reason():
     assert {"quack", "sonic-moe", "liger", "scattermoe", "triton_kernels", "moe-ops"} < names
     assert {peer.name for peer in runnable} | set(gaps) == names and all(gaps.values())
     assert {peer.name for peer in runnable} == {"cumo-original", "torch-grouped_mm"}
+
+
+@pytest.mark.parametrize("file", [bench_experts, bench_layer], ids=["experts", "layer"])
+def test_every_peer_of_a_layer_has_a_row_or_a_stated_gap(file):
+    case = Case(SMALL, "fp32", modes=("forward",))
+    rows, gaps = harness.measure(file.OP, file.setup, case, "cpu", "run", 0, ["reference"], lambda line: None)
+    timed, stated = {row.variant for row in rows}, [gap.variant for gap in gaps]
+    assert len(stated) == len(set(stated)) and not timed & set(stated)
+    assert {peer.name for peer in peers.PEERS} <= timed | set(stated)
+    assert all(gap.reason and gap.mode == "all" for gap in gaps)
 
 
 def test_every_stem_has_a_file_and_every_file_cases():
