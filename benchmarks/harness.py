@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks import record, timing
 from benchmarks.record import Gap, Row
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.steps import captured, peak_bytes, saved_bytes, steps_of
+from benchmarks.steps import captured, peak_bytes, said, saved_bytes, steps_of
 from cumo_kernels import dispatch, hardware, use_backend
 from cumo_kernels.problems import DTYPES
 from cumo_kernels.testing import Yardstick
@@ -54,6 +54,7 @@ class Workload:
     dense: tuple[Callable, tuple[Tensor, ...]] | None = None  # equal FLOPs without experts: the ceiling
     parameters: tuple[Tensor, ...] = ()  # besides the inputs: what backward also has to reach
     note: str = ""  # what was cut to fit
+    host: bool = False  # it is the host's time that is asked for: nothing may run on the GPU meanwhile
 
     def cost(self, mode: str) -> tuple[int, int]:
         forward = (self.flops, self.bytes)
@@ -161,10 +162,6 @@ def gate(variants: dict[str, Callable], workload: Workload, device: str) -> dict
     return verdicts
 
 
-def said(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:160]}"
-
-
 def floor_ms(flops: int, bytes_: int, dtype: torch.dtype, device: str) -> float | None:
     """What the data sheet allows: the larger of the arithmetic's and the memory's time; None if unknown."""
     if device != "cuda":
@@ -253,12 +250,14 @@ def measure(
     steps = {name: ready(name, run, workload.inputs) for name, run in variants.items()}
     if workload.dense is not None:
         steps["dense"] = ready("dense", *workload.dense)
+    # one for all modes, since each has its time to warm up
+    clocks = tuple(timing.clock_of(device, host) for host in dict.fromkeys((workload.host, False)))
     rows: list[Row] = []
     for mode in case.modes:
         try:
             rows += _timed(
                 op, case, mode, workload, steps, verdicts, saved, "; ".join(remarks), facts, device, run_id,
-                seconds, log,
+                seconds, log, clocks, gap,
             )  # fmt: skip
         except Exception as error:  # what the other modes showed stays
             gap("all", mode, f"timing broke off: {said(error)}")
@@ -289,17 +288,20 @@ def _timed(
     run_id: str,
     seconds: float,
     log: Callable[[str], None],
+    clocks: tuple[timing.Clock, ...],
+    gap: Callable[[str, str, str], None],
 ) -> list[Row]:
-    """All variants of one case in one mode, in turns."""
-    shape, rows, clock = case.shape, [], timing.clock_of(device)
+    """All variants of one case in one mode, in turns: by the first of `clocks`, as graphs by the last."""
+    shape, rows = case.shape, []
     flops, bytes_ = workload.cost(mode)
     floor = floor_ms(flops, bytes_, DTYPES[case.dtype], device)
     eager = {name: modes[mode] for name, modes in steps.items() if mode in modes}
-    timed = {clock.name: eager}
+    timed = {clocks[0].name: (clocks[0], eager)}
     if device == "cuda" and mode != "backward":  # a backward alone belongs to a graph captured elsewhere
-        timed["graph"] = captured(eager, log)
+        refuse = lambda name, reason: gap(name, record.as_graph(mode), reason)
+        timed["graph"] = clocks[-1], captured(eager, refuse)
     peak = {name: peak_bytes(step, device) for name, step in eager.items()}
-    for timer, group in timed.items():
+    for timer, (clock, group) in timed.items():
         times = timing.interleave(group, clock, seconds) if group else {}
         dense = times["dense"].ms_p50 if "dense" in times else None
         for name, t in times.items():

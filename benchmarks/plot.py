@@ -268,7 +268,7 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def _mode(row: Row) -> str:
-    return f"{row.mode}, CUDA graph" if row.timer == "graph" else row.mode
+    return record.as_graph(row.mode) if row.timer == "graph" else row.mode
 
 
 def _whole_case(row: Row) -> str:
@@ -304,7 +304,7 @@ def not_timed(gaps: list[Gap], rows: list[Row]) -> list[str]:
     """A line per variant and reason; a gap that a later run closed is none."""
     newest: dict[tuple, str] = {}  # (case, variant and mode of the gap that it closes) -> run
     for row in rows:
-        closes = {(row.variant, "all"), ("all", "all"), ("all", row.mode)}
+        closes = {(row.variant, "all"), ("all", "all"), ("all", row.mode), (row.variant, _mode(row))}
         for variant, mode in closes | ({(row.variant, "backward")} if row.mode != "forward" else set()):
             key = (record.case_of(row), variant, mode)
             newest[key] = max(row.run, newest.get(key, ""))
@@ -395,7 +395,7 @@ def report(results: Path = record.RESULTS) -> Path:
     rows, gaps = record.latest(record.read(results)), record.read_gaps(results)
     machines = sorted({row.machine for row in rows}, key=lambda name: (name.startswith("cpu"), name))
     lines = [HEAD]
-    if not any(row.timer in ("eager", "graph") for row in rows):
+    if not any(row.timer in ("eager", "graph", "host") for row in rows):
         lines += ["**Not yet measured on a GPU.** What follows ran on a CPU, on the reference backend.\n"]
     if not machines:
         lines += ["Nothing has been measured yet: `python -m benchmarks` does.\n"]

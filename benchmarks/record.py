@@ -35,7 +35,7 @@ class Row:
     sizes: str  # H I O E K
     pattern: str
     dtype: str
-    timer: str  # eager | graph (CUDA graph replay) | cpu (processor time, one thread) | wall
+    timer: str  # eager | graph (CUDA graph replay) | cpu (processor time, 1 thread) | wall | host (GPU idle)
     cache: str  # cold: the L2 was overwritten before every run | warm
     rounds: int
     ms_p20: float
@@ -66,7 +66,7 @@ class Gap:
 
     op: str
     variant: str  # or all
-    mode: str  # backward, or all; where timing broke off any
+    mode: str  # backward, or all; where timing broke off any; as_graph(mode) where capture did
     shape: str
     tokens: int
     sizes: str  # H I O E K
@@ -208,6 +208,11 @@ def read_gaps(results: Path = RESULTS) -> list[Gap]:
 def case_of(line: Row | Gap) -> tuple[str | int, ...]:
     """What was asked for, whoever does it in whichever mode."""
     return line.op, line.shape, line.tokens, line.sizes, line.pattern, line.dtype
+
+
+def as_graph(mode: str) -> str:
+    """What a mode is called when its CUDA graph is meant."""
+    return f"{mode}, CUDA graph"
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:

@@ -62,7 +62,8 @@ def peak_bytes(step: timing.Step, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def captured(steps: dict[str, timing.Step], log: Callable[[str], None]) -> dict[str, timing.Step]:
+def captured(steps: dict[str, timing.Step], refuse: Callable[[str, str], None]) -> dict[str, timing.Step]:
+    """name -> a replay of its CUDA graph; `refuse` is told the name and the reason of what has none."""
     found = {}
     for name, step in steps.items():
         try:
@@ -74,5 +75,10 @@ def captured(steps: dict[str, timing.Step], log: Callable[[str], None]) -> dict[
                 torch.cuda.set_sync_debug_mode("default")
             found[name] = timing.captured(step)
         except Exception as error:
-            log(f"  {name}: no CUDA graph: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            refuse(name, f"it cannot be captured: {said(error)}")
     return found
+
+
+def said(error: Exception) -> str:
+    """The error's type and first line, for a reason."""
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:160]}"
