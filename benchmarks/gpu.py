@@ -11,6 +11,7 @@ run that is cut off leaves what it found. In the folder given by --out:
 
 import argparse
 import importlib.util
+import math
 import os
 import shutil
 import signal
@@ -40,6 +41,13 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
     must_pass: bool = False  # else `main` ends with 1, also if time or a tool was missing
     always: bool = False  # runs even when the budget is spent
+    budget: float | None = None  # the command is told --budget: this, or less where less time is left
+
+    def told(self, seconds: float) -> tuple[str, ...]:
+        """The command, when it is given `seconds`: what it starts last has a minute or a third to end."""
+        if self.budget is None:
+            return self.command
+        return (*self.command, "--budget", f"{min(self.budget, seconds - min(60, seconds / 3)):.0f}")
 
 
 @dataclass
@@ -110,7 +118,7 @@ def plan(device: str, out: Path, capability: tuple[int, int] | None = None) -> l
                         "--workers", cores), 120, need_gpu,
         ),
         Step("first verify", small, 90, must_pass=True),
-        Step("first bench", (*bench, "--only", "experts", "--budget", "60", "--seconds", "0.5"), 90),
+        Step("first bench", (*bench, "--only", "experts", "--seconds", "0.5"), 90, budget=60),
         Step(
             "gpu tests", (*tests, *spread, "tests/kernels/test_gpu.py", "-k", GPU_TESTS), 150,
             need_gpu, must_pass=True,
@@ -127,10 +135,11 @@ def plan(device: str, out: Path, capability: tuple[int, int] | None = None) -> l
             75, no_sanitizer, must_pass=True,
         ),
         Step("tune", (*tune, "--shape", "clip"), 75, need_gpu),
-        Step("bench", (*bench, "--budget", "240", "--seconds", "0.3"), 300),
+        Step("bench", (*bench, "--seconds", "0.3"), 300, budget=240),
         Step("tune more", (*tune, "--shape", "llm", "--shape", "mlp"), 120, need_gpu),
         Step("all gpu tests", (*tests, *spread, "-m", "gpu", "tests/kernels"), 300, need_gpu),
-        Step("full bench", (*bench, "--full", "--seconds", "0.3"), 600, need_gpu),
+        # all the time that is left; what it does not come to is recorded as left out for time
+        Step("full bench", (*bench, "--full", "--seconds", "0.3"), 600, need_gpu, budget=math.inf),
         Step("choose", (python, "-m", "benchmarks.choose"), RESERVE, always=True),
         Step("report", (python, "-m", "benchmarks.plot"), RESERVE, always=True),
     ]  # fmt: skip
@@ -139,13 +148,14 @@ def plan(device: str, out: Path, capability: tuple[int, int] | None = None) -> l
 def execute(step: Step, seconds: float, log: Path) -> tuple[int | None, str]:
     """Run one step, its output to `log` and screen -> exit code (None: out of time) and its last words."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
+    command = step.told(seconds)
     with log.open("ab") as file, log.open("rb") as seen:
-        file.write(f"\n== {step.name}: {' '.join(step.command)}\n".encode())
+        file.write(f"\n== {step.name}: {' '.join(command)}\n".encode())
         file.flush()
         seen.seek(0, os.SEEK_END)
         try:
             child = subprocess.Popen(
-                step.command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+                command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
             )
         except OSError as error:
             return 127, str(error)

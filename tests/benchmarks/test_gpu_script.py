@@ -1,6 +1,7 @@
 """make gpu's script, tried without a GPU: budget, order, what is on disk after a cut, reasons to skip."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -104,6 +105,22 @@ def test_every_gpu_step_says_on_a_cpu_why_it_is_skipped(tmp_path):
     assert steps["report"].always and list(steps)[-1] == "report"
     if not torch.cuda.is_available():
         assert gpu.main([]) == 1
+
+
+def test_a_benchmark_is_told_how_much_time_it_has(tmp_path):
+    """Else it is ended in the middle, and what it did not come to is nowhere."""
+    code = "import sys; print(sys.argv[1:])"
+    words = lambda cap, **more: run([python(code, cap=cap, **more)], tmp_path, gpu.BUDGET)[0].remark
+    assert words(60, budget=math.inf) == "['--budget', '40']" and words(60) == "[]"
+    (outcome,) = run([python(code, cap=600, budget=math.inf)], tmp_path, budget=90)
+    left = int(outcome.remark.split("'")[3])
+    assert 50 <= left <= 60  # two thirds of 90 less the reserve of that budget
+    for step in gpu.plan("cpu", tmp_path):
+        if "benchmarks" in step.command:
+            *_, option, seconds = step.told(step.cap)
+            assert option == "--budget" and "--budget" not in step.command
+            assert float(seconds) == {"first bench": 60, "bench": 240, "full bench": 540}[step.name]
+            assert float(step.told(10)[-1]) < 10
 
 
 def test_the_extension_is_built_for_this_gpu_or_the_step_fails(tmp_path, monkeypatch):
