@@ -200,23 +200,34 @@ def plot_scaling(rows: list[Row], path: Path) -> Path | None:
 
 
 def plot_memory(rows: list[Row], path: Path) -> Path | None:
-    rows = [
-        row
-        for row in _best_timer(rows)
-        if row.op == "expert_mlp" and row.mode == "both" and row.pattern == "uniform" and row.saved_bytes
-    ]
-    if not rows:
+    """Axes of what is kept for backward, and of the peak where it was measured: on a GPU. KiB a token."""
+    layers = ("expert_mlp", "both", "uniform")
+    rows = [row for row in _best_timer(rows) if (row.op, row.mode, row.pattern) == layers]
+    titles = {
+        "saved_bytes": "kept for backward, besides inputs and weights",
+        "peak_bytes": "peak of forward and backward, above what was there before",
+    }
+    parts = {name: [row for row in rows if getattr(row, name)] for name in titles}
+    parts = {name: part for name, part in parts.items() if part}
+    if not parts:
         return None
     cases, names = list(dict.fromkeys(map(_case, rows))), _variants(rows)
-    figure, axis = plt.subplots(figsize=(1.5 + 1.8 * len(cases), 3.6), layout="constrained")
+    colours = dict(zip(names, plt.get_cmap("tab10").colors * 2, strict=False))
+    figure, axes = plt.subplots(
+        len(parts), 1, figsize=(1.5 + 1.8 * len(cases), 0.6 + 3 * len(parts)), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
     width = 0.8 / len(names)
-    for j, name in enumerate(names):
-        by_case = {_case(row): row.saved_bytes / row.tokens / 1024 for row in rows if row.variant == name}
-        places = [cases.index(case) - 0.4 + width * (j + 0.5) for case in by_case]
-        axis.bar(places, list(by_case.values()), width * 0.92, label=name)
-    axis.set_xticks(range(len(cases)), cases, fontsize=7)
-    axis.set(ylabel="KiB kept for backward per token", title="expert layer, besides inputs and weights")
-    axis.legend(fontsize=7)
+    for axis, (column, part) in zip(axes[:, 0], parts.items(), strict=True):
+        for row in part:
+            place = cases.index(_case(row)) - 0.4 + width * (names.index(row.variant) + 0.5)
+            height = getattr(row, column) / row.tokens / 1024
+            axis.bar(place, height, width * 0.92, color=colours[row.variant])
+        axis.set_xticks(range(len(cases)), cases, fontsize=7)
+        axis.set_ylabel("KiB a token", fontsize=8)
+        axis.set_title(f"expert layer: {titles[column]}", fontsize=8)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4), fontsize=7)
     return _save(figure, path)
 
 
@@ -259,7 +270,7 @@ def table(rows: list[Row]) -> list[str]:
                 if name != BASE and _beside(row) in base:
                     text += f", {base[_beside(row)] / row.ms_p50:.2f}x"
                 if row.share_of_floor is not None:
-                    text += f", {row.share_of_floor:.0%} of floor"
+                    text += f", {row.share_of_floor:.0%} of roofline"
                 cells.append(text)
             first = next(iter(by.values()))
             lines.append(f"| {_whole_case(first)} | {mode} | {' | '.join(cells)} | {first.gate} |")
@@ -352,7 +363,7 @@ def predictions(folder: Path, rows: list[Row]) -> list[str]:
             "Computed by `python -m benchmarks.predict` from the Triton backend's compiled kernels: tiles,",
             "waves, registers and shared memory against the data sheet; no latency, caches, epilogues. First",
             "the GEMMs of the layer, then what router, sorting and weighted sum move at full bandwidth.\n",
-            "| layer | forward ms | of floor | forward + backward ms | of floor | worst GEMM "
+            "| layer | forward ms | of roofline | forward + backward ms | of roofline | worst GEMM "
             "| route, sort, combine ms | spills | measured forward, both (x of the predicted GEMMs) |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
@@ -385,7 +396,8 @@ timing stands behind a correctness gate: in the same command the variant was hel
 `cumo_kernels/testing.py`. `x` is how many times as fast as the original CuMo's eager loop (our port of it);
 `dense` is a dense MLP of equal FLOPs without experts, the ceiling. Medians; ratios are only of variants that
 took turns in one run, by the same clock (a loop that waits for the host cannot be a CUDA graph). Errors are
-in units of torch's own. Floors are the data sheet's.
+in units of torch's own. `of roofline` is the share of the data sheet's roofline: the larger of FLOPs / peak
+and bytes / bandwidth, each operand moved once, over the time.
 On a CPU with one thread it is processor time that is measured, since other jobs lengthen the wall's.
 """
 

@@ -43,8 +43,8 @@ class Row:
     ms_p80: float
     tflops: float | None  # the formula's FLOPs, not what the variant executes
     gb_per_s: float | None
-    floor_ms: float | None  # the larger of FLOPs / peak and bytes / bandwidth of the data sheet
-    share_of_floor: float | None
+    floor_ms: float | None  # the data sheet's roofline: the larger of FLOPs / peak and bytes / bandwidth
+    share_of_floor: float | None  # floor_ms / ms_p50; the report calls it the share of the roofline
     ratio_to_dense: float | None  # dense ms / ms, at equal FLOPs, in the same run
     saved_bytes: int | None  # kept for backward, inputs and weights not counted
     peak_bytes: int | None  # above what was allocated before

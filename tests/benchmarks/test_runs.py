@@ -1,6 +1,8 @@
 """A whole run: what is measured first, what a fault costs, what is said to be missing and until when."""
 
 import argparse
+import re
+import shutil
 import sys
 import types
 from dataclasses import fields, replace
@@ -12,6 +14,7 @@ from benchmarks import bench_activation, harness, plot, record, timing
 from benchmarks.__main__ import load
 from benchmarks.harness import Case
 from benchmarks.shapes import SHAPES, Shape
+from cumo_kernels import hardware
 
 SMALL = Shape("small", 24, 32, 48, 32, 4, 2, "quick_gelu", True, groups=2)
 
@@ -200,3 +203,38 @@ def test_a_shape_that_is_asked_for_is_measured_as_its_file_means_it():
     assert (clip.shape, clip.dtype, clip.modes) == (SHAPES["clip-image"], "fp32", ("forward", "both"))
     for name in ("model", "scaling", "overhead"):  # nothing of theirs has such a shape
         assert harness.cases_of(load(name), "cuda", args) == []
+
+
+def test_the_floor_of_the_notes_is_not_the_roofline_of_the_report(tmp_path):
+    """One word for one thing: the report has the data sheet's roofline, the notes say how theirs relates."""
+    row = a_row(machine="nvidia_h100", timer="eager", share_of_floor=0.5)
+    record.append([row], tmp_path / "results")
+    shutil.copytree(record.RESULTS.parent / "predicted", tmp_path / "predicted")
+    text = plot.report(tmp_path / "results").read_text()
+    assert "50% of roofline" in text and "| of roofline |" in text and "floor" not in text.lower()
+    head = " ".join((record.RESULTS.parent / "NOTES.md").read_text().partition("\n## ")[0].split())
+    pattern = (
+        r"FLOPs / (\S+) TF/s, bytes / (\S+) TB/s.* (\d+) % and (\d+) % of .*'s (\S+) TF/s and (\S+) TB/s"
+    )
+    flops, bytes_, share, other, peak, bandwidth = map(float, re.search(pattern, head).groups())
+    (h100,) = (gpu for gpu in hardware.GPUS if gpu.name == "nvidia_h100")
+    assert (peak, bandwidth * 1000) == (h100.tflops_16, h100.gb_per_s)
+    assert share == round(100 * flops / peak) and other == round(100 * bytes_ / bandwidth)
+
+
+def test_memory_is_pictured_as_kept_and_as_peak(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: figures.append(figure) or path)
+    kib = lambda n: n * 24 * 1024  # of 24 tokens
+    ours = a_row(op="expert_mlp", mode="both", saved_bytes=kib(3), peak_bytes=kib(8))
+    dense = replace(ours, variant="dense", saved_bytes=None, peak_bytes=kib(5))  # nobody asks what it keeps
+    assert plot.plot_memory([ours, dense], tmp_path / "memory.png") is not None
+    kept, peak = figures[0].axes
+    heights = lambda axis: [bar.get_height() for bar in axis.patches]
+    assert (heights(kept), heights(peak)) == ([3], [8, 5])
+    assert "kept" in kept.get_title() and "peak" in peak.get_title()
+    on_a_cpu = [replace(row, peak_bytes=None) for row in (ours, dense)]
+    assert plot.plot_memory(on_a_cpu, tmp_path / "memory.png") is not None
+    assert [heights(axis) for axis in figures[1].axes] == [[3]]
+    assert plot.plot_memory([on_a_cpu[1]], tmp_path / "memory.png") is None
