@@ -63,8 +63,11 @@ def _prepare(module: str) -> None:
         import triton
         from triton.language import target_info
 
+        def is_hip_gfx1250():  # Triton reads its source, and wants a def
+            return False
+
         if not hasattr(target_info, "is_hip_gfx1250"):
-            target_info.is_hip_gfx1250 = triton.language.constexpr_function(lambda: False)
+            target_info.is_hip_gfx1250 = triton.constexpr_function(is_hip_gfx1250)
 
 
 def _membership(routing: Routing) -> Tensor:

@@ -6,6 +6,7 @@ must bind to its real signature, and quack's own references must give what the s
 
 import importlib
 import inspect
+import itertools
 import site
 import sys
 import types
@@ -107,6 +108,7 @@ def real(name):
     if peers.FETCHED.is_dir():
         site.addsitedir(str(peers.FETCHED))
     try:
+        peers._prepare(name)
         return importlib.import_module(name)
     except Exception as error:  # whatever somebody else's package raises
         pytest.skip(f"{name} cannot be imported: {type(error).__name__}: {error}")
@@ -197,6 +199,155 @@ def test_sonic_gets_our_plan_and_our_weights_as_views(monkeypatch):
     for name in ("sonicmoe", "sonicmoe.enums"):
         monkeypatch.delitem(sys.modules, name)
     inspect.signature(real("sonicmoe").moe_general_routing_inputs).bind(*args, **options)
+
+
+def products(rows, weights, ends, biases=None):
+    """Rows of expert e by its (in, out) weight; an expert's rows end where `ends` says."""
+    assert rows.shape[1] == weights.shape[1] and len(ends) == len(weights) and ends[-1] == len(rows)
+    begins = [0, *ends.tolist()]
+    return torch.cat(
+        [
+            rows[a:b] @ weights[e] + (0 if biases is None else biases[e])
+            for e, (a, b) in enumerate(itertools.pairwise(begins))
+        ]
+    )
+
+
+def scattermoe_of(calls):
+    """scattermoe 0.3's parallel_experts: rows in expert order or in that of slots, in and out."""
+
+    def flatten_sort_count(expert_idxs, num_experts):
+        experts, slots = torch.sort(expert_idxs.flatten(), stable=True)
+        return experts, slots, expert_idxs.flatten().bincount(minlength=num_experts).cumsum(-1)
+
+    def parallel_linear(inputs, expert_weights, k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets,
+                        expert_biases=None, gates=None, grouped_in=False, grouped_out=False):  # fmt: skip
+        assert len(sorted_scattered_idxs) == len(inputs) * k and (sorted_expert_idxs.diff() >= 0).all()
+        rows = inputs if grouped_in else inputs[sorted_scattered_idxs // k]
+        out = products(rows, expert_weights, expert_offsets, expert_biases)
+        if not grouped_out:
+            out = torch.zeros_like(out).index_copy(0, sorted_scattered_idxs, out)
+        if gates is None:
+            return out
+        return (gates[:, None] @ out.view(*gates.shape, -1))[:, 0]
+
+    return {
+        "scattermoe": {},
+        "scattermoe.parallel_experts": {
+            "flatten_sort_count": flatten_sort_count,
+            "parallel_linear": noted("parallel_linear", parallel_linear, calls),
+        },
+    }
+
+
+def liger_of(calls):
+    """liger_kernel 0.8's LigerFusedMoEFunction: gate rows before up rows."""
+
+    def apply(x, gate_up_proj, down_proj, top_k_index, top_k_weights):
+        assert top_k_index.dtype == torch.int32 and top_k_index.shape == top_k_weights.shape
+        assert down_proj.shape[1:] == (x.shape[1], gate_up_proj.shape[1] // 2)
+        index = top_k_index.long()
+        gate, up = (gate_up_proj[index] @ x[:, None, :, None])[..., 0].chunk(2, -1)
+        each = (down_proj[index] @ (silu(gate) * up)[..., None])[..., 0]
+        return (each * top_k_weights[..., None]).sum(1).to(x)
+
+    function = types.SimpleNamespace(apply=noted("LigerFusedMoEFunction", apply, calls))
+    return {
+        "liger_kernel": {},
+        "liger_kernel.ops": {},
+        "liger_kernel.ops.fused_moe": {"LigerFusedMoEFunction": function},
+    }
+
+
+def moe_ops_of(calls):
+    """moe_ops 0.1's grouped_gemm: weights (E, out, in) unless told otherwise, ends of groups, no zero."""
+
+    def grouped_gemm(A, B, offsets, trans_b=True):
+        return products(A, B.transpose(1, 2) if trans_b else B, offsets)
+
+    return {"moe_ops": {"grouped_gemm": noted("grouped_gemm", grouped_gemm, calls)}}
+
+
+def triton_kernels_of(calls):
+    """triton_kernels' matmul: weights (E, in, out), fp32 biases, rows gathered by index."""
+
+    def make_ragged_tensor_metadata(slice_sizes, n_total_rows):
+        assert slice_sizes.sum() == n_total_rows
+        return slice_sizes.cumsum(0)
+
+    def matmul(a, b, bias, a_ragged_metadata=None, b_ragged_metadata=None, gather_indx=None):
+        assert (bias is None or bias.dtype == torch.float32) and b_ragged_metadata is None
+        rows = a if gather_indx is None else a[gather_indx.long()]
+        return products(rows, b, a_ragged_metadata, bias).to(a)
+
+    return {
+        "triton_kernels": {},
+        "triton_kernels.matmul": {"matmul": noted("matmul", matmul, calls)},
+        "triton_kernels.tensor": {"make_ragged_tensor_metadata": make_ragged_tensor_metadata},
+    }
+
+
+def noted(name, function, calls):
+    def call(*args, **kwargs):
+        calls.append((name, args, kwargs))
+        return function(*args, **kwargs)
+
+    return call
+
+
+STAND_INS = {  # peer -> what stands in for its package, and which shapes it has
+    "scattermoe": (scattermoe_of, SHAPES),
+    "liger": (liger_of, ["mixtral"]),
+    "moe-ops": (moe_ops_of, SHAPES),
+    "triton_kernels": (triton_kernels_of, SHAPES),
+}
+
+
+def stand_in(peer, monkeypatch):
+    """-> the modules put in place of the peer's, and the list that gets every call."""
+    calls = []
+    modules = STAND_INS[peer][0](calls)
+    for path, content in modules.items():
+        module = types.ModuleType(path)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, path, module)
+    return modules, calls
+
+
+cases = [(peer, shape) for peer, (_, shapes) in STAND_INS.items() for shape in shapes]
+
+
+@pytest.mark.parametrize("peer, name", cases)
+def test_a_layer_of_other_peoples_calls_is_the_layer(peer, name, monkeypatch):
+    """A wrong order of arguments, a transposition or a row too many shows."""
+    _, calls = stand_in(peer, monkeypatch)
+    workload, layer = layer_of(peer, SHAPES[name])
+    assert_as_accurate_as_torch(layer, workload.truth, *workload.inputs)
+    assert calls
+
+
+@pytest.mark.parametrize("peer", STAND_INS)
+def test_every_call_fits_the_package(peer, monkeypatch):
+    modules, calls = stand_in(peer, monkeypatch)
+    for name in STAND_INS[peer][1]:
+        workload, layer = layer_of(peer, SHAPES[name])
+        layer(*workload.inputs)
+    for path in modules:
+        monkeypatch.delitem(sys.modules, path)
+    package = real(next(p for p in peers.PEERS if p.name == peer).module)
+    for function, args, kwargs in calls:
+        found = getattr(package, function)
+        if isinstance(found, type):  # an autograd.Function: behind its context
+            inspect.signature(found.forward).bind(None, *args, **kwargs)
+        else:
+            inspect.signature(found).bind(*args, **kwargs)
+
+
+def test_this_triton_has_the_name_that_triton_kernels_wants(monkeypatch):
+    target_info = pytest.importorskip("triton.language.target_info")
+    monkeypatch.delattr(target_info, "is_hip_gfx1250", raising=False)
+    peers._prepare("triton_kernels.matmul")
+    assert not target_info.is_hip_gfx1250()
 
 
 def test_what_a_peer_cannot_do_is_a_reason():
