@@ -211,6 +211,7 @@ def plot_memory(rows: list[Row], path: Path) -> Path | None:
     parts = {name: part for name, part in parts.items() if part}
     if not parts:
         return None
+    rows = [row for row in rows if row.saved_bytes or row.peak_bytes]
     cases, names = list(dict.fromkeys(map(_case, rows))), _variants(rows)
     colours = dict(zip(names, plt.get_cmap("tab10").colors * 2, strict=False))
     figure, axes = plt.subplots(

@@ -237,4 +237,5 @@ def test_memory_is_pictured_as_kept_and_as_peak(tmp_path, monkeypatch):
     on_a_cpu = [replace(row, peak_bytes=None) for row in (ours, dense)]
     assert plot.plot_memory(on_a_cpu, tmp_path / "memory.png") is not None
     assert [heights(axis) for axis in figures[1].axes] == [[3]]
+    assert [text.get_text() for text in figures[1].legends[0].texts] == ["cumo/reference"]
     assert plot.plot_memory([on_a_cpu[1]], tmp_path / "memory.png") is None
