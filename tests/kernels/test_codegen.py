@@ -40,6 +40,7 @@ KERNELS = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_kernel_compiles_for_hopper_and_none_has_a_problem():
     tokens = {
         "clip": (577, 4616),
@@ -53,6 +54,7 @@ def test_every_kernel_compiles_for_hopper_and_none_has_a_problem():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", [name for name in codegen.TARGETS if name != "nvidia_h100"])
 def test_the_gemms_of_other_generations(name):
     gemms = lambda kernel: not kernel.startswith("_")
