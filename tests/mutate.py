@@ -267,7 +267,9 @@ def notice(fault: Fault, tree: Path) -> tuple[bool, str]:
     if done.returncode not in (0, 1):  # 2 to 5: pytest did not get to run a test
         raise SystemExit(f"{fault.what}: pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     failed = re.search(r"^FAILED \S*?::(\S+)", done.stdout, re.M)
-    if done.returncode and not failed:  # a fixture that fails, as when compiling takes too long, proves nothing
+    if (
+        done.returncode and not failed
+    ):  # a fixture that fails, as when compiling takes too long, proves nothing
         raise SystemExit(f"{fault.what}: no test failed, pytest ended with:\n{done.stdout[-4000:]}")
     return done.returncode == 1, failed[1] if failed else ""
 
