@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import uuid
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -231,6 +232,15 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         # a step of text alone leaves tower and connector without gradient
         "ddp_find_unused_parameters": True,
     }
+    environment = os.environ.get
+    if environment("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(
+        environment("TORCHELASTIC_MAX_RESTARTS", 0)
+    ):
+        warnings.warn(
+            "torch 2.11's torchrun gives restarted processes the store of those before, where they find "
+            "addresses of the dead: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun",
+            stacklevel=2,
+        )
     try:
         return TrainingArguments(**{**defaults, **given, **fixed})
     except TypeError as error:

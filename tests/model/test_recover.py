@@ -48,7 +48,8 @@ def start(recipe: Path, processes: int = 1, restarts: int = 0, **options) -> sub
     return subprocess.Popen(
         command(recipe, processes, restarts),
         cwd=ROOT,
-        env=ENVIRONMENT,
+        # else torch 2.11's restarted processes find the addresses of the dead in their store
+        env=ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
