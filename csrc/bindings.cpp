@@ -7,7 +7,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -239,12 +238,6 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad, const Tensor& ro
 
 // ---- routing
 
-// Without autocast: backward may run under one that forward did not see, and kernels read what the dtype says.
-Tensor product(const Tensor& a, const Tensor& b) {
-  const c10::impl::ExcludeDispatchKeyGuard plain(c10::autocast_dispatch_keyset);
-  return at::mm(a, b);
-}
-
 struct RouteTensors {  // what a Route points to, kept alive
   Tensor x, gate;
   Route r{};
@@ -261,7 +254,7 @@ RouteTensors describe_route(const Tensor& x, const MaybeTensor& gate_weight, con
     CHECK_DTYPE(*gate_weight, x.scalar_type());
     CHECK_SHAPE(*gate_weight, gate_weight->size(0), x.size(1));
     t.gate = rows_of(*gate_weight);
-    if (gate_weight->size(0) > kMaxFusedExperts) t.x = product(x, gate_weight->t()), t.gate = Tensor();
+    if (gate_weight->size(0) > kMaxFusedExperts) t.x = at::mm(x, gate_weight->t()), t.gate = Tensor();
   }
   if (group_offsets) CHECK_INDEX(*group_offsets, x, num_groups + 1);
   const int64_t num_experts = t.gate.defined() ? t.gate.size(0) : t.x.size(1);
@@ -331,7 +324,7 @@ std::tuple<Tensor, Tensor> route_backward(const Tensor& grad_weights, const Tens
                  dlogits.mutable_data_ptr());
   if (!gate_weight) return {need_x ? dlogits : nothing, nothing};
   if (!t.gate.defined())
-    return {need_x ? product(dlogits, *gate_weight) : nothing, need_gate ? product(dlogits.t(), x) : nothing};
+    return {need_x ? at::mm(dlogits, *gate_weight) : nothing, need_gate ? at::mm(dlogits.t(), x) : nothing};
   Tensor dx = need_x ? make(x, x.sizes()) : nothing, dgate = need_gate ? make(x, gate_weight->sizes()) : nothing;
   Tensor sums = need_gate ? make(x, {gate_backward_blocks(on.device, r), r.E, r.H}, at::kFloat) : nothing;
   if (need_x || need_gate)

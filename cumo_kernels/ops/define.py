@@ -28,7 +28,10 @@ def _is_plain(args: tuple) -> bool:
 
 
 def _without_autocast(function: Callable) -> Callable:
-    """What autocast had to say was said before; backward may run under one that forward did not see."""
+    """What autocast had to say was said before; backward may run under one that forward did not see.
+
+    Here and in no backend: a product in another dtype than its operands' is read by kernels as the operands'.
+    """
 
     @wraps(function)
     def run(x, *args):

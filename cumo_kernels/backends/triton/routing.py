@@ -15,8 +15,6 @@ sort_by_expert is in sorting.py, what both kernels read in logits.py.
 Contract: cumo_kernels/ops/routing.py. Truth: cumo_kernels/backends/reference/routing.py.
 """
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
@@ -407,13 +405,11 @@ def route_backward(
     """
     has_gate, nothing = gate_weight is not None, x.new_empty(0)
     if has_gate and gate_weight.shape[0] > FUSED_GATE_EXPERTS:
-        # backward may run under an autocast that forward did not see; tensors that are compiled for have none
-        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
-            dlogits, _ = route_backward(
-                grad_weights, grad_mean_probs, grad_z, x @ gate_weight.T, None, topk_indices, group_offsets,
-                renormalize, True, False,
-            )  # fmt: skip
-            return dlogits @ gate_weight if need_x else nothing, dlogits.T @ x if need_gate else nothing
+        dlogits, _ = route_backward(
+            grad_weights, grad_mean_probs, grad_z, x @ gate_weight.T, None, topk_indices, group_offsets,
+            renormalize, True, False,
+        )  # fmt: skip
+        return dlogits @ gate_weight if need_x else nothing, dlogits.T @ x if need_gate else nothing
     (num_tokens, hidden_size), (num_groups, num_experts) = x.shape, grad_mean_probs.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else nothing
     if num_tokens == 0:
