@@ -94,20 +94,21 @@ def main(args: argparse.Namespace) -> int:
     )
     card = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     kept = 0
-    pool = ProcessPoolExecutor(max(args.workers, 1), get_context("spawn"))
-    for problem in problems:
-        launch = launcher(problem, "cuda")
-        measure = lambda config, launch=launch: time_ms(launch, config)
-        prepare = lambda configs, problem=problem, launch=launch: ready(pool, problem, launch, configs)
-        entry = tuning.search(problem, gpu, measure, args.seconds, prepare)
-        if not math.isfinite(entry.ms):
-            print(f"{entry.problem}\n    nothing tried ran, so nothing is saved")
-            continue
-        flops = 2 * problem.rows * problem.columns * problem.k
-        print(f"{entry.problem}\n    {entry.config} {entry.ms:.4f} ms, {flops / entry.ms / 1e9:.0f} TFLOPS")
-        # after each problem: a search that is cut short keeps what it found
-        path = tuning.save(gpu.name, [entry], f"measured by python -m cumo_kernels tune on {card}")
-        kept += 1
-    pool.shutdown()
+    with ProcessPoolExecutor(max(args.workers, 1), get_context("spawn")) as pool:
+        for problem in problems:
+            launch = launcher(problem, "cuda")
+            measure = lambda config, launch=launch: time_ms(launch, config)
+            prepare = lambda configs, problem=problem, launch=launch: ready(pool, problem, launch, configs)
+            entry = tuning.search(problem, gpu, measure, args.seconds, prepare)
+            if not math.isfinite(entry.ms):
+                print(f"{entry.problem}\n    nothing tried ran, so nothing is saved")
+                continue
+            flops = 2 * problem.rows * problem.columns * problem.k
+            print(
+                f"{entry.problem}\n    {entry.config} {entry.ms:.4f} ms, {flops / entry.ms / 1e9:.0f} TFLOPS"
+            )
+            # after each problem: a search that is cut short keeps what it found
+            path = tuning.save(gpu.name, [entry], f"measured by python -m cumo_kernels tune on {card}")
+            kept += 1
     print(f"tune: {kept} of {len(problems)} GEMMs" + (f", written to {path}" if kept else ""))
     return 0 if kept == len(problems) else 1
