@@ -17,14 +17,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def layer_problems(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[Problem]:
     """The six GEMMs of one expert layer: two forward, four backward."""
+    from cumo_kernels.backends.triton.experts import SORT_FROM
+
     hidden, intermediate, output, experts, top_k, gated, _ = SHAPES[shape]
     width = intermediate * (1 + gated)
     rows = tuning.bucket(num_tokens * top_k)
-    yield Problem("gemm", dtype, rows, intermediate, hidden, experts, gated, gathered=True)
+    gathered = num_tokens * top_k < SORT_FROM
+    yield Problem("gemm", dtype, rows, intermediate, hidden, experts, gated, gathered)
     yield Problem("gemm", dtype, rows, output, intermediate, experts, can_split=True)
-    yield Problem("grad_hidden", dtype, rows, intermediate, output, experts, gated, gathered=True)
-    yield Problem("weight_grad", dtype, rows, output, intermediate, experts, gathered=True, can_split=True)
-    yield Problem("weight_grad", dtype, rows, width, hidden, experts, gathered=True, can_split=True)
+    yield Problem("grad_hidden", dtype, rows, intermediate, output, experts, gated, gathered)
+    yield Problem(
+        "weight_grad", dtype, rows, output, intermediate, experts, gathered=gathered, can_split=True
+    )
+    yield Problem("weight_grad", dtype, rows, width, hidden, experts, gathered=gathered, can_split=True)
     yield Problem("gemm", dtype, rows, hidden, width, experts, can_split=True)
 
 
@@ -64,14 +69,14 @@ def launcher(
     if problem.kind == "grad_hidden":
         name = activation or ("swiglu" if problem.gated else "quick_gelu")
         grad, weight, z = draw(tokens, k), draw(experts, k, n), draw(rows, n * (1 + problem.gated))
+        weights = torch.rand(rows // 2, 2, device=device) if rows % 2 == 0 else weights
         return lambda config: launch_grad_hidden(
             grad, weights, permutation, offsets, weight, z, name,
-            need_dz=True, need_weighted=True, need_dots=True, config=config,
+            need_dz=True, need_weighted=True, need_dots=True, is_sorted=not problem.gathered, config=config,
         )  # fmt: skip
-    # the gradient of down_proj, whose output is the narrower side, gathers the upstream gradient
-    gather, row_weights = ("grad", weights) if n < k else ("x", None)
+    # the gradient of down_proj, whose output is the narrower side, gathers the upstream one and has no bias
+    gather = "grad" if n < k else "x"
     grad, x = draw(tokens if gather == "grad" else rows, n), draw(tokens if gather == "x" else rows, k)
     return lambda config: launch_weight_grad(
-        grad, x, offsets, order, top_k, True, gather=gather,
-        row_weights=row_weights if problem.gathered else None, config=config,
-    )  # fmt: skip
+        grad, x, offsets, order, top_k, gather == "x", gather=gather, config=config
+    )

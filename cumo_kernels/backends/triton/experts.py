@@ -6,8 +6,13 @@
 Backward, with g[p] = grad[token(p)] and w[p] its routing weight: grad_hidden.py multiplies h = g @ down_proj
 and, while a tile is in registers, turns it into dz = w h act'(z), into w a, which is what the gradient of
 down_proj needs beside g, and into its share of <h, a>, the gradient of w but for <g, down_bias>. Two weight
-gradients, the input gradient and its combine follow. FLOPs and saved bytes: cumo_kernels/ops/experts.py.
-Contract: cumo_kernels/ops/experts.py. Truth: cumo_kernels/backends/reference/experts.py.
+gradients, that of down_bias, the input gradient and its combine follow.
+
+Few rows are gathered by the GEMMs as they read them; of many a copy in the order of the experts is made first
+(`_sorted_rows`), which the copy engine can bring without the multiplying warps' help.
+
+FLOPs and saved bytes: cumo_kernels/ops/experts.py. Contract: cumo_kernels/ops/experts.py.
+Truth: cumo_kernels/backends/reference/experts.py.
 """
 
 import torch
@@ -15,12 +20,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cumo_kernels import tuning
 from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.backends.triton.bias_grad import launch_bias_grad
 from cumo_kernels.backends.triton.common import act, narrow
 from cumo_kernels.backends.triton.grad_hidden import launch_grad_hidden
 from cumo_kernels.backends.triton.grouped_gemm import launch_gemm
-from cumo_kernels.backends.triton.launch import Launch, cdiv, next_power_of_2, on_device_of_first, planned
-from cumo_kernels.backends.triton.permutation import combine
+from cumo_kernels.backends.triton.launch import (
+    Launch,
+    can_describe,
+    cdiv,
+    next_power_of_2,
+    on_device_of_first,
+    planned,
+)
+from cumo_kernels.backends.triton.permutation import combine, permute
 from cumo_kernels.backends.triton.weight_grad import launch_weight_grad
 
 
@@ -227,6 +241,20 @@ def _plan_combine_splits(device: torch.device, width: int, top_k: int, num_split
     return launch, cdiv(width, block_n)
 
 
+SORT_FROM = 4096  # rows: below, what a copy costs is more than it saves
+
+
+def _sorted_rows(
+    x: Tensor, permutation: Tensor, inverse_permutation: Tensor, top_k: int
+) -> tuple[Tensor, Tensor | None]:
+    """-> rows for a GEMM, and the permutation that it still has to gather them by, or None."""
+    # under batch invariance what a row's GEMM is must not depend on how many rows there are
+    enough = permutation.shape[0] >= SORT_FROM and not tuning.BATCH_INVARIANT
+    if enough and can_describe(x, tuning.gpu_of(x.device).has_tma):
+        return permute(x, permutation, inverse_permutation, top_k), None
+    return x, permutation
+
+
 def _multiply_and_combine(
     rows: Tensor,
     weight: Tensor,
@@ -264,8 +292,9 @@ def expert_mlp(
     """-> (out (T, O), z, a); z and a are empty unless the memory plan keeps them for backward."""
     top_k = topk_weights.shape[1]
     keep_z = memory in ("preact", "all")
+    rows, gather = _sorted_rows(x, permutation, inverse_permutation, top_k)
     a, z = launch_gemm(
-        x, up_proj, expert_offsets, up_bias, permutation, top_k, activation, keep_pre=keep_z, zero_tail=False
+        rows, up_proj, expert_offsets, up_bias, gather, top_k, activation, keep_pre=keep_z, zero_tail=False
     )
     out = _multiply_and_combine(
         a, down_proj, expert_offsets, down_bias, topk_weights.contiguous(), inverse_permutation, top_k
@@ -302,9 +331,12 @@ def expert_mlp_backward(
     dx, dup, dup_bias, ddown, ddown_bias = (x.new_empty(0) for _ in range(5))
     dweights = topk_weights.new_empty(0)
     plan = (topk_weights, permutation, expert_offsets)
+    x_rows, x_gather = x, permutation
+    if memory == "x" or need_up or need_up_bias:
+        x_rows, x_gather = _sorted_rows(x, permutation, inverse_permutation, top_k)
     if memory == "x":
         _, z = launch_gemm(
-            x, up_proj, expert_offsets, up_bias, permutation, top_k, activation,
+            x_rows, up_proj, expert_offsets, up_bias, x_gather, top_k, activation,
             keep_out=False, keep_pre=True, zero_tail=False,
         )  # fmt: skip
 
@@ -312,10 +344,13 @@ def expert_mlp_backward(
     need_weighted = need_down and memory != "all"
     weighted = dz = x.new_empty(0)
     need_dz = need_x or need_up or need_up_bias
+    g, g_gather = grad, permutation
+    if need_dz or need_weights or need_weighted:
+        g, g_gather = _sorted_rows(grad, permutation, inverse_permutation, top_k)
     if need_dz or need_weights:
         dz, weighted, dots = launch_grad_hidden(
-            grad, *plan, down_proj, z, activation,
-            need_dz=need_dz, need_weighted=need_weighted, need_dots=need_weights,
+            g, *plan, down_proj, z, activation, need_dz=need_dz, need_weighted=need_weighted,
+            need_dots=need_weights, is_sorted=g_gather is None,
         )  # fmt: skip
         if need_weights:
             dweights = _topk_weights_grad(
@@ -324,20 +359,15 @@ def expert_mlp_backward(
     elif need_weighted:
         weighted = _weigh_rows(z, *plan, activation)
 
-    if (need_down or need_down_bias) and memory == "all":
-        weighted_grad = _weigh_rows(grad, *plan, None)
-        ddown, ddown_bias = launch_weight_grad(
-            weighted_grad, a, expert_offsets, None, top_k, need_down_bias, need_weight=need_down
-        )
-    elif need_down or need_down_bias:
-        rows = weighted if need_down else z[:, : down_proj.shape[2]]
-        ddown, ddown_bias = launch_weight_grad(
-            grad, rows, expert_offsets, permutation, top_k, need_down_bias, need_weight=need_down,
-            gather="grad", row_weights=topk_weights if need_down_bias else None,
-        )  # fmt: skip
+    if need_weighted:
+        ddown, _ = launch_weight_grad(g, weighted, expert_offsets, g_gather, top_k, False, gather="grad")
+    elif need_down:
+        ddown, _ = launch_weight_grad(_weigh_rows(grad, *plan, None), a, expert_offsets, None, top_k, False)
+    if need_down_bias:
+        ddown_bias = launch_bias_grad(grad, *plan)
     if need_up or need_up_bias:
         dup, dup_bias = launch_weight_grad(
-            dz, x, expert_offsets, permutation, top_k, need_up_bias, need_weight=need_up
+            dz, x_rows, expert_offsets, x_gather, top_k, need_up_bias, need_weight=need_up
         )
     if need_x:
         dx = _multiply_and_combine(

@@ -84,7 +84,8 @@ def _finish_hidden(
 
 @triton.jit
 def grad_hidden_kernel(
-    grad_ptr,  # (T, K), K the output size
+    grad_ptr,  # (T, K), K the output size; with SORTED (S, K); None with a descriptor
+    grad_desc,  # (S, K) or None
     weight_ptr,  # (E, K, N), N the intermediate size; None with a descriptor
     weight_desc,  # the same, innermost dimension as stored, or None
     expert_offsets_ptr,  # (E + 1,) int32
@@ -96,12 +97,13 @@ def grad_hidden_kernel(
     dots_ptr,  # (S, cdiv(N, BLOCK_N)) fp32 or None: <h, a> by column tile
     N,
     K,
-    top_k,
     stride_grad_t,
     stride_grad_k,
     stride_w_e,
     stride_w_k,
     stride_w_n,
+    TOP_K: tl.constexpr,
+    SORTED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     K_INNER: tl.constexpr,
@@ -125,22 +127,26 @@ def grad_hidden_kernel(
         )
         rows = first_row + tl.arange(0, BLOCK_M)
         first_col = tile_n * BLOCK_N
-        slots = tl.load(permutation_ptr + tl.minimum(rows, end - 1))
-        row_ptrs = grad_ptr + (slots // top_k).to(tl.int64)[:, None] * stride_grad_t
+        row_ptrs = None
+        if grad_desc is None:
+            source = tl.minimum(rows, end - 1)
+            if not SORTED:
+                source = tl.load(permutation_ptr + source) // TOP_K
+            row_ptrs = grad_ptr + source.to(tl.int64)[:, None] * stride_grad_t
         expert_ptr = None
         if weight_desc is None:
             expert_ptr = weight_ptr + expert.to(tl.int64) * stride_w_e
 
         h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K):
-            g = load_rows(row_ptrs, None, first_row, k, K, stride_grad_k, BLOCK_K, EVEN_K)
+            g = load_rows(row_ptrs, grad_desc, first_row, k, K, stride_grad_k, BLOCK_K, EVEN_K)
             b = load_weight(
                 expert_ptr, weight_desc, expert, first_col, k, N, K, stride_w_n, stride_w_k,
                 K_INNER, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K,
             )  # fmt: skip
             h = dot(g, b, h, INPUT_PRECISION)
 
-        # read again rather than kept in registers over the loop
+        # here rather than kept in registers over the loop
         slots = tl.load(permutation_ptr + tl.minimum(rows, end - 1), volatile=True)
         weights = tl.load(topk_weights_ptr + slots)
         # int64: a row number times its width passes 2**31; within a tile nothing does
@@ -168,18 +174,20 @@ def _plan(
     grad_strides: tuple[int, int],
     weight_strides: tuple[int, int, int],
     top_k: int,
+    is_sorted: bool,
     activation: str,
+    describe_grad: bool,
     describe_weight: bool,
     precision: str,
     config: tuning.Config | None,
     gpu: tuning.Gpu,
-) -> tuple[tuning.Config, Launch, list[int] | None]:
-    """-> config, launch, and the block of the weight's descriptor if it has one."""
+) -> tuple[tuning.Config, Launch, list[int] | None, list[int] | None]:
+    """-> config, launch, and the blocks of the descriptors of grad and of the weight where they have one."""
     num_experts, out_features, width = weight_shape
     gated = ACTIVATIONS[activation].is_gated
     if config is None:
         problem = tuning.Problem(
-            "grad_hidden", dtype, rows, width, out_features, num_experts, gated, gathered=True
+            "grad_hidden", dtype, rows, width, out_features, num_experts, gated, gathered=not is_sorted
         )
         config = tuning.get_config(problem, gpu)
     k_inner = _is_k_inner(weight_strides)
@@ -188,12 +196,13 @@ def _plan(
         grad_hidden_kernel,
         N=width,
         K=out_features,
-        top_k=top_k,
         stride_grad_t=grad_strides[0],
         stride_grad_k=grad_strides[1],
         stride_w_e=weight_strides[0],
         stride_w_k=weight_strides[1],
         stride_w_n=weight_strides[2],
+        TOP_K=top_k,
+        SORTED=is_sorted,
         ACTIVATION=activation,
         GATED=gated,
         K_INNER=k_inner,
@@ -205,7 +214,8 @@ def _plan(
         E_POW2=next_power_of_2(num_experts),
         **config.constants("SPLITS"),
     )
-    return config, launch, block if describe_weight else None
+    grad_block = [config.BLOCK_M, config.BLOCK_K] if describe_grad else None
+    return config, launch, grad_block, block if describe_weight else None
 
 
 def _is_k_inner(weight_strides: tuple[int, int, int]) -> bool:
@@ -224,18 +234,22 @@ def launch_grad_hidden(
     need_dz: bool,
     need_weighted: bool,
     need_dots: bool,
+    is_sorted: bool = False,
     config: tuning.Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dz like z, w * a (S, I), and <h, a> by column tile (S, tiles) fp32; empty where not needed."""
+    """-> dz like z, w * a (S, I), and <h, a> by column tile (S, tiles) fp32; empty where not needed.
+
+    `grad` is (T, O), or with `is_sorted` (S, O) in the order of the experts.
+    """
     num_rows = permutation.shape[0]
     num_experts, _, width = down_proj.shape
     z = z.contiguous()  # what a saved-tensor hook gives back need not be
     gpu = tuning.gpu_of(grad.device)
     stored = down_proj.transpose(1, 2) if _is_k_inner(down_proj.stride()) else down_proj
-    config, launch, weight_block = _plan(
+    config, launch, grad_block, weight_block = _plan(
         grad.device, grad.dtype, tuning.bucket(num_rows), down_proj.shape, grad.stride(), down_proj.stride(),
-        topk_weights.shape[1], activation, can_describe(stored, gpu.has_tma), input_precision(grad.dtype),
-        config, gpu,
+        topk_weights.shape[1], is_sorted, activation, is_sorted and can_describe(grad, gpu.has_tma),
+        can_describe(stored, gpu.has_tma), input_precision(grad.dtype), config, gpu,
     )  # fmt: skip
     tiles_n = cdiv(width, config.BLOCK_N)
     dz = torch.empty_like(z) if need_dz else grad.new_empty(0)
@@ -244,7 +258,8 @@ def launch_grad_hidden(
     if num_rows * width:
         launch(
             min(gpu.sms * config.PER_SM, upper_bound(num_rows, num_experts, config.BLOCK_M) * tiles_n),
-            grad,
+            None if grad_block else grad,
+            describe(grad, grad_block) if grad_block else None,
             None if weight_block else down_proj,
             describe(stored, weight_block) if weight_block else None,
             expert_offsets,

@@ -123,12 +123,12 @@ def grouped_gemm_kernel(
     num_rows,
     N,
     K,
-    top_k,
     stride_x_s,
     stride_x_k,
     stride_w_e,
     stride_w_n,
     stride_w_k,
+    TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     ZERO_TAIL: tl.constexpr,
@@ -159,7 +159,7 @@ def grouped_gemm_kernel(
             # rows past the expert's end are computed from its last row and never stored
             source = tl.minimum(first_row + tl.arange(0, BLOCK_M), end - 1)
             if permutation_ptr is not None:
-                source = tl.load(permutation_ptr + source) // top_k
+                source = tl.load(permutation_ptr + source) // TOP_K
             row_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_x_s
         expert_ptr = None
         if weight_desc is None:
@@ -251,12 +251,12 @@ def _plan(
         grouped_gemm_kernel,
         N=out_width,
         K=in_features,
-        top_k=top_k,
         stride_x_s=x_strides[0],
         stride_x_k=x_strides[1],
         stride_w_e=weight_strides[0],
         stride_w_n=weight_strides[1],
         stride_w_k=weight_strides[2],
+        TOP_K=top_k,
         ACTIVATION=activation,
         GATED=gated,
         ZERO_TAIL=zero_tail,

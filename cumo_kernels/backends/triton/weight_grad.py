@@ -7,7 +7,7 @@ Rows of e are [expert_offsets[e], expert_offsets[e + 1]); without rows the sums 
 operand may be gathered from token order. Few tiles with very many rows each are split by rows, and the parts
 added in a fixed order (tuning.splits). Whole blocks of rows need no mask and may come through the copy
 engine; the last, ragged one is masked on both sides, since the rows after it belong to another expert and
-may hold anything. 2 * S * N * K FLOPs.
+may hold anything. 2 * S * N * K FLOPs. The gradient of a bias whose rows are weighted: bias_grad.py.
 """
 
 import torch
@@ -58,53 +58,42 @@ def _add_rows(
     acc,  # (BLOCK_N, BLOCK_K) fp32
     acc_bias,  # (BLOCK_N, 16) fp32, whose columns add up to the bias gradient
     slots,  # (BLOCK_M,) permutation[rows], or the rows themselves
-    grad_ptr, grad_desc, x_ptr, x_desc, row_weights_ptr,
-    row, end, first_n, first_k, N, K, top_k,
+    grad_ptr, grad_desc, x_ptr, x_desc,
+    row, end, first_n, first_k, N, K,
     stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
-    GATHER_GRAD: tl.constexpr, GATHER_X: tl.constexpr, WITH_BIAS: tl.constexpr, MASK_ROWS: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER_GRAD: tl.constexpr, GATHER_X: tl.constexpr,
+    WITH_BIAS: tl.constexpr, MASK_ROWS: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One step of the sum: the BLOCK_M rows from `row` on."""
     rows = row + tl.arange(0, BLOCK_M)
     grad = _load_ragged(
-        grad_ptr, grad_desc, slots // top_k if GATHER_GRAD else rows, row, end - row, first_n, N,
+        grad_ptr, grad_desc, slots // TOP_K if GATHER_GRAD else rows, row, end - row, first_n, N,
         stride_grad_s, stride_grad_n, MASK_ROWS, EVEN_N, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     x = _load_ragged(
-        x_ptr, x_desc, slots // top_k if GATHER_X else rows, row, end - row, first_k, K,
+        x_ptr, x_desc, slots // TOP_K if GATHER_X else rows, row, end - row, first_k, K,
         stride_x_s, stride_x_k, MASK_ROWS, EVEN_K, BLOCK_M, BLOCK_K,
     )  # fmt: skip
     acc = dot(grad.T, x, acc, INPUT_PRECISION)
     if WITH_BIAS and INPUT_PRECISION == "tf32":
         # a dot would cut what it adds to 10 bits
-        addends = grad.to(tl.float32)
-        if row_weights_ptr is not None:
-            weights = tl.load(row_weights_ptr + slots, mask=rows < end, other=0.0)
-            addends *= weights[:, None]
-        acc_bias += tl.where(tl.arange(0, 16)[None, :] == 0, tl.sum(addends, 0)[:, None], 0.0)
+        acc_bias += tl.where(tl.arange(0, 16)[None, :] == 0, tl.sum(grad.to(tl.float32), 0)[:, None], 0.0)
     elif WITH_BIAS:
-        # the tensor cores add up the bias gradient too: the tile times a column of ones, or of row weights
+        # the tensor cores add up the bias gradient too: the tile times a column of ones
         columns = tl.arange(0, 16)[None, :]
-        zeros = tl.zeros((BLOCK_M, 16), x.dtype)
-        if row_weights_ptr is None:
-            ones = tl.broadcast_to((columns == 0).to(tl.float32), (BLOCK_M, 16)).to(x.dtype)
-        else:
-            weights = tl.load(row_weights_ptr + slots, mask=rows < end, other=0.0)
-            # a weight and what its rounding lost, in two columns: 16 bits of it survive in bf16
-            high = narrow(weights, x.dtype)
-            low = narrow(weights - high.to(tl.float32), x.dtype)
-            ones = tl.where(columns == 0, high[:, None], tl.where(columns == 1, low[:, None], zeros))
+        ones = tl.broadcast_to((columns == 0).to(tl.float32), (BLOCK_M, 16)).to(x.dtype)
         acc_bias = dot(grad.T, ones, acc_bias, INPUT_PRECISION)
     return acc, acc_bias
 
 
 @triton.jit
 def _sum_rows(
-    grad_ptr, grad_desc, x_ptr, x_desc, permutation_ptr, row_weights_ptr,
-    begin, end, first_n, first_k, N, K, top_k,
+    grad_ptr, grad_desc, x_ptr, x_desc, permutation_ptr,
+    begin, end, first_n, first_k, N, K,
     stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
-    GATHER_GRAD: tl.constexpr, GATHER_X: tl.constexpr, WITH_BIAS: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER_GRAD: tl.constexpr, GATHER_X: tl.constexpr, WITH_BIAS: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -121,19 +110,19 @@ def _sum_rows(
             # a step ahead: a row can be asked for without waiting for its number
             next_slots = tl.load(permutation_ptr + next_slots, mask=next_slots < end, other=0)
         acc, acc_bias = _add_rows(
-            acc, acc_bias, slots, grad_ptr, grad_desc, x_ptr, x_desc, row_weights_ptr,
-            row, end, first_n, first_k, N, K, top_k,
+            acc, acc_bias, slots, grad_ptr, grad_desc, x_ptr, x_desc,
+            row, end, first_n, first_k, N, K,
             stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
-            GATHER_GRAD, GATHER_X, WITH_BIAS, False, EVEN_N, EVEN_K, INPUT_PRECISION,
+            TOP_K, GATHER_GRAD, GATHER_X, WITH_BIAS, False, EVEN_N, EVEN_K, INPUT_PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         slots = next_slots
     if whole < end:
         acc, acc_bias = _add_rows(
-            acc, acc_bias, slots, grad_ptr, grad_desc, x_ptr, x_desc, row_weights_ptr,
-            whole, end, first_n, first_k, N, K, top_k,
+            acc, acc_bias, slots, grad_ptr, grad_desc, x_ptr, x_desc,
+            whole, end, first_n, first_k, N, K,
             stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
-            GATHER_GRAD, GATHER_X, WITH_BIAS, True, EVEN_N, EVEN_K, INPUT_PRECISION,
+            TOP_K, GATHER_GRAD, GATHER_X, WITH_BIAS, True, EVEN_N, EVEN_K, INPUT_PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     return acc, acc_bias
@@ -169,16 +158,15 @@ def weight_grad_kernel(
     x_desc,  # (S, K) or None
     expert_offsets_ptr,  # (E + 1,) int32
     permutation_ptr,  # (S,) int32 or None
-    row_weights_ptr,  # (S,) fp32 by slot, what the bias gradient weighs rows with, or None
     out_ptr,  # (E, N, K); when rows are split (SPLITS, E, N, K) fp32
     bias_out_ptr,  # (E, N); when rows are split (SPLITS, E, N) fp32; or None
     N,
     K,
-    top_k,
     stride_grad_s,
     stride_grad_n,
     stride_x_s,
     stride_x_k,
+    TOP_K: tl.constexpr,
     GATHER_GRAD: tl.constexpr,
     GATHER_X: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -212,26 +200,29 @@ def weight_grad_kernel(
         cols_n = first_n + tl.arange(0, BLOCK_N)
         if bias_out_ptr is None:
             acc, _ = _sum_rows(
-                grad_ptr, grad_desc, x_ptr, x_desc, permutation_ptr, None,
-                begin, end, first_n, first_k, N, K, top_k,
+                grad_ptr, grad_desc, x_ptr, x_desc, permutation_ptr,
+                begin, end, first_n, first_k, N, K,
                 stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
-                GATHER_GRAD, GATHER_X, False, EVEN_N, EVEN_K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                TOP_K, GATHER_GRAD, GATHER_X, False, EVEN_N, EVEN_K, INPUT_PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         elif tile_k == 0:
             acc, acc_bias = _sum_rows(
-                grad_ptr, grad_desc, x_ptr, x_desc, permutation_ptr, row_weights_ptr,
-                begin, end, first_n, first_k, N, K, top_k,
+                grad_ptr, grad_desc, x_ptr, x_desc, permutation_ptr,
+                begin, end, first_n, first_k, N, K,
                 stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
-                GATHER_GRAD, GATHER_X, True, EVEN_N, EVEN_K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                TOP_K, GATHER_GRAD, GATHER_X, True, EVEN_N, EVEN_K, INPUT_PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             bias = narrow(tl.sum(acc_bias, 1), bias_out_ptr.dtype.element_ty)
             tl.store(bias_out_ptr + slab * N + cols_n, bias, mask=cols_n < N)
         else:
             acc, _ = _sum_rows(
-                grad_ptr, grad_desc, x_ptr, x_desc, permutation_ptr, None,
-                begin, end, first_n, first_k, N, K, top_k,
+                grad_ptr, grad_desc, x_ptr, x_desc, permutation_ptr,
+                begin, end, first_n, first_k, N, K,
                 stride_grad_s, stride_grad_n, stride_x_s, stride_x_k,
-                GATHER_GRAD, GATHER_X, False, EVEN_N, EVEN_K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                TOP_K, GATHER_GRAD, GATHER_X, False, EVEN_N, EVEN_K, INPUT_PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         _store(acc, out_ptr + (slab * N + first_n) * K, N - first_n, first_k, K, PARTS)
 
@@ -267,11 +258,11 @@ def _plan(
         weight_grad_kernel,
         N=width,
         K=columns,
-        top_k=top_k,
         stride_grad_s=grad_strides[0],
         stride_grad_n=grad_strides[1],
         stride_x_s=x_strides[0],
         stride_x_k=x_strides[1],
+        TOP_K=top_k,
         GATHER_GRAD=gather_grad,
         GATHER_X=gather_x,
         EVEN_N=width % config.BLOCK_N == 0,
@@ -295,14 +286,11 @@ def launch_weight_grad(
     *,
     need_weight: bool = True,
     gather: str = "x",
-    row_weights: Tensor | None = None,
     config: tuning.Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> grad_weight (E, N, K), grad_bias (E, N), empty if not needed; `permutation` gathers "x" or "grad".
 
-    The bias alone is added up in the same order as beside the weight, with one column of x for a weight.
-    With `row_weights`, (S,) by slot, row p counts row_weights[permutation[p]] times in the bias gradient.
-    """
+    The bias alone is added up in the same order as beside the weight, with one column of x for a weight."""
     num_experts = expert_offsets.shape[0] - 1
     width, in_features = grad.shape[1], x.shape[1]
     x = x if need_weight else x[:, :1]
@@ -333,7 +321,6 @@ def launch_weight_grad(
         describe(x, [config.BLOCK_M, config.BLOCK_K]) if describe_x else None,
         expert_offsets,
         permutation,
-        row_weights,
         grad_weight,
         grad_bias if need_bias else None,
     )
