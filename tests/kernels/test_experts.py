@@ -76,6 +76,34 @@ def test_memory_plans_and_patterns(backend, device, dtype, memory, pattern, acti
         assert_as_accurate_as_torch(*op_and_truth(routing, activation, memory), *inputs)
 
 
+@pytest.mark.parametrize("aligned", [True, False], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("memory", ["x", "preact", "all"])
+@pytest.mark.parametrize("activation", ["quick_gelu", "swiglu"])
+def test_sorted_rows(backend, device, dtype, memory, activation, aligned, monkeypatch):
+    """Of many rows a copy in the order of the experts is made before they are multiplied."""
+    if backend != "triton":
+        pytest.skip("triton alone makes that copy")
+    from cumo_kernels.backends.triton import experts
+
+    sizes = (48, 32, 40) if aligned else (47, 32, 41)
+    routing, inputs = make_case((57, *sizes, 5, 2), activation, True, dtype, device, "skewed")
+    op, truth = op_and_truth(routing, activation, memory)
+    monkeypatch.setattr(experts, "SORT_FROM", 0)
+    with use_backend(backend):
+        assert_as_accurate_as_torch(op, truth, *inputs)
+        out = op(*inputs)
+        monkeypatch.setattr(experts, "SORT_FROM", 10**9)
+        assert torch.equal(out, op(*inputs))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_bias_gradient_in_parts(backend, device, dtype, pattern):
+    """Experts with hundreds of rows, whose sums are cut into parts, beside experts with none."""
+    routing, inputs = make_case((300, 16, 16, 160, 4, 2), "quick_gelu", True, dtype, device, pattern)
+    with use_backend(backend):
+        assert_as_accurate_as_torch(*op_and_truth(routing, "quick_gelu"), *inputs)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(backend, device, activation):
     routing, inputs = make_case((40, 32, 24, 16, 4, 2), activation, True, torch.float32, device)
