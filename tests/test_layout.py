@@ -43,7 +43,8 @@ ARROWS = {
         "cumo_kernels.types",
     ),
     "cumo_kernels.backends.cuda*": (".", "cumo_kernels.extension"),
-    "cumo_kernels.testing": ("cumo_kernels.ops*", "cumo_kernels.types"),
+    "cumo_kernels.testing": ("cumo_kernels.ops*", "cumo_kernels.rounding", "cumo_kernels.types"),
+    "cumo_kernels.rounding": (),
     "cumo_kernels.integrations*": ("cumo_kernels", "cumo_kernels.ops*", "cumo_kernels.types"),
     "cumo_kernels": (
         "cumo_kernels.activations",
