@@ -222,6 +222,8 @@ FAULTS = (
           "row[j] = added.part ? row[j] + value : value;", "row[j] = value;", "cuda_plan", "combine"),
     Fault("counters as they were", CUDA + "routing.cu",
           "clear(device, arrivals, int64_t{4} * r.G);", "", "routing", "fp32"),
+    Fault("a share of the logits left out", CUDA + "gate_logits.cuh",
+          "share < S::kCount; ++share", "share < S::kCount - (S::kCount > 1); ++share", "cuda_plan", "share"),
     Fault("groups without tokens left as they were", CUDA + "routing.cu",
           "if (r.group_offsets == nullptr || blockIdx.x > 0) return;", "return;", "routing", "ragged"),
     Fault("blocks forget those before them", CUDA + "sorting.cu",

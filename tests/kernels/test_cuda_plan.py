@@ -241,6 +241,19 @@ def test_routing_and_metadata_take_two_launches(module, num_tokens, num_experts,
 
 
 @runs
+@pytest.mark.parametrize("num_experts", [8, 12], ids=["one-fragment", "several-fragments"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_share_of_a_long_gate_counts(module, dtype, num_experts):
+    """Several whole batches of loads a warp and a ragged one; whole numbers have one sum in any order."""
+    x, gate = (torch.randint(-1, 2, (n, 2248), device=HERE).to(dtype) for n in (37, num_experts))
+    arguments = (x, gate, None, 1, 2, True, None)
+    found, wanted = module.route(*arguments), reference.route(*arguments)
+    assert torch.equal(found[1], wanted[1])
+    for got, want in zip(found[::2], wanted[::2], strict=True):
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
+@runs
 @pytest.mark.parametrize("num_experts", [3, 8, 9, 200])
 @pytest.mark.parametrize("num_slots", [0, 1, 1024, 1025, 5000, 32768, 33000])
 def test_sorting_is_stable_whoever_counts(module, num_slots, num_experts):
