@@ -212,6 +212,22 @@ def test_several_long_tiles_for_each_block(monkeypatch, gathered, steady):
 
 
 @emulated
+def test_bias_gradient_beside_several_tiles(kernels):
+    """Weights of rows over several stages, the last ragged; other tiles sum the bias of other columns."""
+    plan = make_routing("uniform", 165, 2, 2)
+    x, up = torch.randn(165, 16, dtype=kernels), torch.randn(2, 520, 16, dtype=kernels) / 4
+    down = torch.randn(2, 136, 520, dtype=kernels) / 23
+    biases = torch.randn(2, 520, dtype=kernels), torch.randn(2, 136, dtype=kernels)
+    order = (plan.permutation, plan.inverse_permutation, plan.expert_offsets)
+    with use_backend("cuda"):
+        assert_as_accurate_as_torch(
+            lambda x, *rest: cumo_kernels.expert_mlp(x, plan, *rest, activation="relu"),
+            lambda x, *rest: reference.expert_mlp(x, plan.topk_weights, *order, *rest, "relu", "none")[0],
+            x, up, down, *biases,
+        )  # fmt: skip
+
+
+@emulated
 def test_batch_invariance(kernels, module, monkeypatch):
     """Forward a row has the same bits alone and among others; without the wish the sum is split."""
     offsets = torch.tensor([0, 200], dtype=torch.int32)
