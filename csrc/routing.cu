@@ -5,79 +5,28 @@
 //   w = p[idx] / sum(p[idx])   (or p[idx] when not renormalised)
 //   mean_probs[g], top1_density[g], mean_squared_logsumexp[g]: means over the tokens of group g
 //
-// route_kernel: a block per 32 tokens, a warp per 4 of them: the gate is read once for four tokens, an expert's column
-// lives in lane e % 32, the choice is a tournament between lanes. Every (block, group) pair that touch writes one row
-// of sums, at block + group, so that a group's rows lie side by side, and the block that finishes a group last adds them
-// in their order. Reads x once: T * H elements. sort_by_expert is in sorting.cu.
+// route_kernel: a block per 32 tokens, whose logits come as gate_logits.cuh tells. kLanes lanes have a token, an
+// expert's column lives in lane e % kLanes, the choice is a tournament between lanes. Every (block, group) pair that
+// touch writes one row of sums, at block + group, so that a group's rows lie side by side, and the block that finishes
+// a group last adds them in their order. Reads x once: T * H elements. sort_by_expert is in sorting.cu.
 // Contract: cumo_kernels/ops/routing.py. Truth: cumo_kernels/backends/reference/routing.py.
-#include <cmath>
-
-#include "launch.cuh"
+#include "gate_logits.cuh"
 
 namespace cumo {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kTokensPerWarp = 4, kTokensPerBlock = kWarps * kTokensPerWarp;
-constexpr int kGateChunk = 4;  // experts whose sums a lane holds at once
 constexpr int kNoKey = -2147483647 - 1;
 
-template <class T>
-__device__ __forceinline__ void load_pack(const T* row, int64_t col, int64_t end, bool wide, float* out) {
-  constexpr int kVec = 16 / sizeof(T);
-  if (wide && col + kVec <= end) {
-    const auto pack = *reinterpret_cast<const Vec<T, kVec>*>(row + col);
-    for (int i = 0; i < kVec; ++i) out[i] = to_float(pack.item[i]);
-  } else {
-    for (int i = 0; i < kVec; ++i) out[i] = col + i < end ? to_float(row[col + i]) : 0.0f;
-  }
+// Over the lanes of a token.
+template <int kLanes>
+__device__ __forceinline__ float max_of_lanes(float value) {
+#pragma unroll
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) value = fmaxf(value, shuffle_xor(value, lanes));
+  return value;
 }
-
-// Logits of the warp's four tokens; lane l holds experts l, l + 32, ...; -inf past E.
-template <class T, int kPerLane>
-__device__ __forceinline__ void load_logits(const Route& r, int64_t first_token, bool wide,
-                                            float (&logits)[kTokensPerWarp][kPerLane]) {
-  constexpr int kVec = 16 / sizeof(T);
-  const int lane = threadIdx.x % kWarp;
-  const T* rows[kTokensPerWarp];
-  for (int t = 0; t < kTokensPerWarp; ++t) {
-    const int64_t token = first_token + t < r.T ? first_token + t : r.T - 1;
-    rows[t] = static_cast<const T*>(r.x) + token * r.stride_x_t;
-    for (int i = 0; i < kPerLane; ++i) {
-      const int expert = lane + i * kWarp;
-      logits[t][i] = r.gate == nullptr && expert < r.E ? to_float(rows[t][expert]) : -INFINITY;
-    }
-  }
-  if (r.gate == nullptr) return;
-  const T* gate = static_cast<const T*>(r.gate);
-  for (int first = 0; first < r.E; first += kGateChunk) {
-    float sums[kTokensPerWarp][kGateChunk] = {};
-    for (int64_t col = lane * kVec; col < r.H; col += kWarp * kVec) {
-      float x[kTokensPerWarp][kVec], w[kVec];
-      for (int t = 0; t < kTokensPerWarp; ++t) load_pack(rows[t], col, r.H, wide, x[t]);
+template <int kLanes>
+__device__ __forceinline__ float sum_of_lanes(float value) {
 #pragma unroll
-      for (int e = 0; e < kGateChunk; ++e) {
-        const int expert = first + e < r.E ? first + e : r.E - 1;
-        load_pack(gate + expert * r.stride_gate_e, col, r.H, wide, w);
-#pragma unroll
-        for (int t = 0; t < kTokensPerWarp; ++t)
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) sums[t][e] += x[t][i] * w[i];
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < kGateChunk; ++e)
-#pragma unroll
-      for (int t = 0; t < kTokensPerWarp; ++t) {
-        const float sum = rounded<T>(sum_of_warp(sums[t][e]));
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i)
-          if (first + e < r.E && first + e == lane + i * kWarp) logits[t][i] = sum;
-      }
-  }
-}
-
-__device__ __forceinline__ float max_of_warp(float value) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value = fmaxf(value, shuffle_xor(value, lanes));
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
   return value;
 }
 
@@ -92,27 +41,27 @@ struct Softmax {
   float top, total;
 };
 
-template <int kPerLane>
+template <int kLanes, int kPerLane>
 __device__ __forceinline__ Softmax softmax(const float (&logits)[kPerLane], float (&probs)[kPerLane]) {
   float top = -INFINITY, total = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) top = fmaxf(top, logits[i]);
-  top = max_of_warp(top);
+  top = max_of_lanes<kLanes>(top);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) total += probs[i] = expf(logits[i] - top);
-  total = sum_of_warp(total);
+  total = sum_of_lanes<kLanes>(total);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) probs[i] = divide(probs[i], total);
   return {top, total};
 }
 
 // logsumexp with every step rounded to T, as torch.logsumexp computes it in that dtype.
-template <class T, int kPerLane>
+template <class T, int kLanes, int kPerLane>
 __device__ __forceinline__ float logsumexp_in(const float (&logits)[kPerLane], float top) {
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) sum += rounded<T>(expf(rounded<T>(logits[i] - top)));
-  return rounded<T>(rounded<T>(logf(rounded<T>(sum_of_warp(sum)))) + top);
+  return rounded<T>(rounded<T>(logf(rounded<T>(sum_of_lanes<kLanes>(sum)))) + top);
 }
 
 struct Range {
@@ -185,46 +134,59 @@ __device__ __forceinline__ void add_up(const Route& r, const Stats& stats, int g
   }
 }
 
-template <class T, int kPerLane>
-__global__ void __launch_bounds__(kThreads) route_kernel(Route r, bool wide, float* weights, int* indices,
-                                                          Stats stats) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  float* token_probs = shared_memory<float>();                            // (tokens, E)
-  float* token_squares = token_probs + kTokensPerBlock * r.E;             // (tokens,): logsumexp^2
-  int* token_first = reinterpret_cast<int*>(token_squares + kTokensPerBlock);  // (tokens,): first choice
-  float* partial = token_squares + 2 * kTokensPerBlock;                   // (threads,)
-  int* is_last = reinterpret_cast<int*>(partial + kThreads);
-  float* chosen = partial + kThreads + 1 + warp * r.K;                    // (K,) of this warp
+// Where a block of route_kernel keeps what, in floats.
+template <class T, int kLanes>
+struct Places {
+  int squares, first, partial, last, chosen, shares, end;
+
+  __host__ __device__ explicit Places(const Route& r)
+      : squares(kTokensPerBlock * r.E),
+        first(squares + kTokensPerBlock),
+        partial(first + kTokensPerBlock),
+        last(partial + kThreads),
+        chosen(last + 1),
+        shares(chosen + kThreads / kLanes * r.K),
+        end(shares + (r.gate != nullptr ? Shares<T, kLanes>::kFloats : 0)) {}
+};
+
+template <class T, int kLanes, int kPerLane>
+__global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
+    route_kernel(Route r, bool wide, float* weights, int* indices, Stats stats) {
+  const Places<T, kLanes> at(r);
+  float* token_probs = shared_memory<float>();                           // (tokens, E)
+  float* token_squares = token_probs + at.squares;                       // (tokens,): logsumexp^2
+  int* token_first = reinterpret_cast<int*>(token_probs + at.first);     // (tokens,): first choice
+  float* partial = token_probs + at.partial;                             // (threads,)
+  int* is_last = reinterpret_cast<int*>(token_probs + at.last);
+  float* chosen = token_probs + at.chosen + threadIdx.x / kLanes * r.K;  // (K,) of this token
+  float* shares = token_probs + at.shares;
 
   const int64_t block_begin = int64_t{blockIdx.x} * kTokensPerBlock;
-  const int64_t first_token = block_begin + warp * kTokensPerWarp;
-  float logits[kTokensPerWarp][kPerLane];
-  if (first_token < r.T) load_logits<T>(r, first_token, wide, logits);
-  for (int t = 0; t < kTokensPerWarp && first_token + t < r.T; ++t) {
-    const int64_t token = first_token + t;
-    float probs[kPerLane], row[kPerLane];
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {  // t is no constant: registers must not be indexed by it
-      row[i] = logits[0][i];
-#pragma unroll
-      for (int other = 1; other < kTokensPerWarp; ++other) row[i] = t == other ? logits[other][i] : row[i];
-    }
-    const Softmax soft = softmax(row, probs);
+  share_logits<T, kLanes, kPerLane>(r, block_begin, wide, shares);
+  const int lane = threadIdx.x % kLanes;
+  for (int t = 0; t < kTokensPerWarp; t += kWarp / kLanes) {
+    const int of_warp = threadIdx.x / kWarp * kTokensPerWarp + t, local = of_warp + threadIdx.x % kWarp / kLanes;
+    if (block_begin + of_warp >= r.T) break;
+    const int64_t token = block_begin + local;
+    const bool inside = token < r.T;  // lanes of no token go along
+    float row[kPerLane], probs[kPerLane];
+    load_logits<T, kLanes>(r, block_begin, local, shares, row);
+    const Softmax soft = softmax<kLanes>(row, probs);
     float square;
     if (r.compat == Compat::none) {
       const float lse = logf(soft.total) + soft.top;
       square = lse * lse;
     } else {
-      const float lse = logsumexp_in<T>(row, soft.top);
+      const float lse = logsumexp_in<T, kLanes>(row, soft.top);
       square = rounded<T>(lse * lse);
     }
     int keys[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const int expert = lane + i * kWarp;
+      const int expert = lane + i * kLanes;
       if (r.compat == Compat::cumo) probs[i] = rounded<T>(probs[i]);
       keys[i] = expert < r.E ? rank_key(r.compat == Compat::cumo ? probs[i] : row[i]) : kNoKey;
-      if (expert < r.E) token_probs[(token - block_begin) * r.E + expert] = probs[i];
+      if (expert < r.E) token_probs[local * r.E + expert] = probs[i];
     }
     float kept = 0.0f;
     int first = 0;
@@ -233,8 +195,9 @@ __global__ void __launch_bounds__(kThreads) route_kernel(Route r, bool wide, flo
       float value = 0.0f;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
-        if (keys[i] > key) key = keys[i], expert = lane + i * kWarp, value = probs[i];
-      for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+        if (keys[i] > key) key = keys[i], expert = lane + i * kLanes, value = probs[i];
+#pragma unroll
+      for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
         const int other_key = shuffle_xor(key, lanes), other_expert = shuffle_xor(expert, lanes);
         const float other_value = shuffle_xor(value, lanes);
         if (other_key > key || (other_key == key && other_expert < expert))
@@ -242,18 +205,19 @@ __global__ void __launch_bounds__(kThreads) route_kernel(Route r, bool wide, flo
       }
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
-        if (expert == lane + i * kWarp) keys[i] = kNoKey;
+        if (expert == lane + i * kLanes) keys[i] = kNoKey;
       if (k == 0) first = expert;
       kept += value;
-      if (lane == 0) chosen[k] = value, indices[token * r.K + k] = expert;
+      if (lane == 0) chosen[k] = value;
+      if (lane == 0 && inside) indices[token * r.K + k] = expert;
     }
     sync_warp();
     if (r.compat == Compat::cumo) kept = rounded<T>(kept);
-    for (int k = lane; k < r.K; k += kWarp) {
+    for (int k = lane; k < r.K && inside; k += kLanes) {
       const float weight = r.renormalize ? divide(chosen[k], kept) : chosen[k];
       weights[token * r.K + k] = r.compat == Compat::none ? weight : rounded<T>(weight);
     }
-    if (lane == 0) token_squares[token - block_begin] = square, token_first[token - block_begin] = first;
+    if (lane == 0) token_squares[local] = square, token_first[local] = first;
     sync_warp();
   }
   sync_block();
@@ -269,6 +233,7 @@ __global__ void __launch_bounds__(kThreads) route_kernel(Route r, bool wide, flo
     float* out = stats.sums + (int64_t{blockIdx.x} + g) * width;
     for (int col = threadIdx.x; col < width; col += kThreads) {
       float sum = 0.0f;
+#pragma unroll 8
       for (int t = begin; t < end; ++t)
         sum += col < r.E       ? token_probs[t * r.E + col]
                : col < 2 * r.E ? (token_first[t] == col - r.E ? 1.0f : 0.0f)
@@ -290,36 +255,37 @@ __global__ void __launch_bounds__(kThreads) route_kernel(Route r, bool wide, flo
 
 // With v = p[idx] and s = sum(v): dv = (dw - <dw, w>) / s; dp collects dv and the group's share, and
 // dlogits = p * (dp - <dp, p> + 2 * lse * the group's share of dz).
-template <class T, int kPerLane>
-__global__ void __launch_bounds__(kThreads, 1)
+template <class T, int kLanes, int kPerLane>
+__global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
     route_backward_kernel(Route r, bool wide, const float* grad_weights, const float* grad_mean_probs,
                           const float* grad_z, const int* indices, T* dlogits) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t first_token = (int64_t{blockIdx.x} * kWarps + warp) * kTokensPerWarp;
-  if (first_token >= r.T) return;
-  float logits[kTokensPerWarp][kPerLane];
-  load_logits<T>(r, first_token, wide, logits);
-#pragma unroll
-  for (int t = 0; t < kTokensPerWarp; ++t) {
-    const int64_t token = first_token + t;
-    if (token >= r.T) return;
-    float probs[kPerLane], dprobs[kPerLane] = {};
-    const Softmax soft = softmax(logits[t], probs);
+  float* shares = shared_memory<float>();
+  const int64_t block_begin = int64_t{blockIdx.x} * kTokensPerBlock;
+  share_logits<T, kLanes, kPerLane>(r, block_begin, wide, shares);
+  const int lane = threadIdx.x % kLanes;
+  for (int t = 0; t < kTokensPerWarp; t += kWarp / kLanes) {
+    const int of_warp = threadIdx.x / kWarp * kTokensPerWarp + t, local = of_warp + threadIdx.x % kWarp / kLanes;
+    if (block_begin + of_warp >= r.T) return;
+    // lanes of no token go along with the last one
+    const int64_t token = block_begin + local < r.T ? block_begin + local : r.T - 1;
+    float logits[kPerLane], probs[kPerLane], dprobs[kPerLane] = {};
+    load_logits<T, kLanes>(r, block_begin, local, shares, logits);
+    const Softmax soft = softmax<kLanes>(logits, probs);
     bool chosen[kPerLane] = {};
     for (int k = 0; k < r.K; ++k) {
       const int expert = indices[token * r.K + k];
       const float grad = grad_weights[token * r.K + k];
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
-        if (expert == lane + i * kWarp) dprobs[i] = grad, chosen[i] = true;
+        if (expert == lane + i * kLanes) dprobs[i] = grad, chosen[i] = true;
     }
     if (r.renormalize) {
       float kept = 0.0f, along = 0.0f;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
         if (chosen[i]) kept += probs[i], along += dprobs[i] * probs[i];
-      kept = sum_of_warp(kept);
-      along = sum_of_warp(along) / kept;
+      kept = sum_of_lanes<kLanes>(kept);
+      along = sum_of_lanes<kLanes>(along) / kept;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
         if (chosen[i]) dprobs[i] = (dprobs[i] - along) / kept;
@@ -332,16 +298,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       through_lse = 2.0f * (logf(soft.total) + soft.top) * (grad_z[g] / count);
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
-        if (lane + i * kWarp < r.E) dprobs[i] += grad_mean_probs[int64_t{g} * r.E + lane + i * kWarp] / count;
+        if (lane + i * kLanes < r.E) dprobs[i] += grad_mean_probs[int64_t{g} * r.E + lane + i * kLanes] / count;
     }
     float dot = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) dot += dprobs[i] * probs[i];
-    dot = sum_of_warp(dot);
+    dot = sum_of_lanes<kLanes>(dot);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i)
-      if (lane + i * kWarp < r.E)
-        dlogits[token * r.E + lane + i * kWarp] = from_float<T>(probs[i] * (dprobs[i] - dot + through_lse));
+      if (block_begin + local < r.T && lane + i * kLanes < r.E)
+        dlogits[token * r.E + lane + i * kLanes] = from_float<T>(probs[i] * (dprobs[i] - dot + through_lse));
   }
 }
 
@@ -396,6 +362,14 @@ static bool packs(const Route& r, int element_bytes) {
          aligned16(r.gate, 0, r.stride_gate_e, element_bytes);
 }
 
+// Calls f with how many lanes a token has, and how many experts each.
+template <class F>
+static void with_lanes(int E, F f) {
+  if (E <= 8) return f(std::integral_constant<int, 8>(), std::integral_constant<int, 1>());
+  if (E <= kWarp) return f(std::integral_constant<int, kWarp>(), std::integral_constant<int, 1>());
+  f(std::integral_constant<int, kWarp>(), std::integral_constant<int, kMaxExperts / kWarp>());
+}
+
 void route(const Device& device, Dtype dtype, const Route& r, float* weights, int* indices, float* mean_probs,
            float* density, float* z, float* scratch) {
   // cleared anew each time: counters kept between calls would be shared by streams, and stay wrong after an abort
@@ -404,9 +378,11 @@ void route(const Device& device, Dtype dtype, const Route& r, float* weights, in
   const Stats stats{mean_probs, density, z, scratch, arrivals};
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int shared = 4 * (kTokensPerBlock * (r.E + 2) + kThreads + 1 + kWarps * r.K);
-    launch(device, r.E <= kWarp ? route_kernel<T, 1> : route_kernel<T, kMaxExperts / kWarp>, route_blocks(r.T),
-           kThreads, shared, r, packs(r, sizeof(T)), weights, indices, stats);
+    with_lanes(r.E, [&](auto lanes, auto per_lane) {
+      constexpr int kLanes = decltype(lanes)::value;
+      launch(device, route_kernel<T, kLanes, decltype(per_lane)::value>, route_blocks(r.T), kThreads,
+             4 * Places<T, kLanes>(r).end, r, packs(r, sizeof(T)), weights, indices, stats);
+    });
   });
 }
 
@@ -414,9 +390,12 @@ void route_backward(const Device& device, Dtype dtype, const Route& r, const flo
                     const float* grad_mean_probs, const float* grad_z, const int* indices, void* dlogits) {
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    launch(device, r.E <= kWarp ? route_backward_kernel<T, 1> : route_backward_kernel<T, kMaxExperts / kWarp>,
-           route_blocks(r.T), kThreads, 0, r, packs(r, sizeof(T)), grad_weights, grad_mean_probs, grad_z, indices,
-           static_cast<T*>(dlogits));
+    with_lanes(r.E, [&](auto lanes, auto per_lane) {
+      constexpr int kLanes = decltype(lanes)::value;
+      launch(device, route_backward_kernel<T, kLanes, decltype(per_lane)::value>, route_blocks(r.T), kThreads,
+             r.gate != nullptr ? 4 * Shares<T, kLanes>::kFloats : 0, r, packs(r, sizeof(T)), grad_weights,
+             grad_mean_probs, grad_z, indices, static_cast<T*>(dlogits));
+    });
   });
 }
 

@@ -212,6 +212,22 @@ def test_several_long_tiles_for_each_block(monkeypatch, gathered, steady):
 
 
 @emulated
+def test_bias_gradient_beside_several_tiles(kernels):
+    """Weights of rows over several stages, the last ragged; other tiles sum the bias of other columns."""
+    plan = make_routing("uniform", 165, 2, 2)
+    x, up = torch.randn(165, 16, dtype=kernels), torch.randn(2, 520, 16, dtype=kernels) / 4
+    down = torch.randn(2, 136, 520, dtype=kernels) / 23
+    biases = torch.randn(2, 520, dtype=kernels), torch.randn(2, 136, dtype=kernels)
+    order = (plan.permutation, plan.inverse_permutation, plan.expert_offsets)
+    with use_backend("cuda"):
+        assert_as_accurate_as_torch(
+            lambda x, *rest: cumo_kernels.expert_mlp(x, plan, *rest, activation="relu"),
+            lambda x, *rest: reference.expert_mlp(x, plan.topk_weights, *order, *rest, "relu", "none")[0],
+            x, up, down, *biases,
+        )  # fmt: skip
+
+
+@emulated
 def test_batch_invariance(kernels, module, monkeypatch):
     """Forward a row has the same bits alone and among others; without the wish the sum is split."""
     offsets = torch.tensor([0, 200], dtype=torch.int32)
@@ -238,6 +254,19 @@ def test_routing_and_metadata_take_two_launches(module, num_tokens, num_experts,
         wanted = wish()
     assert torch.equal(found.permutation, wanted.permutation)
     assert torch.equal(found.expert_offsets, wanted.expert_offsets)
+
+
+@runs
+@pytest.mark.parametrize("num_experts", [8, 12], ids=["one-fragment", "several-fragments"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_share_of_a_long_gate_counts(module, dtype, num_experts):
+    """Several whole batches of loads a warp and a ragged one; whole numbers have one sum in any order."""
+    x, gate = (torch.randint(-1, 2, (n, 2248), device=HERE).to(dtype) for n in (37, num_experts))
+    arguments = (x, gate, None, 1, 2, True, None)
+    found, wanted = module.route(*arguments), reference.route(*arguments)
+    assert torch.equal(found[1], wanted[1])
+    for got, want in zip(found[::2], wanted[::2], strict=True):
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
 @runs
