@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from cumo_kernels import cases, dispatch, verify
+from cumo_kernels import cases, dispatch, verdicts, verify
 from cumo_kernels.__main__ import main
 from cumo_kernels.cases import FAMILIES, OPS, Case, all_cases, parse
 from cumo_kernels.verify import check
@@ -211,7 +211,7 @@ def test_fuzz_draws_the_ops_that_were_asked_for(tmp_path):
 
 
 def test_a_command_names_what_chose_the_code(monkeypatch):
-    for name in verify.SWITCHES:
+    for name in verdicts.SWITCHES:
         monkeypatch.delenv(name, raising=False)
     result = verify.Result("permute T=5", "cuda", "cpu")
     assert result.command.startswith("python -m cumo_kernels verify --backend cuda")
