@@ -76,8 +76,7 @@ def serve(check: Callable[[Job], dict], device: str, seconds: float) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whoever prints does so among the last words
     say = lambda **line: print(json.dumps(line), file=answers)
-    if device == "cuda":
-        torch.ones(1, device=device)
+    check(Job("reference", "", Case("activate", T=1)))  # imports and the device's context are no case's time
     say(ready=True)
     for line in sys.stdin:
         asked = json.loads(line)
@@ -198,10 +197,11 @@ class Shards:
         total = len(self.left)
         try:
             self._drain(total, retry=True)
-            self.left, self.again, self.workers, self.room = self.again, [], 1, math.inf
-            if self.left:
-                self.log(f"out of memory beside others, now alone: {len(self.left)} cases")
-                self._drain(total, retry=False)
+            if self.again:
+                self.log(f"out of memory beside others, now alone: {len(self.again)} cases")
+            skipped, self.left, self.workers, self.room = self.left, self.again, 1, math.inf
+            self._drain(total, retry=False)
+            self.left += skipped
         finally:
             for worker in self.running:
                 worker.kill()
