@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -65,13 +66,18 @@ def _cuda_unfit(device: torch.device) -> str | None:
     return extension.unfit(device)
 
 
-@_constant
-def _triton_unfit(device: torch.device) -> str | None:
+@cache
+def _unfit_for_triton(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "it is written for NVIDIA GPUs, this torch is built for ROCm"
     if torch.cuda.is_available() and (capability := gpu_of(device).capability) < 80:
         return f"it needs compute capability 8.0 or later, this GPU has {capability / 10}"
     return None
+
+
+@_constant
+def _triton_unfit(device: torch.device) -> str | None:
+    return _unfit_for_triton(device)
 
 
 @_constant

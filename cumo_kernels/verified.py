@@ -115,6 +115,7 @@ def _code(backend: str, device: torch.device | str) -> str:
     return extension.code_for(device) if backend == "cuda" else ""
 
 
+@cache
 def proof(backend: str, op: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
     """Whether `backend` is verified for the call `op` of dispatch.OPS on the CUDA device, and why."""
     if not torch.cuda.is_available():  # fake tensors of a compiler
@@ -122,7 +123,6 @@ def proof(backend: str, op: str, dtype: torch.dtype, device: torch.device) -> tu
     return _proof(backend, op, str(dtype).removeprefix("torch."), gpu_of(device), _code(backend, device))
 
 
-@cache
 def _proof(backend: str, op: str, dtype: str, gpu: Gpu, code: str) -> tuple[bool, str]:
     own = gpu.name in TABLE
     where = gpu.name if own or gpu.tiles_of is None else gpu.tiles_of
