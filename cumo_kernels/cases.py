@@ -321,8 +321,10 @@ def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[s
 
 def survey(device: str, few: bool, dtypes: tuple[str, ...], names: tuple[str, ...]) -> list[tuple[str, Case]]:
     """All (family, case) for a device; on a GPU what matters most comes first: aligned sizes, and bf16."""
-    if few or device != "cuda":
+    if device != "cuda":
         return list(all_cases(FEW if few else FAMILIES, dtypes, names))
+    if few:
+        return list(all_cases(ALIGNED | FEW, dtypes, names))
     rank = lambda entry: (entry[0] not in ALIGNED) + (entry[1].dtype != "bf16")
     return sorted(all_cases(ALIGNED | FAMILIES | GPU_FAMILIES, dtypes, names), key=rank)
 

@@ -225,7 +225,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), action="append", help="default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--case", help="one case only, as a failure prints it")
-    parser.add_argument("--few", action="store_true", help="one awkward family of shapes, not all")
+    parser.add_argument(
+        "--few", action="store_true", help="awkward shapes, and on a GPU aligned ones: not all"
+    )
     parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="random cases until the time is up")
     parser.add_argument("--seed", type=int, default=0, help="of --fuzz")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds; no case begins after them")

@@ -193,6 +193,8 @@ def test_the_large_families_take_what_a_gpu_has_once(monkeypatch):
 def test_what_matters_comes_first_on_a_gpu():
     todo = cases.survey("cuda", False, ("fp32", "bf16"), cases.OPS)
     assert {(family, case.dtype) for family, case in todo[:11]} == {(name, "bf16") for name in cases.ALIGNED}
+    few = {family for family, _ in cases.survey("cuda", True, ("bf16",), cases.OPS)}
+    assert few == {*cases.ALIGNED, *cases.FEW}
     families = {family for family, _ in todo}
     assert set(cases.GPU_FAMILIES) <= families and set(cases.FAMILIES) <= families
     on_cpu = cases.survey("cpu", False, ("fp32", "bf16"), cases.OPS)
