@@ -50,6 +50,8 @@ def gpu(monkeypatch):
             monkeypatch.setattr(extension, name, False)
         monkeypatch.setattr(extension, "unfit", lambda device: None)
         monkeypatch.setattr(dispatch, "_forced", None)
+        for name in verify.OTHER_CODE:
+            monkeypatch.delenv(name, raising=False)
 
     yield pretend
     forget()
