@@ -29,6 +29,7 @@ from cumo_kernels.testing import ROUNDS, SMALL
 COMMAND = (sys.executable, "-m", "cumo_kernels")
 START = 180.0  # seconds until a worker must have imported what it needs
 GRACE = 30.0  # seconds that a worker's own watchdog is given before the parent kills it
+LINGER = 5.0  # seconds that a killed worker is given: one that waits inside a driver may never end
 TRIES = 3  # workers of a backend that may end before their first case, in a row
 CONTEXT = 3 << 28  # bytes of the GPU that a process has before its first tensor
 SHARE = 0.8  # of the GPU's memory, what is asked for
@@ -133,14 +134,14 @@ class Worker:
 
     def kill(self) -> None:
         self.process.kill()
-        self.late, self.deadline = True, math.inf  # its pipe ends in a moment
+        self.late, self.deadline = True, time.monotonic() + LINGER
 
     def end(self) -> str:
         """Stop, if it still runs -> how it ended and its last words."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
-            code = self.process.wait(5)
+            code = self.process.wait(0 if self.late else LINGER)
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = -signal.SIGKILL
@@ -227,8 +228,10 @@ class Shards:
             pipes = {worker.process.stdout: worker for worker in self.running}
             for pipe in select.select(list(pipes), [], [], 0.5)[0]:
                 self._hear(pipes[pipe], total, retry)
-            for worker in self.running:
-                if time.monotonic() > worker.deadline:
+            for worker in list(self.running):
+                if time.monotonic() > worker.deadline and worker.late:
+                    self._bury(worker, total, retry)
+                elif time.monotonic() > worker.deadline:
                     worker.kill()
 
     def _wanted(self) -> str | None:
@@ -268,14 +271,17 @@ class Shards:
                 job, worker.job, worker.deadline = worker.job, None, math.inf
                 self._finish(job, line["result"], total, retry)
         if lines is None:
-            words = self._dismiss(worker)
-            if worker.job is not None and worker.begun:
-                reason = f"its process ended, {words}"
-                self._finish(worker.job, self._failure(worker.job, reason), total, retry)
-            elif worker.job is not None:
-                self.left.insert(0, worker.job)
-            if not worker.begun:
-                self._miss(worker.backend, words)
+            self._bury(worker, total, retry)
+
+    def _bury(self, worker: Worker, total: int, retry: bool) -> None:
+        words = self._dismiss(worker)
+        if worker.job is not None and worker.begun:
+            reason = f"its process ended, {words}"
+            self._finish(worker.job, self._failure(worker.job, reason), total, retry)
+        elif worker.job is not None:
+            self.left.insert(0, worker.job)
+        if not worker.begun:
+            self._miss(worker.backend, words)
 
     def _miss(self, backend: str, words: str) -> None:
         """A worker ended before its first case began; after several nobody tries again."""

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 import types
 from dataclasses import asdict
 from pathlib import Path
@@ -121,6 +122,17 @@ def test_a_watchdog_that_cannot_bite_is_helped(shard, monkeypatch):
     assert [row["failures"] for row in results] == [
         ["its process ended, killed after its time: without a word"]
     ] * 2
+
+
+def test_a_process_that_cannot_be_killed_is_left_behind(shard, monkeypatch):
+    """Its pipe stays open, here in the hands of a child of its own."""
+    monkeypatch.setattr(shards, "GRACE", 0.1)
+    monkeypatch.setattr(shards, "LINGER", 0.3)
+    hang = "import subprocess, time\nact = lambda *_: (subprocess.Popen(['sleep', '20']), time.sleep(60))"
+    begin = time.monotonic()
+    many, results = shard(hang + SPEAKS, case_seconds=0.5)
+    assert many.run(JOBS[:1]) == [] and time.monotonic() - begin < 15
+    assert results[0]["failures"] == ["its process ended, killed after its time: without a word"]
 
 
 def test_after_a_lost_device_another_process_goes_on(shard):

@@ -167,6 +167,7 @@ def test_without_a_gpu_its_tensors_are_on_request(gpu, monkeypatch):
 @pytest.mark.parametrize("proven", [True, False])
 def test_compiled_code_gets_the_same_answer(monkeypatch, proven):
     """On CPU tensors in place of a GPU's: only the question is tried, and which function runs."""
+    monkeypatch.setattr(dispatch, "_forced", None)
     monkeypatch.setattr(verified, "TABLE", {"nvidia_h100": [entry(dtype="float32")] if proven else []})
     monkeypatch.setattr(
         verified, "proof", lambda b, op, dtype, _: verified._proof(b, op, str(dtype)[6:], H100, "")
