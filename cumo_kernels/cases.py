@@ -273,12 +273,20 @@ FAMILIES: dict[str, dict] = {  # every op meets every family; a value replaces t
     "shifted": {"layout": "shifted"},
     "several-tiles": {"T": 300, "H": 128, "I": 160, "O": 96},
 }
-GPU_FAMILIES: dict[str, dict] = {
+ALIGNED: dict[str, dict] = {  # small, and yet what TMA and wgmma take
+    "aligned": {"T": 300, "H": 512, "I": 640, "O": 384},
+    "aligned-swiglu": {
+        "T": 300, "H": 512, "I": 640, "O": 512, "E": 8, "activation": "swiglu", "bias": False,
+    },
+}  # fmt: skip
+GPU_FAMILIES: dict[str, dict] = ALIGNED | {
     "clip-crop": {"T": 577, "H": 1024, "I": 4096, "O": 1024},
+    "clip-long": {"T": 4616, "H": 1024, "I": 4096, "O": 1024},
     "clip-skewed": {"T": 4616, "H": 1024, "I": 4096, "O": 1024, "pattern": "skewed"},
     "connector": {"T": 576, "H": 2048, "I": 4096, "O": 4096, "activation": "gelu"},
-    "mixtral-16": {
-        "T": 16, "H": 4096, "I": 3584, "O": 4096, "E": 8, "activation": "swiglu", "bias": False,
+    # with fewer tokens the weights of slots would be few enough for several draws, 45 GB of fp64 gradients
+    "mixtral-32": {
+        "T": 32, "H": 4096, "I": 3584, "O": 4096, "E": 8, "activation": "swiglu", "bias": False,
     },
 }  # fmt: skip
 # what Triton's interpreter, a second or so a call, is given unasked: one awkward family, not every path
@@ -309,6 +317,16 @@ def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[s
                 if case not in seen:
                     seen.add(case)
                     yield family, case
+
+
+def survey(device: str, few: bool, dtypes: tuple[str, ...], names: tuple[str, ...]) -> list[tuple[str, Case]]:
+    """All (family, case) for a device; on a GPU what matters most comes first: aligned sizes, and bf16."""
+    if device != "cuda":
+        return list(all_cases(FEW if few else FAMILIES, dtypes, names))
+    if few:
+        return list(all_cases(ALIGNED | FEW, dtypes, names))
+    rank = lambda entry: (entry[0] not in ALIGNED) + (entry[1].dtype != "bf16")
+    return sorted(all_cases(ALIGNED | FAMILIES | GPU_FAMILIES, dtypes, names), key=rank)
 
 
 USES = {

@@ -1,9 +1,10 @@
 """Which backend runs a call: one table, one rule, one error.
 
-Of the backends that do not refuse, the fastest by measured.json wins, or without such data the first in
-`BACKENDS`; the reference never competes. `CUMO_BACKEND=name` or `use_backend(name)` leaves
-only that one, and its refusal is then an error. The chosen name travels as an argument of the op, so
-backward and compiled graphs run on the backend that ran forward.
+Of the backends that do not refuse and that verified.json proves right on this GPU, the fastest by
+measured.json wins, or without such data the first in `BACKENDS`; the reference never competes, and runs where
+nobody else is proven. `CUMO_BACKEND=name` or `use_backend(name)` leaves only that one, proven or not, and its
+refusal is then an error. The chosen name travels as an argument of the op, so backward and compiled graphs
+run on the backend that ran forward.
 """
 
 import importlib
@@ -12,10 +13,12 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from cumo_kernels import extension, measured
+from cumo_kernels import extension, measured, verified
+from cumo_kernels.hardware import gpu_of
 
 OPS = {  # op -> stem: the module of that name in every backend folder implements the op
     "route": "routing",
@@ -49,6 +52,40 @@ CUDA_EXPERTS = 256  # kMaxExperts of csrc/kernels.h
 Device = torch.device | str
 
 
+def _constant(function: Callable) -> Callable:
+    """Decorator: asks what only Python at large can answer; in a graph being compiled that is a constant.
+
+    As torch.compiler.assume_constant_result, which would import the compiler, a second's worth.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
+def _cuda_unfit(device: torch.device) -> str | None:
+    return extension.unfit(device)
+
+
+@cache
+def _unfit_for_triton(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "it is written for NVIDIA GPUs, this torch is built for ROCm"
+    if torch.cuda.is_available() and (capability := gpu_of(device).capability) < 80:
+        return f"it needs compute capability 8.0 or later, this GPU has {capability / 10}"
+    return None
+
+
+@_constant
+def _triton_unfit(device: torch.device) -> str | None:
+    return _unfit_for_triton(device)
+
+
+@_constant
+def _unverified(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    proven, words = verified.proof(backend, op, dtype, device)
+    return None if proven else words
+
+
 def _refuse_cuda(op: str, device: Device, dtype: torch.dtype, num_experts: int = 0) -> str | None:
     if _CUDA_MISSING is not None:
         return _CUDA_MISSING
@@ -61,8 +98,7 @@ def _refuse_cuda(op: str, device: Device, dtype: torch.dtype, num_experts: int =
         return f"it computes in fp32, fp16 and bf16, got {dtype}"
     if OPS[op] == "routing" and num_experts > CUDA_EXPERTS:
         return f"it routes to at most {CUDA_EXPERTS} experts, got {num_experts}"
-    # a graph being compiled has no place for this question; its first eager call has answered it
-    return None if torch.compiler.is_compiling() else extension.unfit(device)
+    return _cuda_unfit(device)
 
 
 def _refuse_triton(op: str, device: Device, dtype: torch.dtype, num_experts: int = 0) -> str | None:
@@ -73,11 +109,22 @@ def _refuse_triton(op: str, device: Device, dtype: torch.dtype, num_experts: int
         return f"it needs CUDA tensors or TRITON_INTERPRET=1, got {device.type}"
     if dtype not in _FLOATS:
         return f"it computes in fp32, fp16 and bf16, got {dtype}"
-    return None
+    return None if device.type != "cuda" else _triton_unfit(device)
 
 
 def _refuse_reference(op: str, device: Device, dtype: torch.dtype, num_experts: int = 0) -> str | None:
     return None
+
+
+def _unproven(name: str) -> Callable[..., str | None]:
+    """-> (op, device, dtype) -> why backend `name` runs such a call only when it is forced, or None."""
+
+    def ask(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cuda" or _INTERPRET:
+            return "on CPU tensors, or interpreted, it is slow and for tests: force it to try"
+        return _unverified(name, op, device, dtype)
+
+    return ask
 
 
 @dataclass(frozen=True)
@@ -85,13 +132,13 @@ class Backend:
     name: str  # folder under cumo_kernels/backends
     # (op, device, dtype, num_experts) -> why it cannot run this call, or None
     refuse: Callable[..., str | None]
-    on_request: str | None = None  # why it runs only when it is forced, or None
+    # (op, device, dtype) -> why it runs this call only when it is forced, or None; None: it never is the case
+    on_request: Callable[..., str | None] | None = None
 
 
-_UNTRIED = "it has not run on a GPU yet: force it to try"
 BACKENDS = (
-    Backend("triton", _refuse_triton, on_request=_UNTRIED),
-    Backend("cuda", _refuse_cuda, on_request=_UNTRIED),
+    Backend("triton", _refuse_triton, _unproven("triton")),
+    Backend("cuda", _refuse_cuda, _unproven("cuda")),
     Backend("reference", _refuse_reference),
 )
 _NAMES = tuple(backend.name for backend in BACKENDS)
@@ -117,8 +164,8 @@ def choose(op: str, x: torch.Tensor, num_experts: int = 0) -> str:
     for backend in BACKENDS:
         if _forced is None or _forced == backend.name:
             reason = backend.refuse(op, x.device, x.dtype, num_experts)
-            if reason is None and _forced is None:
-                reason = backend.on_request
+            if reason is None and _forced is None and backend.on_request is not None:
+                reason = backend.on_request(op, x.device, x.dtype)
             if reason is None:
                 able.append(backend.name)
             else:
@@ -174,20 +221,26 @@ def explain(op: str, x: torch.Tensor, num_experts: int = 0) -> str:
     if _forced is not None:
         _check_name("CUMO_BACKEND", _forced)
     lines = [f"{op} on {x.device.type} {str(x.dtype).removeprefix('torch.')}:"]
-    verdicts, able = {}, []
+    verdicts, proofs, able = {}, {}, []
     for backend in BACKENDS:
         reason = backend.refuse(op, x.device, x.dtype, num_experts)
+        unproven = None
+        if reason is None and backend.on_request is not None:
+            unproven = backend.on_request(op, x.device, x.dtype)
+            proofs[backend.name] = unproven or verified.proof(backend.name, op, x.dtype, x.device)[1]
         if _forced not in (None, backend.name):
             verdicts[backend.name] = f"not asked: {_forced} is forced"
         elif reason is not None:
             verdicts[backend.name] = f"refuses: {reason}"
-        elif backend.on_request is not None and _forced is None:
-            verdicts[backend.name] = f"only on request: {backend.on_request}"
+        elif unproven is not None and _forced is None:
+            verdicts[backend.name] = f"only on request: {unproven}"
         else:
             verdicts[backend.name] = "available"
             able.append(backend.name)
     if able:
         chosen, why = _prefer(op, x, able)
         verdicts[chosen] = f"chosen: {why}" if why else "chosen"
+    for name in set(able) & set(proofs):
+        verdicts[name] += f"; {proofs[name]}"
     lines += [f"  {name:<10} {verdict}" for name, verdict in verdicts.items()]
     return "\n".join(lines)

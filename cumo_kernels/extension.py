@@ -60,6 +60,14 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
     return False
 
 
+def best_of(capability: tuple[int, int], architectures: str) -> str:
+    """The one of `architectures` whose machine code a GPU of that compute capability runs; "" if unknown."""
+    known = [name for name in architectures.split(";") if re.match(r"\d+\.\d", name)]
+    able = [name for name in known if runs_on(capability, name)]
+    number = lambda name: tuple(map(int, re.findall(r"\d+", name)))
+    return max(able, key=lambda name: (number(name), "PTX" not in name), default="")
+
+
 def architecture(capability: tuple[int, int]) -> str:
     """What a GPU of that compute capability is called in TORCH_CUDA_ARCH_LIST."""
     return "9.0a" if capability == (9, 0) else ".".join(map(str, capability))
@@ -98,6 +106,17 @@ def unfit(device) -> str | None:
         return None
     version = ".".join(map(str, capability))
     return f"cumo_kernels._C was built for {architectures}, this GPU is {version}: build it again here"
+
+
+@cache
+def code_for(device) -> str:
+    """The architecture whose machine code runs on that GPU, as `best_of` names it."""
+    import torch
+
+    capability = torch.cuda.get_device_capability(device)
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or architecture(capability)
+    built = choose_architectures(asked)[0] if JIT else getattr(load(), "architectures", "")
+    return best_of(capability, built)
 
 
 @cache

@@ -68,8 +68,14 @@ def save(table: dict[str, Iterable[dict]], path: Path = PATH) -> None:
     """Put the GPUs of `table` into the file in place of what it has of them; all or nothing."""
     known = json.loads(path.read_text()) if path.exists() else {}
     known |= {gpu: list(rows) for gpu, rows in table.items()}
+    write({gpu: rows for gpu, rows in known.items() if rows}, path)
+
+
+def write(table: dict[str, list[dict]], path: Path) -> None:
+    """The whole table, a line for each entry, in one move."""
     lines = lambda rows: ",\n".join(f"    {json.dumps(row, allow_nan=False)}" for row in rows)
-    parts = [f"  {json.dumps(gpu)}: [\n{lines(rows)}\n  ]" for gpu, rows in sorted(known.items()) if rows]
+    whole = lambda rows: f"[\n{lines(rows)}\n  ]" if rows else "[]"
+    parts = [f"  {json.dumps(gpu)}: {whole(rows)}" for gpu, rows in sorted(table.items())]
     text = "{\n" + ",\n".join(parts) + "\n}\n" if parts else "{}\n"
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
         file.write(text)

@@ -13,54 +13,26 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
-from cumo_kernels import cases, dispatch, use_backend
-from cumo_kernels.cases import FAMILIES, FEW, GPU_FAMILIES, Call, Case, build, parse
+from cumo_kernels import cases, dispatch, use_backend, verified
+from cumo_kernels.cases import FEW, Call, Case, build, parse
 from cumo_kernels.fuzz import draw, shrink
 from cumo_kernels.guards import guarded_memory
+from cumo_kernels.hardware import gpu_of
 from cumo_kernels.problems import DTYPES
+from cumo_kernels.shards import Job, Shards, serve
 from cumo_kernels.testing import Yardstick
+from cumo_kernels.verdicts import Result, record, table
 
 REPEATS = 3
 EXCUSED = "reference"  # written to be read: it asks the host where experts begin
-SWITCHES = (  # environment variables that change which code a case runs
-    "TRITON_INTERPRET", "CUMO_EMULATE", "CUMO_EMULATE_CAPABILITY", "CUMO_EMULATE_SMS", "CUMO_JIT",
-    "CUMO_BATCH_INVARIANT", "PYTORCH_NO_CUDA_MEMORY_CACHING",
-)  # fmt: skip
+OTHER_CODE = ("TRITON_INTERPRET", "CUMO_EMULATE", "CUMO_BATCH_INVARIANT")  # not what runs unasked
 FLUSH = 5.0  # seconds between two states of the --json file
-
-
-@dataclass
-class Result:
-    """What one case on one backend showed; None where a check does not apply or did not run."""
-
-    case: str
-    backend: str
-    device: str
-    family: str = ""
-    output: float | None = None  # worst error of an output, in units of torch's own
-    gradient: float | None = None
-    worst_gradient: str | None = None
-    repeats: bool | None = None
-    guards: bool | None = None
-    exact: bool | None = None
-    sync_free: bool | None = None
-    graph: bool | None = None
-    lost: bool = False  # after it nothing runs on the device any more, in this process
-    failures: list[str] = field(default_factory=list)
-
-    @property
-    def command(self) -> str:
-        switches = "".join(f"{name}={os.environ[name]} " for name in SWITCHES if name in os.environ)
-        return (
-            f"{switches}python -m cumo_kernels verify --backend {self.backend} --device {self.device} "
-            f"--case '{self.case}'"
-        )
 
 
 def _outputs(call: Call, leaves: list[Tensor]) -> tuple[Tensor, ...]:
@@ -246,38 +218,6 @@ def elsewhere(options: list[str], switches: dict[str, str]) -> tuple[list[Result
         return [Result("expert_mlp", backend, device, failures=[failure])], []
 
 
-def table(results: Iterable[Result]) -> str:
-    """A line for each op, backend and dtype: its worst error and whether all its cases passed each check."""
-    groups: dict[tuple[str, ...], list[Result]] = {}
-    for result in results:
-        case = parse(result.case)
-        groups.setdefault((result.backend, case.op, case.dtype), []).append(result)
-    head = (
-        "backend", "op", "dtype", "cases", "output", "gradient", "worst in", "repeats", "guards", "exact",
-        "sync-free", "graph", "",
-    )  # fmt: skip
-    lines = [head]
-    for (backend, op, dtype), rows in groups.items():
-        number = lambda name, rows=rows: max(
-            (v for r in rows if (v := getattr(r, name)) is not None), default=None
-        )
-
-        def every(name: str, rows=rows) -> str:
-            known = [v for r in rows if (v := getattr(r, name)) is not None]
-            return "-" if not known else "yes" if all(known) else "no"
-
-        worst = max(rows, key=lambda r: max(r.output or 0, r.gradient or 0))
-        errors = ["-" if number(name) is None else f"{number(name):.2f}" for name in ("output", "gradient")]
-        checks = [every(name) for name in ("repeats", "guards", "exact", "sync_free", "graph")]
-        bad = sum(bool(r.failures) for r in rows)
-        verdict = f"{bad} FAILED" if bad else "ok"
-        lines.append((backend, op, dtype, str(len(rows)), *errors, worst.family or "-", *checks, verdict))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(w.ljust(n) for w, n in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [row.name for row in dispatch.BACKENDS]
     parser.add_argument("--backend", choices=names, action="append", help="default: all that run here")
@@ -285,10 +225,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), action="append", help="default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--case", help="one case only, as a failure prints it")
-    parser.add_argument("--few", action="store_true", help="one awkward family of shapes, not all")
+    parser.add_argument(
+        "--few", action="store_true", help="awkward shapes, and on a GPU aligned ones: not all"
+    )
     parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="random cases until the time is up")
     parser.add_argument("--seed", type=int, default=0, help="of --fuzz")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds; no case begins after them")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: this one alone")
+    parser.add_argument(
+        "--case-seconds",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="with --workers: a case that takes longer has failed; 0: none, default %(default)g",
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="put what passed whole on this GPU into verified.json"
+    )
+    parser.add_argument("--serve", metavar="BACKEND", help=argparse.SUPPRESS)  # be a worker of --workers
     parser.add_argument("--begin", type=int, default=0, help=argparse.SUPPRESS)  # with this case of all
     parser.add_argument(
         "--no-interpreter", action="store_true", help="leave Triton out where there is no GPU"
@@ -300,10 +254,13 @@ def _survey(
     args: argparse.Namespace, backends: list[str], device: str, note: Callable[[Result], None], log: Callable
 ) -> list[str]:
     """Every case of the families -> sentences for those that were not checked."""
-    families = FEW if args.few else FAMILIES | (GPU_FAMILIES if device == "cuda" else {})
     dtypes, names = tuple(args.dtype or DTYPES), tuple(args.op or cases.OPS)
-    todo = list(cases.all_cases(families, dtypes, names))
+    todo = cases.survey(device, args.few, dtypes, names)
     begin = time.monotonic()
+    if args.workers is not None:
+        take = lambda row: note(Result(**row))
+        shards = Shards(device, args.workers, args.case_seconds, begin + args.budget, take, log)
+        return shards.run(Job(backend, family, case) for family, case in todo for backend in backends)
     for i, (family, case) in enumerate(todo[args.begin :], args.begin):
         left = args.budget - (time.monotonic() - begin)
         if left <= 0:
@@ -327,11 +284,29 @@ def _survey(
     return []
 
 
+def _check_options(args: argparse.Namespace, device: str) -> None:
+    alone = [f"--{name}" for name in ("case", "fuzz") if getattr(args, name)]
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {args.workers}")
+    if args.workers is not None and alone:
+        raise ValueError(f"--workers must go with all families, got {alone[0]}")
+    if args.case_seconds < 0:
+        raise ValueError(f"--case-seconds must be at least 0, got {args.case_seconds:g}")
+    if args.record:
+        others = [*alone, *(["--few"] if args.few else []), *(["--begin"] if args.begin else [])]
+        others += [f"{name}={os.environ[name]}" for name in OTHER_CODE if os.environ.get(name, "0") != "0"]
+        if device != "cuda" or others:
+            got = others[0] if others else f"--device {device}"
+            raise ValueError(f"--record must go with all families on a CUDA device, got {got}")
+        verified.check_known(gpu_of(torch.device("cuda")))
+
+
 def _run(args: argparse.Namespace, note: Callable[[Result], None], log: Callable[[str], None]) -> list[str]:
     """Hand every result to `note` -> sentences for what was not checked."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device on this machine")
+    _check_options(args, device)
     runnable, missing = backends_of(device)
     refused = [name for name in args.backend or () if name not in runnable]
     interpret = device == "cpu" and "triton" not in runnable and not args.no_interpreter
@@ -394,6 +369,9 @@ def _write(report: dict, path: str) -> None:
 
 def main(args: argparse.Namespace) -> int:
     log = lambda line: print(line, file=sys.stderr, flush=True)
+    if args.serve:
+        checked = lambda job: asdict(check(job.case, job.backend, args.device, job.family))
+        serve(checked, args.device, args.case_seconds)
     begin = written = time.monotonic()
     results: list[Result] = []
 
@@ -416,9 +394,12 @@ def main(args: argparse.Namespace) -> int:
     report = _report(results, missing, begin)
     if args.json == "-":
         print(json.dumps(report))
-        return 1 if failed or not results else 0
-    if args.json:
+    elif args.json:
         _write(report, args.json)
+    if args.record:
+        record(results, args, log)
+    if args.json == "-":
+        return 1 if failed or not results else 0
     print(table(results))
     print("output, gradient: the worst error in units of torch's own in that dtype, both against fp64")
     for line in missing:

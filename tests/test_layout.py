@@ -26,7 +26,13 @@ ARROWS = {
     "cumo_kernels.tuning": ("cumo_kernels.hardware",),
     "cumo_kernels.extension": ("cumo_kernels._C",),
     "cumo_kernels.measured": ("cumo_kernels.hardware", "cumo_kernels.tuning"),
-    "cumo_kernels.dispatch": ("cumo_kernels.extension", "cumo_kernels.measured"),
+    "cumo_kernels.verified": ("cumo_kernels.extension", "cumo_kernels.hardware", "cumo_kernels.measured"),
+    "cumo_kernels.dispatch": (
+        "cumo_kernels.extension",
+        "cumo_kernels.hardware",
+        "cumo_kernels.measured",
+        "cumo_kernels.verified",
+    ),
     "cumo_kernels.ops*": (
         "cumo_kernels.ops.*",
         "cumo_kernels.activations",

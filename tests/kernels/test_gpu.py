@@ -12,6 +12,7 @@ ROWS = [
     pytest.param(case, id=f"{case.op}-{family}-{case.dtype}")
     for family, case in cases.all_cases(
         {name: cases.FAMILIES[name] for name in ("one-token", "odd-tails", "skewed", "geglu-gathered")}
+        | cases.ALIGNED
         | {"clip-crop": cases.GPU_FAMILIES["clip-crop"]},
         ("fp32", "bf16"),
     )

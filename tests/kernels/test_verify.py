@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from cumo_kernels import cases, dispatch, verify
+from cumo_kernels import cases, dispatch, verdicts, verify
 from cumo_kernels.__main__ import main
 from cumo_kernels.cases import FAMILIES, OPS, Case, all_cases, parse
 from cumo_kernels.verify import check
@@ -211,7 +211,7 @@ def test_fuzz_draws_the_ops_that_were_asked_for(tmp_path):
 
 
 def test_a_command_names_what_chose_the_code(monkeypatch):
-    for name in verify.SWITCHES:
+    for name in verdicts.SWITCHES:
         monkeypatch.delenv(name, raising=False)
     result = verify.Result("permute T=5", "cuda", "cpu")
     assert result.command.startswith("python -m cumo_kernels verify --backend cuda")
@@ -299,5 +299,5 @@ def test_families_differ():
 def test_triton_is_checked_in_the_interpreter_unasked(capsys):
     assert main(["verify", "--device", "cpu", "--op", "activate", "--few", "--dtype", "fp32"]) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines() if " activate " in line] == ["reference", "triton"]
+    assert [line.split()[0] for line in out.splitlines() if " activate " in line] == ["triton", "reference"]
     assert "not checked: triton on a GPU" in out

@@ -1,0 +1,101 @@
+"""What a run of verify makes of its cases: a Result each, a table, and entries of verified.json."""
+
+import argparse
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from cumo_kernels import cases, dispatch, verified
+from cumo_kernels.cases import parse
+from cumo_kernels.hardware import gpu_of
+from cumo_kernels.problems import DTYPES
+
+SWITCHES = (  # environment variables that change which code a case runs
+    "TRITON_INTERPRET", "CUMO_EMULATE", "CUMO_EMULATE_CAPABILITY", "CUMO_EMULATE_SMS", "CUMO_JIT",
+    "CUMO_BATCH_INVARIANT", "PYTORCH_NO_CUDA_MEMORY_CACHING",
+)  # fmt: skip
+
+
+@dataclass
+class Result:
+    """What one case on one backend showed; None where a check does not apply or did not run."""
+
+    case: str
+    backend: str
+    device: str
+    family: str = ""
+    output: float | None = None  # worst error of an output, in units of torch's own
+    gradient: float | None = None
+    worst_gradient: str | None = None
+    repeats: bool | None = None
+    guards: bool | None = None
+    exact: bool | None = None
+    sync_free: bool | None = None
+    graph: bool | None = None
+    lost: bool = False  # after it nothing runs on the device any more, in this process
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def command(self) -> str:
+        switches = "".join(f"{name}={os.environ[name]} " for name in SWITCHES if name in os.environ)
+        return (
+            f"{switches}python -m cumo_kernels verify --backend {self.backend} --device {self.device} "
+            f"--case '{self.case}'"
+        )
+
+
+def table(results: Iterable[Result]) -> str:
+    """A line for each op, backend and dtype: its worst error and whether all its cases passed each check."""
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for result in results:
+        case = parse(result.case)
+        groups.setdefault((result.backend, case.op, case.dtype), []).append(result)
+    names = [[row.name for row in dispatch.BACKENDS], cases.OPS, list(DTYPES)]
+    place = lambda entry: [known.index(name) for known, name in zip(names, entry[0], strict=True)]
+    head = (
+        "backend", "op", "dtype", "cases", "output", "gradient", "worst in", "repeats", "guards", "exact",
+        "sync-free", "graph", "",
+    )  # fmt: skip
+    lines = [head]
+    for (backend, op, dtype), rows in sorted(groups.items(), key=place):
+        number = lambda name, rows=rows: max(
+            (v for r in rows if (v := getattr(r, name)) is not None), default=None
+        )
+
+        def every(name: str, rows=rows) -> str:
+            known = [v for r in rows if (v := getattr(r, name)) is not None]
+            return "-" if not known else "yes" if all(known) else "no"
+
+        worst = max(rows, key=lambda r: max(r.output or 0, r.gradient or 0))
+        errors = ["-" if number(name) is None else f"{number(name):.2f}" for name in ("output", "gradient")]
+        checks = [every(name) for name in ("repeats", "guards", "exact", "sync_free", "graph")]
+        bad = sum(bool(r.failures) for r in rows)
+        verdict = f"{bad} FAILED" if bad else "ok"
+        lines.append((backend, op, dtype, str(len(rows)), *errors, worst.family or "-", *checks, verdict))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(w.ljust(n) for w, n in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def record(results: list[Result], args: argparse.Namespace, log: Callable[[str], None]) -> None:
+    """verified.json gets each (backend, op, dtype) whose cases all ran and passed, and loses what failed."""
+    groups: dict[verified.Group, list[Result]] = {}
+    name = lambda dtype: str(DTYPES[dtype]).removeprefix("torch.")
+    for result in results:
+        case = parse(result.case)
+        if result.backend in verified.SOURCES:
+            groups.setdefault((result.backend, case.op, name(case.dtype)), []).append(result)
+    wanted: dict[tuple[str, str], int] = {}
+    for _, case in cases.survey("cuda", False, tuple(args.dtype or DTYPES), tuple(args.op or cases.OPS)):
+        wanted[case.op, name(case.dtype)] = wanted.get((case.op, name(case.dtype)), 0) + 1
+    failed = {group for group, rows in groups.items() if any(row.failures for row in rows)}
+    whole = {group: len(rows) for group, rows in groups.items() if len(rows) == wanted[group[1:]]}
+    passed = {group: number for group, number in whole.items() if group not in failed}
+    gpu = gpu_of(torch.device("cuda"))
+    written, removed = verified.record(passed, failed, gpu, verified.PATH)
+    log(f"recorded for {gpu.name} in {verified.PATH}: {written} entries written, {removed} removed")
+    for group in groups.keys() - whole.keys() - failed:
+        log(f"not recorded, {len(groups[group])} of {wanted[group[1:]]} cases ran: {' '.join(group)}")

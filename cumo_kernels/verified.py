@@ -1,0 +1,193 @@
+"""Where a backend has been seen to be right: verified.json, by which it may be chosen unasked on a GPU.
+
+    {gpu: [{"backend": "triton", "op": "expert_mlp", "dtype": "bfloat16", "cases": 36, "date": "2026-11-28",
+            "torch": "2.11.0+cu130", "triton": "3.6.0", "driver": ..., "code": "", "commit": ...,
+            "source": hash}]}
+
+gpu is a name of hardware.py, op one of a case (`COVERS` says which calls it stands for), code the
+architecture whose machine code of csrc/ ran. `python -m cumo_kernels verify --record` writes it, nobody by
+hand. An entry counts while the files that decide what the backend computes have the same hash, with the same
+major.minor of torch and, for Triton, of triton. A GPU without a list of its own uses that of the one whose
+tiles it uses (`tiles_of`: same multiprocessors, same machine code); an empty list says that nothing passed.
+
+Tile sizes, configs/*.json, are not in the hash. They choose among instances of the same code, and so does
+every shape: verify cannot run each instance anyway, and `tune` would undo the proof of what it made faster.
+
+An installation without csrc/ (a wheel) cannot know the hash of what `_C` was built from. verified.json was
+packed in the same build, so there the entry is believed if torch and code agree.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import warnings
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from cumo_kernels import extension, measured
+from cumo_kernels.hardware import GPUS, Gpu, gpu_of
+
+ROOT = Path(__file__).resolve().parents[1]
+PATH = Path(__file__).with_name("verified.json")
+COVERS = {  # op of a case -> the calls in dispatch.OPS that it makes
+    "route": ("route", "route_backward", "sort_by_expert"),
+    "permute": ("permute", "sort_by_expert"),
+    "combine": ("combine", "combine_backward"),
+    "grouped_gemm": ("grouped_gemm", "grouped_gemm_weight_grad"),
+    "activate": ("activate", "activate_backward"),
+    "expert_mlp": ("expert_mlp", "expert_mlp_backward"),
+}
+SOURCES = {  # backend -> the files that decide what it computes
+    "triton": (
+        "cumo_kernels/backends/triton/*.py",
+        "cumo_kernels/tuning.py",
+        "cumo_kernels/activations.py",
+        "cumo_kernels/hardware.py",
+        "cumo_kernels/ops/*.py",
+    ),
+    "cuda": (
+        "csrc/*",
+        "cumo_kernels/backends/cuda/*.py",
+        "cumo_kernels/activations.py",
+        "cumo_kernels/ops/*.py",
+    ),
+}
+AGAIN = "force it to try, or run python -m cumo_kernels verify --record"
+Group = tuple[str, str, str]  # backend, op of a case, dtype ("bfloat16")
+
+
+def load(path: Path = PATH) -> dict[str, list[dict]]:
+    """The file; one that cannot be read is said, and proves nothing."""
+    try:
+        table = json.loads(path.read_text())
+        for rows in table.values():
+            for row in rows:
+                _group(row)
+        return table
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        words = f"{type(error).__name__}: {error}"
+        warnings.warn(f"{path} cannot be read, so no backend counts as verified ({words})", stacklevel=2)
+        return {}
+
+
+def _group(row: dict) -> Group:
+    return row["backend"], row["op"], row["dtype"]
+
+
+TABLE = load()
+
+
+@cache
+def source_of(backend: str, root: Path = ROOT) -> str | None:
+    """Hash of the files of `SOURCES`, by name and by byte; None where csrc/ is needed and not there."""
+    if backend == "cuda" and not (root / "csrc").is_dir():
+        return None
+    found = (path for pattern in SOURCES[backend] for path in root.glob(pattern) if path.is_file())
+    digest = hashlib.sha256()
+    for path in sorted(found):
+        data = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(data)}\n".encode())
+        digest.update(data)
+    if backend == "cuda":  # the compiler's options decide too
+        digest.update(" ".join([*extension.CXX_FLAGS, *extension.nvcc_flags("9.0a")]).encode())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _code(backend: str, device: torch.device | str) -> str:
+    return extension.code_for(device) if backend == "cuda" else ""
+
+
+@cache
+def proof(backend: str, op: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """Whether `backend` is verified for the call `op` of dispatch.OPS on the CUDA device, and why."""
+    if not torch.cuda.is_available():  # fake tensors of a compiler
+        return False, f"not verified: there is no CUDA device here to know it by; {AGAIN}"
+    return _proof(backend, op, str(dtype).removeprefix("torch."), gpu_of(device), _code(backend, device))
+
+
+def _proof(backend: str, op: str, dtype: str, gpu: Gpu, code: str) -> tuple[bool, str]:
+    own = gpu.name in TABLE
+    where = gpu.name if own or gpu.tiles_of is None else gpu.tiles_of
+    spoken = where if own or where == gpu.name else f"{where}, whose multiprocessors {gpu.name} has"
+    rows = {_group(row): row for row in TABLE.get(where, ())}
+    asked = [rows.get((backend, case, dtype)) for case, calls in COVERS.items() if op in calls]
+    if None in asked or not asked:
+        return False, f"not verified on {gpu.name} in {dtype}: {AGAIN}"
+    for row in asked:
+        known = f"verified on {spoken}, {row['date']}"
+        if source_of(backend) not in (None, row["source"]):
+            return False, f"{known}, but its source has changed since: {AGAIN}"
+        if row["code"] != code:
+            return False, f"{known}, as compiled for {row['code']}, but this is for {code}: {AGAIN}"
+        for name, running in (("torch", torch.__version__), ("triton", triton_version())):
+            if (name == "torch" or backend == "triton") and _minor(row[name]) != _minor(running):
+                return False, f"{known}, with {name} {_minor(row[name])}, but this is {running}: {AGAIN}"
+    first = min(asked, key=lambda row: row["date"])
+    versions = f"torch {_minor(first['torch'])}"
+    versions += f", triton {_minor(first['triton'])}" if backend == "triton" else ""
+    cases = sum(row["cases"] for row in asked)
+    return True, f"verified on {spoken}, {first['date']}, {versions}, {cases} cases"
+
+
+def check_known(gpu: Gpu) -> None:
+    """Raises a ValueError if `gpu` has no row in hardware.py: another card might go by the same name."""
+    names = [known.name for known in GPUS]
+    if gpu.name not in names:
+        raise ValueError(f"gpu must be one of {names} to be recorded, got {gpu.name!r}")
+
+
+def record(
+    passed: Mapping[Group, int], failed: Iterable[Group], gpu: Gpu, path: Path = PATH
+) -> tuple[int, int]:
+    """Put what passed, with its number of cases, into the file, and take what failed out; all or nothing.
+
+    Returns:
+        Entries written, entries removed.
+    """
+    check_known(gpu)
+    failed = set(failed)
+    table = load(path) if path.exists() else {}
+    old = table.get(gpu.name, [])
+    kept = [row for row in old if _group(row) not in failed and _group(row) not in passed]
+    common = {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "commit": _first_line("git", "rev-parse", "--short=10", "HEAD") or os.environ.get("CUMO_COMMIT", ""),
+    }
+    new = [
+        {"backend": backend, "op": op, "dtype": dtype, "cases": cases, **common}
+        | {"code": _code(backend, "cuda"), "source": source_of(backend)}
+        for (backend, op, dtype), cases in passed.items()
+        if (backend, op, dtype) not in failed
+    ]
+    table[gpu.name] = sorted([*kept, *new], key=_group)
+    measured.write(table, path)
+    return len(new), sum(_group(row) in failed for row in old)
+
+
+def _first_line(*command: str) -> str:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""

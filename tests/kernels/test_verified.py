@@ -1,0 +1,347 @@
+"""verified.json: what is proven on a GPU runs there unasked, and nothing else; verify --record writes it."""
+
+import argparse
+import json
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cumo_kernels import cases, dispatch, explain, extension, hardware, permute, verdicts, verified, verify
+from cumo_kernels.__main__ import main
+from cumo_kernels.testing import make_routing
+from cumo_kernels.verdicts import Result
+
+H100, H200 = hardware.find("nvidia_h100"), hardware.find("nvidia_h200")
+X = types.SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, ndim=2, shape=(4, 4))
+
+
+def entry(backend="triton", op="permute", dtype="bfloat16", **changes):
+    return {
+        "backend": backend, "op": op, "dtype": dtype, "cases": 23, "date": "2026-11-28",
+        "torch": torch.__version__, "triton": verified.triton_version(), "driver": "580", "commit": "abc",
+        "code": "9.0a" if backend == "cuda" else "", "source": verified.source_of(backend),
+    } | changes  # fmt: skip
+
+
+def forget():
+    """What has been answered, for there is another GPU now."""
+    verified.proof.cache_clear()
+    dispatch._unfit_for_triton.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(table, card): a machine with that GPU, the tables empty but for `table`; nothing refuses."""
+
+    def pretend(table, card=H100):
+        forget()
+        monkeypatch.setattr(verified, "TABLE", table)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        for module in (verified, dispatch):
+            monkeypatch.setattr(module, "gpu_of", lambda device: card)
+        monkeypatch.setattr(dispatch.measured, "TABLE", {})
+        monkeypatch.setattr(extension, "code_for", lambda device: "9.0a")
+        monkeypatch.setattr(dispatch, "_CUDA_MISSING", None)
+        monkeypatch.setattr(dispatch, "_TRITON_MISSING", False)
+        monkeypatch.setattr(dispatch, "_INTERPRET", False)
+        for name in ("EMULATE", "JIT"):
+            monkeypatch.setattr(extension, name, False)
+        monkeypatch.setattr(extension, "unfit", lambda device: None)
+        monkeypatch.setattr(dispatch, "_forced", None)
+        for name in verify.OTHER_CODE:
+            monkeypatch.delenv(name, raising=False)
+
+    yield pretend
+    forget()
+
+
+def line(name, op="permute", x=X):
+    return next(line.strip() for line in explain(op, x).splitlines() if line.strip().startswith(name))
+
+
+def test_only_what_is_verified_runs_unasked(gpu):
+    gpu({"nvidia_h100": [entry(), entry("cuda", "combine")]})
+    assert dispatch.choose("permute", X) == "triton"
+    assert dispatch.choose("combine", X) == dispatch.choose("combine_backward", X) == "cuda"
+    assert dispatch.choose("expert_mlp", X) == "reference"
+    half = types.SimpleNamespace(**{**vars(X), "dtype": torch.float16})
+    assert dispatch.choose("permute", half) == "reference"
+    torch_minor = ".".join(torch.__version__.split(".")[:2])
+    triton_minor = ".".join(verified.triton_version().split(".")[:2])
+    proof = f"verified on nvidia_h100, 2026-11-28, torch {torch_minor}"
+    assert line("triton") == f"triton     chosen; {proof}, triton {triton_minor}, 23 cases"
+    assert line("cuda", "combine") == f"cuda       chosen; {proof}, 23 cases"
+    reason = f"not verified on nvidia_h100 in bfloat16: {verified.AGAIN}"
+    assert line("cuda") == f"cuda       only on request: {reason}"
+    with dispatch.use_backend("cuda"):
+        assert dispatch.choose("permute", X) == "cuda"
+        assert line("cuda") == f"cuda       chosen; {reason}"
+    assert verified.AGAIN == "force it to try, or run python -m cumo_kernels verify --record"
+
+
+def test_of_two_verified_the_first_runs(gpu):
+    gpu({"nvidia_h100": [entry(), entry("cuda")]})
+    assert dispatch.choose("permute", X) == "triton"
+    assert line("triton").startswith(
+        "triton     chosen: nothing is measured on this GPU; verified on nvidia_h100"
+    )
+    assert line("cuda").startswith("cuda       available; verified on nvidia_h100")
+
+
+def test_sorting_needs_every_op_that_sorts(gpu):
+    gpu({"nvidia_h100": [entry()]})
+    assert dispatch.choose("sort_by_expert", X) == "reference"
+    gpu({"nvidia_h100": [entry(), entry(op="route", cases=20, date="2026-11-27")]})
+    assert dispatch.choose("sort_by_expert", X) == "triton"
+    assert "2026-11-27" in line("triton", "sort_by_expert") and "43 cases" in line("triton", "sort_by_expert")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"source": "0" * 16}, "verified on nvidia_h100, 2026-11-28, but its source has changed since"),
+        ({"torch": "2.10.1"}, f"with torch 2.10, but this is {torch.__version__}"),
+        ({"triton": "3.5.0"}, f"with triton 3.5, but this is {verified.triton_version()}"),
+    ],
+)
+def test_another_source_or_version_is_no_proof(gpu, changes, reason):
+    gpu({"nvidia_h100": [entry(**changes)]})
+    assert dispatch.choose("permute", X) == "reference"
+    assert reason in line("triton") and "only on request" in line("triton")
+
+
+def test_cuda_depends_on_its_machine_code_and_not_on_triton(gpu, monkeypatch):
+    gpu({"nvidia_h100": [entry("cuda", triton="none")]})
+    assert dispatch.choose("permute", X) == "cuda"
+    gpu({"nvidia_h100": [entry("cuda", code="9.0")]})
+    assert dispatch.choose("permute", X) == "reference"
+    assert "as compiled for 9.0, but this is for 9.0a" in line("cuda")
+
+
+def test_a_wheel_believes_what_was_packed_with_it(gpu, monkeypatch):
+    monkeypatch.setattr(verified, "source_of", lambda backend: None)
+    gpu({"nvidia_h100": [entry("cuda", source="0" * 16)]})
+    assert dispatch.choose("permute", X) == "cuda"
+    gpu({"nvidia_h100": [entry("cuda", torch="2.10.0")]})
+    assert dispatch.choose("permute", X) == "reference"
+
+
+def test_the_same_multiprocessors_share_a_proof(gpu):
+    table = {"nvidia_h100": [entry()]}
+    gpu(table, H200)
+    assert dispatch.choose("permute", X) == "triton"
+    assert "verified on nvidia_h100, whose multiprocessors nvidia_h200 has, 2026-11-28" in line("triton")
+    gpu(table | {"nvidia_h200": []}, H200)  # it has run there, and nothing passed
+    assert dispatch.choose("permute", X) == "reference"
+    gpu({"nvidia_h200": [entry()]}, H100)
+    assert dispatch.choose("permute", X) == "reference"
+    gpu(table, hardware.find("nvidia_a100"))
+    assert dispatch.choose("permute", X) == "reference"
+    assert "not verified on nvidia_a100 in bfloat16" in line("triton")
+
+
+def test_old_gpus_and_other_makers_are_refused(gpu, monkeypatch):
+    gpu({}, replace(H100, capability=75))
+    assert "refuses: it needs compute capability 8.0 or later, this GPU has 7.5" in line("triton")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    gpu({})
+    assert "refuses: it is written for NVIDIA GPUs" in line("triton")
+
+
+def test_the_interpreter_proves_nothing(gpu, monkeypatch):
+    gpu({"nvidia_h100": [entry()]})
+    monkeypatch.setattr(dispatch, "_INTERPRET", True)
+    assert dispatch.choose("permute", X) == "reference"
+    assert "only on request: on CPU tensors, or interpreted" in line("triton")
+
+
+def test_without_a_gpu_its_tensors_are_on_request(gpu, monkeypatch):
+    gpu({"nvidia_h100": [entry()]})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dispatch.choose("permute", X) == "reference"
+    assert "there is no CUDA device here to know it by" in line("triton")
+
+
+@pytest.mark.parametrize("proven", [True, False])
+def test_compiled_code_gets_the_same_answer(monkeypatch, proven):
+    """On CPU tensors in place of a GPU's: only the question is tried, and which function runs."""
+    monkeypatch.setattr(dispatch, "_forced", None)
+    monkeypatch.setattr(verified, "TABLE", {"nvidia_h100": [entry(dtype="float32")] if proven else []})
+    monkeypatch.setattr(
+        verified, "proof", lambda b, op, dtype, _: verified._proof(b, op, str(dtype)[6:], H100, "")
+    )
+    verified.source_of.cache_clear()  # files are read while a graph is traced
+    plain, ran = dispatch.implementation("reference", "permute"), []
+    for name in ("triton", "reference"):
+        spy = lambda *args, name=name: ran.append(name) or plain(*args)
+        monkeypatch.setitem(dispatch._implementations, (name, "permute"), spy)
+    ask = lambda op, device, dtype: dispatch._unverified("triton", op, device, dtype)
+    rows = (dispatch.Backend("triton", dispatch._refuse_reference, ask), dispatch.BACKENDS[-1])
+    monkeypatch.setattr(dispatch, "BACKENDS", rows)
+    routing, x = make_routing("uniform", 8, 4, 2), torch.randn(8, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: permute(x, routing) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), permute(x, routing) * 2)
+    assert set(ran) == {"triton" if proven else "reference"} and len(ran) == 2
+
+
+def test_the_questions_about_a_gpu_fit_into_one_graph(monkeypatch):
+    monkeypatch.setattr(dispatch, "_CUDA_MISSING", None)
+
+    def asks(x):
+        device, able = torch.device("cuda:0"), 0
+        for row in dispatch.BACKENDS[:2]:
+            if row.refuse("permute", device, x.dtype) is None:
+                able += 1 + 10 * (row.on_request("permute", device, x.dtype) is None)
+        return x + able
+
+    torch._dynamo.reset()
+    x = torch.zeros(1)
+    assert torch.compile(asks, fullgraph=True, backend="eager")(x) == asks(x)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"nvidia_h100": [{"backend": "triton"}]}', '{"a": 1}'])
+def test_a_damaged_file_is_said_and_proves_nothing(tmp_path, text):
+    path = tmp_path / "verified.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.warns(UserWarning, match="cannot be read, so no backend counts as verified"):
+        assert verified.load(path) == {}
+
+
+def test_the_hash_is_of_names_and_bytes(tmp_path):
+    for name in ("cumo_kernels/backends/triton/a.py", "cumo_kernels/ops/b.py", "csrc/c.cu"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1\n")
+    hashed = lambda backend: verified.source_of.__wrapped__(backend, tmp_path)
+    triton, cuda = hashed("triton"), hashed("cuda")
+    assert len(triton) == len(cuda) == 16 and triton != cuda
+    (tmp_path / "cumo_kernels/tune.py").write_text("x")
+    assert (hashed("triton"), hashed("cuda")) == (triton, cuda)
+    (tmp_path / "csrc/c.cu").write_bytes(b"1\r\n")
+    assert hashed("triton") == triton and hashed("cuda") != cuda
+    (tmp_path / "cumo_kernels/ops/b.py").rename(tmp_path / "cumo_kernels/ops/d.py")
+    assert hashed("triton") != triton
+    (tmp_path / "csrc/c.cu").unlink()
+    (tmp_path / "csrc").rmdir()
+    assert hashed("cuda") is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "name"),
+    [
+        ((9, 0), extension.ARCHITECTURES, "9.0a"),
+        ((9, 0), "8.0;9.0", "9.0"),
+        ((9, 0), "8.0+PTX", "8.0+PTX"),
+        ((8, 9), extension.ARCHITECTURES, "8.0"),
+        ((12, 1), extension.ARCHITECTURES, "12.0+PTX"),
+        ((7, 5), extension.ARCHITECTURES, ""),
+        ((8, 0), "", ""),
+    ],
+)
+def test_which_machine_code_a_gpu_runs(capability, architectures, name):
+    assert extension.best_of(capability, architectures) == name
+
+
+@pytest.fixture
+def recorded(gpu, monkeypatch, tmp_path):
+    """recorded(results, words) -> what `verify --record` leaves in a file that had other entries."""
+    path = tmp_path / "verified.json"
+    monkeypatch.setattr(verified, "PATH", path)
+
+    def run(results, table, card=H100, **options):
+        gpu({}, card)
+        monkeypatch.setattr(verdicts, "gpu_of", lambda device: card)
+        path.write_text(json.dumps(table))
+        args = argparse.Namespace(**{"dtype": None, "op": None} | options)
+        verdicts.record(results, args, print)
+        return verified.load(path)
+
+    return run
+
+
+def results(backend="triton", ops=("permute",), dtypes=("bf16",), failing=""):
+    found = cases.survey("cuda", False, dtypes, ops)
+    return [
+        Result(str(case), backend, "cuda", family, failures=["wrong"] if family == failing else [])
+        for family, case in found
+    ]
+
+
+def test_green_and_whole_is_recorded(recorded, capsys):
+    old = {"nvidia_a100": [entry()], "nvidia_h100": [entry(source="old", cases=1), entry("cuda")]}
+    table = recorded(results() + results("reference"), old, dtype=["bf16"])
+    assert table["nvidia_a100"] == old["nvidia_a100"]
+    cuda, triton = table["nvidia_h100"]
+    assert cuda == entry("cuda")  # another backend's stays
+    assert triton["cases"] == len(results()) and triton["source"] == verified.source_of("triton")
+    assert set(triton) == set(entry()) and triton["torch"] == torch.__version__
+    assert "recorded for nvidia_h100" in capsys.readouterr().out
+    assert [path.name for path in verified.PATH.parent.iterdir()] == ["verified.json"]
+
+
+def test_what_is_recorded_is_believed(recorded, gpu):
+    gpu(recorded(results() + results("cuda"), {}))
+    assert dispatch.choose("permute", X) == "triton"
+    assert line("cuda").startswith("cuda       available; verified on nvidia_h100")
+
+
+def test_a_failure_takes_an_entry_out(recorded):
+    old = {"nvidia_h100": [entry(), entry(op="combine")]}
+    table = recorded(results(failing="odd-tails"), old)
+    assert [row["op"] for row in table["nvidia_h100"]] == ["combine"]
+    assert recorded(results(failing="odd-tails")[:12], old) == table  # whether it was whole or not
+    assert recorded(results(failing="odd-tails"), {}, H200) == {"nvidia_h200": []}
+
+
+def test_a_part_is_not_recorded(recorded, capsys):
+    number = len(results())
+    old = {"nvidia_h100": [entry()]}
+    assert recorded(results()[:-1], old) == old
+    assert (
+        f"not recorded, {number - 1} of {number} cases ran: triton permute bfloat16"
+        in capsys.readouterr().out
+    )
+
+
+def test_an_unknown_card_is_not_recorded(gpu, monkeypatch, capsys):
+    gpu({}, replace(H100, name="nvidia_titan"))
+    monkeypatch.setattr(verify, "gpu_of", verified.gpu_of)
+    monkeypatch.setattr(verify, "backends_of", lambda device: (["reference"], []))
+    assert main(["verify", "--device", "cuda", "--record", "--backend", "reference"]) == 2
+    assert "gpu must be one of" in (err := capsys.readouterr().err) and "got 'nvidia_titan'" in err
+
+
+@pytest.mark.parametrize("words", [["--few"], ["--fuzz", "1"], ["--case", "permute"], ["--device", "cpu"]])
+def test_only_all_families_on_a_gpu_are_recorded(gpu, capsys, words):
+    gpu({})
+    assert main(["verify", "--device", "cuda", "--record", *words]) == 2
+    assert "--record must go with all families on a CUDA device" in capsys.readouterr().err
+
+
+def test_other_code_than_runs_unasked_is_not_recorded(gpu, monkeypatch, capsys):
+    gpu({})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["verify", "--device", "cuda", "--record"]) == 2
+    assert "got TRITON_INTERPRET=1" in capsys.readouterr().err
+
+
+def test_every_call_is_covered_and_the_committed_table_is_one():
+    assert set(verified.COVERS) == set(cases.OPS)
+    assert {call for calls in verified.COVERS.values() for call in calls} == set(dispatch.OPS)
+    for name, rows in verified.TABLE.items():
+        assert hardware.find(name).name == name
+        for row in rows:
+            assert set(row) == set(entry()) and row["op"] in cases.OPS and row["cases"] > 0
+            assert row["backend"] in verified.SOURCES and row["dtype"] in ("bfloat16", "float16", "float32")
+
+
+def test_covers_says_what_cases_call(monkeypatch):
+    reached, plain = set(), dispatch.implementation
+    monkeypatch.setattr(dispatch, "implementation", lambda b, op: reached.add(op) or plain(b, op))
+    for op, calls in verified.COVERS.items():
+        reached.clear()
+        verify.check(cases.Case(op, T=6), "reference", "cpu")
+        assert set(calls) <= reached
