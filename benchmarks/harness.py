@@ -23,11 +23,11 @@ from torch import Tensor
 
 from benchmarks import record, timing
 from benchmarks.record import Gap, Row
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import SHAPES, Shape, tiny
 from benchmarks.steps import captured, peak_bytes, said, saved_bytes, steps_of
 from cumo_kernels import dispatch, hardware, use_backend
 from cumo_kernels.problems import DTYPES
-from cumo_kernels.testing import Yardstick
+from cumo_kernels.testing import PATTERNS, Yardstick
 from cumo_kernels.verify import is_lost
 
 MODES = ("forward", "backward", "both")
@@ -337,6 +337,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="every shape and dtype, not the first few")
     parser.add_argument("--shape", choices=sorted(SHAPES), action="append", help="these shapes only")
     parser.add_argument("--dtype", choices=sorted(DTYPES), action="append")
+    parser.add_argument("--pattern", choices=PATTERNS, action="append", help="of the routing")
+    parser.add_argument("--tiny", action="store_true", help="cut every shape: a rehearsal, no measurement")
     parser.add_argument("--backend", choices=names, action="append")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=float, help="of timing for one case and mode")
@@ -362,6 +364,10 @@ def cases_of(file: ModuleType, device: str, args: argparse.Namespace) -> list[Ca
             # layers may have any shape; whole models and sweeps have their own
             found += known or ([replace(first, shape=SHAPES[name])] if first.shape.name in SHAPES else [])
         cases = found
+    if args.pattern:
+        cases = list(dict.fromkeys(replace(case, pattern=p) for case in cases for p in args.pattern))
+    if args.tiny:
+        cases = list(dict.fromkeys(replace(case, shape=tiny(case.shape)) for case in cases))
     return [replace(case, dtype=dtype) for case in cases for dtype in args.dtype or [case.dtype]]
 
 

@@ -171,7 +171,11 @@ def bucket(rows: int) -> int:
 @cache
 def entries(name: str) -> tuple[Entry, ...]:
     """The lines of configs/<name>.json."""
-    rows = json.loads((CONFIGS / f"{name}.json").read_text())["entries"]
+    return read(CONFIGS / f"{name}.json")
+
+
+def read(path: Path) -> tuple[Entry, ...]:
+    rows = json.loads(path.read_text())["entries"]
     return tuple(
         Entry(
             Problem(**{**row["problem"], "dtype": getattr(torch, row["problem"]["dtype"])}),
@@ -304,8 +308,9 @@ def search(
     time_ms: Callable[[Config], float],
     seconds: float,
     prepare: Callable[[list[Config]], object] = lambda configs: None,
+    begin_at: Config | None = None,
 ) -> Entry:
-    """The fastest config met by walking from the current choice to better neighbours.
+    """The fastest config met by walking from `begin_at`, by default the current choice, to better neighbours.
 
     Args:
         time_ms: runs `problem` with a config and returns its milliseconds, inf if it cannot.
@@ -321,7 +326,8 @@ def search(
         spent += time.monotonic() - begin
         return ms
 
-    best = get_config(problem, gpu)
+    best = get_config(problem, gpu) if begin_at is None else begin_at
+    best = replace(best, SPLITS=splits(problem, best, gpu))
     prepare([best])
     times = {best: timed(best)}
     improved = True
@@ -339,10 +345,11 @@ def search(
     return Entry(problem, replace(best, SPLITS=1), times[best])
 
 
-def save(name: str, found: Iterable[Entry], note: str) -> Path:
+def save(name: str, found: Iterable[Entry], note: str, folder: Path | None = None) -> Path:
     """Put `found` into configs/<name>.json in place of the entries for the same problems; all or nothing."""
-    path = CONFIGS / f"{name}.json"
-    known = {entry.problem: entry for entry in entries(name)} if path.exists() else {}
+    folder = CONFIGS if folder is None else folder
+    path = folder / f"{name}.json"
+    known = {entry.problem: entry for entry in read(path)} if path.exists() else {}
     known |= {entry.problem: entry for entry in found}
     if any(entry.ms is None for entry in known.values()):
         note += "; entries without ms are derived by reasoning, not measured"
@@ -354,10 +361,10 @@ def save(name: str, found: Iterable[Entry], note: str) -> Path:
         }
         for entry in known.values()
     ]
-    CONFIGS.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in rows)
     text = f'{{"gpu": {json.dumps(name)}, "note": {json.dumps(note)}, "entries": [\n{lines}\n]}}\n'
-    with tempfile.NamedTemporaryFile("w", dir=CONFIGS, suffix=".tmp", delete=False) as file:
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
         file.write(text)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)

@@ -206,7 +206,7 @@ def test_a_workers_kernels_are_in_tritons_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuning, "gpu_of", lambda device: CARD)
     problem = Problem("grad_hidden", BF16, 64, 64, 64, 2, gated=True, gathered=True)
-    tune.compile_for_this(problem, Config(32, 32, 32, 4, 2))
+    tune.compile_for(CARD, problem, Config(32, 32, 32, 4, 2))
     assert list(tmp_path.rglob("grad_hidden_kernel.cubin"))
 
 

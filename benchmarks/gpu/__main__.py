@@ -1,0 +1,103 @@
+"""python -m benchmarks.gpu: the command behind `make gpu`; see the package's own words."""
+
+import argparse
+import os
+import sys
+import tarfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+import benchmarks.gpu as gate
+from benchmarks import record
+from benchmarks.gpu import summary
+from benchmarks.gpu.engine import ROOT, Step, run, unproven
+from benchmarks.gpu.plan import BUDGET, PARTS, Place, listing, plan
+
+REHEARSAL = 600.0  # seconds; it is to take under 360 on two cores
+
+
+def pack(place: Place) -> None:
+    """results.tgz: whatever benchmarks, tuning and verify have written so far."""
+    part = place.out / ".results.tgz.part"
+    names = (
+        "benchmarks/results",
+        "benchmarks/REPORT.md",
+        "cumo_kernels/configs",
+        "cumo_kernels/measured.json",
+        "cumo_kernels/verified.json",
+    )
+    base, names = (place.out, ("rehearsed", "configs")) if place.rehearses else (ROOT, names)
+    with tarfile.open(part, "w:gz") as tar:
+        for name in names:
+            if (base / name).exists():
+                tar.add(base / name, name)
+    part.replace(place.out / "results.tgz")
+
+
+def _folder(given: Path | None, now: datetime) -> Path:
+    """--out, else $OUT where a lent machine sets it, else runs/gpu/<time>."""
+    if given is None and os.environ.get("OUT"):
+        given = Path(os.environ["OUT"])
+    return (given or ROOT / "runs" / "gpu" / f"{now:%Y%m%dT%H%M%S}").resolve()
+
+
+def _run(part: str, steps: list[Step], place: Place, budget: float, head: str) -> int:
+    place.out.mkdir(parents=True, exist_ok=True)
+    before = {row.run for row in record.read(place.results)} if place.results.exists() else set()
+    shown = ""
+
+    def note(outcomes: list) -> None:
+        nonlocal shown
+        now = {row.run for row in record.read(place.results)} if place.results.exists() else set()
+        shown = summary.write(head, outcomes, place.out, place.results, now - before)
+        pack(place)
+
+    outcomes = run(steps, budget, place.out / "log.txt", note)
+    print(f"\n{shown}\nin {place.out}")
+    missing = unproven(outcomes, steps)
+    for o in missing:
+        print(f"required, but {o.verdict}: {o.name} ({o.remark[:100]})")
+    return int(bool(missing))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=gate.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    budget = os.environ.get("BUDGET")
+    parser.add_argument("--budget", type=float, default=float(budget) if budget else None, help="seconds")
+    parser.add_argument("--out", type=Path, help="folder; default $OUT, else runs/gpu/<time>")
+    parser.add_argument("--part", choices=PARTS, default="prove", help="which of the two calls")
+    parser.add_argument("--rehearse", action="store_true", help="both parts on a CPU, at tiny sizes")
+    parser.add_argument("--only", action="append", help="steps to run, by name; default: all")
+    parser.add_argument("--list", action="store_true", help="print both plans and end")
+    args = parser.parse_args(argv)
+    import torch
+
+    if args.list:
+        place = Place("cuda", Path("OUT"), (9, 0))
+        print("\n\n".join(listing(part, plan(part, place)) for part in PARTS))
+        return 0
+    if not args.rehearse and not torch.cuda.is_available():
+        print("gpu: torch sees no CUDA device on this machine, so there is nothing to run (--rehearse does)")
+        return 1
+    now = datetime.now(UTC)
+    place = Place("cpu" if args.rehearse else "cuda", _folder(args.out, now),
+                  None if args.rehearse else torch.cuda.get_device_capability())  # fmt: skip
+    name = "a rehearsal on a CPU: no GPU was measured" if args.rehearse else torch.cuda.get_device_name()
+    parts = PARTS if args.rehearse else (args.part,)
+    steps = [step for part in parts for step in plan(part, place)]
+    steps = list({step.name: step for step in steps}.values())  # what both parts begin with, once
+    steps.sort(key=lambda step: step.always)
+    unknown = set(args.only or ()) - {step.name for step in steps}
+    if unknown:
+        parser.error(f"--only must be one of {[step.name for step in steps]}, got {sorted(unknown)}")
+    steps = [step for step in steps if not args.only or step.name in args.only]
+    seconds = args.budget or (REHEARSAL if args.rehearse else BUDGET[args.part])
+    head = f"# {name}, torch {torch.__version__}, commit {record.commit()}, {now:%Y-%m-%d %H:%M} UTC, "
+    return _run("+".join(parts), steps, place, seconds, head + f"part {'+'.join(parts)}, {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Steps, run one after the other within a budget; what each found is on disk before the next begins."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LEAST = 3.0  # seconds: with fewer left no step begins
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    command: tuple[str, ...]
+    cap: float  # seconds at most; ended with all its processes then
+    expected: float = 0.0  # seconds, for --list
+    why_not: Callable[[], str | None] = lambda: (
+        None
+    )  # the reason to skip it, or None; asked when its turn comes
+    environment: dict[str, str] = field(default_factory=dict)
+    must_pass: bool = False  # else `main` ends with 1, also if time was missing
+    always: bool = False  # runs even when the budget is spent
+    beside: tuple[str, ...] = ()  # a second command that runs at the same time
+    told: float | None = None  # the command is given --budget: of its seconds all but so many
+
+    def words(self, seconds: float) -> tuple[str, ...]:
+        """The command, when it is given `seconds`."""
+        if self.told is None:
+            return self.command
+        return (*self.command, "--budget", f"{max(1.0, seconds - self.told):.0f}")
+
+
+@dataclass
+class Outcome:
+    name: str
+    verdict: str  # ok | FAILED (code) | out of time | skipped
+    seconds: float
+    remark: str
+
+
+def last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def execute(step: Step, seconds: float, log: Path) -> tuple[int | None, str]:
+    """Run one step, its output to `log` and screen -> exit code (None: out of time) and its last words."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
+    command = step.words(seconds)
+    with log.open("ab") as file, log.open("rb") as seen:
+        switches = "".join(f"{name}={value} " for name, value in step.environment.items())
+        file.write(f"\n== {step.name}: {switches}{' '.join(command)}\n".encode())
+        file.flush()
+        seen.seek(0, os.SEEK_END)
+        start = lambda words: subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            children = [start(words) for words in (command, step.beside) if words]
+        except OSError as error:
+            return 127, str(error)
+        stop, text, running = time.monotonic() + seconds, "", True
+        while running:
+            # asked before the last read, so that nothing is missed
+            running = any(child.poll() is None for child in children)
+            part = seen.read().decode(errors="replace")
+            print(part, end="", flush=True)
+            text = (text + part)[-4000:]
+            if running and time.monotonic() > stop:
+                for child in children:
+                    _end(child)
+                return None, last_line(text)
+            time.sleep(0.1 if running else 0)
+        return next((c.returncode for c in children if c.returncode), 0), last_line(text)
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Kill it with all its processes; one that waits inside a driver may never end, and is left behind."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(5)
+
+
+def run(
+    steps: Iterable[Step], budget: float, log: Path, note: Callable[[list[Outcome]], None]
+) -> list[Outcome]:
+    """Run `steps` within `budget` seconds; `note` is told what is known after each."""
+    begin = time.monotonic()
+    steps, outcomes = list(steps), []
+    # steps that run always, at the end, have their time put by
+    reserve = sum(step.cap for step in steps if step.always)
+    for step in steps:
+        left = budget - (time.monotonic() - begin) - (0 if step.always else reserve)
+        reason = step.why_not()
+        if reason is not None:
+            outcomes.append(Outcome(step.name, "skipped", 0, reason))
+        elif left < LEAST and not step.always:
+            outcomes.append(Outcome(step.name, "skipped", 0, "the budget is spent"))
+        else:
+            seconds = step.cap if step.always else min(left, step.cap)
+            print(f"== {step.name} (at most {seconds:.0f} s)", flush=True)
+            started = time.monotonic()
+            code, words = execute(step, seconds, log)
+            verdict = "out of time" if code is None else "ok" if code == 0 else f"FAILED ({code})"
+            outcomes.append(Outcome(step.name, verdict, time.monotonic() - started, words))
+        note(outcomes)
+    return outcomes
+
+
+def unproven(outcomes: Iterable[Outcome], steps: Iterable[Step]) -> list[Outcome]:
+    """Required steps that are not ok."""
+    required = {step.name for step in steps if step.must_pass}
+    return [o for o in outcomes if o.name in required and o.verdict != "ok"]
+
+
+def find_tool(name: str) -> str | None:
+    """On PATH, or where CUDA's installer puts it."""
+    found = shutil.which(name)
+    return found or next((str(p) for p in sorted(Path("/usr/local").glob(f"cuda*/bin/{name}"))), None)

@@ -1,0 +1,208 @@
+"""The steps of both calls, in order of value, for a GPU or as a rehearsal on a CPU.
+
+A GPU is lent for 15 minutes in all, its start (about 45 s, seen once) and idle seconds included, 10 minutes a
+command at most: part "prove" fits into one command of 440 seconds, part "tune" into one of 300.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.gpu.engine import ROOT, Step, find_tool
+from cumo_kernels import extension
+
+PARTS = ("prove", "tune")
+BUDGET = {"prove": 440.0, "tune": 300.0}
+# issue G2's targets; names of benchmarks/shapes.py
+LAYERS = (
+    "clip-batch4", "clip-1-crop", "mixtral-train", "connector-4", "mixtral-decode16", "mixtral-decode1",
+)  # fmt: skip
+TINY = ("clip-1-crop", "mixtral-decode1")  # a rehearsal's: one with biases, one gated
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a plan is to run."""
+
+    device: str  # "cuda" or "cpu"
+    out: Path
+    capability: tuple[int, int] | None = None
+    artifacts: Path = ROOT / "build" / "gpu-artifacts"
+
+    @property
+    def rehearses(self) -> bool:
+        return self.device == "cpu"
+
+    @property
+    def cores(self) -> int:
+        return min(os.cpu_count() or 1, 2 if self.rehearses else 16)
+
+    @property
+    def results(self) -> Path:
+        """CSV files; a rehearsal's never mix with measurements."""
+        return self.out / "rehearsed" if self.rehearses else ROOT / "benchmarks" / "results"
+
+
+def no_build() -> str | None:
+    if not (ROOT / "csrc" / "bindings.cpp").exists():
+        return "this tree has no csrc/bindings.cpp"
+    if os.environ.get("CUDA_HOME") or find_tool("nvcc"):
+        return None
+    return "no nvcc on PATH, in /usr/local/cuda or under CUDA_HOME"
+
+
+def _is_built() -> bool:
+    """Asked anew: `extension.missing` remembers what was there when this process began."""
+    importlib.invalidate_caches()
+    return importlib.util.find_spec("cumo_kernels._C") is not None
+
+
+def build_environment(capability: tuple[int, int] | None) -> dict[str, str]:
+    """Compile for this GPU alone, whatever list a container brings, and fail rather than go on without."""
+    if capability is None:
+        return {"CUMO_BUILD": "1"}
+    return {"CUMO_BUILD": "1", "TORCH_CUDA_ARCH_LIST": extension.architecture(capability)}
+
+
+def _prepare(part: str, place: Place) -> list[Step]:
+    """The extension and Triton's kernels: taken where they were built beforehand, else compiled here."""
+    python, cores = sys.executable, str(place.cores)
+    artifacts = (python, "-m", "benchmarks.gpu.artifacts")
+    machine = Step(
+        "machine", (python, "-m", "cumo_kernels", "explain", "--device", place.device), 30, 8, must_pass=True
+    )
+    if place.rehearses:
+        emulator = "from cumo_kernels import extension; extension.load(); print('the emulator is compiled')"
+        folder = str(place.out / "artifacts")
+        return [
+            machine,
+            Step("build", (python, "-c", emulator), 240, 5,
+                 environment={"CUMO_EMULATE": "1"}, must_pass=True),
+            Step("compile", (*artifacts, "compile", "--few", "--gpu", "nvidia_h100", "--workers", cores,
+                             "--cache", f"{folder}/made"), 120, 30),
+            Step("take", (*artifacts, "try", "--cache", f"{folder}/made", "--folder", folder), 60, 10),
+        ]  # fmt: skip
+    built = lambda: "it is there" if _is_built() else no_build()
+    compile_kernels = (*artifacts, "compile", "--gpu", "this", "--workers", cores)
+    taken = lambda: "they were taken" if (place.artifacts / "taken").exists() else None
+    return [
+        machine,
+        Step(
+            "take", (*artifacts, "take", "--folder", str(place.artifacts)), 30, 6,
+            lambda: None if place.artifacts.exists() else "make gpu-artifacts has not made them",
+        ),
+        Step(
+            "build", (python, "setup.py", "build_ext", "--inplace"), 180, 45, built,
+            build_environment(place.capability), must_pass=True,
+            # of what "take" left out; in the second call tune compiles what it needs
+            beside=compile_kernels if part == "prove" and taken() is None else (),
+        ),
+    ]  # fmt: skip
+
+
+def _verify(place: Place, name: str, few: bool) -> tuple[str, ...]:
+    words = (sys.executable, "-m", "cumo_kernels", "verify", "--device", place.device,
+             "--backend", "triton", "--backend", "cuda", "--workers", str(place.cores),
+             "--json", str(place.out / f"{name}.json"))  # fmt: skip
+    few = (("--few", "--dtype", "bf16") if name == "smoke" else ("--few", "--dtype", "fp32")) if few else ()
+    return (*words, *few)
+
+
+def _bench(place: Place, *words: str) -> tuple[str, ...]:
+    command = (sys.executable, "-m", "benchmarks", "--device", place.device, "--no-report",
+               "--results", str(place.results), *words)  # fmt: skip
+    return (*command, "--tiny", "--seconds", "0.05") if place.rehearses else command
+
+
+def _switches(place: Place) -> dict[str, str]:
+    """On a CPU Triton is interpreted and csrc/ emulated as for Hopper."""
+    if not place.rehearses:
+        return {}
+    return {"TRITON_INTERPRET": "1", "CUMO_EMULATE": "1", "CUMO_EMULATE_CAPABILITY": "90"}
+
+
+def _layers(
+    place: Place, label: str, shapes: tuple[str, ...], patterns: tuple[str, ...], seconds: str
+) -> list[Step]:
+    """The expert layer at each size, behind its gate, beside dense cuBLAS, grouped_mm and every peer."""
+    words = ("--seconds", seconds, *(w for p in patterns for w in ("--pattern", p)))
+    steps = []
+    for shape in TINY if place.rehearses else shapes:
+        command = _bench(place, "--only", "experts", "--shape", shape, *words)
+        expected = 9 + 8 * len(patterns)
+        steps.append(Step(f"{label} {shape}", command, 60, expected, environment=_switches(place)))
+    return steps
+
+
+def _prove(place: Place) -> list[Step]:
+    python, switches = sys.executable, _switches(place)
+    sanitizer = find_tool("compute-sanitizer")
+    need = lambda: (
+        "a sanitizer needs a CUDA device" if place.rehearses
+        else None if sanitizer else "compute-sanitizer is not installed"
+    )  # fmt: skip
+    record = () if place.rehearses else ("--record",)
+    kernels = (python, "-m", "benchmarks.gpu.kernels", "--device", place.device,
+               "--lines", str(place.out / "kernels.jsonl"))  # fmt: skip
+    memcheck = (
+        sanitizer or "compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no",
+        python, "-m", "cumo_kernels", "verify", "--device", place.device, "--few", "--dtype", "bf16",
+        "--op", "expert_mlp", "--backend", "triton", "--backend", "cuda",
+    )  # fmt: skip
+    return [
+        Step("smoke", (*_verify(place, "smoke", few=True), "--case-seconds", "40"), 90, 30,
+             environment=switches, must_pass=True),
+        *_layers(place, "layer", LAYERS, ("uniform",), "0.3"),
+        Step("kernels", kernels, 75, 35, environment=switches),
+        # a budget that cuts it off leaves unrecorded what has not run whole
+        Step("verify", (*_verify(place, "verify", few=place.rehearses), *record), 170, 110,
+             environment=switches, must_pass=True, told=15),
+        Step("router", _bench(place, "--only", "layer", "--only", "routing", "--only", "permutation",
+                              *(("--shape", "clip-1-crop") if place.rehearses else ()), "--seconds", "0.2"),
+             60, 50, environment=switches, told=15),
+        Step("memcheck", memcheck, 60, 45, need, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+    ]  # fmt: skip
+
+
+def _tune(place: Place) -> list[Step]:
+    python, switches = sys.executable, _switches(place)
+    tune = (python, "-m", "cumo_kernels", "tune")
+    tune += ("--device", "cpu", "--few", "--configs", str(place.out / "configs")) if place.rehearses else ()
+    return [
+        Step("smoke", (*_verify(place, "smoke", few=True), "--case-seconds", "40"), 90, 30,
+             environment=switches, must_pass=True),
+        Step("tune", tune, 130, 110, environment=switches, told=10),
+        *_layers(place, "tuned layer", LAYERS[:5], ("uniform", "skewed"), "0.3"),
+    ]  # fmt: skip
+
+
+def _close(place: Place) -> list[Step]:
+    python = sys.executable
+    table = place.out / "measured.json" if place.rehearses else ROOT / "cumo_kernels" / "measured.json"
+    choose = ("--results", str(place.results), "--out", str(table))
+    return [
+        Step("choose", (python, "-m", "benchmarks.choose", *choose), 12, 3, always=True),
+        Step(
+            "report", (python, "-m", "benchmarks.plot", "--results", str(place.results)), 18, 6, always=True
+        ),
+    ]
+
+
+def plan(part: str, place: Place) -> list[Step]:
+    """Every step of `part`, in order."""
+    middle: dict[str, Callable[[Place], list[Step]]] = {"prove": _prove, "tune": _tune}
+    return [*_prepare(part, place), *middle[part](place), *_close(place)]
+
+
+def listing(part: str, steps: list[Step]) -> str:
+    """The plan with its expected seconds, for eyes."""
+    at, lines = 0.0, [f"part {part}, {BUDGET[part]:.0f} s:"]
+    for step in steps:
+        note = ", required" if step.must_pass else ""
+        lines.append(f"  {at:5.0f} s  {step.name}: {step.expected:.0f} s, at most {step.cap:.0f}{note}")
+        at += step.expected
+    return "\n".join([*lines, f"  {at:5.0f} s  end"])

@@ -1,0 +1,126 @@
+"""summary.md: what happened, in under 11,000 characters, so that a reply's end holds all of it."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks import record
+from benchmarks.gpu.engine import Outcome
+
+MOST = 10_800  # characters; a lent machine's reply shows the last 12,000
+REASON = 150  # characters of a failure's reason
+
+
+def steps(outcomes: Iterable[Outcome]) -> list[str]:
+    lines = ["| step | verdict | seconds | last words |", "|---|---|---|---|"]
+    return lines + [
+        f"| {o.name} | {o.verdict} | {o.seconds:.0f} | {o.remark[:90].replace('|', '/')} |" for o in outcomes
+    ]
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {"results": [], "not_checked": []}
+
+
+def failures(out: Path) -> list[str]:
+    """Every case that failed, once, with its first reason and the command that repeats it."""
+    found, lines = {}, []
+    for name in ("smoke", "verify"):
+        report = _read(out / f"{name}.json")
+        if report["results"]:
+            bad = [row for row in report["results"] if row["failures"]]
+            lines.append(f"{name}: {len(report['results'])} cases, {len(bad)} failed")
+            found |= {(row["backend"], row["case"]): row["failures"][0] for row in bad}
+        lines += [
+            f"{name}: not checked: {line[:REASON]}" for line in report["not_checked"] if "budget" in line
+        ]
+    for (backend, case), reason in found.items():
+        lines.append(f"FAILED {backend}: {' '.join(reason.split())[:REASON]}")
+        lines.append(f"    python -m cumo_kernels verify --backend {backend} --case '{case}'")
+    return lines
+
+
+def _best(rows: list[record.Row], mode: str) -> record.Row | None:
+    """The graph's time, which leaves the host out, else the eager one."""
+    mine = [row for row in rows if row.mode == mode]
+    graph = [row for row in mine if row.timer == "graph"]
+    return (graph or mine or [None])[-1]
+
+
+def times(results: Path, runs: set[str] | None) -> list[str]:
+    """A line per case and variant of the layers: milliseconds, TFLOP/s, shares and ratios."""
+    rows = [row for row in record.read(results) if runs is None or row.run in runs]
+    rows = [row for row in rows if row.op in ("expert_mlp", "moe_layer")]
+    lines, cases = [], {}
+    for row in record.latest(rows):
+        cases.setdefault((row.op, row.shape, row.tokens, row.pattern, row.dtype), {}).setdefault(
+            row.variant, []
+        ).append(row)
+    if cases:
+        lines = [
+            "",
+            "ms of a CUDA graph (eager where there is none), cold L2; TF/s; share of the data sheet's "
+            "roofline; speed over dense cuBLAS and over torch's grouped_mm",
+            "| case | variant | forward | TF/s | roofline | dense | grouped_mm | both | TF/s | dense |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+    for (op, shape, tokens, pattern, _), variants in cases.items():
+        forward = {name: _best(rows, "forward") for name, rows in variants.items()}
+        both = {name: _best(rows, "both") for name, rows in variants.items()}
+
+        def ratio(of: dict, name: str, other: str) -> str:
+            a, b = of.get(name), of.get(other)
+            return "-" if a is None or b is None else f"{b.ms_p50 / a.ms_p50:.2f}"
+
+        show = lambda row: ("-", "-") if row is None else (f"{row.ms_p50:.4g}", f"{row.tflops or 0:.0f}")
+        label = f"{op} {shape} T={tokens}{'' if pattern == 'uniform' else ' ' + pattern}"
+        rival = next((name for name in variants if "grouped_mm" in name), "")
+        for name in sorted(variants, key=lambda name: (not name.startswith("cumo"), name)):
+            roof = forward[name].share_of_floor if forward[name] is not None else None
+            cells = (
+                label, name, *show(forward[name]), "-" if roof is None else f"{roof:.0%}",
+                ratio(forward, name, "dense"), ratio(forward, name, rival), *show(both[name]),
+                ratio(both, name, "dense"),
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+            label = ""
+    return lines
+
+
+def kernels(out: Path) -> list[str]:
+    """The ceilings, and the longest kernels of each layer with backward."""
+    path, lines = out / "kernels.jsonl", []
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for row in rows:
+        if row["kind"] == "ceilings":
+            lines.append(f"ceilings: {row['tflops']:.0f} TF/s bf16 product, {row['gb_per_s']:.0f} GB/s copy")
+        elif row["kind"] == "broken":
+            lines.append(f"kernels BROKEN {row['job']}: {row['why'][-REASON:]}")
+        else:
+            top = ", ".join(f"{_short(name)} {us[0]:.0f}" for name, us in list(row["us"]["both"].items())[:5])
+            host = "/".join(f"{row['host_us'][mode]:.0f}" for mode in ("forward", "both"))
+            lines.append(f"us of {row['layer']} {row['backend']}: {top}; host {host}")
+    return lines
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("void ").removeprefix("cumo::").split("(")[0].split("<")[0][-28:]
+
+
+def write(head: str, outcomes: list[Outcome], out: Path, results: Path, runs: set[str] | None) -> str:
+    """summary.md, written anew in one move -> its text; what is too long loses its middle, and says so."""
+    parts = [head, "", *steps(outcomes), "", *failures(out), *kernels(out), *times(results, runs)]
+    text = "\n".join(parts) + "\n"
+    shown = text
+    if len(text) > MOST:
+        half = MOST // 2 - 40
+        shown = (
+            f"{text[:half]}\n... {len(text) - 2 * half} characters are in summary.md only ...\n{text[-half:]}"
+        )
+    part = out / ".summary.md.part"
+    part.write_text(text)
+    part.replace(out / "summary.md")
+    return shown
