@@ -33,10 +33,13 @@ namespace cumo {
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
+constexpr int kCopyFrom = 2048;
+
 #ifdef CUMO_EMULATE
 
 struct On {  // the emulated device; few processors unless told otherwise, so that a block walks several tiles
-  Device device{nullptr, number("CUMO_EMULATE_SMS", 2), number("CUMO_EMULATE_CAPABILITY", 80), 227 * 1024};
+  Device device{nullptr, number("CUMO_EMULATE_SMS", 2), number("CUMO_EMULATE_CAPABILITY", 80), 227 * 1024,
+                number("CUMO_EMULATE_COPY_FROM", kCopyFrom)};
 
   explicit On(const Tensor&) {}
 
@@ -68,7 +71,7 @@ struct On {  // makes the device of a tensor current and says what it is
     };
     const int capability = 10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
     return known[index] = {nullptr, ask(cudaDevAttrMultiProcessorCount), capability,
-                           ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+                           ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), kCopyFrom};
   }
 };
 

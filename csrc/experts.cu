@@ -3,8 +3,8 @@
 //   weigh_rows:        out[p] = w[p] act(z[p]), or w[p] grad[token of p]
 //   topk_weights_grad: out[slot] = <h, a> (summed over column tiles, from grad_hidden) + <grad[token], down_bias[expert]>
 //
-// The layer itself, forward in three launches (GEMM with gather, bias and activation; GEMM with bias; combine) and
-// backward without a gathered copy, is put together in bindings.cpp. A warp per row. Memory bound.
+// The layer itself, forward in three launches (GEMM with gather, bias and activation; GEMM with bias; combine), is put
+// together in experts_layer.h; gathered copies are made only for Hopper's large products. A warp per row. Memory bound.
 // Contract: cumo_kernels/ops/experts.py. Truth: cumo_kernels/backends/reference/experts.py.
 #include "activations.cuh"
 #include "launch.cuh"

@@ -32,6 +32,7 @@ GemmTensors describe_gemm(const Tensor& x, const Tensor& weight, const Tensor& e
   p.weight = data(t.weight);
   p.expert_offsets = ints(expert_offsets);
   p.permutation = permutation ? ints(*permutation) : nullptr;
+  p.gathered = permutation.has_value();
   p.bias = bias ? data(t.bias) : nullptr;
   p.k_inner = t.weight.stride(2) == 1;
   p.stride_x = t.x.stride(0);
@@ -53,6 +54,29 @@ GemmTensors describe_gemm(const Tensor& x, const Tensor& weight, const Tensor& e
 bool batch_invariant() {
   const char* wish = std::getenv("CUMO_BATCH_INVARIANT");
   return wish && std::string(wish) == "1";
+}
+
+// Whether (S, cols) rows of tokens had better be copied into expert order than gathered by a Hopper product of `width`
+// columns: a product whose operands all come by TMA is a quarter to a half faster, a copy moves at most 2 * S * cols
+// elements.
+bool copy_pays(const Device& device, int64_t S, int64_t cols, int64_t width) {
+  return S >= device.copy_from && width >= device.copy_from && cols % 8 == 0;
+}
+
+// Row p is that of token permutation[p] / top_k, also for dropped slots, whose rows no product reads.
+Tensor in_expert_order(const On& on, const Tensor& tokens, const Tensor& permutation, int64_t top_k) {
+  Tensor out = make(tokens, {permutation.numel(), tokens.size(1)});
+  permute(on.device, dtype_of("x", tokens), data(tokens), tokens.stride(0), ints(permutation), nullptr, out.size(0),
+          out.size(1), static_cast<int>(top_k), out.mutable_data_ptr());
+  return out;
+}
+
+// Where that pays t.x becomes a copy in expert order.
+bool copy_if_it_pays(const On& on, Dtype dtype, GemmTensors& t, const Tensor& permutation, int64_t width) {
+  if (!t.p.gathered || !uses_hopper(on.device, dtype, t.p) || !copy_pays(on.device, t.p.S, t.p.K, width)) return false;
+  t.x = in_expert_order(on, t.x, permutation, t.p.top_k);
+  t.p.x = data(t.x), t.p.stride_x = t.p.K, t.p.gathered = false;
+  return true;
 }
 
 Tensor added_up(const Tensor& parts, at::ScalarType dtype) {
@@ -77,6 +101,7 @@ std::tuple<Tensor, Tensor> multiply(const Tensor& x, const Tensor& weight, const
   Tensor pre = keep_pre ? make(x, {t.p.S, weight.size(1)}) : make(x, {0});
   if (t.p.S * t.p.N == 0) return {keep_out ? make(x, {t.p.S, t.p.N}) : make(x, {0}), pre};
   const On on(x);
+  if (permutation) copy_if_it_pays(on, dtype, t, *permutation, weight.size(1));
   const Plan plan = plan_gemm(on.device, dtype, t.p);
   if (plan.splits > 1) {
     Tensor parts = make(x, {plan.splits, t.p.S, t.p.N}, at::kFloat);
@@ -103,7 +128,7 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& x, const Tensor& weight, c
 
 std::tuple<Tensor, Tensor> weight_gradient(const Tensor& grad, const Tensor& x, const Tensor& expert_offsets,
                                            const MaybeTensor& permutation, int64_t top_k, bool need_bias,
-                                           bool gather_grad, const MaybeTensor& row_weights) {
+                                           Gathered gathered, const MaybeTensor& row_weights) {
   CHECK_DEVICE(x);
   CHECK_SAME_DEVICE(grad, x);
   CHECK_DTYPE(grad, x.scalar_type());
@@ -112,20 +137,20 @@ std::tuple<Tensor, Tensor> weight_gradient(const Tensor& grad, const Tensor& x, 
   if (permutation) CHECK_INDEX(*permutation, x, permutation->numel());
   if (row_weights) CHECK_SAME_DEVICE(*row_weights, x);
   const int64_t S = permutation ? permutation->numel() : x.size(0);
-  if (!permutation || !gather_grad) {
+  if (gathered != Gathered::grad) {
     CHECK_SHAPE(grad, S, grad.size(1));
   }
-  if (!permutation || gather_grad) {
+  if (gathered != Gathered::x) {
     CHECK_SHAPE(x, S, x.size(1));
   }
   const Dtype dtype = dtype_of("x", x);
-  const Tensor grad_rows = rows_of(grad), x_rows = rows_of(x);
+  Tensor grad_rows = rows_of(grad), x_rows = rows_of(x);
   WeightGrad p{};
   p.grad = data(grad_rows);
   p.x = data(x_rows);
   p.expert_offsets = ints(expert_offsets);
   p.permutation = permutation ? ints(*permutation) : nullptr;
-  p.gather_grad = gather_grad;
+  p.gathered = gathered;
   p.row_weights = row_weights ? floats(*row_weights) : nullptr;
   p.stride_grad = grad_rows.stride(0);
   p.stride_x = x_rows.stride(0);
@@ -137,6 +162,16 @@ std::tuple<Tensor, Tensor> weight_gradient(const Tensor& grad, const Tensor& x, 
   p.top_k = narrow("top_k", top_k);
   if (num_experts * p.N == 0) return {make(x, {num_experts, p.N, p.K}), make(x, {need_bias ? num_experts : 0, p.N})};
   const On on(x);
+  if (gathered != Gathered::none && uses_hopper(on.device, dtype, p)) {
+    const bool of_grad = gathered == Gathered::grad;
+    Tensor& tokens = of_grad ? grad_rows : x_rows;
+    if (copy_pays(on.device, S, tokens.size(1), of_grad ? p.K : p.N)) {
+      tokens = in_expert_order(on, tokens, *permutation, top_k);
+      (of_grad ? p.grad : p.x) = data(tokens);
+      (of_grad ? p.stride_grad : p.stride_x) = tokens.size(1);
+      p.gathered = Gathered::none;
+    }
+  }
   const Plan plan = plan_weight_grad(on.device, dtype, p);
   const bool split = plan.splits > 1;
   std::vector<int64_t> sizes{num_experts, p.N, p.K}, bias_sizes{num_experts, p.N};
@@ -155,7 +190,8 @@ std::tuple<Tensor, Tensor> grouped_gemm_weight_grad(const Tensor& grad, const Te
   // not needed: rows of dropped slots lie past every expert's end
   CHECK_DEVICE(x);
   if (inverse_permutation) CHECK_SAME_DEVICE(*inverse_permutation, x);
-  return weight_gradient(grad, x, expert_offsets, permutation, top_k, need_bias, false, std::nullopt);
+  return weight_gradient(grad, x, expert_offsets, permutation, top_k, need_bias,
+                         permutation ? Gathered::x : Gathered::none, std::nullopt);
 }
 
 // All before the first launch, under the names of the layer's own arguments.
@@ -232,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
 
   // with `a` at hand its weight is cheaper to put on the narrower gradient
   const bool need_weighted = need_down && memory != "all";
-  Tensor weighted = nothing(), dz = nothing();
+  Tensor weighted = nothing(), dz = nothing(), ordered_grad;
   const bool need_dz = need_x || need_up || need_up_bias;
   if (need_dz || need_weights) {
     GemmTensors t = describe_gemm(grad, down_proj.transpose(1, 2), expert_offsets, std::nullopt, permutation, top_k,
@@ -243,8 +279,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
       t.p.k_inner = false;
       t.p.stride_w_e = t.weight.stride(0), t.p.stride_w = t.weight.stride(2);
     }
-    t.p.act = act.kind, t.p.gated = act.gated;
     const On on(x);
+    const Tensor tokens = t.x;
+    if (copy_if_it_pays(on, dtype, t, permutation, t.p.N)) ordered_grad = t.x;
+    t.p.act = act.kind, t.p.gated = act.gated;
     const int tiles = grad_hidden_tiles(on.device, dtype, t.p);
     if (need_dz) dz = make(kept_z, kept_z.sizes());
     if (need_weighted) weighted = make(x, {S, t.p.N});
@@ -256,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
       dweights = make(weights, weights.sizes());
       const Tensor bias = down_bias ? down_bias->contiguous() : Tensor();
       if (S)
-        topk_weights_grad(on.device, dtype, floats(dots), tiles, data(t.x), t.x.stride(0),
+        topk_weights_grad(on.device, dtype, floats(dots), tiles, data(tokens), tokens.stride(0),
                           down_bias ? data(bias) : nullptr, ints(inverse_permutation), ints(expert_offsets), S, t.p.E,
                           narrow("O", grad.size(1)), t.p.top_k, dweights.mutable_data_ptr<float>());
     }
@@ -269,17 +307,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     const Tensor weighted_grad = weigh(grad, weights, permutation, expert_offsets, {Act::none, false});
     const Tensor columns = need_down ? a : a.narrow(1, 0, 1);
     std::tie(ddown, ddown_bias) = weight_gradient(weighted_grad, columns, expert_offsets, std::nullopt, top_k,
-                                                  need_down_bias, false, std::nullopt);
+                                                  need_down_bias, Gathered::none, std::nullopt);
   } else if (need_down || need_down_bias) {
     const Tensor columns = need_down ? weighted : kept_z.narrow(1, 0, 1);
+    const bool ordered = ordered_grad.defined();
     std::tie(ddown, ddown_bias) =
-        weight_gradient(grad, columns, expert_offsets, permutation, top_k, need_down_bias, true, weights);
+        weight_gradient(ordered ? ordered_grad : grad, columns, expert_offsets, permutation, top_k, need_down_bias,
+                        ordered ? Gathered::none : Gathered::grad, weights);
   }
+  ordered_grad = Tensor();  // room for what follows
   if (!need_down) ddown = nothing();
   if (need_up || need_up_bias) {
     const Tensor columns = need_up ? x : x.narrow(1, 0, 1);
     std::tie(dup, dup_bias) =
-        weight_gradient(dz, columns, expert_offsets, permutation, top_k, need_up_bias, false, std::nullopt);
+        weight_gradient(dz, columns, expert_offsets, permutation, top_k, need_up_bias, Gathered::x, std::nullopt);
   }
   if (!need_up) dup = nothing();
   if (need_x) {

@@ -3,9 +3,9 @@
 //   out[p] = act(x[p] @ weight[e]^T + bias[e])     x (S, K)   weight (E, N, K)   out (S, N)
 //   h[p] = g[p] @ down_proj[e]; dz = w h act'(z); weighted = w act(z); dots = <h, act(z)>      (grad_hidden)
 //
-// With a permutation row p is read from token permutation[p] / top_k, so a gathered copy is never made. Blocks are
-// persistent and take every gridDim-th tile (tiles.h); the product is in tile_math.cuh, what follows it in
-// epilogue.cuh. On Hopper 16-bit operands that TMA can address go to hopper.cu instead. 2 * S * N * K FLOPs.
+// A gathered row p is read from token permutation[p] / top_k where it stands. Blocks are persistent and take every
+// gridDim-th tile (tiles.h); the product is in tile_math.cuh, what follows it in epilogue.cuh. On Hopper 16-bit
+// operands that TMA can address go to hopper.cu instead. 2 * S * N * K FLOPs.
 // Contract: cumo_kernels/ops/grouped_gemm.py. Truth: cumo_kernels/backends/reference/grouped_gemm.py.
 #include "epilogue.cuh"
 #include "hopper.h"
@@ -26,7 +26,7 @@ __device__ __forceinline__ void multiply_expert_rows(const Gemm& p, const Tile& 
     const AlongPiece piece(j);
     // rows past the expert's end are computed from its last row and never stored
     const int row = tile.first_row + piece.outer < tile.end_row ? tile.first_row + piece.outer : tile.end_row - 1;
-    const int source = p.permutation ? p.permutation[row] / p.top_k : row;
+    const int source = p.gathered ? p.permutation[row] / p.top_k : row;
     rows[j] = x + source * p.stride_x;
     const WeightColumn column = weight_column(tile.tile_n, kTileCols, piece.outer, p.N, p.gated);
     inside[j] = column.left > 0;

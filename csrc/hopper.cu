@@ -20,7 +20,7 @@ __device__ __forceinline__ void produce(const TensorMap& map_x, const TensorMap&
                                         int splits, unsigned char* shared, Barrier* full, Barrier* empty) {
   using S = Stages<kCols>;
   const int thread = threadIdx.x;
-  const bool gathers = p.permutation != nullptr;
+  const bool gathers = p.gathered;
   if (!gathers && thread != 0) return;
   TileWalk walk(p.expert_offsets, p.E, tiles_n, kRows, splits);
   Tile tile;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) init_barrier(&free_for[i], kGroup / kWarp);
     for (int i = 0; i < S::kCount; ++i) {
-      init_barrier(&full[i], p.permutation ? 1 + kGroup : 1);
+      init_barrier(&full[i], p.gathered ? 1 + kGroup : 1);
       init_barrier(&empty[i], (kTakeTurns ? 1 : 2) * kGroup / kWarp);
     }
     fence_barriers();
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 static TensorMap describe_x(const Gemm& p) {
   // gathered rows never go through the map, but it must be one
-  const int64_t rows = p.permutation ? 1 : p.S;
+  const int64_t rows = p.gathered ? 1 : p.S;
   return describe(p.x, 3, {p.K, rows, 1}, {1, p.stride_x, p.stride_x * rows}, {kSteps, kRows, 1});
 }
 

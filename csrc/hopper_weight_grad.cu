@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     fewer_registers<56>();
     Turn<Ring::kCount> landed;
     int under_way = 0;
-    const bool gathers_grad = p.permutation && p.gather_grad, gathers_x = p.permutation && !p.gather_grad;
+    const bool gathers_grad = p.gathered == Gathered::grad, gathers_x = p.gathered == Gathered::x;
     for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
       const GradTile<kCols> tile(p.expert_offsets, number, tiles_n, tiles_k, splits, kSteps);
 #pragma unroll 1
@@ -219,8 +219,8 @@ void hopper_weight_grad(const Device& device, Dtype dtype, const WeightGrad& p, 
     using T = std::remove_pointer_t<decltype(type)>;
     const bool wide = plan.splits > 1 ? runs_are_wide<float>(out, p.K) : runs_are_wide<T>(out, p.K);
     launch(device, hopper_weight_grad_kernel<T>, plan.blocks, kThreads, Ring::kShared,
-           map(p.grad, p.N, p.stride_grad, p.permutation && p.gather_grad),
-           map(p.x, p.K, p.stride_x, p.permutation && !p.gather_grad), p, out, bias, plan.tiles_n,
+           map(p.grad, p.N, p.stride_grad, p.gathered == Gathered::grad),
+           map(p.x, p.K, p.stride_x, p.gathered == Gathered::x), p, out, bias, plan.tiles_n,
            plan.tiles_k, plan.splits, wide);
   });
 }

@@ -21,6 +21,7 @@ struct Device {
   int sms;
   int capability;     // 90 is 9.0
   int shared_memory;  // bytes that one block may have
+  int copy_from;      // rows, and columns of the product, from which copies of gathered rows pay
 };
 
 struct Route {
@@ -53,6 +54,7 @@ void sort_by_expert(const Device&, const int* indices, int64_t S, int E, int* to
 // out (width,) = the sum of `count` rows of `parts` (count, width), in their order.
 void sum_parts(const Device&, Dtype, const float* parts, int count, int64_t width, void* out);
 
+// Without `inverse` nothing is known of dropped slots, and their rows are tokens too.
 void permute(const Device&, Dtype, const void* x, int64_t stride_x_t, const int* permutation, const int* inverse,
              int64_t S, int64_t H, int K, void* out);
 // weights (T, K) or null for ones. With parts > 1 rows are fp32 (parts, T * K, H), added up first.
@@ -72,7 +74,8 @@ struct Gemm {
   const void* x;
   const void* weight;
   const int* expert_offsets;  // (E + 1,)
-  const int* permutation;     // (S,), or null: x is in expert order
+  const int* permutation;     // (S,) or null
+  bool gathered;              // row p of x is that of token permutation[p] / top_k
   const void* bias;           // (E, width of the product) or null
   int64_t stride_x, stride_w_e, stride_w;  // rows of x, experts, rows of the weight as stored
   bool k_inner;  // the weight is stored (E, N, K), else (E, K, N)
@@ -91,18 +94,20 @@ Plan plan_gemm(const Device&, Dtype, const Gemm&);
 // out[p] = act(x[row of p] @ weight[e]^T + bias[e]) and pre, its argument; either may be null. A plan with splits gives
 // parts (splits, S, N) in fp32 instead, whose sum is out.
 void grouped_gemm(const Device&, Dtype, const Gemm&, const Plan&, void* out, void* pre, float* parts);
-// h = x[token of p] @ weight[e], weight (E, K, N); dz = w h act'(z), weighted = w act(z), dots = <h, act(z)> by
+// h = x[row of p] @ weight[e], weight (E, K, N); dz = w h act'(z), weighted = w act(z), dots = <h, act(z)> by
 // column tile (S, grad_hidden_tiles); any of the three may be null.
 int grad_hidden_tiles(const Device&, Dtype, const Gemm&);
 void grad_hidden(const Device&, Dtype, const Gemm&, const float* topk_weights, const void* z, void* dz, void* weighted,
                  float* dots);
 
+enum class Gathered { none, grad, x };
+
 struct WeightGrad {
   const void* grad;  // (S, N), or (T, N) when gathered
   const void* x;     // (S, K), or (T, K) when gathered
   const int* expert_offsets;
-  const int* permutation;     // null: nothing is gathered
-  bool gather_grad;           // `permutation` gathers grad, else x
+  const int* permutation;     // (S,) or null
+  Gathered gathered;          // by permutation[p] / top_k
   const float* row_weights;   // (S,) by slot or null: row p counts row_weights[permutation[p]] times in the bias
   int64_t stride_grad, stride_x;
   bool tf32;

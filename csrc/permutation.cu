@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads)
   if (position >= S) return;
   const int64_t first = int64_t{blockIdx.x % chunks * kRuns * kWarp + threadIdx.x % kWarp} * kVec;
   const int slot = permutation[position];
-  const bool kept = inverse[slot] >= 0;
+  const bool kept = inverse == nullptr || inverse[slot] >= 0;
   const T* source = x + (slot / K) * stride_x_t;
   V value[kRuns];  // a dropped slot's token is read too: nobody waits to know
 #pragma unroll

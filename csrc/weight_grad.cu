@@ -38,9 +38,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
             const AcrossPiece<T> piece(j);
             const int row = begin + step * kDepth<T> + piece.k;
             const bool inside = row < end;
-            const int token = inside && p.permutation ? p.permutation[row] / p.top_k : 0;
-            const int grad_row = !inside ? 0 : p.permutation && p.gather_grad ? token : row;
-            const int x_row = !inside ? 0 : p.permutation && !p.gather_grad ? token : row;
+            const int token = inside && p.gathered != Gathered::none ? p.permutation[row] / p.top_k : 0;
+            const int grad_row = !inside ? 0 : p.gathered == Gathered::grad ? token : row;
+            const int x_row = !inside ? 0 : p.gathered == Gathered::x ? token : row;
             const int n = first_n + piece.outer, k = first_k + piece.outer;
             const int at = offset_across(piece.k, piece.outer * sizeof(T), kDepth<T>);
             load_piece(a + at, grad + grad_row * p.stride_grad + n, inside ? p.N - n : 0, wide_grad);

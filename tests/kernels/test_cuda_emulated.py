@@ -43,7 +43,7 @@ def test_kernels_in_emulation(capability, rows, at_least, more):
     }
     for name in (
         "PYTEST_XDIST_WORKER", "CUMO_JIT", "CUMO_BACKEND", "CUMO_BATCH_INVARIANT", "CUMO_EMULATE_SMS",
-        "TRITON_INTERPRET",
+        "CUMO_EMULATE_COPY_FROM", "TRITON_INTERPRET",
     ):  # fmt: skip
         environment.pop(name, None)
     environment |= more

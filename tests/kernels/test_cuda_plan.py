@@ -228,6 +228,36 @@ def test_bias_gradient_beside_several_tiles(kernels):
 
 
 @emulated
+@pytest.mark.parametrize("memory", ["none", "x", "preact", "all"])
+@pytest.mark.parametrize("dropping", [False, True])
+def test_a_copy_in_expert_order_changes_no_bit(module, monkeypatch, memory, dropping):
+    """What Hopper gets in place of gathering when rows are many: the same products of the same numbers."""
+    monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", "90")
+    indices = torch.randint(0, 4 if dropping else 3, (90, 2))
+    routing = cumo_kernels.routing_from_topk(torch.rand(90, 2), indices, 3)
+    order = (routing.topk_weights, routing.permutation, routing.inverse_permutation, routing.expert_offsets)
+    x, grad = torch.randn(90, 32).bfloat16(), torch.randn(90, 24).bfloat16()
+    up, down = torch.randn(3, 80, 32).bfloat16(), torch.randn(3, 24, 40).bfloat16()
+    biases = torch.randn(3, 80).bfloat16(), torch.randn(3, 24).bfloat16()
+
+    def run():
+        arguments = (*order, up, down, *biases)
+        out, z, a = module.expert_mlp(x, *arguments, "swiglu", memory)
+        if memory == "none":
+            return [out]
+        return [out, *module.expert_mlp_backward(grad, x, *arguments, z, a, "swiglu", memory, *(True,) * 6)]
+
+    gathered, before = run(), launches(module, run)
+    monkeypatch.setenv("CUMO_EMULATE_COPY_FROM", "16")
+    copies = {"none": 1, "x": 4, "preact": 3, "all": 3}[memory]
+    assert launches(module, run) == before + copies
+    end = int(routing.expert_offsets[-1])
+    assert end < 180 or not dropping
+    for got, want in zip(run(), gathered, strict=True):
+        assert torch.equal(got, want)
+
+
+@emulated
 def test_batch_invariance(kernels, module, monkeypatch):
     """Forward a row has the same bits alone and among others; without the wish the sum is split."""
     offsets = torch.tensor([0, 200], dtype=torch.int32)
