@@ -13,8 +13,8 @@ from cumo_kernels.hardware import gpu_of
 from cumo_kernels.problems import DTYPES
 
 SWITCHES = (  # environment variables that change which code a case runs
-    "TRITON_INTERPRET", "CUMO_EMULATE", "CUMO_EMULATE_CAPABILITY", "CUMO_EMULATE_SMS", "CUMO_JIT",
-    "CUMO_BATCH_INVARIANT", "PYTORCH_NO_CUDA_MEMORY_CACHING",
+    "TRITON_INTERPRET", "CUMO_EMULATE", "CUMO_EMULATE_CAPABILITY", "CUMO_EMULATE_SMS",
+    "CUMO_EMULATE_COPY_FROM", "CUMO_JIT", "CUMO_BATCH_INVARIANT", "PYTORCH_NO_CUDA_MEMORY_CACHING",
 )  # fmt: skip
 
 

@@ -132,9 +132,12 @@ def _save(ctx, inputs, output):
     _, z, a = output
     ctx.save_for_backward(*tensors, z, a)
     ctx.mark_non_differentiable(z, a)
+    ctx.set_materialize_grads(False)  # else autograd fills zeros of the size of z, which nobody reads
 
 
 def _backward(ctx, grad, _z, _a):
+    if grad is None:
+        return (None,) * 12
     x, topk_weights, permutation, inverse_permutation, expert_offsets, *rest = ctx.saved_tensors
     need_x, need_weights, _, _, _, need_up, need_down, need_up_bias, need_down_bias = ctx.needs_input_grad[:9]
     dx, dweights, dup, dup_bias, ddown, ddown_bias = _expert_mlp_backward(

@@ -80,9 +80,12 @@ def _save(ctx, inputs, output):
     ctx.top_k, ctx.activation, ctx.backend = top_k, activation, backend
     ctx.save_for_backward(x, weight, expert_offsets, permutation, inverse_permutation, pre_activation)
     ctx.mark_non_differentiable(pre_activation)
+    ctx.set_materialize_grads(False)  # else autograd fills zeros of its size, which nobody reads
 
 
 def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 9
     x, weight, expert_offsets, permutation, inverse_permutation, pre_activation = ctx.saved_tensors
     need_x, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     if ctx.activation is not None:
