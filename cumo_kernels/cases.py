@@ -301,6 +301,9 @@ FEW: dict[str, dict] = {
     },
 }  # fmt: skip
 
+# for rehearsals: what an interpreter runs in a second
+TINY: dict[str, dict] = {"tiny": {"T": 9, "H": 32, "I": 32, "O": 48}}
+
 
 def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[str, ...] = OPS):
     """Yields (family, case). Families that an op cannot tell apart give it one case.
@@ -319,8 +322,12 @@ def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[s
                     yield family, case
 
 
-def survey(device: str, few: bool, dtypes: tuple[str, ...], names: tuple[str, ...]) -> list[tuple[str, Case]]:
+def survey(
+    device: str, few: bool, dtypes: tuple[str, ...], names: tuple[str, ...], tiny: bool = False
+) -> list[tuple[str, Case]]:
     """All (family, case) for a device; on a GPU what matters most comes first: aligned sizes, and bf16."""
+    if tiny:
+        return list(all_cases(TINY, dtypes, names))
     if device != "cuda":
         return list(all_cases(FEW if few else FAMILIES, dtypes, names))
     if few:

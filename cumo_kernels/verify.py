@@ -228,6 +228,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--few", action="store_true", help="awkward shapes, and on a GPU aligned ones: not all"
     )
+    parser.add_argument("--tiny", action="store_true", help="one small family: to rehearse")
     parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="random cases until the time is up")
     parser.add_argument("--seed", type=int, default=0, help="of --fuzz")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds; no case begins after them")
@@ -255,7 +256,7 @@ def _survey(
 ) -> list[str]:
     """Every case of the families -> sentences for those that were not checked."""
     dtypes, names = tuple(args.dtype or DTYPES), tuple(args.op or cases.OPS)
-    todo = cases.survey(device, args.few, dtypes, names)
+    todo = cases.survey(device, args.few, dtypes, names, args.tiny)
     begin = time.monotonic()
     if args.workers is not None:
         take = lambda row: note(Result(**row))
@@ -270,7 +271,8 @@ def _survey(
             note(result)
             if result.lost:
                 log(f"the device is lost: the other {len(todo) - i - 1} cases run in a new process")
-                words = ["--device", device, "--begin", str(i + 1), *(["--few"] if args.few else [])]
+                words = ["--device", device, "--begin", str(i + 1)]
+                words += [f"--{name}" for name in ("few", "tiny") if getattr(args, name)]
                 words += [] if left == math.inf else ["--budget", str(left)]
                 for option, values in (("--backend", backends), ("--dtype", dtypes), ("--op", names)):
                     words += [word for value in values for word in (option, value)]
@@ -293,7 +295,12 @@ def _check_options(args: argparse.Namespace, device: str) -> None:
     if args.case_seconds < 0:
         raise ValueError(f"--case-seconds must be at least 0, got {args.case_seconds:g}")
     if args.record:
-        others = [*alone, *(["--few"] if args.few else []), *(["--begin"] if args.begin else [])]
+        others = [
+            *alone,
+            *(["--few"] if args.few else []),
+            *(["--tiny"] if args.tiny else []),
+            *(["--begin"] if args.begin else []),
+        ]
         others += [f"{name}={os.environ[name]}" for name in OTHER_CODE if os.environ.get(name, "0") != "0"]
         if device != "cuda" or others:
             got = others[0] if others else f"--device {device}"

@@ -28,7 +28,7 @@ from cumo_kernels.testing import make_routing
 
 LAYERS = ("clip-batch4", "mixtral-train", "connector-4", "clip-1-crop", "mixtral-decode1")
 REPEATS = 3
-LIMIT = 25.0  # seconds of one layer and backend
+LIMIT = 40.0  # seconds of one layer and backend
 
 
 def ceilings(device: str) -> dict:
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         row = ceilings(args.device) if len(args.one) == 1 else layer(*args.one, args.device)
         print(json.dumps(row), flush=True)
         os._exit(0)  # a device in whatever state is not tidied up
-    layers = LAYERS if args.device == "cuda" else LAYERS[-2:]
+    layers = LAYERS if args.device == "cuda" else LAYERS[-1:]
     jobs = [("ceilings",), *((name, backend) for name in layers for backend in ("triton", "cuda"))]
     broken = 0
     with args.lines.open("a", buffering=1) as file:
