@@ -101,6 +101,23 @@ def test_sorted_rows(backend, device, memory, activation, sizes, monkeypatch):
         assert torch.equal(out, op(*inputs))
 
 
+def test_sorted_gradients_that_no_copy_engine_reads(backend, device):
+    """dH takes rows in the order of the experts through pointers too, bit for bit as it gathers them."""
+    if backend != "triton":
+        pytest.skip("a launcher of Triton's")
+    from cumo_kernels.backends.triton.grad_hidden import launch_grad_hidden
+
+    routing, (_, weights, _, down) = make_case((33, 24, 40, 41, 5, 2), "gelu", False, torch.bfloat16, device)
+    draw = lambda *size: torch.randn(*size, device=device, dtype=torch.bfloat16)
+    grad, z = draw(33, 41), draw(66, 40)
+    plan = (weights, routing.permutation, routing.expert_offsets, down, z, "gelu")
+    wanted = {"need_dz": True, "need_weighted": True, "need_dots": True}
+    gathered = launch_grad_hidden(grad, *plan, **wanted)
+    in_order = grad[routing.permutation.long() // 2]
+    for a, b in zip(gathered, launch_grad_hidden(in_order, *plan, **wanted, is_sorted=True), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("pattern", ["skewed", "empty"])
 def test_bias_gradient_in_parts(backend, device, pattern):
     """Experts whose rows are cut into parts to be added up, beside experts with few or none."""
