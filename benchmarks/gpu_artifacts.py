@@ -37,7 +37,6 @@ import triton
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build as triton_build
 from triton.runtime import cache as triton_cache
-from triton.runtime.jit import JITFunction
 
 from cumo_kernels import cases, codegen, dispatch, hardware, verified
 from cumo_kernels.hardware import Gpu
@@ -405,14 +404,9 @@ def prove(todo: Iterable[Job], gpu: Gpu) -> tuple[int, list[str], list[str]]:
         built.append(name)
         return original(name, *args)
 
-    run = JITFunction.run
-
-    def settled(self, *args, **kwargs):
-        codegen.settle(self)
-        return run(self, *args, **kwargs)
-
     torch.set_num_threads(1)
-    triton.knobs.compilation.listener, triton_build._build, JITFunction.run = listen, build, settled
+    triton.knobs.compilation.listener, triton_build._build = listen, build
+    codegen.settle_keys()
     use_stub()
     with on_the_cpu(), hardware.assume(gpu):
         for job in todo:
