@@ -130,6 +130,7 @@ def test_a_package_above_the_limit_says_what_is_largest(tmp_path):
     assert not (tmp_path / "package").exists()
 
 
+@pytest.mark.slow
 def test_a_settled_key_does_not_depend_on_what_was_asked_for_first():
     keys = {}
     for state in ("settled", "as Triton leaves it"):
