@@ -406,7 +406,6 @@ def prove(todo: Iterable[Job], gpu: Gpu) -> tuple[int, list[str], list[str]]:
 
     torch.set_num_threads(1)
     triton.knobs.compilation.listener, triton_build._build = listen, build
-    codegen.settle_keys()
     use_stub()
     with on_the_cpu(), hardware.assume(gpu):
         for job in todo:

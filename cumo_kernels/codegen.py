@@ -9,9 +9,7 @@ the same specialisation, tile sizes and options as on the GPU. Registers, stack 
 """
 
 import argparse
-import importlib
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -22,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import triton
@@ -220,37 +217,6 @@ def _report(kernel: JITFunction, compiled, gpu: Gpu, constants: dict[str, object
     )
 
 
-def settle_keys() -> None:
-    """Give every kernel the key that it has in every process, by hashing what it calls before itself.
-
-    Triton 3.6 leaves the constants that a called function reads out of the caller's key where it has not
-    hashed that function before: keys depend on which kernel a process asked for first, and so does whether a
-    kernel is found in the cache.
-    """
-    from cumo_kernels.backends import triton as backend
-
-    for found in pkgutil.iter_modules(backend.__path__, f"{backend.__name__}."):
-        module = importlib.import_module(found.name)
-        for kernel in vars(module).values():
-            if isinstance(kernel, JITFunction):
-                _settle(kernel)
-
-
-def _settle(kernel: JITFunction) -> None:
-    if kernel.hash is not None:
-        return
-    names = kernel.fn.__code__.co_names
-    used = [kernel.fn.__globals__.get(name) for name in names]
-    # `tl.sum` stands there as two names, and is such a function too
-    used += [
-        getattr(module, name, None) for module in used if isinstance(module, ModuleType) for name in names
-    ]
-    for called in used:
-        if isinstance(called, JITFunction) and called is not kernel:
-            _settle(called)
-    assert kernel.cache_key
-
-
 def bare(kernel: JITFunction, compiled, gpu: Gpu, constants: dict[str, object]) -> Report:
     """A report of nothing but the name: what `compiling` makes where only the cache is wanted."""
     numbers = dict.fromkeys(("num_warps", "num_stages", "registers", "stack", "shared", "wide"), 0)
@@ -299,7 +265,6 @@ def compiling(
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
-    settle_keys()
     JITFunction.run = compile_only
     driver.set_active(_Driver(gpu))
     try:
