@@ -1,6 +1,7 @@
 """summary.md: what happened, in under 11,000 characters, so that a reply's end holds all of it."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,30 +20,41 @@ def steps(outcomes: Iterable[Outcome]) -> list[str]:
     ]
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> tuple[int, dict[tuple[str, str], list[str]], list[str]]:
+    """Of a file of verify -> its cases, (reason, command) of each that failed, what was not checked."""
     try:
         report = json.loads(path.read_text())
-        return {"results": report["results"], "not_checked": report["not_checked"]}
+        bad = {}
+        for row in report["results"]:
+            if row["failures"]:
+                device = "" if row["device"] == "cuda" else f" --device {row['device']}"
+                command = f"verify --backend {row['backend']}{device} --case '{row['case']}'"
+                bad[row["backend"], row["case"]] = [
+                    f"FAILED {row['backend']}: {_reason(row['failures'][0])}",
+                    f"    {report['switches']}python -m cumo_kernels {command}",
+                ]
+        return len(report["results"]), bad, [str(line) for line in report["not_checked"]]
     except (OSError, ValueError, KeyError, TypeError):
-        return {"results": [], "not_checked": []}
+        return 0, {}, []
+
+
+def _reason(text: str) -> str:
+    """Its beginning, and of the files of a stack the names only."""
+    text = re.sub(r'File "[^"]*?([^/"]+)", line (\d+) in', r"\1:\2", text)
+    return " ".join(text.split())[:REASON]
 
 
 def failures(out: Path) -> list[str]:
     """Every case that failed, once, with its first reason and the command that repeats it."""
     found, lines = {}, []
     for name in ("smoke", "verify"):
-        report = _read(out / f"{name}.json")
-        if report["results"]:
-            bad = [row for row in report["results"] if row["failures"]]
-            lines.append(f"{name}: {len(report['results'])} cases, {len(bad)} failed")
-            found |= {(row["backend"], row["case"]): row["failures"][0] for row in bad}
-        lines += [
-            f"{name}: not checked: {line[:REASON]}" for line in report["not_checked"] if "budget" in line
-        ]
-    for (backend, case), reason in found.items():
-        lines.append(f"FAILED {backend}: {' '.join(reason.split())[:REASON]}")
-        lines.append(f"    python -m cumo_kernels verify --backend {backend} --case '{case}'")
-    return lines
+        number, bad, missing = _read(out / f"{name}.json")
+        if number:
+            lines.append(f"{name}: {number} cases, {len(bad)} failed")
+        found |= bad
+        # the last: what of it this run did not come to
+        lines += [f"{name}: not checked: {_reason(line)}" for line in missing if re.search("case|rest", line)]
+    return [*lines, *(line for pair in found.values() for line in pair)]
 
 
 def _best(rows: list[record.Row], mode: str) -> record.Row | None:
@@ -81,7 +93,7 @@ def times(results: Path, runs: set[str] | None) -> list[str]:
         label = f"{op} {shape} T={tokens}{'' if pattern == 'uniform' else ' ' + pattern}"
         label += "" if dtype == "bf16" else f" {dtype}"
         rival = next((name for name in variants if "grouped_mm" in name), "")
-        for name in sorted(variants, key=lambda name: (not name.startswith("cumo"), name)):
+        for name in sorted(variants, key=lambda name: (not name.startswith("cumo/"), name)):
             roof = forward[name].share_of_floor if forward[name] is not None else None
             cells = (
                 label, name, *show(forward[name]), "-" if roof is None else f"{roof:.0%}",
