@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.gpu.engine import ROOT, Step, find_tool
@@ -219,7 +219,9 @@ def _close(place: Place) -> list[Step]:
 def plan(part: str, place: Place) -> list[Step]:
     """Every step of `part`, in order."""
     middle: dict[str, Callable[[Place], list[Step]]] = {"prove": _prove, "tune": _tune}
-    return [*_prepare(part, place), *middle[part](place), *_close(place)]
+    steps = [*_prepare(part, place), *middle[part](place), *_close(place)]
+    # a CPU that rehearses may be shared
+    return [replace(step, cap=2 * step.cap) for step in steps] if place.rehearses else steps
 
 
 def expected(steps: list[Step], taken: bool) -> float:
