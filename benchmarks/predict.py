@@ -137,7 +137,8 @@ def survey(gpu: Gpu, shapes: Iterable[Shape], dtype: str) -> list[Prediction]:
     log = lambda line: print(line, file=sys.stderr, flush=True)
     with codegen.compiling(gpu) as launched:
         for shape in shapes:
-            layer = problems.layer_problems(family(shape), shape.T, problems.DTYPES[dtype])
+            dtype_ = problems.DTYPES[dtype]
+            layer = problems.layer_problems(family(shape), shape.T, dtype_, gpu.has_tma)
             for gemm, problem in zip(GEMMS, layer, strict=True):
                 launched.clear()
                 problems.launcher(problem, "meta")(None)

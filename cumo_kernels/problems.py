@@ -15,14 +15,19 @@ SHAPES = {  # hidden, intermediate, output size, experts, top_k, gated, numbers 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def layer_problems(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[Problem]:
-    """The six GEMMs of one expert layer: two forward, four backward."""
+def layer_problems(
+    shape: str, num_tokens: int, dtype: torch.dtype, has_tma: bool = True
+) -> Iterator[Problem]:
+    """The six GEMMs of one expert layer: two forward, four backward.
+
+    Of many rows a sorted copy is multiplied where there is a copy engine, else all are gathered.
+    """
     from cumo_kernels.backends.triton.experts import SORT_FROM
 
     hidden, intermediate, output, experts, top_k, gated, _ = SHAPES[shape]
     width = intermediate * (1 + gated)
     rows = tuning.bucket(num_tokens * top_k)
-    gathered = num_tokens * top_k < SORT_FROM
+    gathered = num_tokens * top_k < SORT_FROM or not has_tma
     yield Problem("gemm", dtype, rows, intermediate, hidden, experts, gated, gathered)
     yield Problem("gemm", dtype, rows, output, intermediate, experts, can_split=True)
     yield Problem("grad_hidden", dtype, rows, intermediate, output, experts, gated, gathered)

@@ -99,14 +99,16 @@ def fastest(
     return Entry(problem, replace(best, SPLITS=1), times[best])
 
 
-def chosen(shapes: Iterable[str], dtype: torch.dtype) -> list[Problem]:
+def chosen(shapes: Iterable[str], dtype: torch.dtype, has_tma: bool = True) -> list[Problem]:
     """Every GEMM of the layers, once; the first number of tokens of each shape, then the second."""
     counts = {
         shape: [*ORDER[shape], *(t for t in SHAPES[shape][-1] if t not in ORDER[shape])] for shape in shapes
     }
     longest = max(map(len, counts.values()))
     cases = [(shape, counts[shape][i]) for i in range(longest) for shape in counts if i < len(counts[shape])]
-    return list(dict.fromkeys(p for shape, tokens in cases for p in layer_problems(shape, tokens, dtype)))
+    return list(
+        dict.fromkeys(p for shape, tokens in cases for p in layer_problems(shape, tokens, dtype, has_tma))
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +133,7 @@ def main(args: argparse.Namespace) -> int:
         print("tune: needs a CUDA device, and torch sees none on this machine")
         return 1
     gpu = tuning.gpu_of(torch.device("cuda")) if on_gpu else hardware.INTERPRETER
-    problems = [TINY] if args.few else chosen(args.shape or SHAPES, DTYPES[args.dtype])
+    problems = [TINY] if args.few else chosen(args.shape or SHAPES, DTYPES[args.dtype], gpu.has_tma)
     card = f"{torch.cuda.get_device_name() if on_gpu else 'a CPU'}, torch {torch.__version__}"
     note = f"measured by python -m cumo_kernels tune on {card}"
     stop, kept = time.monotonic() + args.budget, 0

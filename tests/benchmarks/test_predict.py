@@ -83,7 +83,8 @@ def test_committed_predictions_are_of_todays_tiles():
             if line["gemm"] not in predict.GEMMS:
                 continue
             shape, dtype = SHAPES[line["shape"]], problems.DTYPES[line["dtype"]]
-            layer = problems.layer_problems(predict.family(shape), shape.T, dtype)
+            has_tma = hardware.find(line["gpu"]).has_tma
+            layer = problems.layer_problems(predict.family(shape), shape.T, dtype, has_tma)
             problem = dict(zip(predict.GEMMS, layer, strict=True))[line["gemm"]]
             config = tuning.get_config(problem, hardware.find(line["gpu"]))
             tile = f"m{config.BLOCK_M} n{config.BLOCK_N} k{config.BLOCK_K} "

@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 from cumo_kernels import codegen, hardware, problems, tuning
 from cumo_kernels.backends.triton import (
     activation,
+    bias_grad,
     experts,
     grad_hidden,
     grouped_gemm,
@@ -28,7 +29,10 @@ from cumo_kernels.backends.triton import (
 )
 from cumo_kernels.backends.triton.grouped_gemm import launch_gemm
 
-MODULES = (activation, experts, grad_hidden, grouped_gemm, permutation, routing, sorting, tiles, weight_grad)
+MODULES = (
+    activation, bias_grad, experts, grad_hidden, grouped_gemm, permutation, routing, sorting, tiles,
+    weight_grad,
+)  # fmt: skip
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "codegen.md"
 HOPPER = hardware.find("nvidia_h100")
 KERNELS = {

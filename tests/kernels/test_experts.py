@@ -76,17 +76,22 @@ def test_memory_plans_and_patterns(backend, device, dtype, memory, pattern, acti
         assert_as_accurate_as_torch(*op_and_truth(routing, activation, memory), *inputs)
 
 
-@pytest.mark.parametrize("aligned", [True, False], ids=["descriptors", "pointers"])
-@pytest.mark.parametrize("memory", ["x", "preact", "all"])
-@pytest.mark.parametrize("activation", ["quick_gelu", "swiglu"])
-def test_sorted_rows(backend, device, dtype, memory, activation, aligned, monkeypatch):
+@pytest.mark.parametrize(
+    ("memory", "activation", "sizes"),
+    [
+        pytest.param("preact", "quick_gelu", (48, 32, 40), id="preact-descriptors"),
+        pytest.param("x", "swiglu", (48, 32, 40), id="x-gated-descriptors"),
+        pytest.param("all", "quick_gelu", (48, 32, 40), id="all-descriptors"),
+        pytest.param("preact", "swiglu", (47, 32, 41), id="rows-no-copy-engine-reads"),
+    ],
+)
+def test_sorted_rows(backend, device, memory, activation, sizes, monkeypatch):
     """Of many rows a copy in the order of the experts is made before they are multiplied."""
     if backend != "triton":
-        pytest.skip("triton alone makes that copy")
+        pytest.skip("triton alone makes that copy from here; csrc's is tested in test_cuda_plan.py")
     from cumo_kernels.backends.triton import experts
 
-    sizes = (48, 32, 40) if aligned else (47, 32, 41)
-    routing, inputs = make_case((57, *sizes, 5, 2), activation, True, dtype, device, "skewed")
+    routing, inputs = make_case((33, *sizes, 5, 2), activation, True, torch.bfloat16, device, "skewed")
     op, truth = op_and_truth(routing, activation, memory)
     monkeypatch.setattr(experts, "SORT_FROM", 0)
     with use_backend(backend):
@@ -96,10 +101,27 @@ def test_sorted_rows(backend, device, dtype, memory, activation, aligned, monkey
         assert torch.equal(out, op(*inputs))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_bias_gradient_in_parts(backend, device, dtype, pattern):
-    """Experts with hundreds of rows, whose sums are cut into parts, beside experts with none."""
-    routing, inputs = make_case((300, 16, 16, 160, 4, 2), "quick_gelu", True, dtype, device, pattern)
+def test_sorted_gradients_that_no_copy_engine_reads(backend, device):
+    """dH takes rows in the order of the experts through pointers too, bit for bit as it gathers them."""
+    if backend != "triton":
+        pytest.skip("a launcher of Triton's")
+    from cumo_kernels.backends.triton.grad_hidden import launch_grad_hidden
+
+    routing, (_, weights, _, down) = make_case((33, 24, 40, 41, 5, 2), "gelu", False, torch.bfloat16, device)
+    draw = lambda *size: torch.randn(*size, device=device, dtype=torch.bfloat16)
+    grad, z = draw(33, 41), draw(66, 40)
+    plan = (weights, routing.permutation, routing.expert_offsets, down, z, "gelu")
+    wanted = {"need_dz": True, "need_weighted": True, "need_dots": True}
+    gathered = launch_grad_hidden(grad, *plan, **wanted)
+    in_order = grad[routing.permutation.long() // 2]
+    for a, b in zip(gathered, launch_grad_hidden(in_order, *plan, **wanted, is_sorted=True), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("pattern", ["skewed", "empty"])
+def test_bias_gradient_in_parts(backend, device, pattern):
+    """Experts whose rows are cut into parts to be added up, beside experts with few or none."""
+    routing, inputs = make_case((150, 16, 16, 160, 4, 2), "quick_gelu", True, torch.float32, device, pattern)
     with use_backend(backend):
         assert_as_accurate_as_torch(*op_and_truth(routing, "quick_gelu"), *inputs)
 

@@ -90,7 +90,7 @@ def test_what_is_listed_can_run_and_begins_with_the_current_choice(gpu):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for dtype in problems.DTYPES.values():
-            for problem in tune.chosen(problems.SHAPES, dtype):
+            for problem in tune.chosen(problems.SHAPES, dtype, gpu.has_tma):
                 found = list(listed(problem, gpu))
                 assert all(tuning.refuse(config, problem, gpu) is None for config in found)
                 assert found[0] == tuning.get_config(problem, gpu)
