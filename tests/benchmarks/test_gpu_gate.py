@@ -55,7 +55,7 @@ def test_each_step_has_its_verdict_and_last_words(tmp_path):
 
 def hangs(mark: Path) -> str:
     """A program with a child; both outlive their time, and the child would leave a mark then."""
-    child = f"import time; time.sleep(5); open({str(mark)!r}, 'w')"
+    child = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
     return (
         "import subprocess, sys, time\n"
         "print('begun', flush=True)\n"
@@ -68,11 +68,11 @@ def test_a_step_that_hangs_is_ended_with_all_its_processes(tmp_path):
     words = tuple((sys.executable, "-c", hangs(mark) + "time.sleep(100)") for mark in marks[:2])
     begin = time.monotonic()
     both, _ = run(
-        [Step("both", words[0], 3, beside=words[1]), python(hangs(marks[2]), "leaves one behind")], tmp_path
+        [Step("both", words[0], 2, beside=words[1]), python(hangs(marks[2]), "leaves one behind")], tmp_path
     )
     assert both.verdict == "out of time" and both.remark == "begun"
     assert time.monotonic() - begin < 30
-    time.sleep(max(0, 10 - (time.monotonic() - begin)))
+    time.sleep(max(0, 8 - (time.monotonic() - begin)))
     assert not [mark for mark in marks if mark.exists()]
 
 

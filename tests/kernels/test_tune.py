@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cumo_kernels import problems, tune, tuning
+from cumo_kernels.__main__ import main
 from cumo_kernels.candidates import listed
 from cumo_kernels.extension import ROOT
 from cumo_kernels.hardware import GPUS, find
@@ -112,11 +113,10 @@ def test_a_rehearsal_writes_a_file(tmp_path):
     before = {path: path.read_bytes() for path in tuning.CONFIGS.iterdir()}
     words = ["--few", "--device", "cpu", "--workers", "1", "--configs", str(tmp_path / "configs")]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    start = lambda *more: subprocess.run(
-        [sys.executable, "-m", "cumo_kernels", "tune", *words, *more],
+    done = subprocess.run(
+        [sys.executable, "-m", "cumo_kernels", "tune", *words],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    done = start()
     assert done.returncode == 0, done.stdout + done.stderr
     path = tmp_path / "configs" / "interpreter.json"
     assert done.stdout.endswith(f"tune: 1 of 1 GEMMs, written to {path}\n")
@@ -124,5 +124,9 @@ def test_a_rehearsal_writes_a_file(tmp_path):
     assert entry.problem == tune.TINY and math.isfinite(entry.ms)
     assert "a CPU" in json.loads(path.read_text())["note"]
     assert {path: path.read_bytes() for path in tuning.CONFIGS.iterdir()} == before
-    done = start("--budget", "-1")
-    assert done.returncode == 1 and done.stdout == "tune: 0 of 1 GEMMs\n"
+
+
+def test_a_spent_budget_begins_nothing(tmp_path, capsys):
+    words = ["--few", "--device", "cpu", "--budget", "-1", "--configs", str(tmp_path)]
+    assert main(["tune", *words]) == 1
+    assert capsys.readouterr().out == "tune: 0 of 1 GEMMs\n" and not list(tmp_path.iterdir())
