@@ -31,16 +31,17 @@ RIVALS = tuple(row.name for row in dispatch.BACKENDS if row.name != "reference")
 GPUS = {gpu.name for gpu in hardware.GPUS}
 
 
-def entries(rows: Iterable[Row]) -> dict[str, list[dict]]:
-    """GPU -> the entries that `rows` give, in the order of cases."""
+def entries(rows: Iterable[Row], rehearses: bool = False) -> dict[str, list[dict]]:
+    """GPU -> the entries that `rows` give, in the order of cases; to rehearse, of any machine."""
+    timer = "cpu" if rehearses else "eager"
     cases: dict[tuple, dict[str, dict[str, float]]] = {}  # case -> run -> backend -> milliseconds
     for row in rows:
         rival = row.variant.removeprefix("cumo/")
-        if rival not in RIVALS or row.op not in OPS or row.machine not in GPUS:
+        if rival not in RIVALS or row.op not in OPS or not (rehearses or row.machine in GPUS):
             continue
         # a backward alone is nobody's call, a graph is captured where the choice has been made already
         if (
-            row.timer != "eager"
+            row.timer != timer
             or row.mode == "backward"
             or row.pattern != "uniform"
             or row.shape not in SHAPES
@@ -62,11 +63,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.choose", description=__doc__)
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the CSV files")
     parser.add_argument("--out", type=Path, default=measured.PATH)
+    parser.add_argument("--rehearse", action="store_true", help="of a CPU's rows: no choice, only its way")
     args = parser.parse_args(argv)
-    found = entries(record.read(args.results))
+    if args.rehearse and args.out == measured.PATH:
+        parser.error("--rehearse must go with --out: a CPU's times choose nothing")
+    found = entries(record.read(args.results), args.rehearse)
     if not found:
         print(f"choose: {args.results} has no case with {' and '.join(RIVALS)} both timed on a known GPU")
         return 0
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     measured.save(found, args.out)
     for gpu, rows in found.items():
         wins = [min(row["ms"], key=row["ms"].get) for row in rows]

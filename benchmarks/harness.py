@@ -368,7 +368,8 @@ def cases_of(file: ModuleType, device: str, args: argparse.Namespace) -> list[Ca
         cases = list(dict.fromkeys(replace(case, pattern=p) for case in cases for p in args.pattern))
     if args.tiny:
         cases = list(dict.fromkeys(replace(case, shape=tiny(case.shape)) for case in cases))
-    return [replace(case, dtype=dtype) for case in cases for dtype in args.dtype or [case.dtype]]
+    found = [replace(case, dtype=dtype) for case in cases for dtype in args.dtype or [case.dtype]]
+    return list(dict.fromkeys(found))
 
 
 def in_turns(

@@ -96,7 +96,7 @@ def tiny(shape: Shape) -> Shape:
     tokens = min(shape.T, 33)
     return replace(
         shape, T=tokens - tokens % groups or tokens, H=64, I=48, O=64 if shape.O == shape.H else 96,
-        E=min(shape.E, 4), groups=groups if tokens >= groups else 1,
+        E=min(shape.E, 4), K=min(shape.K, 2), groups=groups if tokens >= groups else 1,
     )  # fmt: skip
 
 

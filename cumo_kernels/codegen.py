@@ -246,7 +246,7 @@ def compiling(
             compiled, failure = run(self, *args, grid=grid, warmup=True, **kwargs), None
             if compiled is None:  # a hook of Triton's did not want it
                 return
-            if describe is _report and "ttir" not in compiled.asm:  # unpacked by benchmarks.gpu_artifacts
+            if describe is _report and "ttir" not in compiled.asm:  # unpacked by benchmarks.gpu.artifacts
                 self.device_caches.pop(gpu.name)
                 with triton.knobs.compilation.scope():
                     triton.knobs.compilation.always_compile = True

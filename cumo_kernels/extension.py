@@ -11,6 +11,8 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -163,6 +165,27 @@ def _as_cpp(files: list[Path]) -> list[Path]:
     return found
 
 
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One process at a time compiles in `directory`, whatever became of those before.
+
+    torch has a lock of its own there, a file that stays when its process is killed, and for which others wait
+    for ever. Ours goes with its process, so that whoever has it knows torch's to be nobody's.
+    """
+    import fcntl  # not on Windows, where nothing is compiled on first use
+
+    with (directory / "compiling").open("a") as mine:
+        fcntl.flock(mine, fcntl.LOCK_EX)
+        left = directory / "lock"
+        if left.exists():
+            print(
+                f"cumo_kernels: {left} is of a process that was killed; it is removed, and compiling goes on",
+                file=sys.stderr,
+            )
+            left.unlink()
+        yield
+
+
 def _compile(name: str, files: list[Path], cxx_flags: list[str]) -> ModuleType:
     import torch
     from torch.utils import cpp_extension
@@ -178,11 +201,12 @@ def _compile(name: str, files: list[Path], cxx_flags: list[str]) -> ModuleType:
             print(f"cumo_kernels: {note}", file=sys.stderr)
     elif torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = architecture(torch.cuda.get_device_capability())
-    return cpp_extension.load(
-        name,
-        [str(path) for path in files],
-        extra_cflags=cxx_flags,
-        extra_cuda_cflags=nvcc_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", "")),
-        extra_include_paths=[str(CSRC)],
-        build_directory=str(directory),
-    )
+    with _alone(directory):
+        return cpp_extension.load(
+            name,
+            [str(path) for path in files],
+            extra_cflags=cxx_flags,
+            extra_cuda_cflags=nvcc_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", "")),
+            extra_include_paths=[str(CSRC)],
+            build_directory=str(directory),
+        )

@@ -18,6 +18,11 @@ SWITCHES = (  # environment variables that change which code a case runs
 )  # fmt: skip
 
 
+def switches() -> str:
+    """What stands before a command that repeats a case of this process."""
+    return "".join(f"{name}={os.environ[name]} " for name in SWITCHES if name in os.environ)
+
+
 @dataclass
 class Result:
     """What one case on one backend showed; None where a check does not apply or did not run."""
@@ -39,9 +44,8 @@ class Result:
 
     @property
     def command(self) -> str:
-        switches = "".join(f"{name}={os.environ[name]} " for name in SWITCHES if name in os.environ)
         return (
-            f"{switches}python -m cumo_kernels verify --backend {self.backend} --device {self.device} "
+            f"{switches()}python -m cumo_kernels verify --backend {self.backend} --device {self.device} "
             f"--case '{self.case}'"
         )
 

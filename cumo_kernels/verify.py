@@ -27,7 +27,7 @@ from cumo_kernels.hardware import gpu_of
 from cumo_kernels.problems import DTYPES
 from cumo_kernels.shards import Job, Shards, serve
 from cumo_kernels.testing import Yardstick
-from cumo_kernels.verdicts import Result, record, table
+from cumo_kernels.verdicts import Result, record, switches, table
 
 REPEATS = 3
 EXCUSED = "reference"  # written to be read: it asks the host where experts begin
@@ -361,6 +361,7 @@ def _report(results: list[Result], missing: list[str], begin: float) -> dict:
         "seconds": round(time.monotonic() - begin, 1),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "switches": switches(),
         "failed": sum(bool(result.failures) for result in results),
         "not_checked": missing,
         "results": [asdict(result) for result in results],

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import sys
 import tarfile
 from datetime import UTC, datetime
@@ -26,11 +27,10 @@ def pack(place: Place) -> None:
         "cumo_kernels/measured.json",
         "cumo_kernels/verified.json",
     )
-    base, names = (place.out, ("rehearsed", "configs")) if place.rehearses else (ROOT, names)
     with tarfile.open(part, "w:gz") as tar:
         for name in names:
-            if (base / name).exists():
-                tar.add(base / name, name)
+            if (place.tree / name).exists():
+                tar.add(place.tree / name, name)
     part.replace(place.out / "results.tgz")
 
 
@@ -53,6 +53,8 @@ def _run(part: str, steps: list[Step], place: Place, budget: float, head: str) -
         pack(place)
 
     outcomes = run(steps, budget, place.out / "log.txt", note)
+    if place.rehearses:
+        shutil.rmtree(place.tree, ignore_errors=True)  # results.tgz has it
     print(f"\n{shown}\nin {place.out}")
     missing = unproven(outcomes, steps)
     for o in missing:
@@ -71,6 +73,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", choices=PARTS, default="prove", help="which of the two calls")
     parser.add_argument("--rehearse", action="store_true", help="both parts on a CPU, at tiny sizes")
     parser.add_argument("--only", action="append", help="steps to run, by name; default: all")
+    parser.add_argument(
+        "--case-seconds",
+        type=float,
+        default=Place.case_seconds,
+        help="of one case of smoke",
+    )
     parser.add_argument("--list", action="store_true", help="print both plans and end")
     args = parser.parse_args(argv)
     import torch
@@ -84,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     now = datetime.now(UTC)
     place = Place("cpu" if args.rehearse else "cuda", _folder(args.out, now),
-                  None if args.rehearse else torch.cuda.get_device_capability())  # fmt: skip
+                  None if args.rehearse else torch.cuda.get_device_capability(),
+                  case_seconds=args.case_seconds)  # fmt: skip
     name = "a rehearsal on a CPU: no GPU was measured" if args.rehearse else torch.cuda.get_device_name()
     parts = PARTS if args.rehearse else (args.part,)
     steps = [step for part in parts for step in plan(part, place)]

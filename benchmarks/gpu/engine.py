@@ -20,9 +20,9 @@ class Step:
     command: tuple[str, ...]
     cap: float  # seconds at most; ended with all its processes then
     expected: float = 0.0  # seconds, for --list
-    why_not: Callable[[], str | None] = lambda: (
-        None
-    )  # the reason to skip it, or None; asked when its turn comes
+    # asked when its turn comes: why it cannot run, and why there is nothing left for it to do; or None
+    why_not: Callable[[], str | None] = lambda: None
+    done: Callable[[], str | None] = lambda: None
     environment: dict[str, str] = field(default_factory=dict)
     must_pass: bool = False  # else `main` ends with 1, also if time was missing
     always: bool = False  # runs even when the budget is spent
@@ -60,11 +60,14 @@ def execute(step: Step, seconds: float, log: Path) -> tuple[int | None, str]:
         start = lambda words: subprocess.Popen(
             words, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
         )
+        children, stop, text, running = [], time.monotonic() + seconds, "", True
         try:
-            children = [start(words) for words in (command, step.beside) if words]
+            for words in filter(None, (command, step.beside)):
+                children.append(start(words))
         except OSError as error:
+            for child in children:
+                _end(child)
             return 127, str(error)
-        stop, text, running = time.monotonic() + seconds, "", True
         while running:
             # asked before the last read, so that nothing is missed
             running = any(child.poll() is None for child in children)
@@ -76,6 +79,8 @@ def execute(step: Step, seconds: float, log: Path) -> tuple[int | None, str]:
                     _end(child)
                 return None, last_line(text)
             time.sleep(0.1 if running else 0)
+        for child in children:
+            _end(child)  # what it has left behind
         return next((c.returncode for c in children if c.returncode), 0), last_line(text)
 
 
@@ -97,8 +102,9 @@ def run(
     reserve = sum(step.cap for step in steps if step.always)
     for step in steps:
         left = budget - (time.monotonic() - begin) - (0 if step.always else reserve)
-        reason = step.why_not()
-        if reason is not None:
+        if (reason := step.done()) is not None:
+            outcomes.append(Outcome(step.name, "ok", 0, reason))
+        elif (reason := step.why_not()) is not None:
             outcomes.append(Outcome(step.name, "skipped", 0, reason))
         elif left < LEAST and not step.always:
             outcomes.append(Outcome(step.name, "skipped", 0, "the budget is spent"))

@@ -27,7 +27,8 @@ from cumo_kernels import routing_from_topk, use_backend
 from cumo_kernels.testing import make_routing
 
 LAYERS = ("clip-batch4", "mixtral-train", "connector-4", "clip-1-crop", "mixtral-decode1")
-REPEATS = 3
+REPEATS = {"cuda": 3, "cpu": 1}
+CALLS = {"cuda": 12, "cpu": 2}
 LIMIT = 40.0  # seconds of one layer and backend
 
 
@@ -56,7 +57,7 @@ def profiled(step: Callable[[], object], device: str) -> dict[str, list[float]]:
     flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if on_gpu else None
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as found:
-        for _ in range(REPEATS):
+        for _ in range(REPEATS[device]):
             if flush is not None:
                 flush.zero_()
             step()
@@ -67,14 +68,14 @@ def profiled(step: Callable[[], object], device: str) -> dict[str, list[float]]:
         micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         mine = event.device_type.name == "CUDA" if on_gpu else micros > 0
         if mine and micros and "FillFunctor<signed char>" not in event.key:  # that is the flush
-            rows[event.key[:100]] = [round(micros / REPEATS, 2), round(event.count / REPEATS, 2)]
+            rows[event.key[:100]] = [round(number / REPEATS[device], 2) for number in (micros, event.count)]
     return dict(sorted(rows.items(), key=lambda row: -row[1][0])[:14])
 
 
 def host_us(step: Callable[[], object], device: str) -> float:
     """Median of the host's time for one call; the GPU is idle before."""
     times = []
-    for _ in range(12):
+    for _ in range(CALLS[device]):
         begin = time.perf_counter()
         step()
         times.append(time.perf_counter() - begin)

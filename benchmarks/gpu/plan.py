@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.gpu.engine import ROOT, Step, find_tool
@@ -21,7 +21,7 @@ BUDGET = {"prove": 440.0, "tune": 300.0}
 LAYERS = (
     "clip-batch4", "clip-1-crop", "mixtral-train", "connector-4", "mixtral-decode16", "mixtral-decode1",
 )  # fmt: skip
-TINY = ("clip-1-crop", "mixtral-decode1")  # a rehearsal's: one with biases, one gated
+TINY = ("clip-1-crop", "mixtral-decode1")  # a rehearsal's, the first with biases, the second gated
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Place:
     out: Path
     capability: tuple[int, int] | None = None
     artifacts: Path = ROOT / "build" / "gpu-artifacts"
+    case_seconds: float = 40.0  # of one case of the smoke test
 
     @property
     def rehearses(self) -> bool:
@@ -42,9 +43,13 @@ class Place:
         return min(os.cpu_count() or 1, 2 if self.rehearses else 16)
 
     @property
+    def tree(self) -> Path:
+        """Where benchmarks/results/ and the tables lie; a rehearsal has its own, for its time."""
+        return self.out / "rehearsed" if self.rehearses else ROOT
+
+    @property
     def results(self) -> Path:
-        """CSV files; a rehearsal's never mix with measurements."""
-        return self.out / "rehearsed" if self.rehearses else ROOT / "benchmarks" / "results"
+        return self.tree / "benchmarks" / "results"
 
 
 def no_build() -> str | None:
@@ -77,7 +82,7 @@ def _prepare(part: str, place: Place) -> list[Step]:
     )
     if place.rehearses:
         emulator = "from cumo_kernels import extension; extension.load(); print('the emulator is compiled')"
-        folder = str(place.out / "artifacts")
+        folder = str(place.tree / "artifacts")
         return [
             machine,
             Step("build", (python, "-c", emulator), 240, 5,
@@ -86,9 +91,22 @@ def _prepare(part: str, place: Place) -> list[Step]:
                              "--cache", f"{folder}/made"), 120, 30),
             Step("take", (*artifacts, "try", "--cache", f"{folder}/made", "--folder", folder), 60, 10),
         ]  # fmt: skip
-    built = lambda: "it is there" if _is_built() else no_build()
-    compile_kernels = (*artifacts, "compile", "--gpu", "this", "--workers", cores)
-    taken = lambda: "they were taken" if (place.artifacts / "taken").exists() else None
+    kernels = (*artifacts, "compile", "--gpu", "this", "--workers", cores)
+    beside: list[bool] = []  # whether the extension was built, and Triton's kernels compiled beside it
+
+    def built() -> str | None:
+        if _is_built():
+            return "it is there"
+        beside.append(True)
+        return None
+
+    def compiled() -> str | None:
+        taken = "they were taken" if (place.artifacts / "taken").exists() else None
+        return "beside the build" if beside and no_build() is None else taken
+
+    # the second call has its kernels from the first, or tune compiles what it needs
+    proves = part == "prove"
+    compile_step = [Step("compile", kernels, 60, 0, done=compiled)] if proves else []
     return [
         machine,
         Step(
@@ -96,11 +114,10 @@ def _prepare(part: str, place: Place) -> list[Step]:
             lambda: None if place.artifacts.exists() else "make gpu-artifacts has not made them",
         ),
         Step(
-            "build", (python, "setup.py", "build_ext", "--inplace"), 180, 45, built,
-            build_environment(place.capability), must_pass=True,
-            # of what "take" left out; in the second call tune compiles what it needs
-            beside=compile_kernels if part == "prove" and taken() is None else (),
+            "build", (python, "setup.py", "build_ext", "--inplace"), 180, 45, no_build, built,
+            build_environment(place.capability), must_pass=True, beside=kernels if proves else (),
         ),
+        *compile_step,
     ]  # fmt: skip
 
 
@@ -116,7 +133,7 @@ def _verify(place: Place, name: str, few: bool) -> tuple[str, ...]:
 def _bench(place: Place, *words: str) -> tuple[str, ...]:
     command = (sys.executable, "-m", "benchmarks", "--device", place.device, "--no-report",
                "--results", str(place.results), *words)  # fmt: skip
-    return (*command, "--tiny", "--seconds", "0.05") if place.rehearses else command
+    return (*command, "--tiny", "--dtype", "bf16", "--seconds", "0.05") if place.rehearses else command
 
 
 def _switches(place: Place) -> dict[str, str]:
@@ -132,11 +149,16 @@ def _layers(
     """The expert layer at each size, behind its gate, beside dense cuBLAS, grouped_mm and every peer."""
     words = ("--seconds", seconds, *(w for p in patterns for w in ("--pattern", p)))
     steps = []
-    for shape in TINY if place.rehearses else shapes:
+    for shape in shapes:
         command = _bench(place, "--only", "experts", "--shape", shape, *words)
-        expected = 9 + 8 * len(patterns)
+        expected = 9 + 8 * len(patterns)  # a process and its gates, then each pattern's turns
         steps.append(Step(f"{label} {shape}", command, 60, expected, environment=_switches(place)))
     return steps
+
+
+def _smoke(place: Place) -> Step:
+    words = (*_verify(place, "smoke", few=True), "--case-seconds", f"{place.case_seconds:g}")
+    return Step("smoke", words, 90, 30, environment=_switches(place), must_pass=True)
 
 
 def _prove(place: Place) -> list[Step]:
@@ -155,48 +177,56 @@ def _prove(place: Place) -> list[Step]:
         "--op", "expert_mlp", "--backend", "triton", "--backend", "cuda",
     )  # fmt: skip
     return [
-        Step("smoke", (*_verify(place, "smoke", few=True), "--case-seconds", "40"), 90, 30,
-             environment=switches, must_pass=True),
-        *_layers(place, "layer", LAYERS, ("uniform",), "0.3"),
+        _smoke(place),
+        *_layers(place, "layer", TINY if place.rehearses else LAYERS, ("uniform",), "0.3"),
         Step("kernels", kernels, 75, 35, environment=switches),
         # a budget that cuts it off leaves unrecorded what has not run whole
         Step("verify", (*_verify(place, "verify", few=False), *record), 170, 110,
              environment=switches, must_pass=True, told=15),
         Step("router", _bench(place, "--only", "layer", "--only", "routing", "--only", "permutation",
                               *(("--shape", "clip-1-crop") if place.rehearses else ()), "--seconds", "0.2"),
-             60, 50, environment=switches, told=15),
-        Step("memcheck", memcheck, 60, 45, need, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+             60, 45, environment=switches, told=15),
+        Step("memcheck", memcheck, 60, 45, need, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
     ]  # fmt: skip
 
 
 def _tune(place: Place) -> list[Step]:
     python, switches = sys.executable, _switches(place)
     tune = (python, "-m", "cumo_kernels", "tune")
-    tune += ("--device", "cpu", "--few", "--configs", str(place.out / "configs")) if place.rehearses else ()
+    if place.rehearses:
+        configs = place.tree / "cumo_kernels" / "configs"
+        tune += ("--device", "cpu", "--few", "--workers", "1", "--configs", str(configs))
     return [
-        Step("smoke", (*_verify(place, "smoke", few=True), "--case-seconds", "40"), 90, 30,
-             environment=switches, must_pass=True),
-        Step("tune", tune, 130, 110, environment=switches, told=10),
-        *_layers(place, "tuned layer", LAYERS[:5], ("uniform", "skewed"), "0.3"),
-    ]  # fmt: skip
+        _smoke(place),
+        Step("tune", tune, 90, 80, environment=switches, told=10),
+        *_layers(
+            place, "tuned layer", TINY[1:] if place.rehearses else LAYERS[:4], ("uniform", "skewed"), "0.3"
+        ),
+        # decoding has too few tokens to be skewed
+        *_layers(place, "tuned layer", () if place.rehearses else LAYERS[4:5], ("uniform",), "0.3"),
+    ]
 
 
 def _close(place: Place) -> list[Step]:
     python = sys.executable
-    table = place.out / "measured.json" if place.rehearses else ROOT / "cumo_kernels" / "measured.json"
-    choose = ("--results", str(place.results), "--out", str(table))
-    return [
-        Step("choose", (python, "-m", "benchmarks.choose", *choose), 12, 3, always=True),
-        Step(
-            "report", (python, "-m", "benchmarks.plot", "--results", str(place.results)), 18, 6, always=True
-        ),
-    ]
+    table = place.tree / "cumo_kernels" / "measured.json"
+    choose = (python, "-m", "benchmarks.choose", "--results", str(place.results), "--out", str(table))
+    choose += ("--rehearse",) if place.rehearses else ()
+    report = (python, "-m", "benchmarks.plot", "--results", str(place.results))
+    return [Step("choose", choose, 6, 3, always=True), Step("report", report, 14, 6, always=True)]
 
 
 def plan(part: str, place: Place) -> list[Step]:
     """Every step of `part`, in order."""
     middle: dict[str, Callable[[Place], list[Step]]] = {"prove": _prove, "tune": _tune}
-    return [*_prepare(part, place), *middle[part](place), *_close(place)]
+    steps = [*_prepare(part, place), *middle[part](place), *_close(place)]
+    # a CPU that rehearses may be shared
+    return [replace(step, cap=2 * step.cap) for step in steps] if place.rehearses else steps
+
+
+def expected(steps: list[Step], taken: bool) -> float:
+    """Seconds of a plan, with artefacts that fit the machine or without any."""
+    return sum(step.expected for step in steps if step.name != ("build" if taken else "take"))
 
 
 def listing(part: str, steps: list[Step]) -> str:
@@ -205,5 +235,6 @@ def listing(part: str, steps: list[Step]) -> str:
     for step in steps:
         note = ", required" if step.must_pass else ""
         lines.append(f"  {at:5.0f} s  {step.name}: {step.expected:.0f} s, at most {step.cap:.0f}{note}")
-        at += step.expected
-    return "\n".join([*lines, f"  {at:5.0f} s  end"])
+        at += step.expected * (step.name != "take")
+    taken = expected(steps, taken=True)
+    return "\n".join([*lines, f"  {at:5.0f} s  end; {taken:.0f} s with what make gpu-artifacts made"])

@@ -1,13 +1,15 @@
 """summary.md: what happened, in under 11,000 characters, so that a reply's end holds all of it."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import record
 from benchmarks.gpu.engine import Outcome
 
-MOST = 10_800  # characters; a lent machine's reply shows the last 12,000
+MOST = 10_000  # characters; a lent machine's reply shows the last 12,000, and `main` adds some
+MIDDLE = 2_500  # of them, which the table of times leaves to failures and kernels
 REASON = 150  # characters of a failure's reason
 
 
@@ -18,29 +20,41 @@ def steps(outcomes: Iterable[Outcome]) -> list[str]:
     ]
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> tuple[int, dict[tuple[str, str], list[str]], list[str]]:
+    """Of a file of verify -> its cases, (reason, command) of each that failed, what was not checked."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return {"results": [], "not_checked": []}
+        report = json.loads(path.read_text())
+        bad = {}
+        for row in report["results"]:
+            if row["failures"]:
+                device = "" if row["device"] == "cuda" else f" --device {row['device']}"
+                command = f"verify --backend {row['backend']}{device} --case '{row['case']}'"
+                bad[row["backend"], row["case"]] = [
+                    f"FAILED {row['backend']}: {_reason(row['failures'][0])}",
+                    f"    {report['switches']}python -m cumo_kernels {command}",
+                ]
+        return len(report["results"]), bad, [str(line) for line in report["not_checked"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, {}, []
+
+
+def _reason(text: str) -> str:
+    """Its beginning, and of the files of a stack the names only."""
+    text = re.sub(r'File "[^"]*?([^/"]+)", line (\d+) in', r"\1:\2", text)
+    return " ".join(text.split())[:REASON]
 
 
 def failures(out: Path) -> list[str]:
     """Every case that failed, once, with its first reason and the command that repeats it."""
     found, lines = {}, []
     for name in ("smoke", "verify"):
-        report = _read(out / f"{name}.json")
-        if report["results"]:
-            bad = [row for row in report["results"] if row["failures"]]
-            lines.append(f"{name}: {len(report['results'])} cases, {len(bad)} failed")
-            found |= {(row["backend"], row["case"]): row["failures"][0] for row in bad}
-        lines += [
-            f"{name}: not checked: {line[:REASON]}" for line in report["not_checked"] if "budget" in line
-        ]
-    for (backend, case), reason in found.items():
-        lines.append(f"FAILED {backend}: {' '.join(reason.split())[:REASON]}")
-        lines.append(f"    python -m cumo_kernels verify --backend {backend} --case '{case}'")
-    return lines
+        number, bad, missing = _read(out / f"{name}.json")
+        if number:
+            lines.append(f"{name}: {number} cases, {len(bad)} failed")
+        found |= bad
+        # the last: what of it this run did not come to
+        lines += [f"{name}: not checked: {_reason(line)}" for line in missing if re.search("case|rest", line)]
+    return [*lines, *(line for pair in found.values() for line in pair)]
 
 
 def _best(rows: list[record.Row], mode: str) -> record.Row | None:
@@ -67,7 +81,7 @@ def times(results: Path, runs: set[str] | None) -> list[str]:
             "| case | variant | forward | TF/s | roofline | dense | grouped_mm | both | TF/s | dense |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
-    for (op, shape, tokens, pattern, _), variants in cases.items():
+    for (op, shape, tokens, pattern, dtype), variants in cases.items():
         forward = {name: _best(rows, "forward") for name, rows in variants.items()}
         both = {name: _best(rows, "both") for name, rows in variants.items()}
 
@@ -77,8 +91,9 @@ def times(results: Path, runs: set[str] | None) -> list[str]:
 
         show = lambda row: ("-", "-") if row is None else (f"{row.ms_p50:.4g}", f"{row.tflops or 0:.0f}")
         label = f"{op} {shape} T={tokens}{'' if pattern == 'uniform' else ' ' + pattern}"
+        label += "" if dtype == "bf16" else f" {dtype}"
         rival = next((name for name in variants if "grouped_mm" in name), "")
-        for name in sorted(variants, key=lambda name: (not name.startswith("cumo"), name)):
+        for name in sorted(variants, key=lambda name: (not name.startswith("cumo/"), name)):
             roof = forward[name].share_of_floor if forward[name] is not None else None
             cells = (
                 label, name, *show(forward[name]), "-" if roof is None else f"{roof:.0%}",
@@ -93,34 +108,51 @@ def times(results: Path, runs: set[str] | None) -> list[str]:
 def kernels(out: Path) -> list[str]:
     """The ceilings, and the longest kernels of each layer with backward."""
     path, lines = out / "kernels.jsonl", []
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for row in rows:
-        if row["kind"] == "ceilings":
-            lines.append(f"ceilings: {row['tflops']:.0f} TF/s bf16 product, {row['gb_per_s']:.0f} GB/s copy")
-        elif row["kind"] == "broken":
-            lines.append(f"kernels BROKEN {row['job']}: {row['why'][-REASON:]}")
-        else:
-            top = ", ".join(f"{_short(name)} {us[0]:.0f}" for name, us in list(row["us"]["both"].items())[:5])
-            host = "/".join(f"{row['host_us'][mode]:.0f}" for mode in ("forward", "both"))
-            lines.append(f"us of {row['layer']} {row['backend']}: {top}; host {host}")
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            lines.append(_kernels(json.loads(line)))
+        except (ValueError, KeyError, TypeError):
+            lines.append(f"kernels: a damaged line: {line[:40]}")
     return lines
+
+
+def _kernels(row: dict) -> str:
+    if row["kind"] == "ceilings":
+        return f"ceilings: {row['tflops']:.0f} TF/s bf16 product, {row['gb_per_s']:.0f} GB/s copy"
+    if row["kind"] == "broken":
+        return f"kernels BROKEN {row['job']}: {' '.join(row['why'].split())[-REASON:]}"
+    top = ", ".join(f"{_short(name)} {us[0]:.0f}" for name, us in list(row["us"]["both"].items())[:5])
+    host = "/".join(f"{row['host_us'][mode]:.0f}" for mode in ("forward", "both"))
+    return f"us of {row['layer']} {row['backend']}: {top}; host {host}"
 
 
 def _short(name: str) -> str:
     return name.removeprefix("void ").removeprefix("cumo::").split("(")[0].split("<")[0][-28:]
 
 
+def _cut(lines: list[str], room: int) -> list[str]:
+    """As many of `lines` as fit into `room` characters, and how many do not."""
+    if sum(len(line) + 1 for line in lines) <= room:
+        return lines
+    kept = []
+    for line in lines:
+        room -= len(line) + 1
+        if room < 60:  # of the last words
+            break
+        kept.append(line)
+    return [*kept, f"... {len(lines) - len(kept)} more lines are in summary.md ..."]
+
+
 def write(head: str, outcomes: list[Outcome], out: Path, results: Path, runs: set[str] | None) -> str:
-    """summary.md, written anew in one move -> its text; what is too long loses its middle, and says so."""
-    parts = [head, "", *steps(outcomes), "", *failures(out), *kernels(out), *times(results, runs)]
-    text = "\n".join(parts) + "\n"
-    shown = text
-    if len(text) > MOST:
-        half = MOST // 2 - 40
-        shown = (
-            f"{text[:half]}\n... {len(text) - 2 * half} characters are in summary.md only ...\n{text[-half:]}"
-        )
+    """summary.md, written anew in one move -> what to print of it: steps, times, what else fits."""
+    top, wrong, table = [head, "", *steps(outcomes), ""], failures(out), times(results, runs)
+    lines = kernels(out)
     part = out / ".summary.md.part"
-    part.write_text(text)
+    part.write_text("\n".join([*top, *wrong, *lines, *table]) + "\n")
     part.replace(out / "summary.md")
-    return shown
+    size = lambda lines: sum(len(line) + 1 for line in lines)
+    table = _cut(table, MOST - MIDDLE - size(top))
+    room = MOST - size(top) - size(table)
+    # failures first, but a line or two of kernels stay: the machine's ceilings
+    lines = _cut(lines, max(room - size(wrong), min(room // 3, size(lines))))
+    return "\n".join([*top, *_cut(wrong, room - size(lines)), *lines, *table]) + "\n"

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu_artifacts as artifacts
+from benchmarks.gpu import artifacts as artifacts
 from cumo_kernels import hardware, verified
 
 ROOT = Path(__file__).parents[2]

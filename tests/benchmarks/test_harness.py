@@ -1,5 +1,6 @@
 """The harness: no timing without a green gate, honest rows, pictures from files alone."""
 
+import argparse
 import csv
 import importlib.util
 import shutil
@@ -29,6 +30,7 @@ from benchmarks import (
     timing,
 )
 from benchmarks.__main__ import FILES, load
+from benchmarks.__main__ import main as bench
 from benchmarks.harness import Case, Workload
 from benchmarks.shapes import SHAPES, Shape
 from cumo_kernels import dispatch
@@ -418,3 +420,58 @@ def test_bench_without_a_checkout_says_so(capfd, monkeypatch, tmp_path):
     monkeypatch.setattr("cumo_kernels.__main__.ROOT", tmp_path)
     assert front_door(["bench"]) == 1
     assert "part of a checkout" in capfd.readouterr().out
+
+
+def asked(tmp_path, *words) -> list[record.Row]:
+    """Rows of `python -m benchmarks --only experts`, which a rehearsal of make gpu runs."""
+    fixed = [
+        "--only",
+        "experts",
+        "--device",
+        "cpu",
+        "--backend",
+        "reference",
+        "--no-report",
+        "--seconds",
+        "0",
+    ]
+    assert bench([*fixed, "--results", str(tmp_path), *words]) == 0
+    return record.read(tmp_path)
+
+
+def test_tiny_cuts_every_shape_that_is_timed(tmp_path, monkeypatch):
+    seen = []
+    setup = bench_experts.setup
+    monkeypatch.setattr(
+        bench_experts, "setup", lambda shape, *rest: (seen.append(shape), setup(shape, *rest))[1]
+    )
+    rows = asked(tmp_path, "--tiny", "--shape", "mixtral-train", "--shape", "clip-1-crop", "--dtype", "bf16")
+    small = {name: shapes.tiny(SHAPES[name]) for name in ("mixtral-train", "clip-1-crop")}
+    assert seen and set(seen) == set(small.values())
+    assert {(row.shape, row.tokens, row.sizes, row.dtype) for row in rows} == {
+        (name, shape.T, shape.sizes, "bf16") for name, shape in small.items()
+    }
+    # a case that was asked for once is measured once
+    assert len({row.variant for row in rows if row.shape == "clip-1-crop" and row.mode == "both"}) == len(
+        [row for row in rows if row.shape == "clip-1-crop" and row.mode == "both"]
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=lambda shape: shape.name)
+def test_a_tiny_shape_is_its_shape_but_small(shape):
+    small = shapes.tiny(shape)
+    assert small.gemm_flops < 1e8 and small.T <= 33 and small.T % small.groups == 0 and small.K <= small.E
+    assert (small.name, small.activation, small.bias) == (shape.name, shape.activation, shape.bias)
+    assert (small.O == small.H) == (shape.O == shape.H)
+
+
+def test_a_pattern_replaces_those_of_the_cases(tmp_path):
+    words = ["--tiny", "--shape", "mixtral-decode16", "--pattern", "skewed", "--pattern", "one_expert"]
+    rows = asked(tmp_path, *words)
+    assert {row.pattern for row in rows} == {"skewed", "one_expert"}
+    (file,) = [file for file in map(load, FILES) if file.OP == "expert_mlp"]
+    parser = argparse.ArgumentParser()
+    harness.add_arguments(parser)
+    args = parser.parse_args(["--shape", "clip-batch4", "--pattern", "uniform", "--dtype", "bf16"])
+    case = Case(SHAPES["clip-batch4"], "bf16", "uniform")
+    assert harness.cases_of(file, "cuda", args) == [case]  # as make gpu asks

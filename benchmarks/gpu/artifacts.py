@@ -1,10 +1,10 @@
 """What a GPU's machine need not make again: every kernel of the gate compiled, and `_C`, in one package.
 
-    python -m benchmarks.gpu_artifacts build                            here: all, into build/gpu-artifacts/
-    python -m benchmarks.gpu_artifacts take                             there: to where it is looked for
-    python -m benchmarks.gpu_artifacts compile --gpu this --workers 16  there: what was not taken
-    python -m benchmarks.gpu_artifacts prove                            launches all, a stub for a driver
-    python -m benchmarks.gpu_artifacts try --cache DIR --folder DIR     packs, takes, proves a handful
+    python -m benchmarks.gpu.artifacts build                            here: all, into build/gpu-artifacts/
+    python -m benchmarks.gpu.artifacts take                             there: to where it is looked for
+    python -m benchmarks.gpu.artifacts compile --gpu this --workers 16  there: what was not taken
+    python -m benchmarks.gpu.artifacts prove                            launches all, a stub for a driver
+    python -m benchmarks.gpu.artifacts try --cache DIR --folder DIR     packs, takes, proves a handful
 
 Launches are those of verify's cases and of CuMo's layers, made by the same code on CPU tensors: a kernel's
 cache key holds dtypes, alignments and constants, not the device. Whatever the key misses, Triton compiles at
@@ -424,7 +424,7 @@ def rehearse(cache: Path, folder: Path, gpu: Gpu) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_artifacts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.artifacts", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     about = {
         "build": "the extension and every kernel, packed",

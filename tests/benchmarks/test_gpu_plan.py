@@ -1,0 +1,176 @@
+"""The plans of make gpu: they fit their budgets, a rehearsal has every step, commands are understood."""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import re
+import sys
+
+import pytest
+
+from benchmarks.gpu import __main__ as gate
+from benchmarks.gpu import engine, kernels, plan
+from benchmarks.gpu.engine import ROOT
+from benchmarks.gpu.plan import BUDGET, PARTS, Place
+from benchmarks.shapes import SHAPES
+
+# the sizes of a rehearsal stand for all of them
+TINY = {
+    **{f"layer {shape}": "layer clip-1-crop" for shape in plan.LAYERS},
+    **{f"tuned layer {shape}": "tuned layer mixtral-decode1" for shape in plan.LAYERS},
+}
+
+
+@pytest.fixture
+def steps(tmp_path):
+    """steps(part, device) -> name -> Step"""
+    return lambda part, device="cuda": {
+        step.name: step
+        for step in plan.plan(part, Place(device, tmp_path, (9, 0) if device == "cuda" else None))
+    }
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_expected_fits_the_budget(part, steps):
+    found = list(steps(part).values())
+    # steps that run always have their time put by, whether or not they take it
+    closing = sum(step.cap - step.expected for step in found if step.always)
+    for taken in (False, True):
+        seconds = plan.expected(found, taken)
+        assert 0.5 * BUDGET[part] < seconds + closing <= BUDGET[part], (part, taken)
+    assert all(step.expected <= step.cap for step in found)
+    assert (
+        sum(BUDGET.values()) <= 13 * 60
+    )  # of fifteen minutes, two of which a machine takes to begin and end
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_rehearsal_has_every_step(part, steps):
+    real, rehearsed = steps(part), steps(part, "cpu")
+    assert {TINY.get(name, name) for name in real} <= set(rehearsed)
+    # the second call rehearses nothing that the first does not have to compile for it
+    assert set(rehearsed) - {TINY.get(name, name) for name in real} <= {"compile", "layer mixtral-decode1"}
+    for name, step in real.items():
+        twin = rehearsed[TINY.get(name, name)]
+        assert (twin.must_pass, twin.always, twin.told) == (step.must_pass, step.always, step.told)
+        if name not in ("take", "build", "compile"):  # there artefacts are taken twice, g++ stands for nvcc
+            assert program(twin.command) == program(step.command)
+
+
+def program(command: tuple[str, ...]) -> tuple[str, ...]:
+    """The module and the subcommand that are run, whatever watches them."""
+    module = command[command.index("-m") + 1 :]
+    return module[:2] if module[0] == "cumo_kernels" else module[:1]
+
+
+class Understood(Exception):
+    pass
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("part", PARTS)
+def test_every_command_is_understood(part, device, steps, monkeypatch):
+    plain = argparse.ArgumentParser.parse_args
+
+    def parse(self, words=None, namespace=None):
+        plain(self, words, namespace)
+        raise Understood
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    for step in steps(part, device).values():
+        assert step.command[0] == sys.executable or step.name == "memcheck"
+        for command in filter(None, (step.words(60), step.beside)):
+            if "-m" not in command:
+                assert command[1] == "-c" or (ROOT / command[1]).exists()
+                continue
+            module, *words = command[command.index("-m") + 1 :]
+            if importlib.util.find_spec(module) is None:
+                assert module == "benchmarks.gpu.artifacts"  # to be built
+                continue
+            if importlib.util.find_spec(f"{module}.__main__" if module.count(".") < 1 else module):
+                module = f"{module}.__main__" if module.count(".") < 1 else module
+            monkeypatch.setattr(sys, "argv", [module, *words])
+            with pytest.raises(Understood):
+                main = importlib.import_module(module).main
+                main(words) if main.__code__.co_argcount else main()
+
+
+def test_layers_and_shapes_are_those_of_the_benchmarks(steps):
+    assert set(plan.LAYERS) | set(plan.TINY) | set(kernels.LAYERS) <= set(SHAPES)
+    for part in PARTS:
+        for name, step in steps(part).items():
+            if "layer " in name:
+                assert step.command[step.command.index("--shape") + 1] == name.split()[-1]
+
+
+def test_the_extension_is_built_for_this_gpu_or_the_step_fails(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0;12.0+PTX")  # a container's
+    build = lambda capability: next(
+        step for step in plan.plan("prove", Place("cuda", tmp_path, capability)) if step.name == "build"
+    )
+    assert build((9, 0)).environment == {"CUMO_BUILD": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    assert build((10, 0)).environment["TORCH_CUDA_ARCH_LIST"] == "10.0"
+    assert build((9, 0)).must_pass
+    # what a step says goes before what the container says
+    step = engine.Step(
+        "look", (sys.executable, "-c", "import os; print(os.environ['TORCH_CUDA_ARCH_LIST'])"), 9
+    )
+    (outcome,) = engine.run(
+        [engine.Step(**{**vars(step), "environment": build((9, 0)).environment})],
+        60, tmp_path / "log.txt", lambda outcomes: None,
+    )  # fmt: skip
+    assert outcome.remark == "9.0a"
+
+
+@pytest.mark.parametrize("case", ["built", "taken", "nothing", "no compiler"])
+def test_what_is_there_is_not_built_again(case, tmp_path, monkeypatch):
+    """In the order in which the engine asks; a required step that has nothing to do has passed."""
+    place = Place("cuda", tmp_path, (9, 0), artifacts=tmp_path / "artifacts")
+    found = {step.name: step for step in plan.plan("prove", place)}
+    monkeypatch.setattr(plan, "_is_built", lambda: case in ("built", "taken"))
+    monkeypatch.setattr(plan, "find_tool", lambda name: None if case == "no compiler" else name)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert found["take"].why_not() == "make gpu-artifacts has not made them"
+    if case == "taken":
+        place.artifacts.mkdir()
+        (place.artifacts / "taken").touch()
+        assert found["take"].why_not() is None
+    said = [
+        question() for name in ("build", "compile") for question in (found[name].done, found[name].why_not)
+    ]
+    assert said[0] == ("it is there" if case in ("built", "taken") else None)
+    no_nvcc = "no nvcc on PATH, in /usr/local/cuda or under CUDA_HOME"
+    assert said[1] == (no_nvcc if case == "no compiler" else None)
+    assert said[2] == {"taken": "they were taken", "nothing": "beside the build"}.get(case)
+    assert found["build"].beside == found["compile"].command
+
+
+def test_a_missing_tool_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(engine.Path, "glob", lambda self, pattern: iter(()))
+    (memcheck,) = (s for s in plan.plan("prove", Place("cuda", tmp_path, (9, 0))) if s.name == "memcheck")
+    (outcome,) = engine.run([memcheck], 60, tmp_path / "log.txt", lambda outcomes: None)
+    assert (outcome.verdict, outcome.remark) == ("skipped", "compute-sanitizer is not installed")
+
+
+def test_both_plans_are_printed(capsys):
+    assert gate.main(["--list"]) == 0
+    text = capsys.readouterr().out
+    for part in PARTS:
+        assert f"part {part}, {BUDGET[part]:.0f} s:" in text
+    assert text.count(" s  smoke: 30 s, at most 90, required") == 2
+    assert len(re.findall(r"s  end; \d+ s with what make gpu-artifacts made", text)) == 2
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_files_lie_flat_and_are_few(part, steps, tmp_path):
+    """Of the folder at most eight files come back from a lent machine."""
+    written = {"summary.md", "log.txt", "results.tgz"}
+    for step in steps(part).values():
+        for word in step.command:
+            if word.startswith(str(tmp_path)):
+                name = os.path.relpath(word, tmp_path)
+                assert os.sep not in name
+                written.add(name)
+    assert len(written) <= 8 and written >= {"smoke.json"}
