@@ -260,7 +260,7 @@ def compiling(
             known[key].failure = failure[-1]
         elif is_new:
             known[key] = describe(self, compiled, gpu, constants)
-            known[key].gathers = kwargs.get("permutation_ptr") is not None
+            known[key].gathers = kwargs.get("permutation_ptr") is not None and not kwargs.get("SORTED")
         launched.append((known[key], is_new))
 
     if triton.knobs.runtime.interpret:
