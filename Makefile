@@ -4,6 +4,7 @@
 #                   make gpu does so by itself where there is no .venv and torch, triton, transformers, pytest are
 #   BUDGET=SECONDS  what make gpu may take, instead of what its parts have
 #   WORKERS=N       test processes, one torch thread each
+#   VENV_GPU=DIR    environment of make gpu-artifacts: with the Python, torch and triton of the GPU's machine
 
 PYTHON ?= python3
 # a machine that measures often carries what `make gpu` needs, and cannot download
@@ -14,13 +15,14 @@ VENV ?= system
 endif
 endif
 VENV ?= .venv
+VENV_GPU ?= .venv-gpu
 WORKERS ?= 2
 ARGS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench peers gpu clean
+.PHONY: help setup demo test lint format bench peers gpu gpu-artifacts clean
 .DEFAULT_GOAL := help
 
 ifeq ($(VENV),system)
@@ -52,6 +54,7 @@ help:
 	@echo "make peers    fetch other implementations to compare with, for make bench on a GPU"
 	@echo "make gpu      prove and measure on this machine's CUDA device, 440 seconds    (ARGS=\"--part tune\": then tune, 300;"
 	@echo "              ARGS=--rehearse: all of it on a CPU)"
+	@echo "make gpu-artifacts PYTHON=python3.12   what make gpu would compile there, built here for its Python and sm_90a"
 	@echo "make setup    only the virtual environment $(VENV)"
 	@echo "make clean    remove what was built; the virtual environment stays"
 
@@ -96,6 +99,15 @@ peers: $(INSTALLED)
 # it builds the extension itself, as one of its steps
 gpu: $(INSTALLED)
 	@$(if $(BUDGET),BUDGET=$(BUDGET) )$(PY) -m benchmarks.gpu $(ARGS)
+
+# the environment is made once and not looked at again; what did not change since is not compiled again
+gpu-artifacts: PY := $(VENV_GPU)/bin/python
+gpu-artifacts: LOG := $(VENV_GPU)/setup.log
+gpu-artifacts:
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV_GPU)
+	@$(PY) -c 'import torch, triton, ninja, numpy, setuptools' 2>/dev/null || { \
+	  echo "setup: $(VENV_GPU); the first time brings about 3 GB"; $(call install,torch numpy ninja setuptools wheel); }
+	@PATH="$(abspath $(VENV_GPU))/bin:$$PATH" $(PY) -m benchmarks.gpu.artifacts build $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis cumo_kernels/_C*.so

@@ -217,11 +217,22 @@ def _report(kernel: JITFunction, compiled, gpu: Gpu, constants: dict[str, object
     )
 
 
+def bare(kernel: JITFunction, compiled, gpu: Gpu, constants: dict[str, object]) -> Report:
+    """A report of nothing but the name: what `compiling` makes where only the cache is wanted."""
+    numbers = dict.fromkeys(("num_warps", "num_stages", "registers", "stack", "shared", "wide"), 0)
+    return Report(
+        kernel.fn.__name__, gpu, "-", constants, **numbers, opcodes={}, has_dot=False, has_loop_dot=False
+    )
+
+
 @contextmanager
-def compiling(gpu: Gpu, wanted: Callable[[str], bool] = bool) -> Iterator[list[tuple[Report, bool]]]:
+def compiling(
+    gpu: Gpu, wanted: Callable[[str], bool] = bool, describe: Callable[..., Report] = _report
+) -> Iterator[list[tuple[Report, bool]]]:
     """Inside, launches compile for `gpu` instead of running; each adds its report, and whether it is new.
 
-    Only kernels whose name `wanted` accepts are compiled.
+    Only kernels whose name `wanted` accepts are compiled. `describe` makes the report: the default
+    disassembles, which takes nearly as long as compiling; `bare` does not.
     """
     launched: list[tuple[Report, bool]] = []
     known: dict[str, Report] = {}
@@ -233,18 +244,22 @@ def compiling(gpu: Gpu, wanted: Callable[[str], bool] = bool) -> Iterator[list[t
         constants = {name: value for name, value in kwargs.items() if name.isupper()}
         try:
             compiled, failure = run(self, *args, grid=grid, warmup=True, **kwargs), None
+            if compiled is None:  # a hook of Triton's did not want it
+                return
+            if describe is _report and "ttir" not in compiled.asm:  # unpacked by benchmarks.gpu.artifacts
+                self.device_caches.pop(gpu.name)
+                with triton.knobs.compilation.scope():
+                    triton.knobs.compilation.always_compile = True
+                    compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
         except Exception as error:
             compiled, failure = None, str(error).strip().splitlines() or [repr(error)]
         key = f"{self.fn.__name__} {constants}" if failure else compiled.hash
         is_new = key not in known
         if is_new and failure:
-            numbers = dict.fromkeys(("num_warps", "num_stages", "registers", "stack", "shared", "wide"), 0)
-            known[key] = Report(
-                self.fn.__name__, gpu, "-", constants, **numbers, opcodes={}, has_dot=False,
-                has_loop_dot=False, failure=failure[-1],
-            )  # fmt: skip
+            known[key] = bare(self, None, gpu, constants)
+            known[key].failure = failure[-1]
         elif is_new:
-            known[key] = _report(self, compiled, gpu, constants)
+            known[key] = describe(self, compiled, gpu, constants)
             known[key].gathers = kwargs.get("permutation_ptr") is not None
         launched.append((known[key], is_new))
 
@@ -337,15 +352,17 @@ def survey(
     dtypes: Iterable[str],
     tokens: Callable[[str, str], Iterable[int]] = _tokens,
     wanted: Callable[[str], bool] = bool,
+    describe: Callable[..., Report] = _report,
 ) -> list[Report]:
     """Every kernel that layers of these shapes launch on `gpu`, each compiled once.
 
     Args:
         tokens: (shape, dtype) -> the numbers of tokens to ask for.
         wanted: whether to compile the kernel of this name.
+        describe: as for `compiling`.
     """
     found: list[Report] = []
-    with compiling(gpu, wanted) as launched:
+    with compiling(gpu, wanted, describe) as launched:
         for shape in shapes:
             for dtype in dtypes:
                 for num_tokens in tokens(shape, dtype):
@@ -361,13 +378,14 @@ def survey(
     return found
 
 
-def _gpu(name: str) -> Gpu:
+def gpu_named(name: str) -> Gpu:
     return hardware.gpu_of(torch.device("cuda")) if name == "this" else hardware.find(name)
 
 
 def _fill(gpu: str, shape: str, dtype: str, num_tokens: int, kernel: str) -> tuple[int, int]:
     """One worker's share of `fill_cache` -> kernels compiled, and how many of them could not be."""
-    reports = survey(_gpu(gpu), [shape], [dtype], lambda *_: (num_tokens,), lambda name: kernel in name)
+    wanted = lambda name: kernel in name
+    reports = survey(gpu_named(gpu), [shape], [dtype], lambda *_: (num_tokens,), wanted, bare)
     return len(reports), sum(report.failure is not None for report in reports)
 
 
@@ -420,7 +438,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(fill_cache(args.gpu, args.shape, args.dtype, args.kernel, args.workers) > 0)
     reports = []
     for name in args.gpu:
-        gpu = _gpu(name)
+        gpu = gpu_named(name)
         reports += survey(gpu, args.shape, args.dtype, wanted=lambda kernel: args.kernel in kernel)
     bad = [r for r in reports if r.problems]
     text = HEAD.format(triton.__version__, torch.__version__, len(reports), len(bad)) + table(reports) + "\n"

@@ -6,19 +6,46 @@ keeps for each kind of call (`planned`); a `Launch` in it remembers what Triton 
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
+from types import ModuleType
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cumo_kernels import tuning
 
 
+def settle(kernel: JITFunction) -> None:
+    """Give `kernel` the cache key that it has in every process, by hashing what it calls before itself.
+
+    Triton 3.6 leaves the constants that a called function reads out of the caller's key where it has not
+    hashed that function before: keys depend on which kernel a process launches first, and so does whether a
+    kernel is found in the cache.
+    """
+    if kernel.hash is not None:
+        return
+    names = kernel.fn.__code__.co_names
+    used = [kernel.fn.__globals__.get(name) for name in names]
+    # `tl.sum` stands there as two names, and is such a function too
+    used += [
+        getattr(module, name, None) for module in used if isinstance(module, ModuleType) for name in names
+    ]
+    for called in used:
+        if isinstance(called, JITFunction) and called is not kernel:
+            settle(called)
+    assert kernel.cache_key
+
+
 def planned(function: Callable) -> Callable:
     """Decorator for pure functions of what decides a launch's constants; the device is one of the arguments.
 
-    What `Launch` sees for itself (dtypes of tensors, which are None) is none of them.
+    What `Launch` sees for itself (dtypes of tensors, which are None) is none of them. The kernels above
+    `function` in its module are settled here: an argument that is one is hashed before anything is launched.
     """
+    for kernel in list(function.__globals__.values()):
+        if isinstance(kernel, JITFunction):
+            settle(kernel)
     remembering = lru_cache(4096)(function)
     tuning.CACHES.append(remembering)
     return remembering

@@ -1,0 +1,493 @@
+"""What a GPU's machine need not make again: every kernel of the gate compiled, and `_C`, in one package.
+
+    python -m benchmarks.gpu.artifacts build                            here: all, into build/gpu-artifacts/
+    python -m benchmarks.gpu.artifacts take                             there: to where it is looked for
+    python -m benchmarks.gpu.artifacts compile --gpu this --workers 16  there: what was not taken
+    python -m benchmarks.gpu.artifacts prove                            launches all, a stub for a driver
+    python -m benchmarks.gpu.artifacts try --cache DIR --folder DIR     packs, takes, proves a handful
+
+Launches are those of verify's cases and of CuMo's layers, made by the same code on CPU tensors: a kernel's
+cache key holds dtypes, alignments and constants, not the device. Whatever the key misses, Triton compiles at
+the first launch, so a stale or incomplete package costs time and never a wrong result.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.nvidia import driver as nvidia
+from triton.runtime import build as triton_build
+from triton.runtime import cache as triton_cache
+
+from cumo_kernels import cases, codegen, dispatch, hardware, verified
+from cumo_kernels.hardware import Gpu
+from cumo_kernels.ops import checks, routing
+from cumo_kernels.problems import DTYPES
+from cumo_kernels.verified import ROOT
+
+FOLDER = ROOT / "build" / "gpu-artifacts"
+GPU, ARCHITECTURE = "nvidia_h100", "9.0a"
+LIMIT = 60 * 2**20  # bytes of a package
+# CuMo's layers as the benchmarks have them: those of FIRST["cuda"] in benchmarks/shapes.py, a training batch
+# of crops, a connector's four images, and a decode step of one token
+LAYERS = (
+    ("clip", 5770), ("clip", 577), ("llm", 8192), ("mlp", 4608), ("llm", 16),
+    ("clip", 23080), ("mlp", 2304), ("llm", 1),
+)  # fmt: skip
+KEPT = (".cubin", ".json", ".so")  # of a kernel's folder; the rest is text that a launch does not read
+MADE = "made.json"  # in a cache: the folders that `compile` needed there
+KEPT_CACHE = ROOT / "build" / "gpu-cache"
+CRASHES = 3  # of workers, each of which costs the kernel that it had in hand
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one worker does at a time: a case of verify, or one op of a layer in bf16."""
+
+    case: cases.Case | None = None
+    layer: tuple[str, int] = ("", 0)
+    op: str = ""
+
+    def __str__(self) -> str:
+        return str(self.case) if self.case else f"{self.layer[0]} T={self.layer[1]}: {self.op}"
+
+    def run(self) -> None:
+        """Make the launches, inside `on_the_cpu`."""
+        if self.case is None:
+            dict(codegen.calls(*self.layer, torch.bfloat16))[self.op]()
+            return
+        call = cases.build(self.case)
+        leaves = [t.detach().requires_grad_() for t in call.inputs]
+        outs = call.run(*leaves)
+        outs = (outs,) if isinstance(outs, torch.Tensor) else outs
+        torch.autograd.grad(outs, leaves, [torch.zeros_like(o) for o in outs], allow_unused=True)
+        if call.integers is not None:
+            call.integers(*call.inputs)
+
+
+@dataclass
+class Made:
+    """What compiling came to: folders of Triton's cache, and sentences for what failed."""
+
+    kernels: set[str] = field(default_factory=set)
+    launchers: set[str] = field(default_factory=set)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, other: "Made") -> None:
+        self.kernels |= other.kernels
+        self.launchers |= other.launchers
+        self.failures += other.failures
+
+
+def jobs(few: bool = False, dtypes: tuple[str, ...] = tuple(DTYPES)) -> list[Job]:
+    """All launches of the gate, what it comes to first ahead; `few` is a handful to try the way with."""
+    if few:
+        kinds = cases.all_cases(cases.ALIGNED, ("bf16",), ("permute", "activate"))
+        return [Job(case) for _, case in kinds]
+    survey = cases.survey("cuda", False, dtypes, cases.OPS)
+    first = [Job(case) for family, case in survey if family in cases.ALIGNED and case.dtype == "bf16"]
+    layers = [Job(None, layer, op) for layer in LAYERS for op, _ in codegen.calls(*layer, torch.bfloat16)]
+    rest = [Job(case) for _, case in survey]
+    return [*first, *(layers if "bf16" in dtypes else ()), *(job for job in rest if job not in first)]
+
+
+@contextlib.contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """Inside, public ops launch Triton's kernels on CPU tensors, and inputs are zeros that fill no memory.
+
+    For launches that only compile, or that a stub swallows: outputs hold anything, and nobody looks at them.
+    """
+    before = dispatch.BACKENDS, checks.values_at_hand, routing.values_at_hand, torch.randn
+    dispatch.BACKENDS = (dispatch.Backend("triton", lambda *_: None),)
+    checks.values_at_hand = routing.values_at_hand = lambda tensor: False
+    torch.randn = lambda *size, generator=None: torch.zeros(*size)
+    try:
+        with dispatch.use_backend("triton"):
+            yield
+    finally:
+        dispatch.BACKENDS, checks.values_at_hand, routing.values_at_hand, torch.randn = before
+
+
+def _library_keys(source: str) -> list[str]:
+    """Folders in which Triton may look for what gcc makes of `source`, this machine's first.
+
+    The key has what platform.architecture() says, and that is without "ELF" where no `file` is installed.
+    """
+    own = triton_build.platform_key()
+    bare = own.removesuffix("ELF")
+    platforms = [own, *({bare, f"{bare}ELF"} - {own})]
+    keys = [hashlib.sha256((source + platform).encode()).hexdigest() for platform in platforms]
+    return [triton_cache._base32(key) for key in keys]
+
+
+def _build_libraries(found: set[str]) -> None:
+    """Make Triton leave what gcc built under every key, and note the folders in `found`."""
+    original = nvidia.compile_module_from_src
+
+    def build(src: str, name: str, **options):
+        module = original(src=src, name=name, **options)
+        own, *others = (Path(triton.knobs.cache.dir, key) for key in _library_keys(src))
+        for folder in others:
+            folder.mkdir(exist_ok=True)
+            for file in own.glob("*.so"):
+                with contextlib.suppress(FileExistsError):
+                    os.link(file, folder / file.name)
+        found.update(folder.name for folder in (own, *others))
+        return module
+
+    nvidia.compile_module_from_src = build
+
+
+class _Worker:
+    """One process's compiling; `claims` is a folder in which each kernel is claimed by who compiles it."""
+
+    def __init__(self, gpu: Gpu, claims: str):
+        torch.set_num_threads(1)
+        self.gpu, self.claims = gpu, Path(claims)
+        self.made = Made()
+        try:
+            nvidia.libcuda_dirs()
+        except AssertionError:  # no driver here to link with
+            from benchmarks.host import load_stub
+
+            self.stub = load_stub()
+        _build_libraries(self.made.launchers)
+        triton.knobs.runtime.jit_cache_hook = self._claimed
+        nvidia.CudaUtils()
+
+    def _claimed(self, *, fn, compile, **_) -> bool:
+        """Whether another process compiles this kernel, or has."""
+        words = f"{fn.module}.{fn.name} {compile['specialization_data']}"
+        try:
+            (self.claims / hashlib.sha256(words.encode()).hexdigest()).touch(exist_ok=False)
+        except FileExistsError:
+            return True
+        return False
+
+    def _describe(self, kernel, compiled, gpu: Gpu, constants: dict[str, object]) -> codegen.Report:
+        self.made.kernels.add(triton_cache._base32(compiled.hash))
+        nvidia.CudaLauncher(compiled.src, compiled.metadata)
+        return codegen.bare(kernel, compiled, gpu, constants)
+
+    def work(self, job: Job) -> Made:
+        try:
+            with on_the_cpu(), codegen.compiling(self.gpu, describe=self._describe) as launched:
+                job.run()
+            failed = {r.kernel: r.failure for r, _ in launched if r.failure}
+            self.made.failures += [f"{job}: {name}: {words}" for name, words in failed.items()]
+        except Exception as error:
+            self.made.failures.append(f"{job}: {type(error).__name__}: {str(error).strip()[:300]}")
+        made = Made(set(self.made.kernels), set(self.made.launchers), list(self.made.failures))
+        self.made.kernels.clear()
+        self.made.failures.clear()
+        return made
+
+
+_worker: _Worker | None = None
+
+
+def _start(gpu: Gpu, claims: str) -> None:
+    global _worker
+    _worker = _Worker(gpu, claims)
+
+
+def _work(job: Job) -> Made:
+    return _worker.work(job)
+
+
+def compile_all(todo: list[Job], gpu: Gpu, workers: int, log: Callable[[str], None] = print) -> Made:
+    """Compile what `todo` launches on `gpu`, each kernel once, into Triton's cache of this environment."""
+    made, waiting, begin, said = Made(), list(todo), time.monotonic(), 0.0
+    with tempfile.TemporaryDirectory(prefix="cumo-claims-") as claims:
+        for _ in range(CRASHES + 1):
+            with ProcessPoolExecutor(
+                max(1, min(workers, len(waiting))), get_context("spawn"), _start, (gpu, claims)
+            ) as pool:
+                tasks = {pool.submit(_work, job): job for job in waiting}
+                try:
+                    for task in as_completed(tasks):
+                        made.add(task.result())
+                        waiting.remove(tasks[task])
+                        spent, done = time.monotonic() - begin, len(todo) - len(waiting)
+                        if spent - said > 10 or not waiting:
+                            said, left = spent, spent / done * len(waiting)
+                            words = f"{done} of {len(todo)} calls, {len(made.kernels)} kernels"
+                            log(f"{words}, {spent:.0f} s, about {left:.0f} s left")
+                except BrokenProcessPool:
+                    made.failures.append("a worker crashed; what it compiled is left to the first launch")
+            if not waiting:
+                break
+    if waiting:
+        made.failures.append(f"workers crashed too often: {len(waiting)} calls are left, first {waiting[0]}")
+    return made
+
+
+def _manifest(made: Made, gpu: Gpu, extension_file: Path | None) -> dict:
+    return {
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "torch": torch.__version__,
+        "triton": verified.triton_version(),
+        "gpu": gpu.name,
+        "capability": gpu.capability,
+        "sources": {name: verified.source_of(name) for name in verified.SOURCES},
+        "kernels": len(made.kernels),
+        "extension": extension_file and extension_file.name,
+        "built": datetime.now(UTC).timestamp(),
+        "commit": verified._first_line("git", "rev-parse", "--short=10", "HEAD"),
+    }
+
+
+def pack(
+    made: Made, cache: Path, extension_file: Path | None, folder: Path, gpu: Gpu, limit: int = LIMIT
+) -> dict:
+    """Write the package -> its manifest.
+
+    Raises:
+        ValueError: it would be larger than `limit` bytes; the message says what is largest.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    sizes: dict[str, int] = {}
+    with tarfile.open(folder / "triton-cache.tgz", "w:gz", compresslevel=9) as tar:
+        for name in sorted(made.kernels | made.launchers):
+            for file in sorted((cache / name).iterdir()):
+                if file.suffix in KEPT:
+                    tar.add(file, f"{name}/{file.name}")
+                    sizes[file.name] = sizes.get(file.name, 0) + file.stat().st_size
+    if extension_file is not None:
+        shutil.copy(extension_file, folder / extension_file.name)
+    files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    manifest = {**_manifest(made, gpu, extension_file), "bytes": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    total = sum(files.values())
+    if total > limit:
+        largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
+        mib = lambda size: f"{size / 2**20:.1f}"
+        say = lambda part: ", ".join(f"{name} {mib(size)}" for name, size in part)
+        shutil.rmtree(folder)
+        raise ValueError(
+            f"the package must be at most {mib(limit)} MiB, got {mib(total)}: {say(files.items())}; "
+            f"the largest in the cache, unpacked and added up by name, are {say(largest)}"
+        )
+    return manifest
+
+
+def _build_extension() -> Path:
+    """`_C` for this Python and Hopper alone, beside the tree's own."""
+    where = ("--build-lib", "build/gpu-lib", "--build-temp", "build/gpu-temp")
+    environment = {**os.environ, "CUMO_BUILD": "1", "TORCH_CUDA_ARCH_LIST": ARCHITECTURE}
+    command = (sys.executable, "setup.py", "-q", "build_ext", *where)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    return ROOT / "build" / "gpu-lib" / "cumo_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def _differences(manifest: dict, backend: str) -> Iterator[str]:
+    """Why what the package has for `backend` does not fit this machine and tree."""
+    here = _manifest(Made(), hardware.find(GPU), None)
+    named = {"python": "Python", "torch": "torch", "triton": "Triton"}
+    for key, name in named.items():
+        if manifest[key] != here[key] and (key != "triton" or backend == "triton"):
+            yield f"it was built with {name} {manifest[key]}, here is {here[key]}"
+    theirs, ours = manifest["sources"][backend], here["sources"][backend]
+    if theirs != ours:
+        yield f"it was built from source {theirs} of {backend}, here is {ours}"
+    if torch.cuda.is_available():
+        found = hardware.gpu_of(torch.device("cuda")).capability
+        if found != manifest["capability"]:
+            yield f"it was built for sm_{manifest['capability']}, this GPU is sm_{found}"
+
+
+def _unpack(archive: Path, cache: Path) -> int:
+    """-> folders put into `cache`; each appears whole or not at all, and what is there already stays."""
+    cache.mkdir(parents=True, exist_ok=True)
+    folders: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name, file = member.name.split("/")
+            folders.setdefault(name, {})[file] = tar.extractfile(member).read()
+    taken = 0
+    for name, files in folders.items():
+        place = cache / name
+        if any((*place.glob("__grp__*"), *place.glob("*.so"))):  # a folder alone is left by a search in vain
+            continue
+        part = cache / f".{name}.{uuid.uuid4().hex}"
+        part.mkdir()
+        for file, data in files.items():
+            if file.startswith("__grp__"):  # paths of the machine that compiled
+                children = [child for child in json.loads(data)["child_paths"] if child in files]
+                data = json.dumps({"child_paths": {child: str(place / child) for child in children}}).encode()
+            (part / file).write_bytes(data)
+        try:
+            part.rename(place)
+            taken += 1
+        except OSError:  # another process was faster
+            shutil.rmtree(part)
+    return taken
+
+
+def _place_extension(packed: Path, built: float, package: Path) -> str:
+    target = package / packed.name
+    if target.exists():
+        if target.read_bytes() == packed.read_bytes():
+            return f"{packed.name} is in place already"
+        if target.stat().st_mtime > built:
+            return f"not taken: {packed.name}, a newer one is in {package}"
+    part = package / f".{packed.name}.{os.getpid()}"
+    shutil.copyfile(packed, part)  # with the time of now, so that setup.py finds nothing older than csrc/
+    part.replace(target)
+    return f"taken: {packed.name}, {target.stat().st_size / 2**20:.1f} MiB"
+
+
+def take(folder: Path, cache_dir: Path, package: Path = ROOT / "cumo_kernels") -> list[str]:
+    """Put what fits this machine and this tree where it is looked for -> sentences: what, or why not.
+
+    Of kernels the binaries alone: codegen's reports compile theirs again.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        words = []
+        (folder / "taken").unlink(missing_ok=True)
+        if reasons := list(_differences(manifest, "triton")):
+            words.append(f"not taken: the compiled kernels, {'; '.join(reasons)}")
+        else:
+            number = _unpack(folder / "triton-cache.tgz", cache_dir)
+            words.append(
+                f"taken: {manifest['kernels']} kernels of {manifest['commit']}, {number} new folders "
+                f"in {cache_dir}"
+            )
+        if manifest["extension"] is None:
+            words.append("not taken: the extension, which the package does not have")
+        elif reasons := list(_differences(manifest, "cuda")):
+            words.append(f"not taken: {manifest['extension']}, {'; '.join(reasons)}")
+        else:
+            words.append(_place_extension(folder / manifest["extension"], manifest["built"], package))
+        if not any(line.startswith("not taken") for line in words):
+            (folder / "taken").touch()  # by which the gate knows that there is nothing to compile
+        return words
+    except FileNotFoundError as error:
+        return [f"nothing taken: there is no {error.filename}"]
+    except (OSError, ValueError, KeyError, TypeError, tarfile.TarError) as error:
+        return [f"not taken: {folder} cannot be read ({type(error).__name__}: {error})"]
+
+
+def prove(todo: Iterable[Job], gpu: Gpu) -> tuple[int, list[str], list[str]]:
+    """Launch `todo` with a stub for a driver -> launches, kernels that were compiled, libraries gcc built."""
+    from benchmarks.host import load_stub, use_stub
+
+    stub, compiled, built = load_stub(), [], []
+    original = triton_build._build
+
+    def listen(*, metadata, cache_hit: bool, **_) -> None:
+        if not cache_hit:
+            compiled.append(metadata["name"])
+
+    def build(name: str, *args):
+        built.append(name)
+        return original(name, *args)
+
+    torch.set_num_threads(1)
+    triton.knobs.compilation.listener, triton_build._build = listen, build
+    use_stub()
+    with on_the_cpu(), hardware.assume(gpu):
+        for job in todo:
+            job.run()
+    return stub.stub_launches(), compiled, built
+
+
+def rehearse(cache: Path, folder: Path, gpu: Gpu) -> int:
+    """Pack what `compile --few` left in `cache`, take it into another cache, and prove that one."""
+    made = Made(**{name: set(rows) for name, rows in json.loads((cache / MADE).read_text()).items()})
+    pack(made, cache, None, folder / "package", gpu)
+    shutil.rmtree(folder / "taken", ignore_errors=True)
+    print("\n".join(take(folder / "package", folder / "taken")), flush=True)
+    command = (sys.executable, "-m", __spec__.name, "prove", "--few", "--gpu", gpu.name)
+    return subprocess.run([*command, "--cache", str(folder / "taken")], cwd=ROOT).returncode
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.artifacts", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = {
+        "build": "the extension and every kernel, packed",
+        "compile": "every kernel, into Triton's cache",
+        "take": "use a package here, as far as it fits",
+        "prove": "launch with a stub for a driver, and count what had to be compiled",
+        "try": "pack what compile --few made, take it into another cache, prove that",
+    }
+    for name, words in about.items():
+        command = commands.add_parser(name, help=words)
+        command.add_argument(
+            "--cache", type=Path, help="of Triton; default: its own, for build build/gpu-cache"
+        )
+        if name in ("build", "take", "try"):
+            command.add_argument(
+                "--folder", type=Path, default=FOLDER, help="the package, or for try its place"
+            )
+        if name in ("build", "compile"):
+            command.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+        if name != "take":
+            command.add_argument("--gpu", default=GPU, help="a name in cumo_kernels/hardware.py, or this")
+        if name not in ("take", "try"):
+            command.add_argument("--few", action="store_true", help="a handful of kernels, to try the way")
+            command.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="default: all")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    # build keeps its cache: what has not changed is not compiled again
+    cache = args.cache or (KEPT_CACHE if args.command == "build" else Path(triton.knobs.cache.dir))
+    os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())  # also of the workers
+    cache = cache.resolve()
+    if args.command == "take":
+        print("\n".join(take(args.folder, cache)))
+        return 0
+    gpu = codegen.gpu_named(args.gpu)
+    if args.command == "try":
+        return rehearse(cache, args.folder.resolve(), gpu)
+    todo = jobs(args.few, tuple(args.dtype or DTYPES))
+    if args.command == "prove":
+        launches, compiled, built = prove(todo, gpu)
+        print(f"{len(todo)} calls, {launches} launches: {len(compiled)} kernels compiled, {len(built)} built")
+        print("\n".join(sorted({*compiled, *built})))
+        return int(bool(compiled or built or not launches))
+    begin = time.monotonic()
+    if args.command == "build":
+        library = None if args.few else _build_extension()
+        print(f"extension: {time.monotonic() - begin:.0f} s", flush=True)
+    made = compile_all(todo, gpu, args.workers, lambda line: print(line, flush=True))
+    needed = {"kernels": sorted(made.kernels), "launchers": sorted(made.launchers)}
+    (cache / MADE).write_text(json.dumps(needed))
+    if args.command == "build":
+        manifest = pack(made, cache, library, args.folder, gpu)
+        sizes = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in manifest["bytes"].items())
+        print(f"in {args.folder}: {sizes}")
+    for words in made.failures:
+        print(f"FAILED {words}")
+    words = f"{len(made.kernels)} kernels, {len(made.launchers)} libraries, {len(made.failures)} failures"
+    print(f"{words}, {time.monotonic() - begin:.0f} s")
+    return int(bool(made.failures))
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    raise SystemExit(main())

@@ -1,0 +1,171 @@
+"""Kernels and an extension built beforehand: that a launch finds them, and when they are not taken."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks.gpu import artifacts as artifacts
+from cumo_kernels import hardware, verified
+
+ROOT = Path(__file__).parents[2]
+HOPPER = hardware.find(artifacts.GPU)
+ORDER = """
+import importlib, sys
+parts = ["activation", "permutation", "routing", "grouped_gemm", "experts"]
+from triton.runtime.jit import JITFunction
+keys = {}
+for part in parts if sys.argv[1] == "forward" else parts[::-1]:
+    module = importlib.import_module(f"cumo_kernels.backends.triton.{part}")
+    found = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    assert all(kernel.hash for kernel in found.values()), "not settled by importing"
+    keys |= {name: kernel.cache_key for name, kernel in found.items()}
+print(sorted(keys.items()))
+"""
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    """A new Python, in which Triton compiles."""
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=ROOT, env={**kept, **environment}, capture_output=True, text=True)
+
+
+@pytest.fixture
+def package(tmp_path) -> Path:
+    """One kernel's folder, one launcher's and an extension, which only unpacking looks at."""
+    cache = tmp_path / "cache"
+    for name, files in {
+        "KERNEL": {
+            "k.cubin": b"code", "k.json": b"{}", "k.ttir": b"text",
+            "__grp__k.json": json.dumps({"child_paths": {
+                "k.cubin": "/elsewhere/k.cubin", "k.json": "/elsewhere/k.json", "k.ttir": "/elsewhere/k.ttir",
+            }}).encode(),
+        },
+        "LAUNCHER": {"__triton_launcher.so": b"stub"},
+        "OTHER": {"o.cubin": b"of an earlier build"},
+    }.items():  # fmt: skip
+        (cache / name).mkdir(parents=True)
+        for file, data in files.items():
+            (cache / name / file).write_bytes(data)
+    library = tmp_path / "_C.cpython-999.so"
+    library.write_bytes(b"extension")
+    made = artifacts.Made({"KERNEL"}, {"LAUNCHER"})
+    artifacts.pack(made, cache, library, tmp_path / "package", HOPPER)
+    return tmp_path / "package"
+
+
+def changed(package: Path, **values) -> None:
+    manifest = json.loads((package / "manifest.json").read_text())
+    (package / "manifest.json").write_text(json.dumps(manifest | values))
+
+
+def take(package: Path) -> list[str]:
+    (package.parent / "cumo_kernels").mkdir(exist_ok=True)
+    return artifacts.take(package, package.parent / "taken", package.parent / "cumo_kernels")
+
+
+def test_all_is_taken_where_all_fits(package):
+    words = take(package)
+    assert [line.split(":")[0] for line in words] == ["taken", "taken"]
+    taken = package.parent / "taken"
+    assert sorted(path.name for path in taken.iterdir()) == ["KERNEL", "LAUNCHER"]
+    group = json.loads((taken / "KERNEL" / "__grp__k.json").read_text())["child_paths"]
+    assert group == {name: str(taken / "KERNEL" / name) for name in ("k.cubin", "k.json")}
+    assert (package.parent / "cumo_kernels" / "_C.cpython-999.so").read_bytes() == b"extension"
+    assert (package / "taken").exists()
+    assert take(package)[1] == "_C.cpython-999.so is in place already"
+
+
+@pytest.mark.parametrize(
+    "values, refused, reason",
+    [
+        ({"python": "3.99"}, 2, "built with Python 3.99"),
+        ({"torch": "1.0"}, 2, "built with torch 1.0, here is"),
+        ({"triton": "1.0"}, 1, "built with Triton 1.0"),
+        ({"sources": {"triton": "0123", "cuda": verified.source_of("cuda")}}, 1, "source 0123 of triton"),
+        ({"sources": {"triton": verified.source_of("triton"), "cuda": "0123"}}, 1, "source 0123 of cuda"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_reason(package, values, refused, reason):
+    changed(package, **values)
+    words = take(package)
+    assert [line.startswith("not taken") and reason in line for line in words].count(True) == refused
+    assert not (package / "taken").exists()
+    of_triton = "sources" not in values or values["sources"]["triton"] == "0123"
+    assert (package.parent / "taken").exists() != of_triton
+    if refused == 2:
+        assert not list((package.parent / "cumo_kernels").iterdir())
+
+
+def test_a_newer_extension_stays(package):
+    target = package.parent / "cumo_kernels" / "_C.cpython-999.so"
+    target.parent.mkdir()
+    target.write_bytes(b"built here since")
+    assert "a newer one is in" in take(package)[1]
+    assert target.read_bytes() == b"built here since"
+    os.utime(target, (time.time() - 10**6,) * 2)
+    assert take(package)[1].startswith("taken")
+
+
+def test_what_cannot_be_read_is_said(package, tmp_path):
+    assert "nothing taken: there is no" in artifacts.take(tmp_path / "nowhere", tmp_path / "taken")[0]
+    (package / "triton-cache.tgz").write_bytes(b"cut off")
+    assert "cannot be read" in take(package)[0]
+
+
+def test_a_package_above_the_limit_says_what_is_largest(tmp_path):
+    (tmp_path / "cache" / "KERNEL").mkdir(parents=True)
+    (tmp_path / "cache" / "KERNEL" / "large.cubin").write_bytes(os.urandom(2**20))
+    made = artifacts.Made({"KERNEL"})
+    with pytest.raises(ValueError, match=r"at most 0\.5 MiB, got 1\.\d: .*largest.* large\.cubin 1\.0"):
+        artifacts.pack(made, tmp_path / "cache", None, tmp_path / "package", HOPPER, limit=2**19)
+    assert not (tmp_path / "package").exists()
+
+
+def test_a_key_does_not_depend_on_what_was_asked_for_first():
+    found = [run("-c", ORDER, order) for order in ("forward", "backward")]
+    assert found[0].returncode == 0, found[0].stderr
+    assert found[0].stdout == found[1].stdout
+
+
+def test_jobs_are_those_of_the_gate():
+    todo = artifacts.jobs()
+    assert len(set(todo)) == len(todo)
+    assert {job.layer for job in todo if job.case is None} == set(artifacts.LAYERS)
+    assert {job.case.dtype for job in todo if job.case} == {"bf16", "fp16", "fp32"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not shutil.which("cc"), reason="for machines with cc, no GPU"
+)
+def test_a_launch_finds_what_was_compiled_packed_and_taken(tmp_path):
+    program, made = ("-m", artifacts.__name__), str(tmp_path / "made")
+    done = run(*program, "compile", "--few", "--workers", "1", "--cache", made)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tried = run(*program, "try", "--cache", made, "--folder", str(tmp_path))
+    assert tried.returncode == 0, tried.stdout + tried.stderr
+    assert "0 kernels compiled, 0 built" in tried.stdout
+    suffixes = {path.suffix for path in (tmp_path / "taken").rglob("*") if path.is_file()}
+    assert suffixes == {".cubin", ".json", ".so"}
+    # a machine without `file`, where Triton's keys for what gcc built are others
+    bare = "import platform, sys; platform.architecture = lambda *_: ('64bit', ''); "
+    bare += f"import {artifacts.__name__} as artifacts; artifacts.main(sys.argv[1:])"
+    again = run("-c", bare, "prove", "--few", "--cache", str(tmp_path / "taken"))
+    assert "0 kernels compiled, 0 built" in again.stdout, again.stdout + again.stderr
+    # and the proof does see what is missing
+    for path in (tmp_path / "taken").glob("*/_permute_kernel.cubin"):
+        shutil.rmtree(path.parent)
+    missed = run(*program, "prove", "--few", "--cache", str(tmp_path / "taken"))
+    assert missed.returncode == 1
+    assert "1 kernels compiled, 0 built\n_permute_kernel" in missed.stdout
