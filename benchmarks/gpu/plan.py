@@ -7,12 +7,13 @@ command at most: part "prove" fits into one command of 440 seconds, part "tune" 
 import importlib
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.gpu.engine import ROOT, Step, find_tool
+from benchmarks.gpu.engine import ROOT, Step, find_tool, last_line
 from cumo_kernels import extension
 
 PARTS = ("prove", "tune")
@@ -60,10 +61,31 @@ def no_build() -> str | None:
     return "no nvcc on PATH, in /usr/local/cuda or under CUDA_HOME"
 
 
-def _is_built() -> bool:
-    """Asked anew: `extension.missing` remembers what was there when this process began."""
+def _architectures() -> str | None:
+    """What the extension was built for, or None where there is none that this torch can load.
+
+    Asked in a process of its own: this one remembers what was there when it began, and should not hold a file
+    that is built anew.
+    """
     importlib.invalidate_caches()
-    return importlib.util.find_spec("cumo_kernels._C") is not None
+    if importlib.util.find_spec("cumo_kernels._C") is None:
+        return None
+    code = "from cumo_kernels import _C; print(getattr(_C, 'architectures', ''))"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return last_line(done.stdout) if done.returncode == 0 else None
+
+
+def _is_built(capability: tuple[int, int] | None) -> bool:
+    """For this GPU: what is left from another machine is built again."""
+    built = _architectures()
+    if not built or capability is None:
+        return built is not None
+    return extension.runs_on(capability, built) and (capability != (9, 0) or "9.0a" in built)
 
 
 def build_environment(capability: tuple[int, int] | None) -> dict[str, str]:
@@ -95,7 +117,7 @@ def _prepare(part: str, place: Place) -> list[Step]:
     beside: list[bool] = []  # whether the extension was built, and Triton's kernels compiled beside it
 
     def built() -> str | None:
-        if _is_built():
+        if _is_built(place.capability):
             return "it is there"
         beside.append(True)
         return None

@@ -85,9 +85,6 @@ def test_every_command_is_understood(part, device, steps, monkeypatch):
                 assert command[1] == "-c" or (ROOT / command[1]).exists()
                 continue
             module, *words = command[command.index("-m") + 1 :]
-            if importlib.util.find_spec(module) is None:
-                assert module == "benchmarks.gpu.artifacts"  # to be built
-                continue
             if importlib.util.find_spec(f"{module}.__main__" if module.count(".") < 1 else module):
                 module = f"{module}.__main__" if module.count(".") < 1 else module
             monkeypatch.setattr(sys, "argv", [module, *words])
@@ -128,7 +125,7 @@ def test_what_is_there_is_not_built_again(case, tmp_path, monkeypatch):
     """In the order in which the engine asks; a required step that has nothing to do has passed."""
     place = Place("cuda", tmp_path, (9, 0), artifacts=tmp_path / "artifacts")
     found = {step.name: step for step in plan.plan("prove", place)}
-    monkeypatch.setattr(plan, "_is_built", lambda: case in ("built", "taken"))
+    monkeypatch.setattr(plan, "_is_built", lambda capability: case in ("built", "taken"))
     monkeypatch.setattr(plan, "find_tool", lambda name: None if case == "no compiler" else name)
     monkeypatch.delenv("CUDA_HOME", raising=False)
     assert found["take"].why_not() == "make gpu-artifacts has not made them"
@@ -144,6 +141,33 @@ def test_what_is_there_is_not_built_again(case, tmp_path, monkeypatch):
     assert said[1] == (no_nvcc if case == "no compiler" else None)
     assert said[2] == {"taken": "they were taken", "nothing": "beside the build"}.get(case)
     assert found["build"].beside == found["compile"].command
+
+
+@pytest.mark.parametrize(
+    ("built", "fits"),
+    [
+        ("9.0a", True),
+        ("8.0;9.0a;10.0;12.0+PTX", True),
+        ("8.0;9.0", False),
+        ("12.0+PTX", False),
+        (None, False),
+    ],
+)
+def test_what_was_built_for_another_gpu_is_built_again(built, fits, monkeypatch):
+    monkeypatch.setattr(plan, "_architectures", lambda: built)
+    assert plan._is_built((9, 0)) == fits
+
+
+def test_an_extension_that_cannot_be_loaded_is_none(tmp_path, monkeypatch):
+    package = tmp_path / "cumo_kernels"
+    package.mkdir()
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (package / "__init__.py").touch()
+    for code, found in (("raise ImportError('another torch')", None), ("architectures = '9.0a'", "9.0a")):
+        (package / "_C.py").write_text(code)
+        assert plan._architectures() == found
 
 
 def test_a_missing_tool_is_named(tmp_path, monkeypatch):
