@@ -92,7 +92,11 @@ def extension() -> dict:
     for note in notes:
         print(f"cumo_kernels._C: {note}")
     print(f"cumo_kernels._C: nvcc {ask_nvcc(nvcc)[0]} for {architectures}")
-    cxx_flags = [*build.CXX_FLAGS, f'-DCUMO_ARCHITECTURES="{architectures}"']
+    cxx_flags = [
+        *build.CXX_FLAGS,
+        f'-DCUMO_ARCHITECTURES="{architectures}"',
+        f'-DCUMO_SOURCE="{build.hash_of_sources()}"',
+    ]
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
     module = CUDAExtension(

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import record, timing
-from benchmarks.record import Gap, Row
+from benchmarks.record import Gap, Row, is_fault
 from benchmarks.shapes import SHAPES, Shape, tiny
-from benchmarks.steps import captured, peak_bytes, said, saved_bytes, steps_of
+from benchmarks.steps import captured, peak_bytes, said, saved_bytes, steps_of, watching
 from cumo_kernels import dispatch, hardware, use_backend
 from cumo_kernels.problems import DTYPES
 from cumo_kernels.testing import PATTERNS, Yardstick
@@ -141,13 +141,19 @@ class DeviceLost(Exception):
         self.variant = variant
 
 
-def gate(variants: dict[str, Callable], workload: Workload, device: str) -> dict[str, Verdict]:
+def gate(
+    variants: dict[str, Callable],
+    workload: Workload,
+    device: str,
+    watch: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> dict[str, Verdict]:
     """Hold every variant against fp64 by the rule of cumo_kernels/testing.py."""
     yardstick = Yardstick(workload.truth, workload.inputs, pool=False)
     verdicts = {}
     for name, run in variants.items():
         try:
-            found = yardstick.measure(run)
+            with watch(name):
+                found = yardstick.measure(run)
         except Exception as error:  # somebody else's package, too, may raise anything: then it has no number
             if is_lost(device):
                 raise DeviceLost(name, error) from error
@@ -184,11 +190,13 @@ def measure(
     wanted: Iterable[str] | None = None,
     log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
     without: Iterable[str] = (),
+    watch: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> tuple[list[Row], list[Gap]]:
     """Gate, then time, one case -> a row per variant and mode that was timed, a gap per one that was not.
 
     Args:
         wanted: of our backends these; None is all that run here.
+        watch: around the first runs of each variant.
         without: variants that broke the device before.
 
     Raises:
@@ -207,7 +215,7 @@ def measure(
     torch.manual_seed(0)
     gated = setup(small, gate_dtype, device, case.pattern)
     present = lambda load: {n: f for n, f in _variants(load, device, wanted).items() if n not in without}
-    verdicts = gate(present(gated), gated, device)
+    verdicts = gate(present(gated), gated, device, watch)
     gone = dict.fromkeys(without, "it broke the device earlier in this run")
     for name, reason in (gated.gaps | gone).items():
         gap(name, "all", reason)
@@ -233,9 +241,12 @@ def measure(
         modes = [mode for mode in case.modes if mode == "forward" or not forward_only]
         parameters = () if name == "dense" else workload.parameters
         try:
-            steps = steps_of(run, inputs, modes, parameters)
-            for step in steps.values():
-                step()
+            with watch(name):
+                steps = steps_of(run, inputs, modes, parameters)
+                for step in steps.values():
+                    step()
+                if device == "cuda":
+                    torch.cuda.synchronize()
             if name != "dense" and set(modes) - {"forward"}:
                 saved[name] = saved_bytes(run, inputs, parameters)
             if device == "cuda":
@@ -345,6 +356,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", type=float, help="seconds; no case begins that will not end in them; 210 on a CPU"
     )
+    parser.add_argument(
+        "--variant-seconds", type=float, help="a variant whose first runs take longer is left out, as broken"
+    )
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the CSV files")
     parser.add_argument("--dry", action="store_true", help="write no file")
     # how a run goes on in a new process after a variant broke the device
@@ -412,6 +426,8 @@ def run_all(
             record.append(rows, args.results)
             record.append_gaps(gaps, args.results)
 
+    # what broke the device, or hung, before this process took over
+    ours_refused = sum(name.startswith("cumo/") for name in args.without or ())
     keep([], [Gap(name, "all", "all", "", 0, "", "", "", why, machine, run_id)
               for name, why in (absent or {}).items() if not args.begin])  # fmt: skip
     for at, (file, case) in enumerate(in_turns(files, device, args)):
@@ -428,10 +444,21 @@ def run_all(
             keep([], missing("all", record.NO_TIME))
             continue
         again: list[str] | None = None  # with these words, where the device is lost
+
+        def hung(variant: str, at=at, missing=missing) -> None:
+            """In a thread of its own: the variant's may wait inside the driver for ever."""
+            reason = f"it hung: {args.variant_seconds:.0f} s in its first runs"
+            print(f"bench: {variant}: {reason}; going on without it in a new process", file=sys.stderr)
+            keep([], missing(variant, reason))
+            end = [] if stop == math.inf else ["--budget", f"{max(0, stop - time.monotonic()):.0f}"]
+            _restart(["--begin", str(at), "--without", variant, *end, "--run", run_id])
+
         try:
             rows, gaps = measure(
-                file.OP, file.setup, case, device, run_id, seconds, args.backend, without=args.without or ()
-            )
+                file.OP, file.setup, case, device, run_id, seconds, args.backend,
+                without=args.without or (), watch=watching(args.variant_seconds, hung),
+            )  # fmt: skip
+            ours_refused += sum(gap.variant.startswith("cumo/") and is_fault(gap) for gap in gaps)
             keep(rows, gaps)
             done += bool(rows)
             if is_lost(device):
@@ -455,8 +482,9 @@ def run_all(
         rates[file.OP] = max(rate, rates.get(file.OP, 0))
     print(f"bench: {done} cases measured on {machine}", end="")
     print(f", {broken} broke off" if broken else "", end="")
+    print(f", {ours_refused} refusals of our own kernels" if ours_refused else "", end="")
     print(f", {left} left out: the budget was spent" if left else "")
-    return 1 if broken or not (done or left or args.begin) else 0
+    return 1 if broken or ours_refused or not (done or left or args.begin) else 0
 
 
 def main(module_name: str) -> int:

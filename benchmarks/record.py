@@ -77,6 +77,14 @@ class Gap:
     run: str
 
 
+FAULTS = ("the gate refuses it", "it cannot run", "it hung", "it broke the device")  # how such reasons begin
+
+
+def is_fault(gap: Gap) -> bool:
+    """Whether the variant is wrong or broken, and not only absent or without a mode."""
+    return gap.reason.startswith(FAULTS) or " broke the device: " in gap.reason
+
+
 GAPS = "not_timed.csv"
 NO_TIME = "no time was left for it"
 
@@ -103,7 +111,7 @@ def commit() -> str:
     head = _first_line(["git", "rev-parse", "--short=10", "HEAD"])
     code = ("*.py", "*.json", "csrc")  # a changed page changes no timing
     changed = _first_line(["git", "status", "--porcelain", "-uno", "--", *code])
-    return f"{head}{'+' if changed else ''}" if head else os.environ.get("CUMO_COMMIT", "unknown")
+    return f"{head}{'+' if changed else ''}" if head else os.environ.get("CUMO_COMMIT") or "unknown"
 
 
 @cache
@@ -203,6 +211,11 @@ def read_gaps(results: Path = RESULTS) -> list[Gap]:
     lines = [line for path in sorted(results.glob(f"*/{GAPS}")) for line in _lines(path)]
     found = [Gap(**{**line, "tokens": int(line["tokens"])}) for line in lines]
     return list({(g.machine, g.variant, g.mode, *case_of(g)): g for g in found}.values())
+
+
+def runs(results: Path = RESULTS) -> set[str]:
+    """The ids of all runs that left a row or a gap."""
+    return {row.run for row in read(results)} | {gap.run for gap in read_gaps(results)}
 
 
 def case_of(line: Row | Gap) -> tuple[str | int, ...]:

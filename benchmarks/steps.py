@@ -1,5 +1,7 @@
 """What is timed and weighed: one forward, one backward or both, as functions without arguments."""
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterable
 
 import torch
@@ -77,6 +79,26 @@ def captured(steps: dict[str, timing.Step], refuse: Callable[[str, str], None]) 
         except Exception as error:
             refuse(name, f"it cannot be captured: {said(error)}")
     return found
+
+
+def watching(
+    seconds: float | None, hung: Callable[[str], None]
+) -> Callable[[str], contextlib.AbstractContextManager]:
+    """watch(name): a context after whose `seconds` a thread calls hung(name); without `seconds` never."""
+
+    @contextlib.contextmanager
+    def watch(name: str):
+        timer = threading.Timer(seconds, hung, [name]) if seconds else None
+        if timer is not None:
+            timer.daemon = True
+            timer.start()
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    return watch
 
 
 def said(error: Exception) -> str:

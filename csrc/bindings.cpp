@@ -363,6 +363,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   using py::arg;
   m.doc() = "CUDA kernels of cumo_kernels; use them through its public functions.";
+#ifdef CUMO_SOURCE
+  m.attr("source") = CUMO_SOURCE;  // the hash of csrc/ that it was built from
+#endif
 #ifdef CUMO_ARCHITECTURES
   m.attr("architectures") = CUMO_ARCHITECTURES;  // the TORCH_CUDA_ARCH_LIST it was built with
 #endif

@@ -6,6 +6,7 @@ CUMO_EMULATE=1  compile the same kernels for the CPU with g++ (csrc/emulate.h): 
 setup.py reads `ARCHITECTURES` and the flags from here, so that both ways build the same thing.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -73,6 +74,30 @@ def best_of(capability: tuple[int, int], architectures: str) -> str:
 def architecture(capability: tuple[int, int]) -> str:
     """What a GPU of that compute capability is called in TORCH_CUDA_ARCH_LIST."""
     return "9.0a" if capability == (9, 0) else ".".join(map(str, capability))
+
+
+def hash_of_sources(csrc: Path = CSRC) -> str:
+    """Of csrc/, by name and by byte: what `_C` says it was built from."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in csrc.iterdir() if path.is_file()):
+        data = path.read_bytes()
+        digest.update(f"{path.name} {len(data)}\n".encode())
+        digest.update(data)
+    return digest.hexdigest()[:16]
+
+
+@cache
+def outdated() -> str | None:
+    """Why what `_C` computes need not be what csrc/ says, or None: it was built from another state of it."""
+    if EMULATE or JIT or missing() is not None or not (CSRC / "bindings.cpp").exists():
+        return None
+    try:
+        built = getattr(load(), "source", "unknown")
+    except RuntimeError as error:
+        return str(error)
+    if built == hash_of_sources():
+        return None
+    return "cumo_kernels._C was built from another csrc/ than this tree's: build it again"
 
 
 def sources(csrc: Path = CSRC) -> list[Path]:

@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> int:
     problems = [TINY] if args.few else chosen(args.shape or SHAPES, DTYPES[args.dtype], gpu.has_tma)
     card = f"{torch.cuda.get_device_name() if on_gpu else 'a CPU'}, torch {torch.__version__}"
     note = f"measured by python -m cumo_kernels tune on {card}"
-    stop, kept = time.monotonic() + args.budget, 0
+    stop, kept, asked = time.monotonic() + args.budget, 0, 0
     with ProcessPoolExecutor(max(args.workers, 1), get_context("spawn")) as pool:
         configs = {problem: list(listed(problem, gpu)) for problem in problems}
         # an interpreter has nothing to compile
@@ -147,6 +147,7 @@ def main(args: argparse.Namespace) -> int:
         for problem in problems:
             if time.monotonic() > stop:
                 break
+            asked += 1
             launch = launcher(problem, args.device)
             entry = fastest(problem, configs[problem], compiled[problem], launch, args.device)
             if math.isfinite(entry.ms) and args.walk:
@@ -164,5 +165,6 @@ def main(args: argparse.Namespace) -> int:
             path = tuning.save(gpu.name, [entry], note, args.configs)
             kept += 1
         pool.shutdown(cancel_futures=True)
-    print(f"tune: {kept} of {len(problems)} GEMMs" + (f", written to {path}" if kept else ""))
-    return 0 if kept == len(problems) else 1
+    late = "" if asked == len(problems) else f", {len(problems) - asked} left out: --budget was spent"
+    print(f"tune: {kept} of {len(problems)} GEMMs{late}" + (f", written to {path}" if kept else ""))
+    return 0 if kept and kept == asked else 1

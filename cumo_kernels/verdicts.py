@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cumo_kernels import cases, dispatch, verified
+from cumo_kernels import cases, dispatch, extension, verified
 from cumo_kernels.cases import parse
 from cumo_kernels.hardware import gpu_of
 from cumo_kernels.problems import DTYPES
@@ -88,9 +88,12 @@ def record(results: list[Result], args: argparse.Namespace, log: Callable[[str],
     """verified.json gets each (backend, op, dtype) whose cases all ran and passed, and loses what failed."""
     groups: dict[verified.Group, list[Result]] = {}
     name = lambda dtype: str(DTYPES[dtype]).removeprefix("torch.")
+    stale = extension.outdated()
+    if stale is not None and any(result.backend == "cuda" for result in results):
+        log(f"nothing of cuda is recorded: {stale}")
     for result in results:
         case = parse(result.case)
-        if result.backend in verified.SOURCES:
+        if result.backend in verified.SOURCES and not (result.backend == "cuda" and stale):
             groups.setdefault((result.backend, case.op, name(case.dtype)), []).append(result)
     wanted: dict[tuple[str, str], int] = {}
     for _, case in cases.survey("cuda", False, tuple(args.dtype or DTYPES), tuple(args.op or cases.OPS)):

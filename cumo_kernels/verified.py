@@ -120,6 +120,8 @@ def proof(backend: str, op: str, dtype: torch.dtype, device: torch.device) -> tu
     """Whether `backend` is verified for the call `op` of dispatch.OPS on the CUDA device, and why."""
     if not torch.cuda.is_available():  # fake tensors of a compiler
         return False, f"not verified: there is no CUDA device here to know it by; {AGAIN}"
+    if backend == "cuda" and (stale := extension.outdated()) is not None:
+        return False, f"not verified: {stale}"
     return _proof(backend, op, str(dtype).removeprefix("torch."), gpu_of(device), _code(backend, device))
 
 

@@ -1,6 +1,7 @@
 """python -m benchmarks.gpu: the command behind `make gpu`; see the package's own words."""
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 import benchmarks.gpu as gate
 from benchmarks import record
 from benchmarks.gpu import summary
+from benchmarks.gpu.artifacts import FOLDER
 from benchmarks.gpu.engine import ROOT, Step, run, unproven
 from benchmarks.gpu.plan import BUDGET, PARTS, Place, listing, plan
+from cumo_kernels import verified
 
 REHEARSAL = 600.0  # seconds; it is to take under 360 on two cores
 
@@ -41,15 +44,24 @@ def _folder(given: Path | None, now: datetime) -> Path:
     return (given or ROOT / "runs" / "gpu" / f"{now:%Y%m%dT%H%M%S}").resolve()
 
 
+def _carried_commit(folder: Path = FOLDER) -> str | None:
+    """Of a tree that came without .git: the artefacts' where they were made of the same kernels."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        same = all(verified.source_of(name) == source for name, source in manifest["sources"].items())
+        return manifest["commit"] if same else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def _run(part: str, steps: list[Step], place: Place, budget: float, head: str) -> int:
     place.out.mkdir(parents=True, exist_ok=True)
-    before = {row.run for row in record.read(place.results)} if place.results.exists() else set()
-    shown = ""
+    before, shown = record.runs(place.results), ""
 
     def note(outcomes: list) -> None:
         nonlocal shown
-        now = {row.run for row in record.read(place.results)} if place.results.exists() else set()
-        shown = summary.write(head, outcomes, place.out, place.results, now - before)
+        new = record.runs(place.results) - before
+        shown = summary.write(head, outcomes, place.out, place.results, new)
         pack(place)
 
     outcomes = run(steps, budget, place.out / "log.txt", note)
@@ -90,6 +102,9 @@ def main(argv: list[str] | None = None) -> int:
     if not args.rehearse and not torch.cuda.is_available():
         print("gpu: torch sees no CUDA device on this machine, so there is nothing to run (--rehearse does)")
         return 1
+    if record.commit() == "unknown" and (known := _carried_commit()):
+        os.environ["CUMO_COMMIT"] = known
+        record.commit.cache_clear()
     now = datetime.now(UTC)
     place = Place("cpu" if args.rehearse else "cuda", _folder(args.out, now),
                   None if args.rehearse else torch.cuda.get_device_capability(),

@@ -47,8 +47,7 @@ from cumo_kernels.verified import ROOT
 FOLDER = ROOT / "build" / "gpu-artifacts"
 GPU, ARCHITECTURE = "nvidia_h100", "9.0a"
 LIMIT = 60 * 2**20  # bytes of a package
-# CuMo's layers as the benchmarks have them: those of FIRST["cuda"] in benchmarks/shapes.py, a training batch
-# of crops, a connector's four images, and a decode step of one token
+# those of FIRST["cuda"] in benchmarks/shapes.py, a batch of crops, four images, a decode step of one token
 LAYERS = (
     ("clip", 5770), ("clip", 577), ("llm", 8192), ("mlp", 4608), ("llm", 16),
     ("clip", 23080), ("mlp", 2304), ("llm", 1),
@@ -249,6 +248,7 @@ def _manifest(made: Made, gpu: Gpu, extension_file: Path | None) -> dict:
         "gpu": gpu.name,
         "capability": gpu.capability,
         "sources": {name: verified.source_of(name) for name in verified.SOURCES},
+        "asked": _asked(gpu),
         "kernels": len(made.kernels),
         "extension": extension_file and extension_file.name,
         "built": datetime.now(UTC).timestamp(),
@@ -298,6 +298,12 @@ def _build_extension() -> Path:
     command = (sys.executable, "setup.py", "-q", "build_ext", *where)
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     return ROOT / "build" / "gpu-lib" / "cumo_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def _asked(gpu: Gpu) -> str:
+    """Hash of what decides which kernels are asked for, beside their sources: tile sizes and cases."""
+    files = (ROOT / "cumo_kernels" / name for name in (f"configs/{gpu.name}.json", "cases.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def _differences(manifest: dict, backend: str) -> Iterator[str]:
@@ -380,6 +386,10 @@ def take(folder: Path, cache_dir: Path, package: Path = ROOT / "cumo_kernels") -
             words.append(f"not taken: {manifest['extension']}, {'; '.join(reasons)}")
         else:
             words.append(_place_extension(folder / manifest["extension"], manifest["built"], package))
+        if manifest["asked"] != _asked(hardware.find(GPU)):
+            words.append(
+                "not taken whole: tile sizes or cases have changed since, so some kernels are missing"
+            )
         if not any(line.startswith("not taken") for line in words):
             (folder / "taken").touch()  # by which the gate knows that there is nothing to compile
         return words
@@ -435,13 +445,9 @@ def _parser() -> argparse.ArgumentParser:
     }
     for name, words in about.items():
         command = commands.add_parser(name, help=words)
-        command.add_argument(
-            "--cache", type=Path, help="of Triton; default: its own, for build build/gpu-cache"
-        )
+        command.add_argument("--cache", type=Path, help="Triton's; default its own, of build build/gpu-cache")
         if name in ("build", "take", "try"):
-            command.add_argument(
-                "--folder", type=Path, default=FOLDER, help="the package, or for try its place"
-            )
+            command.add_argument("--folder", type=Path, default=FOLDER, help="the package, of try its place")
         if name in ("build", "compile"):
             command.add_argument("--workers", type=int, default=os.cpu_count() or 1)
         if name != "take":
@@ -475,8 +481,9 @@ def main(argv: list[str] | None = None) -> int:
         library = None if args.few else _build_extension()
         print(f"extension: {time.monotonic() - begin:.0f} s", flush=True)
     made = compile_all(todo, gpu, args.workers, lambda line: print(line, flush=True))
-    needed = {"kernels": sorted(made.kernels), "launchers": sorted(made.launchers)}
-    (cache / MADE).write_text(json.dumps(needed))
+    (cache / MADE).write_text(
+        json.dumps({name: sorted(getattr(made, name)) for name in ("kernels", "launchers")})
+    )
     if args.command == "build":
         manifest = pack(made, cache, library, args.folder, gpu)
         sizes = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in manifest["bytes"].items())

@@ -26,7 +26,7 @@ from benchmarks.steps import steps_of
 from cumo_kernels import routing_from_topk, use_backend
 from cumo_kernels.testing import make_routing
 
-LAYERS = ("clip-batch4", "mixtral-train", "connector-4", "clip-1-crop", "mixtral-decode1")
+LAYERS = ("clip-batch4", "mixtral-decode1", "mixtral-train", "clip-1-crop")
 REPEATS = {"cuda": 3, "cpu": 1}
 CALLS = {"cuda": 12, "cpu": 2}
 LIMIT = 40.0  # seconds of one layer and backend

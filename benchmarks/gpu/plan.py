@@ -62,7 +62,7 @@ def no_build() -> str | None:
 
 
 def _architectures() -> str | None:
-    """What the extension was built for, or None where there is none that this torch can load.
+    """What the extension was built for, or None where there is none that fits this torch and csrc/.
 
     Asked in a process of its own: this one remembers what was there when it began, and should not hold a file
     that is built anew.
@@ -70,10 +70,18 @@ def _architectures() -> str | None:
     importlib.invalidate_caches()
     if importlib.util.find_spec("cumo_kernels._C") is None:
         return None
-    code = "from cumo_kernels import _C; print(getattr(_C, 'architectures', ''))"
+    code = (
+        "import sys; from cumo_kernels import _C\n"
+        "if getattr(_C, 'source', '') != sys.argv[1]: raise SystemExit('built from another csrc/')\n"
+        "print(getattr(_C, 'architectures', ''))"
+    )
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", code, extension.hash_of_sources()],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
     except subprocess.TimeoutExpired:
         return None
@@ -155,6 +163,7 @@ def _verify(place: Place, name: str, few: bool) -> tuple[str, ...]:
 def _bench(place: Place, *words: str) -> tuple[str, ...]:
     command = (sys.executable, "-m", "benchmarks", "--device", place.device, "--no-report",
                "--results", str(place.results), *words)  # fmt: skip
+    command += ("--variant-seconds", "60" if place.rehearses else "20")
     return (*command, "--tiny", "--dtype", "bf16", "--seconds", "0.05") if place.rehearses else command
 
 
@@ -174,7 +183,7 @@ def _layers(
     for shape in shapes:
         command = _bench(place, "--only", "experts", "--shape", shape, *words)
         expected = 9 + 8 * len(patterns)  # a process and its gates, then each pattern's turns
-        steps.append(Step(f"{label} {shape}", command, 60, expected, environment=_switches(place)))
+        steps.append(Step(f"{label} {shape}", command, 45, expected, environment=_switches(place)))
     return steps
 
 
@@ -235,7 +244,7 @@ def _close(place: Place) -> list[Step]:
     choose = (python, "-m", "benchmarks.choose", "--results", str(place.results), "--out", str(table))
     choose += ("--rehearse",) if place.rehearses else ()
     report = (python, "-m", "benchmarks.plot", "--results", str(place.results))
-    return [Step("choose", choose, 6, 3, always=True), Step("report", report, 14, 6, always=True)]
+    return [Step("choose", choose, 8, 3, always=True), Step("report", report, 12, 6, always=True)]
 
 
 def plan(part: str, place: Place) -> list[Step]:

@@ -10,6 +10,9 @@ from benchmarks.gpu.engine import Outcome
 
 MOST = 10_000  # characters; a lent machine's reply shows the last 12,000, and `main` adds some
 MIDDLE = 2_500  # of them, which the table of times leaves to failures and kernels
+FILES = {  # op of a benchmark -> its file
+    "expert_mlp": "experts", "moe_layer": "layer", "route": "routing", "permute_combine": "permutation",
+}  # fmt: skip
 REASON = 150  # characters of a failure's reason
 
 
@@ -55,6 +58,20 @@ def failures(out: Path) -> list[str]:
         # the last: what of it this run did not come to
         lines += [f"{name}: not checked: {_reason(line)}" for line in missing if re.search("case|rest", line)]
     return [*lines, *(line for pair in found.values() for line in pair)]
+
+
+def refusals(results: Path, runs: set[str] | None) -> list[str]:
+    """What the gate of a benchmark refused of ours, and what broke or hung there, with the command."""
+    lines = []
+    for gap in record.read_gaps(results):
+        if (runs is None or gap.run in runs) and gap.variant.startswith("cumo/") and record.is_fault(gap):
+            file = FILES.get(gap.op, gap.op)
+            lines.append(f"FAILED bench {gap.variant} {gap.mode}: {_reason(gap.reason)}")
+            lines.append(
+                f"    python -m benchmarks --only {file} --shape {gap.shape} --pattern {gap.pattern} "
+                f"--dtype {gap.dtype} --backend {gap.variant.removeprefix('cumo/')}"
+            )
+    return lines
 
 
 def _best(rows: list[record.Row], mode: str) -> record.Row | None:
@@ -146,6 +163,7 @@ def _cut(lines: list[str], room: int) -> list[str]:
 def write(head: str, outcomes: list[Outcome], out: Path, results: Path, runs: set[str] | None) -> str:
     """summary.md, written anew in one move -> what to print of it: steps, times, what else fits."""
     top, wrong, table = [head, "", *steps(outcomes), ""], failures(out), times(results, runs)
+    wrong += refusals(results, runs)
     lines = kernels(out)
     part = out / ".summary.md.part"
     part.write_text("\n".join([*top, *wrong, *lines, *table]) + "\n")

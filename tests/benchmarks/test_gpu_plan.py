@@ -14,6 +14,7 @@ from benchmarks.gpu import engine, kernels, plan
 from benchmarks.gpu.engine import ROOT
 from benchmarks.gpu.plan import BUDGET, PARTS, Place
 from benchmarks.shapes import SHAPES
+from cumo_kernels import extension
 
 # the sizes of a rehearsal stand for all of them
 TINY = {
@@ -165,7 +166,11 @@ def test_an_extension_that_cannot_be_loaded_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (package / "__init__.py").touch()
-    for code, found in (("raise ImportError('another torch')", None), ("architectures = '9.0a'", "9.0a")):
+    for code, found in (
+        ("raise ImportError('another torch')", None),
+        ("architectures = '9.0a'", None),  # of another csrc/
+        (f"architectures = '9.0a'\nsource = {extension.hash_of_sources()!r}", "9.0a"),
+    ):
         (package / "_C.py").write_text(code)
         assert plan._architectures() == found
 

@@ -129,4 +129,6 @@ def test_a_rehearsal_writes_a_file(tmp_path):
 def test_a_spent_budget_begins_nothing(tmp_path, capsys):
     words = ["--few", "--device", "cpu", "--budget", "-1", "--configs", str(tmp_path)]
     assert main(["tune", *words]) == 1
-    assert capsys.readouterr().out == "tune: 0 of 1 GEMMs\n" and not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == "tune: 0 of 1 GEMMs, 1 left out: --budget was spent\n" and not list(
+        tmp_path.iterdir()
+    )

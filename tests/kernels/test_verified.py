@@ -43,6 +43,7 @@ def gpu(monkeypatch):
             monkeypatch.setattr(module, "gpu_of", lambda device: card)
         monkeypatch.setattr(dispatch.measured, "TABLE", {})
         monkeypatch.setattr(extension, "code_for", lambda device: "9.0a")
+        monkeypatch.setattr(extension, "outdated", lambda: None)
         monkeypatch.setattr(dispatch, "_CUDA_MISSING", None)
         monkeypatch.setattr(dispatch, "_TRITON_MISSING", False)
         monkeypatch.setattr(dispatch, "_INTERPRET", False)
