@@ -426,8 +426,7 @@ def run_all(
             record.append(rows, args.results)
             record.append_gaps(gaps, args.results)
 
-    # what broke the device, or hung, before this process took over
-    ours_refused = sum(name.startswith("cumo/") for name in args.without or ())
+    ours_refused = 0
     keep([], [Gap(name, "all", "all", "", 0, "", "", "", why, machine, run_id)
               for name, why in (absent or {}).items() if not args.begin])  # fmt: skip
     for at, (file, case) in enumerate(in_turns(files, device, args)):

@@ -115,6 +115,28 @@ def test_a_failure_is_named_once_with_what_repeats_it(tmp_path, monkeypatch):
     assert "in gemm.py:7 launch; ops.py:1 f" in lines[6]
 
 
+def test_what_a_benchmark_refuses_of_ours_is_a_failure_with_its_command(tmp_path):
+    gap = record.Gap(
+        "expert_mlp", "cumo/triton", "all", "clip-batch4", 23080, "H1024", "skewed", "bf16",
+        "the gate refuses it: output 0 is off", "nvidia_h100", "7",
+    )  # fmt: skip
+    others = [
+        replace(gap, variant="cumo/cuda", reason="cumo/cuda broke the device: an illegal address"),
+        replace(gap, variant="some-peer"),
+        replace(gap, shape="connector-4", reason="no time was left for it"),
+        replace(gap, shape="clip-image", run="6"),
+    ]
+    record.append_gaps([gap, *others], tmp_path / "results")
+    assert record.runs(tmp_path / "results") == {"6", "7"}
+    _, text = write(tmp_path, runs={"7"})
+    assert (
+        text.count("FAILED bench") == 2 and "FAILED bench cumo/cuda all: cumo/cuda broke the device" in text
+    )
+    assert "FAILED bench cumo/triton all: the gate refuses it: output 0 is off" in text
+    command = "--only experts --shape clip-batch4 --pattern skewed --dtype bf16 --backend triton"
+    assert f"    python -m benchmarks {command}" in text
+
+
 def test_times_are_ratios_of_one_case_and_graphs_where_there_are(tmp_path):
     row = lambda variant, ms, **more: replace(PLAIN, variant=variant, ms_p50=ms, **more)
     record.append(

@@ -1,8 +1,10 @@
 """A whole run: what is measured first, what a fault costs, what is said to be missing and until when."""
 
 import argparse
+import os
 import re
 import shutil
+import subprocess
 import sys
 import types
 from dataclasses import fields, replace
@@ -171,6 +173,42 @@ def test_a_variant_that_breaks_the_device_costs_nobody_else_a_number(files_in_tu
     reasons = [gap.reason for gap in record.read_gaps(tmp_path) if gap.variant == "breaks" and gap.op == "b"]
     assert reasons == ["it broke the device earlier in this run"]
     assert not [gap for gap in record.read_gaps(tmp_path) if "cumo/" in gap.variant]
+
+
+HANGS = """
+import sys, time, types
+from dataclasses import replace
+import argparse, torch
+from benchmarks import bench_activation, harness
+from benchmarks.harness import Case
+from benchmarks.shapes import Shape
+
+def hang(x):
+    time.sleep(60)
+
+def setup(*args):
+    return replace(bench_activation.setup(*args), peers={"cumo/hangs": hang, "fine": torch.nn.Identity()})
+
+small = Shape("small", 24, 32, 48, 32, 4, 2, "quick_gelu", True, groups=2)
+file = types.SimpleNamespace(OP="t", setup=setup, cases=lambda *_: [Case(small, "fp32", modes=("forward",))])
+parser = argparse.ArgumentParser()
+harness.add_arguments(parser)
+raise SystemExit(harness.run_all([file], parser.parse_args()))
+"""
+
+
+def test_a_variant_that_hangs_costs_itself_alone(tmp_path):
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS)
+    words = ["--device", "cpu", "--results", str(tmp_path), "--seconds", "0", "--variant-seconds", "3"]
+    done = subprocess.run(
+        [sys.executable, script, *words], capture_output=True, text=True, timeout=50,
+        env={**os.environ, "PYTHONPATH": str(record.ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1 and "1 refusals of our own kernels" in done.stdout, done.stderr[-2000:]
+    assert {row.variant for row in record.read(tmp_path)} >= {"cumo/reference"}
+    (gap,) = [gap for gap in record.read_gaps(tmp_path) if gap.variant == "cumo/hangs"]
+    assert record.is_fault(gap) or gap.reason == "it broke the device earlier in this run"
 
 
 def test_what_breaks_off_in_one_mode_leaves_the_others(monkeypatch):
