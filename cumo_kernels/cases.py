@@ -247,7 +247,7 @@ def _exact_inputs(case: Case, generator: torch.Generator) -> tuple[Tensor, Tenso
 
 
 def _exact_logits(x: Tensor, gate: Tensor) -> Tensor:
-    """x @ gate.T for such inputs, free of what a sum is made to err (cumo_kernels/rounding.py) where none does.
+    """x @ gate.T for such inputs, also where sums are made to err (cumo_kernels/rounding.py): these do not.
 
     An error in the logits, be it ever so small, would decide between equal ones and so excuse any weight.
     """
@@ -257,7 +257,7 @@ def _exact_logits(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def _build_route(case: Case, device: str, draw: Callable[..., Tensor], generator: torch.Generator) -> Call:
-    """Weights and statistics; with a gate the logits' own rounding may decide ties: only `exact` has indices."""
+    """Weights and statistics; a gate's logits must be `exact`, or their rounding decides who is chosen."""
     args = (None, case.groups, case.K, True, None)
     place = lambda x: laid_out(x, case.layout)
 
