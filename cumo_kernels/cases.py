@@ -27,6 +27,7 @@ class Case:
 
     route takes logits, or with `gated` hidden states and a gate; grouped_gemm has weights (E, I, H) and with
     `gated` takes its rows in token order; pattern "dropped" is "uniform" with a third of the slots dropped.
+    The logits of an `exact` gated route are exact in every dtype, in whatever order they are summed.
     """
 
     op: str
@@ -39,6 +40,7 @@ class Case:
     activation: str = "quick_gelu"
     bias: bool = True
     gated: bool = False
+    exact: bool = False
     memory: str = "preact"
     groups: int = 1
     pattern: str = "uniform"
@@ -174,7 +176,7 @@ def build(case: Case, device: str = "cpu") -> Call:
             lambda x: ops.activate(place(x), name), lambda x: reference.activate(x, name), (draw(T, width),)
         )
     if case.op == "route":
-        return _build_route(case, draw)
+        return _build_route(case, device, draw, generator)
 
     routing = _routing(case, device)
     indices, inverse, offsets = routing.topk_indices, routing.inverse_permutation, routing.expert_offsets
@@ -227,8 +229,35 @@ def build(case: Case, device: str = "cpu") -> Call:
     )  # fmt: skip
 
 
-def _build_route(case: Case, draw: Callable[..., Tensor]) -> Call:
-    """Weights and statistics; with a gate the logits' own rounding decides ties, so those are not exact."""
+EXACT_TERMS = 250  # of a logit: bf16 holds every integer up to 256
+EXACT_UNIT = 1 / 8  # what each of them is, so that the softmax of a few hundred is no step
+
+
+def _exact_inputs(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens (T, H) of -1, 0 and 1 and a gate (E, H) of -1/8 and 1/8, in fp32.
+
+    At most EXACT_TERMS products of a token and an expert are not zero, so all partial sums are multiples of
+    EXACT_UNIT that bf16 holds, also after the yardstick's random signs. Every column has its share: of any
+    `apart` consecutive tokens one is not zero there.
+    """
+    apart = -(-case.H // EXACT_TERMS)
+    turns = torch.randperm(case.H, generator=generator) + torch.arange(case.T)[:, None]
+    sign = lambda *size: torch.randint(2, size, generator=generator) * 2.0 - 1
+    return sign(case.T, case.H) * (turns % apart == 0), sign(case.E, case.H) * EXACT_UNIT
+
+
+def _exact_logits(x: Tensor, gate: Tensor) -> Tensor:
+    """x @ gate.T for such inputs, also where sums are made to err (cumo_kernels/rounding.py): these do not.
+
+    An error in the logits, be it ever so small, would decide between equal ones and so excuse any weight.
+    """
+    logits = x @ gate.T
+    nearest = (logits.detach() / EXACT_UNIT).round() * EXACT_UNIT
+    return logits + (nearest - logits.detach())
+
+
+def _build_route(case: Case, device: str, draw: Callable[..., Tensor], generator: torch.Generator) -> Call:
+    """Weights and statistics; a gate's logits must be `exact`, or their rounding decides who is chosen."""
     args = (None, case.groups, case.K, True, None)
     place = lambda x: laid_out(x, case.layout)
 
@@ -239,21 +268,28 @@ def _build_route(case: Case, draw: Callable[..., Tensor]) -> Call:
         routing = found(x, *gate)
         return routing.topk_weights, routing.stats.mean_probs, routing.stats.mean_squared_logsumexp
 
-    if case.gated:
+    if case.gated and not case.exact:
         inputs = (draw(case.T, case.H), draw(case.E, case.H) / case.H**0.5)
         return Call(run, lambda x, w: reference.route(x, w, *args)[::2], inputs)
-    logits = draw(case.T, case.E)
-    indices = reference.route(logits, None, *args)[1]
+    if case.gated:
+        logits_of = _exact_logits
+        inputs = tuple(t.to(device, DTYPES[case.dtype]) for t in _exact_inputs(case, generator))
+    else:
+        logits_of, inputs = (lambda x: x), (draw(case.T, case.E),)
+    indices = reference.route(logits_of(*inputs), None, *args)[1]
     return Call(
         run,
-        lambda x: reference.route(x, None, *args)[::2],
-        (logits,),
-        integers=lambda x: (found(x).topk_indices, *_plan(found(x))),
+        lambda *inputs: reference.route(logits_of(*inputs), None, *args)[::2],
+        inputs,
+        integers=lambda *inputs: (found(*inputs).topk_indices, *_plan(found(*inputs))),
         true_integers=(indices, *reference.sort_by_expert(indices, case.E)),
     )
 
 
-FAMILIES: dict[str, dict] = {  # every op meets every family; a value replaces the default of `Case`
+MATMULS = ("expert_mlp", "grouped_gemm")
+ACTIVATED = (*MATMULS, "activate")
+# every op meets every family, or those of its "ops"; any other value replaces the default of `Case`
+FAMILIES: dict[str, dict] = {
     "plain": {},
     "no-token": {"T": 0},
     "one-token": {"T": 1},
@@ -272,12 +308,23 @@ FAMILIES: dict[str, dict] = {  # every op meets every family; a value replaces t
     "strided": {"layout": "strided"},
     "shifted": {"layout": "shifted"},
     "several-tiles": {"T": 300, "H": 128, "I": 160, "O": 96},
+    "relu": {"ops": ACTIVATED, "activation": "relu"},
+    "silu": {"ops": ACTIVATED, "activation": "silu"},
+    "gelu-tanh": {"ops": ACTIVATED, "activation": "gelu_tanh"},
+    "geglu-tanh": {"ops": ACTIVATED, "activation": "geglu_tanh"},
 }
+ROUTER = {"ops": ("route",), "gated": True, "exact": True, "T": 300, "H": 1024}
+SORTED = {"T": 2308, "H": 512, "I": 640, "O": 384}  # slots enough that both backends copy rows in their order
+DECODE = {"ops": ("expert_mlp",), "E": 8, "activation": "swiglu", "bias": False}
 ALIGNED: dict[str, dict] = {  # small, and yet what TMA and wgmma take
     "aligned": {"T": 300, "H": 512, "I": 640, "O": 384},
     "aligned-swiglu": {
         "T": 300, "H": 512, "I": 640, "O": 512, "E": 8, "activation": "swiglu", "bias": False,
     },
+    "aligned-router": ROUTER | {"H": 512},
+    "aligned-sorted": SORTED | {"ops": MATMULS},
+    "aligned-decode-1": DECODE | {"T": 1, "H": 512, "I": 1024, "O": 512},
+    "aligned-decode-16": DECODE | {"T": 16, "H": 512, "I": 1024, "O": 512},
 }  # fmt: skip
 GPU_FAMILIES: dict[str, dict] = ALIGNED | {
     "clip-crop": {"T": 577, "H": 1024, "I": 4096, "O": 1024},
@@ -288,6 +335,23 @@ GPU_FAMILIES: dict[str, dict] = ALIGNED | {
     "mixtral-32": {
         "T": 32, "H": 4096, "I": 3584, "O": 4096, "E": 8, "activation": "swiglu", "bias": False,
     },
+    # with as few tokens as these the yardstick has eight draws, 9 GB
+    "decode-1": DECODE | {"T": 1, "H": 1024, "I": 2048, "O": 1024},
+    "decode-16": DECODE | {"T": 16, "H": 1024, "I": 2048, "O": 1024},
+    "sorted-dropped": SORTED | {"T": 2400, "pattern": "dropped"},
+    "sorted-dropped-swiglu": SORTED | {
+        "ops": MATMULS, "T": 2400, "E": 8, "activation": "swiglu", "memory": "x", "pattern": "dropped",
+    },
+    "memory-x": SORTED | {"ops": ("expert_mlp",), "T": 600, "memory": "x"},
+    "memory-all": SORTED | {"ops": ("expert_mlp",), "T": 600, "memory": "all"},
+    "gated-router": ROUTER,
+    "gated-router-16": ROUTER | {"T": 16},
+    "gated-router-rounded": ROUTER | {"exact": False},  # in fp32: whether products are fp32's
+    "gated-router-groups": ROUTER | {"T": 320, "groups": 5},
+    "gated-router-8": ROUTER | {"H": 4096, "E": 8},
+    "gated-router-8-16": ROUTER | {"T": 16, "H": 4096, "E": 8},
+    "gated-router-64": ROUTER | {"H": 512, "E": 64, "K": 8},
+    "gated-router-64-16": ROUTER | {"T": 16, "H": 512, "E": 64, "K": 8},
 }  # fmt: skip
 # what Triton's interpreter, a second or so a call, is given unasked: one awkward family, not every path
 FEW: dict[str, dict] = {
@@ -312,11 +376,16 @@ def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[s
     """
     seen = set()
     for family, values in families.items():
+        values = dict(values)
+        ops_of_family = values.pop("ops", OPS)
         for dtype in dtypes:
             for op in names:
-                case = used(Case(op, **values, dtype=dtype))
-                if case.gated and op == "route" and dtype != "fp32":
-                    continue  # rounded logits tie, and fp64's do not: no yardstick
+                if op not in ops_of_family:
+                    continue
+                case = Case(op, **values, dtype=dtype)
+                if dtype != "fp32":  # rounded logits tie, and fp64's do not: no yardstick
+                    case = replace(case, exact=True)
+                case = used(case)
                 if case not in seen:
                     seen.add(case)
                     yield family, case
@@ -337,7 +406,7 @@ def survey(
 
 
 USES = {
-    "route": ("T", "H", "E", "K", "gated", "groups", "layout"),
+    "route": ("T", "H", "E", "K", "gated", "exact", "groups", "layout"),
     "permute": ("T", "H", "E", "K", "pattern", "layout"),
     "combine": ("T", "H", "E", "K", "pattern", "layout"),
     "grouped_gemm": ("T", "H", "I", "E", "K", "activation", "bias", "gated", "pattern", "layout"),
@@ -352,5 +421,5 @@ def used(case: Case) -> Case:
     """`case` with everything its op ignores at the default."""
     keep = (*USES[case.op], "op", "dtype", "seed")
     if case.op == "route" and not case.gated:
-        keep = tuple(name for name in keep if name != "H")
+        keep = tuple(name for name in keep if name not in ("H", "exact"))
     return replace(case, **{f.name: f.default for f in fields(case) if f.name not in keep})

@@ -43,6 +43,7 @@ class Gpu:
 
 # the first match wins, so a longer name stands before a shorter one
 GPUS = (
+    Gpu("nvidia_gh200", "gh200", 90, 132, 227 * KIB, gb_per_s=4000, tiles_of="nvidia_h100"),  # 96 GB of HBM3
     Gpu("nvidia_h200", "h200", 90, 132, 227 * KIB, 989, 494, 67, 4800, tiles_of="nvidia_h100"),
     Gpu("nvidia_h100_pcie", "h100 pcie", 90, 114, 227 * KIB, 756, 378, 51, 2000, tiles_of="nvidia_h100"),
     Gpu("nvidia_h100", "h100", 90, 132, 227 * KIB, 989, 494, 67, 3350),

@@ -29,6 +29,7 @@ from cumo_kernels.testing import ROUNDS, SMALL
 COMMAND = (sys.executable, "-m", "cumo_kernels")
 START = 180.0  # seconds until a worker must have imported what it needs
 GRACE = 30.0  # seconds that a worker's own watchdog is given before the parent kills it
+WRAP_UP = 5.0  # seconds that cases under way have when the time for all is over
 LINGER = 5.0  # seconds that a killed worker is given: one that waits inside a driver may never end
 TRIES = 3  # workers of a backend that may end before their first case, in a row
 CONTEXT = 3 << 28  # bytes of the GPU that a process has before its first tensor
@@ -179,7 +180,7 @@ class Shards:
         note: Callable[[dict], None],
         log: Callable[[str], None],
     ):
-        """`stop`: time.monotonic() after which no case begins."""
+        """`stop`: time.monotonic() after which no case begins; `WRAP_UP` later what still runs is ended."""
         self.device, self.seconds, self.stop = device, case_seconds, stop
         self.note, self.log = note, log
         self.workers = workers
@@ -190,6 +191,7 @@ class Shards:
         self.again: list[Job] = []
         self.misses: dict[str, int] = {}
         self.missing: list[str] = []
+        self.cut: list[Job] = []
         self.done = 0
 
     def run(self, jobs: Iterable[Job]) -> list[str]:
@@ -210,6 +212,9 @@ class Shards:
                 worker.end()
         if self.left:
             self.missing.append(f"{len(self.left)} of {total} cases: --budget was spent")
+        if self.cut:
+            names = ", ".join(f"{job.backend} {job.case}" for job in self.cut)
+            self.missing.append(f"{names}: {len(self.cut)} were under way when --budget was spent")
         return self.missing
 
     def _drain(self, total: int, retry: bool) -> None:
@@ -219,6 +224,10 @@ class Shards:
                 if worker.ready and worker.job is None:
                     self._employ(worker, over)
                 elif over and not worker.ready:
+                    worker.kill()
+                    self._dismiss(worker)
+                elif time.monotonic() > self.stop + WRAP_UP:
+                    self.cut.append(worker.job)
                     worker.kill()
                     self._dismiss(worker)
             while not over and len(self.running) < self.workers and (backend := self._wanted()):
@@ -267,6 +276,7 @@ class Shards:
                 worker.ready, worker.deadline = True, math.inf
             elif "begin" in line:
                 worker.begun, self.misses[worker.backend] = True, 0
+                self.log(f"-> {worker.backend} {line['begin']}")
             else:
                 job, worker.job, worker.deadline = worker.job, None, math.inf
                 self._finish(job, line["result"], total, retry)

@@ -58,6 +58,10 @@ SOURCES = {  # backend -> the files that decide what it computes
         "cumo_kernels/ops/*.py",
     ),
 }
+KEYS = {
+    "backend", "op", "dtype", "cases", "date", "torch", "triton", "driver", "commit", "code", "source",
+}  # fmt: skip
+OTHER_CODE = ("TRITON_INTERPRET", "CUMO_EMULATE", "CUMO_BATCH_INVARIANT")  # not what runs unasked
 AGAIN = "force it to try, or run python -m cumo_kernels verify --record"
 Group = tuple[str, str, str]  # backend, op of a case, dtype ("bfloat16")
 
@@ -68,7 +72,8 @@ def load(path: Path = PATH) -> dict[str, list[dict]]:
         table = json.loads(path.read_text())
         for rows in table.values():
             for row in rows:
-                _group(row)
+                if lacking := KEYS - row.keys():
+                    raise ValueError(f"a row must have {sorted(KEYS)}, it lacks {sorted(lacking)}")
         return table
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         words = f"{type(error).__name__}: {error}"
@@ -115,6 +120,11 @@ def _code(backend: str, device: torch.device | str) -> str:
     return extension.code_for(device) if backend == "cuda" else ""
 
 
+def other_code() -> list[str]:
+    """The switches that are on and that choose other code than a proof is about, as "NAME=value"."""
+    return [f"{name}={os.environ[name]}" for name in OTHER_CODE if os.environ.get(name, "") not in ("", "0")]
+
+
 @cache
 def proof(backend: str, op: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
     """Whether `backend` is verified for the call `op` of dispatch.OPS on the CUDA device, and why."""
@@ -122,6 +132,8 @@ def proof(backend: str, op: str, dtype: torch.dtype, device: torch.device) -> tu
         return False, f"not verified: there is no CUDA device here to know it by; {AGAIN}"
     if backend == "cuda" and (stale := extension.outdated()) is not None:
         return False, f"not verified: {stale}"
+    if others := other_code():
+        return False, f"not verified under {others[0]}: force it to try (CUMO_BACKEND={backend})"
     return _proof(backend, op, str(dtype).removeprefix("torch."), gpu_of(device), _code(backend, device))
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from cumo_kernels.verdicts import Result, record, switches, table
 
 REPEATS = 3
 EXCUSED = "reference"  # written to be read: it asks the host where experts begin
-OTHER_CODE = ("TRITON_INTERPRET", "CUMO_EMULATE", "CUMO_BATCH_INVARIANT")  # not what runs unasked
+NO_CACHE = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # with it nothing can be captured in a graph
 FLUSH = 5.0  # seconds between two states of the --json file
 
 
@@ -110,7 +111,7 @@ def _check_sync(call: Call, result: Result) -> None:
 def _check_graph(call: Call, result: Result) -> None:
     """Captured once, replayed on other values and another routing: the bits of an eager run on those."""
     leaves, upstream = _leaves(call)
-    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") == "1":
+    if NO_CACHE in os.environ:
         return  # torch cannot capture without its allocator
     if not result.sync_free:
         result.graph = False  # a capture that waits for the host cannot succeed
@@ -248,7 +249,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-interpreter", action="store_true", help="leave Triton out where there is no GPU"
     )
-    parser.add_argument("--json", metavar="FILE", help="write every case's result; - is the screen, alone")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write every case's result, as they come one a line to FILE.lines; - is the screen, alone",
+    )
 
 
 def _survey(
@@ -301,7 +306,8 @@ def _check_options(args: argparse.Namespace, device: str) -> None:
             *(["--tiny"] if args.tiny else []),
             *(["--begin"] if args.begin else []),
         ]
-        others += [f"{name}={os.environ[name]}" for name in OTHER_CODE if os.environ.get(name, "0") != "0"]
+        others += verified.other_code()
+        others += [f"{NO_CACHE}={os.environ[NO_CACHE]}"] if NO_CACHE in os.environ else []
         if device != "cuda" or others:
             got = others[0] if others else f"--device {device}"
             raise ValueError(f"--record must go with all families on a CUDA device, got {got}")
@@ -382,15 +388,19 @@ def main(args: argparse.Namespace) -> int:
         serve(checked, args.device, args.case_seconds)
     begin = written = time.monotonic()
     results: list[Result] = []
+    path = None if args.json == "-" else args.json
 
     def note(result: Result) -> None:
         nonlocal written
         results.append(result)
+        if path:  # whatever ends this process, each result is on file
+            with open(f"{path}.lines", "a" if len(results) > 1 else "w") as file:
+                print(json.dumps(asdict(result)), file=file)
         if result.failures:
             log(f"FAILED {result.backend} {result.case}: {result.failures[0]}")
         # a run that is cut off leaves what it has found
-        if args.json not in (None, "-") and time.monotonic() - written > FLUSH:
-            _write(_report(results, ["the rest: this run has not ended"], begin), args.json)
+        if path and time.monotonic() - written > FLUSH:
+            _write(_report(results, ["the rest: this run has not ended"], begin), path)
             written = time.monotonic()
 
     try:
@@ -402,8 +412,9 @@ def main(args: argparse.Namespace) -> int:
     report = _report(results, missing, begin)
     if args.json == "-":
         print(json.dumps(report))
-    elif args.json:
-        _write(report, args.json)
+    elif path:
+        _write(report, path)
+        Path(f"{path}.lines").unlink(missing_ok=True)
     if args.record:
         record(results, args, log)
     if args.json == "-":

@@ -166,6 +166,21 @@ def test_a_spent_budget_starts_nothing(shard, capsys):
     assert "cases: --budget was spent" in capsys.readouterr().out
 
 
+def test_what_is_under_way_when_the_budget_is_spent_is_ended_and_named(shard, monkeypatch):
+    monkeypatch.setattr(shards, "WRAP_UP", 0.3)
+    slow = "import time\nact = lambda case, _: 'T=2' in case and time.sleep(60) or ('', False)"
+    begin = time.monotonic()
+    many, results = shard(slow + SPEAKS, stop=begin + 2)
+    lines = []
+    many.log = lines.append
+    assert many.run(JOBS) == [
+        "1 of 3 cases: --budget was spent",
+        "reference activate T=2: 1 were under way when --budget was spent",
+    ]
+    assert [row["case"] for row in results] == ["activate T=1"] and time.monotonic() - begin < 20
+    assert lines == ["-> reference activate T=1", "-> reference activate T=2"]
+
+
 def test_large_cases_wait_for_each_other(shard):
     many, _ = shard(workers=4)
     large, small = Case("expert_mlp", T=64, H=512, I=512, O=512), Case("expert_mlp", T=64)
@@ -204,7 +219,9 @@ def test_the_large_families_take_what_a_gpu_has_once(monkeypatch):
 
 def test_what_matters_comes_first_on_a_gpu():
     todo = cases.survey("cuda", False, ("fp32", "bf16"), cases.OPS)
-    assert {(family, case.dtype) for family, case in todo[:11]} == {(name, "bf16") for name in cases.ALIGNED}
+    aligned = len(list(cases.all_cases(cases.ALIGNED, ("bf16",))))
+    first = {(family, case.dtype) for family, case in todo[:aligned]}
+    assert first == {(name, "bf16") for name in cases.ALIGNED} and todo[aligned][1].dtype == "fp32"
     few = {family for family, _ in cases.survey("cuda", True, ("bf16",), cases.OPS)}
     assert few == {*cases.ALIGNED, *cases.FEW}
     families = {family for family, _ in todo}

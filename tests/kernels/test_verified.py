@@ -51,7 +51,7 @@ def gpu(monkeypatch):
             monkeypatch.setattr(extension, name, False)
         monkeypatch.setattr(extension, "unfit", lambda device: None)
         monkeypatch.setattr(dispatch, "_forced", None)
-        for name in verify.OTHER_CODE:
+        for name in (*verified.OTHER_CODE, verify.NO_CACHE):
             monkeypatch.delenv(name, raising=False)
 
     yield pretend
@@ -203,7 +203,17 @@ def test_the_questions_about_a_gpu_fit_into_one_graph(monkeypatch):
     assert torch.compile(asks, fullgraph=True, backend="eager")(x) == asks(x)
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"nvidia_h100": [{"backend": "triton"}]}', '{"a": 1}'])
+def lacking(key):
+    return json.dumps({"nvidia_h100": [entry(), {k: v for k, v in entry().items() if k != key}]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None, "{", "[]", '{"nvidia_h100": [{"backend": "triton"}]}', '{"a": 1}', '{"a": [1]}',
+        *map(lacking, ("date", "source", "code", "torch", "triton", "cases")),
+    ],
+)  # fmt: skip
 def test_a_damaged_file_is_said_and_proves_nothing(tmp_path, text):
     path = tmp_path / "verified.json"
     if text is not None:
@@ -322,11 +332,29 @@ def test_only_all_families_on_a_gpu_are_recorded(gpu, capsys, words):
     assert "--record must go with all families on a CUDA device" in capsys.readouterr().err
 
 
-def test_other_code_than_runs_unasked_is_not_recorded(gpu, monkeypatch, capsys):
+@pytest.mark.parametrize("name", [*verified.OTHER_CODE, verify.NO_CACHE])
+def test_other_code_than_runs_unasked_is_not_recorded(gpu, monkeypatch, capsys, name):
     gpu({})
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv(name, "1")
     assert main(["verify", "--device", "cuda", "--record"]) == 2
-    assert "got TRITON_INTERPRET=1" in capsys.readouterr().err
+    assert f"got {name}=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", verified.OTHER_CODE)
+def test_a_proof_is_not_of_other_code(gpu, monkeypatch, name):
+    gpu({"nvidia_h100": [entry()]})
+    monkeypatch.setenv(name, "0")
+    assert dispatch.choose("permute", X) == "triton"
+    forget()
+    monkeypatch.setenv(name, "1")
+    assert dispatch.choose("permute", X) == "reference"
+    assert f"not verified under {name}=1: force it to try (CUMO_BACKEND=triton)" in line("triton")
+
+
+def test_a_gh200_is_no_h200():
+    card = hardware.match("NVIDIA GH200 480GB", 90, 132, 227 * 1024)
+    assert (card.name, card.tiles_of) == ("nvidia_gh200", "nvidia_h100")
+    assert hardware.match("NVIDIA H200", 90, 132, 227 * 1024).name == "nvidia_h200"
 
 
 def test_every_call_is_covered_and_the_committed_table_is_one():

@@ -2,6 +2,8 @@
 
 import json
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +144,7 @@ def test_a_failure_ends_with_1_and_a_command_that_repeats_it(replaced, capsys, t
     replaced("activate", lambda plain, *args: plain(*args) * 1.1)
     capsys.readouterr()
     assert main([*arguments, "--json", str(tmp_path / "v.json")]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["v.json"]
     report = json.loads((tmp_path / "v.json").read_text())
     assert report["failed"] == 6 == len(report["results"]) and report["not_checked"]
     command = next(line for line in capsys.readouterr().out.splitlines() if "--case" in line)
@@ -154,6 +157,58 @@ def test_ops_take_turns_so_that_a_short_budget_sees_all():
     ops = [case.op for _, case in all_cases(cases.FAMILIES, ("bf16",))]
     assert set(ops[: 2 * len(cases.OPS)]) == set(cases.OPS)
     assert "route" in {case.op for _, case in all_cases(cases.FEW, ("bf16",))}
+
+
+EXACT = Case("route", T=48, H=600, E=8, K=3, gated=True, exact=True, groups=3)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_exact_logits_are_exact_under_any_signs(dtype):
+    call = cases.build(replace(EXACT, dtype=dtype))
+    x, gate = call.inputs
+    assert call.true_integers[0].shape == (48, 3) and (x.abs() @ gate.abs().T).max() * 8 <= 256
+    apart = -(-EXACT.H // cases.EXACT_TERMS)
+    assert apart == 3 and all(chunk.any(0).all() for chunk in (x != 0).split(apart))
+    generator = torch.Generator().manual_seed(1)
+    for t in call.inputs:
+        t *= torch.randint(2, t.shape, generator=generator) * 2 - 1
+    # in halves, added in the dtype: as exact
+    parts = x[:, :301] @ gate[:, :301].T + x[:, 301:] @ gate[:, 301:].T
+    assert torch.equal(parts.double(), x.double() @ gate.double().T)
+    assert torch.equal(parts, cases._exact_logits(x, gate))
+
+
+@pytest.mark.parametrize("op", ["route", "route_backward"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_a_router_that_drops_columns_is_refused(replaced, op, dtype):
+    """The last columns, or a warp's share of a tile: of the logits, or of both gradients."""
+    at, columns = 0 if op == "route" else 3, [0, 0]  # where x stands, and what is dropped
+
+    def drops(plain, *args):
+        args = list(args)
+        for i in (at, at + 1):
+            args[i] = args[i].clone()
+            args[i][:, slice(*columns)] = 0
+        return plain(*args)
+
+    replaced(op, drops)
+    case = replace(EXACT, dtype=dtype)
+    assert check(case, "reference", "cpu").failures == []
+    for columns[:] in ((568, 600), (599, 600), (128, 136)):
+        words = failure(case)
+        assert " is off " in words and ("plan differs" in words) == (op == "route")
+
+
+def test_gated_routers_are_checked_in_every_dtype():
+    for families in (FAMILIES, cases.ALIGNED, cases.GPU_FAMILIES):
+        found = [case for _, case in all_cases(families, ("fp32", "fp16", "bf16"), ("route",)) if case.gated]
+        assert {case.dtype for case in found} == {"fp32", "fp16", "bf16"}
+        assert all(case.exact for case in found if case.dtype != "fp32")
+
+
+def test_every_activation_is_in_a_family():
+    found = {case.activation for _, case in all_cases(FAMILIES, ("bf16",), ("activate",))}
+    assert found == set(cases.ACTIVATIONS)
 
 
 def test_nothing_checked_is_no_success(monkeypatch, capsys):
@@ -235,6 +290,8 @@ def test_a_run_that_is_cut_off_leaves_what_it_found(replaced, monkeypatch, tmp_p
         main(["verify", *words, "--json", str(path)])
     report = json.loads(path.read_text())
     assert (len(report["results"]), report["failed"]) == (2, 1)
+    lines = [json.loads(line) for line in Path(f"{path}.lines").read_text().splitlines()]
+    assert lines == report["results"]
     assert report["not_checked"] == ["the rest: this run has not ended"]
 
 
