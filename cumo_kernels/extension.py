@@ -140,6 +140,8 @@ def code_for(device) -> str:
     """The architecture whose machine code runs on that GPU, as `best_of` names it."""
     import torch
 
+    if EMULATE:
+        return "emulated"
     capability = torch.cuda.get_device_capability(device)
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or architecture(capability)
     built = choose_architectures(asked)[0] if JIT else getattr(load(), "architectures", "")

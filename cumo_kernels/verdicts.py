@@ -4,10 +4,11 @@ import argparse
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from cumo_kernels import cases, dispatch, extension, verified
+from cumo_kernels import cases, dispatch, extension, hardware, verified
 from cumo_kernels.cases import parse
 from cumo_kernels.hardware import gpu_of
 from cumo_kernels.problems import DTYPES
@@ -84,6 +85,11 @@ def table(results: Iterable[Result]) -> str:
     )
 
 
+def rehearses(args: argparse.Namespace, device: str) -> bool:
+    """Whether --record only shows that it works: tiny cases, on no GPU, into a file that nobody asks."""
+    return device == "cpu" and args.tiny and Path(args.record).resolve() != verified.PATH
+
+
 def record(results: list[Result], args: argparse.Namespace, log: Callable[[str], None]) -> None:
     """verified.json gets each (backend, op, dtype) whose cases all ran and passed, and loses what failed."""
     groups: dict[verified.Group, list[Result]] = {}
@@ -96,13 +102,15 @@ def record(results: list[Result], args: argparse.Namespace, log: Callable[[str],
         if result.backend in verified.SOURCES and not (result.backend == "cuda" and stale):
             groups.setdefault((result.backend, case.op, name(case.dtype)), []).append(result)
     wanted: dict[tuple[str, str], int] = {}
-    for _, case in cases.survey("cuda", False, tuple(args.dtype or DTYPES), tuple(args.op or cases.OPS)):
+    tiny = rehearses(args, args.device or "cuda")
+    dtypes, ops = tuple(args.dtype or DTYPES), tuple(args.op or cases.OPS)
+    for _, case in cases.survey("cuda", False, dtypes, ops, tiny):
         wanted[case.op, name(case.dtype)] = wanted.get((case.op, name(case.dtype)), 0) + 1
     failed = {group for group, rows in groups.items() if any(row.failures for row in rows)}
     whole = {group: len(rows) for group, rows in groups.items() if len(rows) == wanted[group[1:]]}
     passed = {group: number for group, number in whole.items() if group not in failed}
-    gpu = gpu_of(torch.device("cuda"))
-    written, removed = verified.record(passed, failed, gpu, verified.PATH)
-    log(f"recorded for {gpu.name} in {verified.PATH}: {written} entries written, {removed} removed")
+    gpu = hardware.find("nvidia_h100") if tiny else gpu_of(torch.device("cuda"))
+    written, removed = verified.record(passed, failed, gpu, Path(args.record))
+    log(f"recorded for {gpu.name} in {args.record}: {written} entries written, {removed} removed")
     for group in groups.keys() - whole.keys() - failed:
         log(f"not recorded, {len(groups[group])} of {wanted[group[1:]]} cases ran: {' '.join(group)}")

@@ -28,7 +28,7 @@ from cumo_kernels.hardware import gpu_of
 from cumo_kernels.problems import DTYPES
 from cumo_kernels.shards import Job, Shards, serve
 from cumo_kernels.testing import Yardstick
-from cumo_kernels.verdicts import Result, record, switches, table
+from cumo_kernels.verdicts import Result, record, rehearses, switches, table
 
 REPEATS = 3
 EXCUSED = "reference"  # written to be read: it asks the host where experts begin
@@ -242,7 +242,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --workers: a case that takes longer has failed; 0: none, default %(default)g",
     )
     parser.add_argument(
-        "--record", action="store_true", help="put what passed whole on this GPU into verified.json"
+        "--record",
+        nargs="?",
+        const=str(verified.PATH),
+        metavar="FILE",
+        help="put what passed whole on this GPU into verified.json; to rehearse, with --tiny on a CPU, FILE",
     )
     parser.add_argument("--serve", metavar="BACKEND", help=argparse.SUPPRESS)  # be a worker of --workers
     parser.add_argument("--begin", type=int, default=0, help=argparse.SUPPRESS)  # with this case of all
@@ -299,7 +303,7 @@ def _check_options(args: argparse.Namespace, device: str) -> None:
         raise ValueError(f"--workers must go with all families, got {alone[0]}")
     if args.case_seconds < 0:
         raise ValueError(f"--case-seconds must be at least 0, got {args.case_seconds:g}")
-    if args.record:
+    if args.record and not rehearses(args, device):
         others = [
             *alone,
             *(["--few"] if args.few else []),

@@ -195,17 +195,16 @@ def _smoke(place: Place) -> Step:
 def _prove(place: Place) -> list[Step]:
     python, switches = sys.executable, _switches(place)
     sanitizer = find_tool("compute-sanitizer")
-    need = lambda: (
-        "a sanitizer needs a CUDA device" if place.rehearses
-        else None if sanitizer else "compute-sanitizer is not installed"
-    )  # fmt: skip
-    record = () if place.rehearses else ("--record",)
+    need = lambda: None if sanitizer or place.rehearses else "compute-sanitizer is not installed"
+    proofs = str(place.tree / "cumo_kernels" / "verified.json")
+    record = ("--record", proofs) if place.rehearses else ("--record",)
     kernels = (python, "-m", "benchmarks.gpu.kernels", "--device", place.device,
                "--lines", str(place.out / "kernels.jsonl"))  # fmt: skip
+    tool = (sanitizer or "compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no")
+    small = "--tiny" if place.rehearses else "--few"
     memcheck = (
-        sanitizer or "compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no",
-        python, "-m", "cumo_kernels", "verify", "--device", place.device, "--few", "--dtype", "bf16",
-        "--op", "expert_mlp", "--backend", "triton", "--backend", "cuda",
+        *(() if place.rehearses else tool), python, "-m", "cumo_kernels", "verify", "--device", place.device,
+        small, "--dtype", "bf16", "--op", "expert_mlp", "--backend", "triton", "--backend", "cuda",
     )  # fmt: skip
     return [
         _smoke(place),
@@ -217,7 +216,7 @@ def _prove(place: Place) -> list[Step]:
         Step("router", _bench(place, "--only", "layer", "--only", "routing", "--only", "permutation",
                               *(("--shape", "clip-1-crop") if place.rehearses else ()), "--seconds", "0.2"),
              60, 45, environment=switches, told=15),
-        Step("memcheck", memcheck, 60, 45, need, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        Step("memcheck", memcheck, 60, 45, need, environment={**switches, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
     ]  # fmt: skip
 
 

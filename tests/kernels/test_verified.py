@@ -266,7 +266,8 @@ def recorded(gpu, monkeypatch, tmp_path):
         gpu({}, card)
         monkeypatch.setattr(verdicts, "gpu_of", lambda device: card)
         path.write_text(json.dumps(table))
-        args = argparse.Namespace(**{"dtype": None, "op": None} | options)
+        plain = {"dtype": None, "op": None, "device": "cuda", "tiny": False, "record": str(path)}
+        args = argparse.Namespace(**plain | options)
         verdicts.record(results, args, print)
         return verified.load(path)
 
