@@ -214,7 +214,9 @@ class Shards:
             self.missing.append(f"{len(self.left)} of {total} cases: --budget was spent")
         if self.cut:
             names = ", ".join(f"{job.backend} {job.case}" for job in self.cut)
-            self.missing.append(f"{names}: {len(self.cut)} were under way when --budget was spent")
+            self.missing.append(
+                f"{len(self.cut)} of {total} cases were under way when --budget was spent: {names}"
+            )
         return self.missing
 
     def _drain(self, total: int, retry: bool) -> None:

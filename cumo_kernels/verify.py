@@ -232,7 +232,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiny", action="store_true", help="one small family: to rehearse")
     parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="random cases until the time is up")
     parser.add_argument("--seed", type=int, default=0, help="of --fuzz")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds; no case begins after them")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        help="seconds; no case begins after them, and with --workers none runs on for long",
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default: this one alone")
     parser.add_argument(
         "--case-seconds",

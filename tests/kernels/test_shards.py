@@ -175,7 +175,7 @@ def test_what_is_under_way_when_the_budget_is_spent_is_ended_and_named(shard, mo
     many.log = lines.append
     assert many.run(JOBS) == [
         "1 of 3 cases: --budget was spent",
-        "reference activate T=2: 1 were under way when --budget was spent",
+        "1 of 3 cases were under way when --budget was spent: reference activate T=2",
     ]
     assert [row["case"] for row in results] == ["activate T=1"] and time.monotonic() - begin < 20
     assert lines == ["-> reference activate T=1", "-> reference activate T=2"]
