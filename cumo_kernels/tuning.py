@@ -6,7 +6,7 @@ searched at run time; `search` tries neighbours of that choice on the GPU itself
 (python -m cumo_kernels tune).
 
     CUMO_PRINT_CONFIG=1      prints every choice once
-    CUMO_BATCH_INVARIANT=1   forward, a row's result does not depend on how many rows come with it
+    CUMO_BATCH_INVARIANT=1   forward, a row's result does not depend on how many rows come with it; proofs do not hold under it: set CUMO_BACKEND too
 """
 
 import json

@@ -216,7 +216,8 @@ def _prove(place: Place) -> list[Step]:
         Step("router", _bench(place, "--only", "layer", "--only", "routing", "--only", "permutation",
                               *(("--shape", "clip-1-crop") if place.rehearses else ()), "--seconds", "0.2"),
              60, 45, environment=switches, told=15),
-        Step("memcheck", memcheck, 60, 45, need, environment={**switches, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        Step("memcheck", memcheck, 60, 45, need,
+             environment={**switches, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
     ]  # fmt: skip
 
 
