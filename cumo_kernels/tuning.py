@@ -6,7 +6,8 @@ searched at run time; `search` tries neighbours of that choice on the GPU itself
 (python -m cumo_kernels tune).
 
     CUMO_PRINT_CONFIG=1      prints every choice once
-    CUMO_BATCH_INVARIANT=1   forward, a row's result does not depend on how many rows come with it; proofs do not hold under it: set CUMO_BACKEND too
+    CUMO_BATCH_INVARIANT=1   forward, a row's result does not depend on how many rows come with it; no
+                             backend counts as verified under it, so name one (CUMO_BACKEND)
 """
 
 import json
