@@ -195,6 +195,7 @@ def record(
         if (backend, op, dtype) not in failed
     ]
     table[gpu.name] = sorted([*kept, *new], key=_group)
+    path.parent.mkdir(parents=True, exist_ok=True)
     measured.write(table, path)
     return len(new), sum(_group(row) in failed for row in old)
 

@@ -100,7 +100,7 @@ def test_planted_faults_are_named_and_cost_their_cases_alone(tmp_path, monkeypat
     changed = lambda step: fewer(step) if step.name == "smoke" else step
     monkeypatch.setattr(gate, "plan", lambda part, place: [nowhere, *map(changed, plan(part, place))])
     out = tmp_path / "out"
-    words = ["--only", "nowhere", "--only", "smoke", "--case-seconds", "12"]
+    words = ["--only", "nowhere", "--only", "build", "--only", "smoke", "--case-seconds", "12"]
     code = gate.main(["--rehearse", "--out", str(out), *words])
     summary, printed = (out / "summary.md").read_text(), capsys.readouterr().out
     assert code == 1, summary
