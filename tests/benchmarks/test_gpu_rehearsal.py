@@ -71,7 +71,7 @@ sys.meta_path.insert(0, Finder())
 """
 # what stands in the summary behind "FAILED triton: "
 REASONS = {
-    "permute": r"its process ended, exit code 1: Timeout \(0:00:12\)! in sitecustomize.py:\d+ act; ",
+    "permute": r"its process ended, exit code 1: Timeout \(0:00:25\)! in sitecustomize.py:\d+ act; ",
     "activate": r"its process ended, signal SIGABRT: ",
     "combine": r"output 0 is off",
     "route": r"RuntimeError: CUDA error: an illegal memory access was encountered",
@@ -100,7 +100,7 @@ def test_planted_faults_are_named_and_cost_their_cases_alone(tmp_path, monkeypat
     changed = lambda step: fewer(step) if step.name == "smoke" else step
     monkeypatch.setattr(gate, "plan", lambda part, place: [nowhere, *map(changed, plan(part, place))])
     out = tmp_path / "out"
-    words = ["--only", "nowhere", "--only", "build", "--only", "smoke", "--case-seconds", "12"]
+    words = ["--only", "nowhere", "--only", "build", "--only", "smoke", "--case-seconds", "25"]
     code = gate.main(["--rehearse", "--out", str(out), *words])
     summary, printed = (out / "summary.md").read_text(), capsys.readouterr().out
     assert code == 1, summary
