@@ -426,6 +426,11 @@ def run_all(
             record.append(rows, args.results)
             record.append_gaps(gaps, args.results)
 
+    def go_on(words: list[str]) -> None:
+        """In a new process, in what is left of the time."""
+        end = [] if stop == math.inf else ["--budget", f"{max(0, stop - time.monotonic()):.0f}"]
+        _restart([*words, *end, "--run", run_id])
+
     ours_refused = 0
     keep([], [Gap(name, "all", "all", "", 0, "", "", "", why, machine, run_id)
               for name, why in (absent or {}).items() if not args.begin])  # fmt: skip
@@ -449,8 +454,7 @@ def run_all(
             reason = f"it hung: {args.variant_seconds:.0f} s in its first runs"
             print(f"bench: {variant}: {reason}; going on without it in a new process", file=sys.stderr)
             keep([], missing(variant, reason))
-            end = [] if stop == math.inf else ["--budget", f"{max(0, stop - time.monotonic()):.0f}"]
-            _restart(["--begin", str(at), "--without", variant, *end, "--run", run_id])
+            go_on(["--begin", str(at), "--without", variant])
 
         try:
             rows, gaps = measure(
@@ -475,8 +479,7 @@ def run_all(
             print(
                 f"bench: the device is lost, going on in a new process ({' '.join(again)})", file=sys.stderr
             )
-            end = [] if stop == math.inf else ["--budget", f"{max(0, stop - time.monotonic()):.0f}"]
-            _restart([*again, *end, "--run", run_id])
+            go_on(again)
         rate = (time.monotonic() - begin) / max(1, case.shape.gemm_flops)
         rates[file.OP] = max(rate, rates.get(file.OP, 0))
     print(f"bench: {done} cases measured on {machine}", end="")

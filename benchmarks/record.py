@@ -7,7 +7,6 @@ import csv
 import io
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -16,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from cumo_kernels import hardware
+from cumo_kernels import hardware, verified
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @dataclass
@@ -89,14 +88,6 @@ GAPS = "not_timed.csv"
 NO_TIME = "no time was left for it"
 
 
-def _first_line(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
-
-
 def _cpu_name() -> str:
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
@@ -108,9 +99,9 @@ def _cpu_name() -> str:
 @cache
 def commit() -> str:
     """Short hash, "+" behind it when tracked files differ; "unknown" outside a checkout."""
-    head = _first_line(["git", "rev-parse", "--short=10", "HEAD"])
+    head = verified.first_line("git", "rev-parse", "--short=10", "HEAD")
     code = ("*.py", "*.json", "csrc")  # a changed page changes no timing
-    changed = _first_line(["git", "status", "--porcelain", "-uno", "--", *code])
+    changed = verified.first_line("git", "status", "--porcelain", "-uno", "--", *code)
     return f"{head}{'+' if changed else ''}" if head else os.environ.get("CUMO_COMMIT") or "unknown"
 
 
@@ -120,7 +111,7 @@ def machine(device: str) -> dict[str, str]:
     if device == "cuda":
         name = torch.cuda.get_device_name()
         row = hardware.gpu_of(torch.device("cuda"))
-        driver = _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+        driver = verified.first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         return {"machine": row.name, "device": name, "driver": driver}
     name = _cpu_name()
     threads = torch.get_num_threads()

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -76,14 +76,20 @@ def architecture(capability: tuple[int, int]) -> str:
     return "9.0a" if capability == (9, 0) else ".".join(map(str, capability))
 
 
-def hash_of_sources(csrc: Path = CSRC) -> str:
-    """Of csrc/, by name and by byte: what `_C` says it was built from."""
+def hash_of_files(paths: Iterable[Path], root: Path, options: str = "") -> str:
+    """Of the files among `paths`, by name under `root` and by byte, and of the build's `options`."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in csrc.iterdir() if path.is_file()):
+    for path in sorted(filter(Path.is_file, paths)):
         data = path.read_bytes()
-        digest.update(f"{path.name} {len(data)}\n".encode())
+        digest.update(f"{path.relative_to(root).as_posix()} {len(data)}\n".encode())
         digest.update(data)
+    digest.update(options.encode())
     return digest.hexdigest()[:16]
+
+
+def hash_of_sources(csrc: Path = CSRC) -> str:
+    """Of csrc/: what `_C` says it was built from."""
+    return hash_of_files(csrc.iterdir(), csrc)
 
 
 @cache

@@ -17,7 +17,6 @@ An installation without csrc/ (a wheel) cannot know the hash of what `_C` was bu
 packed in the same build, so there the entry is believed if torch and code agree.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -93,15 +92,9 @@ def source_of(backend: str, root: Path = ROOT) -> str | None:
     """Hash of the files of `SOURCES`, by name and by byte; None where csrc/ is needed and not there."""
     if backend == "cuda" and not (root / "csrc").is_dir():
         return None
-    found = (path for pattern in SOURCES[backend] for path in root.glob(pattern) if path.is_file())
-    digest = hashlib.sha256()
-    for path in sorted(found):
-        data = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()} {len(data)}\n".encode())
-        digest.update(data)
-    if backend == "cuda":  # the compiler's options decide too
-        digest.update(" ".join([*extension.CXX_FLAGS, *extension.nvcc_flags("9.0a")]).encode())
-    return digest.hexdigest()[:16]
+    found = (path for pattern in SOURCES[backend] for path in root.glob(pattern))
+    options = [*extension.CXX_FLAGS, *extension.nvcc_flags("9.0a")] if backend == "cuda" else []
+    return extension.hash_of_files(found, root, " ".join(options))
 
 
 @cache
@@ -185,8 +178,8 @@ def record(
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "torch": torch.__version__,
         "triton": triton_version(),
-        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "commit": _first_line("git", "rev-parse", "--short=10", "HEAD") or os.environ.get("CUMO_COMMIT", ""),
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "commit": first_line("git", "rev-parse", "--short=10", "HEAD") or os.environ.get("CUMO_COMMIT", ""),
     }
     new = [
         {"backend": backend, "op": op, "dtype": dtype, "cases": cases, **common}
@@ -200,9 +193,10 @@ def record(
     return len(new), sum(_group(row) in failed for row in old)
 
 
-def _first_line(*command: str) -> str:
+def first_line(*command: str) -> str:
+    """What `command` prints first, run in this tree; "" if it is not there, fails or takes over 20 s."""
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""

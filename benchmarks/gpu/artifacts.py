@@ -252,7 +252,7 @@ def _manifest(made: Made, gpu: Gpu, extension_file: Path | None) -> dict:
         "kernels": len(made.kernels),
         "extension": extension_file and extension_file.name,
         "built": datetime.now(UTC).timestamp(),
-        "commit": verified._first_line("git", "rev-parse", "--short=10", "HEAD"),
+        "commit": verified.first_line("git", "rev-parse", "--short=10", "HEAD"),
     }
 
 

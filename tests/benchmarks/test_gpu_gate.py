@@ -16,6 +16,7 @@ from benchmarks.gpu import __main__ as gate
 from benchmarks.gpu import engine
 from benchmarks.gpu.engine import Outcome, Step
 from benchmarks.gpu.plan import Place
+from cumo_kernels import verified
 
 
 def python(code: str, name="step", **options) -> Step:
@@ -189,7 +190,7 @@ def test_the_budget_is_the_environments_or_the_parts(tmp_path, monkeypatch, caps
 
 
 def test_the_commit_is_told_where_there_is_no_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(verified, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     commit = record.commit.__wrapped__
     monkeypatch.delenv("CUMO_COMMIT", raising=False)

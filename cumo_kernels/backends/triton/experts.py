@@ -1,4 +1,4 @@
-"""Expert MLPs (Triton): three launches forward, and a backward that gathers rows as it reads them.
+"""Expert MLPs (Triton): three launches forward, and a backward that reads rows of x and grad by token.
 
     a[p] = act(x[token(p)] @ up_proj[e].T + up_bias[e])       y[p] = a[p] @ down_proj[e].T + down_bias[e]
     out[t] = sum_k topk_weights[t, k] * y[position of (t, k)]

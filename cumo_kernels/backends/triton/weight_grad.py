@@ -290,7 +290,8 @@ def launch_weight_grad(
 ) -> tuple[Tensor, Tensor]:
     """-> grad_weight (E, N, K), grad_bias (E, N), empty if not needed; `permutation` gathers "x" or "grad".
 
-    The bias alone is added up in the same order as beside the weight, with one column of x for a weight."""
+    The bias alone is added up in the same order as beside the weight, with one column of x for a weight.
+    """
     num_experts = expert_offsets.shape[0] - 1
     width, in_features = grad.shape[1], x.shape[1]
     x = x if need_weight else x[:, :1]
