@@ -1,0 +1,63 @@
+"""The comparisons of whole computations: another order of the sums passes, another computation does not."""
+
+import pytest
+import torch
+
+from tests.rounding import assert_same_formula, assert_same_sums, rounding_of
+
+
+def network(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+    return draw(9, 256), draw(512, 256) / 16, draw(64, 512) / 512**0.5
+
+
+def results(x, up, down, lost=0, backwards=False):
+    """Output and gradients of two layers, their sums in halves; or without the first terms."""
+    leaves = [t.clone().requires_grad_() for t in (x, up, down)]
+    x, up, down = leaves
+    order = [slice(128, None), slice(lost, 128)] if backwards else [slice(lost, 128), slice(128, None)]
+    hidden = sum(x[:, part] @ up[:, part].T for part in order).relu()
+    out = hidden @ down.T
+    return {"out": out, "grads": torch.autograd.grad(out.sin().sum(), leaves), "none": None}
+
+
+def test_another_order_passes_and_a_lost_term_does_not():
+    inputs = network()
+    rounding = rounding_of(lambda: results(*inputs))
+    assert rounding.keys() == {"/out", "/grads/0", "/grads/1", "/grads/2", "/none"}
+    assert_same_sums(results(*inputs, backwards=True), results(*inputs), rounding)
+    with pytest.raises(AssertionError, match=r"/out is off by .*, order and rounding allow"):
+        assert_same_sums(results(*inputs, lost=1), results(*inputs), rounding)
+
+
+def test_fp64_agrees_in_half_of_its_digits():
+    inputs = network(torch.float64)
+    assert_same_formula(results(*inputs, backwards=True), results(*inputs))
+    with pytest.raises(AssertionError, match="/out is off by"):
+        assert_same_formula(results(*inputs, lost=1), results(*inputs))
+    coarse = [t.float().double() for t in inputs]
+    with pytest.raises(AssertionError, match="/out is off by"):
+        assert_same_formula(results(*coarse), results(*inputs))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_no_number_is_never_close(wrong):
+    right = torch.ones(3, dtype=torch.float64)
+    bad = right.clone()
+    bad[1] = wrong
+    for got, wanted in ((bad, right), (right, bad)):
+        with pytest.raises(AssertionError):
+            assert_same_formula(got, wanted)
+        with pytest.raises(AssertionError):
+            assert_same_sums(got.float(), wanted.float(), {"": 1.0})
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(AssertionError, match=r"computed in torch.float32"):
+        assert_same_formula(torch.ones(2), torch.ones(2))
+    with pytest.raises(AssertionError):
+        assert_same_formula({"a": 1.0}, {"b": 1.0})
+    with pytest.raises(AssertionError):
+        assert_same_formula(torch.ones(2, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+    assert_same_formula([1.0, (2, 0.1 + 0.2)], [1.0, (2, 0.3)])
