@@ -335,7 +335,7 @@ GPU_FAMILIES: dict[str, dict] = ALIGNED | {
     "mixtral-32": {
         "T": 32, "H": 4096, "I": 3584, "O": 4096, "E": 8, "activation": "swiglu", "bias": False,
     },
-    # with as few tokens as these the yardstick has eight draws, 9 GB
+    # with as few tokens as these the yardstick has up to eight draws, 9 GB
     "decode-1": DECODE | {"T": 1, "H": 1024, "I": 2048, "O": 1024},
     "decode-16": DECODE | {"T": 16, "H": 1024, "I": 2048, "O": 1024},
     "sorted-dropped": SORTED | {"T": 2400, "pattern": "dropped"},

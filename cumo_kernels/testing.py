@@ -81,7 +81,7 @@ def _run(
     return [o.detach().double() for o in outs], [g.double() for g in grads]
 
 
-SMALL, ROUNDS = 64, 8  # fewer elements than SMALL: pool ROUNDS draws
+SMALL, ROUNDS = 64, 8  # of tensors with fewer elements than SMALL so many draws, but at most ROUNDS, are pooled
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ class Yardstick:
                 drawn = [t * s if t.is_floating_point() else t for t, s in zip(inputs, signs, strict=True)]
             native, truth = (_run(reference, drawn, seed + len(self.draws), wide) for wide in (False, True))
             self.draws.append((drawn, native, truth))
-            if pool and self._smallest() < SMALL:
-                rounds = ROUNDS
+            rounds = self._rounds() if pool else 1
 
     def measure(self, op: Callable) -> list[Accuracy]:
         """Every float output and gradient of `op`.
@@ -151,13 +150,13 @@ class Yardstick:
         """The largest and the root mean square error of "output 0" and so on with unsplit sums.
 
         One more run in fp64 for all names at once, and only where somebody asks; a single draw of a few
-        elements is run ROUNDS times.
+        elements is run several times.
         """
         if not self._unsplit:
             eps = torch.finfo(accumulate_dtype(self.dtype)).eps
             device = self.draws[0][2][0][0].device
             mode = UnsplitSums(eps, torch.Generator(device).manual_seed(self.seed + len(self.draws)))
-            times = ROUNDS if len(self.draws) == 1 and self._smallest() < SMALL else 1
+            times = self._rounds() if len(self.draws) == 1 else 1
             found: dict[str, list[tuple[float, float]]] = {}
             for i, (drawn, _, truth) in [*enumerate(self.draws)] * times:
                 # backward on this thread: on another the mode might not be seen
@@ -172,8 +171,9 @@ class Yardstick:
                 self._unsplit[key] = max(largest), math.hypot(*squares) / len(squares) ** 0.5
         return self._unsplit[name]
 
-    def _smallest(self) -> int:
-        return min(t.numel() for kind in self.draws[0][2] for t in kind)
+    def _rounds(self) -> int:
+        sizes = [t.numel() for kind in self.draws[0][2] for t in kind if t.numel()]
+        return min(ROUNDS, -(-SMALL // min(sizes, default=SMALL)))
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

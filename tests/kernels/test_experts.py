@@ -13,7 +13,7 @@ SHAPES = [  # num_tokens, hidden_size, intermediate_size, output_size, num_exper
     pytest.param((1, 32, 48, 32, 4, 2), id="one-token"),
     pytest.param((57, 49, 66, 35, 7, 3), id="odd-tails-prime-experts"),
     pytest.param((24, 32, 64, 48, 4, 4), id="top_k-equals-experts"),
-    pytest.param((160, 64, 128, 96, 4, 2), id="connector-like-wider-output"),
+    pytest.param((160, 64, 128, 96, 4, 2), marks=pytest.mark.large, id="connector-like-wider-output"),
 ]
 
 

@@ -14,7 +14,7 @@ SHAPES = [  # num_tokens, hidden_size, num_experts, top_k
     pytest.param(57, 97, 7, 3, id="odd-tails"),
     pytest.param(64, 32, 8, 8, id="top_k-equals-experts"),
     pytest.param(33, 40, 1, 1, id="one-expert-in-all"),
-    pytest.param(577, 128, 4, 2, id="clip-crop"),
+    pytest.param(577, 128, 4, 2, marks=pytest.mark.large, id="clip-crop"),
     pytest.param(9, 1536, 4, 2, id="several-column-tiles"),
 ]
 

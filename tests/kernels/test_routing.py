@@ -19,8 +19,8 @@ SHAPES = [  # num_tokens, num_experts, top_k, groups
     pytest.param(54, 7, 3, 6, id="prime-experts-in-groups"),
     pytest.param(33, 8, 8, 3, id="top_k-equals-experts"),
     pytest.param(12, 1, 1, 2, id="one-expert"),
-    pytest.param(577 * 2, 4, 2, 2, id="two-clip-crops"),
-    pytest.param(64, 256, 16, 1, id="many-experts"),
+    pytest.param(577 * 2, 4, 2, 2, marks=pytest.mark.large, id="two-clip-crops"),
+    pytest.param(64, 256, 16, 1, marks=pytest.mark.large, id="many-experts"),
 ]
 
 
