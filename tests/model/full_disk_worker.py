@@ -1,4 +1,4 @@
-"""One process of tests/model/test_resume.py: python full_disk_worker.py RECIPE STEP, by torchrun.
+"""One process of tests/model/test_resume.py: python full_disk_worker.py RECIPE STEP, one of several ranks.
 
 The first process cannot write past a few bytes while the checkpoint of STEP is made, the others can.
 """

@@ -1,4 +1,4 @@
-"""One process of tests/model/test_parallel.py: python parallel_worker.py FOLDER MODE..., by torchrun."""
+"""One of the ranks of tests/model/test_parallel.py: python parallel_worker.py FOLDER MODE..."""
 
 import sys
 from pathlib import Path

@@ -1,30 +1,20 @@
 """Several processes compute what one does: experts spread over them, FSDP2, both. gloo on the CPU, fp64."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from cumo_model.parallel import expert_mesh, expert_parallel
+from tests.processes import Forked
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
-ROOT = Path(__file__).parents[2]
 
 
 def run(folder: Path, processes: int, *modes: str) -> list[dict]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder), *modes],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=190,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = Forked([WORKER, folder, *modes], folder / "out.txt", processes)
+    out, _ = process.communicate(timeout=190)
+    assert process.returncode == 0, out[-3000:]
     return [torch.load(folder / f"{mode}.pt", weights_only=True) for mode in modes]
 
 

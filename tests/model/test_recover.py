@@ -1,6 +1,5 @@
 """Training in real processes that are killed at random, asked to stop, run out of disk, or split in two."""
 
-import contextlib
 import json
 import os
 import random
@@ -24,6 +23,7 @@ from cumo_model.recover import checkpoints
 from cumo_model.train import Interrupted
 from cumo_model.trainer import build_trainer, run_recipe
 from tests.model.training import write_data, write_model, write_recipe
+from tests.processes import Forked, kill
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -36,17 +36,18 @@ def folder(tmp_path, tiny_config):
     return tmp_path
 
 
-def command(recipe: Path, processes: int = 1, restarts: int = 0) -> list[str]:
+def start(recipe: Path, ranks: int = 1) -> Forked:
+    out = recipe.with_suffix(f".{time.monotonic_ns()}.txt")
     train = ["-m", "cumo_model", "train", "--config", str(recipe)]
-    if processes == 1:
-        return [sys.executable, *train]
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    return [sys.executable, *torchrun, f"--max-restarts={restarts}", *train]
+    return Forked(train, out, ranks, TRANSFORMERS_VERBOSITY="error")
 
 
-def start(recipe: Path, processes: int = 1, restarts: int = 0, **options) -> subprocess.Popen:
+def torchrun(recipe: Path, restarts: int = 0) -> subprocess.Popen:
+    """Two processes, as a user starts them."""
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    train = ["-m", "cumo_model", "train", "--config", str(recipe)]
     return subprocess.Popen(
-        command(recipe, processes, restarts),
+        [sys.executable, *launch, f"--max-restarts={restarts}", *train],
         cwd=ROOT,
         # else torch 2.11's restarted processes find the addresses of the dead in their store
         env=ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
@@ -54,11 +55,10 @@ def start(recipe: Path, processes: int = 1, restarts: int = 0, **options) -> sub
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        **options,
     )
 
 
-def finish(process: subprocess.Popen, code: int = 0, seconds: float = 110) -> str:
+def finish(process: subprocess.Popen | Forked, code: int = 0, seconds: float = 110) -> str:
     out, _ = process.communicate(timeout=seconds)
     assert process.returncode == code, out[-3000:]
     return out
@@ -80,18 +80,10 @@ def reached(run: Path, step: int) -> bool:
     return any(int(path.name.split("-")[1]) >= step for path in checkpoints(run))
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 90) -> None:
+def wait_for(condition, process: subprocess.Popen | Forked, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not condition() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
-
-
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL for all of a run: torchrun gives its workers sessions, so a group would not hold them."""
-    family = psutil.Process(process.pid)
-    for member in [family, *family.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
 
 
 @pytest.mark.slow
@@ -134,7 +126,7 @@ def test_torchrun_restarts_after_a_worker_is_killed(folder):
     steps = {"trainer__max_steps": 12, "trainer__save_steps": 3, "model__text_experts": 0}
     steps["trainer__per_device_train_batch_size"] = 1
     finish(start(write_recipe(folder, "whole", **steps), 2))
-    process = start(write_recipe(folder, "killed", **steps), 2, restarts=2)
+    process = torchrun(write_recipe(folder, "killed", **steps), restarts=2)
     wait_for(lambda: reached(folder / "killed", 3), process)
     workers = [child for child in psutil.Process(process.pid).children() if "cumo_model" in child.cmdline()]
     assert len(workers) == 2
@@ -192,7 +184,7 @@ def test_one_process_goes_on_where_two_were(folder):
 def test_sigterm_to_torchrun_stops_all_workers_at_one_step(folder):
     options = {"trainer__max_steps": 5000, "trainer__save_steps": 5, "model__text_experts": 0}
     run = folder / "asked"
-    process = start(write_recipe(folder, "asked", trainer__per_device_train_batch_size=1, **options), 2)
+    process = torchrun(write_recipe(folder, "asked", trainer__per_device_train_batch_size=1, **options))
     wait_for(lambda: reached(run, 5), process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=100)

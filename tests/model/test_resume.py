@@ -3,8 +3,6 @@ and a disk that fills while other processes gather."""
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,18 +14,9 @@ from cumo_model.recipe import load_recipe
 from cumo_model.recover import checkpoints, damage
 from cumo_model.train import Interrupted
 from cumo_model.trainer import run_recipe
-from tests.model.test_recover import (
-    ENVIRONMENT,
-    ROOT,
-    StopAt,
-    command,
-    finish,
-    kill,
-    losses,
-    same_result,
-    wait_for,
-)
+from tests.model.test_recover import StopAt, finish, losses, same_result, start, wait_for
 from tests.model.training import write_data, write_model, write_recipe
+from tests.processes import Forked, kill
 
 WORKER = Path(__file__).with_name("full_disk_worker.py")
 
@@ -126,40 +115,28 @@ def test_a_stage_before_that_was_trained_again_is_noticed(folder):
     assert run_recipe(recipe) == result
 
 
-def chain(folder: Path, name: str, **options) -> tuple[list[Path], subprocess.Popen]:
-    """Two stages, one after the other, as a shell runs them."""
-    options = {"trainer__max_steps": 6, "trainer__save_steps": 4, **options}
+def chain(folder: Path, name: str) -> list[Path]:
+    """The recipes of two stages, of which the second begins with the result of the first."""
+    steps = {"trainer__max_steps": 6, "trainer__save_steps": 4}
     dense = {f"model__{place}_experts": 0 for place in ("vision", "projector", "text")}
-    one = write_recipe(folder, f"{name}1", stage__trains=["projector"], **dense, **options)
-    two = write_recipe(folder, f"{name}2", **options, model__start=str(folder / f"{name}1" / "model"))
-    line = " && ".join(" ".join(command(recipe)) for recipe in (one, two))
-    process = subprocess.Popen(
-        ["bash", "-c", line],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    return [folder / f"{name}1", folder / f"{name}2"], process
+    one = write_recipe(folder, f"{name}1", stage__trains=["projector"], **dense, **steps)
+    return [one, write_recipe(folder, f"{name}2", **steps, model__start=str(folder / f"{name}1" / "model"))]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(300)
 def test_a_chain_of_stages_killed_between_two_ends_where_an_unharmed_one_does(folder):
     """SIGKILL as soon as the first stage has its result; then the same two commands again."""
-    whole, process = chain(folder, "whole")
-    finish(process, seconds=200)
-    runs, process = chain(folder, "cut")
-    wait_for(lambda: (runs[0] / "model").is_dir(), process)
-    assert process.poll() is None, process.communicate()[0][-2000:]
+    for recipe in chain(folder, "whole"):
+        finish(start(recipe))
+    process = start(chain(folder, "cut")[0])
+    wait_for(lambda: (folder / "cut1" / "model").is_dir(), process)
     kill(process)
     process.communicate()
-    assert not checkpoints(runs[1])
-    finish(chain(folder, "cut")[1], seconds=200)
-    for one, other in zip(whole, runs, strict=True):
-        same_result(one, other)
+    for recipe in chain(folder, "cut"):
+        finish(start(recipe))
+    for stage in "12":
+        same_result(folder / f"whole{stage}", folder / f"cut{stage}")
 
 
 @pytest.mark.slow
@@ -173,21 +150,7 @@ def test_a_disk_that_fills_on_one_process_leaves_the_others_waiting_for_nobody(f
         model__text_experts=0,
         stage__expert_parallel=2,
     )
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    process = subprocess.Popen(
-        [sys.executable, *launch, str(WORKER), str(recipe), "2"],
-        cwd=ROOT,
-        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out = finish(process, seconds=150)
-    except subprocess.TimeoutExpired:
-        kill(process)
-        raise
+    out = finish(Forked([WORKER, recipe, "2"], folder / "out.txt", ranks=2))
     assert "no checkpoint at step 2" in out
     assert [path.name for path in checkpoints(folder / "run")] == ["checkpoint-4"]
     assert len(losses(folder / "run")) == 4

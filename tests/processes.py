@@ -1,0 +1,117 @@
+"""Programs in processes of their own that have imported everything before they begin.
+
+A program of ours spends seven seconds on imports, and a test of training starts up to a dozen. `Forked` takes
+its processes from multiprocessing's fork server, which imports once and does nothing else. torchrun starts
+Python itself, so what is said of torchrun is tested with torchrun (tests/model/test_recover.py).
+"""
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["peft", "cumo_model.trainer", "torch._dynamo", "torch.distributed.fsdp"])
+
+
+def _become(argv: Sequence[str], environment: dict[str, str], out: str) -> None:
+    """What `python ARGV` does behind its imports; argv[0] is a file of Python or "-m"."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    stream = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(stream, standard)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    import torch
+
+    torch.set_num_threads(1)
+    if argv[0] == "-m":
+        sys.argv = list(argv[1:])
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(argv)
+        runpy.run_path(argv[0], run_name="__main__")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Forked:
+    """What tests use of `subprocess.Popen`, for one program, or for the ranks of one as torchrun starts them.
+
+    Args:
+        argv: as behind `python`: a file or "-m" and a module, then arguments.
+        out: file that standard output and standard error of all ranks go to.
+        ranks: how many processes; with more than one each finds the others by torch's variables.
+    """
+
+    def __init__(self, argv: Sequence[str], out: Path, ranks: int = 1, **variables: str):
+        self.out, self.ranks = out, []
+        out.write_text("")
+        shared = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+        if ranks > 1:
+            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+            shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        for rank in range(ranks):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            process = SERVER.Process(target=_become, args=(list(map(str, argv)), shared | own, str(out)))
+            process.start()
+            self.ranks.append(process)
+
+    @property
+    def pid(self) -> int:
+        return self.ranks[0].pid
+
+    @property
+    def returncode(self) -> int | None:
+        """None while one runs; else that of the first rank that failed, or 0."""
+        codes = [process.exitcode for process in self.ranks]
+        return None if None in codes else next((code for code in codes if code), 0)
+
+    poll = lambda self: self.returncode
+
+    def send_signal(self, number: int) -> None:
+        for process in self.ranks:
+            os.kill(process.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """Everything that was printed, once all ranks have ended."""
+        end = None if timeout is None else time.monotonic() + timeout
+        for process in self.ranks:
+            process.join(None if end is None else max(end - time.monotonic(), 0))
+        text = self.out.read_text(errors="replace")
+        if self.returncode is None:
+            kill(self)
+            raise subprocess.TimeoutExpired(str(self.out), timeout, output=text)
+        return text, None
+
+
+def kill(process: subprocess.Popen | Forked) -> None:
+    """SIGKILL for all of a run: torchrun gives its workers sessions, so a group would not hold them."""
+    heads = [rank.pid for rank in process.ranks] if isinstance(process, Forked) else [process.pid]
+    for head in heads:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(head)
+            for member in [family, *family.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+
+
+@atexit.register  # before multiprocessing waits for them
+def _leave_none_behind() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
