@@ -25,7 +25,7 @@ SERVER.set_forkserver_preload(["peft", "cumo_model.trainer", "torch._dynamo", "t
 
 
 def _become(argv: Sequence[str], environment: dict[str, str], out: str) -> None:
-    """What `python ARGV` does behind its imports; argv[0] is a file of Python or "-m"."""
+    """What `python ARGV` does behind its imports."""
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
@@ -36,7 +36,10 @@ def _become(argv: Sequence[str], environment: dict[str, str], out: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    if argv[0] == "-m":
+    if argv[0] == "-c":
+        sys.argv = ["-c", *argv[2:]]
+        exec(argv[1], {"__name__": "__main__"})
+    elif argv[0] == "-m":
         sys.argv = list(argv[1:])
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     else:
@@ -54,7 +57,7 @@ class Forked:
     """What tests use of `subprocess.Popen`, for one program, or for the ranks of one as torchrun starts them.
 
     Args:
-        argv: as behind `python`: a file or "-m" and a module, then arguments.
+        argv: as behind `python`: a file, "-m" and a module or "-c" and code; then arguments.
         out: file that standard output and standard error of all ranks go to.
         ranks: how many processes; with more than one each finds the others by torch's variables.
     """
@@ -109,6 +112,13 @@ def kill(process: subprocess.Popen | Forked) -> None:
             for member in [family, *family.children(recursive=True)]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
+
+
+def finish(process: subprocess.Popen | Forked, code: int = 0, seconds: float = 110) -> str:
+    """What it printed, once it has ended with `code`."""
+    out, _ = process.communicate(timeout=seconds)
+    assert process.returncode == code, out[-3000:]
+    return out
 
 
 @atexit.register  # before multiprocessing waits for them

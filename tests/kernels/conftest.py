@@ -1,8 +1,8 @@
 """Which rows `make test` runs where a backend is slow: in Triton's interpreter and in csrc's emulation.
 
-There a row is one of many combinations (dtype, shape, activation, ...), and a fault shows through one value or
-through two that meet. So of each test the rows run in which every pair of values meets at least once; the rest
-is marked `sweep`, for `make test-all`. Where a backend is fast all rows run.
+There a row is one of many combinations (dtype, shape, activation, ...), and a fault shows through one value
+or through two that meet. So of each test the rows run in which every pair of values meets at least once; the
+rest is marked `sweep`, for `make test-all`. Where a backend is fast all rows run.
 """
 
 import os

@@ -22,12 +22,10 @@ STEMS = {  # file: how many rows at least, and in a sweep: a filter that matches
     "tuning": (15, None),
 }
 RUNS = [
-    pytest.param(
-        stem, rows, at_least, id=f"{stem}-{rows}", marks=[pytest.mark.sweep] if rows == "sweep" else []
-    )
+    pytest.param(stem, rows, least, id=f"{stem}-{rows}", marks=[pytest.mark.sweep] * (rows == "sweep"))
     for stem, numbers in STEMS.items()
-    for rows, at_least in zip(("pairs", "sweep"), numbers, strict=True)
-    if at_least is not None
+    for rows, least in zip(("pairs", "sweep"), numbers, strict=True)
+    if least is not None
 ]
 
 

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from math import prod
 
 import pytest
@@ -20,6 +18,7 @@ from cumo_model.cumo import CumoModel, own_layout
 from cumo_model.files import new_directory
 from cumo_model.shards import Shards
 from tests.model import original
+from tests.processes import Forked, finish
 
 V = "model.vision_tower.vision_model."
 COMMON = [  # key patterns of cumo_spec.md section 5: (pattern, ranges of its braces, shape)
@@ -330,9 +329,7 @@ def test_converting_takes_the_memory_of_a_shard_not_of_the_model(tmp_path):
         tensors = {name: torch.zeros(shape) for name, shape in layout[i : i + 25]}
         save_file(tensors, tmp_path / f"ours/model-{i:05}.safetensors")
     folders = [str(tmp_path / name) for name in ("ours", "theirs", "again")]
-    command = [sys.executable, "-c", LEAN, *folders, "40000000"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    finish(Forked(["-c", LEAN, *folders, "40000000"], tmp_path / "out.txt"))
     total = sum(path.stat().st_size for path in (tmp_path / "again").glob("*.safetensors"))
     assert total > 75_000_000
 
@@ -389,9 +386,9 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
         "from cumo_model.__main__ import main; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
         f"sys.exit(main({arguments!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "model.safetensors cannot be written" in done.stderr.splitlines()[-1]
+    printed = finish(Forked(["-c", code], tmp_path.with_suffix(".txt")), code=1)
+    assert "Traceback" not in printed
+    assert "model.safetensors cannot be written" in printed.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 

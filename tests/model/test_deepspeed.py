@@ -15,8 +15,9 @@ from cumo_model.recipe import SHIPPED, load_recipe
 from cumo_model.recover import checkpoints
 from cumo_model.start import start_model
 from cumo_model.trainer import training_arguments
-from tests.model.test_recover import finish, losses, start
+from tests.model.test_recover import losses, start
 from tests.model.training import write_data, write_model, write_recipe
+from tests.processes import finish
 
 HERE = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HERE, reason="the package deepspeed is not installed")

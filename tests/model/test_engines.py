@@ -11,8 +11,9 @@ from cumo_model.recipe import load_recipe
 from cumo_model.recover import checkpoints
 from cumo_model.train import Interrupted
 from cumo_model.trainer import build_trainer, run_recipe, training_arguments
-from tests.model.test_recover import StopAt, finish, losses, same_result, start
+from tests.model.test_recover import StopAt, losses, same_result, start
 from tests.model.training import write_data, write_model, write_recipe
+from tests.processes import finish
 
 
 @pytest.fixture

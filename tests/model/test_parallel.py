@@ -6,15 +6,13 @@ import pytest
 import torch
 
 from cumo_model.parallel import expert_mesh, expert_parallel
-from tests.processes import Forked
+from tests.processes import Forked, finish
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
 
 def run(folder: Path, processes: int, *modes: str) -> list[dict]:
-    process = Forked([WORKER, folder, *modes], folder / "out.txt", processes)
-    out, _ = process.communicate(timeout=190)
-    assert process.returncode == 0, out[-3000:]
+    finish(Forked([WORKER, folder, *modes], folder / "out.txt", processes), seconds=190)
     return [torch.load(folder / f"{mode}.pt", weights_only=True) for mode in modes]
 
 

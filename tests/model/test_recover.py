@@ -23,7 +23,7 @@ from cumo_model.recover import checkpoints
 from cumo_model.train import Interrupted
 from cumo_model.trainer import build_trainer, run_recipe
 from tests.model.training import write_data, write_model, write_recipe
-from tests.processes import Forked, kill
+from tests.processes import Forked, finish, kill
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -56,12 +56,6 @@ def torchrun(recipe: Path, restarts: int = 0) -> subprocess.Popen:
         text=True,
         start_new_session=True,
     )
-
-
-def finish(process: subprocess.Popen | Forked, code: int = 0, seconds: float = 110) -> str:
-    out, _ = process.communicate(timeout=seconds)
-    assert process.returncode == code, out[-3000:]
-    return out
 
 
 def losses(run: Path) -> list[tuple]:

@@ -14,9 +14,9 @@ from cumo_model.recipe import load_recipe
 from cumo_model.recover import checkpoints, damage
 from cumo_model.train import Interrupted
 from cumo_model.trainer import run_recipe
-from tests.model.test_recover import StopAt, finish, losses, same_result, start, wait_for
+from tests.model.test_recover import StopAt, losses, same_result, start, wait_for
 from tests.model.training import write_data, write_model, write_recipe
-from tests.processes import Forked, kill
+from tests.processes import Forked, finish, kill
 
 WORKER = Path(__file__).with_name("full_disk_worker.py")
 

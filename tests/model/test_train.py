@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -27,6 +25,7 @@ from cumo_model.train import (
     sample_indices,
     train,
 )
+from tests.processes import Forked, finish, kill
 
 STAGE = Stage("sft", tuple(PARTS), "mistral_instruct", Schedule(6, 4, 1e-3), 0.1, 0.01)
 
@@ -214,7 +213,7 @@ root = Path(sys.argv[1])
 processor = AutoProcessor.from_pretrained(root / "start")
 model = CumoForConditionalGeneration.from_pretrained(root / "start")
 dataset = ConversationDataset(root / "colours.json", root, processor)
-stage = Stage("sft", tuple(PARTS), "mistral_instruct", Schedule(60, 4, 1e-3), 0.1, 0.01)
+stage = Stage("sft", tuple(PARTS), "mistral_instruct", Schedule(40, 4, 1e-3), 0.1, 0.01)
 slow = dataset.batch
 dataset.batch = lambda indices: time.sleep(float(sys.argv[3])) or slow(indices)
 train(model, stage, dataset, root / sys.argv[2], processor, save_every_seconds=0.2)
@@ -225,13 +224,11 @@ train(model, stage, dataset, root / sys.argv[2], processor, save_every_seconds=0
 def test_killed_processes_resume_to_the_same_bits(make_model, conversations, tmp_path):
     make_model().save_pretrained(tmp_path / "start")
     conversations[1].save_pretrained(tmp_path / "start")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(out, pause):
-        command = [sys.executable, "-c", WORKER, str(tmp_path), out, str(pause)]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        return Forked(["-c", WORKER, tmp_path, out, pause], tmp_path / "out.txt")
 
-    assert start("undisturbed", 0).wait() == 0
+    finish(start("undisturbed", 0))
     progress = tmp_path / "killed.progress.safetensors"
     for _ in range(2):  # each time after a newer save than the last, at no particular moment
         process, seen = start("killed", 0.05), progress.stat().st_mtime_ns if progress.exists() else 0
@@ -239,10 +236,11 @@ def test_killed_processes_resume_to_the_same_bits(make_model, conversations, tmp
             assert process.poll() is None
             time.sleep(0.01)
         time.sleep(0.13)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+        kill(process)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
         assert not (tmp_path / "killed").exists()
-    assert start("killed", 0).wait() == 0
+    finish(start("killed", 0))
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("undisturbed", "killed"))
     assert a == b
     assert read_history(tmp_path / "undisturbed")["series"] == read_history(tmp_path / "killed")["series"]
