@@ -22,7 +22,7 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench peers gpu gpu-artifacts clean
+.PHONY: help setup demo test test-all test-ci lint format bench peers gpu gpu-artifacts clean
 .DEFAULT_GOAL := help
 
 ifeq ($(VENV),system)
@@ -48,7 +48,8 @@ endef
 
 help:
 	@echo "make demo     train, upcycle and compare two small CuMos on this CPU   (ARGS=--quick for a short run)"
-	@echo "make test     the tests, but those that download; ARGS go to pytest"
+	@echo "make test     the tests; ARGS go to pytest                             (but those that download something)"
+	@echo "make test-all the same and the sweeps: every row of the kernels in Triton's interpreter and csrc's emulation"
 	@echo "make lint     ruff check and ruff format --check                       (make format repairs)"
 	@echo "make bench    speed on this machine, each row behind a correctness gate"
 	@echo "make peers    fetch other implementations to compare with, for make bench on a GPU"
@@ -78,8 +79,19 @@ $(BUILT): setup.py cumo_kernels/extension.py $(wildcard csrc/*) | $(INSTALLED)
 demo: $(READY)
 	@$(PY) -m cumo_model demo $(ARGS)
 
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
+
 test: $(READY)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not network" $(ARGS)
+	@$(PYTEST) -m "not network and not sweep" $(ARGS)
+
+# with ARGS it may be less than all, which is not recorded
+test-all: $(READY)
+	@$(PYTEST) -m "not network" $(ARGS)
+	@$(if $(ARGS),,$(PY) -m tests.swept --record)
+
+# what CI runs: all where the kernels are not those that were last swept
+test-ci: $(READY)
+	@if $(PY) -m tests.swept; then $(MAKE) test; else $(MAKE) test-all; fi
 
 lint: $(INSTALLED)
 	@$(PY) -m ruff check .

@@ -81,7 +81,10 @@ def _run(
     return [o.detach().double() for o in outs], [g.double() for g in grads]
 
 
-SMALL, ROUNDS = 64, 8  # of tensors with fewer elements than SMALL so many draws, but at most ROUNDS, are pooled
+SMALL, ROUNDS = (
+    64,
+    8,
+)  # of tensors with fewer elements than SMALL so many draws, but at most ROUNDS, are pooled
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("csrc", "cumo_kernels", "tests/kernels", "tests/conftest.py", "pyproject.toml")
+COPIED = (
+    "csrc", "cumo_kernels", "tests/kernels", "tests/conftest.py", "tests/rounding.py", "pyproject.toml",
+)  # fmt: skip
 TIMEOUT_S = 1800  # a fault may make a loop endless, which is noticed too
 REFERENCE, TRITON = "cumo_kernels/backends/reference/", "cumo_kernels/backends/triton/"
 CUDA, HOPPER = "csrc/", "csrc/hopper"
@@ -261,7 +263,8 @@ def notice(fault: Fault, tree: Path) -> tuple[bool, str]:
     if fault.select:
         select = f"({fault.select}) and {select}"
     files = [f"tests/kernels/test_{stem}.py" for stem in fault.tests.split()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", select, *files]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += ["-m", "not slow and not sweep and not large", "-k", select, *files]
     path.write_text(text.replace(fault.old, fault.new))
     try:
         done = subprocess.run(

@@ -129,7 +129,7 @@ def test_planted_faults_are_named_and_cost_their_cases_alone(tmp_path, monkeypat
     assert not report["not_checked"] or not [line for line in report["not_checked"] if "case" in line]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep  # its steps one by one: test_gpu_plan.py, test_gpu_gate.py
 @pytest.mark.timeout(900)
 def test_the_whole_plan_runs_on_a_cpu(tmp_path, capsys, alone):
     place = Place("cpu", tmp_path)

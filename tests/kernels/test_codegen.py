@@ -57,7 +57,7 @@ def test_every_kernel_compiles_for_hopper_and_none_has_a_problem():
     assert all(r.opcodes.get("HGMMA") and r.opcodes.get("UTMALDG") for r in gemms)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep  # the committed table has every kernel on every target
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", [name for name in codegen.TARGETS if name != "nvidia_h100"])
 def test_the_gemms_of_other_generations(name):

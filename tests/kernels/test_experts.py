@@ -133,9 +133,8 @@ def test_every_activation(backend, device, activation):
         assert_as_accurate_as_torch(*op_and_truth(routing, activation), *inputs)
 
 
-@pytest.mark.parametrize("needed", range(6), ids="x weights up_proj down_proj up_bias down_bias".split())
 @pytest.mark.parametrize("memory", ["x", "preact", "all"])
-def test_gradient_of_one_input_alone(backend, device, needed, memory):
+def test_gradient_of_one_input_alone(backend, device, memory):
     """Skipping what needs no gradient changes nothing in what does."""
     routing, inputs = make_case((30, 16, 24, 16, 4, 2), "quick_gelu", True, torch.float32, device)
     op, _ = op_and_truth(routing, "quick_gelu", memory)
@@ -144,10 +143,11 @@ def test_gradient_of_one_input_alone(backend, device, needed, memory):
         out = op(*everything)
         upstream = torch.randn_like(out)
         out.backward(upstream)
-        alone = [t.clone() for t in inputs]
-        alone[needed].requires_grad_()
-        op(*alone).backward(upstream)
-    assert torch.equal(alone[needed].grad, everything[needed].grad)
+        for needed, wanted in enumerate(everything):
+            alone = [t.clone() for t in inputs]
+            alone[needed].requires_grad_()
+            op(*alone).backward(upstream)
+            assert torch.equal(alone[needed].grad, wanted.grad), needed
 
 
 def test_empty_expert_has_exactly_zero_gradients(backend, device):
@@ -164,7 +164,7 @@ def test_repeats_are_bitwise_equal(backend, device, dtype):
     routing, inputs = make_case((64, 32, 48, 32, 4, 2), "quick_gelu", True, dtype, device, "skewed")
     runs = []
     with use_backend(backend):
-        for _ in range(5):
+        for _ in range(5 if device == "cuda" else 2):  # a CPU takes turns as it always does
             leaves = [t.clone().requires_grad_() for t in inputs]
             out = op_and_truth(routing, "quick_gelu")[0](*leaves)
             out.backward(torch.ones_like(out))
