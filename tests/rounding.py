@@ -9,6 +9,7 @@ two whole computations instead (a model and its twin, two engines, a compiled st
 - fp32: `rounding_of` says how much the results of a run move if all its sums are made in one chain, which is
   the worst that another BLAS or order does to them; `assert_same_sums` allows what two such runs may differ.
 - a few roundings that can be counted: `assert_close_after`.
+- numbers drawn at random: `assert_spread`.
 
 Bitwise equality is for what makes the same calls on the same shapes.
 """
@@ -114,6 +115,12 @@ def assert_close_after(
     for name, mine, other in _pairs(got, wanted):
         allowed = roundings * torch.finfo(dtype).eps / 2 * _largest(other)
         _hold(name, _largest(mine - other), allowed, f"{roundings} roundings")
+
+
+def assert_spread(drawn: Tensor, std: float) -> None:
+    """Normal draws' standard deviation, to three of its errors; uniform draws' is better known than that."""
+    found, error = float(drawn.detach().std()), 1 / math.sqrt(2 * drawn.numel())
+    assert abs(found / std - 1) <= 3 * error, (found, std, error)
 
 
 def rounding_of(run: Callable[[], Results], seed: int = 0) -> dict[str, float]:

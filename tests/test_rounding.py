@@ -7,6 +7,7 @@ from tests.rounding import (
     assert_close_after,
     assert_same_formula,
     assert_same_sums,
+    assert_spread,
     in_fp64,
     rounding_of,
 )
@@ -77,6 +78,14 @@ def test_in_fp64_what_asks_for_fp32_stays_in_fp64():
         with pytest.raises(AssertionError, match="made fp32 of fp64"):
             x.type("torch.FloatTensor")
     assert torch.ones(2).dtype == x.float().dtype == torch.float32
+
+
+def test_the_spread_of_draws_is_known_to_three_of_its_errors():
+    drawn = torch.randn(5000)
+    assert_spread(drawn * 7, 7.0)
+    for wrong in (0.93, 1.07):
+        with pytest.raises(AssertionError):
+            assert_spread(drawn * 7 * wrong, 7.0)
 
 
 def test_counted_roundings_are_allowed_and_no_more():

@@ -7,7 +7,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from cumo_model import CumoVisionConfig, CumoVisionModel, record_routing
 from cumo_model.losses import place_losses
 from tests.model.gradients import gradients
-from tests.rounding import assert_same_formula
+from tests.rounding import assert_same_formula, assert_spread
 
 SIZES = {
     "hidden_size": 16,
@@ -202,10 +202,10 @@ def test_weights_start_as_clips_and_gates_as_the_originals():
     model = CumoVisionModel(CumoVisionConfig(**{**SIZES, "hidden_size": 64, "intermediate_size": 128}))
     mlp = model.encoder.layers[0].mlp
     for weight, std in ((mlp.experts.up_proj, 128**-0.5), (mlp.experts.down_proj, (2 * 64 * 3) ** -0.5)):
-        assert abs(weight.std().item() / std - 1) < 0.05
+        assert_spread(weight, std)
     assert mlp.experts.up_proj_bias.abs().max() == 0 and mlp.experts.down_proj_bias.abs().max() == 0
     assert mlp.gate.weight.abs().max() <= 1 / 8
-    assert abs(mlp.gate.weight.std().item() * 8 * 3**0.5 - 1) < 0.2
+    assert_spread(mlp.gate.weight, 1 / 8 / 3**0.5)
 
 
 def test_bad_input_is_named():

@@ -155,10 +155,10 @@ def test_colours_have_their_usual_names(name, rgb):
 
 def test_colour_shares_count_opaque_pixels_only():
     pixels = np.zeros((2, 4, 4, 4), np.uint8)
-    pixels[0, :1] = (220, 30, 30, 255)
-    pixels[0, 1:2, :2] = (40, 90, 230, 255)
+    pixels[0, :2] = (220, 30, 30, 255)
+    pixels[0, 1, 2:] = (40, 90, 230, 255)
     shares = colour_shares(pixels)
-    assert shares[0, COLOURS.index("red")] == pytest.approx(4 / 6) and shares[0].sum() == pytest.approx(1)
+    assert shares[0, COLOURS.index("red")] == 6 / 8 and shares[0].sum() == 1
     assert (shares[1] == 0).all()
 
 
