@@ -78,15 +78,17 @@ class _Wide(TorchFunctionMode):
     """What asks for fp32 gets fp64."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        wide = lambda value: torch.float64 if value is torch.float32 else value
-        func = Tensor.double if func is Tensor.float else func
-        out = func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
-        given = (a for a in args if isinstance(a, Tensor))
-        assert (
-            not isinstance(out, Tensor)
-            or out.dtype != torch.float32
-            or torch.float64 not in {a.dtype for a in given}
-        ), f"{func} made fp32 of fp64"
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        if func is Tensor.float:
+            func = Tensor.double
+        elif func is Tensor.to:
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        out = func(*args, **kwargs)
+        if not torch.compiler.is_compiling() and isinstance(out, Tensor) and out.dtype == torch.float32:
+            given = {value.dtype for value in args if isinstance(value, Tensor)}
+            assert torch.float64 not in given, f"{func} made fp32 of fp64"
         return out
 
 
