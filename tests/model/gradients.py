@@ -16,7 +16,7 @@ def gradients(model: nn.Module, found: Sequence[Tensor | None] | None = None) ->
 
 
 def beside_weights(named: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """The gradient of a key's bias as one more column of its weight's.
+    """The gradient of a key's bias as one more column of its weight's; or what training made of both.
 
     It moves all scores of a query alike, so its gradient is rounding and nothing else, for which there is no
     measure in itself.
