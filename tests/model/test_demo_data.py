@@ -178,7 +178,7 @@ def test_split_holds_out_whole_drawings_and_concepts():
     assert set(concepts["test_a"].values()) == {1} and set(concepts["train"].values()) == {3}
     assert 600 / 12 * 0.6 < len(concepts["test_b"]) < 600 / 12 * 1.4
     held = Counter(drawings[i].family for i in parts["test_a"])
-    assert min(held.values()) > 0.6 * max(held.values())  # no artist is favoured
+    assert min(held.values()) > 0.6 * max(held.values())  # no artist is favoured; counts of a hash
     for concept in concepts["test_b"]:
         assert int(hashlib.md5(concept.codepoint.encode()).hexdigest(), 16) % 12 == 0
 

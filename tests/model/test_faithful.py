@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from cumo_kernels.rounding import UnsplitSums
 from cumo_model import CumoForConditionalGeneration, MoELayer
 from cumo_model.layout import original_names
 from tests.model import original
@@ -127,15 +128,19 @@ def test_outputs_losses_and_every_gradient_are_the_formulas(tmp_path, kind, clip
             (reference, wide),
         )
     )
+    with UnsplitSums(torch.finfo(torch.float32).eps, torch.Generator().manual_seed(3)):
+        with torch.autograd.set_multithreading_enabled(False):
+            chains = run(reference, wide)
     labels_of = ["loss", "logits", "pixels", *names]
-    errors = relative_errors(ours_32, truth, labels_of)
-    allowed = relative_errors(theirs_32, truth, labels_of)
+    errors, theirs, unsplit = (relative_errors(e, truth, labels_of) for e in (ours_32, theirs_32, chains))
+    # the rule of cumo_kernels/testing.py, which does not depend on how well this machine's BLAS adds
+    allowed = {name: max(theirs[name], unsplit[name]) for name in theirs}
     # rounding grows alike in all of them, so that together they say more than one by one
     total, limit = (torch.stack([*e.values()]).square().mean().sqrt() for e in (errors, allowed))
     worst = max(errors, key=errors.get)
     assert total <= 2 * limit, f"off by {total:.1e}, the formulas in fp32 by {limit:.1e}; most in {worst}"
     assert max(errors.values()) <= 2 * max(allowed.values()), worst
-    assert seen[0] == seen[1] == seen[2]
+    assert all(parts == seen[0] for parts in seen)
 
 
 @pytest.mark.usefixtures("fp64")

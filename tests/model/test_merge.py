@@ -25,7 +25,7 @@ from cumo_model.processing import image_seq_length
 from cumo_model.shards import Shards
 from cumo_model.tool import probe
 from tests.model import original
-from tests.rounding import assert_same_formula
+from tests.rounding import assert_same_formula, assert_spread
 
 PINPOINTS = [[12, 24], [24, 12], [24, 24], [36, 12], [12, 36]]  # of tiles of 12 pixels, 3 x 3 patches each
 SIZES = [(12, 12), (20, 31), (31, 20), (7, 60), (60, 7), (24, 24), (13, 12), (100, 99)]
@@ -215,7 +215,7 @@ def test_a_new_newline_has_the_size_of_a_token(tiny_config):
     model = CumoForConditionalGeneration(
         tiny_config(patch_merge_type="spatial_unpad", text_options={"hidden_size": 512, "vocab_size": 8})
     )
-    assert 0.9 < model.model.image_newline.square().sum().sqrt() < 1.1
+    assert_spread(model.model.image_newline, 512**-0.5)
     assert CumoForConditionalGeneration(tiny_config()).model.image_newline is None
 
 
