@@ -4,18 +4,23 @@
 two whole computations instead (a model and its twin, two engines, a compiled step and a plain one), there is
 
 - fp64: `assert_same_formula`. Its roundings are 2^-29 of fp32's, so what differs in them alone agrees in far
-  more than half of the digits, and what differs in a formula, a term or a token does not. Prefer it.
+  more than half of the digits, and what differs in a formula, a term or a token does not. Prefer it. Models
+  compute norms, softmaxes and losses in fp32 whatever their weights are; inside `in_fp64` they do not.
 - fp32: `rounding_of` says how much the results of a run move if all its sums are made in one chain, which is
   the worst that another BLAS or order does to them; `assert_same_sums` allows what two such runs may differ.
+- a few roundings that can be counted: `assert_close_after`.
+- numbers drawn at random: `assert_spread`.
 
 Bitwise equality is for what makes the same calls on the same shapes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from cumo_kernels.rounding import UnsplitSums
 
@@ -67,6 +72,57 @@ def assert_same_formula(got: Results, wanted: Results) -> None:
             )
     for name, mine, other in _pairs(got, wanted):
         _hold(name, _largest(mine - other), half * _largest(other), "half of fp64's digits")
+
+
+class _Wide(TorchFunctionMode):
+    """What asks for fp32 gets fp64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        if func is Tensor.float:
+            func = Tensor.double
+        elif func is Tensor.to:
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        out = func(*args, **kwargs)
+        if not torch.compiler.is_compiling() and isinstance(out, Tensor) and out.dtype == torch.float32:
+            given = {value.dtype for value in args if isinstance(value, Tensor)}
+            assert torch.float64 not in given, f"{func} made fp32 of fp64"
+        return out
+
+
+@contextmanager
+def in_fp64() -> Iterator[None]:
+    """Inside, on this thread, tensors and models are made in fp64, and what casts to fp32 stays in fp64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Wide():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def assert_close_after(
+    roundings: int, got: Results, wanted: Results, dtype: torch.dtype = torch.float32
+) -> None:
+    """Equal but for so many roundings in `dtype`, each by half an eps of the largest element at most.
+
+    Args:
+        roundings: that `got` and `wanted` together have behind them, and whose results are no larger than
+            the largest of `wanted`: say in a comment which they are.
+        got, wanted: as in `assert_same_formula`.
+    """
+    for name, mine, other in _pairs(got, wanted):
+        allowed = roundings * torch.finfo(dtype).eps / 2 * _largest(other)
+        _hold(name, _largest(mine - other), allowed, f"{roundings} roundings")
+
+
+def assert_spread(drawn: Tensor, std: float) -> None:
+    """Normal draws' standard deviation, to three of its errors; uniform draws' is better known than that."""
+    found, error = float(drawn.detach().std()), 1 / math.sqrt(2 * drawn.numel())
+    assert abs(found / std - 1) <= 3 * error, (found, std, error)
 
 
 def rounding_of(run: Callable[[], Results], seed: int = 0) -> dict[str, float]:

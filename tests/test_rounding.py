@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from tests.rounding import assert_same_formula, assert_same_sums, rounding_of
+from tests.rounding import (
+    assert_close_after,
+    assert_same_formula,
+    assert_same_sums,
+    assert_spread,
+    in_fp64,
+    rounding_of,
+)
 
 
 def network(dtype=torch.float32):
@@ -61,3 +68,28 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(AssertionError):
         assert_same_formula(torch.ones(2, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
     assert_same_formula([1.0, (2, 0.1 + 0.2)], [1.0, (2, 0.3)])
+
+
+def test_in_fp64_what_asks_for_fp32_stays_in_fp64():
+    with in_fp64():
+        x = torch.randn(3, dtype=torch.float32)
+        made = [x, x.float(), x.to(torch.float32), torch.softmax(x, 0, dtype=torch.float32), torch.ones(2)]
+        assert {t.dtype for t in (*made, torch.nn.Linear(2, 2).weight)} == {torch.float64}
+        with pytest.raises(AssertionError, match="made fp32 of fp64"):
+            x.type("torch.FloatTensor")
+    assert torch.ones(2).dtype == x.float().dtype == torch.float32
+
+
+def test_the_spread_of_draws_is_known_to_three_of_its_errors():
+    drawn = torch.randn(5000)
+    assert_spread(drawn * 7, 7.0)
+    for wrong in (0.93, 1.07):
+        with pytest.raises(AssertionError):
+            assert_spread(drawn * 7 * wrong, 7.0)
+
+
+def test_counted_roundings_are_allowed_and_no_more():
+    half = torch.finfo(torch.float32).eps / 2
+    assert_close_after(3, 4.0 * (1 + 3 * half), 4.0)
+    with pytest.raises(AssertionError, match="2 roundings allow"):
+        assert_close_after(2, 4.0 * (1 + 3 * half), 4.0)

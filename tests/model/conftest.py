@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cumo_model import CumoConfig, CumoForConditionalGeneration
+from tests.rounding import in_fp64
 
 IMAGE_TOKEN = 60  # outside the vocabulary of 50, as in the released checkpoints
 
@@ -34,6 +35,13 @@ def mistral(mistral_model, tmp_path_factory):
     own = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": True}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **own}))
     return load_tokenizer(folder), sentencepiece.SentencePieceProcessor(model_file=str(mistral_model))
+
+
+@pytest.fixture
+def fp64():
+    """The test computes in fp64, all that asks for fp32 included: for `assert_same_formula`."""
+    with in_fp64():
+        yield
 
 
 @pytest.fixture

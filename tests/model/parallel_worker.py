@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.parallel import expert_mesh, expert_parallel, shard_experts, whole
+from tests.rounding import in_fp64
 
 
 def part(batch: dict, rank: int, world: int) -> dict:
@@ -52,6 +53,7 @@ def run(mode: str, folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for mode in sys.argv[2:]:
-        run(mode, Path(sys.argv[1]))
+    with in_fp64():
+        for mode in sys.argv[2:]:
+            run(mode, Path(sys.argv[1]))
     dist.destroy_process_group()

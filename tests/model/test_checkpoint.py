@@ -306,6 +306,7 @@ LEAN = """
 import resource, sys
 import torch
 from cumo_model import convert
+torch.set_num_threads(1)  # the stack and heap of another thread are nothing that conversion takes
 used = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
 limit = used + int(sys.argv[4])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

@@ -6,6 +6,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from cumo_model import CumoVisionConfig, CumoVisionModel, record_routing
 from cumo_model.losses import place_losses
+from tests.model.gradients import gradients
+from tests.rounding import assert_same_formula, assert_spread
 
 SIZES = {
     "hidden_size": 16,
@@ -88,35 +90,28 @@ def literal_tower(pixels, p, num_layers=3):
     return states[-2], balance, z
 
 
-@pytest.mark.parametrize(
-    "attention, dtype",
-    [("eager", torch.float32), ("sdpa", torch.float32), ("sdpa", torch.float64)],
-)
-def test_tower_losses_and_gradients_are_the_loops(attention, dtype):
-    model = tower(attention=attention).to(dtype)
-    pixels = torch.randn(2, 3, 12, 12, dtype=dtype)
+@pytest.mark.usefixtures("fp64")
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_tower_losses_and_gradients_are_the_loops(attention):
+    model = tower(attention=attention)
+    pixels = torch.randn(2, 3, 12, 12)
     with record_routing() as records:
         state = model(pixels, feature_layer=-2, all_routers=True).last_hidden_state
     assert [(r.place, r.layer) for r in records] == [("clip", 0), ("clip", 1), ("clip", 2)]
     got = (state, *place_losses([r.routing.stats for r in records]))
 
-    truth = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    wanted = literal_tower(pixels.double(), truth)
-    upstream = torch.randn(wanted[0].shape, dtype=torch.float64)
+    truth = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    wanted = literal_tower(pixels, truth)
+    upstream = torch.randn(wanted[0].shape)
     for outputs in (got, wanted):
-        ((outputs[0] * upstream.to(outputs[0])).mean() + outputs[1] + 3 * outputs[2]).backward()
-    for ours, theirs in zip(got, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs.to(ours))
-    for name, parameter in model.named_parameters():
-        grad = truth[name].grad
-        if parameter.grad is None:
-            assert name.startswith("encoder.layers.2.mlp.experts") and grad is None
-        else:
-            torch.testing.assert_close(
-                parameter.grad, grad.to(dtype), msg=lambda text, name=name: f"{name}: {text}"
-            )
+        ((outputs[0] * upstream).mean() + outputs[1] + 3 * outputs[2]).backward()
+    assert_same_formula(got, wanted)
+    assert_same_formula(gradients(model), gradients(model, [p.grad for p in truth.values()]))
+    dead = {name for name, p in model.named_parameters() if p.grad is None}
+    assert dead and all(name.startswith("encoder.layers.2.mlp.experts") for name in dead)
 
 
+@pytest.mark.usefixtures("fp64")
 @pytest.mark.parametrize("layer", range(-4, 4))
 def test_dense_tower_is_transformers_clip(layer):
     model = tower(num_experts=1).eval()
@@ -125,9 +120,9 @@ def test_dense_tower_is_transformers_clip(layer):
     assert unexpected == [] and all("post_layernorm" in name for name in missing)
     pixels = torch.randn(2, 3, 12, 12)
     theirs = clip(pixels, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(model(pixels, feature_layer=layer).last_hidden_state, theirs[layer])
+    assert_same_formula(model(pixels, feature_layer=layer).last_hidden_state, theirs[layer])
     ours = model(pixels, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(torch.stack(ours), torch.stack(theirs))
+    assert_same_formula(ours, theirs)
 
 
 def run_count(model, **options):
@@ -207,10 +202,10 @@ def test_weights_start_as_clips_and_gates_as_the_originals():
     model = CumoVisionModel(CumoVisionConfig(**{**SIZES, "hidden_size": 64, "intermediate_size": 128}))
     mlp = model.encoder.layers[0].mlp
     for weight, std in ((mlp.experts.up_proj, 128**-0.5), (mlp.experts.down_proj, (2 * 64 * 3) ** -0.5)):
-        assert abs(weight.std().item() / std - 1) < 0.05
+        assert_spread(weight, std)
     assert mlp.experts.up_proj_bias.abs().max() == 0 and mlp.experts.down_proj_bias.abs().max() == 0
     assert mlp.gate.weight.abs().max() <= 1 / 8
-    assert abs(mlp.gate.weight.std().item() * 8 * 3**0.5 - 1) < 0.2
+    assert_spread(mlp.gate.weight, 1 / 8 / 3**0.5)
 
 
 def test_bad_input_is_named():

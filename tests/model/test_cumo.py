@@ -13,6 +13,8 @@ from transformers import Trainer, TrainingArguments
 from cumo_model import CumoConfig, MoELayer, record_routing
 from cumo_model.cumo import language_loss
 from cumo_model.vision import image_pyramid
+from tests.model.gradients import gradients
+from tests.rounding import assert_same_formula, assert_same_sums, in_fp64, rounding_of
 
 
 def gate_logits(model, batch):
@@ -78,6 +80,7 @@ MODELS = [  # text, vision experts, projector experts, scales, terms that the to
 ]
 
 
+@pytest.mark.usefixtures("fp64")
 @pytest.mark.parametrize("text, vision_experts, projector_experts, scales, places", MODELS)
 def test_total_is_the_specs(tiny_model, tiny_batch, text, vision_experts, projector_experts, scales, places):
     model = tiny_model(
@@ -90,21 +93,17 @@ def test_total_is_the_specs(tiny_model, tiny_batch, text, vision_experts, projec
     parts["language"] = cross_entropy(shifted.flatten(0, 1), targets.flatten())
 
     assert set(output.loss_parts) == {"language", *(f"{p}_{n}" for p in places for n in ("balance", "z"))}
-    for name, value in output.loss_parts.items():
-        assert value.dtype == torch.float32 and not value.requires_grad
-        torch.testing.assert_close(value, parts[name].detach(), msg=lambda text, name=name: f"{name}: {text}")
+    assert_same_formula(output.loss_parts, {name: parts[name] for name in output.loss_parts})
     coefs = {"balance": 0.1, "z": 0.01}
     total = sum(coefs.get(name.split("_")[-1], 1.0) * value for name, value in parts.items())
-    torch.testing.assert_close(output.loss, total)
+    assert_same_formula(output.loss, total)
 
     wanted = torch.autograd.grad(total, list(model.parameters()), allow_unused=True, retain_graph=True)
     output.loss.backward()
-    for (name, parameter), grad in zip(model.named_parameters(), wanted, strict=True):
-        assert (parameter.grad is None) == (grad is None), name
-        if grad is not None:
-            torch.testing.assert_close(parameter.grad, grad, msg=lambda text, name=name: f"{name}: {text}")
+    assert_same_formula(gradients(model), gradients(model, wanted))
 
 
+@pytest.mark.usefixtures("fp64")
 def test_one_call_is_the_originals_pass_per_scale(tiny_model):
     """All crops of both scales in one tower call give each scale's own statistics."""
     model = tiny_model().train()
@@ -119,15 +118,22 @@ def test_one_call_is_the_originals_pass_per_scale(tiny_model):
         apart.append(records)
     for layer in range(3):
         stats = [records[layer].routing.stats.mean_probs for records in apart]
-        torch.testing.assert_close(together[layer].routing.stats.mean_probs, torch.cat(stats))
+        assert_same_formula(together[layer].routing.stats.mean_probs, torch.cat(stats))
 
 
+@pytest.mark.usefixtures("fp64")
 def test_coefficients_come_from_the_config(tiny_model, tiny_batch):
     model = tiny_model(balance_loss_coef=3.0, router_z_loss_coef=0.0).train()
     output = model(**tiny_batch())
     parts = output.loss_parts
     total = parts["language"] + 3 * (parts["mlp_balance"] + parts["clip_balance"])
-    torch.testing.assert_close(output.loss.detach(), total)
+    assert_same_formula(output.loss, total)
+
+
+def test_parts_of_the_loss_are_fp32_without_gradient(tiny_model, tiny_batch):
+    parts = tiny_model(text="mixtral").bfloat16().train()(**tiny_batch(dtype=torch.bfloat16)).loss_parts
+    assert len(parts) == 7
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in parts.values())
 
 
 def test_evaluation_has_the_language_loss_alone(tiny_model, tiny_batch):
@@ -150,10 +156,12 @@ def test_only_dead_experts_are_without_gradient(tiny_model, tiny_batch):
 
 
 def test_language_loss_is_the_mean_over_tokens_not_rows():
-    logits, labels = torch.randn(2, 5, 7), torch.tensor([[1, 2, 3, 4, 5], [-100, -100, -100, -100, 6]])
+    logits = torch.randn(2, 5, 7, dtype=torch.float64)
+    labels = torch.tensor([[1, 2, 3, 4, 5], [-100, -100, -100, -100, 6]])
     terms = [-logits[0, t].log_softmax(-1)[labels[0, t + 1]] for t in range(4)]
     terms.append(-logits[1, 3].log_softmax(-1)[6])
-    torch.testing.assert_close(language_loss(logits, labels), torch.stack(terms).mean())
+    with in_fp64():
+        assert_same_formula(language_loss(logits, labels), torch.stack(terms).mean())
     assert language_loss(logits, torch.full((2, 5), -100)) == 0
     assert language_loss(logits.bfloat16(), labels).dtype == torch.float32
 
@@ -194,11 +202,12 @@ def process_group():
     dist.destroy_process_group()
 
 
+@pytest.mark.usefixtures("fp64")
 def test_layers_sharded_by_fsdp_give_the_same_gradients(tiny_model, tiny_batch, process_group):
     """Even the last tower layer, whose parameters are wanted in backward though its output is not."""
     model, batch = tiny_model(text="mixtral").train(), tiny_batch()
     model(**batch).loss.backward()
-    wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
+    wanted = gradients(model)
     model.zero_grad()
     parts = model.model
     for unit in (
@@ -209,24 +218,22 @@ def test_layers_sharded_by_fsdp_give_the_same_gradients(tiny_model, tiny_batch, 
     ):
         fully_shard(unit, mesh=init_device_mesh("cpu", (1,)))
     model(**batch).loss.backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == (wanted[name] is None), name
-        if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad.full_tensor(), wanted[name])
+    found = [None if p.grad is None else p.grad.full_tensor() for p in model.parameters()]
+    assert_same_formula(gradients(model, found), wanted)
 
 
 @pytest.mark.slow
 def test_compiles_without_a_break(tiny_model, tiny_batch):
     model = tiny_model(vision={"num_hidden_layers": 2}, text_options={"num_hidden_layers": 1}).train()
     batch = tiny_batch()
-    model(**batch).loss.backward()
-    eager = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    torch.compile(model, backend="aot_eager", fullgraph=True)(**batch).loss.backward()
-    compiled = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert eager.keys() == compiled.keys()
-    for name, grad in eager.items():
-        torch.testing.assert_close(compiled[name], grad, msg=lambda text, name=name: f"{name}: {text}")
+
+    def run(forward=model):
+        model.zero_grad()
+        forward(**batch).loss.backward()
+        return gradients(model)
+
+    compiled = run(torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert_same_sums(compiled, run(), rounding_of(run))
 
 
 # merging
@@ -378,6 +385,7 @@ def trainer(model, batch, folder, **options):
     return Trainer(model, TrainingArguments(**arguments), train_dataset=Rows(batch))
 
 
+@pytest.mark.usefixtures("fp64")
 def test_trainer_does_not_multiply_the_losses_by_accumulation(tiny_model, tiny_batch, tmp_path):
     model = tiny_model()
     twin = copy.deepcopy(model).train()
@@ -389,10 +397,8 @@ def test_trainer_does_not_multiply_the_losses_by_accumulation(tiny_model, tiny_b
     run.train()
     assert len(seen) == 2
     (sum(twin(**inputs).loss for inputs in seen) / 2).backward()
-    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
-        if theirs.grad is not None:
-            wanted = theirs.detach() - theirs.grad
-            torch.testing.assert_close(ours.detach(), wanted, msg=lambda text, name=name: f"{name}: {text}")
+    wanted = {name: p if p.grad is None else p - p.grad for name, p in twin.named_parameters()}
+    assert_same_formula(dict(model.named_parameters()), wanted)
 
 
 def test_trainer_resumes_every_tensor(tiny_model, tiny_batch, tmp_path):

@@ -25,6 +25,8 @@ from cumo_model.data import (
 )
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing import build_processor
+from tests.model.gradients import gradients
+from tests.rounding import assert_same_formula
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white", "purple"]
 
@@ -169,6 +171,7 @@ def test_several_pictures_of_a_record_in_every_form(pictures, processor, tiny_mo
     assert torch.equal(in_memory.batch([0, 2])["pixel_values"][:3], torch.stack(order))
 
 
+@pytest.mark.usefixtures("fp64")
 def test_packs_of_several_pictures_compute_what_padded_rows_do(pictures, processor, tiny_config):
     from cumo_model import CumoForConditionalGeneration
 
@@ -182,9 +185,7 @@ def test_packs_of_several_pictures_compute_what_padded_rows_do(pictures, process
     samples = [data[0], data[1]]
     padded, packed = collate(samples, data.pad_id), collate_packed([samples], data.pad_id)
     assert packed["pixel_values"].shape[0] == padded["pixel_values"].shape[0] == 4
-    losses = [model(**batch, use_cache=False).loss_parts for batch in (padded, packed)]
-    for name in ("language", "clip_balance", "mlp_z"):
-        torch.testing.assert_close(losses[0][name], losses[1][name])
+    assert_same_formula(*(model(**batch, use_cache=False).loss_parts for batch in (packed, padded)))
 
 
 BROKEN = """[
@@ -335,6 +336,7 @@ def small(pictures, processor):
     )
 
 
+@pytest.mark.usefixtures("fp64")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("text", ["mistral", "mixtral"])
 def test_a_packed_batch_computes_what_the_padded_one_does(tiny_config, small, processor, attention, text):
@@ -352,26 +354,19 @@ def test_a_packed_batch_computes_what_the_padded_one_does(tiny_config, small, pr
         scales=(1,),
     )
     config._attn_implementation = attention
-    model = CumoForConditionalGeneration(config).double().train()
+    model = CumoForConditionalGeneration(config).train()
     samples = [small[i] for i in (0, 9, 1, 2, 10)]
     padded = collate(samples, small.pad_id)
     packed = collate_packed([samples[:3], samples[3:]], small.pad_id)
     assert packed["input_ids"].shape[0] == 2
     results = []
     for batch in (padded, packed):
-        batch["pixel_values"] = batch["pixel_values"].double()
         model.zero_grad()
         output = model(**batch, use_cache=False, skip_logits=True)
         output.loss.backward()
-        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        results.append((output.loss_parts, grads))
-    (parts, grads), (packed_parts, packed_grads) = results
-    for name in parts:
-        if not name.startswith("llm"):
-            torch.testing.assert_close(packed_parts[name], parts[name], msg=name)
-    assert grads.keys() == packed_grads.keys()
-    for name, grad in grads.items():
-        torch.testing.assert_close(packed_grads[name], grad, rtol=1e-6, atol=1e-9, msg=name)
+        parts = {name: value for name, value in output.loss_parts.items() if not name.startswith("llm")}
+        results.append(parts | gradients(model))
+    assert_same_formula(*reversed(results))
 
 
 def test_text_costs_no_picture_unless_it_must(small, tiny_model, tiny_batch):

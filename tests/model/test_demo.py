@@ -27,6 +27,7 @@ from cumo_model.moe import record_routing
 from cumo_model.plots import plot_expert_load, plot_patches
 from cumo_model.processing import build_processor
 from cumo_model.train import PARTS
+from tests.rounding import assert_close_after
 
 WORDS = ["red", "green", "blue", "dark red"]
 
@@ -101,7 +102,9 @@ def test_expert_load_is_a_share_per_layer_and_ignores_padding(examiner):
     )  # the last tower layer does not run
     for kinds in load.values():
         for layers in kinds.values():
-            assert all(math.isclose(sum(shares), 1, rel_tol=1e-6) and len(shares) == 4 for shares in layers)
+            assert all(len(shares) == 4 for shares in layers)
+            # each share is rounded once, the sums are Python's
+            assert_close_after(1, [sum(shares) for shares in layers], [1] * len(layers))
 
 
 def test_the_exam_looks_at_the_picture(examiner):
@@ -135,7 +138,7 @@ def test_expert_load_of_the_language_model_leaves_padding_out(examiner, tiny_con
             counts = counts + torch.stack(
                 [r.routing.topk_indices.flatten().bincount(minlength=4) for r in records if r.place == "llm"]
             )
-        assert torch.allclose(torch.tensor(found[kind]), counts / counts.sum(1, keepdim=True))
+        assert found[kind] == (counts / counts.sum(1, keepdim=True)).tolist()
 
 
 def test_the_table_has_each_model_in_its_column():
@@ -213,9 +216,10 @@ def test_a_loss_that_does_not_fall_is_seen():
 
 
 def test_load_entropy():
-    assert load_entropy({"a": [[0.25] * 4], "b": [[0.25] * 4]}) == pytest.approx(1)
+    # two logarithms, each an ulp off at most, a product and a quotient, the sum of four and the mean of two
+    assert_close_after(11, load_entropy({"a": [[0.25] * 4], "b": [[0.25] * 4]}), 1)
     assert load_entropy({"a": [[1.0, 0, 0, 0]]}) == 0
-    assert load_entropy({"a": [[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]]}) == pytest.approx(0.25)
+    assert_close_after(11, load_entropy({"a": [[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]]}), 0.25)
 
 
 def test_pictures_are_drawn(examiner, tmp_path):

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from cumo_kernels.rounding import UnsplitSums
 from cumo_model import CumoForConditionalGeneration, MoELayer
 from cumo_model.layout import original_names
 from tests.model import original
+from tests.rounding import assert_same_formula
 
 MODELS = [  # kind, clip_smoe, mlp_smoe, length at which rows are cut
     pytest.param("mistral", True, True, 14, id="7b-truncated"),
@@ -126,28 +128,29 @@ def test_outputs_losses_and_every_gradient_are_the_formulas(tmp_path, kind, clip
             (reference, wide),
         )
     )
+    with UnsplitSums(torch.finfo(torch.float32).eps, torch.Generator().manual_seed(3)):
+        with torch.autograd.set_multithreading_enabled(False):
+            chains = run(reference, wide)
     labels_of = ["loss", "logits", "pixels", *names]
-    errors = relative_errors(ours_32, truth, labels_of)
-    allowed = relative_errors(theirs_32, truth, labels_of)
+    errors, theirs, unsplit = (relative_errors(e, truth, labels_of) for e in (ours_32, theirs_32, chains))
+    # the rule of cumo_kernels/testing.py, which does not depend on how well this machine's BLAS adds
+    allowed = {name: max(theirs[name], unsplit[name]) for name in theirs}
     # rounding grows alike in all of them, so that together they say more than one by one
     total, limit = (torch.stack([*e.values()]).square().mean().sqrt() for e in (errors, allowed))
     worst = max(errors, key=errors.get)
     assert total <= 2 * limit, f"off by {total:.1e}, the formulas in fp32 by {limit:.1e}; most in {worst}"
     assert max(errors.values()) <= 2 * max(allowed.values()), worst
-    assert seen[0] == seen[1] == seen[2]
+    assert all(parts == seen[0] for parts in seen)
 
 
+@pytest.mark.usefixtures("fp64")
 def test_the_parts_of_the_loss_are_the_formulas(tmp_path):
     tensors = original.write(tmp_path / "theirs", kind="mixtral")
-    model = CumoForConditionalGeneration.from_pretrained(tmp_path / "theirs").train()
+    model = CumoForConditionalGeneration.from_pretrained(tmp_path / "theirs", dtype=torch.float64).train()
     rows, labels, pixels, ours = batch()
     wanted = original.run(tensors, rows, labels, pixels, kind="mixtral")[1]
     got = model(**ours, pixel_values=pixels).loss_parts
-    assert got.keys() == wanted.keys()
-    for name, value in got.items():
-        torch.testing.assert_close(
-            value, wanted[name].detach(), msg=lambda text, name=name: f"{name}: {text}"
-        )
+    assert_same_formula(got, wanted)
 
 
 @pytest.mark.parametrize("place", ["clip", "mlp", "llm"])
@@ -188,7 +191,7 @@ def test_compat_repeats_the_originals_rounding_bit_for_bit(place):
             torch.softmax(layer.gate(x).flatten(0, 1).float(), -1).bfloat16().sort(-1, descending=True)[0]
         )
         untied = ranked[:, 1] != ranked[:, 2]
-        assert untied.float().mean() > 0.9
+        assert untied.float().mean() > 0.9  # most of what there is to compare
         assert torch.equal(layer(x, groups=6).view(-1, width)[untied], wanted[untied])
         layer.compat = None
         plain = layer(x, groups=6).view(-1, width)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from cumo_model.parallel import expert_mesh, expert_parallel
+from tests.model.gradients import beside_weights
 from tests.processes import Forked, finish
+from tests.rounding import assert_same_formula
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
@@ -31,7 +33,7 @@ def make(tiny_model, tmp_path):
         The last expert of every layer gets no token anywhere, others get some on some processes only: engines
         that skip idle experts would wait for each other forever.
         """
-        model = tiny_model(scales=(1,), **options).double().train()
+        model = tiny_model(scales=(1,), **options).train()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("mlp.gate.weight"):
@@ -42,7 +44,7 @@ def make(tiny_model, tmp_path):
         ids[:, 3:12] = 60
         labels = ids.clone()
         labels[:, :14] = -100
-        pixels = torch.randn(rows, 3, 12, 12, generator=generator, dtype=torch.float64)
+        pixels = torch.randn(rows, 3, 12, 12, generator=generator)
         batch = {"input_ids": ids, "labels": labels, "pixel_values": pixels}
         torch.save(batch, tmp_path / "batch.pt")
         return model, batch, tmp_path
@@ -50,16 +52,9 @@ def make(tiny_model, tmp_path):
     return build
 
 
-def same(found: dict, truth: dict) -> None:
-    assert found.keys() == truth.keys()
-    for name, value in truth.items():
-        # the cross entropy is fp32 in every model, and sums over processes have another order
-        bound = 8 * torch.finfo(torch.float32).eps * max(1e-2, value.abs().max().item())
-        assert (found[name] - value).abs().max().item() <= bound, name
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(200)
+@pytest.mark.usefixtures("fp64")
 def test_two_processes_are_one(make):
     """Every gradient, with both losses of tower and connector. ddp and fsdp have all experts on each
     process."""
@@ -68,18 +63,19 @@ def test_two_processes_are_one(make):
     idle = truth["model.multi_modal_projector.mlp.experts.down_proj"][3]
     assert idle.shape == (24, 24) and not idle.any()
     for found in run(folder, 2, "experts-exact", "experts-padded", "ddp", "fsdp"):
-        same(found, truth)
+        assert_same_formula(beside_weights(found), beside_weights(truth))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
+@pytest.mark.usefixtures("fp64")
 def test_mixtral_experts_and_fsdp2_over_four_processes(make):
     """Two by two: experts over one axis, FSDP2 over the other for them and over both for the rest. The router
     statistics of Mixtral are over a process's own tokens, so the coefficients are 0 here."""
     model, batch, folder = make(4, text="mixtral", balance_loss_coef=0.0, router_z_loss_coef=0.0)
     truth = single(model, batch)
     for found in run(folder, 4, "both-exact", "experts-padded"):
-        same(found, truth)
+        assert_same_formula(beside_weights(found), beside_weights(truth))
 
 
 def test_splits_that_cannot_be_are_named(tiny_model):

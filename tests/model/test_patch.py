@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from cumo_model import patch_original, record_routing
 from cumo_model.patch import _say_once
+from tests.rounding import assert_same_formula
 
 
 def routing_loop(x, logits, experts, top_k, width):
@@ -114,6 +115,7 @@ def flat(output):
     return [t for item in output for t in (item if isinstance(item, tuple) else (item,))]
 
 
+@pytest.mark.usefixtures("fp64")
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("moved", [False, True], ids=["shared", "moved"])
 def test_patched_layers_return_and_learn_what_they_did(kind, moved):
@@ -132,8 +134,9 @@ def test_patched_layers_return_and_learn_what_they_did(kind, moved):
         out = flat(layer(leaf))
         upstream = [torch.randn(o.shape, generator=torch.Generator().manual_seed(7)) for o in out]
         results.append([*out, *torch.autograd.grad(out, [leaf, *layer.parameters()], upstream)])
-    for name, wanted, got in zip(["out"] * len(out) + ["x", *names], *results, strict=True):
-        torch.testing.assert_close(got, wanted, msg=lambda text, name=name: f"{name}: {text}")
+    keys = [f"out {i}" for i in range(len(out))] + ["x", *names]
+    wanted, got = (dict(zip(keys, found, strict=True)) for found in results)
+    assert_same_formula(got, wanted)
 
 
 def test_parameters_are_shared_not_copied_and_keep_their_names(tmp_path):

@@ -24,9 +24,17 @@ from cumo_model.train import Interrupted
 from cumo_model.trainer import build_trainer, run_recipe
 from tests.model.training import write_data, write_model, write_recipe
 from tests.processes import Forked, finish, kill
+from tests.rounding import assert_close_after
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+# For runs whose sums have another order: in fp64, and with an epsilon as large as gradients are, as at 1e-8
+# Adam moves a weight whose gradient is nearly 0 by the sign of its rounding. Norms and losses are in fp32 in
+# every model, so that what is made of them may come out a step of fp32 away, which is two roundings.
+CLOSELY = {"model__dtype": "float64", "trainer__adam_epsilon": 1e-3}
+STEP = 2
+LOGGED = STEP + 3 + 3  # a logged loss is also the sum of four micro-batches', three additions on either side
 
 
 @pytest.fixture
@@ -163,14 +171,14 @@ def test_one_process_goes_on_where_two_were(folder):
     """As elastic torchrun does when a node is gone: the same global batches, so the same losses but for the
     order of sums."""
     steps = {"trainer__max_steps": 8, "model__text_experts": 0, "trainer__per_device_train_batch_size": 1}
+    steps |= CLOSELY
     finish(start(write_recipe(folder, "two", **steps, trainer__save_total_limit=9), 2))
     recipe, run = write_recipe(folder, "one", **steps), folder / "one"
     run.mkdir()
     shutil.copytree(folder / "two" / "checkpoint-4", run / "checkpoint-4")
     finish(start(recipe))
     assert [entry[0] for entry in losses(run)] == list(range(1, 9))
-    for found, wanted in zip(losses(run), losses(folder / "two"), strict=True):
-        assert found == pytest.approx(wanted, rel=1e-4)
+    assert_close_after(LOGGED, losses(run), losses(folder / "two"))
 
 
 @pytest.mark.slow

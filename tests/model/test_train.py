@@ -26,6 +26,7 @@ from cumo_model.train import (
     train,
 )
 from tests.processes import Forked, finish, kill
+from tests.rounding import assert_close_after
 
 STAGE = Stage("sft", tuple(PARTS), "mistral_instruct", Schedule(6, 4, 1e-3), 0.1, 0.01)
 
@@ -77,7 +78,7 @@ def test_learning_rate_warms_up_and_decays():
     schedule = Schedule(100, 1, 2.0, warmup_ratio=0.1)
     rates = [schedule.learning_rate_at(step) for step in range(101)]
     assert rates[0] == 0.2 and rates[9] == 2.0 and rates[10] == 2.0
-    assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0)
+    assert rates[55] == 1.0 and rates[100] == 0
     assert sorted(rates[10:], reverse=True) == rates[10:]
 
 
@@ -108,7 +109,8 @@ def test_losses_are_on_or_off_by_stage_and_named(make_model, conversations, tmp_
     assert set(on) == set(off) == names
     assert off["loss"] == off["language"]
     balance, z = on["clip_balance"][0] + on["mlp_balance"][0], on["clip_z"][0] + on["mlp_z"][0]
-    assert on["loss"][0] == pytest.approx(on["language"][0] + 0.1 * balance + 0.01 * z, rel=1e-5)
+    # four coefficients, as many products and as many sums of them, none larger than the loss
+    assert_close_after(12, on["loss"][0], on["language"][0] + 0.1 * balance + 0.01 * z)
 
 
 def test_checkpoint_reloads_to_the_same_logits(make_model, conversations, tmp_path):
