@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from cumo_kernels.rounding import UnsplitSums
+from cumo_kernels.testing import assert_as_accurate_as_torch
 
 ROUNDS = 3  # draws of the roundings, of which the largest counts
 
@@ -151,3 +152,13 @@ def assert_same_sums(got: Results, wanted: Results, rounding: Mapping[str, float
     for name, mine, other in _pairs(got, wanted):
         allowed = 4 * rounding[name] + torch.finfo(torch.float32).eps * _largest(other)
         _hold(name, _largest(mine - other), allowed, "order and rounding")
+
+
+def assert_outputs_of_fp32(op: Callable, reference: Callable, dtype: torch.dtype, *inputs: Tensor) -> None:
+    """What an op computes in fp32 from inputs in `dtype` is as accurate as what torch does; no gradients.
+
+    For statistics: from 16-bit inputs the accuracy rule would take 16-bit outputs.
+    """
+    narrow = lambda *wide: op(*(t.to(dtype) for t in wide))
+    with torch.no_grad():
+        assert_as_accurate_as_torch(narrow, reference, *(t.float() for t in inputs))

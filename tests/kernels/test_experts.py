@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cumo_kernels import ACTIVATIONS, expert_mlp, route, routing_from_topk, tuning, use_backend
 from cumo_kernels.backends import reference
 from cumo_kernels.testing import PATTERNS, assert_as_accurate_as_torch, make_routing
+from tests.rounding import assert_same_formula
 
 SHAPES = [  # num_tokens, hidden_size, intermediate_size, output_size, num_experts, top_k
     pytest.param((0, 32, 48, 32, 4, 2), id="no-token"),
@@ -55,7 +56,7 @@ def test_reference_is_the_loop(activation, bias):
             e = int(routing.topk_indices[token, choice])
             hidden = ACTIVATIONS[activation].forward(up_proj[e] @ x[token] + up_bias[e])
             wanted[token] += weights[token, choice].double() * (down_proj[e] @ hidden + down_bias[e])
-    assert torch.allclose(op_and_truth(routing, activation)[0](*inputs), wanted, rtol=1e-12)
+    assert_same_formula(op_and_truth(routing, activation)[0](*inputs), wanted)
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "swiglu"])
