@@ -86,7 +86,7 @@ def alone(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-@pytest.mark.slow
+@pytest.mark.sweep  # each kind of fault by itself: tests/kernels/test_shards.py, test_gpu_gate.py
 @pytest.mark.timeout(400)
 def test_planted_faults_are_named_and_cost_their_cases_alone(tmp_path, monkeypatch, capsys, alone):
     assert set(REASONS) < set(dispatch.OPS)

@@ -15,9 +15,9 @@ import pytest
 
 STEMS = {  # file: how many rows at least, and in a sweep: a filter that matches nothing proves nothing
     "activation": (40, 70),
-    "experts": (75, 80),
+    "experts": (50, 80),
     "grouped_gemm": (55, 100),
-    "permutation": (55, 70),
+    "permutation": (50, 70),
     "routing": (70, 10),
     "tuning": (15, None),
 }
