@@ -14,15 +14,16 @@ import pytest
 if os.environ.get("TRITON_INTERPRET"):
     from triton.runtime import interpreter
 
-    def patch_once(fn, patch=getattr(interpreter, "_patch_lang", None)):
-        """The interpreter patches triton.language at every call of a helper, a third of a test's time."""
-        language = interpreter.tl
-        seen = [value for value in fn.__globals__.values() if value is language or value is language.core]
-        if any(language.core.is_builtin(module.load) for module in seen):
-            return patch(fn)
-        return interpreter._LangPatchScope()
-
     if all(hasattr(interpreter, name) for name in ("_patch_lang", "_LangPatchScope", "tl")):
+        patch, language = interpreter._patch_lang, interpreter.tl
+
+        def patch_once(fn):
+            """Triton patches its language again at every call of a helper, a third of a test's time."""
+            seen = [value for value in fn.__globals__.values() if value is language or value is language.core]
+            if any(language.core.is_builtin(module.load) for module in seen):
+                return patch(fn)
+            return interpreter._LangPatchScope()
+
         interpreter._patch_lang = patch_once
 
 SLOW = {"TRITON_INTERPRET": "triton", "CUMO_EMULATE": "cuda"}
