@@ -76,7 +76,7 @@ ARROWS = {
         "cumo_kernels",
         "cumo_kernels.*",
     ),
-    "tests.benchmarks*": ("benchmarks", "benchmarks.*", "cumo_kernels", "cumo_kernels.*"),
+    "tests.benchmarks*": ("benchmarks", "benchmarks.*", "cumo_kernels", "cumo_kernels.*", "tests.rounding"),
     "tests*": ("tests.*", "cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.*"),
 }
 
