@@ -213,7 +213,7 @@ def test_flops_are_those_of_the_spec():
         ("mixtral-prefill", 493e9),
         ("mixtral-train", 5.77e12),
     ):
-        assert SHAPES[name].gemm_flops == pytest.approx(flops, rel=6e-3)
+        assert float(f"{SHAPES[name].gemm_flops:.3g}") == flops
 
 
 @pytest.mark.parametrize("file", [bench_experts, bench_grouped_gemm], ids=["layer", "gemm"])

@@ -11,6 +11,7 @@ import torch
 from cumo_kernels import cases, dispatch, verdicts, verify
 from cumo_kernels.__main__ import main
 from cumo_kernels.cases import FAMILIES, OPS, Case, all_cases, parse
+from cumo_kernels.testing import Yardstick
 from cumo_kernels.verify import check
 
 COMBINE = Case("combine", T=12, H=16)
@@ -39,7 +40,8 @@ def failure(case: Case) -> str:
 def test_the_reference_passes(op):
     results = [check(case, "reference", "cpu") for _, case in all_cases(cases.FEW, ("fp32", "bf16"), (op,))]
     assert results and all(r.failures == [] and r.repeats and r.guards for r in results)
-    assert all(r.output <= 3 and r.gradient <= 4 for r in results)
+    # twice torch's own error and twice half a rounding: all that the rule allows without unsplit sums
+    assert all(r.output <= 4 and r.gradient <= 4 for r in results)
 
 
 def test_every_op_of_dispatch_is_reached(monkeypatch):
@@ -340,10 +342,15 @@ def test_fuzz_stops_in_time():
 @pytest.mark.parametrize("op", [op for op in OPS if op not in ("route", "activate")])
 def test_another_routing_takes_the_place_of_the_first(op, pattern):
     call = cases.build(Case(op, T=12, pattern=pattern))
-    before = call.run(*call.inputs)
-    call.reroute()
-    after, wanted = call.run(*call.inputs), call.truth(*call.inputs)
-    assert torch.allclose(after, wanted, rtol=1e-4, atol=1e-5) and not torch.allclose(before, after)
+    with torch.no_grad():
+        before = call.run(*call.inputs)
+        call.reroute()
+        yardstick = Yardstick(call.truth, call.inputs, pool=False)
+        (after,), (stale,) = (
+            [row.reason for row in yardstick.measure(run) if row.name == "output 0"]
+            for run in (call.run, lambda *_: before)
+        )
+    assert after is None and stale is not None
 
 
 def test_families_differ():
