@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COPIED = (
-    "csrc", "cumo_kernels", "tests/kernels", "tests/conftest.py", "tests/rounding.py", "pyproject.toml",
-)  # fmt: skip
+COPIED = ("csrc", "cumo_kernels", "tests/kernels", "tests/conftest.py", "tests/rounding.py", "pyproject.toml")
 TIMEOUT_S = 1800  # a fault may make a loop endless, which is noticed too
 REFERENCE, TRITON = "cumo_kernels/backends/reference/", "cumo_kernels/backends/triton/"
 CUDA, HOPPER = "csrc/", "csrc/hopper"
