@@ -81,10 +81,8 @@ def _run(
     return [o.detach().double() for o in outs], [g.double() for g in grads]
 
 
-SMALL, ROUNDS = (
-    64,
-    8,
-)  # of tensors with fewer elements than SMALL so many draws, but at most ROUNDS, are pooled
+SMALL = 64  # elements: of fewer several draws are pooled
+ROUNDS = 8  # as many at most
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,10 @@ Python itself, so what is said of torchrun is tested with torchrun (tests/model/
 
 import atexit
 import contextlib
+import math
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
@@ -22,6 +25,8 @@ import psutil
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["peft", "cumo_model.trainer", "torch._dynamo", "torch.distributed.fsdp"])
+multiprocessing.forkserver.ensure_running()  # now: imports then read the same environment in every run
+GRACE_S = 10  # for the other ranks where one has failed
 
 
 def _become(argv: Sequence[str], environment: dict[str, str], out: str) -> None:
@@ -62,10 +67,11 @@ class Forked:
         ranks: how many processes; with more than one each finds the others by torch's variables.
     """
 
-    def __init__(self, argv: Sequence[str], out: Path, ranks: int = 1, **variables: str):
+    def __init__(self, argv: Sequence[str], out: Path, ranks: int = 1):
         self.out, self.ranks = out, []
+        RUNNING.append(self)
         out.write_text("")
-        shared = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+        shared = {**os.environ, "OMP_NUM_THREADS": "1"}
         if ranks > 1:
             shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
             shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
@@ -89,39 +95,57 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         for process in self.ranks:
-            os.kill(process.pid, number)
+            if process.is_alive():
+                os.kill(process.pid, number)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         """Everything that was printed, once all ranks have ended."""
-        end = None if timeout is None else time.monotonic() + timeout
-        for process in self.ranks:
-            process.join(None if end is None else max(end - time.monotonic(), 0))
-        text = self.out.read_text(errors="replace")
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while self.returncode is None and time.monotonic() < end:
+            multiprocessing.connection.wait([p.sentinel for p in self.ranks if p.exitcode is None], timeout=1)
+            if any(p.exitcode for p in self.ranks):  # the others may wait for it
+                end = min(end, time.monotonic() + GRACE_S)
         if self.returncode is None:
+            late = not any(p.exitcode for p in self.ranks)
             kill(self)
-            raise subprocess.TimeoutExpired(str(self.out), timeout, output=text)
-        return text, None
+            for process in self.ranks:
+                process.join()
+            if late:
+                raise subprocess.TimeoutExpired(str(self.out), timeout, output=self.out.read_text()[-3000:])
+        return self.out.read_text(errors="replace"), None
+
+
+RUNNING: list[Forked] = []
 
 
 def kill(process: subprocess.Popen | Forked) -> None:
     """SIGKILL for all of a run: torchrun gives its workers sessions, so a group would not hold them."""
     heads = [rank.pid for rank in process.ranks] if isinstance(process, Forked) else [process.pid]
     for head in heads:
+        family = []
         with contextlib.suppress(psutil.NoSuchProcess):
-            family = psutil.Process(head)
-            for member in [family, *family.children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
+            family = [psutil.Process(head), *psutil.Process(head).children(recursive=True)]
+        with contextlib.suppress(ProcessLookupError):  # each leads a group, which outlives it
+            os.killpg(head, signal.SIGKILL)
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
 
 
 def finish(process: subprocess.Popen | Forked, code: int = 0, seconds: float = 110) -> str:
     """What it printed, once it has ended with `code`."""
-    out, _ = process.communicate(timeout=seconds)
+    try:
+        out, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        kill(process)
+        raise AssertionError(f"it still runs after {seconds} s and has printed: {error.output}") from None
     assert process.returncode == code, out[-3000:]
     return out
 
 
 @atexit.register  # before multiprocessing waits for them
-def _leave_none_behind() -> None:
-    for process in multiprocessing.active_children():
-        process.kill()
+def leave_none_behind() -> None:
+    while RUNNING:
+        process = RUNNING.pop()
+        if process.returncode is None:
+            kill(process)

@@ -15,7 +15,7 @@ Bitwise equality is for what makes the same calls on the same shapes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,7 +27,7 @@ from cumo_kernels.testing import assert_as_accurate_as_torch
 
 ROUNDS = 3  # draws of the roundings, of which the largest counts
 
-Results = Tensor | float | Iterable | Mapping
+Results = Tensor | float | Sequence | Mapping | None
 
 
 def _named(results: Results) -> dict[str, Tensor]:
@@ -38,12 +38,14 @@ def _named(results: Results) -> dict[str, Tensor]:
         return {"": torch.empty(0)}
     if isinstance(results, int | float):
         return {"": torch.tensor(results, dtype=torch.float64)}
+    assert isinstance(results, Mapping | Sequence), f"cannot be compared twice: {type(results)}"
     items = results.items() if isinstance(results, Mapping) else enumerate(results)
     return {f"/{key}{rest}": value for key, part in items for rest, value in _named(part).items()}
 
 
 def _pairs(got: Results, wanted: Results) -> list[tuple[str, Tensor, Tensor]]:
     mine, others = _named(got), _named(wanted)
+    assert any(t.numel() for t in others.values()), "there is nothing to compare"
     assert mine.keys() == others.keys(), sorted(mine.keys() ^ others.keys())
     for name, value in mine.items():
         assert value.shape == others[name].shape, (name, value.shape, others[name].shape)

@@ -2,7 +2,8 @@
 
 There a row is one of many combinations (dtype, shape, activation, ...), and a fault shows through one value
 or through two that meet. So of each test the rows run in which every pair of values meets at least once; the
-rest is marked `sweep`, for `make test-all`. Where a backend is fast all rows run.
+rest is marked `sweep`, for `make test-all`. Where a backend is fast all rows run; a row marked `large` runs
+there and in emulation, not in the interpreter, where smaller ones have the same tiles.
 """
 
 import os
@@ -26,6 +27,7 @@ if os.environ.get("TRITON_INTERPRET"):
 
         interpreter._patch_lang = patch_once
 
+HOPPER = os.environ.get("CUMO_EMULATE_CAPABILITY") == "90"
 SLOW = {"TRITON_INTERPRET": "triton", "CUMO_EMULATE": "cuda"}
 
 
@@ -51,7 +53,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if hasattr(item, "callspec") and item.callspec.params.get("backend") in slow:
             if "TRITON_INTERPRET" not in os.environ or not item.get_closest_marker("large"):
-                rows[item.path, item.originalname].append(item)
+                # on Hopper some dtypes alone run (test_cuda_emulated.py), and their pairs are to meet too
+                alone = item.callspec.params.get("dtype") if HOPPER else None
+                rows[item.path, item.originalname, alone].append(item)
     for group in rows.values():
         for item in beyond_all_pairs(group):
             item.add_marker(pytest.mark.sweep)

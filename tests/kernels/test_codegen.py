@@ -57,9 +57,16 @@ def test_every_kernel_compiles_for_hopper_and_none_has_a_problem():
     assert all(r.opcodes.get("HGMMA") and r.opcodes.get("UTMALDG") for r in gemms)
 
 
-@pytest.mark.sweep  # the committed table has every kernel on every target
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", [name for name in codegen.TARGETS if name != "nvidia_h100"])
+@pytest.mark.parametrize(
+    "name",
+    [  # Ampere has the least shared memory and no descriptors; the newer two wait for a sweep
+        pytest.param(name, marks=[] if name == "nvidia_a100" else pytest.mark.sweep)
+        for name in codegen.TARGETS
+        if name != "nvidia_h100"
+    ],
+)
 def test_the_gemms_of_other_generations(name):
     gemms = lambda kernel: not kernel.startswith("_")
     reports = codegen.survey(hardware.find(name), ["clip"], ["bf16"], lambda shape, dtype: (4616,), gemms)

@@ -19,13 +19,15 @@ import pytest
 from cumo_kernels import extension
 
 HOPPER = " and (test_grouped_gemm or test_experts) and not fp32"
+NARROWER = HOPPER + " and not fp16"
 WIDE = {"CUMO_BATCH_INVARIANT": "1"}
 RUNS = [  # at_least: a filter that matches nothing proves nothing
     pytest.param(80, "", {}, "not sweep", 400, id="sm_80"),
     pytest.param(90, HOPPER, {}, "not sweep", 65, id="sm_90a"),
-    pytest.param(90, HOPPER + " and not fp16", WIDE, "not sweep", 40, id="sm_90a-wide"),
+    pytest.param(90, NARROWER, WIDE, "not sweep", 40, id="sm_90a-wide"),
     pytest.param(80, "", {}, "sweep", 300, marks=pytest.mark.sweep, id="sm_80-sweep"),
     pytest.param(90, HOPPER, {}, "sweep", 100, marks=pytest.mark.sweep, id="sm_90a-sweep"),
+    pytest.param(90, NARROWER, WIDE, "sweep", 30, marks=pytest.mark.sweep, id="sm_90a-wide-sweep"),
 ]
 
 

@@ -44,6 +44,14 @@ def fp64():
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_process_left():
+    """A test that fails between the start and the end of a process takes it along."""
+    yield
+    if processes := sys.modules.get("tests.processes"):
+        processes.leave_none_behind()
+
+
 @pytest.fixture
 def tiny_config():
     """Factory: `text` is a model_type, other keywords go to CumoConfig; images are 12 x 12, 9 tokens each."""

@@ -41,7 +41,7 @@ def test_lora_trains_saves_and_merges(tiny_model, tiny_batch, tmp_path, text):
         optimizer.step()
         optimizer.zero_grad()
     learned = adapted.eval()(**batch).logits
-    with pytest.raises(AssertionError):  # more than rounding
+    with pytest.raises(AssertionError, match=r"is off by \d"):  # more than rounding
         assert_same_formula(learned, base)
     adapted.save_pretrained(tmp_path / "adapter")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")

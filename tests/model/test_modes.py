@@ -71,7 +71,7 @@ def test_other_optimizers(folder, wanted, optimizer):
     if optimizer == "adamw_torch":
         assert_same_formula(found[1], wanted[1])
     else:
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match=r"is off by \d"):
             assert_same_formula(found[1][0], wanted[1][0])
 
 

@@ -182,7 +182,7 @@ def test_noise_and_drop_tell_experts_apart_and_the_difference_shows_it(parts, tm
     for name, extra in (("noise", ["--noise", "0.1"]), ("drop", ["--drop", "0.5"])):
         assert main(["upcycle", *paths, "--out", str(tmp_path / name), *extra]) == 0
         difference, largest = step_0(capsys.readouterr().out)
-        with pytest.raises(AssertionError):  # more than rounding
+        with pytest.raises(AssertionError, match=r"is off by \d"):  # more than rounding
             assert_same_formula(largest + difference, largest)
     dense = from_parts(*(tmp_path / part for part in ("clip", "text"))).state_dict()
     at = "model.vision_tower.encoder.layers.1.mlp."

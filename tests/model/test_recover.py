@@ -47,7 +47,7 @@ def folder(tmp_path, tiny_config):
 def start(recipe: Path, ranks: int = 1) -> Forked:
     out = recipe.with_suffix(f".{time.monotonic_ns()}.txt")
     train = ["-m", "cumo_model", "train", "--config", str(recipe)]
-    return Forked(train, out, ranks, TRANSFORMERS_VERBOSITY="error")
+    return Forked(train, out, ranks)
 
 
 def torchrun(recipe: Path, restarts: int = 0) -> subprocess.Popen:
