@@ -10,7 +10,6 @@ import contextlib
 import math
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.forkserver
 import os
 import runpy
 import signal
@@ -25,7 +24,6 @@ import psutil
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["peft", "cumo_model.trainer", "torch._dynamo", "torch.distributed.fsdp"])
-multiprocessing.forkserver.ensure_running()  # now: imports then read the same environment in every run
 GRACE_S = 10  # for the other ranks where one has failed
 
 

@@ -1,6 +1,7 @@
 """The tiny model of the model tests: every part of the big ones, a few thousand parameters."""
 
 import json
+import multiprocessing.forkserver
 import sys
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def fp64():
     """The test computes in fp64, all that asks for fp32 included: for `assert_same_formula`."""
     with in_fp64():
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fork_server():
+    """Before a test changes the environment, which imports of the server read."""
+    if "tests.processes" in sys.modules:
+        multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(autouse=True)
