@@ -20,8 +20,8 @@ SHAPES = [  # num_tokens, num_experts, top_k, groups
     pytest.param(54, 7, 3, 6, id="prime-experts-in-groups"),
     pytest.param(33, 8, 8, 3, id="top_k-equals-experts"),
     pytest.param(12, 1, 1, 2, id="one-expert"),
-    pytest.param(577 * 2, 4, 2, 2, marks=pytest.mark.large, id="two-clip-crops"),
-    pytest.param(64, 256, 16, 1, marks=pytest.mark.large, id="many-experts"),
+    pytest.param(577 * 2, 4, 2, 2, id="two-clip-crops"),
+    pytest.param(64, 256, 16, 1, id="many-experts"),
 ]
 
 
@@ -139,7 +139,8 @@ def test_ragged_groups_at_tile_ends(backend, device, offsets, gated):
             lambda x, *gate: outputs(route(x, 2, *gate, groups=groups))
         )
         found, wanted = route(x, 2, *gate, groups=groups), truth(x, *gate)
-    assert [row.reason for row in rows if row.reason] == []
+    for row in rows:
+        assert row.reason is None, row.reason
     assert torch.equal(found.topk_indices, wanted[1])
     assert_same_shares(found.stats.top1_density, wanted[3])
 
@@ -170,7 +171,8 @@ def test_gate_in_every_dtype(backend, device, dtype, num_tokens, hidden_size, nu
     assert_outputs_of_fp32(lambda *inputs: forward(*inputs, *more)[::2], truth, dtype, x, gate)
     with use_backend(backend):
         rows = Yardstick(truth, (x, gate), pool=False).measure(lambda x, w: outputs(route(x, top_k, w)))
-    assert [row.reason for row in rows if row.reason and row.name.startswith("gradient")] == []
+    for row in rows:
+        assert row.reason is None or row.name.startswith("output"), row.reason
     upstream = [torch.randn_like(t) for t in found[::2]]
     gradients = backward(*upstream, x, gate, found[1], None, True, True, True)
     assert [t.dtype for t in gradients] == [dtype, dtype]
