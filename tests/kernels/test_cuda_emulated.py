@@ -23,11 +23,11 @@ NARROWER = HOPPER + " and not fp16"
 WIDE = {"CUMO_BATCH_INVARIANT": "1"}
 RUNS = [  # at_least: a filter that matches nothing proves nothing
     pytest.param(80, "", {}, "not sweep", 400, id="sm_80"),
-    pytest.param(90, HOPPER, {}, "not sweep", 65, id="sm_90a"),
-    pytest.param(90, NARROWER, WIDE, "not sweep", 40, id="sm_90a-wide"),
+    pytest.param(90, HOPPER, {}, "not sweep", 150, id="sm_90a"),
+    pytest.param(90, NARROWER, WIDE, "not sweep", 80, id="sm_90a-wide"),
     pytest.param(80, "", {}, "sweep", 300, marks=pytest.mark.sweep, id="sm_80-sweep"),
-    pytest.param(90, HOPPER, {}, "sweep", 100, marks=pytest.mark.sweep, id="sm_90a-sweep"),
-    pytest.param(90, NARROWER, WIDE, "sweep", 30, marks=pytest.mark.sweep, id="sm_90a-wide-sweep"),
+    pytest.param(90, HOPPER, {}, "sweep", 35, marks=pytest.mark.sweep, id="sm_90a-sweep"),
+    pytest.param(90, NARROWER, WIDE, "sweep", 15, marks=pytest.mark.sweep, id="sm_90a-wide-sweep"),
 ]
 
 
