@@ -4,9 +4,8 @@
     python -m tests.swept --print          the hash of the files that decide it
     python -m tests.swept --record HASH    says that it has passed, if that is still their hash
 
-`make test-all` takes the hash before it begins, and records it where all of it passed.
-
-The record is committed in tests/swept.txt.
+`make test-all` takes the hash before it begins and, where all of it passed, records it in tests/swept.txt:
+commit that file.
 """
 
 import os
@@ -28,9 +27,9 @@ DECIDE = (
 SWITCHES = ("PYTEST_ADDOPTS", "CUMO_BACKEND", "CUMO_BATCH_INVARIANT", "CUMO_EMULATE", "TRITON_INTERPRET")
 
 
-def files(root: Path = ROOT) -> Iterator[Path]:
+def files() -> Iterator[Path]:
     for pattern in DECIDE:
-        yield from root.glob(pattern)
+        yield from ROOT.glob(pattern)
 
 
 def main(argv: list[str]) -> int:
