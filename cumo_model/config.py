@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING, AutoConfig
 
+from cumo_model.compat import CACHE_NAMES
 from cumo_model.merge import PictureLayout
 from cumo_model.original_config import TEXT_TYPE, from_original, is_original
 
@@ -67,7 +68,7 @@ class CumoConfig(PreTrainedConfig):
     sub_configs = {"text_config": AutoConfig, "vision_config": CumoVisionConfig}
     base_model_fsdp_plan = {"multi_modal_projector": "free_full_weight"}
     keys_to_ignore_at_inference = [
-        "past_key_values",
+        *CACHE_NAMES,
         "loss_parts",
         "router_stats",
         "image_hidden_states",

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.utils.generic import can_return_tuple
 
 from cumo_model.clip_moe import CumoVisionModel
+from cumo_model.compat import CACHE, CACHE_NAMES, cache_of, either_cache_name
 from cumo_model.config import CumoConfig
 from cumo_model.layout import LOADING_RULES, original_names
 from cumo_model.llm_moe import build_language_model
@@ -46,17 +47,12 @@ class CumoModelOutput(BaseModelOutputWithPast):
 
 
 @dataclass
-class CumoOutput(ModelOutput):
+class CumoOutput(CausalLMOutputWithPast):
     """`loss_parts`: terms of `loss`, unweighted and detached: language, and {clip,mlp,llm}_{balance,z}.
 
     `router_stats`, on request: for each place, its layers' RouterStats stacked and the tokens per expert.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
     loss_parts: dict[str, Tensor] | None = None
     router_stats: dict[str, dict[str, Tensor]] | None = None
@@ -67,7 +63,7 @@ class CumoPreTrainedModel(MoEHostMixin, PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -203,6 +199,7 @@ class CumoModel(CumoPreTrainedModel):
             used = used[order < image_lengths[:, None].to(features.device)]
         return embeds.masked_scatter(is_image[:, :, None], used.to(embeds.dtype)), features
 
+    @either_cache_name
     @can_return_tuple
     def forward(
         self,
@@ -212,7 +209,7 @@ class CumoModel(CumoPreTrainedModel):
         image_lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         all_routers: bool = False,
@@ -229,7 +226,7 @@ class CumoModel(CumoPreTrainedModel):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given, got both or neither")
         features = None
         if input_ids is not None:
-            continues = past_key_values is not None and past_key_values.get_seq_length() > 0
+            continues = cache is not None and cache.get_seq_length() > 0
             inputs_embeds, features = self._embed(
                 input_ids,
                 as_tiles(pixel_values),
@@ -247,14 +244,14 @@ class CumoModel(CumoPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             inputs_embeds=inputs_embeds,
             use_cache=not self.training if use_cache is None else use_cache,
             **kwargs,
         )
         return CumoModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **cache_of(outputs),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=features,
@@ -320,6 +317,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         )
         return expanded, kwargs | images
 
+    @either_cache_name
     @can_return_tuple
     def forward(
         self,
@@ -329,7 +327,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         image_lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -351,6 +349,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
                 first ones; 0 for one that only counts in the router losses, as the original's dummies of
                 rows without a picture. None: all of them.
             attention_mask: (B, S), 0 on padding, left or right.
+            cache: of transformers, also called past_key_values.
             labels: (B, S) int64, -100 where no token is to be predicted; image tokens never are.
             logits_to_keep: how many last positions, or which, get logits; 0 is all, as labels need.
             skip_logits: with labels, run the head only where a token is to be predicted and return no logits:
@@ -372,7 +371,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
                 image_lengths=image_lengths,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 all_routers=with_aux,
@@ -397,7 +396,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         return CumoOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **cache_of(outputs),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import make_flat_list_of_images
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -122,14 +123,17 @@ class CumoProcessor(LlavaProcessor):
             return original_processor(path, CumoConfig.from_pretrained(path))
         return super().from_pretrained(path, *args, **kwargs)
 
-    def get_text_with_replacements(self, text, images_replacements=(), *args, **kwargs):
-        markers = sum(part.count(self.image_token) for part in text)
-        if markers > len(images_replacements):
-            raise ValueError(
-                f"images must have one picture for each of the {markers} {self.image_token} in text, "
-                f"got {len(images_replacements)}"
-            )
-        return super().get_text_with_replacements(text, images_replacements, *args, **kwargs)
+    def validate_inputs(self, images=None, text=None, *args, **kwargs):
+        if text is not None:
+            texts = [text] if isinstance(text, str) else text
+            markers = sum(part.count(self.image_token) for part in texts)
+            pictures = 0 if images is None else len(make_flat_list_of_images(images))
+            if markers != pictures:
+                raise ValueError(
+                    f"images must have one picture for each of the {markers} {self.image_token} in text, "
+                    f"got {pictures}"
+                )
+        super().validate_inputs(images, text, *args, **kwargs)
 
     def picture_layout(self, image_grid_pinpoints: list | None = None) -> PictureLayout:
         """Tiles and tokens of a picture of any size, as the model has them."""

@@ -83,6 +83,7 @@ ARROWS = {
 # Inside cumo_model a module imports only modules of earlier rows (or of its own row's package).
 LAYERS = (
     (
+        "compat",
         "config",
         "original_config",
         "merge",

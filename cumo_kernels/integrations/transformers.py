@@ -6,8 +6,9 @@
 
 A model's router chooses; its experts module, stacked weights under the names of transformers' experts
 interface, then runs here. Plain and gated MLPs whose activation is in `cumo_kernels.ACTIVATIONS` are one
-`expert_mlp`. A gate of the model's own (gpt-oss clamps and interleaves) or transposed weights run between two
-`grouped_gemm`. What neither serves, transformers' own grouped_mm runs, with the reason logged once.
+`expert_mlp`. A gate of the model's own (gpt-oss clamps and interleaves), transposed weights or a norm of each
+expert's rows take two `grouped_gemm`. What neither serves, transformers' own grouped_mm runs, with the reason
+logged once.
 """
 
 import torch
@@ -48,12 +49,17 @@ def _weights(experts: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor 
     return up, down, getattr(experts, f"{name}_bias"), experts.down_proj_bias
 
 
+def _has_norm(experts: nn.Module) -> bool:
+    """Whether the rows of every expert go through a norm before they are weighted; transformers 5.20 on."""
+    return getattr(experts, "has_post_expert_norm", False)
+
+
 def fused_activation(experts: nn.Module) -> str | None:
     """Name of the activation with which one `expert_mlp` computes these experts, or None."""
     act_fn = getattr(experts, "act_fn", None)
     name = FUNCTIONS.get(act_fn, PLAIN.get(type(act_fn)))
     name = "gelu_tanh" if getattr(act_fn, "approximate", None) == "tanh" else name
-    if experts.is_transposed:
+    if experts.is_transposed or _has_norm(experts):
         return None
     if not experts.has_gate:
         return name
@@ -71,8 +77,6 @@ def refusal(experts: nn.Module) -> str | None:
             return f"it has no tensor {parameter}"
         if value.dtype not in FLOATS:
             return f"its {parameter} is {value.dtype}; cumo_kernels computes in fp32, bf16, fp16 and fp64"
-    if getattr(experts, "has_post_expert_norm", False):
-        return "it normalises what every expert returns"
     return None
 
 
@@ -103,7 +107,8 @@ def cumo_experts_forward(
     else:
         z = grouped_gemm(x, up, routing.expert_offsets, bias=up_bias, gather=routing)
         a = self._apply_gate(z) if self.has_gate else self.act_fn(z)
-        out = combine(grouped_gemm(a, down, routing.expert_offsets, bias=down_bias), routing)
+        rows = grouped_gemm(a, down, routing.expert_offsets, bias=down_bias)
+        out = combine(self.post_expert_norm(rows) if _has_norm(self) else rows, routing)
     return out.to(hidden_states.dtype)
 
 
@@ -115,6 +120,7 @@ def explain(model: nn.Module) -> str:
             continue
         reason, activation = refusal(module), fused_activation(module)
         how = f"expert_mlp ({activation})" if activation else "grouped_gemm, its own activation, grouped_gemm"
+        how += ", its norm" if _has_norm(module) else ""
         lines.append(f"{name}: {how if reason is None else f'{FALLBACK}: {reason}'}")
     return "\n".join(lines) or f"{type(model).__name__} has no experts in transformers' experts interface"
 

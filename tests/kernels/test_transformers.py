@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -260,11 +261,11 @@ def test_what_cannot_be_served_falls_back_with_its_reason(monkeypatch):
         ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", lambda *args: asked.append(1) or grouped(*args)
     )
     monkeypatch.setattr(integration.logger, "warning_once", warned.append)
-    experts.has_post_expert_norm = True
-    assert_same_sums(experts(x, index, weights), wanted, rounding)
-    assert asked == [1] and "it normalises what every expert returns" in warned[0]
-    assert "grouped_mm: it normalises" in integration.explain(experts)
-    del experts.has_post_expert_norm
+    with monkeypatch.context() as without:
+        without.setattr(integration, "FLOATS", (torch.bfloat16,))
+        assert_same_sums(experts(x, index, weights), wanted, rounding)
+        assert asked == [1] and "its gate_up_proj is torch.float32" in warned[0]
+        assert "grouped_mm: its gate_up_proj is torch.float32" in integration.explain(experts)
     experts.down_proj = torch.nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
     assert "its down_proj is torch.float8_e4m3fn" in integration.refusal(experts)
     del experts.down_proj
@@ -310,6 +311,8 @@ def test_the_experts_of_every_model_that_has_the_interface():
     fused = {}
     for path, name in every_experts_class():
         experts = small_experts(importlib.import_module(path), name).double()
+        if hasattr(experts, "post_expert_norm"):  # theirs computes in fp32 whatever it is given
+            experts.post_expert_norm = torch.nn.LayerNorm(experts.hidden_dim).double()
         with torch.no_grad():
             for parameter in experts.parameters():
                 parameter.normal_(std=0.3)
@@ -317,8 +320,8 @@ def test_the_experts_of_every_model_that_has_the_interface():
         x, weights = torch.randn(9, H).double(), torch.rand(9, 2).double()
         index = torch.randint(experts.num_experts, (9, 2))
         results = []
-        # one loop computes in fp32 whatever it is given
-        plain = "batched_mm" if name == "OpenAIPrivacyFilterExperts" else "eager"
+        # a few loops compute or add in fp32 whatever they are given
+        plain = "batched_mm" if re.search(r"float32|\.float\(", inspect.getsource(type(experts))) else "eager"
         for implementation in ("cumo", plain):
             experts.config._experts_implementation_internal = implementation
             leaf = x.clone().requires_grad_()
@@ -331,6 +334,23 @@ def test_the_experts_of_every_model_that_has_the_interface():
     assert len(fused) > 50
     assert (fused["Lfm2MoeExperts"], fused["Gemma4TextExperts"]) == ("swiglu", "geglu_tanh")
     assert (fused["GptOssExperts"], fused["NemotronHExperts"]) == (None, None)
+
+
+def test_a_norm_of_each_experts_rows_comes_before_the_weights():
+    """transformers 5.20 on has models with one; here on Mixtral's experts, beside the loop written out."""
+    experts = mixtral_experts().double()
+    experts.has_post_expert_norm = True
+    experts.post_expert_norm = torch.nn.LayerNorm(32).double()
+    torch.nn.init.normal_(experts.post_expert_norm.weight)
+    x, index, weights = torch.randn(6, 32).double(), torch.randint(4, (6, 2)), torch.rand(6, 2).double()
+    wanted = torch.zeros(6, 32).double()
+    for k in range(2):
+        for t, e in enumerate(index[:, k]):
+            gate, up = (experts.gate_up_proj[e] @ x[t]).chunk(2)
+            row = experts.post_expert_norm(experts.down_proj[e] @ (experts.act_fn(gate) * up))
+            wanted[t] += weights[t, k] * row
+    assert_same_formula(experts(x, index, weights), wanted)
+    assert integration.explain(experts) == f": {OWN_GATE}, its norm"
 
 
 def test_models_without_experts_are_named():

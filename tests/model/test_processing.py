@@ -294,9 +294,9 @@ def test_the_original_layout_has_a_processor_of_its_own(tokenizer, tmp_path):
         assert torch.equal(first["pixel_values"], second["pixel_values"])
 
 
-def test_more_markers_than_pictures_are_named(tokenizer):
+def test_markers_and_pictures_of_different_number_are_named(tokenizer):
     processor = build_processor(tokenizer, 48, 8)
     image = load_image(PICTURES / "red-apple-wide.png")
-    for images, count in ((None, 0), ([image], 1)):
+    for images, count in ((None, 0), ([image], 1), ([image] * 3, 3)):
         with pytest.raises(ValueError, match=f"each of the 2 <image> in text, got {count}"):
             processor(images=images, text="<image> or <image>?", return_tensors="pt")
