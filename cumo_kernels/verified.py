@@ -17,7 +17,6 @@ An installation without csrc/ (a wheel) cannot know the hash of what `_C` was bu
 packed in the same build, so there the entry is believed if torch and code agree.
 """
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -29,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from cumo_kernels import extension, measured
+from cumo_kernels import extension, measured, versions
 from cumo_kernels.hardware import GPUS, Gpu, gpu_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,10 +98,7 @@ def source_of(backend: str, root: Path = ROOT) -> str | None:
 
 @cache
 def triton_version() -> str:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+    return versions.installed("triton") or "none"
 
 
 def _minor(version: str) -> str:
@@ -148,10 +144,10 @@ def _proof(backend: str, op: str, dtype: str, gpu: Gpu, code: str) -> tuple[bool
             if (name == "torch" or backend == "triton") and _minor(row[name]) != _minor(running):
                 return False, f"{known}, with {name} {_minor(row[name])}, but this is {running}: {AGAIN}"
     first = min(asked, key=lambda row: row["date"])
-    versions = f"torch {_minor(first['torch'])}"
-    versions += f", triton {_minor(first['triton'])}" if backend == "triton" else ""
+    agreed = f"torch {_minor(first['torch'])}"
+    agreed += f", triton {_minor(first['triton'])}" if backend == "triton" else ""
     cases = sum(row["cases"] for row in asked)
-    return True, f"verified on {spoken}, {first['date']}, {versions}, {cases} cases"
+    return True, f"verified on {spoken}, {first['date']}, {agreed}, {cases} cases"
 
 
 def check_known(gpu: Gpu) -> None:

@@ -23,10 +23,16 @@ ARROWS = {
     "cumo_kernels.types": (),
     "cumo_kernels.activations": (),
     "cumo_kernels.hardware": (),
+    "cumo_kernels.versions": (),
     "cumo_kernels.tuning": ("cumo_kernels.hardware",),
     "cumo_kernels.extension": ("cumo_kernels._C",),
     "cumo_kernels.measured": ("cumo_kernels.hardware", "cumo_kernels.tuning"),
-    "cumo_kernels.verified": ("cumo_kernels.extension", "cumo_kernels.hardware", "cumo_kernels.measured"),
+    "cumo_kernels.verified": (
+        "cumo_kernels.extension",
+        "cumo_kernels.hardware",
+        "cumo_kernels.measured",
+        "cumo_kernels.versions",
+    ),
     "cumo_kernels.dispatch": (
         "cumo_kernels.extension",
         "cumo_kernels.hardware",

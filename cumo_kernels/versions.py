@@ -1,0 +1,45 @@
+"""The releases of other packages that cumo is tested with, and a warning where a newer one runs."""
+
+import re
+import warnings
+from importlib import metadata
+
+# package -> oldest and newest release tested, as constraints.txt and constraints-latest.txt pin them
+TESTED = {
+    "torch": ("2.11.0", "2.15.0"),
+    "triton": ("3.6.0", "3.9.0"),
+    "transformers": ("5.17.0", "5.24.0"),
+}
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def minor(version: str) -> tuple[int, ...]:
+    """(2, 15) of "2.15.0+cu130": what a release may break."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def untested(package: str) -> str | None:
+    """What to say of a package whose installed release is newer than the newest tested, or None."""
+    found, newest = installed(package), TESTED[package][1]
+    if found is None or minor(found) <= minor(newest):
+        return None
+    major, number = minor(newest)
+    return f'{package} {found} (tested up to {newest}; to go back: pip install "{package}<{major}.{number + 1}")'
+
+
+def warn_of_untested() -> None:
+    """One UserWarning that names every package newer than what cumo was tested with."""
+    found = [words for package in TESTED if (words := untested(package)) is not None]
+    if found:
+        warnings.warn(
+            f"newer than what this cumo was tested with: {'; '.join(found)}. It may well work; if it does not, "
+            "see docs/versions.md on how to report it",
+            stacklevel=3,
+        )

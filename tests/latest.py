@@ -1,0 +1,75 @@
+"""Write constraints-latest.txt: what pip would bring today, for every package of constraints.txt.
+
+    python -m tests.latest        make latest; takes a minute, installs nothing
+"""
+
+import json
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PINS, LATEST = ROOT / "constraints.txt", ROOT / "constraints-latest.txt"
+PYTHONS = ("3.11", "3.12", "3.13")
+# pip would have to build the one from source; the other's own requirements hold others back, and
+# `make setup` takes it without them
+ALONE = ("deepspeed", "mistral-common")
+HEAD = """\
+# What pip brought on {day} for Python {first} to {last}, of every package that constraints.txt pins:
+# written by `make latest`, used by `make test-latest`. cumo_kernels/versions.py names its torch, triton and
+# transformers as the newest tested.
+"""
+
+
+def pinned() -> list[str]:
+    """Names of the packages in constraints.txt, in its order."""
+    lines = (line.split("#")[0].strip() for line in PINS.read_text().splitlines())
+    return [line.split("==")[0] for line in lines if line]
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def resolve(python: str, names: list[str], *options: str) -> dict[str, str]:
+    """Name, normalised -> the version that pip would install of each of `names` on this Python."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", "--no-deps"]
+    command = [part for part in command if part != "--no-deps" or "--no-deps" in options]
+    command += ["--disable-pip-version-check", "--python-version", python, "--only-binary=:all:"]
+    command += ["--target", "unused", "--report", "-", *names]
+    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    found = {normal(row["metadata"]["name"]): row["metadata"]["version"] for row in report["install"]}
+    return {normal(name): found[normal(name)] for name in names}
+
+
+def lines(resolved: dict[str, dict[str, str]], names: list[str]) -> list[str]:
+    """Constraints of `names`; a release that not every Python gets has a marker."""
+    rows = []
+    for name in names:
+        versions = {python: found[normal(name)] for python, found in resolved.items()}
+        if len(set(versions.values())) == 1:
+            rows.append(f"{name}=={versions[PYTHONS[0]]}")
+        else:
+            rows += [f'{name}=={version}; python_version == "{p}"' for p, version in versions.items()]
+    return rows
+
+
+def main() -> int:
+    names = [name for name in pinned() if name != "deepspeed"]
+    together = [name for name in names if name not in ALONE]
+    resolved = {}
+    for python in PYTHONS:
+        print(f"asking pip for Python {python}", flush=True)
+        resolved[python] = resolve(python, together) | resolve(python, ["mistral-common"], "--no-deps")
+    head = HEAD.format(day=datetime.now(UTC).date(), first=PYTHONS[0], last=PYTHONS[-1])
+    part = LATEST.with_suffix(".part")
+    part.write_text(head + "\n".join(lines(resolved, names)) + "\n")
+    part.replace(LATEST)
+    print(f"written: {LATEST.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
