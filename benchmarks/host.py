@@ -12,7 +12,6 @@ import ctypes
 import os
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,17 +19,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# one place for all processes: Triton's key of what is linked with a driver holds the driver's folder
+STUB = Path(__file__).parents[1] / "build" / "stub-driver"
 TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 64, 256, 512, 4, 2
 
 
 def load_stub() -> ctypes.CDLL:
     """The stub, under the name by which Triton will look for the driver."""
-    folder = tempfile.mkdtemp(prefix="cumo-stub-")
-    library = f"{folder}/libcuda.so.1"
+    STUB.mkdir(parents=True, exist_ok=True)
+    library, part = STUB / "libcuda.so.1", STUB / f"{os.getpid()}.so"
     source = Path(__file__).with_name("stub_driver.c")
-    command = ["cc", "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source]
+    command = ["cc", "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", part, source]
     subprocess.run(command, check=True)
-    os.environ["TRITON_LIBCUDA_PATH"] = folder
+    part.replace(library)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(STUB)
     stub = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     stub.stub_launches.restype = ctypes.c_long
     return stub

@@ -16,7 +16,10 @@ int cuCtxSetCurrent(handle context) { return 0; }
 int cuCtxGetLimit(size_t *value, int limit) { *value = 0; return 0; }
 int cuCtxSetLimit(int limit, size_t value) { return 0; }
 int cuDevicePrimaryCtxRetain(handle *context, int device) { *context = (handle)1; return 0; }
+int cuCtxGetDevice(int *device) { *device = 0; return 0; }
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
+int cuDriverGetVersion(int *version) { *version = 13020; return 0; }
+int cuStreamIsCapturing(handle stream, int *status) { *status = 0; return 0; }
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
     switch (attribute) {
@@ -40,4 +43,5 @@ int cuFuncSetCacheConfig(handle function, int config) { return 0; }
 int cuOccupancyMaxActiveClusters(int *number, handle function, const void *config) { *number = 1; return 0; }
 int cuPointerGetAttribute(void *value, int attribute, size_t pointer) { memcpy(value, &pointer, 8); return 0; }
 int cuTensorMapEncodeTiled(void *map) { memset(map, 0, 128); return 0; }
+int cuTensorMapEncodeIm2col(void *map) { memset(map, 0, 128); return 0; }
 int cuLaunchKernelEx(const void *config, handle function, void **arguments, void **extra) { launched++; return 0; }

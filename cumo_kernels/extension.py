@@ -22,9 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 # A100, Hopper with its own instructions, data-centre Blackwell, and Blackwell workstations and what follows
 ARCHITECTURES = "8.0;9.0a;10.0;12.0+PTX"
-CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden"]
+# torch adds the -std= that its own headers need: C++17 for 2.11, C++20 for 2.15; csrc/ is content with either
+CXX_FLAGS = ["-O3", "-fvisibility=hidden"]
 # O1: the compiler's time counts too, and threads of a block take turns anyway
-EMULATION_FLAGS = ["-O1", "-std=c++17", "-fvisibility=hidden", "-DCUMO_EMULATE", "-Wno-unknown-pragmas"]
+EMULATION_FLAGS = ["-O1", "-fvisibility=hidden", "-DCUMO_EMULATE", "-Wno-unknown-pragmas"]
 
 EMULATE = os.environ.get("CUMO_EMULATE") == "1"
 JIT = os.environ.get("CUMO_JIT") == "1"
@@ -32,7 +33,7 @@ JIT = os.environ.get("CUMO_JIT") == "1"
 
 def nvcc_flags(architectures: str) -> list[str]:
     """For `architectures` as in TORCH_CUDA_ARCH_LIST; without 9.0a Hopper runs what the others do."""
-    flags = ["-O3", "-lineinfo", "-std=c++17"]
+    flags = ["-O3", "-lineinfo"]
     return [*flags, "-DCUMO_SM90A"] if "9.0a" in architectures else flags
 
 
@@ -97,11 +98,9 @@ def outdated() -> str | None:
     """Why what `_C` computes need not be what csrc/ says, or None: it was built from another state of it."""
     if EMULATE or JIT or missing() is not None or not (CSRC / "bindings.cpp").exists():
         return None
-    try:
-        built = getattr(load(), "source", "unknown")
-    except RuntimeError as error:
-        return str(error)
-    if built == hash_of_sources():
+    if (reason := unusable()) is not None:
+        return reason
+    if getattr(load(), "source", "unknown") == hash_of_sources():
         return None
     return "cumo_kernels._C was built from another csrc/ than this tree's: build it again"
 
@@ -123,6 +122,17 @@ def missing() -> str | None:
     return None
 
 
+def unusable() -> str | None:
+    """Why what is built does not load, or None: for calls on a GPU; those on the CPU never load it."""
+    if EMULATE or JIT:
+        return None
+    try:
+        load()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 @cache
 def unfit(device) -> str | None:
     """Why what is installed does not run on that GPU, or None."""
@@ -130,10 +140,9 @@ def unfit(device) -> str | None:
 
     if EMULATE or JIT or not torch.cuda.is_available():
         return None
-    try:
-        architectures = getattr(load(), "architectures", "all it knew")
-    except RuntimeError as error:
-        return str(error)
+    if (reason := unusable()) is not None:
+        return reason
+    architectures = getattr(load(), "architectures", "all it knew")
     capability = torch.cuda.get_device_capability(device)
     if runs_on(capability, architectures):
         return None

@@ -38,6 +38,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build as triton_build
 from triton.runtime import cache as triton_cache
 
+from benchmarks.gpu import libraries
 from cumo_kernels import cases, codegen, dispatch, hardware, verified
 from cumo_kernels.hardware import Gpu
 from cumo_kernels.ops import checks, routing
@@ -126,36 +127,6 @@ def on_the_cpu() -> Iterator[None]:
         dispatch.BACKENDS, checks.values_at_hand, routing.values_at_hand, torch.randn = before
 
 
-def _library_keys(source: str) -> list[str]:
-    """Folders in which Triton may look for what gcc makes of `source`, this machine's first.
-
-    The key has what platform.architecture() says, and that is without "ELF" where no `file` is installed.
-    """
-    own = triton_build.platform_key()
-    bare = own.removesuffix("ELF")
-    platforms = [own, *({bare, f"{bare}ELF"} - {own})]
-    keys = [hashlib.sha256((source + platform).encode()).hexdigest() for platform in platforms]
-    return [triton_cache._base32(key) for key in keys]
-
-
-def _build_libraries(found: set[str]) -> None:
-    """Make Triton leave what gcc built under every key, and note the folders in `found`."""
-    original = nvidia.compile_module_from_src
-
-    def build(src: str, name: str, **options):
-        module = original(src=src, name=name, **options)
-        own, *others = (Path(triton.knobs.cache.dir, key) for key in _library_keys(src))
-        for folder in others:
-            folder.mkdir(exist_ok=True)
-            for file in own.glob("*.so"):
-                with contextlib.suppress(FileExistsError):
-                    os.link(file, folder / file.name)
-        found.update(folder.name for folder in (own, *others))
-        return module
-
-    nvidia.compile_module_from_src = build
-
-
 class _Worker:
     """One process's compiling; `claims` is a folder in which each kernel is claimed by who compiles it."""
 
@@ -169,7 +140,7 @@ class _Worker:
             from benchmarks.host import load_stub
 
             self.stub = load_stub()
-        _build_libraries(self.made.launchers)
+        libraries.note(self.made.launchers)
         triton.knobs.runtime.jit_cache_hook = self._claimed
         nvidia.CudaUtils()
 
@@ -184,7 +155,7 @@ class _Worker:
 
     def _describe(self, kernel, compiled, gpu: Gpu, constants: dict[str, object]) -> codegen.Report:
         self.made.kernels.add(triton_cache._base32(compiled.hash))
-        nvidia.CudaLauncher(compiled.src, compiled.metadata)
+        libraries.build_launcher(compiled)
         return codegen.bare(kernel, compiled, gpu, constants)
 
     def work(self, job: Job) -> Made:
@@ -347,6 +318,7 @@ def _unpack(archive: Path, cache: Path) -> int:
             taken += 1
         except OSError:  # another process was faster
             shutil.rmtree(part)
+    libraries.place(cache, folders)
     return taken
 
 
@@ -410,9 +382,9 @@ def prove(todo: Iterable[Job], gpu: Gpu) -> tuple[int, list[str], list[str]]:
         if not cache_hit:
             compiled.append(metadata["name"])
 
-    def build(name: str, *args):
+    def build(name: str, *args, **options):
         built.append(name)
-        return original(name, *args)
+        return original(name, *args, **options)
 
     torch.set_num_threads(1)
     triton.knobs.compilation.listener, triton_build._build = listen, build
@@ -425,6 +397,9 @@ def prove(todo: Iterable[Job], gpu: Gpu) -> tuple[int, list[str], list[str]]:
 
 def rehearse(cache: Path, folder: Path, gpu: Gpu) -> int:
     """Pack what `compile --few` left in `cache`, take it into another cache, and prove that one."""
+    from benchmarks.host import load_stub
+
+    load_stub()  # taken for the driver that `prove` has
     made = Made(**{name: set(rows) for name, rows in json.loads((cache / MADE).read_text()).items()})
     pack(made, cache, None, folder / "package", gpu)
     shutil.rmtree(folder / "taken", ignore_errors=True)

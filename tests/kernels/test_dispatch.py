@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 import types
 from dataclasses import replace
 
@@ -14,10 +15,9 @@ from cumo_kernels import dispatch, explain, extension, hardware, measured, use_b
 from cumo_kernels.dispatch import BACKENDS, OPS
 
 
-def run(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
-    )
+def run(code, cwd=None, **environment):
+    command, environment = [sys.executable, "-c", code], {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
 def test_cpu_tensors_run_on_the_reference():
@@ -64,13 +64,45 @@ def test_cuda_refuses_a_gpu_it_was_not_built_for(monkeypatch):
     extension.unfit.cache_clear()
 
 
+# x stands for a tensor: there is no GPU to have one
+STALE = """
+import torch, types
+import cumo_kernels
+from cumo_kernels import dispatch, hardware, use_backend, verified
+
+cumo_kernels.route(torch.zeros(2, 4), 2)
+torch.cuda.is_available = lambda: True
+dispatch.gpu_of = verified.gpu_of = lambda device: hardware.find("nvidia_h100")
+x = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+print(cumo_kernels.explain("route", x))
+print("chosen:", dispatch.choose("route", x))
+with use_backend("cuda"):
+    dispatch.choose("route", x)
+"""
+
+
+def test_an_extension_for_another_torch_is_refused_and_stops_nobody_else(tmp_path):
+    package = tmp_path / "cumo_kernels"
+    package.mkdir()
+    for path in (extension.ROOT / "cumo_kernels").iterdir():
+        if path.suffix != ".so":
+            (package / path.name).symlink_to(path)
+    (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"of another torch")
+    switches = {"CUMO_BACKEND": "", "CUMO_EMULATE": "", "CUMO_JIT": "", "TRITON_INTERPRET": ""}
+    done = run(STALE, tmp_path, **switches)
+    reason = "cumo_kernels._C was built for another torch, build it again: "
+    assert f"cuda       refuses: {reason}" in done.stdout, done.stderr
+    assert "chosen: reference" in done.stdout
+    assert f"RuntimeError: no backend runs route (forced: cuda): cuda: {reason}" in done.stderr
+
+
 @pytest.mark.parametrize("backend", [b.name for b in BACKENDS])
 @pytest.mark.parametrize("op", OPS)
 def test_every_backend_that_exists_implements_every_op(backend, op):
     if dispatch._missing(f"cumo_kernels.backends.{backend}"):
         pytest.skip(f"{backend} is not in this installation")
-    if backend == "cuda" and extension.missing():
-        pytest.skip(extension.missing())
+    if backend == "cuda" and (reason := extension.missing() or extension.unusable()):
+        pytest.skip(reason)
     assert callable(dispatch.implementation(backend, op))
 
 
