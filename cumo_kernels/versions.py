@@ -31,7 +31,9 @@ def untested(package: str) -> str | None:
     if found is None or minor(found) <= minor(newest):
         return None
     major, number = minor(newest)
-    return f'{package} {found} (tested up to {newest}; to go back: pip install "{package}<{major}.{number + 1}")'
+    return (
+        f'{package} {found} (tested up to {newest}; to go back: pip install "{package}<{major}.{number + 1}")'
+    )
 
 
 def warn_of_untested() -> None:

@@ -1,6 +1,6 @@
 """Write constraints-latest.txt: what pip would bring today, for every package of constraints.txt.
 
-    python -m tests.latest        make latest; takes a minute, installs nothing
+python -m tests.latest        make latest; takes a minute, installs nothing
 """
 
 import json

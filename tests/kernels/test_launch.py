@@ -1,12 +1,15 @@
 """What a remembered launch may take for the same kernel, on a kernel that only notes its calls."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from cumo_kernels import tuning
-from cumo_kernels.backends.triton.launch import Launch, can_describe, describe, planned
+from cumo_kernels.backends.triton import launch as launch_module
+from cumo_kernels.backends.triton.launch import Launch, can_describe, describe, planned, unknown_shape
 
 
 class Parameter:
@@ -24,7 +27,7 @@ class Kernel:
         self.bound, self.launched = 0, []
 
     def __getitem__(self, grid):
-        def bind(*, num_warps, num_stages, **named):
+        def bind(*, num_warps, num_stages, enable_fp_fusion, **named):
             self.bound += 1
             self.launched.append((grid, tuple(named.values())))
             return Compiled(self)
@@ -34,7 +37,7 @@ class Kernel:
 
 class Compiled:
     def __init__(self, kernel: Kernel):
-        self.kernel = kernel
+        self.kernel, self.src = kernel, SimpleNamespace(signature=dict.fromkeys(kernel.arg_names, "i32"))
 
     def __getitem__(self, grid):
         return lambda *arguments: self.kernel.launched.append((grid[:1], arguments))
@@ -72,6 +75,35 @@ def test_what_triton_would_compile_anew_is_bound_anew(change):
     for _ in range(2):
         launch(1, *change(x, weight), 1)
     assert kernel.bound == 2
+
+
+def test_what_triton_returns_in_an_unknown_shape_is_bound_every_time(monkeypatch, caplog):
+    """A launcher of a later Triton that wants the tensors alone, say: right all the same, and said once."""
+    launch_module.warn_of.cache_clear()
+    kernel = Kernel()
+    for signature in (None, dict.fromkeys(kernel.arg_names[:2], "*fp32")):
+        monkeypatch.setattr(Compiled, "__init__", lambda self, kernel, s=signature: setattr(self, "src", s))
+        launch = Launch(kernel, N=64, BLOCK=16)
+        for rows in (3, 1):
+            launch(7, torch.zeros(8), torch.ones(4), rows)
+    assert (
+        kernel.bound == 4 and [values[2:] for _, values in kernel.launched] == [(3, 64, 16), (1, 64, 16)] * 2
+    )
+    (said,) = caplog.records
+    assert "does not name every argument" in said.message
+    assert unknown_shape(kernel, object()) == "object takes no grid"
+
+
+def test_what_this_triton_compiles_has_the_known_shape():
+    from cumo_kernels import codegen
+
+    seen = []
+    note = lambda kernel, compiled, gpu, constants: (
+        seen.append(unknown_shape(kernel, compiled)) or (codegen.bare(kernel, compiled, gpu, constants))
+    )
+    with codegen.compiling(codegen.gpu_named("nvidia_h100"), describe=note):
+        dict(codegen.calls("clip", 577, torch.bfloat16))["permute"]()
+    assert seen and set(seen) == {None}
 
 
 def test_what_triton_specialises_must_be_fixed():

@@ -69,6 +69,15 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def only_if(condition, mask):
+    """mask where the scalar `condition` holds, else nothing.
+
+    `mask & condition` is the same compiled; Triton's interpreter makes int32 of it, which 3.9 takes for no mask.
+    """
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
 def sigmoid_and_grad(z):
     """-> s = sigmoid(z), s * (1 - s), neither losing digits where the other is near 1."""
     t = tl.exp(-tl.abs(z))
@@ -78,17 +87,20 @@ def sigmoid_and_grad(z):
 
 @triton.jit
 def act_and_grad(z, NAME: tl.constexpr):
-    """-> act(z), act'(z) of the elementwise part of activation NAME (what a gate goes through); z is fp32."""
+    """-> act(z), act'(z) of the elementwise part of activation NAME (what a gate goes through); z is fp32.
+
+    Tensors stand left of our constants: Triton 3.9's interpreter makes a constexpr of constexpr * tensor.
+    """
     if NAME == "quick_gelu":
-        s, ds = sigmoid_and_grad(QUICK_GELU_ALPHA * z)
-        return z * s, s + QUICK_GELU_ALPHA * z * ds
+        s, ds = sigmoid_and_grad(z * QUICK_GELU_ALPHA)
+        return z * s, s + z * QUICK_GELU_ALPHA * ds
     elif NAME == "gelu" or NAME == "geglu":
         cdf = 0.5 * (1.0 + tl.erf(z * SQRT_HALF))
         return z * cdf, cdf + z * INV_SQRT_2PI * tl.exp(-0.5 * z * z)
     elif NAME == "gelu_tanh" or NAME == "geglu_tanh":
         # (1 + tanh(u)) / 2 is sigmoid(2 u)
-        s, ds = sigmoid_and_grad(SQRT_8_OVER_PI * (z + GELU_CUBIC * z * z * z))
-        return z * s, s + z * ds * SQRT_8_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * z * z)
+        s, ds = sigmoid_and_grad((z + z * GELU_CUBIC * z * z) * SQRT_8_OVER_PI)
+        return z * s, s + z * ds * SQRT_8_OVER_PI * (1.0 + z * (3.0 * GELU_CUBIC) * z)
     elif NAME == "relu":
         # not max(z, 0), which would turn NaN into 0
         return tl.where(z <= 0.0, 0.0, z), tl.where(z > 0.0, 1.0, 0.0)

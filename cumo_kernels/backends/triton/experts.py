@@ -23,7 +23,7 @@ from torch import Tensor
 from cumo_kernels import tuning
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.backends.triton.bias_grad import launch_bias_grad
-from cumo_kernels.backends.triton.common import act, narrow
+from cumo_kernels.backends.triton.common import act, narrow, only_if
 from cumo_kernels.backends.triton.grad_hidden import launch_grad_hidden
 from cumo_kernels.backends.triton.grouped_gemm import launch_gemm
 from cumo_kernels.backends.triton.launch import (
@@ -222,7 +222,7 @@ def _combine_splits_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     for choice in tl.static_range(TOP_K):
         position = tl.load(inverse_permutation_ptr + token * TOP_K + choice).to(tl.int64)
-        mask = (cols < N) & (position >= 0)
+        mask = only_if(position >= 0, cols < N)
         row = tl.zeros((BLOCK_N,), tl.float32)
         for split in tl.static_range(SPLITS):
             row += tl.load(partials_ptr + (position + split * num_rows) * N + cols, mask=mask, other=0.0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cumo_kernels import tuning
 from cumo_kernels.activations import ACTIVATIONS
-from cumo_kernels.backends.triton.common import act, dot, input_precision, narrow
+from cumo_kernels.backends.triton.common import act, dot, input_precision, narrow, only_if
 from cumo_kernels.backends.triton.launch import (
     Launch,
     can_describe,
@@ -78,7 +78,7 @@ def _finish(
         cols = first_col + tl.arange(0, acc.shape[1])
         mask = (rows < rows_left) & (cols < N)[None, :]
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + cols, mask=(cols < N) & with_bias, other=0.0)
+            bias = tl.load(bias_ptr + cols, mask=only_if(with_bias, cols < N), other=0.0)
             acc += bias.to(tl.float32)[None, :]
             if GATED:
                 bias_up = tl.load(bias_ptr + N + cols, mask=cols < N, other=0.0)

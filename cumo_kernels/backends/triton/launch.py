@@ -4,6 +4,7 @@ What follows from shapes, strides and dtypes alone (tile sizes, constants, grid)
 keeps for each kind of call (`planned`); a `Launch` in it remembers what Triton compiled.
 """
 
+import logging
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from types import ModuleType
@@ -15,6 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cumo_kernels import tuning
 
+logger = logging.getLogger(__name__)
+
 
 def settle(kernel: JITFunction) -> None:
     """Give `kernel` the cache key that it has in every process, by hashing what it calls before itself.
@@ -23,7 +26,7 @@ def settle(kernel: JITFunction) -> None:
     hashed that function before: keys depend on which kernel a process launches first, and so does whether a
     kernel is found in the cache.
     """
-    if kernel.hash is not None:
+    if getattr(kernel, "hash", None) is not None:
         return
     names = kernel.fn.__code__.co_names
     used = [kernel.fn.__globals__.get(name) for name in names]
@@ -75,6 +78,24 @@ def whole_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def unknown_shape(kernel, compiled) -> str | None:
+    """Why what Triton returned for a launch of `kernel` is not what `Launch` can launch again, or None.
+
+    We call it by its grid with one value for every argument of the kernel, constants too, as 3.6 to 3.9 take.
+    """
+    if not callable(getattr(type(compiled), "__getitem__", None)):
+        return f"{type(compiled).__name__} takes no grid"
+    signature = getattr(getattr(compiled, "src", None), "signature", None)
+    if not isinstance(signature, dict) or list(signature) != list(kernel.arg_names):
+        return f"the signature of {type(compiled).__name__} does not name every argument of the kernel"
+    return None
+
+
+@lru_cache(1)
+def warn_of(reason: str) -> None:
+    logger.warning("every launch goes through Triton's own launcher, which is slower: %s", reason)
+
+
 class Launch:
     """A kernel on one device with all arguments fixed but tensors, descriptors and unspecialised integers.
 
@@ -83,7 +104,9 @@ class Launch:
     """
 
     def __init__(self, kernel, *, num_warps: int = 4, num_stages: int = 3, **fixed):
-        self._kernel, self._options = kernel, {"num_warps": num_warps, "num_stages": num_stages}
+        # the default of fusing multiply and add changes with Triton 3.10, and with it the bits
+        self._options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+        self._kernel = kernel
         self._free = [i for i, name in enumerate(kernel.arg_names) if name not in fixed]
         self._arguments = [fixed.get(name) for name in kernel.arg_names]
         for parameter in getattr(kernel, "params", ()):
@@ -105,9 +128,13 @@ class Launch:
             return
         named = dict(zip(self._kernel.arg_names, arguments, strict=True))
         compiled = self._kernel[(programs,)](**named, **self._options)
-        # None from the interpreter, and where kernels are only compiled
-        if compiled is not None:
+        if compiled is None:  # from the interpreter, and where kernels are only compiled
+            return
+        reason = unknown_shape(self._kernel, compiled)
+        if reason is None:
             self._compiled[kinds] = compiled
+        else:
+            warn_of(reason)
 
 
 def can_describe(tensor: Tensor, has_tma: bool) -> bool:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cumo_kernels import tuning
-from cumo_kernels.backends.triton.common import dot, input_precision, narrow, precise_exp
+from cumo_kernels.backends.triton.common import dot, input_precision, narrow, only_if, precise_exp
 from cumo_kernels.backends.triton.launch import (
     Launch,
     cdiv,
@@ -288,7 +288,7 @@ def _route_backward_kernel(
                     x = tl.load(x_ptrs, mask=x_mask, other=0.0)
                     # this program's own sums: nothing on its first tile, then what it wrote on the last
                     sum_ptrs = dgate_sums_ptr + (pid.to(tl.int64) * E + experts[:, None]) * H + cols[None, :]
-                    before = tl.load(sum_ptrs, mask=gate_mask & (tile != pid), other=0.0)
+                    before = tl.load(sum_ptrs, mask=only_if(tile != pid, gate_mask), other=0.0)
                     tl.store(sum_ptrs, dot(tl.trans(dlogits), x, before, INPUT_PRECISION), mask=gate_mask)
             if NEED_GATE:
                 tl.debug_barrier()
