@@ -1,4 +1,5 @@
 # Every target makes one virtual environment from constraints.txt the first time and reuses it.
+#   CONSTRAINTS=F   another file than constraints.txt, for another VENV
 #   ARGS="..."      goes to the program a target runs: make test ARGS="-k routing", make demo ARGS=--quick
 #   VENV=system     uses $(PYTHON) as it is, for a machine that already carries torch and cannot download;
 #                   make gpu does so by itself where there is no .venv and torch, triton, transformers, pytest are
@@ -15,6 +16,8 @@ VENV ?= system
 endif
 endif
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+VENV_LATEST ?= .venv-latest
 VENV_GPU ?= .venv-gpu
 WORKERS ?= 2
 ARGS ?=
@@ -22,7 +25,7 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-ci lint format bench peers gpu gpu-artifacts clean
+.PHONY: help setup demo test test-all test-ci test-latest latest lint format bench peers gpu gpu-artifacts clean
 .DEFAULT_GOAL := help
 
 ifeq ($(VENV),system)
@@ -40,7 +43,7 @@ LOG := $(VENV)/setup.log
 
 # pip's own log goes to $(LOG); of it the screen shows the large downloads, so that a slow line looks alive
 define install
-$(PY) -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt $(1) 2>&1 | tee -a $(LOG) \
+$(PY) -m pip install --disable-pip-version-check --progress-bar off -c $(CONSTRAINTS) $(1) 2>&1 | tee -a $(LOG) \
   | sed -unE -e 's/^ *(Downloading|Using cached) (.+)-([^-]+)-[^-]+-[^-]+-[^-]+\.whl.*\(([0-9]{2,}\.[0-9]+ MB)\)$$/  \2 \3 (\4)/p' \
     -e 's/^Installing collected packages:.* torch,.*/  unpacking/p' \
   || { tail -n 25 $(LOG); echo "setup failed; all of pip's output is in $(LOG)"; exit 1; }
@@ -50,6 +53,8 @@ help:
 	@echo "make demo     train, upcycle and compare two small CuMos on this CPU   (ARGS=--quick for a short run)"
 	@echo "make test     the tests; ARGS go to pytest                             (but those that download something)"
 	@echo "make test-all the same and the sweeps: every row of the kernels in Triton's interpreter and csrc's emulation"
+	@echo "make test-latest  the tests with the newest torch, Triton and transformers, in an environment of its own"
+	@echo "make latest   write constraints-latest.txt, what those are today"
 	@echo "make lint     ruff check and ruff format --check                       (make format repairs)"
 	@echo "make bench    speed on this machine, each row behind a correctness gate"
 	@echo "make peers    fetch other implementations to compare with, for make bench on a GPU"
@@ -61,7 +66,7 @@ help:
 
 setup: $(READY)
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS)
 	@echo "setup: $(VENV); the first time brings about 3 GB, nearly all of it torch and its CUDA libraries"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@: > $(LOG)
@@ -92,6 +97,17 @@ test-all: $(READY)
 # what CI runs: all where the kernels are not those that were last swept
 test-ci: $(READY)
 	@if $(PY) -m tests.swept; then $(MAKE) test; else $(PYTEST) -m "not network"; fi
+
+latest: $(INSTALLED)
+	@$(PY) -m tests.latest
+
+# in a copy of the tree, because what is compiled in place fits one torch
+LATEST := build/latest
+test-latest:
+	@mkdir -p $(LATEST) && find $(LATEST) -name '*.py' -not -path '$(LATEST)/build/*' -delete
+	@git ls-files -z --cached --others --exclude-standard | tar -c --null -T - --ignore-failed-read | tar -x -C $(LATEST)
+	@$(MAKE) --no-print-directory -C $(LATEST) test CONSTRAINTS=constraints-latest.txt \
+	  VENV='$(abspath $(VENV_LATEST))' ARGS='$(subst ','\'',$(ARGS))'
 
 lint: $(INSTALLED)
 	@$(PY) -m ruff check .

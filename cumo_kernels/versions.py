@@ -41,7 +41,7 @@ def warn_of_untested() -> None:
     found = [words for package in TESTED if (words := untested(package)) is not None]
     if found:
         warnings.warn(
-            f"newer than what this cumo was tested with: {'; '.join(found)}. It may well work; if it does not, "
-            "see docs/versions.md on how to report it",
+            f"newer than what this cumo was tested with: {'; '.join(found)}. It may well work; if it does "
+            "not, see docs/versions.md on how to report it",
             stacklevel=3,
         )

@@ -72,7 +72,7 @@ def narrow(x, DTYPE: tl.constexpr):
 def only_if(condition, mask):
     """mask where the scalar `condition` holds, else nothing.
 
-    `mask & condition` is the same compiled; Triton's interpreter makes int32 of it, which 3.9 takes for no mask.
+    `mask & condition` is the same compiled, but Triton's interpreter makes int32 of it, which 3.9 refuses.
     """
     return tl.where(condition, mask, False)
 

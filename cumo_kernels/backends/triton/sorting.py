@@ -111,11 +111,13 @@ def _plan(device: torch.device, num_experts: int) -> tuple[int, Launch, Launch, 
     block_e = next_power_of_2(num_experts)
     # (BLOCK_S, BLOCK_E) is what one step ranks: 32 values per thread
     block_s = max(16, min(2048, 8192 // block_e))
-    tiles = {"E": num_experts, "BLOCK_S": block_s, "BLOCK_E": block_e, "num_warps": 8}
-    count = Launch(_count_kernel, **tiles)
+    tiles = {"E": num_experts, "BLOCK_S": block_s, "BLOCK_E": block_e}
+    count = Launch(_count_kernel, num_warps=8, **tiles)
     block_p = max(4, min(MAX_PROGRAMS, 8192 // block_e))
     sort, sort_alone = (
-        Launch(_sort_kernel, BLOCK_P=block_p, ALONE=alone, **tiles) for alone in (False, True)
+        # one program holds all it ranks: with 8 warps Triton 3.9 spills
+        Launch(_sort_kernel, BLOCK_P=block_p, ALONE=alone, num_warps=16 if alone else 8, **tiles)
+        for alone in (False, True)
     )
     return block_s, count, sort, sort_alone
 
