@@ -1,4 +1,4 @@
-"""Both ends of the releases that cumo runs with: where they are written down, and what is said of newer ones."""
+"""Both ends of the releases that cumo runs with: where they are written down, what is said of newer ones."""
 
 import re
 import warnings
@@ -56,5 +56,5 @@ def test_one_warning_names_what_is_newer_than_tested(monkeypatch, found, is_newe
     assert len(caught) == is_newer
     if is_newer:
         (message,) = (str(warning.message) for warning in caught)
-        assert f'torch {found} (tested up to 2.15.0; to go back: "torch<2.16")' in message
+        assert f'torch {found} (tested up to 2.15.0; to go back: pip install "torch<2.16")' in message
         assert "triton" not in message

@@ -63,6 +63,7 @@ ARROWS = {
         "cumo_kernels.dispatch",
         "cumo_kernels.ops*",  # ops.grouped_gemm is a module and, in the package's names, its function
         "cumo_kernels.types",
+        "cumo_kernels.versions",
     ),
     "cumo_kernels.*": ("cumo_kernels", "cumo_kernels.*"),  # the front door and its subcommands
     "cumo_model.monitor": ("cumo_model.*", "cumo_kernels.hardware"),
