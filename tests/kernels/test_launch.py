@@ -1,5 +1,6 @@
 """What a remembered launch may take for the same kernel, on a kernel that only notes its calls."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 pytest.importorskip("triton")
 
 from cumo_kernels import tuning
-from cumo_kernels.backends.triton import launch as launch_module
-from cumo_kernels.backends.triton.launch import Launch, can_describe, describe, planned, unknown_shape
+from cumo_kernels.backends.triton import launch as launching
+from cumo_kernels.backends.triton.launch import Launch, can_describe, describe, planned, settle
 
 
 class Parameter:
@@ -23,21 +24,22 @@ class Kernel:
     arg_names = ("x_ptr", "weight_ptr", "rows", "N", "BLOCK")
     params = tuple(Parameter(i, name, name == "rows") for i, name in enumerate(arg_names))
 
-    def __init__(self):
-        self.bound, self.launched = 0, []
+    def __init__(self, returned=None):
+        self.bound, self.launched, self.returned = 0, [], returned or Compiled
 
     def __getitem__(self, grid):
         def bind(*, num_warps, num_stages, enable_fp_fusion, **named):
+            assert enable_fp_fusion
             self.bound += 1
             self.launched.append((grid, tuple(named.values())))
-            return Compiled(self)
+            return self.returned(self)
 
         return bind
 
 
 class Compiled:
     def __init__(self, kernel: Kernel):
-        self.kernel, self.src = kernel, SimpleNamespace(signature=dict.fromkeys(kernel.arg_names, "i32"))
+        self.kernel, self.src = kernel, SimpleNamespace(signature=dict.fromkeys(kernel.arg_names))
 
     def __getitem__(self, grid):
         return lambda *arguments: self.kernel.launched.append((grid[:1], arguments))
@@ -77,33 +79,61 @@ def test_what_triton_would_compile_anew_is_bound_anew(change):
     assert kernel.bound == 2
 
 
-def test_what_triton_returns_in_an_unknown_shape_is_bound_every_time(monkeypatch, caplog):
-    """A launcher of a later Triton that wants the tensors alone, say: right all the same, and said once."""
-    launch_module.warn_of.cache_clear()
-    kernel = Kernel()
-    for signature in (None, dict.fromkeys(kernel.arg_names[:2], "*fp32")):
-        monkeypatch.setattr(Compiled, "__init__", lambda self, kernel, s=signature: setattr(self, "src", s))
-        launch = Launch(kernel, N=64, BLOCK=16)
-        for rows in (3, 1):
-            launch(7, torch.zeros(8), torch.ones(4), rows)
-    assert (
-        kernel.bound == 4 and [values[2:] for _, values in kernel.launched] == [(3, 64, 16), (1, 64, 16)] * 2
-    )
-    (said,) = caplog.records
-    assert "does not name every argument" in said.message
-    assert unknown_shape(kernel, object()) == "object takes no grid"
+class WithoutConstants(Compiled):
+    def __init__(self, kernel: Kernel):
+        super().__init__(kernel)
+        del self.src.signature["BLOCK"]
 
 
-def test_what_this_triton_compiles_has_the_known_shape():
+class WithAStream(Compiled):
+    def __getitem__(self, grid):
+        return lambda stream, *arguments: None
+
+
+class WithoutAGrid:
+    def __init__(self, kernel: Kernel):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        (WithoutConstants, "its signature has 4 of 5 arguments"),
+        (WithAStream, "takes (stream, *arguments)"),
+        (WithoutAGrid, "not subscriptable"),
+    ],
+)
+def test_what_triton_returns_in_another_shape_is_not_launched_directly(returned, reason, caplog):
+    kernel = Kernel(returned)
+    launching._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=launching.__name__):
+        for _ in range(2):
+            launch = Launch(kernel, N=64, BLOCK=16)
+            for rows in (3, 1):
+                launch(7, torch.zeros(8), torch.ones(4), rows)
+    assert kernel.bound == 4 and [values[2:] for _, values in kernel.launched] == 2 * [
+        (3, 64, 16),
+        (1, 64, 16),
+    ]
+    assert [reason in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_what_this_triton_compiles_describes_every_argument():
     from cumo_kernels import codegen
 
     seen = []
-    note = lambda kernel, compiled, gpu, constants: (
-        seen.append(unknown_shape(kernel, compiled)) or (codegen.bare(kernel, compiled, gpu, constants))
-    )
+
+    def note(kernel, compiled, gpu, constants):
+        seen.append(list(compiled.src.signature) == list(kernel.arg_names))
+        return codegen.bare(kernel, compiled, gpu, constants)
+
     with codegen.compiling(codegen.gpu_named("nvidia_h100"), describe=note):
         dict(codegen.calls("clip", 577, torch.bfloat16))["permute"]()
-    assert seen and set(seen) == {None}
+    assert seen and all(seen)
+
+
+def test_a_kernel_without_a_hash_is_left_alone():
+    settle(Kernel())
 
 
 def test_what_triton_specialises_must_be_fixed():

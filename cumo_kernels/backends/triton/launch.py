@@ -4,6 +4,7 @@ What follows from shapes, strides and dtypes alone (tile sizes, constants, grid)
 keeps for each kind of call (`planned`); a `Launch` in it remembers what Triton compiled.
 """
 
+import inspect
 import logging
 from collections.abc import Callable
 from functools import lru_cache, wraps
@@ -16,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cumo_kernels import tuning
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def settle(kernel: JITFunction) -> None:
@@ -26,7 +27,7 @@ def settle(kernel: JITFunction) -> None:
     hashed that function before: keys depend on which kernel a process launches first, and so does whether a
     kernel is found in the cache.
     """
-    if getattr(kernel, "hash", None) is not None:
+    if getattr(kernel, "hash", "unknown") is not None or not hasattr(kernel, "cache_key"):
         return
     names = kernel.fn.__code__.co_names
     used = [kernel.fn.__globals__.get(name) for name in names]
@@ -78,22 +79,27 @@ def whole_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def unknown_shape(kernel, compiled) -> str | None:
-    """Why what Triton returned for a launch of `kernel` is not what `Launch` can launch again, or None.
+def why_not_direct(kernel, compiled) -> str | None:
+    """Why `compiled`, which launching `kernel` returned, may not be launched as `compiled[grid](*arguments)`.
 
-    We call it by its grid with one value for every argument of the kernel, constants too, as 3.6 to 3.9 take.
+    No interface of Triton promises that this takes every argument of the kernel, constants too, and nothing
+    else; its launcher reads them by `src.signature`. So it is in Triton 3.6 to 3.9.
     """
-    if not callable(getattr(type(compiled), "__getitem__", None)):
-        return f"{type(compiled).__name__} takes no grid"
-    signature = getattr(getattr(compiled, "src", None), "signature", None)
-    if not isinstance(signature, dict) or list(signature) != list(kernel.arg_names):
-        return f"the signature of {type(compiled).__name__} does not name every argument of the kernel"
+    try:
+        taken = inspect.signature(compiled[1, 1, 1]).parameters.values()
+        described = list(compiled.src.signature)
+    except (AttributeError, TypeError, ValueError) as error:
+        return f"{type(compiled).__name__}: {error}"
+    if [p.kind for p in taken if p.default is p.empty] != [inspect.Parameter.VAR_POSITIONAL]:
+        return f"{type(compiled).__name__}[grid] takes ({', '.join(map(str, taken))})"
+    if described != list(kernel.arg_names):
+        return f"its signature has {len(described)} of {len(kernel.arg_names)} arguments"
     return None
 
 
-@lru_cache(1)
-def warn_of(reason: str) -> None:
-    logger.warning("every launch goes through Triton's own launcher, which is slower: %s", reason)
+@lru_cache
+def _warn_once(reason: str) -> None:
+    log.warning("Triton itself binds the arguments of every launch, which is slower: %s", reason)
 
 
 class Launch:
@@ -104,9 +110,9 @@ class Launch:
     """
 
     def __init__(self, kernel, *, num_warps: int = 4, num_stages: int = 3, **fixed):
-        # the default of fusing multiply and add changes with Triton 3.10, and with it the bits
+        # fused as in Triton 3.6, whose default it is: 3.10 will have another
         self._options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-        self._kernel = kernel
+        self._kernel, self._direct = kernel, True
         self._free = [i for i, name in enumerate(kernel.arg_names) if name not in fixed]
         self._arguments = [fixed.get(name) for name in kernel.arg_names]
         for parameter in getattr(kernel, "params", ()):
@@ -128,13 +134,14 @@ class Launch:
             return
         named = dict(zip(self._kernel.arg_names, arguments, strict=True))
         compiled = self._kernel[(programs,)](**named, **self._options)
-        if compiled is None:  # from the interpreter, and where kernels are only compiled
-            return
-        reason = unknown_shape(self._kernel, compiled)
-        if reason is None:
-            self._compiled[kinds] = compiled
-        else:
-            warn_of(reason)
+        # None from the interpreter, and where kernels are only compiled
+        if compiled is not None and self._direct:
+            reason = why_not_direct(self._kernel, compiled)
+            if reason is None:
+                self._compiled[kinds] = compiled
+            else:
+                self._direct = False
+                _warn_once(reason)
 
 
 def can_describe(tensor: Tensor, has_tma: bool) -> bool:
