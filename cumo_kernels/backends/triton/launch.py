@@ -27,7 +27,8 @@ def settle(kernel: JITFunction) -> None:
     hashed that function before: keys depend on which kernel a process launches first, and so does whether a
     kernel is found in the cache.
     """
-    if getattr(kernel, "hash", "unknown") is not None or not hasattr(kernel, "cache_key"):
+    # the class is asked: the key itself is made by asking for it
+    if getattr(kernel, "hash", "unknown") is not None or not hasattr(type(kernel), "cache_key"):
         return
     names = kernel.fn.__code__.co_names
     used = [kernel.fn.__globals__.get(name) for name in names]
