@@ -13,9 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PINS, LATEST = ROOT / "constraints.txt", ROOT / "constraints-latest.txt"
 PYTHONS = ("3.11", "3.12", "3.13")
-# pip would have to build the one from source; the other's own requirements hold others back, and
-# `make setup` takes it without them
-ALONE = ("deepspeed", "mistral-common")
+FROM_SOURCE = "deepspeed"  # pip would have to build it to ask
+ALONE = "mistral-common"  # its own requirements hold others back, and `make setup` takes it without them
 HEAD = """\
 # What pip brought on {day} for Python {first} to {last}, of every package that constraints.txt pins:
 # written by `make latest`, used by `make test-latest`. cumo_kernels/versions.py names its torch, triton and
@@ -35,8 +34,7 @@ def normal(name: str) -> str:
 
 def resolve(python: str, names: list[str], *options: str) -> dict[str, str]:
     """Name, normalised -> the version that pip would install of each of `names` on this Python."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", "--no-deps"]
-    command = [part for part in command if part != "--no-deps" or "--no-deps" in options]
+    command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", *options]
     command += ["--disable-pip-version-check", "--python-version", python, "--only-binary=:all:"]
     command += ["--target", "unused", "--report", "-", *names]
     report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -57,12 +55,12 @@ def lines(resolved: dict[str, dict[str, str]], names: list[str]) -> list[str]:
 
 
 def main() -> int:
-    names = [name for name in pinned() if name != "deepspeed"]
-    together = [name for name in names if name not in ALONE]
+    names = [name for name in pinned() if name != FROM_SOURCE]
+    together = [name for name in names if name != ALONE]
     resolved = {}
     for python in PYTHONS:
         print(f"asking pip for Python {python}", flush=True)
-        resolved[python] = resolve(python, together) | resolve(python, ["mistral-common"], "--no-deps")
+        resolved[python] = resolve(python, together) | resolve(python, [ALONE], "--no-deps")
     head = HEAD.format(day=datetime.now(UTC).date(), first=PYTHONS[0], last=PYTHONS[-1])
     part = LATEST.with_suffix(".part")
     part.write_text(head + "\n".join(lines(resolved, names)) + "\n")

@@ -72,7 +72,7 @@ def narrow(x, DTYPE: tl.constexpr):
 def only_if(condition, mask):
     """mask where the scalar `condition` holds, else nothing.
 
-    `mask & condition` is the same compiled, but Triton's interpreter makes int32 of it, which 3.9 refuses.
+    It is what `mask & condition` says, of which Triton's interpreter makes int32, and 3.9's refuses that.
     """
     return tl.where(condition, mask, False)
 
