@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from cumo_model import CumoForConditionalGeneration
 from tests.model.gradients import gradients
@@ -47,6 +48,21 @@ def test_pixels_forgotten_in_a_further_turn_are_missed(tiny_model, tiny_batch):
     turn = torch.cat([first.sequences, ids], 1)
     with pytest.raises(ValueError, match=r"pixel_values must come with .* got none for 18"):
         model.generate(turn, past_key_values=first.past_key_values, **options)
+
+
+def test_the_cache_goes_by_either_name(tiny_model, tiny_batch):
+    model, batch = tiny_model().eval(), tiny_batch()
+    ids, pixels = batch["input_ids"], batch["pixel_values"]
+    logits = []
+    for name in ("cache", "past_key_values"):
+        cache = DynamicCache(config=model.config.text_config)
+        model(ids, pixel_values=pixels, use_cache=True, **{name: cache})
+        assert cache.get_seq_length() == ids.shape[1]
+        logits.append(model(ids[:, -1:], use_cache=True, **{name: cache}).logits)
+        assert cache.get_seq_length() == ids.shape[1] + 1
+    assert torch.equal(*logits)
+    with pytest.raises(ValueError, match="one argument under two names, got both"):
+        model(ids, pixel_values=pixels, cache=cache, past_key_values=cache)
 
 
 def test_missing_pixels_are_named(tiny_model, tiny_batch):
