@@ -37,7 +37,8 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 EXTRAS := demo,train,test,dev
-BUILT := build/.extension
+# nothing to build, and no stamp that says so to a later make, where CUMO_BUILD=0
+BUILT := $(if $(filter 0,$(CUMO_BUILD)),,build/.extension)
 READY := $(INSTALLED) $(BUILT)
 LOG := $(VENV)/setup.log
 
@@ -76,7 +77,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS)
 	@echo "setup: done"
 	@touch $@
 
-$(BUILT): setup.py cumo_kernels/extension.py $(wildcard csrc/*) | $(INSTALLED)
+build/.extension: setup.py cumo_kernels/extension.py $(wildcard csrc/*) | $(INSTALLED)
 	@mkdir -p $(@D)
 	@$(PY) setup.py -q build_ext --inplace
 	@touch $@

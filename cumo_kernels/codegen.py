@@ -74,6 +74,8 @@ class Report:
     has_dot: bool
     has_loop_dot: bool  # deeper than the function's own level
     loop_spills: int = 0  # local accesses inside the loops that multiply
+    loop_dots: int = 0  # tensor core instructions there
+    loop_instructions: int = 0  # all instructions there
     gathers: bool = False  # an operand's rows come through a permutation
     failure: str | None = None  # what the compiler said instead of compiling
     cases: list[str] = field(default_factory=list)
@@ -146,8 +148,9 @@ def _disassemble(cubin: bytes) -> tuple[int, int, str]:
     return registers, stack, sass
 
 
-def _count_loop_spills(sass: str) -> int:
-    """Local accesses inside the innermost loops that multiply: on tensor cores, or in fp32 without any.
+def _count_in_loops(sass: str) -> tuple[int, int, int]:
+    """-> local accesses, tensor core instructions and all instructions inside the innermost loops that
+    multiply: on tensor cores, or in fp32 without any.
 
     A loop ends with a branch back under a condition; an unconditional one closes the walk over tiles, or
     returns from where a barrier is waited for, out of line.
@@ -170,7 +173,8 @@ def _count_loop_spills(sass: str) -> int:
         for loop in loops
         if not any(other != loop and loop[0] <= other[0] and other[1] <= loop[1] for other in loops)
     ]
-    return sum(inside(loop, SPILL) for loop in innermost)
+    every = {name for _, _, name, _ in code}
+    return tuple(sum(inside(loop, names) for loop in innermost) for names in (SPILL, TENSOR_CORE, every))
 
 
 def _dtype(types: set[str], ttir: str) -> str:
@@ -213,7 +217,7 @@ def _report(kernel: JITFunction, compiled, gpu: Gpu, constants: dict[str, object
         sum(name in ("LDG", "STG", "LDGSTS") and ".128" in rest for name, rest in mnemonics),
         bool(indents),
         any(indent > 4 for indent in indents),
-        _count_loop_spills(sass),
+        *_count_in_loops(sass),
     )
 
 

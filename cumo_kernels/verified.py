@@ -30,6 +30,7 @@ import torch
 
 from cumo_kernels import extension, measured, versions
 from cumo_kernels.hardware import GPUS, Gpu, gpu_of
+from cumo_kernels.versions import series
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = Path(__file__).with_name("verified.json")
@@ -101,10 +102,6 @@ def triton_version() -> str:
     return versions.installed("triton") or "none"
 
 
-def _minor(version: str) -> str:
-    return ".".join(version.split(".")[:2])
-
-
 def _code(backend: str, device: torch.device | str) -> str:
     return extension.code_for(device) if backend == "cuda" else ""
 
@@ -141,11 +138,11 @@ def _proof(backend: str, op: str, dtype: str, gpu: Gpu, code: str) -> tuple[bool
         if row["code"] != code:
             return False, f"{known}, as compiled for {row['code']}, but this is for {code}: {AGAIN}"
         for name, running in (("torch", torch.__version__), ("triton", triton_version())):
-            if (name == "torch" or backend == "triton") and _minor(row[name]) != _minor(running):
-                return False, f"{known}, with {name} {_minor(row[name])}, but this is {running}: {AGAIN}"
+            if (name == "torch" or backend == "triton") and series(row[name]) != series(running):
+                return False, f"{known}, with {name} {series(row[name])}, but this is {running}: {AGAIN}"
     first = min(asked, key=lambda row: row["date"])
-    agreed = f"torch {_minor(first['torch'])}"
-    agreed += f", triton {_minor(first['triton'])}" if backend == "triton" else ""
+    agreed = f"torch {series(first['torch'])}"
+    agreed += f", triton {series(first['triton'])}" if backend == "triton" else ""
     cases = sum(row["cases"] for row in asked)
     return True, f"verified on {spoken}, {first['date']}, {agreed}, {cases} cases"
 

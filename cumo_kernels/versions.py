@@ -25,6 +25,11 @@ def minor(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
+def series(version: str) -> str:
+    """ "2.15" of "2.15.0+cu130"."""
+    return ".".join(map(str, minor(version)))
+
+
 def untested(package: str) -> str | None:
     """What to say of a package whose installed release is newer than the newest tested, or None."""
     found, newest = installed(package), TESTED[package][1]

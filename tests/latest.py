@@ -22,10 +22,10 @@ HEAD = """\
 """
 
 
-def pinned() -> list[str]:
-    """Names of the packages in constraints.txt, in its order."""
-    lines = (line.split("#")[0].strip() for line in PINS.read_text().splitlines())
-    return [line.split("==")[0] for line in lines if line]
+def pins(file: Path = PINS) -> dict[str, str]:
+    """Package -> version in a file of constraints, in its order; where Pythons differ, the last one's."""
+    lines = (line.split("#")[0].split(";")[0].strip() for line in file.read_text().splitlines())
+    return dict(line.split("==") for line in lines if line)
 
 
 def normal(name: str) -> str:
@@ -55,7 +55,7 @@ def lines(resolved: dict[str, dict[str, str]], names: list[str]) -> list[str]:
 
 
 def main() -> int:
-    names = [name for name in pinned() if name != FROM_SOURCE]
+    names = [name for name in pins() if name != FROM_SOURCE]
     together = [name for name in names if name != ALONE]
     resolved = {}
     for python in PYTHONS:

@@ -10,10 +10,7 @@ from cumo_kernels import versions
 from tests import latest
 
 ROOT = Path(__file__).parents[1]
-PINS, LATEST = (
-    dict(re.findall(r"^([\w-]+)==([^\s;]+)", (ROOT / name).read_text(), flags=re.MULTILINE))
-    for name in ("constraints.txt", "constraints-latest.txt")
-)
+PINS, LATEST = latest.pins(), latest.pins(latest.LATEST)
 
 
 @pytest.mark.parametrize("package", versions.TESTED)
@@ -28,7 +25,7 @@ def test_what_is_called_tested_is_what_the_constraints_install(package):
 
 
 def test_every_pin_has_a_newest_release():
-    assert set(latest.pinned()) - set(LATEST) == {latest.FROM_SOURCE}
+    assert set(PINS) - set(LATEST) == {latest.FROM_SOURCE}
     assert re.search(r"on 20\d\d-\d\d-\d\d for Python 3.11 to 3.13", latest.LATEST.read_text())
 
 

@@ -15,14 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import latest
+
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-
-
-def read_pins() -> dict[str, str]:
-    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
-    return dict(line.split("==") for line in lines if line)
 
 
 def load_setup():
@@ -50,7 +47,7 @@ def test_every_dependency_is_pinned_once():
     extras = [requirement for extra in PROJECT["optional-dependencies"].values() for requirement in extra]
     wanted = PYPROJECT["build-system"]["requires"] + PROJECT["dependencies"] + extras
     names = {re.match(r"[\w-]+", requirement)[0] for requirement in wanted}
-    assert names <= set(read_pins())
+    assert names <= set(latest.pins())
 
 
 def test_every_import_is_a_dependency():
@@ -74,7 +71,7 @@ def test_every_import_is_a_dependency():
 
 def test_ruff_has_one_version():
     hooks = re.findall(r"ruff==([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())
-    assert set(hooks) == {read_pins()["ruff"]}
+    assert set(hooks) == {latest.pins()["ruff"]}
 
 
 @pytest.mark.parametrize("script", PROJECT["scripts"].values(), ids=list(PROJECT["scripts"]))

@@ -91,16 +91,16 @@ def test_a_tile_too_large_for_its_warps_is_reported():
     assert any("spills" in problem for problem in report.problems), report
 
 
-def test_only_spills_inside_the_innermost_multiplying_loop_count_as_such():
+def test_only_what_is_inside_the_innermost_multiplying_loop_counts_as_such():
     def count(*lines):
         sass = (f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(lines))
-        return codegen._count_loop_spills("\n".join(sass))
+        return codegen._count_in_loops("\n".join(sass))
 
     loop = ("HMMA.16816 R4", "LDL R2, [R1]", "@P1 BRA 0x0010")
-    assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "BRA 0x0000") == 1
-    assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "@P0 BRA 0x0000") == 1  # the loop around it
-    assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "BRA 0x0020") == 1  # back from a wait out of line
-    assert count("STL [R1], R2", "FFMA R4", "LDL R2, [R1]", "BRA 0x0010") == 1
+    assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "BRA 0x0000") == (1, 1, 3)
+    assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "@P0 BRA 0x0000") == (1, 1, 3)  # the loop around it
+    assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "BRA 0x0020") == (1, 1, 3)  # a wait out of line
+    assert count("STL [R1], R2", "FFMA R4", "LDL R2, [R1]", "BRA 0x0010") == (1, 0, 3)
 
 
 def test_each_problem_has_its_words():
