@@ -112,6 +112,13 @@ def _refuse_triton(op: str, device: Device, dtype: torch.dtype, num_experts: int
     return None if device.type != "cuda" else _triton_unfit(device)
 
 
+def _refuse_torch(op: str, device: Device, dtype: torch.dtype, num_experts: int = 0) -> str | None:
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        return f"it needs CPU or CUDA tensors, got {device.type}"
+    return None if dtype in _FLOATS else f"grouped_mm computes in fp32, fp16 and bf16, got {dtype}"
+
+
 def _refuse_reference(op: str, device: Device, dtype: torch.dtype, num_experts: int = 0) -> str | None:
     return None
 
@@ -139,6 +146,7 @@ class Backend:
 BACKENDS = (
     Backend("triton", _refuse_triton, _unproven("triton")),
     Backend("cuda", _refuse_cuda, _unproven("cuda")),
+    Backend("torch", _refuse_torch),
     Backend("reference", _refuse_reference),
 )
 _NAMES = tuple(backend.name for backend in BACKENDS)

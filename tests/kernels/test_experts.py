@@ -175,7 +175,7 @@ def test_repeats_are_bitwise_equal(backend, device, dtype):
 
 
 def test_batch_invariant_mode_gives_a_token_the_same_bits_in_any_company(backend, device, dtype, monkeypatch):
-    if backend == "reference":
+    if backend in ("reference", "torch"):
         pytest.skip("it leaves the order of sums to torch")
     monkeypatch.setattr(tuning, "BATCH_INVARIANT", True)
     monkeypatch.setenv("CUMO_BATCH_INVARIANT", "1")

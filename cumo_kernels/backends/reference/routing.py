@@ -75,7 +75,7 @@ def route(
         weights = weights.to(dtype)
 
     mean_probs = group_mean(probs, group_offsets, num_groups).to(wide)
-    first = torch.nn.functional.one_hot(indices[:, 0], num_experts).to(wide)
+    first = (indices[:, :1] == torch.arange(num_experts, device=x.device)).to(wide)  # one_hot asks the host
     top1_density = group_mean(first, group_offsets, num_groups)
     lse = (logits if compat else logits.to(wide)).logsumexp(-1)
     z = group_mean(lse.square().to(wide), group_offsets, num_groups)

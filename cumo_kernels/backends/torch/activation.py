@@ -1,0 +1,28 @@
+"""Activation (torch): as the reference, a part of the rows at a time.
+
+Contract: cumo_kernels/ops/activation.py.
+"""
+
+from torch import Tensor
+
+from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.backends.torch.rows import parts
+from cumo_kernels.types import accumulate_dtype
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    act, wide = ACTIVATIONS[name], accumulate_dtype(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    out = x.new_empty(rows.shape[0], rows.shape[1] // (1 + act.is_gated))
+    for part in parts(*rows.shape, x.device):
+        out[part] = act.forward(rows[part].to(wide))
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+def activate_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
+    act, wide = ACTIVATIONS[name], accumulate_dtype(x.dtype)
+    grads, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    out = x.new_empty(rows.shape)
+    for part in parts(*rows.shape, x.device):
+        out[part] = act.backward(grads[part].to(wide), rows[part].to(wide))
+    return out.view(x.shape)

@@ -1,0 +1,119 @@
+"""Grouped GEMM (torch): `torch.nn.functional.grouped_mm`, bias and activation row by row after it.
+
+What is known of grouped_mm, from torch's sources (ATen/native/cuda/GroupedBlas.cpp, GroupMM.cu) and by trial
+on CPUs, the same in 2.11 and 2.15:
+
+- fp32, fp16 and bf16; the sums are fp32, the result has the operands' dtype.
+- CUDA, bf16, compute capability 9.x and 10.x: one kernel of CUTLASS, which reads the offsets on the device, up
+  to 1023 groups. Everywhere else (other dtypes and GPUs, CPUs): a loop over matrix products, for which CUDA
+  devices wait and send the offsets to the host.
+- A group may be empty: with rows of the groups side by side in memory, as here, its weight gradient is zero.
+- Rows past the last group are not written.
+- Strides must be multiples of 16 bytes. Operands of other sizes are copied here, padded with zeros.
+
+Contract: cumo_kernels/ops/grouped_gemm.py.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm, pad
+
+from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.backends.torch.permutation import gather, permute
+from cumo_kernels.backends.torch.rows import expert_of, parts, sorted_positions
+from cumo_kernels.types import accumulate_dtype
+
+
+def _padded(operand: Tensor) -> Tensor:
+    """The operand, or a copy whose two last sizes are multiples of 16 bytes, zeros in what is new.
+
+    Of two-dimensional ones the rows are those of the groups, whose number is as it is.
+    """
+    step = 16 // operand.element_size()
+    missing = [-size % step for size in operand.shape[-2:]]
+    if operand.ndim == 2:
+        missing[0] = 0
+    if any(missing):
+        return pad(operand, (0, missing[1], 0, missing[0]))
+    rows, columns = operand.stride()[-2:]
+    fits = columns == 1 and rows >= operand.shape[-1] and rows % step == 0
+    fits = fits or operand.ndim == 3 and rows == 1 and columns >= operand.shape[-2] and columns % step == 0
+    fits = fits and (operand.ndim == 2 or operand.stride(0) % step == 0)
+    return operand if fits and operand.data_ptr() % 16 == 0 else operand.contiguous().clone()
+
+
+def product(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
+    """rows (S, K) of expert e times weight[e].T (N, K) -> (S, N); past the last expert's anything."""
+    if rows.shape[0] == 0 or rows.shape[1] == 0:
+        return rows.new_zeros(rows.shape[0], weight.shape[1])
+    out = grouped_mm(_padded(rows), _padded(weight).transpose(1, 2), offs=expert_offsets[1:])
+    return out[:, : weight.shape[1]].contiguous()  # what was padded stays behind
+
+
+def weight_product(grad: Tensor, rows: Tensor, expert_offsets: Tensor) -> Tensor:
+    """grad_e.T @ rows_e of every expert: (S, N), (S, K) -> (E, N, K), zeros for one without rows."""
+    num_experts, shape = expert_offsets.shape[0] - 1, (grad.shape[1], rows.shape[1])
+    if grad.shape[0] == 0:
+        return grad.new_zeros(num_experts, *shape)
+    out = grouped_mm(_padded(grad).T, _padded(rows), offs=expert_offsets[1:])
+    return out[:, : shape[0], : shape[1]].contiguous()
+
+
+def bias_product(grad: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Sum of grad_e's rows: (S, N) -> (E, N)."""
+    if grad.device.type != "cpu":
+        ones = grad.new_ones(grad.shape[0], 16 // grad.element_size())
+        return weight_product(grad, ones, expert_offsets)[:, :, 0].contiguous()
+    # one chain of sums, which in fp32 errs; on other devices index_add_ adds in any order
+    sums = torch.zeros(expert_offsets.shape[0], grad.shape[1], dtype=torch.float64)
+    owner = torch.searchsorted(
+        expert_offsets[1:], sorted_positions(grad.shape[0], expert_offsets), right=True
+    )
+    for part in parts(*grad.shape, grad.device):
+        sums.index_add_(0, owner[part], grad[part].to(sums.dtype))
+    return sums[:-1].to(grad.dtype)
+
+
+def grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    permutation: Tensor | None,
+    inverse_permutation: Tensor | None,
+    top_k: int,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """-> (out, pre_activation); without an activation the second is empty."""
+    rows = x if permutation is None else gather(x, permutation, top_k)
+    pre = product(rows, weight, expert_offsets)
+    position = sorted_positions(rows.shape[0], expert_offsets)
+    past = (position >= expert_offsets[-1])[:, None]
+    act, wide = None if activation is None else ACTIVATIONS[activation], accumulate_dtype(x.dtype)
+    out = pre if act is None else x.new_empty(pre.shape[0], pre.shape[1] // (1 + act.is_gated))
+    for part in parts(*pre.shape, x.device):
+        piece = pre[part]
+        if bias is not None:
+            piece += bias.index_select(0, expert_of(position[part], expert_offsets))
+        piece.masked_fill_(past[part], 0)
+        if act is not None:
+            out[part] = act.forward(piece.to(wide))
+    return (out, x.new_empty(0)) if act is None else (out, pre)
+
+
+def grouped_gemm_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    expert_offsets: Tensor,
+    permutation: Tensor | None,
+    inverse_permutation: Tensor | None,
+    top_k: int,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """grad_weight[e] = grad_e.T @ x_e (E, N, K), grad_bias[e] = sum of grad_e (E, N); exact zeros of no rows.
+
+    Without `need_bias` the second is empty.
+    """
+    rows = x if permutation is None else permute(x, permutation, inverse_permutation, top_k)
+    grad_bias = bias_product(grad, expert_offsets) if need_bias else grad.new_empty(0)
+    return weight_product(grad, rows, expert_offsets), grad_bias

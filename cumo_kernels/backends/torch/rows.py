@@ -1,0 +1,25 @@
+"""Work on rows, row by row: in parts that stay in a CPU's cache, at once on other devices."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+PART = 1 << 17  # elements of a part: half a MiB in fp32, so that the few tensors of an epilogue share an L2
+
+
+def parts(num_rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices that cover the rows, some PART elements each on a CPU; fp32 copies of more go to memory."""
+    step = max(1, PART // max(width, 1)) if device.type == "cpu" else max(num_rows, 1)
+    for begin in range(0, num_rows, step):
+        yield slice(begin, begin + step)
+
+
+def expert_of(rows: Tensor, expert_offsets: Tensor) -> Tensor:
+    """The expert whose rows hold each sorted position in `rows`; the last one's for positions past them."""
+    return torch.searchsorted(expert_offsets[1:-1].contiguous(), rows, right=True)
+
+
+def sorted_positions(num_rows: int, expert_offsets: Tensor) -> Tensor:
+    """(S,) int32: 0, 1, ..."""
+    return torch.arange(num_rows, dtype=torch.int32, device=expert_offsets.device)
