@@ -26,7 +26,7 @@ from cumo_model.config import CumoConfig
 from cumo_model.layout import LOADING_RULES, original_names
 from cumo_model.llm_moe import build_language_model
 from cumo_model.losses import place_losses
-from cumo_model.merge import as_tiles, check_placeholders, pictures_per_row
+from cumo_model.merge import as_tiles, check_no_placeholders, check_placeholders, pictures_per_row
 from cumo_model.mlp_moe import CumoProjector
 from cumo_model.moe import MoEHostMixin, RoutingRecord, record_routing
 from cumo_model.original_config import is_original
@@ -165,11 +165,7 @@ class CumoModel(CumoPreTrainedModel):
         token, layout = self.config.image_token_index, self.config.picture_layout
         is_image = input_ids == token
         if pixel_values is None:
-            if not torch.compiler.is_compiling() and (tokens := int(is_image.sum())):
-                raise ValueError(
-                    f"pixel_values must come with the image tokens (id {token}) of input_ids, "
-                    f"got none for {tokens}"
-                )
+            check_no_placeholders(is_image, token)
             return embed_tokens(input_ids), None
         num_tiles = pixel_values.shape[0] - num_dummy_images
         sizes = [None] * num_tiles if image_sizes is None else [tuple(size) for size in image_sizes.tolist()]
@@ -178,10 +174,8 @@ class CumoModel(CumoPreTrainedModel):
             raise ValueError(
                 f"pixel_values must have {sum(tiles)} tiles for the {len(sizes)} image_sizes, got {num_tiles}"
             )
-        if not torch.compiler.is_compiling():
-            what = "images" if image_sizes is None else "pictures"
-            wanted = [layout.tokens(size) for size in sizes]
-            check_placeholders(is_image, token, wanted, image_lengths, what)
+        what = "images" if image_sizes is None else "pictures"
+        check_placeholders(is_image, token, [layout.tokens(size) for size in sizes], image_lengths, what)
         # the placeholder may lie outside the vocabulary
         embeds = embed_tokens(input_ids.masked_fill(is_image, 0))
         features = self.get_image_features(pixel_values, all_routers)

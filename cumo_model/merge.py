@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
+from cumo_kernels.ops.checks import values_at_hand
+
 MERGES = ("flat", "spatial", "spatial_unpad")
 Size = tuple[int, int]  # height and width of a picture in pixels
 
@@ -110,6 +112,17 @@ def as_tiles(pixel_values: Tensor | Sequence[Tensor] | None) -> Tensor | None:
     return pixel_values.flatten(0, 1) if pixel_values.ndim == 5 else pixel_values
 
 
+def check_no_placeholders(is_image: Tensor, token: int) -> None:
+    """No row holds a picture's token where no picture came; as `check_placeholders`."""
+    if not values_at_hand(is_image):
+        if not torch.compiler.is_compiling():
+            torch._assert_async(~is_image.any(), f"pixel_values must come with image tokens (id {token})")
+    elif tokens := int(is_image.sum()):
+        raise ValueError(
+            f"pixel_values must come with the image tokens (id {token}) of input_ids, got none for {tokens}"
+        )
+
+
 def check_placeholders(
     is_image: Tensor, token: int, wanted: list[int], lengths: Tensor | None, what: str = "images"
 ) -> None:
@@ -121,7 +134,19 @@ def check_placeholders(
         wanted: tokens of each picture.
         lengths: how many of them `input_ids` has, None: all.
         what: what pictures are called.
+
+    Raises:
+        ValueError: for CPU tensors, saying what is where. A GPU would have to wait for the host to look, so there
+            the device asserts that the numbers agree, which a later call raises.
     """
+    if not values_at_hand(is_image):
+        if not torch.compiler.is_compiling():
+            total = sum(wanted) if lengths is None else lengths.sum()
+            torch._assert_async(
+                is_image.sum() == total,
+                f"input_ids must have an image token (id {token}) for each of {what}' features",
+            )
+        return
     if lengths is not None:
         if lengths.shape != (len(wanted),) or lengths.is_floating_point():
             raise ValueError(
@@ -136,7 +161,7 @@ def check_placeholders(
                 f"tokens (id {token}) of input_ids, got {values}"
             )
         return
-    counts = is_image.sum(1).tolist()  # the one host sync of a forward pass
+    counts = is_image.sum(1).tolist()
     alike = len(set(wanted)) <= 1
     each = wanted[0] if alike and wanted else 0
     if sum(counts) != sum(wanted):

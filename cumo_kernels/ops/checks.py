@@ -51,9 +51,12 @@ def check_top_k(top_k: int, num_experts: int) -> None:
         raise ValueError(f"top_k must be between 1 and the {num_experts} experts, got {top_k!r}")
 
 
+reads_values = True  # False in hostsync.no_host_sync, where CPU tensors stand for a GPU's
+
+
 def values_at_hand(tensor: Tensor) -> bool:
     """Whether looking at the values costs no sync and happens at run time (not while a graph is traced)."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    plain = reads_values and type(tensor) in (Tensor, torch.nn.Parameter)
     return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -1,0 +1,102 @@
+"""No op of a backend but the reference makes a GPU wait for the host: found on CPU tensors too."""
+
+import pytest
+import torch
+
+from cumo_kernels import (
+    activate,
+    combine,
+    expert_mlp,
+    grouped_gemm,
+    permute,
+    route,
+    routing_from_topk,
+    use_backend,
+)
+from cumo_kernels.hostsync import HostSync, no_host_sync
+from cumo_kernels.testing import make_routing
+
+T, H, I, E, K = 24, 32, 48, 4, 2
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).any()),
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.equal(x, x),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.int().abs().bincount(),
+        lambda x: x.repeat_interleave(x.int().abs(), 0),
+        lambda x: x.index_put((x > 0,), x.new_zeros(())),
+        lambda x: torch.nn.functional.one_hot(x.abs().long()),
+        lambda x: x.int().unique(),
+    ],
+)
+def test_what_the_host_reads_is_an_error(read):
+    x = torch.arange(4.0)
+    read(x)
+    with pytest.raises(HostSync), no_host_sync():
+        read(x)
+
+
+def leaf(*size, dtype, device):
+    return torch.randn(*size, dtype=dtype, device=device).requires_grad_()
+
+
+def every_op(dtype, device):
+    """(name, function of no argument that runs it, its leaves): all five stems, forward."""
+    make = lambda *size: leaf(*size, dtype=dtype, device=device)
+    routing = make_routing("empty", T, E, K, device)
+    weights = routing.topk_weights.clone().requires_grad_()
+    x, gate, rows, hidden = make(T, H), make(E, H), make(T * K, H), make(T * K, 2 * I)
+    up, up_bias, down, down_bias = make(E, I, H), make(E, I), make(E, H, I), make(E, H)
+    dropped = routing.topk_indices.clone()
+    dropped[0, 0] = E
+    plan = lambda indices: routing_from_topk(weights, indices, E)
+    yield "route", lambda: route(x, K, gate).topk_weights, (x, gate)
+    yield "permute", lambda: permute(x, plan(dropped)), (x,)
+    yield "combine", lambda: combine(rows, plan(dropped)), (rows, weights)
+    yield "activate", lambda: activate(hidden, "swiglu"), (hidden,)
+    offsets = routing.expert_offsets
+    for name, rows_in, gathered in (("rows", rows, None), ("gathered", x, routing)):
+        yield (
+            f"grouped_gemm, {name}",
+            lambda rows_in=rows_in, gathered=gathered: grouped_gemm(
+                rows_in, up, offsets, bias=up_bias, gather=gathered, activation="gelu"
+            ),
+            (rows_in, up, up_bias),
+        )
+    for memory in ("x", "preact", "all"):
+        yield (
+            f"expert_mlp, {memory}",
+            lambda memory=memory: expert_mlp(
+                x, plan(dropped), up, down, up_bias, down_bias, "quick_gelu", memory
+            ),
+            (x, weights, up, down, up_bias, down_bias),
+        )
+
+
+def test_no_op_waits_for_the_host(backend, device, dtype):
+    if backend == "reference":
+        pytest.skip("it asks the host where experts begin, and has it loop over them")
+    for name, op, leaves in every_op(dtype, device):
+        with use_backend(backend):
+            out = op()  # what is done once, compiling and planning, is no op's time
+            upstream = torch.randn_like(out)
+            torch.autograd.grad(out, leaves, upstream)
+            try:
+                with no_host_sync():
+                    torch.autograd.grad(op(), leaves, upstream)
+            except HostSync as error:
+                raise AssertionError(f"{backend}, {name}: {error}") from error
+
+
+def test_the_reference_is_seen_to_ask():
+    with use_backend("reference"), pytest.raises(HostSync), no_host_sync():
+        for _, op, _ in every_op(torch.float32, "cpu"):
+            op()
