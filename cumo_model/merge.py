@@ -136,8 +136,8 @@ def check_placeholders(
         what: what pictures are called.
 
     Raises:
-        ValueError: for CPU tensors, saying what is where. A GPU would have to wait for the host to look, so there
-            the device asserts that the numbers agree, which a later call raises.
+        ValueError: for CPU tensors, saying what is where. A GPU would have to wait for the host to look, so
+            there the device asserts that the numbers agree, which a later call raises.
     """
     if not values_at_hand(is_image):
         if not torch.compiler.is_compiling():

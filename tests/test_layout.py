@@ -67,6 +67,7 @@ ARROWS = {
     ),
     "cumo_kernels.*": ("cumo_kernels", "cumo_kernels.*"),  # the front door and its subcommands
     "cumo_model.monitor": ("cumo_model.*", "cumo_kernels.hardware"),
+    "cumo_model.merge": ("cumo_model.*", "cumo_kernels.ops.checks"),
     "cumo_model": ("cumo_model.*", "cumo_kernels", "cumo_kernels.integrations.transformers"),
     "cumo_model*": (
         "cumo_model",

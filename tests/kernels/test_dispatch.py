@@ -92,7 +92,7 @@ def test_an_extension_for_another_torch_is_refused_and_stops_nobody_else(tmp_pat
     done = run(STALE, tmp_path, **switches)
     reason = "cumo_kernels._C was built for another torch, build it again: "
     assert f"cuda       refuses: {reason}" in done.stdout, done.stderr
-    assert "chosen: reference" in done.stdout
+    assert "chosen: torch" in done.stdout
     assert f"RuntimeError: no backend runs route (forced: cuda): cuda: {reason}" in done.stderr
 
 
@@ -196,7 +196,7 @@ def test_more_experts_than_a_backend_routes_to_go_to_another(monkeypatch):
     monkeypatch.setattr(dispatch, "BACKENDS", rows)
     x = torch.zeros(2, 257)
     assert dispatch.choose("route", x, 256) == dispatch.choose("expert_mlp", x, 257) == "cuda"
-    assert dispatch.choose("route", x, 257) == dispatch.choose("sort_by_expert", x, 257) == "reference"
+    assert dispatch.choose("route", x, 257) == dispatch.choose("sort_by_expert", x, 257) == "torch"
     reason = "it routes to at most 256 experts, got 257"
     assert f"cuda       refuses: {reason}" in explain("route", x, 257)
     indices = torch.zeros(2, 1, dtype=torch.int32)

@@ -58,6 +58,9 @@ def gpu(monkeypatch):
     forget()
 
 
+NO_TIMES = "nothing is measured on this GPU"
+
+
 def line(name, op="permute", x=X):
     return next(line.strip() for line in explain(op, x).splitlines() if line.strip().startswith(name))
 
@@ -66,14 +69,14 @@ def test_only_what_is_verified_runs_unasked(gpu):
     gpu({"nvidia_h100": [entry(), entry("cuda", "combine")]})
     assert dispatch.choose("permute", X) == "triton"
     assert dispatch.choose("combine", X) == dispatch.choose("combine_backward", X) == "cuda"
-    assert dispatch.choose("expert_mlp", X) == "reference"
+    assert dispatch.choose("expert_mlp", X) == "torch"
     half = types.SimpleNamespace(**{**vars(X), "dtype": torch.float16})
-    assert dispatch.choose("permute", half) == "reference"
+    assert dispatch.choose("permute", half) == "torch"
     torch_minor = ".".join(torch.__version__.split(".")[:2])
     triton_minor = ".".join(verified.triton_version().split(".")[:2])
     proof = f"verified on nvidia_h100, 2026-11-28, torch {torch_minor}"
-    assert line("triton") == f"triton     chosen; {proof}, triton {triton_minor}, 23 cases"
-    assert line("cuda", "combine") == f"cuda       chosen; {proof}, 23 cases"
+    assert line("triton") == f"triton     chosen: {NO_TIMES}; {proof}, triton {triton_minor}, 23 cases"
+    assert line("cuda", "combine") == f"cuda       chosen: {NO_TIMES}; {proof}, 23 cases"
     reason = f"not verified on nvidia_h100 in bfloat16: {verified.AGAIN}"
     assert line("cuda") == f"cuda       only on request: {reason}"
     with dispatch.use_backend("cuda"):
@@ -93,7 +96,7 @@ def test_of_two_verified_the_first_runs(gpu):
 
 def test_sorting_needs_every_op_that_sorts(gpu):
     gpu({"nvidia_h100": [entry()]})
-    assert dispatch.choose("sort_by_expert", X) == "reference"
+    assert dispatch.choose("sort_by_expert", X) == "torch"
     gpu({"nvidia_h100": [entry(), entry(op="route", cases=20, date="2026-11-27")]})
     assert dispatch.choose("sort_by_expert", X) == "triton"
     assert "2026-11-27" in line("triton", "sort_by_expert") and "43 cases" in line("triton", "sort_by_expert")
@@ -109,7 +112,7 @@ def test_sorting_needs_every_op_that_sorts(gpu):
 )
 def test_another_source_or_version_is_no_proof(gpu, changes, reason):
     gpu({"nvidia_h100": [entry(**changes)]})
-    assert dispatch.choose("permute", X) == "reference"
+    assert dispatch.choose("permute", X) == "torch"
     assert reason in line("triton") and "only on request" in line("triton")
 
 
@@ -117,7 +120,7 @@ def test_cuda_depends_on_its_machine_code_and_not_on_triton(gpu, monkeypatch):
     gpu({"nvidia_h100": [entry("cuda", triton="none")]})
     assert dispatch.choose("permute", X) == "cuda"
     gpu({"nvidia_h100": [entry("cuda", code="9.0")]})
-    assert dispatch.choose("permute", X) == "reference"
+    assert dispatch.choose("permute", X) == "torch"
     assert "as compiled for 9.0, but this is for 9.0a" in line("cuda")
 
 
@@ -126,7 +129,7 @@ def test_a_wheel_believes_what_was_packed_with_it(gpu, monkeypatch):
     gpu({"nvidia_h100": [entry("cuda", source="0" * 16)]})
     assert dispatch.choose("permute", X) == "cuda"
     gpu({"nvidia_h100": [entry("cuda", torch="2.10.0")]})
-    assert dispatch.choose("permute", X) == "reference"
+    assert dispatch.choose("permute", X) == "torch"
 
 
 def test_the_same_multiprocessors_share_a_proof(gpu):
@@ -135,11 +138,11 @@ def test_the_same_multiprocessors_share_a_proof(gpu):
     assert dispatch.choose("permute", X) == "triton"
     assert "verified on nvidia_h100, whose multiprocessors nvidia_h200 has, 2026-11-28" in line("triton")
     gpu(table | {"nvidia_h200": []}, H200)  # it has run there, and nothing passed
-    assert dispatch.choose("permute", X) == "reference"
+    assert dispatch.choose("permute", X) == "torch"
     gpu({"nvidia_h200": [entry()]}, H100)
-    assert dispatch.choose("permute", X) == "reference"
+    assert dispatch.choose("permute", X) == "torch"
     gpu(table, hardware.find("nvidia_a100"))
-    assert dispatch.choose("permute", X) == "reference"
+    assert dispatch.choose("permute", X) == "torch"
     assert "not verified on nvidia_a100 in bfloat16" in line("triton")
 
 
@@ -154,14 +157,14 @@ def test_old_gpus_and_other_makers_are_refused(gpu, monkeypatch):
 def test_the_interpreter_proves_nothing(gpu, monkeypatch):
     gpu({"nvidia_h100": [entry()]})
     monkeypatch.setattr(dispatch, "_INTERPRET", True)
-    assert dispatch.choose("permute", X) == "reference"
+    assert dispatch.choose("permute", X) == "torch"
     assert "only on request: on CPU tensors, or interpreted" in line("triton")
 
 
 def test_without_a_gpu_its_tensors_are_on_request(gpu, monkeypatch):
     gpu({"nvidia_h100": [entry()]})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert dispatch.choose("permute", X) == "reference"
+    assert dispatch.choose("permute", X) == "torch"
     assert "there is no CUDA device here to know it by" in line("triton")
 
 
@@ -348,7 +351,7 @@ def test_a_proof_is_not_of_other_code(gpu, monkeypatch, name):
     assert dispatch.choose("permute", X) == "triton"
     forget()
     monkeypatch.setenv(name, "1")
-    assert dispatch.choose("permute", X) == "reference"
+    assert dispatch.choose("permute", X) == "torch"
     assert f"not verified under {name}=1: force it to try (CUMO_BACKEND=triton)" in line("triton")
 
 

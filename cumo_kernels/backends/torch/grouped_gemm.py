@@ -4,8 +4,8 @@ What is known of grouped_mm, from torch's sources (ATen/native/cuda/GroupedBlas.
 on CPUs, the same in 2.11 and 2.15:
 
 - fp32, fp16 and bf16; the sums are fp32, the result has the operands' dtype.
-- CUDA, bf16, compute capability 9.x and 10.x: one kernel of CUTLASS, which reads the offsets on the device, up
-  to 1023 groups. Everywhere else (other dtypes and GPUs, CPUs): a loop over matrix products, for which CUDA
+- CUDA, bf16, compute capability 9.x and 10.x: one kernel of CUTLASS, which reads the offsets on the device,
+  up to 1023 groups. Everywhere else (other dtypes and GPUs, CPUs): a loop over matrix products, for which CUDA
   devices wait and send the offsets to the host.
 - A group may be empty: with rows of the groups side by side in memory, as here, its weight gradient is zero.
 - Rows past the last group are not written.

@@ -1,0 +1,62 @@
+"""A whole training step makes a GPU wait for the host nowhere but in transformers' own masks."""
+
+import copy
+
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import cumo_kernels.integrations.transformers  # noqa: F401  registers "cumo"
+from cumo_kernels import use_backend
+from cumo_kernels.hostsync import HostSync, no_host_sync
+
+# it looks whether a padding mask is all ones, to hand attention none; not while a graph is traced
+MASKS = "transformers.masking_utils"
+
+
+def step(model, batch):
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def run():
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss
+
+    return run
+
+
+@pytest.mark.parametrize("text", ["mistral", "mixtral"])
+def test_a_training_step_of_cumo(tiny_model, tiny_batch, text):
+    model = tiny_model(text=text).train()
+    run = step(model, tiny_batch())
+    with use_backend("torch"):
+        before = run()  # optimizer states and caches are made once
+        with no_host_sync(MASKS):
+            loss = run()
+    assert loss.isfinite() and loss < before
+
+
+def test_a_training_step_of_mixtral_with_our_experts():
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, vocab_size=50, output_router_logits=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 50, (2, 12))
+    batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
+    steps = {}
+    for implementation in ("eager", "cumo"):
+        model = MixtralForCausalLM(copy.deepcopy(config)).train()
+        model.set_experts_implementation(implementation)
+        steps[implementation] = step(model, batch)
+    with use_backend("torch"):
+        for run in steps.values():
+            run()
+        with no_host_sync(MASKS):
+            loss = steps["cumo"]()
+            with pytest.raises(HostSync):  # its own loop asks which experts have tokens
+                steps["eager"]()
+    assert loss.isfinite()
