@@ -3,6 +3,7 @@
 #   ARGS="..."      goes to the program a target runs: make test ARGS="-k routing", make demo ARGS=--quick
 #   VENV=system     uses $(PYTHON) as it is, for a machine that already carries torch and cannot download;
 #                   make gpu does so by itself where there is no .venv and torch, triton, transformers, pytest are
+#   VENV_LATEST=DIR environment of make test-latest; another PYTHON needs another one
 #   BUDGET=SECONDS  what make gpu may take, instead of what its parts have
 #   WORKERS=N       test processes, one torch thread each
 #   VENV_GPU=DIR    environment of make gpu-artifacts: with the Python, torch and triton of the GPU's machine
@@ -38,7 +39,8 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 EXTRAS := demo,train,test,dev
 # nothing to build, and no stamp that says so to a later make, where CUMO_BUILD=0
-BUILT := $(if $(filter 0,$(CUMO_BUILD)),,build/.extension)
+# what was compiled fits one torch: another is another stamp
+BUILT := $(if $(filter 0,$(CUMO_BUILD)),,build/.extension-$(shell sed -n 's/^torch==//p' $(CONSTRAINTS)))
 READY := $(INSTALLED) $(BUILT)
 LOG := $(VENV)/setup.log
 
@@ -69,7 +71,7 @@ setup: $(READY)
 
 $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS)
 	@echo "setup: $(VENV); the first time brings about 3 GB, nearly all of it torch and its CUDA libraries"
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip -V >/dev/null 2>&1 || $(PYTHON) -m venv --clear '$(VENV)'
 	@: > $(LOG)
 	@$(call install,setuptools wheel)
 	@export CUMO_BUILD=0; $(call install,--no-build-isolation -e ".[$(EXTRAS)]")
@@ -77,9 +79,10 @@ $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS)
 	@echo "setup: done"
 	@touch $@
 
-build/.extension: setup.py cumo_kernels/extension.py $(wildcard csrc/*) | $(INSTALLED)
+build/.extension-%: setup.py cumo_kernels/extension.py $(wildcard csrc/*) | $(INSTALLED)
 	@mkdir -p $(@D)
-	@$(PY) setup.py -q build_ext --inplace
+	@$(PY) setup.py -q build_ext --inplace --force
+	@rm -f build/.extension*
 	@touch $@
 
 demo: $(READY)
@@ -102,13 +105,17 @@ test-ci: $(READY)
 latest: $(INSTALLED)
 	@$(PY) -m tests.latest
 
-# in a copy of the tree, because what is compiled in place fits one torch
+# in a copy of the tree, because what is compiled in place fits one torch; there only that stays from the last time
 LATEST := build/latest
 test-latest:
-	@mkdir -p $(LATEST) && find $(LATEST) -name '*.py' -not -path '$(LATEST)/build/*' -delete
+	@git rev-parse --is-inside-work-tree >/dev/null || { echo "make test-latest copies what git lists: clone the repository"; exit 1; }
+	@! test -x '$(VENV_LATEST)/bin/python' || test '$(origin PYTHON)' = file \
+	  || test "$$('$(VENV_LATEST)/bin/python' -V)" = "$$($(PYTHON) -V)" \
+	  || { echo "$(VENV_LATEST) has $$('$(VENV_LATEST)/bin/python' -V): give another VENV_LATEST with PYTHON=$(PYTHON)"; exit 1; }
+	@mkdir -p $(LATEST) && find $(LATEST) -type f -not -path '$(LATEST)/build/*' -not -name '*.so' -delete
 	@git ls-files -z --cached --others --exclude-standard | tar -c --null -T - --ignore-failed-read | tar -x -C $(LATEST)
 	@$(MAKE) --no-print-directory -C $(LATEST) test CONSTRAINTS=constraints-latest.txt \
-	  VENV='$(abspath $(VENV_LATEST))' ARGS='$(subst ','\'',$(ARGS))'
+	  VENV='$(if $(filter /%,$(VENV_LATEST)),,../../)$(VENV_LATEST)' ARGS='$(subst ','\'',$(ARGS))'
 
 lint: $(INSTALLED)
 	@$(PY) -m ruff check .

@@ -363,6 +363,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   using py::arg;
   m.doc() = "CUDA kernels of cumo_kernels; use them through its public functions.";
+  m.attr("torch") = TORCH_VERSION;  // its C++ interface is another in every release
 #ifdef CUMO_SOURCE
   m.attr("source") = CUMO_SOURCE;  // the hash of csrc/ that it was built from
 #endif

@@ -4,20 +4,22 @@ routing = route(router_logits, top_k=2)
 out = expert_mlp(x, routing, up_proj, down_proj, up_bias, down_bias, activation="quick_gelu")
 """
 
+# ruff: noqa: E402  a release that we do not know may break what is imported after the warning
 from importlib import metadata
+
+from cumo_kernels.versions import warn_of_untested
+
+warn_of_untested()
 
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.dispatch import explain, use_backend
 from cumo_kernels.ops import activate, combine, expert_mlp, grouped_gemm, permute, route, routing_from_topk
 from cumo_kernels.types import RouterStats, Routing
-from cumo_kernels.versions import warn_of_untested
 
 try:
     __version__ = metadata.version("cumo")
 except metadata.PackageNotFoundError:  # a checkout on the path that was never installed
     __version__ = "0+uninstalled"
-
-warn_of_untested()
 
 __all__ = [
     "ACTIVATIONS",

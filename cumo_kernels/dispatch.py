@@ -72,6 +72,11 @@ def _unfit_for_triton(device: torch.device) -> str | None:
         return "it is written for NVIDIA GPUs, this torch is built for ROCm"
     if torch.cuda.is_available() and (capability := gpu_of(device).capability) < 80:
         return f"it needs compute capability 8.0 or later, this GPU has {capability / 10}"
+    try:
+        for stem in sorted(set(OPS.values())):
+            importlib.import_module(f"cumo_kernels.backends.triton.{stem}")
+    except Exception as error:  # another release of Triton may break there in any way
+        return f"its kernels do not load with this Triton: {type(error).__name__}: {error}"
     return None
 
 

@@ -174,11 +174,17 @@ def load() -> ModuleType:
         return _compile("cumo_emulated", _as_cpp(sources()), EMULATION_FLAGS)
     if JIT:
         return _compile("cumo_jit", sources(), CXX_FLAGS)
+    import torch
+
+    again = "cumo_kernels._C was built for another torch, build it again"
     try:
-        return importlib.import_module("cumo_kernels._C")
+        module = importlib.import_module("cumo_kernels._C")
     except ImportError as error:
-        reason = f"cumo_kernels._C was built for another torch, build it again: {error}"
-        raise RuntimeError(reason) from error
+        raise RuntimeError(f"{again}: {error}") from error
+    built, running = getattr(module, "torch", "an older one"), torch.__version__.split("+")[0]
+    if built != running:  # it may load, and take one field of a tensor for another
+        raise RuntimeError(f"{again}: for {built}, this is {running}")
+    return module
 
 
 def _build_directory(name: str) -> Path:

@@ -60,7 +60,12 @@ SOURCES = {  # backend -> the files that decide what it computes
 KEYS = {
     "backend", "op", "dtype", "cases", "date", "torch", "triton", "driver", "commit", "code", "source",
 }  # fmt: skip
-OTHER_CODE = ("TRITON_INTERPRET", "CUMO_EMULATE", "CUMO_BATCH_INVARIANT")  # not what runs unasked
+OTHER_CODE = (
+    "TRITON_INTERPRET",
+    "CUMO_EMULATE",
+    "CUMO_BATCH_INVARIANT",
+    "TRITON_FORCE_DISABLE_FP_FUSION",
+)  # not what runs unasked
 AGAIN = "force it to try, or run python -m cumo_kernels verify --record"
 Group = tuple[str, str, str]  # backend, op of a case, dtype ("bfloat16")
 

@@ -1,11 +1,13 @@
 """The releases of other packages that cumo is tested with, and a warning where a newer one runs."""
 
+import platform
 import re
 import warnings
 from importlib import metadata
 
 # package -> oldest and newest release tested, as constraints.txt and constraints-latest.txt pin them
 TESTED = {
+    "Python": ("3.11", "3.13"),
     "torch": ("2.11.0", "2.15.0"),
     "triton": ("3.6.0", "3.9.0"),
     "transformers": ("5.17.0", "5.24.0"),
@@ -13,7 +15,9 @@ TESTED = {
 
 
 def installed(package: str) -> str | None:
-    """Version of an installed package, or None."""
+    """Version of an installed package, or None; "Python" is one."""
+    if package == "Python":
+        return platform.python_version()
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -36,9 +40,8 @@ def untested(package: str) -> str | None:
     if found is None or minor(found) <= minor(newest):
         return None
     major, number = minor(newest)
-    return (
-        f'{package} {found} (tested up to {newest}; to go back: pip install "{package}<{major}.{number + 1}")'
-    )
+    back = f'to go back: pip install "{package}<{major}.{number + 1}"'
+    return f"{package} {found} (tested up to {newest}{'' if package == 'Python' else f'; {back}'})"
 
 
 def warn_of_untested() -> None:

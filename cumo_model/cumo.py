@@ -21,7 +21,15 @@ from transformers.models.auto import AutoModel, AutoModelForImageTextToText, Aut
 from transformers.utils.generic import can_return_tuple
 
 from cumo_model.clip_moe import CumoVisionModel
-from cumo_model.compat import CACHE, CACHE_NAMES, cache_of, either_cache_name
+from cumo_model.compat import (
+    CACHE,
+    CACHE_NAMES,
+    EitherCheckpointing,
+    cache_of,
+    either_cache_name,
+    enable_checkpointing,
+    this_cache_name,
+)
 from cumo_model.config import CumoConfig
 from cumo_model.layout import LOADING_RULES, original_names
 from cumo_model.llm_moe import build_language_model
@@ -58,7 +66,7 @@ class CumoOutput(CausalLMOutputWithPast):
     router_stats: dict[str, dict[str, Tensor]] | None = None
 
 
-class CumoPreTrainedModel(MoEHostMixin, PreTrainedModel):
+class CumoPreTrainedModel(MoEHostMixin, EitherCheckpointing, PreTrainedModel):
     config: CumoConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -108,15 +116,14 @@ class CumoPreTrainedModel(MoEHostMixin, PreTrainedModel):
         model._weight_conversions = None  # from here on it is saved in our layout
         return (model, info) if wants_info else model
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs) -> None:
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs) -> None:
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
             raise ValueError(
-                "gradient_checkpointing_kwargs must have use_reentrant False, got True: "
-                "reentrant recomputation loses the gradients of the router losses"
+                "activation_checkpointing_kwargs (gradient_checkpointing_kwargs) must have use_reentrant "
+                "False, got True: reentrant recomputation loses the gradients of the router losses"
             )
-        super().gradient_checkpointing_enable(
-            {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, **kwargs
-        )
+        enable_checkpointing(self, options, **kwargs)
 
 
 class CumoModel(CumoPreTrainedModel):
@@ -263,6 +270,8 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         self.model = CumoModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    generate = this_cache_name(GenerationMixin.generate)
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As in transformers, in the layout of this model's own state_dict.

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
 from cumo_model.adapters import has_adapters, load_beside, merged, save_beside, with_lora
+from cumo_model.compat import CHECKPOINTING, checkpointing_arguments
 from cumo_model.data.batches import Collator
 from cumo_model.data.sampling import StepSampler, Units, plan_packs
 from cumo_model.data.streamed import StreamedConversations
@@ -187,7 +188,11 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     Raises:
         ValueError: a key is none of theirs, or the batch does not divide over the processes.
     """
-    given, stage, world = dict(recipe.trainer), recipe.stage, int(os.environ.get("WORLD_SIZE", 1))
+    given, stage, world = (
+        checkpointing_arguments(recipe.trainer),
+        recipe.stage,
+        int(os.environ.get("WORLD_SIZE", 1)),
+    )
     micro = int(given.pop("per_device_train_batch_size", 1))
     if stage.batch_size % (micro * world):
         raise ValueError(
@@ -219,8 +224,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "logging_nan_inf_filter": False,  # a loss that is no number ends the run
         "label_names": ["labels"],
     }
-    if given.get("gradient_checkpointing"):
-        fixed["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    if given.get(CHECKPOINTING):  # the model refuses the other way
+        options = f"{CHECKPOINTING}_kwargs"
+        given[options] = {"use_reentrant": False, **(given.get(options) or {})}
     defaults = {
         "logging_steps": 1,
         "save_total_limit": 2,

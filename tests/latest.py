@@ -3,10 +3,13 @@
 python -m tests.latest        make latest; takes a minute, installs nothing
 """
 
+import itertools
 import json
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,14 +35,31 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def bare(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0]
+
+
+def bounded(names: Iterable[str]) -> list[str]:
+    """The packages within the bounds that pyproject.toml has for them, as pip takes them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    bounds = {normal(bare(text)): text.split(";")[0].strip() for text in asked if "<" in text}
+    return [bounds.get(normal(name), name) for name in names]
+
+
 def resolve(python: str, names: list[str], *options: str) -> dict[str, str]:
     """Name, normalised -> the version that pip would install of each of `names` on this Python."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", *options]
     command += ["--disable-pip-version-check", "--python-version", python, "--only-binary=:all:"]
     command += ["--target", "unused", "--report", "-", *names]
-    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(
+            f"latest: pip could not be asked for Python {python}; {LATEST.name} is as it was\n{done.stderr}"
+        )
+    report = json.loads(done.stdout)
     found = {normal(row["metadata"]["name"]): row["metadata"]["version"] for row in report["install"]}
-    return {normal(name): found[normal(name)] for name in names}
+    return {normal(bare(name)): found[normal(bare(name))] for name in names}
 
 
 def lines(resolved: dict[str, dict[str, str]], names: list[str]) -> list[str]:
@@ -60,7 +80,7 @@ def main() -> int:
     resolved = {}
     for python in PYTHONS:
         print(f"asking pip for Python {python}", flush=True)
-        resolved[python] = resolve(python, together) | resolve(python, [ALONE], "--no-deps")
+        resolved[python] = resolve(python, bounded(together)) | resolve(python, [ALONE], "--no-deps")
     head = HEAD.format(day=datetime.now(UTC).date(), first=PYTHONS[0], last=PYTHONS[-1])
     part = LATEST.with_suffix(".part")
     part.write_text(head + "\n".join(lines(resolved, names)) + "\n")

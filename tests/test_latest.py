@@ -1,6 +1,8 @@
 """Both ends of the releases that cumo runs with: where they are written down, what is said of newer ones."""
 
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PINS, LATEST = latest.pins(), latest.pins(latest.LATEST)
 
 
-@pytest.mark.parametrize("package", versions.TESTED)
+@pytest.mark.parametrize("package", [name for name in versions.TESTED if name != "Python"])
 def test_what_is_called_tested_is_what_the_constraints_install(package):
     assert versions.TESTED[package] == (PINS[package], LATEST[package])
     requirement = re.search(rf'"({package}>=[^"]+?)[;"]', (ROOT / "pyproject.toml").read_text())[1]
@@ -24,9 +26,40 @@ def test_what_is_called_tested_is_what_the_constraints_install(package):
     assert row in (ROOT / "docs/versions.md").read_text()
 
 
+def test_every_python_is_named_alike():
+    oldest, newest = versions.TESTED["Python"]
+    project = (ROOT / "pyproject.toml").read_text()
+    assert (oldest, newest) == (latest.PYTHONS[0], latest.PYTHONS[-1])
+    assert f'requires-python = ">={oldest}"' in project
+    assert f"| Python | {oldest} | {newest} |" in (ROOT / "docs/versions.md").read_text()
+
+
+def test_the_warning_comes_before_what_a_new_release_may_break(tmp_path):
+    """A torch of the future, in which what we import of it is gone."""
+    (tmp_path / "torch-9.9.dist-info").mkdir()
+    (tmp_path / "torch-9.9.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n"
+    )
+    (tmp_path / "torch.py").write_text("")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import cumo_kernels"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode and "Error" in done.stderr
+    newest = versions.TESTED["torch"][1]
+    assert f"torch 9.9 (tested up to {newest}; to go back: pip install" in done.stderr
+
+
 def test_every_pin_has_a_newest_release():
     assert set(PINS) - set(LATEST) == {latest.FROM_SOURCE}
     assert re.search(r"on 20\d\d-\d\d-\d\d for Python 3.11 to 3.13", latest.LATEST.read_text())
+
+
+def test_latest_stays_within_our_bounds_and_says_what_pip_says(monkeypatch):
+    assert latest.bounded(["pillow", "transformers"])[0] == "pillow"
+    assert re.fullmatch(r"transformers>=[\d.]+,<\d+", latest.bounded(["pillow", "transformers"])[1])
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(SystemExit, match=r"(?s)is as it was\n.*No matching distribution found for pillow"):
+        latest.resolve("3.12", ["pillow"])
 
 
 def test_a_release_that_not_every_python_gets_has_a_marker():

@@ -118,6 +118,14 @@ def test_what_triton_returns_in_another_shape_is_not_launched_directly(returned,
     assert [reason in record.getMessage() for record in caplog.records] == [True]
 
 
+def test_an_option_that_triton_does_not_take_is_not_asked_for(caplog):
+    launching._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=launching.__name__):
+        assert launching._fused() == {"enable_fp_fusion": True} and not caplog.records
+        assert launching._fused(SimpleNamespace) == {}
+    assert "takes no enable_fp_fusion" in caplog.text
+
+
 def test_what_this_triton_compiles_describes_every_argument():
     from cumo_kernels import codegen
 

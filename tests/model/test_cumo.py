@@ -166,10 +166,12 @@ def test_language_loss_is_the_mean_over_tokens_not_rows():
     assert language_loss(logits.bfloat16(), labels).dtype == torch.float32
 
 
-def test_checkpointing_changes_nothing(tiny_model, tiny_batch):
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_checkpointing_changes_nothing(tiny_model, tiny_batch, name):
     model = tiny_model(text="mixtral").train()
     twin = copy.deepcopy(model)
-    twin.gradient_checkpointing_enable()
+    getattr(twin, f"{name}_enable")()
     batch, runs = tiny_batch(), []
     for each in (model, twin):
         counts = {"tower": 0, "text": 0}
@@ -489,5 +491,5 @@ def test_bad_config_is_named(tiny_config, options, message):
 
 
 def test_reentrant_checkpointing_is_refused(tiny_model):
-    with pytest.raises(ValueError, match=r"gradient_checkpointing_kwargs must have use_reentrant False"):
-        tiny_model().gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match=r"activation_checkpointing_kwargs .* must have use_reentrant False"):
+        tiny_model().activation_checkpointing_enable({"use_reentrant": True})

@@ -65,6 +65,20 @@ def test_the_cache_goes_by_either_name(tiny_model, tiny_batch):
         model(ids, pixel_values=pixels, cache=cache, past_key_values=cache)
 
 
+def test_generate_takes_the_cache_by_either_name(tiny_model, tiny_batch):
+    model, batch = tiny_model().eval(), tiny_batch()
+    options = {"pixel_values": batch["pixel_values"], "max_new_tokens": 3, "do_sample": False}
+    options["eos_token_id"] = None
+    wanted, found = model.generate(batch["input_ids"], **options), []
+    for name in ("cache", "past_key_values"):
+        cache = DynamicCache(config=model.config.text_config)
+        found.append(model.generate(batch["input_ids"], **options, **{name: cache}))
+        assert cache.get_seq_length() == batch["input_ids"].shape[1] + 2
+    assert all(torch.equal(tokens, wanted) for tokens in found)
+    with pytest.raises(ValueError, match="one argument under two names, got both"):
+        model.generate(batch["input_ids"], cache=cache, past_key_values=cache)
+
+
 def test_missing_pixels_are_named(tiny_model, tiny_batch):
     model, batch = tiny_model().eval(), tiny_batch()
     del batch["pixel_values"]

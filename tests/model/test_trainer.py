@@ -1,6 +1,7 @@
 """Recipes and the Trainer: figures, what trains, losses by name, hand-over from stage to stage."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import TrainerCallback
 
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.__main__ import main
+from cumo_model.compat import checkpointing_arguments
 from cumo_model.flops import step_flops
 from cumo_model.recipe import load_recipe, shipped_recipes
 from cumo_model.start import start_model
@@ -198,13 +200,23 @@ def test_norms_of_parts_are_those_of_the_gradients_whatever_the_loss_is_scaled_b
 
 def test_checkpointing_gives_the_same_losses(folder):
     found = []
-    for name, on in (("plain", False), ("checkpointed", True)):
-        run_recipe(
-            load_recipe(write_recipe(folder, name, trainer__max_steps=2, trainer__gradient_checkpointing=on))
-        )
+    for name, options in {
+        "plain": {"trainer__gradient_checkpointing": False},
+        "older-name": {"trainer__gradient_checkpointing": True},
+        "newer-name": {"trainer__activation_checkpointing": True, "trainer__gradient_checkpointing": True},
+    }.items():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*_checkpointing.* deprecated")
+            run_recipe(load_recipe(write_recipe(folder, name, trainer__max_steps=2, **options)))
         entries = [entry for entry in history(folder / name / "model") if "loss" in entry]
         found.append([(entry["loss"], entry["llm_load_entropy"]) for entry in entries])
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
+
+
+def test_one_argument_under_two_names_is_refused_with_two_values():
+    both = {"gradient_checkpointing": True, "activation_checkpointing": False}
+    with pytest.raises(ValueError, match="one argument under two names, got False and True"):
+        checkpointing_arguments(both)
 
 
 def test_step_flops_are_what_torch_counts(tiny_model, tiny_batch):

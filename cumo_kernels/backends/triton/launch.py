@@ -7,17 +7,20 @@ keeps for each kind of call (`planned`); a `Launch` in it remembers what Triton 
 import inspect
 import logging
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from triton.backends.nvidia.compiler import CUDAOptions
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cumo_kernels import tuning
 
 log = logging.getLogger(__name__)
+# multiplications and additions are fused, as in Triton 3.6, whose default that is: 3.10 will have another
+FUSION = "enable_fp_fusion"
 
 
 def settle(kernel: JITFunction) -> None:
@@ -99,8 +102,17 @@ def why_not_direct(kernel, compiled) -> str | None:
 
 
 @lru_cache
-def _warn_once(reason: str) -> None:
-    log.warning("Triton itself binds the arguments of every launch, which is slower: %s", reason)
+def _warn_once(words: str) -> None:
+    log.warning(words)
+
+
+@cache
+def _fused(options: type = CUDAOptions) -> dict[str, bool]:
+    """The option that asks for fusion; nothing where this Triton does not take it, after a warning."""
+    if hasattr(options, FUSION):
+        return {FUSION: True}
+    _warn_once(f"this Triton takes no {FUSION}: the last bits of results are as its own default has them")
+    return {}
 
 
 class Launch:
@@ -111,8 +123,7 @@ class Launch:
     """
 
     def __init__(self, kernel, *, num_warps: int = 4, num_stages: int = 3, **fixed):
-        # fused as in Triton 3.6, whose default it is: 3.10 will have another
-        self._options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+        self._options = {"num_warps": num_warps, "num_stages": num_stages, **_fused()}
         self._kernel, self._direct = kernel, True
         self._free = [i for i, name in enumerate(kernel.arg_names) if name not in fixed]
         self._arguments = [fixed.get(name) for name in kernel.arg_names]
@@ -142,7 +153,7 @@ class Launch:
                 self._compiled[kinds] = compiled
             else:
                 self._direct = False
-                _warn_once(reason)
+                _warn_once(f"Triton itself binds the arguments of every launch, which is slower: {reason}")
 
 
 def can_describe(tensor: Tensor, has_tma: bool) -> bool:
