@@ -1,10 +1,10 @@
 """Which backend runs a call: one table, one rule, one error.
 
-Of the backends that do not refuse and that verified.json proves right on this GPU, the fastest by
-measured.json wins, or without such data the first in `BACKENDS`; the reference never competes, and runs where
-nobody else is proven. `CUMO_BACKEND=name` or `use_backend(name)` leaves only that one, proven or not, and its
-refusal is then an error. The chosen name travels as an argument of the op, so backward and compiled graphs
-run on the backend that ran forward.
+Of the backends that do not refuse and that verified.json proves right on this GPU (`torch`, which is made of
+torch's own kernels, needs no proof), the fastest by measured.json wins, or without such data the first in
+`BACKENDS`; the reference never competes, and runs what nobody else can. `CUMO_BACKEND=name` or
+`use_backend(name)` leaves only that one, proven or not, and its refusal is then an error. The chosen name
+travels as an argument of the op, so backward and compiled graphs run on the backend that ran forward.
 """
 
 import importlib
@@ -121,11 +121,37 @@ def _refuse_torch(op: str, device: Device, dtype: torch.dtype, num_experts: int 
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         return f"it needs CPU or CUDA tensors, got {device.type}"
-    return None if dtype in _FLOATS else f"grouped_mm computes in fp32, fp16 and bf16, got {dtype}"
+    if dtype not in _FLOATS:
+        return f"grouped_mm computes in fp32, fp16 and bf16, got {dtype}"
+    return _while_capturing("torch", op, device, dtype)
 
 
 def _refuse_reference(op: str, device: Device, dtype: torch.dtype, num_experts: int = 0) -> str | None:
-    return None
+    return _while_capturing("reference", op, torch.device(device), dtype)
+
+
+@_constant
+def asks_host(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `op` makes a CUDA device wait for the host under that backend, or None."""
+    if device.type != "cuda" or backend not in ("torch", "reference"):
+        return None
+    if backend == "reference":
+        return "it asks the host where experts begin"
+    if OPS[op] not in ("grouped_gemm", "experts"):
+        return None
+    generation = gpu_of(device).capability // 10
+    if dtype == torch.bfloat16 and generation in (9, 10) and torch.version.hip is None:
+        return None
+    return "grouped_mm asks the host where experts begin, but in bf16 on compute capability 9.x and 10.x"
+
+
+def _while_capturing(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return None
+    reason = asks_host(backend, op, device, dtype)
+    if reason is None or not torch.cuda.is_current_stream_capturing():
+        return None
+    return f"a CUDA graph is being captured, and {reason}"
 
 
 def _unproven(name: str) -> Callable[..., str | None]:
@@ -253,7 +279,8 @@ def explain(op: str, x: torch.Tensor, num_experts: int = 0) -> str:
     if able:
         chosen, why = _prefer(op, x, able)
         verdicts[chosen] = f"chosen: {why}" if why else "chosen"
-    for name in set(able) & set(proofs):
-        verdicts[name] += f"; {proofs[name]}"
+    for name in able:
+        notes = [proofs.get(name), asks_host(name, op, x.device, x.dtype)]
+        verdicts[name] = "; ".join([verdicts[name], *filter(None, notes)])
     lines += [f"  {name:<10} {verdict}" for name, verdict in verdicts.items()]
     return "\n".join(lines)

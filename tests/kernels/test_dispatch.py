@@ -49,6 +49,36 @@ def test_binaries_run_within_their_generation_and_ptx_later(capability, architec
     assert extension.runs_on(capability, architectures) == runs
 
 
+@pytest.mark.parametrize(
+    ("name", "op", "gpu", "dtype", "asks"),
+    [
+        ("torch", "expert_mlp", "nvidia_h100", torch.bfloat16, False),
+        ("torch", "grouped_gemm_weight_grad", "nvidia_b200", torch.bfloat16, False),
+        ("torch", "expert_mlp", "nvidia_h100", torch.float16, True),
+        ("torch", "expert_mlp_backward", "nvidia_a100", torch.bfloat16, True),
+        ("torch", "grouped_gemm", "nvidia_rtx_pro_6000", torch.bfloat16, True),
+        ("torch", "combine", "nvidia_a100", torch.float32, False),
+        ("reference", "permute", "nvidia_h100", torch.bfloat16, True),
+        ("triton", "expert_mlp", "nvidia_a100", torch.float32, False),
+        ("cuda", "expert_mlp", "nvidia_a100", torch.float32, False),
+    ],
+)
+def test_who_waits_for_the_host_is_known_and_refused_while_a_graph_is_captured(
+    monkeypatch, name, op, gpu, dtype, asks
+):
+    monkeypatch.setattr(dispatch, "gpu_of", lambda device: hardware.find(gpu))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    device, row = torch.device("cuda"), next(row for row in BACKENDS if row.name == name)
+    assert (dispatch.asks_host(name, op, device, dtype) is not None) == asks
+    assert dispatch.asks_host(name, op, torch.device("cpu"), dtype) is None
+    if name in ("torch", "reference"):
+        for capturing in (False, True):
+            refused = row.refuse(op, device, dtype)
+            assert (refused is not None) == (asks and capturing)
+            assert refused is None or "a CUDA graph is being captured, and" in refused
+
+
 def test_cuda_refuses_a_gpu_it_was_not_built_for(monkeypatch):
     monkeypatch.setattr(dispatch, "_CUDA_MISSING", None)
     monkeypatch.setattr(extension, "EMULATE", False)

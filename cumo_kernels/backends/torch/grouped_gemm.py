@@ -5,8 +5,8 @@ on CPUs, the same in 2.11 and 2.15:
 
 - fp32, fp16 and bf16; the sums are fp32, the result has the operands' dtype.
 - CUDA, bf16, compute capability 9.x and 10.x: one kernel of CUTLASS, which reads the offsets on the device,
-  up to 1023 groups. Everywhere else (other dtypes and GPUs, CPUs): a loop over matrix products, for which CUDA
-  devices wait and send the offsets to the host.
+  up to 1023 groups. Everywhere else (other dtypes and GPUs, CPUs): a loop over matrix products, for which a
+  CUDA device waits and sends the offsets to the host.
 - A group may be empty: with rows of the groups side by side in memory, as here, its weight gradient is zero.
 - Rows past the last group are not written.
 - Strides must be multiples of 16 bytes. Operands of other sizes are copied here, padded with zeros.
@@ -36,10 +36,11 @@ def _padded(operand: Tensor) -> Tensor:
     if any(missing):
         return pad(operand, (0, missing[1], 0, missing[0]))
     rows, columns = operand.stride()[-2:]
-    fits = columns == 1 and rows >= operand.shape[-1] and rows % step == 0
-    fits = fits or operand.ndim == 3 and rows == 1 and columns >= operand.shape[-2] and columns % step == 0
-    fits = fits and (operand.ndim == 2 or operand.stride(0) % step == 0)
-    return operand if fits and operand.data_ptr() % 16 == 0 else operand.contiguous().clone()
+    by_rows = columns == 1 and rows >= operand.shape[-1] and rows % step == 0
+    by_columns = operand.ndim == 3 and rows == 1 and columns >= operand.shape[-2] and columns % step == 0
+    whole = operand.ndim == 2 or operand.stride(0) % step == 0
+    fits = (by_rows or by_columns) and whole and operand.data_ptr() % 16 == 0
+    return operand if fits else operand.clone(memory_format=torch.contiguous_format)
 
 
 def product(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
