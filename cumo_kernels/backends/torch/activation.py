@@ -6,12 +6,15 @@ Contract: cumo_kernels/ops/activation.py.
 from torch import Tensor
 
 from cumo_kernels.activations import ACTIVATIONS
-from cumo_kernels.backends.torch.rows import parts
+from cumo_kernels.backends import reference
+from cumo_kernels.backends.torch.rows import PART, parts
 from cumo_kernels.types import accumulate_dtype
 
 
 def activate(x: Tensor, name: str) -> Tensor:
     act, wide = ACTIVATIONS[name], accumulate_dtype(x.dtype)
+    if x.dtype == wide or x.numel() <= PART:  # nothing is converted, or all of it stays in a cache
+        return reference.activate(x, name)
     rows = x.reshape(-1, x.shape[-1])
     out = x.new_empty(rows.shape[0], rows.shape[1] // (1 + act.is_gated))
     for part in parts(*rows.shape, x.device):
@@ -21,6 +24,8 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 def activate_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
     act, wide = ACTIVATIONS[name], accumulate_dtype(x.dtype)
+    if x.dtype == wide or x.numel() <= PART:
+        return reference.activate_backward(grad, x, name)
     grads, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     out = x.new_empty(rows.shape)
     for part in parts(*rows.shape, x.device):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cumo_kernels.backends.torch.rows import parts
+from cumo_kernels.backends.torch.rows import dropped, parts
 from cumo_kernels.types import accumulate_dtype
 
 
@@ -13,8 +13,8 @@ def gather(x: Tensor, permutation: Tensor, top_k: int) -> Tensor:
 
 
 def permute(x: Tensor, permutation: Tensor, inverse_permutation: Tensor, top_k: int) -> Tensor:
-    dropped = inverse_permutation.index_select(0, permutation) < 0
-    return gather(x, permutation, top_k).masked_fill_(dropped[:, None], 0)
+    rows, lost = gather(x, permutation, top_k), dropped(inverse_permutation)
+    return rows if lost is None else rows.masked_fill_(lost.index_select(0, permutation)[:, None], 0)
 
 
 def combine(
@@ -26,23 +26,25 @@ def combine(
     experts: Tensor | None = None,
 ) -> Tensor:
     """As the contract, of rows + bias[expert] where there is a `bias`: (E, H), `experts` (S,) by slot."""
-    wide = accumulate_dtype(rows.dtype)
-    positions = inverse_permutation.view(-1, top_k)
-    out = rows.new_empty(positions.shape[0], rows.shape[1])
+    wide, lost = accumulate_dtype(rows.dtype), dropped(inverse_permutation)
+    out = rows.new_empty(inverse_permutation.shape[0] // top_k, rows.shape[1])
     if rows.shape[0] == 0:
         return out.zero_()
+    table = lambda of: None if of is None else of.view(-1, top_k)
+    positions, lost, experts = map(table, (inverse_permutation.clamp(min=0), lost, experts))
     for part in parts(*out.shape, rows.device):
-        total = torch.zeros(out[part].shape, dtype=wide, device=rows.device)
+        total = None
         for k in range(top_k):
-            position = positions[part, k]
-            row = rows.index_select(0, position.clamp(min=0)).to(wide)
+            row = rows.index_select(0, positions[part, k]).to(wide)
             if bias is not None:
-                row += bias.index_select(0, experts.view(-1, top_k)[part, k])
-            row.masked_fill_(position[:, None] < 0, 0)
-            if topk_weights is None:
-                total += row
+                row += bias.index_select(0, experts[part, k])
+            if lost is not None:
+                row.masked_fill_(lost[part, k, None], 0)
+            weight = None if topk_weights is None else topk_weights[part, k, None].to(wide)
+            if total is None:
+                total = row if weight is None else row.mul_(weight)
             else:
-                total.addcmul_(row, topk_weights[part, k, None].to(wide))
+                total = total.add_(row) if weight is None else total.addcmul_(row, weight)
         out[part] = total
     return out
 
@@ -52,11 +54,14 @@ def combine_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient at the output (T, H) -> gradients at rows (S, H) and topk_weights (T, K)."""
     top_k, wide = topk_weights.shape[1], accumulate_dtype(rows.dtype)
-    dropped = (inverse_permutation.index_select(0, permutation) < 0)[:, None]
+    lost = dropped(inverse_permutation)
+    lost = None if lost is None else lost.index_select(0, permutation)[:, None]
     weights = topk_weights.flatten().index_select(0, permutation).to(wide)[:, None]
     grad_rows, dots = torch.empty_like(rows), torch.empty(rows.shape[0], dtype=wide, device=rows.device)
     for part in parts(*rows.shape, rows.device):
-        row_grads = gather(grad, permutation[part], top_k).to(wide).masked_fill_(dropped[part], 0)
+        row_grads = gather(grad, permutation[part], top_k).to(wide)
+        if lost is not None:
+            row_grads.masked_fill_(lost[part], 0)
         torch.linalg.vecdot(row_grads, rows[part].to(wide), out=dots[part])
         grad_rows[part] = row_grads.mul_(weights[part])
     return grad_rows, to_slots(dots, inverse_permutation).view_as(topk_weights).to(topk_weights.dtype)
@@ -64,6 +69,6 @@ def combine_backward(
 
 def to_slots(by_position: Tensor, inverse_permutation: Tensor) -> Tensor:
     """(S,) per sorted position -> (S,) per slot, zero for dropped slots."""
-    return by_position.index_select(0, inverse_permutation.clamp(min=0)).masked_fill_(
-        inverse_permutation < 0, 0
-    )
+    lost = dropped(inverse_permutation)
+    by_slot = by_position.index_select(0, inverse_permutation.clamp(min=0))
+    return by_slot if lost is None else by_slot.masked_fill_(lost, 0)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from cumo_kernels.ops.checks import values_at_hand
+
 PART = 1 << 17  # elements of a part: half a MiB in fp32, so that the few tensors of an epilogue share an L2
 
 
@@ -13,6 +15,12 @@ def parts(num_rows: int, width: int, device: torch.device) -> Iterator[slice]:
     step = max(1, PART // max(width, 1)) if device.type == "cpu" else max(num_rows, 1)
     for begin in range(0, num_rows, step):
         yield slice(begin, begin + step)
+
+
+def dropped(inverse_permutation: Tensor) -> Tensor | None:
+    """Which slots are dropped, or None where a look, which costs a CPU nothing, says that none is."""
+    mask = inverse_permutation < 0
+    return None if values_at_hand(mask) and not mask.any() else mask
 
 
 def expert_of(rows: Tensor, expert_offsets: Tensor) -> Tensor:
