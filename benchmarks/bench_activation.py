@@ -12,8 +12,8 @@ OP = "activate"
 
 
 def cases(device: str, full: bool) -> list[Case]:
-    dtype = "bf16" if device == "cuda" else "fp32"
-    return [Case(shape, dtype) for shape in chosen(device, full)]
+    dtypes = ("bf16",) if device == "cuda" else ("fp32", "bf16")
+    return [Case(shape, dtype) for shape in chosen(device, full) for dtype in dtypes]
 
 
 def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Workload:

@@ -20,8 +20,8 @@ OP = "expert_mlp"
 
 def cases(device: str, full: bool) -> list[Case]:
     if device == "cpu":
-        few = [Case(shape, "fp32", modes=("forward", "both")) for shape in chosen(device, full)]
-        return [*few, Case(SHAPES["clip-1-crop"], "bf16", modes=("forward", "both"))]
+        kinds = [(shape, dtype) for shape in chosen(device, full) for dtype in ("fp32", "bf16")]
+        return [Case(shape, dtype, modes=("forward", "both")) for shape, dtype in kinds]
     patterns = ("uniform", "skewed", "one_expert") if full else ("uniform", "skewed")
     found = [Case(shape, "bf16", pattern) for pattern in patterns for shape in chosen(device, full)]
     return found + [Case(SHAPES["clip-image"], dtype) for dtype in ("fp16", "fp32") if full]

@@ -17,9 +17,10 @@ OP = "grouped_gemm"
 
 
 def cases(device: str, full: bool) -> list[Case]:
-    dtype = "bf16" if device == "cuda" else "fp32"
+    dtypes = ("bf16",) if device == "cuda" else ("fp32", "bf16")
     patterns = ("uniform", "skewed", "one_expert") if full else ("uniform",)
-    return [Case(shape, dtype, pattern) for shape in chosen(device, full) for pattern in patterns]
+    shapes = chosen(device, full)
+    return [Case(shape, kind, pattern) for shape in shapes for kind in dtypes for pattern in patterns]
 
 
 def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Workload:

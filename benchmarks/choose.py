@@ -30,6 +30,8 @@ OPS: dict[str, dict[str, Callable[[Shape], tuple[int, int]]]] = {
 RIVALS = tuple(row.name for row in dispatch.BACKENDS if row.name != "reference")
 KERNELS = tuple(name for name in RIVALS if name != "torch")
 GPUS = {gpu.name for gpu in hardware.GPUS}
+# one table for all CPUs: what differs between these two is how often they walk through memory
+ON_CPU = ("torch", "reference")
 
 
 def entries(rows: Iterable[Row], rehearses: bool = False) -> dict[str, list[dict]]:
@@ -38,21 +40,24 @@ def entries(rows: Iterable[Row], rehearses: bool = False) -> dict[str, list[dict
     cases: dict[tuple, dict[str, dict[str, float]]] = {}  # case -> run -> backend -> milliseconds
     for row in rows:
         rival = row.variant.removeprefix("cumo/")
-        if rival not in RIVALS or row.op not in OPS or not (rehearses or row.machine in GPUS):
+        machine = measured.CPU if row.machine.startswith("cpu_") and not rehearses else row.machine
+        known = rehearses or machine in GPUS or machine == measured.CPU
+        if rival not in (ON_CPU if machine == measured.CPU else RIVALS) or row.op not in OPS or not known:
             continue
         # a backward alone is nobody's call, a graph is captured where the choice has been made already
         if (
-            row.timer != timer
+            row.timer != ("cpu" if machine == measured.CPU else timer)
             or row.mode == "backward"
             or row.pattern != "uniform"
             or row.shape not in SHAPES
         ):
             continue
-        case = (row.machine, row.op, row.mode, row.dtype, replace(SHAPES[row.shape], T=row.tokens))
+        case = (machine, row.op, row.mode, row.dtype, replace(SHAPES[row.shape], T=row.tokens))
         cases.setdefault(case, {}).setdefault(row.run, {})[rival] = row.ms_p50
     found: dict[str, list[dict]] = {}
     for (gpu, benchmark, mode, dtype, shape), runs in cases.items():
-        whole = [times for _, times in sorted(runs.items()) if set(times) >= set(KERNELS)]
+        needed = set(ON_CPU if gpu == measured.CPU else KERNELS)
+        whole = [times for _, times in sorted(runs.items()) if set(times) >= needed]
         for op, size in OPS[benchmark].items() if whole else ():
             name = str(DTYPES[dtype]).removeprefix("torch.")
             entry = {"op": op, "mode": mode, "dtype": name, "shape": list(size(shape)), "ms": whole[-1]}
@@ -76,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     measured.save(found, args.out)
     for gpu, rows in found.items():
         wins = [min(row["ms"], key=row["ms"].get) for row in rows]
-        won = ", ".join(f"{name} {wins.count(name)}" for name in RIVALS)
+        won = ", ".join(f"{name} {wins.count(name)}" for name in sorted(set(wins)))
         print(f"choose: {gpu}: {len(rows)} entries, faster: {won}; written to {args.out}")
     return 0
 

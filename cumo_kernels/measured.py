@@ -2,10 +2,10 @@
 
     {gpu: [{"op": ..., "mode": "both", "dtype": "bfloat16", "shape": [rows, columns], "ms": {backend: ...}}]}
 
-gpu is a name of hardware.py, shape that of the op's first tensor, mode "forward" without gradients or "both"
-with backward. `python -m benchmarks.choose` writes it from timings behind a green check, nobody by hand. For
-a GPU without entries, and in graphs that are being compiled, the first backend of dispatch.BACKENDS that can
-run wins.
+gpu is a name of hardware.py, or "cpu" for all of them; shape that of the op's first tensor, mode "forward"
+without gradients or "both" with backward. `python -m benchmarks.choose` writes it from timings behind a green
+check, nobody by hand. For a GPU without entries, and in graphs that are being compiled, the first backend of
+dispatch.BACKENDS that can run wins.
 """
 
 import json
@@ -18,12 +18,19 @@ from pathlib import Path
 
 import torch
 
-from cumo_kernels.hardware import gpu_of
+from cumo_kernels.hardware import INTERPRETER, gpu_of
 from cumo_kernels.tuning import BATCH_INVARIANT
 
 PATH = Path(__file__).with_name("measured.json")
 TABLE: dict[str, list[dict]] = json.loads(PATH.read_text())
+CPU = "cpu"
 ALIKE = {"float16": "bfloat16"}  # the same instructions and the same bytes
+
+
+def machine_of(device: torch.device) -> str:
+    """Whose entries count for tensors on `device`."""
+    gpu = gpu_of(device)
+    return CPU if gpu is INTERPRETER else gpu.name
 
 
 def fastest(op: str, x: torch.Tensor, among: Sequence[str]) -> tuple[str, str] | None:
@@ -35,7 +42,7 @@ def fastest(op: str, x: torch.Tensor, among: Sequence[str]) -> tuple[str, str] |
     if not TABLE or x.ndim == 0 or torch.compiler.is_compiling() or BATCH_INVARIANT:
         return None
     mode = "both" if torch.is_grad_enabled() else "forward"
-    return _fastest(gpu_of(x.device).name, op, mode, x.dtype, tuple(x.shape), tuple(among))
+    return _fastest(machine_of(x.device), op, mode, x.dtype, tuple(x.shape), tuple(among))
 
 
 @lru_cache(maxsize=4096)

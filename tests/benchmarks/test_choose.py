@@ -72,7 +72,7 @@ def test_a_gpu_run_fills_the_table_and_the_choice_follows(chosen, monkeypatch):
             assert dispatch.choose("expert_mlp", x) == "triton"
     with hardware.assume(hardware.find("nvidia_a100")):
         assert dispatch.choose("expert_mlp", x) == "triton"
-        assert "triton     chosen: nothing is measured on this GPU" in explain("expert_mlp", x)
+        assert "triton     chosen: nothing is measured for this" in explain("expert_mlp", x)
     measured._fastest.cache_clear()
 
 
@@ -90,6 +90,23 @@ def test_the_last_run_counts_and_other_gpus_stay(chosen, tmp_path):
     assert [e["ms"] for e in table["nvidia_h100"]] == [{"triton": 0.5, "cuda": 0.6}]
     assert table["nvidia_a100"] == [{"op": "route"}]
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["measured.json"]
+
+
+def test_on_a_cpu_torch_and_the_reference_are_rivals(chosen, monkeypatch):
+    times = {"torch": 2.0, "reference": 1.0}
+    rows = [
+        row(variant=f"cumo/{name}", ms_p50=ms, machine="cpu_intel_x_1t", timer="cpu", dtype="fp32")
+        for name, ms in times.items()
+    ]
+    table = chosen(rows)
+    assert [entry["ms"] for entry in table["cpu"]] == [times]
+    monkeypatch.setattr(measured, "TABLE", table)
+    measured._fastest.cache_clear()
+    x = torch.empty(5000, 1024)
+    assert dispatch.choose("expert_mlp", x) == "reference"
+    assert "reference  chosen: measured on cpu at 5770 x 1024" in explain("expert_mlp", x)
+    assert dispatch.choose("expert_mlp", x.bfloat16()) == "torch"  # nobody timed it: the first of the list
+    measured._fastest.cache_clear()
 
 
 def test_nothing_measured_writes_nothing(chosen, capsys):
