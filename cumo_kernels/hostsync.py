@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cumo_kernels.ops import checks
-
 _ATEN = torch.ops.aten
 # their result, or its shape, is a number that the host has to read
 _READS = {
@@ -25,6 +23,15 @@ _COPIES = {_ATEN._to_copy, _ATEN.copy_, _ATEN.copy}
 # these read a CPU tensor's memory without a word to the dispatcher
 _SILENT = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
 INTERPRETER = "triton.runtime.interpreter"  # stands in for a GPU, and reads what a GPU would
+
+
+_guarding = False  # inside no_host_sync CPU tensors stand for a GPU's
+
+
+def values_at_hand(tensor: Tensor) -> bool:
+    """Whether looking at the values costs no sync and happens at run time (not while a graph is traced)."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not _guarding
+    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class HostSync(RuntimeError):
@@ -96,10 +103,11 @@ def no_host_sync(*excused: str) -> Iterator[None]:
     Not seen: what an operator does below torch's dispatcher (grouped_mm where it loops, sort's scratch), and
     backward passes that other threads run, as those of CUDA tensors; set_sync_debug_mode sees these there.
     """
-    before, checks.reads_values = checks.reads_values, False
+    global _guarding
+    before, _guarding = _guarding, True
     try:
         excused = (INTERPRETER, *excused)
         with _Called(excused), _Dispatched(excused):
             yield
     finally:
-        checks.reads_values = before
+        _guarding = before

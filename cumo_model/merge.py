@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from cumo_kernels.ops.checks import values_at_hand
+from cumo_kernels.hostsync import values_at_hand
 
 MERGES = ("flat", "spatial", "spatial_unpad")
 Size = tuple[int, int]  # height and width of a picture in pixels

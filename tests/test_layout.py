@@ -23,6 +23,7 @@ ARROWS = {
     "cumo_kernels.types": (),
     "cumo_kernels.activations": (),
     "cumo_kernels.hardware": (),
+    "cumo_kernels.hostsync": (),
     "cumo_kernels.versions": (),
     "cumo_kernels.tuning": ("cumo_kernels.hardware",),
     "cumo_kernels.extension": ("cumo_kernels._C",),
@@ -43,10 +44,18 @@ ARROWS = {
         "cumo_kernels.ops.*",
         "cumo_kernels.activations",
         "cumo_kernels.dispatch",
+        "cumo_kernels.hostsync",
         "cumo_kernels.types",
     ),
     "cumo_kernels.backends": (),
     "cumo_kernels.backends.reference*": (".", "cumo_kernels.activations", "cumo_kernels.types"),
+    "cumo_kernels.backends.torch*": (
+        ".",
+        "cumo_kernels.backends.reference*",  # what asks the host nothing there is used as it is
+        "cumo_kernels.activations",
+        "cumo_kernels.hostsync",
+        "cumo_kernels.types",
+    ),
     "cumo_kernels.backends.triton*": (
         ".",
         "cumo_kernels.activations",
@@ -67,7 +76,7 @@ ARROWS = {
     ),
     "cumo_kernels.*": ("cumo_kernels", "cumo_kernels.*"),  # the front door and its subcommands
     "cumo_model.monitor": ("cumo_model.*", "cumo_kernels.hardware"),
-    "cumo_model.merge": ("cumo_model.*", "cumo_kernels.ops.checks"),
+    "cumo_model.merge": ("cumo_model.*", "cumo_kernels.hostsync"),
     "cumo_model": ("cumo_model.*", "cumo_kernels", "cumo_kernels.integrations.transformers"),
     "cumo_model*": (
         "cumo_model",

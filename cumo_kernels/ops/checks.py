@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from cumo_kernels.hostsync import values_at_hand
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -49,15 +51,6 @@ def check_int32(name: str, tensor: Tensor) -> None:
 def check_top_k(top_k: int, num_experts: int) -> None:
     if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k must be between 1 and the {num_experts} experts, got {top_k!r}")
-
-
-reads_values = True  # False in hostsync.no_host_sync, where CPU tensors stand for a GPU's
-
-
-def values_at_hand(tensor: Tensor) -> bool:
-    """Whether looking at the values costs no sync and happens at run time (not while a graph is traced)."""
-    plain = reads_values and type(tensor) in (Tensor, torch.nn.Parameter)
-    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_offsets(name: str, offsets: Tensor, last: int, first: int | None = None) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from cumo_kernels import dispatch
+from cumo_kernels.hostsync import values_at_hand
 from cumo_kernels.ops.checks import (
     autocast,
     check_device,
@@ -16,7 +17,6 @@ from cumo_kernels.ops.checks import (
     check_offsets,
     check_shape,
     check_top_k,
-    values_at_hand,
 )
 from cumo_kernels.ops.define import define
 from cumo_kernels.types import RouterStats, Routing, accumulate_dtype

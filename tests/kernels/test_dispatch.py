@@ -179,7 +179,14 @@ def test_command_line_explains():
     assert done.returncode == 0 and "route on cpu bfloat16:" in done.stdout
 
 
-def test_the_measured_backend_wins(monkeypatch):
+@pytest.fixture
+def h100():
+    """CPU tensors count as this GPU's."""
+    with hardware.assume(hardware.find("nvidia_h100")):
+        yield
+
+
+def test_the_measured_backend_wins(monkeypatch, h100):
     rivals = tuple(replace(row, refuse=lambda *_: None, on_request=None) for row in BACKENDS)
     monkeypatch.setattr(dispatch, "BACKENDS", rivals)
     measured._fastest.cache_clear()
@@ -196,7 +203,7 @@ def test_the_measured_backend_wins(monkeypatch):
         {**row, "dtype": "float32", "shape": [900, 4], "ms": {"triton": 0.1, "cuda": 0.2}},
         {**row, "mode": "forward", "shape": [900, 4], "ms": {"triton": 0.1, "cuda": 0.2}},
     ]
-    monkeypatch.setattr(measured, "TABLE", {"interpreter": rows})
+    monkeypatch.setattr(measured, "TABLE", {"nvidia_h100": rows})
     assert dispatch.choose("permute", x) == "cuda"
     assert dispatch.choose("permute", x.half()) == "cuda"
     assert dispatch.choose("permute", x[:150]) == "triton"
@@ -206,10 +213,10 @@ def test_the_measured_backend_wins(monkeypatch):
         assert dispatch.choose("permute", x) == "triton"
         text = explain("permute", x)
     assert (
-        "triton     chosen: measured on interpreter at 900 x 4 bfloat16: triton 0.1 ms, cuda 0.2 ms" in text
+        "triton     chosen: measured on nvidia_h100 at 900 x 4 bfloat16: triton 0.1 ms, cuda 0.2 ms" in text
     )
     text = explain("permute", x)
-    line = "measured on interpreter at 1000 x 4 bfloat16 with backward: triton 0.4 ms, cuda 0.3 ms"
+    line = "measured on nvidia_h100 at 1000 x 4 bfloat16 with backward: triton 0.4 ms, cuda 0.3 ms"
     assert f"cuda       chosen: {line}" in text
     assert "triton     available" in text and "reference  available" in text
     with use_backend("reference"):

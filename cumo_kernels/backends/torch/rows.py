@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cumo_kernels.ops.checks import values_at_hand
+from cumo_kernels.hostsync import values_at_hand
 
 PART = 1 << 17  # elements of a part: half a MiB in fp32, so that the few tensors of an epilogue share an L2
 
