@@ -8,13 +8,15 @@ from cumo_kernels import (
     combine,
     expert_mlp,
     grouped_gemm,
+    hostsync,
     permute,
     route,
     routing_from_topk,
     use_backend,
 )
+from cumo_kernels.backends import reference
 from cumo_kernels.hostsync import HostSync, no_host_sync
-from cumo_kernels.testing import make_routing
+from cumo_kernels.testing import Yardstick, make_routing
 
 T, H, I, E, K = 24, 32, 48, 4, 2
 
@@ -94,6 +96,36 @@ def test_no_op_waits_for_the_host(backend, device, dtype):
                     torch.autograd.grad(op(), leaves, upstream)
             except HostSync as error:
                 raise AssertionError(f"{backend}, {name}: {error}") from error
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "swiglu"])
+@pytest.mark.parametrize("sizes", [(57, 48, 64, 32), (57, 49, 66, 35)], ids=["aligned", "odd"])
+def test_what_runs_where_no_value_can_be_read_is_as_accurate(
+    backend, device, dtype, activation, sizes, monkeypatch
+):
+    """Some backends look at a CPU's values: as on a GPU they cannot, here."""
+    if backend == "reference":
+        pytest.skip("it asks the host where experts begin")
+    num_tokens, hidden, inner, out = sizes
+    routing = make_routing("empty", num_tokens, 5, 2, device)
+    draw = lambda *size: torch.randn(*size, dtype=dtype, device=device)
+    width = inner * (1 + (activation == "swiglu"))
+    weights = draw(5, width, hidden) / hidden**0.5, draw(5, out, inner) / inner**0.5
+    inputs = (draw(num_tokens, hidden), routing.topk_weights, *weights, draw(5, width), draw(5, out))
+    plan = (routing.permutation, routing.inverse_permutation, routing.expert_offsets)
+
+    def op(x, topk_weights, *rest):
+        mine = routing_from_topk(topk_weights, routing.topk_indices, 5)
+        return expert_mlp(x, mine, *rest, activation)
+
+    def truth(x, topk_weights, *rest):
+        return reference.expert_mlp(x, topk_weights, *plan, *rest, activation, "none")[0]
+
+    yardstick = Yardstick(truth, inputs)
+    monkeypatch.setattr(hostsync, "_guarding", True)
+    with use_backend(backend):
+        found = yardstick.measure(op)
+    assert [accuracy.reason for accuracy in found if accuracy.reason] == []
 
 
 def test_the_reference_is_seen_to_ask():

@@ -15,16 +15,6 @@ from cumo_kernels.backends.torch.rows import expert_of, parts, sorted_positions
 from cumo_kernels.types import accumulate_dtype
 
 
-def _up(rows: Tensor, up_proj: Tensor, up_bias: Tensor | None, expert_offsets: Tensor) -> Tensor:
-    """z (S, W); rows of dropped slots hold anything."""
-    z = product(rows, up_proj, expert_offsets)
-    if up_bias is not None:
-        position = sorted_positions(z.shape[0], expert_offsets)
-        for part in parts(*z.shape, z.device):
-            z[part] += up_bias.index_select(0, expert_of(position[part], expert_offsets))
-    return z
-
-
 def expert_mlp(
     x: Tensor,
     topk_weights: Tensor,
@@ -40,7 +30,7 @@ def expert_mlp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> (out (T, O), z, a); z and a are empty unless the memory plan keeps them for backward."""
     top_k = topk_weights.shape[1]
-    z = _up(gather(x, permutation, top_k), up_proj, up_bias, expert_offsets)
+    z = product(gather(x, permutation, top_k), up_proj, expert_offsets, up_bias)
     a = activate(z, activation)
     y = product(a, down_proj, expert_offsets)
     experts = None if down_bias is None else expert_of(inverse_permutation, expert_offsets)
@@ -79,7 +69,7 @@ def expert_mlp_backward(
 
     rows = gather(x, permutation, top_k) if need_up or memory == "x" else None
     if memory == "x":
-        z = _up(rows, up_proj, up_bias, expert_offsets)
+        z = product(rows, up_proj, expert_offsets, up_bias)
     g = gather(grad, permutation, top_k)
     w = topk_weights.flatten().index_select(0, permutation).to(wide)[:, None]
     position = sorted_positions(g.shape[0], expert_offsets)

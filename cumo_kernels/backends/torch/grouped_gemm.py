@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm, pad
 
 from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.backends.reference.grouped_gemm import linear
 from cumo_kernels.backends.torch.permutation import gather, permute
 from cumo_kernels.backends.torch.rows import expert_of, parts, sorted_positions
+from cumo_kernels.hostsync import values_at_hand
 from cumo_kernels.types import accumulate_dtype
 
 
@@ -43,12 +45,22 @@ def _padded(operand: Tensor) -> Tensor:
     return operand if fits else operand.clone(memory_format=torch.contiguous_format)
 
 
-def product(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
-    """rows (S, K) of expert e times weight[e].T (N, K) -> (S, N); past the last expert's anything."""
-    if rows.shape[0] == 0 or rows.shape[1] == 0:
-        return rows.new_zeros(rows.shape[0], weight.shape[1])
+def product(rows: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """rows (S, K) of expert e times weight[e].T (N, K), plus bias[e] -> (S, N); past the last one's anything.
+
+    grouped_mm takes no bias, so one is added to what is rounded already. Where the offsets can be read a loop
+    adds it first, as the reference does.
+    """
+    if rows.shape[0] == 0 or rows.shape[1] == 0 or (bias is not None and values_at_hand(expert_offsets)):
+        with torch.no_grad():
+            return linear(rows, weight, expert_offsets, bias)
     out = grouped_mm(_padded(rows), _padded(weight).transpose(1, 2), offs=expert_offsets[1:])
-    return out[:, : weight.shape[1]].contiguous()  # what was padded stays behind
+    out = out[:, : weight.shape[1]].contiguous()  # what was padded stays behind
+    if bias is not None:
+        position = sorted_positions(out.shape[0], expert_offsets)
+        for part in parts(*out.shape, out.device):
+            out[part] += bias.index_select(0, expert_of(position[part], expert_offsets))
+    return out
 
 
 def weight_product(grad: Tensor, rows: Tensor, expert_offsets: Tensor) -> Tensor:
@@ -87,15 +99,13 @@ def grouped_gemm(
 ) -> tuple[Tensor, Tensor]:
     """-> (out, pre_activation); without an activation the second is empty."""
     rows = x if permutation is None else gather(x, permutation, top_k)
-    pre = product(rows, weight, expert_offsets)
+    pre = product(rows, weight, expert_offsets, bias)
     position = sorted_positions(rows.shape[0], expert_offsets)
     past = (position >= expert_offsets[-1])[:, None]
     act, wide = None if activation is None else ACTIVATIONS[activation], accumulate_dtype(x.dtype)
     out = pre if act is None else x.new_empty(pre.shape[0], pre.shape[1] // (1 + act.is_gated))
     for part in parts(*pre.shape, x.device):
         piece = pre[part]
-        if bias is not None:
-            piece += bias.index_select(0, expert_of(position[part], expert_offsets))
         piece.masked_fill_(past[part], 0)
         if act is not None:
             out[part] = act.forward(piece.to(wide))
