@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 COPIED = ("csrc", "cumo_kernels", "tests/kernels", "tests/conftest.py", "tests/rounding.py", "pyproject.toml")
 TIMEOUT_S = 1800  # a fault may make a loop endless, which is noticed too
 REFERENCE, TRITON = "cumo_kernels/backends/reference/", "cumo_kernels/backends/triton/"
+TORCH = "cumo_kernels/backends/torch/"
 CUDA, HOPPER = "csrc/", "csrc/hopper"
 
 
@@ -44,7 +45,7 @@ FAULTS = (
           "ranked.detach().flip(-1).sort(dim=-1, descending=True, stable=True).indices.neg().add(num_experts - 1)",
           "routing"),
     Fault("density counts the second choice", REFERENCE + "routing.py",
-          "one_hot(indices[:, 0], num_experts)", "one_hot(indices[:, -1], num_experts)", "routing"),
+          "(indices[:, :1] == torch", "(indices[:, -1:] == torch", "routing"),
     Fault("z-loss without the square", REFERENCE + "routing.py",
           "group_mean(lse.square().to(wide)", "group_mean(lse.abs().to(wide)", "routing"),
     Fault("gradient of logsumexp without its factor 2", REFERENCE + "routing.py",
@@ -69,6 +70,26 @@ FAULTS = (
           "            if down_bias is not None:\n                dw = dw +", "            if False:\n                dw = dw +",
           "experts"),
     # routing in Triton
+    Fault("offsets that count an expert's slots to its left", TORCH + "routing.py",
+          "torch.searchsorted(experts, every, out_int32=True)",
+          "torch.searchsorted(experts, every, out_int32=True, right=True)", "routing", "torch-"),
+    Fault("a dropped slot adds its row", TORCH + "permutation.py",
+          "row.masked_fill_(lost[part, k, None], 0)", "pass", "permutation", "torch-"),
+    Fault("a dropped slot keeps its row", TORCH + "permutation.py",
+          "rows if lost is None else rows.masked_fill_(", "rows if True else rows.masked_fill_(",
+          "permutation", "torch-"),
+    Fault("the routing weight forgotten in dz", TORCH + "experts.py",
+          "act.backward(h_wide.mul_(w[part]), ", "act.backward(h_wide, ", "experts", "torch-"),
+    Fault("down_bias forgotten in the gradient of the routing weights", TORCH + "experts.py",
+          "dw[part] += torch.linalg.vecdot(", "dw[part] += 0 * torch.linalg.vecdot(", "experts", "torch-"),
+    Fault("a bias of the next expert where the host reads nothing", TORCH + "rows.py",
+          "torch.searchsorted(expert_offsets[1:-1].contiguous(), rows, right=True)",
+          "torch.searchsorted(expert_offsets[1:-1].contiguous(), rows + 1, right=True)", "host_sync", "torch-"),
+    Fault("rows of the padding multiplied", TORCH + "grouped_gemm.py",
+          "return pad(operand, (0, missing[1], 0, missing[0]))",
+          "return pad(operand, (0, missing[1], 0, missing[0]), value=1.0)", "grouped_gemm", "torch-"),
+    Fault("an expert without rows keeps what memory held", TORCH + "grouped_gemm.py",
+          "piece.masked_fill_(past[part], 0)", "pass", "grouped_gemm", "torch-"),
     Fault("tie to the highest index", TRITON + "routing.py",
           "choice = tl.min(tl.where(keys == best[:, None], experts[None, :], BLOCK_E), 1)",
           "choice = tl.max(tl.where(keys == best[:, None], experts[None, :], -1), 1)", "routing", "ties"),
