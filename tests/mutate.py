@@ -89,7 +89,7 @@ FAULTS = (
           "return pad(operand, (0, missing[1], 0, missing[0]))",
           "return pad(operand, (0, missing[1], 0, missing[0]), value=1.0)", "grouped_gemm", "torch-"),
     Fault("an expert without rows keeps what memory held", TORCH + "grouped_gemm.py",
-          "piece.masked_fill_(past[part], 0)", "pass", "grouped_gemm", "torch-"),
+          "pre.masked_fill_(past[:, None], 0)", "pass", "grouped_gemm", "torch-"),
     Fault("tie to the highest index", TRITON + "routing.py",
           "choice = tl.min(tl.where(keys == best[:, None], experts[None, :], BLOCK_E), 1)",
           "choice = tl.max(tl.where(keys == best[:, None], experts[None, :], -1), 1)", "routing", "ties"),

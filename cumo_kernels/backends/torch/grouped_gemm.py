@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, pad
 
-from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.backends.reference.grouped_gemm import linear
+from cumo_kernels.backends.torch.activation import activate
 from cumo_kernels.backends.torch.permutation import gather, permute
 from cumo_kernels.backends.torch.rows import expert_of, parts, sorted_positions
 from cumo_kernels.hostsync import values_at_hand
-from cumo_kernels.types import accumulate_dtype
 
 
 def _padded(operand: Tensor) -> Tensor:
@@ -100,16 +99,10 @@ def grouped_gemm(
     """-> (out, pre_activation); without an activation the second is empty."""
     rows = x if permutation is None else gather(x, permutation, top_k)
     pre = product(rows, weight, expert_offsets, bias)
-    position = sorted_positions(rows.shape[0], expert_offsets)
-    past = (position >= expert_offsets[-1])[:, None]
-    act, wide = None if activation is None else ACTIVATIONS[activation], accumulate_dtype(x.dtype)
-    out = pre if act is None else x.new_empty(pre.shape[0], pre.shape[1] // (1 + act.is_gated))
-    for part in parts(*pre.shape, x.device):
-        piece = pre[part]
-        piece.masked_fill_(past[part], 0)
-        if act is not None:
-            out[part] = act.forward(piece.to(wide))
-    return (out, x.new_empty(0)) if act is None else (out, pre)
+    if not values_at_hand(expert_offsets) or int(expert_offsets[-1]) < pre.shape[0]:
+        past = sorted_positions(pre.shape[0], expert_offsets) >= expert_offsets[-1]
+        pre.masked_fill_(past[:, None], 0)  # every activation of nothing is nothing
+    return (pre, x.new_empty(0)) if activation is None else (activate(pre, activation), pre)
 
 
 def grouped_gemm_weight_grad(
