@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from cumo_kernels import __version__, tune, verify
-from cumo_kernels.dispatch import OPS, explain
+from cumo_kernels import __version__, explained, tune, verify
+from cumo_kernels.dispatch import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("explain", help="print the backend of each op and why the others refuse")
     command.add_argument("--op", choices=sorted(OPS), help="one op only")
     command.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    command.add_argument("--json", action="store_true", help="an object for each op and backend")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     verify.add_arguments(commands.add_parser("verify", help="check every op and backend of this machine"))
     commands.add_parser("bench", add_help=False, help="measure speed; options: bench --help")
@@ -44,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         x = torch.empty(1, 1, dtype=DTYPES[args.dtype], device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
-    for op in [args.op] if args.op else OPS:
-        print(explain(op, x))
+    ops = [args.op] if args.op else list(OPS)
+    print(explained.as_json(ops, x) if args.json else explained.table(ops, x))
     return 0
 
 

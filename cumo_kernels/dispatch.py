@@ -252,37 +252,65 @@ def use_backend(name: str | None):
         _forced = previous
 
 
-def explain(op: str, x: torch.Tensor, num_experts: int = 0) -> str:
-    """One line per backend: chosen, available, or the reason it refuses `op` on tensors like `x`.
+@dataclass(frozen=True)
+class Verdict:
+    """What one backend would do with a call."""
+
+    backend: str
+    state: str  # one of STATES
+    reason: str = ""
+
+
+STATES = {  # and how `explain` says them
+    "chosen": "chosen",
+    "able": "available",
+    "on request": "only on request",
+    "refused": "refuses",
+    "not asked": "not asked",
+}
+
+
+def judge(op: str, x: torch.Tensor, num_experts: int = 0) -> list[Verdict]:
+    """Every backend's verdict on `op` for tensors like `x`, in the order of `BACKENDS`.
 
     `num_experts` as for `choose`.
+
+    Raises:
+        ValueError: there is no such op.
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {sorted(OPS)}, got {op!r}")
     if _forced is not None:
         _check_name("CUMO_BACKEND", _forced)
-    lines = [f"{op} on {x.device.type} {str(x.dtype).removeprefix('torch.')}:"]
-    verdicts, proofs, able = {}, {}, []
+    states: dict[str, tuple[str, list[str | None]]] = {}
     for backend in BACKENDS:
-        reason = backend.refuse(op, x.device, x.dtype, num_experts)
-        unproven = None
+        name, reason = backend.name, backend.refuse(op, x.device, x.dtype, num_experts)
+        unproven = proof = None
         if reason is None and backend.on_request is not None:
             unproven = backend.on_request(op, x.device, x.dtype)
-            proofs[backend.name] = unproven or verified.proof(backend.name, op, x.dtype, x.device)[1]
-        if _forced not in (None, backend.name):
-            verdicts[backend.name] = f"not asked: {_forced} is forced"
+            proof = unproven or verified.proof(name, op, x.dtype, x.device)[1]
+        if _forced not in (None, name):
+            states[name] = "not asked", [f"{_forced} is forced"]
         elif reason is not None:
-            verdicts[backend.name] = f"refuses: {reason}"
+            states[name] = "refused", [reason]
         elif unproven is not None and _forced is None:
-            verdicts[backend.name] = f"only on request: {unproven}"
+            states[name] = "on request", [unproven]
         else:
-            verdicts[backend.name] = "available"
-            able.append(backend.name)
+            states[name] = "able", [proof, asks_host(name, op, x.device, x.dtype)]
+    able = [name for name, (state, _) in states.items() if state == "able"]
     if able:
         chosen, why = _prefer(op, x, able)
-        verdicts[chosen] = f"chosen: {why}" if why else "chosen"
-    for name in able:
-        notes = [proofs.get(name), asks_host(name, op, x.device, x.dtype)]
-        verdicts[name] = "; ".join([verdicts[name], *filter(None, notes)])
-    lines += [f"  {name:<10} {verdict}" for name, verdict in verdicts.items()]
+        states[chosen] = "chosen", [why or None, *states[chosen][1]]
+    return [Verdict(name, state, "; ".join(filter(None, words))) for name, (state, words) in states.items()]
+
+
+def explain(op: str, x: torch.Tensor, num_experts: int = 0) -> str:
+    """One line per backend: chosen, available, or the reason it refuses `op` on tensors like `x`.
+
+    `num_experts` as for `choose`.
+    """
+    lines = [f"{op} on {x.device.type} {str(x.dtype).removeprefix('torch.')}:"]
+    for verdict in judge(op, x, num_experts):
+        said = STATES[verdict.state]
+        lines.append(f"  {verdict.backend:<10} {said}{verdict.reason and f': {verdict.reason}'}")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """The choice of a backend: forced, refused, explained."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 import cumo_kernels
 from cumo_kernels import dispatch, explain, extension, hardware, measured, use_backend
+from cumo_kernels.__main__ import main
 from cumo_kernels.dispatch import BACKENDS, OPS
 
 
@@ -172,11 +174,31 @@ def test_environment_forces_a_backend():
     assert failed.returncode and "CUMO_BACKEND must be one of" in failed.stderr
 
 
-def test_command_line_explains():
-    done = run(
-        "from cumo_kernels.__main__ import main; main(['explain', '--op', 'route', '--device', 'cpu'])"
-    )
-    assert done.returncode == 0 and "route on cpu bfloat16:" in done.stdout
+def test_the_command_line_has_a_table_with_every_reason_once(capsys):
+    with use_backend(None):
+        assert main(["explain", "--device", "cpu"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert main(["explain", "--device", "cpu", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+    assert lines[0].startswith("cpu, torch ")
+    assert lines[2].split() == ["bfloat16", *(row.name for row in BACKENDS)]
+    table = {line.split()[0]: line for line in lines[3 : 3 + len(OPS)]}
+    assert list(table) == list(OPS) and all("chosen" in line for line in table.values())
+    numbered = [line.split(maxsplit=1) for line in lines[4 + len(OPS) :]]
+    assert [int(number) for number, _ in numbered] == list(range(1, len(numbered) + 1))
+    reasons = dict(numbered)
+    assert len(set(reasons.values())) == len(reasons)
+    assert [(row["op"], row["backend"]) for row in found] == [(op, b.name) for op in OPS for b in BACKENDS]
+    for row in found:
+        assert row["state"] in table[row["op"]] and row["state"] in dispatch.STATES
+        assert not row["reason"] or row["reason"] in reasons.values()
+
+
+def test_the_command_line_explains_one_op(capsys):
+    assert main(["explain", "--op", "route", "--device", "cpu", "--dtype", "fp64"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("route")] and "permute" not in out
+    assert "grouped_mm computes in fp32, fp16 and bf16, got torch.float64" in out
 
 
 @pytest.fixture

@@ -1,0 +1,53 @@
+"""python -m cumo_kernels explain: one table of ops and backends, and below it every reason once.
+
+expert_mlp           on request 1   refused 2      chosen         able 3
+1  not verified on nvidia_h100 in bfloat16: ...
+"""
+
+import json
+from collections.abc import Iterable
+
+import torch
+
+from cumo_kernels import dispatch, verified
+from cumo_kernels.hardware import gpu_of
+
+
+def machine(device: torch.device) -> str:
+    """What the verdicts are about, in words."""
+    name = gpu_of(device).name if device.type == "cuda" else device.type
+    return f"{name}, torch {torch.__version__}, triton {verified.triton_version()}"
+
+
+def table(ops: Iterable[str], x: torch.Tensor) -> str:
+    """A row per op, a column per backend, for tensors like `x`; numbers lead to the reasons below."""
+    notes: dict[str, int] = {}
+    rows = [(str(x.dtype).removeprefix("torch."), *(row.name for row in dispatch.BACKENDS))]
+    for op in ops:
+        cells = [op]
+        for verdict in dispatch.judge(op, x):
+            number = f" {notes.setdefault(verdict.reason, len(notes) + 1)}" if verdict.reason else ""
+            cells.append(f"{verdict.state}{number}")
+        rows.append(tuple(cells))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    reasons = [f"{number:>2}  {reason}" for reason, number in notes.items()]
+    return "\n".join([machine(x.device), "", *lines, "", *reasons]).rstrip()
+
+
+def as_json(ops: Iterable[str], x: torch.Tensor) -> str:
+    """The same as JSON: an object per op and backend; `source` is the hash that a proof has to name."""
+    rows = [
+        {
+            "machine": machine(x.device),
+            "op": op,
+            "dtype": str(x.dtype).removeprefix("torch."),
+            "backend": verdict.backend,
+            "state": verdict.state,
+            "reason": verdict.reason,
+            "source": verified.source_of(verdict.backend) if verdict.backend in verified.SOURCES else None,
+        }
+        for op in ops
+        for verdict in dispatch.judge(op, x)
+    ]
+    return json.dumps(rows, indent=1)
