@@ -270,7 +270,7 @@ def test_more_experts_than_a_backend_routes_to_go_to_another(monkeypatch):
 
 def test_the_measured_table_is_one():
     for gpu, rows in measured.TABLE.items():
-        assert hardware.find(gpu).name == gpu
+        assert gpu == measured.CPU or hardware.find(gpu).name == gpu
         for row in rows:
             assert row["op"] in OPS and set(row["ms"]) <= {row.name for row in BACKENDS}
             assert row["mode"] in ("forward", "both") and len(row["shape"]) == 2

@@ -81,7 +81,7 @@ def test_only_what_is_verified_runs_unasked(gpu):
     assert line("cuda") == f"cuda       only on request: {reason}"
     with dispatch.use_backend("cuda"):
         assert dispatch.choose("permute", X) == "cuda"
-        assert line("cuda") == f"cuda       chosen; {reason}"
+        assert line("cuda") == f"cuda       chosen: {reason}"
     assert verified.AGAIN == "force it to try, or run python -m cumo_kernels verify --record"
 
 
@@ -91,7 +91,7 @@ def test_of_two_verified_the_first_runs(gpu):
     assert line("triton").startswith(
         "triton     chosen: nothing is measured for this; verified on nvidia_h100"
     )
-    assert line("cuda").startswith("cuda       available; verified on nvidia_h100")
+    assert line("cuda").startswith("cuda       available: verified on nvidia_h100")
 
 
 def test_sorting_needs_every_op_that_sorts(gpu):
@@ -300,7 +300,7 @@ def test_green_and_whole_is_recorded(recorded, capsys):
 def test_what_is_recorded_is_believed(recorded, gpu):
     gpu(recorded(results() + results("cuda"), {}))
     assert dispatch.choose("permute", X) == "triton"
-    assert line("cuda").startswith("cuda       available; verified on nvidia_h100")
+    assert line("cuda").startswith("cuda       available: verified on nvidia_h100")
 
 
 def test_a_failure_takes_an_entry_out(recorded):
