@@ -192,10 +192,16 @@ def _check_name(source: str, name: str) -> str:
 _forced: str | None = os.environ.get("CUMO_BACKEND") or None
 
 
-def choose(op: str, x: torch.Tensor, num_experts: int = 0) -> str:
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call on these tensors has a backward pass."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def choose(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool = False) -> str:
     """Name of the backend that runs `op` on tensors like `x`; RuntimeError with the reasons if none does.
 
-    `num_experts` is for the ops of routing, where a backend may have a limit.
+    `num_experts` is for the ops of routing, where a backend may have a limit. `with_backward`, `needs_grad`
+    of what the op is called on, says which timings to compare: backward runs where forward ran.
     """
     if _forced is not None:
         _check_name("CUMO_BACKEND", _forced)
@@ -211,16 +217,16 @@ def choose(op: str, x: torch.Tensor, num_experts: int = 0) -> str:
                 reasons.append(f"{backend.name}: {reason}")
     if not able:
         raise RuntimeError(f"no backend runs {op} (forced: {_forced}): {'; '.join(reasons)}")
-    return _prefer(op, x, able)[0]
+    return _prefer(op, x, able, with_backward)[0]
 
 
-def _prefer(op: str, x: torch.Tensor, able: list[str]) -> tuple[str, str]:
+def _prefer(op: str, x: torch.Tensor, able: list[str], with_backward: bool) -> tuple[str, str]:
     """Which of several to take, and why."""
     # on a GPU the reference waits for the host, which a timing of the op alone does not show
     on_cpu = x.device.type == "cpu" and measured.machine_of(x.device) == measured.CPU
     rivals = able if on_cpu else [name for name in able if name != "reference"]
     if len(rivals) > 1:
-        return measured.fastest(op, x, rivals) or (rivals[0], "nothing is measured for this")
+        return measured.fastest(op, x, rivals, with_backward) or (rivals[0], "nothing is measured for this")
     return able[0], ""
 
 
@@ -270,10 +276,10 @@ STATES = {  # and how `explain` says them
 }
 
 
-def judge(op: str, x: torch.Tensor, num_experts: int = 0) -> list[Verdict]:
+def judge(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool | None = None) -> list[Verdict]:
     """Every backend's verdict on `op` for tensors like `x`, in the order of `BACKENDS`.
 
-    `num_experts` as for `choose`.
+    `num_experts` and `with_backward` as for `choose`; None: as gradients are enabled.
 
     Raises:
         ValueError: there is no such op.
@@ -299,18 +305,19 @@ def judge(op: str, x: torch.Tensor, num_experts: int = 0) -> list[Verdict]:
             states[name] = "able", [proof, asks_host(name, op, x.device, x.dtype)]
     able = [name for name, (state, _) in states.items() if state == "able"]
     if able:
-        chosen, why = _prefer(op, x, able)
+        with_backward = torch.is_grad_enabled() if with_backward is None else with_backward
+        chosen, why = _prefer(op, x, able, with_backward)
         states[chosen] = "chosen", [why or None, *states[chosen][1]]
     return [Verdict(name, state, "; ".join(filter(None, words))) for name, (state, words) in states.items()]
 
 
-def explain(op: str, x: torch.Tensor, num_experts: int = 0) -> str:
+def explain(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool | None = None) -> str:
     """One line per backend: chosen, available, or the reason it refuses `op` on tensors like `x`.
 
-    `num_experts` as for `choose`.
+    `num_experts` and `with_backward` as for `judge`.
     """
     lines = [f"{op} on {x.device.type} {str(x.dtype).removeprefix('torch.')}:"]
-    for verdict in judge(op, x, num_experts):
+    for verdict in judge(op, x, num_experts, with_backward):
         said = STATES[verdict.state]
         lines.append(f"  {verdict.backend:<10} {said}{verdict.reason and f': {verdict.reason}'}")
     return "\n".join(lines)

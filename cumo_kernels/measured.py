@@ -33,15 +33,15 @@ def machine_of(device: torch.device) -> str:
     return CPU if gpu is INTERPRETER else gpu.name
 
 
-def fastest(op: str, x: torch.Tensor, among: Sequence[str]) -> tuple[str, str] | None:
+def fastest(op: str, x: torch.Tensor, among: Sequence[str], with_backward: bool) -> tuple[str, str] | None:
     """The backend that took least at the nearest shape, and the reason; None without such data.
 
-    With gradients enabled that is forward and backward together: backward runs where forward ran.
+    `with_backward` compares forward and backward together: backward runs where forward ran.
     """
     # a row's result must not depend on how many come with it, so neither may its backend
     if not TABLE or x.ndim == 0 or torch.compiler.is_compiling() or BATCH_INVARIANT:
         return None
-    mode = "both" if torch.is_grad_enabled() else "forward"
+    mode = "both" if with_backward else "forward"
     return _fastest(machine_of(x.device), op, mode, x.dtype, tuple(x.shape), tuple(among))
 
 

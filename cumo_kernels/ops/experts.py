@@ -191,10 +191,6 @@ def _flops_backward(*shapes, out_shape=None, **kwargs):
     return 2 * _flops(*shapes[1:8])  # behind the upstream gradient the forward's own arguments
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def expert_mlp(
     x: Tensor,
     routing: Routing,
@@ -248,7 +244,8 @@ def expert_mlp(
         check_like("down_bias", down_bias, "x", x)
     if memory not in MEMORY_PLANS:
         raise ValueError(f"memory must be one of {MEMORY_PLANS}, got {memory!r}")
-    if not _needs_grad(x, routing.topk_weights, up_proj, down_proj, up_bias, down_bias):
+    has_backward = dispatch.needs_grad(x, routing.topk_weights, up_proj, down_proj, up_bias, down_bias)
+    if not has_backward:
         memory = "none"
     out, _, _ = _expert_mlp(
         x,
@@ -262,6 +259,6 @@ def expert_mlp(
         down_bias,
         activation,
         memory,
-        dispatch.choose("expert_mlp", x),
+        dispatch.choose("expert_mlp", x, with_backward=has_backward),
     )
     return out

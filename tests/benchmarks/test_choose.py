@@ -66,10 +66,9 @@ def test_a_gpu_run_fills_the_table_and_the_choice_follows(chosen, monkeypatch):
     measured._fastest.cache_clear()
     x = torch.empty(5000, 1024, dtype=torch.bfloat16)
     with hardware.assume(hardware.find("nvidia_h100")):
-        assert dispatch.choose("expert_mlp", x) == "cuda"
+        assert dispatch.choose("expert_mlp", x, with_backward=True) == "cuda"
         assert "cuda       chosen: measured on nvidia_h100 at 5770 x 1024" in explain("expert_mlp", x)
-        with torch.no_grad():
-            assert dispatch.choose("expert_mlp", x) == "triton"
+        assert dispatch.choose("expert_mlp", x) == "triton"
     with hardware.assume(hardware.find("nvidia_a100")):
         assert dispatch.choose("expert_mlp", x) == "triton"
         assert "triton     chosen: nothing is measured for this" in explain("expert_mlp", x)
@@ -103,9 +102,12 @@ def test_on_a_cpu_torch_and_the_reference_are_rivals(chosen, monkeypatch):
     monkeypatch.setattr(measured, "TABLE", table)
     measured._fastest.cache_clear()
     x = torch.empty(5000, 1024)
-    assert dispatch.choose("expert_mlp", x) == "reference"
+    assert dispatch.choose("expert_mlp", x, with_backward=True) == "reference"
     assert "reference  chosen: measured on cpu at 5770 x 1024" in explain("expert_mlp", x)
-    assert dispatch.choose("expert_mlp", x.bfloat16()) == "torch"  # nobody timed it: the first of the list
+    assert dispatch.choose("expert_mlp", x) == "torch"
+    assert (
+        dispatch.choose("expert_mlp", x.bfloat16(), with_backward=True) == "torch"
+    )  # nobody timed it: the first of the list
     measured._fastest.cache_clear()
 
 

@@ -7,6 +7,7 @@ import sys
 import sysconfig
 import types
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -226,14 +227,14 @@ def test_the_measured_backend_wins(monkeypatch, h100):
         {**row, "mode": "forward", "shape": [900, 4], "ms": {"triton": 0.1, "cuda": 0.2}},
     ]
     monkeypatch.setattr(measured, "TABLE", {"nvidia_h100": rows})
-    assert dispatch.choose("permute", x) == "cuda"
-    assert dispatch.choose("permute", x.half()) == "cuda"
-    assert dispatch.choose("permute", x[:150]) == "triton"
-    assert dispatch.choose("permute", x.repeat(1, 900)) == "triton"
-    assert dispatch.choose("combine", x) == "triton"
-    with torch.no_grad():
-        assert dispatch.choose("permute", x) == "triton"
-        text = explain("permute", x)
+    choose = partial(dispatch.choose, with_backward=True)
+    assert choose("permute", x) == "cuda"
+    assert choose("permute", x.half()) == "cuda"
+    assert choose("permute", x[:150]) == "triton"
+    assert choose("permute", x.repeat(1, 900)) == "triton"
+    assert choose("combine", x) == "triton"
+    assert dispatch.choose("permute", x) == "triton"
+    text = explain("permute", x, with_backward=False)
     assert (
         "triton     chosen: measured on nvidia_h100 at 900 x 4 bfloat16: triton 0.1 ms, cuda 0.2 ms" in text
     )
@@ -274,3 +275,42 @@ def test_the_measured_table_is_one():
         for row in rows:
             assert row["op"] in OPS and set(row["ms"]) <= {row.name for row in BACKENDS}
             assert row["mode"] in ("forward", "both") and len(row["shape"]) == 2
+
+
+@pytest.mark.parametrize("trained", [None, "x", "weights", "up", "down", "bias"])
+def test_timings_with_backward_count_where_an_input_needs_a_gradient(monkeypatch, trained):
+    rows = [
+        {"op": op, "mode": mode, "dtype": "float32", "shape": [6, 4], "ms": ms}
+        for op in ("expert_mlp", "grouped_gemm", "permute", "combine", "route", "activate")
+        for mode, ms in (
+            ("forward", {"torch": 2.0, "reference": 1.0}),
+            ("both", {"torch": 1.0, "reference": 2.0}),
+        )
+    ]
+    monkeypatch.setattr(measured, "TABLE", {measured.CPU: rows})
+    measured._fastest.cache_clear()
+    ran = []
+    implementation = dispatch.implementation
+    monkeypatch.setattr(
+        dispatch,
+        "implementation",
+        lambda backend, op: ran.append((op, backend)) or implementation(backend, op),
+    )
+    sizes = {"x": (6, 4), "weights": (6, 2), "up": (3, 8, 4), "down": (3, 4, 8), "bias": (3, 8)}
+    made = {name: torch.randn(size, requires_grad=name == trained) for name, size in sizes.items()}
+    indices = torch.tensor([[0, 1]] * 6)
+    plan = cumo_kernels.routing_from_topk(made["weights"], indices, 3)
+    with use_backend(None):
+        for enabled in (True, False):
+            ran.clear()
+            with torch.set_grad_enabled(enabled):
+                cumo_kernels.expert_mlp(
+                    made["x"], plan, made["up"], made["down"], made["bias"], activation="gelu"
+                )
+                cumo_kernels.permute(made["x"], plan)
+            wanted = {
+                "expert_mlp": "torch" if enabled and trained else "reference",
+                "permute": "torch" if enabled and trained == "x" else "reference",
+            }
+            assert dict(ran) == wanted
+    measured._fastest.cache_clear()
