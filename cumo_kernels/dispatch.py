@@ -19,6 +19,7 @@ import torch
 
 from cumo_kernels import extension, measured, verified
 from cumo_kernels.hardware import gpu_of
+from cumo_kernels.tracing import constant
 
 OPS = {  # op -> stem: the module of that name in every backend folder implements the op
     "route": "routing",
@@ -52,16 +53,7 @@ CUDA_EXPERTS = 256  # kMaxExperts of csrc/kernels.h
 Device = torch.device | str
 
 
-def _constant(function: Callable) -> Callable:
-    """Decorator: asks what only Python at large can answer; in a graph being compiled that is a constant.
-
-    As torch.compiler.assume_constant_result, which would import the compiler, a second's worth.
-    """
-    function._dynamo_marked_constant = True
-    return function
-
-
-@_constant
+@constant
 def _cuda_unfit(device: torch.device) -> str | None:
     return extension.unfit(device)
 
@@ -80,12 +72,12 @@ def _unfit_for_triton(device: torch.device) -> str | None:
     return None
 
 
-@_constant
+@constant
 def _triton_unfit(device: torch.device) -> str | None:
     return _unfit_for_triton(device)
 
 
-@_constant
+@constant
 def _unverified(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     proven, words = verified.proof(backend, op, dtype, device)
     return None if proven else words
@@ -130,7 +122,7 @@ def _refuse_reference(op: str, device: Device, dtype: torch.dtype, num_experts: 
     return _while_capturing("reference", op, torch.device(device), dtype)
 
 
-@_constant
+@constant
 def asks_host(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `op` makes a CUDA device wait for the host under that backend, or None."""
     if device.type != "cuda" or backend not in ("torch", "reference"):

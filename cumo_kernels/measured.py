@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from cumo_kernels.hardware import INTERPRETER, gpu_of
+from cumo_kernels.tracing import constant
 from cumo_kernels.tuning import BATCH_INVARIANT
 
 PATH = Path(__file__).with_name("measured.json")
@@ -38,25 +39,64 @@ def fastest(op: str, x: torch.Tensor, among: Sequence[str], with_backward: bool)
 
     `with_backward` compares forward and backward together: backward runs where forward ran.
     """
+    mode = "both" if with_backward else "forward"
+    if x.device.type == "cpu":
+        found = _on_cpus(op, mode, x.dtype, tuple(among))
+        if found is not None:
+            return found
     # a row's result must not depend on how many come with it, so neither may its backend
     if not TABLE or x.ndim == 0 or torch.compiler.is_compiling() or BATCH_INVARIANT:
         return None
-    mode = "both" if with_backward else "forward"
     return _fastest(machine_of(x.device), op, mode, x.dtype, tuple(x.shape), tuple(among))
+
+
+@constant
+def _on_cpus(op: str, mode: str, dtype: torch.dtype, among: tuple[str, ...]) -> tuple[str, str] | None:
+    """As `fastest`, over all shapes that were timed: a graph whose sizes are symbols gets the same answer."""
+    if gpu_of(torch.device("cpu")) is not INTERPRETER:  # CPU tensors stand for a GPU's
+        return None
+    return _mean(op, mode, dtype, among)
+
+
+@lru_cache(maxsize=4096)
+def _mean(op: str, mode: str, dtype: torch.dtype, among: tuple[str, ...]) -> tuple[str, str] | None:
+    rows = _rows(CPU, op, mode, dtype, among)
+    if not rows:
+        return None
+    # of each backend the geometric mean
+    times = {name: math.exp(sum(math.log(row["ms"][name]) for row in rows) / len(rows)) for name in among}
+    return min(times, key=times.get), f"measured on CPUs, {_spoken(dtype)}{_said(mode)}: {_list(times)}"
+
+
+def _spoken(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _said(mode: str) -> str:
+    return " with backward" if mode == "both" else ""
+
+
+def _list(times: dict[str, float]) -> str:
+    return ", ".join(f"{name} {ms:.4g} ms" for name, ms in times.items())
+
+
+def _rows(machine: str, op: str, mode: str, dtype: torch.dtype, among: Iterable[str]) -> list[dict]:
+    """Entries in which all of `among` were timed; torch may be missing in older ones of GPUs."""
+    kind, must = _spoken(dtype), [name for name in among if name != "torch" or machine == CPU]
+    return [
+        row
+        for row in TABLE.get(machine, ())
+        if (row["op"], row["mode"], ALIKE.get(row["dtype"], row["dtype"]))
+        == (op, mode, ALIKE.get(kind, kind))
+        and all(name in row["ms"] for name in must)
+    ]
 
 
 @lru_cache(maxsize=4096)
 def _fastest(
     gpu: str, op: str, mode: str, dtype: torch.dtype, shape: tuple[int, ...], among: tuple[str, ...]
 ) -> tuple[str, str] | None:
-    kind = str(dtype).removeprefix("torch.")
-    rows = [
-        row
-        for row in TABLE.get(gpu, ())
-        if (row["op"], row["mode"], ALIKE.get(row["dtype"], row["dtype"]))
-        == (op, mode, ALIKE.get(kind, kind))
-        and all(name in row["ms"] for name in among if name != "torch")  # older entries have only kernels
-    ]
+    rows = _rows(gpu, op, mode, dtype, among)
     if not rows:
         return None
     asked = (shape[0], math.prod(shape[1:]))
@@ -65,10 +105,14 @@ def _fastest(
     nearest = min(rows, key=lambda row: sum(map(octaves, row["shape"], asked)))
     times = {name: nearest["ms"][name] for name in among if name in nearest["ms"]}
     best = min(times, key=times.get)
-    spoken = ", ".join(f"{name} {ms:.4g} ms" for name, ms in times.items())
-    with_backward = " with backward" if mode == "both" else ""
     size = " x ".join(map(str, nearest["shape"]))
-    return best, f"measured on {gpu} at {size} {nearest['dtype']}{with_backward}: {spoken}"
+    return best, f"measured on {gpu} at {size} {nearest['dtype']}{_said(mode)}: {_list(times)}"
+
+
+def forget() -> None:
+    """After another TABLE."""
+    _mean.cache_clear()
+    _fastest.cache_clear()
 
 
 def save(table: dict[str, Iterable[dict]], path: Path = PATH) -> None:

@@ -24,10 +24,11 @@ ARROWS = {
     "cumo_kernels.activations": (),
     "cumo_kernels.hardware": (),
     "cumo_kernels.hostsync": (),
+    "cumo_kernels.tracing": (),
     "cumo_kernels.versions": (),
     "cumo_kernels.tuning": ("cumo_kernels.hardware",),
     "cumo_kernels.extension": ("cumo_kernels._C",),
-    "cumo_kernels.measured": ("cumo_kernels.hardware", "cumo_kernels.tuning"),
+    "cumo_kernels.measured": ("cumo_kernels.hardware", "cumo_kernels.tracing", "cumo_kernels.tuning"),
     "cumo_kernels.verified": (
         "cumo_kernels.extension",
         "cumo_kernels.hardware",
@@ -38,6 +39,7 @@ ARROWS = {
         "cumo_kernels.extension",
         "cumo_kernels.hardware",
         "cumo_kernels.measured",
+        "cumo_kernels.tracing",
         "cumo_kernels.verified",
     ),
     "cumo_kernels.ops*": (

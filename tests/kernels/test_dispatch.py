@@ -212,7 +212,7 @@ def h100():
 def test_the_measured_backend_wins(monkeypatch, h100):
     rivals = tuple(replace(row, refuse=lambda *_: None, on_request=None) for row in BACKENDS)
     monkeypatch.setattr(dispatch, "BACKENDS", rivals)
-    measured._fastest.cache_clear()
+    measured.forget()
     x = torch.zeros(900, 4, dtype=torch.bfloat16)
     monkeypatch.setattr(measured, "TABLE", {})
     assert dispatch.choose("permute", x) == "triton"
@@ -244,7 +244,7 @@ def test_the_measured_backend_wins(monkeypatch, h100):
     assert "triton     available" in text and "reference  available" in text
     with use_backend("reference"):
         assert dispatch.choose("permute", x) == "reference"
-    measured._fastest.cache_clear()
+    measured.forget()
 
 
 def test_more_experts_than_a_backend_routes_to_go_to_another(monkeypatch):
@@ -288,7 +288,7 @@ def test_timings_with_backward_count_where_an_input_needs_a_gradient(monkeypatch
         )
     ]
     monkeypatch.setattr(measured, "TABLE", {measured.CPU: rows})
-    measured._fastest.cache_clear()
+    measured.forget()
     ran = []
     implementation = dispatch.implementation
     monkeypatch.setattr(
@@ -313,4 +313,4 @@ def test_timings_with_backward_count_where_an_input_needs_a_gradient(monkeypatch
                 "permute": "torch" if enabled and trained == "x" else "reference",
             }
             assert dict(ran) == wanted
-    measured._fastest.cache_clear()
+    measured.forget()
