@@ -363,5 +363,9 @@ def test_families_differ():
 def test_triton_is_checked_in_the_interpreter_unasked(capsys):
     assert main(["verify", "--device", "cpu", "--op", "activate", "--few", "--dtype", "fp32"]) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines() if " activate " in line] == ["triton", "reference"]
+    assert [line.split()[0] for line in out.splitlines() if " activate " in line] == [
+        "triton",
+        "torch",
+        "reference",
+    ]
     assert "not checked: triton on a GPU" in out
