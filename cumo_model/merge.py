@@ -112,11 +112,26 @@ def as_tiles(pixel_values: Tensor | Sequence[Tensor] | None) -> Tensor | None:
     return pixel_values.flatten(0, 1) if pixel_values.ndim == 5 else pixel_values
 
 
+def _assert_on_device(holds: Tensor, words: str) -> None:
+    if not torch.compiler.is_compiling():
+        torch._assert_async(holds, words)
+
+
+def _are_whole(is_image: Tensor, wanted: list[int], lengths: Tensor | None) -> Tensor:
+    """() bool: what `check_placeholders` asks for, without a look at any value."""
+    most = torch.tensor(wanted, dtype=torch.long, device=is_image.device)
+    begun = is_image.sum(1).cumsum(0)  # tokens up to the end of each row
+    if lengths is not None:
+        lengths = lengths.to(is_image.device)
+        return ((lengths >= 0) & (lengths <= most)).all() & (begun[-1] == lengths.sum())
+    ends = torch.nn.functional.pad(most.cumsum(0), (1, 0))
+    return (begun[:, None] == ends).any(1).all() & (begun[-1] == ends[-1])
+
+
 def check_no_placeholders(is_image: Tensor, token: int) -> None:
     """No row holds a picture's token where no picture came; as `check_placeholders`."""
     if not values_at_hand(is_image):
-        if not torch.compiler.is_compiling():
-            torch._assert_async(~is_image.any(), f"pixel_values must come with image tokens (id {token})")
+        _assert_on_device(~is_image.any(), f"pixel_values must come with image tokens (id {token})")
     elif tokens := int(is_image.sum()):
         raise ValueError(
             f"pixel_values must come with the image tokens (id {token}) of input_ids, got none for {tokens}"
@@ -137,22 +152,20 @@ def check_placeholders(
 
     Raises:
         ValueError: for CPU tensors, saying what is where. A GPU would have to wait for the host to look, so
-            there the device asserts that the numbers agree, which a later call raises.
+            there the device asserts the same, which a later call raises.
     """
+    if lengths is not None and (lengths.shape != (len(wanted),) or lengths.is_floating_point()):
+        raise ValueError(
+            f"image_lengths must be ({len(wanted)},) integers, one for each image, "
+            f"got {tuple(lengths.shape)} {lengths.dtype}"
+        )
     if not values_at_hand(is_image):
-        if not torch.compiler.is_compiling():
-            total = sum(wanted) if lengths is None else lengths.sum()
-            torch._assert_async(
-                is_image.sum() == total,
-                f"input_ids must have an image token (id {token}) for each of {what}' features",
-            )
+        _assert_on_device(
+            _are_whole(is_image, wanted, lengths),
+            f"input_ids must have the image tokens (id {token}) of whole {what} in every row",
+        )
         return
     if lengths is not None:
-        if lengths.shape != (len(wanted),) or lengths.is_floating_point():
-            raise ValueError(
-                f"image_lengths must be ({len(wanted)},) integers, one for each image, "
-                f"got {tuple(lengths.shape)} {lengths.dtype}"
-            )
         values, total = lengths.tolist(), int(is_image.sum())
         if any(not 0 <= n <= most for n, most in zip(values, wanted, strict=True)) or sum(values) != total:
             most = f"[0, {wanted[0]}]" if len(set(wanted)) == 1 else f"[0, image's tokens {wanted}]"

@@ -1,14 +1,16 @@
 """A whole training step makes a GPU wait for the host nowhere but in transformers' own masks."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import cumo_kernels.integrations.transformers  # noqa: F401  registers "cumo"
-from cumo_kernels import use_backend
+from cumo_kernels import hostsync, use_backend
 from cumo_kernels.hostsync import HostSync, no_host_sync
+from cumo_model.merge import check_no_placeholders, check_placeholders
 
 # it looks whether a padding mask is all ones, to hand attention none; not while a graph is traced
 MASKS = "transformers.masking_utils"
@@ -60,3 +62,29 @@ def test_a_training_step_of_mixtral_with_our_experts():
             with pytest.raises(HostSync):  # its own loop asks which experts have tokens
                 steps["eager"]()
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted", "lengths", "right"),
+    [
+        ([4, 4], [4, 4], None, True),
+        ([8, 0], [4, 4], None, True),
+        ([3, 5], [3, 5], None, True),
+        ([0, 0], [], None, True),
+        ([6, 2], [4, 4], None, False),  # as many in all, and a picture in two rows
+        ([4, 0], [4, 4], None, False),
+        ([4, 4], [], None, False),
+        ([3, 2], [4, 4], [3, 2], True),
+        ([5, 0], [4, 4], [5, 0], False),
+        ([3, 3], [4, 4], [3, 2], False),
+    ],
+)
+def test_the_device_asserts_what_the_host_checks(rows, wanted, lengths, right, monkeypatch):
+    is_image = torch.arange(9) < torch.tensor(rows)[:, None]
+    lengths = None if lengths is None else torch.tensor(lengths)
+    for guarding, error in ((False, ValueError), (True, RuntimeError)):
+        monkeypatch.setattr(hostsync, "_guarding", guarding)
+        with nullcontext() if right else pytest.raises(error, match="image"):
+            check_placeholders(is_image, 60, wanted, lengths)
+        with nullcontext() if not any(rows) else pytest.raises(error, match="pixel_values must come with"):
+            check_no_placeholders(is_image, 60)
