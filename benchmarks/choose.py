@@ -1,4 +1,4 @@
-"""python -m benchmarks.choose: from timings on GPUs to cumo_kernels/measured.json, which `auto` looks at.
+"""python -m benchmarks.choose: from timings to cumo_kernels/measured.json, which `auto` looks at.
 
 An entry is one case whose backends were timed in turns within one run; of several runs the last counts.
 """
@@ -35,7 +35,7 @@ ON_CPU = ("torch", "reference")
 
 
 def entries(rows: Iterable[Row], rehearses: bool = False) -> dict[str, list[dict]]:
-    """GPU -> the entries that `rows` give, in the order of cases; to rehearse, of any machine."""
+    """GPU or measured.CPU -> the entries that `rows` give, in order of cases; rehearsing, of any machine."""
     timer = "cpu" if rehearses else "eager"
     cases: dict[tuple, dict[str, dict[str, float]]] = {}  # case -> run -> backend -> milliseconds
     for row in rows:
@@ -72,10 +72,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="of a CPU's rows: no choice, only its way")
     args = parser.parse_args(argv)
     if args.rehearse and args.out == measured.PATH:
-        parser.error("--rehearse must go with --out: a CPU's times choose nothing")
+        parser.error("--rehearse must go with --out: a rehearsal's times choose nothing")
     found = entries(record.read(args.results), args.rehearse)
     if not found:
-        print(f"choose: {args.results} has no case with {' and '.join(KERNELS)} both timed on a known GPU")
+        print(
+            f"choose: {args.results} has no case with {' and '.join(KERNELS)} both timed on a known GPU, "
+            f"and none with {' and '.join(ON_CPU)} on a CPU"
+        )
         return 0
     args.out.parent.mkdir(parents=True, exist_ok=True)
     measured.save(found, args.out)

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cumo_kernels.tracing import run_inside
+
 _ATEN = torch.ops.aten
 # their result, or its shape, is a number that the host has to read
 _READS = {
@@ -64,29 +66,25 @@ def _why(op, args: tuple, kwargs: dict) -> str | None:
     return None
 
 
-class _Dispatched(TorchDispatchMode):
+class _Excusing:
     def __init__(self, excused: tuple[str, ...]):
         super().__init__()
         self.excused = excused
 
+
+class _Dispatched(_Excusing, TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "cumo":  # an op of ours: look inside
             tensor = next(a for a in args if isinstance(a, Tensor))
-            keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, tensor.device.type.upper()))
-            with self:
-                return func.redispatch(keys, *args, **kwargs)
+            return run_inside(self, func, tensor.device.type, args, kwargs)
         reason = _why(func.overloadpacket, args, kwargs)
         if reason is not None and not _called_from(self.excused):
             raise HostSync(f"{func}: {reason}")
         return func(*args, **kwargs)
 
 
-class _Called(TorchFunctionMode):
-    def __init__(self, excused: tuple[str, ...]):
-        super().__init__()
-        self.excused = excused
-
+class _Called(_Excusing, TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _SILENT and not _called_from(self.excused):
             raise HostSync(f"Tensor.{func.__name__}: the host reads the tensor")

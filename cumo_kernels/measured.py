@@ -4,8 +4,9 @@
 
 gpu is a name of hardware.py, or "cpu" for all of them; shape that of the op's first tensor, mode "forward"
 without gradients or "both" with backward. `python -m benchmarks.choose` writes it from timings behind a green
-check, nobody by hand. For a GPU without entries, and in graphs that are being compiled, the first backend of
-dispatch.BACKENDS that can run wins.
+check, nobody by hand. On a GPU the entry of the nearest shape counts; without entries, and in graphs that are
+being compiled, the first backend of dispatch.BACKENDS that can run wins. On CPUs the mean over all shapes
+counts, in compiled graphs too.
 """
 
 import json
@@ -35,7 +36,7 @@ def machine_of(device: torch.device) -> str:
 
 
 def fastest(op: str, x: torch.Tensor, among: Sequence[str], with_backward: bool) -> tuple[str, str] | None:
-    """The backend that took least at the nearest shape, and the reason; None without such data.
+    """The backend that took least, as the head of this file says, and the reason; None without such data.
 
     `with_backward` compares forward and backward together: backward runs where forward ran.
     """
@@ -53,7 +54,7 @@ def fastest(op: str, x: torch.Tensor, among: Sequence[str], with_backward: bool)
 @constant
 def _on_cpus(op: str, mode: str, dtype: torch.dtype, among: tuple[str, ...]) -> tuple[str, str] | None:
     """As `fastest`, over all shapes that were timed: a graph whose sizes are symbols gets the same answer."""
-    if gpu_of(torch.device("cpu")) is not INTERPRETER:  # CPU tensors stand for a GPU's
+    if machine_of(torch.device("cpu")) != CPU:  # CPU tensors stand for a GPU's
         return None
     return _mean(op, mode, dtype, among)
 

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cumo_kernels.tracing import run_inside
+
 _ATEN = torch.ops.aten
 _PRODUCTS = {
     _ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm, _ATEN.mv, _ATEN.addmv, _ATEN.dot, _ATEN.vdot,
@@ -46,9 +48,7 @@ class UnsplitSums(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "cumo":  # an op of ours: the sums are inside
-            keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, self.generator.device.type.upper()))
-            with self:
-                return func.redispatch(keys, *args, **kwargs)
+            return run_inside(self, func, self.generator.device.type, args, kwargs)
         out = func(*args, **kwargs)
         op = func.overloadpacket
         if op not in _PRODUCTS | _SUMS or not out.is_floating_point() or out.numel() == 0:

@@ -1,6 +1,9 @@
-"""What torch.compile must take as it is."""
+"""How torch's compiler and its dispatch modes treat our functions."""
 
 from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def constant(function: Callable) -> Callable:
@@ -10,3 +13,10 @@ def constant(function: Callable) -> Callable:
     """
     function._dynamo_marked_constant = True
     return function
+
+
+def run_inside(mode: TorchDispatchMode, func, device_type: str, args: tuple, kwargs: dict):
+    """The implementation of an op of ours on that device, seen by `mode` operator by operator."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device_type.upper()))
+    with mode:
+        return func.redispatch(keys, *args, **kwargs)

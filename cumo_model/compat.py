@@ -12,33 +12,27 @@ CACHE = next(f.name for f in fields(CausalLMOutputWithPast) if f.name in ("cache
 CACHE_NAMES = ("cache", "past_key_values")
 
 
-def either_cache_name(forward: Callable) -> Callable:
-    """Decorator for methods with an argument `cache`, which then goes by its older name too."""
+def _cache_under(name: str) -> Callable[[Callable], Callable]:
+    """-> decorator for methods: the cache may come under either name, and goes on under `name`."""
 
-    @wraps(forward)
-    def forward_with(self, *args, **kwargs):
-        if "past_key_values" in kwargs:
-            older = kwargs.pop("past_key_values")
-            if kwargs.get("cache") is not None and older is not None:
+    def decorate(method: Callable) -> Callable:
+        @wraps(method)
+        def call(self, *args, **kwargs):
+            present = [kwargs.pop(known) for known in CACHE_NAMES if known in kwargs]
+            given = [cache for cache in present if cache is not None]
+            if len(given) == 2:
                 raise ValueError("cache and past_key_values are one argument under two names, got both")
-            if kwargs.get("cache") is None:
-                kwargs["cache"] = older
-        return forward(self, *args, **kwargs)
+            if present:
+                kwargs[name] = given[0] if given else None
+            return method(self, *args, **kwargs)
 
-    return forward_with
+        return call
+
+    return decorate
 
 
-def this_cache_name(generate: Callable) -> Callable:
-    """Decorator for `generate`: what comes under either name goes on under this release's."""
-
-    @wraps(generate)
-    def generate_with(self, *args, **kwargs):
-        given = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
-        if len(given) == 2:
-            raise ValueError("cache and past_key_values are one argument under two names, got both")
-        return generate(self, *args, **({CACHE: given[0]} if given else {}), **kwargs)
-
-    return generate_with
+either_cache_name = _cache_under("cache")  # for our own methods, which have an argument `cache`
+this_cache_name = _cache_under(CACHE)  # for those of transformers
 
 
 def cache_of(outputs) -> dict:

@@ -23,7 +23,7 @@ ARROWS = {
     "cumo_kernels.types": (),
     "cumo_kernels.activations": (),
     "cumo_kernels.hardware": (),
-    "cumo_kernels.hostsync": (),
+    "cumo_kernels.hostsync": ("cumo_kernels.tracing",),
     "cumo_kernels.tracing": (),
     "cumo_kernels.versions": (),
     "cumo_kernels.tuning": ("cumo_kernels.hardware",),
@@ -67,7 +67,7 @@ ARROWS = {
     ),
     "cumo_kernels.backends.cuda*": (".", "cumo_kernels.extension"),
     "cumo_kernels.testing": ("cumo_kernels.ops*", "cumo_kernels.rounding", "cumo_kernels.types"),
-    "cumo_kernels.rounding": (),
+    "cumo_kernels.rounding": ("cumo_kernels.tracing",),
     "cumo_kernels.integrations*": ("cumo_kernels", "cumo_kernels.ops*", "cumo_kernels.types"),
     "cumo_kernels": (
         "cumo_kernels.activations",

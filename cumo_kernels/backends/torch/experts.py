@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.backends.reference.permutation import to_slots
 from cumo_kernels.backends.torch.activation import activate
 from cumo_kernels.backends.torch.grouped_gemm import bias_product, product, weight_product
-from cumo_kernels.backends.torch.permutation import combine, gather, to_slots
+from cumo_kernels.backends.torch.permutation import combine, gather
 from cumo_kernels.backends.torch.rows import expert_of, parts, sorted_positions
 from cumo_kernels.types import accumulate_dtype
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from cumo_kernels.backends.reference.permutation import to_slots
 from cumo_kernels.backends.torch.rows import dropped, parts
 from cumo_kernels.types import accumulate_dtype
 
@@ -65,10 +66,3 @@ def combine_backward(
         torch.linalg.vecdot(row_grads, rows[part].to(wide), out=dots[part])
         grad_rows[part] = row_grads.mul_(weights[part])
     return grad_rows, to_slots(dots, inverse_permutation).view_as(topk_weights).to(topk_weights.dtype)
-
-
-def to_slots(by_position: Tensor, inverse_permutation: Tensor) -> Tensor:
-    """(S,) per sorted position -> (S,) per slot, zero for dropped slots."""
-    lost = dropped(inverse_permutation)
-    by_slot = by_position.index_select(0, inverse_permutation.clamp(min=0))
-    return by_slot if lost is None else by_slot.masked_fill_(lost, 0)
