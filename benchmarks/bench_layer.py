@@ -50,9 +50,7 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
         return out, *losses(stats.mean_probs, stats.top1_density, stats.mean_squared_logsumexp)
 
     def truth(x, gate, up, down, *b):
-        weights, indices, mean_probs, density, z = reference.route(
-            x, gate, None, shape.groups, shape.K, True, None
-        )
+        weights, indices, mean_probs, density, z = reference.route(x, gate, None, shape.groups, shape.K, True)
         _, offsets, permutation, inverse = reference.sort_by_expert(indices, shape.E)
         both = b or (None, None)
         plan = (weights, permutation, inverse, offsets)

@@ -41,7 +41,7 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
     plan = 4 * (2 * shape.slots + 2 * shape.slots)  # weights and ids, permutation and its inverse
     return Workload(
         run=run,
-        truth=lambda x, w: reference.route(x, w, None, shape.groups, shape.K, True, None)[::2],
+        truth=lambda x, w: reference.route(x, w, None, shape.groups, shape.K, True)[::2],
         inputs=(x, gate),
         flops=2 * shape.T * shape.H * shape.E,
         bytes=size * (x.numel() + gate.numel()) + plan,

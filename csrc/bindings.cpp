@@ -279,13 +279,10 @@ RouteTensors describe_route(const Tensor& x, const MaybeTensor& gate_weight, con
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& x, const MaybeTensor& gate_weight,
                                                          const MaybeTensor& group_offsets, int64_t num_groups,
-                                                         int64_t top_k, bool renormalize,
-                                                         const std::optional<std::string>& compat) {
+                                                         int64_t top_k, bool renormalize) {
   const Dtype dtype = dtype_of("x", x);
   RouteTensors t = describe_route(x, gate_weight, group_offsets, num_groups, top_k, renormalize);
   Route& r = t.r;
-  TORCH_CHECK_VALUE(!compat || *compat == "cumo" || *compat == "cumo_llm", "compat must be None, 'cumo' or 'cumo_llm', got '", *compat, "'");
-  r.compat = !compat ? Compat::none : *compat == "cumo" ? Compat::cumo : Compat::cumo_llm;
   Tensor weights = make(x, {r.T, r.K}, at::kFloat), indices = make(x, {r.T, r.K}, at::kInt);
   const auto stats = [&](at::IntArrayRef sizes) { return r.T ? make(x, sizes, at::kFloat) : zeros(x, sizes, at::kFloat); };
   Tensor mean_probs = stats({r.G, r.E}), density = stats({r.G, r.E}), z = stats({r.G});
@@ -383,10 +380,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::overload_cast<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&>(&combine_backward),
         arg("grad"), arg("rows"), arg("topk_weights"), arg("permutation"), arg("inverse_permutation"));
   m.def("route",
-        py::overload_cast<const Tensor&, const MaybeTensor&, const MaybeTensor&, int64_t, int64_t, bool,
-                          const std::optional<std::string>&>(&route),
-        arg("x"), arg("gate_weight"), arg("group_offsets"), arg("num_groups"), arg("top_k"), arg("renormalize"),
-        arg("compat"));
+        py::overload_cast<const Tensor&, const MaybeTensor&, const MaybeTensor&, int64_t, int64_t, bool>(&route),
+        arg("x"), arg("gate_weight"), arg("group_offsets"), arg("num_groups"), arg("top_k"), arg("renormalize"));
   m.def("route_backward",
         py::overload_cast<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&,
                           const MaybeTensor&, bool, bool, bool>(&route_backward),

@@ -13,7 +13,6 @@ namespace cumo {
 
 enum class Dtype { fp32, fp16, bf16 };
 enum class Act { none, quick_gelu, gelu, gelu_tanh, relu, silu };
-enum class Compat { none, cumo, cumo_llm };
 
 // Where a launch goes and what it may count on.
 struct Device {
@@ -31,7 +30,6 @@ struct Route {
   int64_t stride_x_t, stride_gate_e;
   int T, H, E, K, G;
   bool renormalize;
-  Compat compat;
 };
 int64_t route_scratch(const Route&);  // floats
 // weights (T, K) and the statistics fp32.

@@ -55,15 +55,6 @@ __device__ __forceinline__ Softmax softmax(const float (&logits)[kPerLane], floa
   return {top, total};
 }
 
-// logsumexp with every step rounded to T, as torch.logsumexp computes it in that dtype.
-template <class T, int kLanes, int kPerLane>
-__device__ __forceinline__ float logsumexp_in(const float (&logits)[kPerLane], float top) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) sum += rounded<T>(expf(rounded<T>(logits[i] - top)));
-  return rounded<T>(rounded<T>(logf(rounded<T>(sum_of_lanes<kLanes>(sum)))) + top);
-}
-
 struct Range {
   int begin, end;
 };
@@ -99,10 +90,9 @@ struct Stats {
 };
 
 // A column of the statistics of group g: probabilities, first choices, squared logsumexp.
-template <class T>
 __device__ __forceinline__ void store_mean(const Route& r, const Stats& stats, int64_t g, int col, float mean) {
   if (col < r.E) {
-    stats.mean_probs[g * r.E + col] = r.compat == Compat::cumo ? rounded<T>(mean) : mean;
+    stats.mean_probs[g * r.E + col] = mean;
   } else if (col < 2 * r.E) {
     stats.density[g * r.E + col - r.E] = mean;
   } else {
@@ -111,7 +101,6 @@ __device__ __forceinline__ void store_mean(const Route& r, const Stats& stats, i
 }
 
 // The means of group g, of `count` tokens, from the rows of its blocks; by all threads of a block.
-template <class T>
 __device__ __forceinline__ void add_up(const Route& r, const Stats& stats, int g, int first, int last, int count,
                                        float* partial) {
   const int width = 2 * r.E + 1, columns = width < kThreads ? width : kThreads, parts = kThreads / columns;
@@ -128,7 +117,7 @@ __device__ __forceinline__ void add_up(const Route& r, const Stats& stats, int g
     sync_block();
     if (part == 0 && col < width) {
       for (int other = 1; other < parts; ++other) sum += partial[other * columns + threadIdx.x];
-      store_mean<T>(r, stats, g, col, sum / static_cast<float>(count));
+      store_mean(r, stats, g, col, sum / static_cast<float>(count));
     }
     sync_block();
   }
@@ -172,20 +161,12 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
     float row[kPerLane], probs[kPerLane];
     load_logits<T, kLanes>(r, block_begin, local, shares, row);
     const Softmax soft = softmax<kLanes>(row, probs);
-    float square;
-    if (r.compat == Compat::none) {
-      const float lse = logf(soft.total) + soft.top;
-      square = lse * lse;
-    } else {
-      const float lse = logsumexp_in<T, kLanes>(row, soft.top);
-      square = rounded<T>(lse * lse);
-    }
+    const float lse = logf(soft.total) + soft.top;
     int keys[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int expert = lane + i * kLanes;
-      if (r.compat == Compat::cumo) probs[i] = rounded<T>(probs[i]);
-      keys[i] = expert < r.E ? rank_key(r.compat == Compat::cumo ? probs[i] : row[i]) : kNoKey;
+      keys[i] = expert < r.E ? rank_key(row[i]) : kNoKey;
       if (expert < r.E) token_probs[local * r.E + expert] = probs[i];
     }
     float kept = 0.0f;
@@ -212,12 +193,9 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
       if (lane == 0 && inside) indices[token * r.K + k] = expert;
     }
     sync_warp();
-    if (r.compat == Compat::cumo) kept = rounded<T>(kept);
-    for (int k = lane; k < r.K && inside; k += kLanes) {
-      const float weight = r.renormalize ? divide(chosen[k], kept) : chosen[k];
-      weights[token * r.K + k] = r.compat == Compat::none ? weight : rounded<T>(weight);
-    }
-    if (lane == 0) token_squares[local] = square, token_first[local] = first;
+    for (int k = lane; k < r.K && inside; k += kLanes)
+      weights[token * r.K + k] = r.renormalize ? divide(chosen[k], kept) : chosen[k];
+    if (lane == 0) token_squares[local] = lse * lse, token_first[local] = first;
     sync_warp();
   }
   sync_block();
@@ -244,12 +222,12 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
     sync_block();
     if (threadIdx.x == 0) *is_last = count_in(stats.arrivals + g) == last - first;
     sync_block();
-    if (*is_last) add_up<T>(r, stats, g, first, last, group.end - group.begin, partial);
+    if (*is_last) add_up(r, stats, g, first, last, group.end - group.begin, partial);
   }
   if (r.group_offsets == nullptr || blockIdx.x > 0) return;
   for (g = threadIdx.x; g < r.G; g += kThreads) {  // groups that no block has met
     const Range group = tokens_of_group(r, g);
-    for (int col = 0; group.begin >= group.end && col < width; ++col) store_mean<T>(r, stats, g, col, 0.0f);
+    for (int col = 0; group.begin >= group.end && col < width; ++col) store_mean(r, stats, g, col, 0.0f);
   }
 }
 

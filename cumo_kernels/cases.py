@@ -258,7 +258,7 @@ def _exact_logits(x: Tensor, gate: Tensor) -> Tensor:
 
 def _build_route(case: Case, device: str, draw: Callable[..., Tensor], generator: torch.Generator) -> Call:
     """Weights and statistics; a gate's logits must be `exact`, or their rounding decides who is chosen."""
-    args = (None, case.groups, case.K, True, None)
+    args = (None, case.groups, case.K, True)
     place = lambda x: laid_out(x, case.layout)
 
     def found(x: Tensor, *gate: Tensor) -> Routing:

@@ -295,10 +295,9 @@ def calls(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[str
     up_bias, down_bias = (None, None) if gated else (meta(E, W), meta(E, O))
     grads = wide(T, K), wide(1, E), wide(1)
 
-    yield "route from x", lambda: routing.route(x, gate, None, 1, K, True, None)
-    yield "route, cumo", lambda: routing.route(x, gate, None, 1, K, True, "cumo")
-    yield "route, ragged", lambda: routing.route(x, gate, ints(10), 9, K, True, None)
-    yield "route from logits", lambda: routing.route(logits, None, None, 1, K, True, None)
+    yield "route from x", lambda: routing.route(x, gate, None, 1, K, True)
+    yield "route, ragged", lambda: routing.route(x, gate, ints(10), 9, K, True)
+    yield "route from logits", lambda: routing.route(logits, None, None, 1, K, True)
     yield "route backward", lambda: routing.route_backward(*grads, x, gate, indices, None, True, True, True)
     yield (
         "route backward, frozen gate",

@@ -35,9 +35,10 @@ def _route(
     compat: str | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return dispatch.implementation(backend, "route")(
-        x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat
-    )
+    arguments = (x, gate_weight, group_offsets, num_groups, top_k, renormalize)
+    if compat is not None:  # torch.topk's own choice among equals, which no kernel repeats
+        return dispatch.implementation("torch", "route")(*arguments, compat)
+    return dispatch.implementation(backend, "route")(*arguments)
 
 
 @_route.register_fake
@@ -174,7 +175,7 @@ def route(
     """Softmax, top-k, renormalised weights, loss statistics, and the stable sort of slots by expert.
 
     CuMo section 3.1 (arXiv 2405.05949) as its code computes it: weights are divided by their sum. Ties go
-    to the lowest expert index.
+    to the lowest expert index; with `compat` to whom torch.topk gives them on this device.
 
     Args:
         x: (T, E) router logits, or (T, H) hidden states when `gate_weight` is given.
@@ -185,7 +186,8 @@ def route(
             counting in none.
         renormalize: divide each token's weights by their sum.
         compat: None computes in fp32; "cumo" repeats the original's rounding in CLIP and connector,
-            "cumo_llm" that in Mixtral.
+            "cumo_llm" that in Mixtral. Both choose and round by torch's own operators under every backend,
+            which then sorts, and computes the gradients.
 
     Returns:
         Routing with `stats`. Weights and statistics are fp32 (fp64 for fp64 input).

@@ -186,13 +186,9 @@ def test_compat_repeats_the_originals_rounding_bit_for_bit(place):
 
     with torch.no_grad():
         wanted = formulas(x)
-        # rounded probabilities tie, and which expert torch.topk then takes is nobody's promise
-        ranked = (
-            torch.softmax(layer.gate(x).flatten(0, 1).float(), -1).bfloat16().sort(-1, descending=True)[0]
-        )
-        untied = ranked[:, 1] != ranked[:, 2]
-        assert untied.float().mean() > 0.9  # most of what there is to compare
-        assert torch.equal(layer(x, groups=6).view(-1, width)[untied], wanted[untied])
+        ranked = torch.softmax(layer.gate(x).flatten(0, 1).float(), -1).bfloat16().sort(-1, descending=True)
+        assert (ranked.values[:, 1] == ranked.values[:, 2]).any()  # rounded probabilities tie
+        assert torch.equal(layer(x, groups=6).view(-1, width), wanted)
         layer.compat = None
         plain = layer(x, groups=6).view(-1, width)
         truth = formulas(x.double())

@@ -85,8 +85,7 @@ def test_compat_cumo_rounds_where_the_original_does(num_groups):
     routing = layer.route(x, groups=num_groups)
     z = layer.gate(x).view(num_groups, -1, 4)
     p = z.float().softmax(-1).bfloat16()
-    v, idx = p.sort(dim=-1, descending=True, stable=True)
-    v, idx = v[..., :2], idx[..., :2]
+    v, idx = p.topk(2)
     w = v / v.sum(-1, keepdim=True)
     assert torch.equal(routing.topk_indices, idx.flatten(0, 1).int())
     assert torch.equal(routing.topk_weights, w.flatten(0, 1).float())
@@ -102,7 +101,8 @@ def test_compat_cumo_llm_rounds_only_the_weights():
     x = torch.randn(40, 16, dtype=torch.bfloat16)
     routing = layer.route(x)
     p = layer.gate(x).float().softmax(-1)
-    v = p.gather(1, routing.topk_indices.long())
+    v, idx = p.topk(2)
+    assert torch.equal(routing.topk_indices, idx.int())
     assert torch.equal(routing.topk_weights, (v / v.sum(-1, keepdim=True)).bfloat16().float())
     assert torch.equal(routing.stats.mean_probs, p.mean(0, keepdim=True))
 

@@ -5,9 +5,10 @@
     mean_probs[g] = mean of p, top1_density[g] = share of idx[:, 0], over the tokens of group g
     mean_squared_logsumexp[g] = mean of logsumexp(logits)^2
 
-`compat` repeats the rounding of the original CuMo in the dtype d of the logits (cumo_spec.md 2.4):
+`compat` repeats the original CuMo in the dtype d of the logits (cumo_spec.md 2.4): both variants choose by
+torch.topk of p, whose choice among equals is that of this device, and compute logsumexp and its square in d;
 "cumo" (CLIP, connector) rounds p to d before the top-k and stays in d; "cumo_llm" rounds only the final
-weights; both compute logsumexp and its square in d.
+weights.
 """
 
 import torch
@@ -56,7 +57,7 @@ def route(
     num_groups: int,
     top_k: int,
     renormalize: bool,
-    compat: str | None,
+    compat: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> topk_weights (T, K), topk_indices (T, K) int32, mean_probs (G, E), top1_density (G, E), z (G,)."""
     logits = x if gate_weight is None else x @ gate_weight.T
@@ -65,9 +66,10 @@ def route(
     probs = logits.to(wide).softmax(-1)
     if compat == "cumo":
         probs = probs.to(dtype)
-    # ranked by logits: every backend then picks the same experts, whatever its exp() rounds to
-    ranked = probs if compat == "cumo" else logits
-    indices = ranked.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    if compat:
+        indices = probs.detach().topk(top_k).indices
+    else:  # ranked by logits: every backend then picks the same experts, whatever its exp() rounds to
+        indices = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = probs.gather(1, indices)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)

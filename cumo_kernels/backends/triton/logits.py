@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from cumo_kernels.backends.triton.common import dot, narrow, precise_exp
+from cumo_kernels.backends.triton.common import dot, narrow
 
 
 @triton.jit
@@ -69,18 +69,6 @@ def load_logits(
             other=0.0,
         ).to(tl.float32)
     return tl.where((experts < E)[None, :], logits, float("-inf"))
-
-
-@triton.jit
-def rounded(value, DTYPE: tl.constexpr):
-    return narrow(value, DTYPE).to(tl.float32)
-
-
-@triton.jit
-def logsumexp_in_dtype(logits, top, DTYPE: tl.constexpr):
-    """logsumexp with every step rounded to DTYPE, as torch.logsumexp computes it in that dtype."""
-    powers = rounded(precise_exp(rounded(logits - top[:, None], DTYPE)), DTYPE)
-    return rounded(rounded(tl.log(rounded(tl.sum(powers, 1), DTYPE)), DTYPE) + top, DTYPE)
 
 
 @triton.jit

@@ -34,9 +34,7 @@ from cumo_kernels.backends.triton.logits import (
     count_below,
     group_bounds,
     load_logits,
-    logsumexp_in_dtype,
     rank_keys,
-    rounded,
 )
 from cumo_kernels.backends.triton.sorting import sort_by_expert
 from cumo_kernels.backends.triton.tiles import sum_rows
@@ -44,7 +42,6 @@ from cumo_kernels.hardware import KIB, Gpu, gpu_of
 
 __all__ = ["route", "route_backward", "sort_by_expert"]
 
-COMPAT = {None: 0, "cumo": 1, "cumo_llm": 2}
 STAGES = 4  # tiles of x and of the gate that are under way at a time
 FUSED_GATE_EXPERTS = 32  # a wider gate has enough arithmetic for a GEMM of its own in backward
 
@@ -78,10 +75,8 @@ def _route_kernel(
     HAS_GATE: tl.constexpr,
     RAGGED: tl.constexpr,
     RENORMALIZE: tl.constexpr,
-    COMPAT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     tile = tl.program_id(0)
     num_tiles = tl.num_programs(0)
     tokens = tile * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -98,16 +93,10 @@ def _route_kernel(
     powers = precise_exp(logits - top[:, None])
     total = tl.sum(powers, 1)
     probs = tl.div_rn(powers, tl.broadcast_to(total[:, None], (BLOCK_T, BLOCK_E)))
-    if COMPAT == 1:
-        probs = rounded(probs, DTYPE)
-    if COMPAT == 0:
-        lse = tl.log(total) + top
-        squared = lse * lse
-    else:
-        lse = logsumexp_in_dtype(logits, top, DTYPE)
-        squared = rounded(lse * lse, DTYPE)
+    lse = tl.log(total) + top
+    squared = lse * lse
 
-    keys = rank_keys(probs if COMPAT == 1 else logits)
+    keys = rank_keys(logits)
     values = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
     indices = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.int32)
     for k in range(K):
@@ -120,11 +109,7 @@ def _route_kernel(
         keys = tl.where(chosen, -0x80000000, keys)
     if RENORMALIZE:
         kept = tl.sum(values, 1)
-        if COMPAT == 1:
-            kept = rounded(kept, DTYPE)
         values = tl.div_rn(values, tl.broadcast_to(kept[:, None], (BLOCK_T, BLOCK_K)))
-    if COMPAT != 0:
-        values = rounded(values, DTYPE)
     slots = tokens.to(tl.int64)[:, None] * K + choices[None, :]
     slot_mask = token_mask[:, None] & (choices < K)[None, :]
     tl.store(weights_ptr + slots, values, mask=slot_mask)
@@ -176,8 +161,6 @@ def _route_kernel(
                 z_acc += tl.load(rows_ptr + 2 * E, mask=row_mask, other=0.0, cache_modifier=".cg")
             count = tl.maximum(end - begin, 1).to(tl.float32)
             prob_mean = tl.sum(prob_acc, 0) / count
-            if COMPAT == 1:
-                prob_mean = rounded(prob_mean, DTYPE)
             out = tl.cast(g, tl.int64) * E + experts
             tl.store(mean_probs_ptr + out, prob_mean, mask=expert_mask)
             tl.store(density_ptr + out, tl.sum(first_acc, 0) / count, mask=expert_mask)
@@ -324,7 +307,7 @@ def _tiles(dtype: torch.dtype, width: int, num_experts: int, has_gate: bool, blo
 @planned
 def _plan(
     kernel, device: torch.device, dtype: torch.dtype, width: int, strides: tuple[int, int], num_experts: int,
-    has_gate: bool, block_t: int, ragged: bool, top_k: int, renormalize: bool, compat: str | None,
+    has_gate: bool, block_t: int, ragged: bool, top_k: int, renormalize: bool,
     precision: str, gpu: Gpu, need_x: bool = True, need_gate: bool = True,
 ) -> tuple[Launch, int]:  # fmt: skip
     """-> launch, tokens of a tile."""
@@ -335,7 +318,6 @@ def _plan(
         own = {
             "BLOCK_K": next_power_of_2(top_k),
             "BLOCK_R": rows,
-            "COMPAT": COMPAT[compat],
             "num_stages": STAGES,
         }
     launch = Launch(
@@ -353,7 +335,6 @@ def route(
     num_groups: int,
     top_k: int,
     renormalize: bool,
-    compat: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> topk_weights (T, K), topk_indices (T, K) int32, mean_probs (G, E), top1_density (G, E), z (G,)."""
     has_gate = gate_weight is not None
@@ -372,7 +353,7 @@ def route(
     gpu, ragged = gpu_of(x.device), group_offsets is not None
     launch, block_t = _plan(
         _route_kernel, x.device, x.dtype, hidden_size, (x.stride(0), gate.stride(0)), num_experts, has_gate,
-        _tokens_of_tile(num_tokens, gpu), ragged, top_k, renormalize, compat, input_precision(x.dtype), gpu,
+        _tokens_of_tile(num_tokens, gpu), ragged, top_k, renormalize, input_precision(x.dtype), gpu,
     )  # fmt: skip
     programs = cdiv(num_tokens, block_t)
     sums = torch.empty(programs + num_groups, 2 * num_experts + 1, **wide)
@@ -419,7 +400,7 @@ def route_backward(
     gpu, ragged = gpu_of(x.device), group_offsets is not None
     launch, block_t = _plan(
         _route_backward_kernel, x.device, x.dtype, hidden_size, (x.stride(0), gate.stride(0)), num_experts,
-        has_gate, _tokens_of_tile(num_tokens, gpu), ragged, topk_indices.shape[1], renormalize, None,
+        has_gate, _tokens_of_tile(num_tokens, gpu), ragged, topk_indices.shape[1], renormalize,
         input_precision(x.dtype), gpu, need_x, need_gate,
     )  # fmt: skip
     programs = cdiv(num_tokens, block_t)
