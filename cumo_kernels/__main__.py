@@ -1,4 +1,4 @@
-"""python -m cumo_kernels: `verify` the backends, `explain` which one runs, `bench`, `tune` tile sizes."""
+"""python -m cumo_kernels: `verify` the backends, `explain` which one runs, `self-check`, `bench`, `tune`."""
 
 import argparse
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cumo_kernels import __version__, explained, tune, verify
+from cumo_kernels import __version__, explained, selfcheck, tune, verify
 from cumo_kernels.dispatch import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,14 +33,17 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="an object for each op and backend")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     verify.add_arguments(commands.add_parser("verify", help="check every op and backend of this machine"))
+    selfcheck.add_arguments(
+        commands.add_parser("self-check", help="try on this GPU, once, what would run there unasked")
+    )
     commands.add_parser("bench", add_help=False, help="measure speed; options: bench --help")
     tune.add_arguments(commands.add_parser("tune", help="find tile sizes on this GPU and write its file"))
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["bench"]:
         return _bench(words[1:])
     args = parser.parse_args(words)
-    if args.command in ("tune", "verify"):
-        return {"tune": tune, "verify": verify}[args.command].main(args)
+    if (command := {"tune": tune, "verify": verify, "self-check": selfcheck}.get(args.command)) is not None:
+        return command.main(args)
     try:
         x = torch.empty(1, 1, dtype=DTYPES[args.dtype], device=args.device)
     except (RuntimeError, AssertionError) as error:

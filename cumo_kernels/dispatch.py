@@ -1,10 +1,11 @@
 """Which backend runs a call: one table, one rule, one error.
 
-Of the backends that do not refuse and that verified.json proves right on this GPU (`torch`, which is made of
-torch's own kernels, needs no proof), the fastest by measured.json wins, or without such data the first in
-`BACKENDS`; the reference never competes, and runs what nobody else can. `CUMO_BACKEND=name` or
-`use_backend(name)` leaves only that one, proven or not, and its refusal is then an error. The chosen name
-travels as an argument of the op, so backward and compiled graphs run on the backend that ran forward.
+Of the backends that do not refuse and that are proven right on this GPU, by verified.json or by a self-check
+(`torch`, which is made of torch's own kernels, needs no proof), the fastest by measured.json wins, or without
+such data the first in `BACKENDS`; the reference never competes, and runs what nobody else can.
+`CUMO_BACKEND=name` or `use_backend(name)` leaves only that one, proven or not, and its refusal is then an
+error. The chosen name travels as an argument of the op, so backward and compiled graphs run on the backend
+that ran forward. Graphs being compiled get the answer of eager calls, as constants.
 """
 
 import importlib
@@ -17,8 +18,8 @@ from functools import cache
 
 import torch
 
-from cumo_kernels import extension, measured, verified
-from cumo_kernels.hardware import gpu_of
+from cumo_kernels import extension, measured, proofs
+from cumo_kernels.hardware import INTERPRETER, gpu_of
 from cumo_kernels.tracing import constant
 
 OPS = {  # op -> stem: the module of that name in every backend folder implements the op
@@ -50,6 +51,7 @@ _TRITON_MISSING = _missing("triton") or _missing("cumo_kernels.backends.triton")
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CUDA_EXPERTS = 256  # kMaxExperts of csrc/kernels.h
+EXPERTS_TESTED = 256  # the most that verify has in a case
 Device = torch.device | str
 
 
@@ -75,12 +77,6 @@ def _unfit_for_triton(device: torch.device) -> str | None:
 @constant
 def _triton_unfit(device: torch.device) -> str | None:
     return _unfit_for_triton(device)
-
-
-@constant
-def _unverified(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    proven, words = verified.proof(backend, op, dtype, device)
-    return None if proven else words
 
 
 def _refuse_cuda(op: str, device: Device, dtype: torch.dtype, num_experts: int = 0) -> str | None:
@@ -138,23 +134,41 @@ def asks_host(backend: str, op: str, device: torch.device, dtype: torch.dtype) -
 
 
 def _while_capturing(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+    if device.type != "cuda" or torch.compiler.is_compiling():
         return None
     reason = asks_host(backend, op, device, dtype)
-    if reason is None or not torch.cuda.is_current_stream_capturing():
+    if reason is None or not _capturing(device):
         return None
     return f"a CUDA graph is being captured, and {reason}"
 
 
-def _unproven(name: str) -> Callable[..., str | None]:
-    """-> (op, device, dtype) -> why backend `name` runs such a call only when it is forced, or None."""
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
-    def ask(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        if device.type != "cuda" or _INTERPRET:
-            return "on CPU tensors, or interpreted, it is slow and for tests: force it to try"
-        return _unverified(name, op, device, dtype)
 
-    return ask
+@constant
+def _proofs(
+    names: tuple[str, ...], op: str, device: torch.device, dtype: torch.dtype, compiling: bool, asking: bool
+) -> tuple[tuple[bool, str], ...]:
+    """For each of `names` whether it may run such a call unasked, and why. `asking`: nobody calls now."""
+    if (device.type == "cuda" and _INTERPRET) or (device.type != "cuda" and gpu_of(device) is INTERPRETER):
+        return tuple((False, "on CPU tensors, or interpreted, it is slow and for tests") for _ in names)
+    may_check = not (compiling or asking or _capturing(device))
+    found = proofs.proofs(names, op, dtype, device, may_check)
+    if compiling and not asking and any(proof.passed is None for proof in found):
+        proofs.warn(
+            f"a graph with {op} is compiled before {' and '.join(names)} had a self-check on this GPU, so "
+            f"torch's kernels run in it: run {proofs.AHEAD} first, once for a machine"
+        )
+    return tuple((bool(proof.passed), proof.words) for proof in found)
+
+
+def _trusted(
+    names: list[str], op: str, x: torch.Tensor, num_experts: int, asking: bool = False
+) -> tuple[tuple[bool, str], ...]:
+    if num_experts > EXPERTS_TESTED:
+        return tuple((False, f"tested with up to {EXPERTS_TESTED} experts, got {num_experts}") for _ in names)
+    return _proofs(tuple(names), op, x.device, x.dtype, torch.compiler.is_compiling(), asking)
 
 
 @dataclass(frozen=True)
@@ -162,13 +176,12 @@ class Backend:
     name: str  # folder under cumo_kernels/backends
     # (op, device, dtype, num_experts) -> why it cannot run this call, or None
     refuse: Callable[..., str | None]
-    # (op, device, dtype) -> why it runs this call only when it is forced, or None; None: it never is the case
-    on_request: Callable[..., str | None] | None = None
+    needs_proof: bool = False  # to run a call for which it was not forced
 
 
 BACKENDS = (
-    Backend("triton", _refuse_triton, _unproven("triton")),
-    Backend("cuda", _refuse_cuda, _unproven("cuda")),
+    Backend("triton", _refuse_triton, needs_proof=True),
+    Backend("cuda", _refuse_cuda, needs_proof=True),
     Backend("torch", _refuse_torch),
     Backend("reference", _refuse_reference),
 )
@@ -195,31 +208,32 @@ def choose(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool =
     `num_experts` is for the ops of routing, where a backend may have a limit. `with_backward`, `needs_grad`
     of what the op is called on, says which timings to compare: backward runs where forward ran.
     """
+    reasons, able, unproven = [], [], []
     if _forced is not None:
         _check_name("CUMO_BACKEND", _forced)
-    reasons, able = [], []
     for backend in BACKENDS:
         if _forced is None or _forced == backend.name:
             reason = backend.refuse(op, x.device, x.dtype, num_experts)
-            if reason is None and _forced is None and backend.on_request is not None:
-                reason = backend.on_request(op, x.device, x.dtype)
-            if reason is None:
-                able.append(backend.name)
-            else:
+            if reason is not None:
                 reasons.append(f"{backend.name}: {reason}")
+            elif _forced is None and backend.needs_proof:
+                unproven.append(backend.name)
+            else:
+                able.append(backend.name)
+    if unproven:
+        answers = zip(unproven, _trusted(unproven, op, x, num_experts), strict=True)
+        able = [name for name, (trusted, _) in answers if trusted] + able
     if not able:
         raise RuntimeError(f"no backend runs {op} (forced: {_forced}): {'; '.join(reasons)}")
-    return _prefer(op, x, able, with_backward)[0]
+    if len(rivals := _rivals(x, able)) > 1:
+        return measured.fastest(op, x, rivals, with_backward) or rivals[0]
+    return able[0]
 
 
-def _prefer(op: str, x: torch.Tensor, able: list[str], with_backward: bool) -> tuple[str, str]:
-    """Which of several to take, and why."""
+def _rivals(x: torch.Tensor, able: list[str]) -> list[str]:
     # on a GPU the reference waits for the host, which a timing of the op alone does not show
     on_cpu = x.device.type == "cpu" and measured.machine_of(x.device) == measured.CPU
-    rivals = able if on_cpu else [name for name in able if name != "reference"]
-    if len(rivals) > 1:
-        return measured.fastest(op, x, rivals, with_backward) or (rivals[0], "nothing is measured for this")
-    return able[0], ""
+    return able if on_cpu else [name for name in able if name != "reference"]
 
 
 _implementations: dict[tuple[str, str], Callable] = {}
@@ -262,7 +276,6 @@ class Verdict:
 STATES = {  # and how `explain` says them
     "chosen": "chosen",
     "able": "available",
-    "on request": "only on request",
     "refused": "refuses",
     "not asked": "not asked",
 }
@@ -283,23 +296,25 @@ def judge(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool | 
     states: dict[str, tuple[str, list[str | None]]] = {}
     for backend in BACKENDS:
         name, reason = backend.name, backend.refuse(op, x.device, x.dtype, num_experts)
-        unproven = proof = None
-        if reason is None and backend.on_request is not None:
-            unproven = backend.on_request(op, x.device, x.dtype)
-            proof = unproven or verified.proof(name, op, x.dtype, x.device)[1]
+        trusted, proof = True, None
+        if reason is None and backend.needs_proof:
+            ((trusted, proof),) = _trusted([name], op, x, num_experts, asking=True)
         if _forced not in (None, name):
             states[name] = "not asked", [f"{_forced} is forced"]
         elif reason is not None:
             states[name] = "refused", [reason]
-        elif unproven is not None and _forced is None:
-            states[name] = "on request", [unproven]
+        elif not trusted and _forced is None:
+            states[name] = "refused", [proof, f"CUMO_BACKEND={name} forces it"]
         else:
             states[name] = "able", [proof, asks_host(name, op, x.device, x.dtype)]
     able = [name for name, (state, _) in states.items() if state == "able"]
     if able:
         with_backward = torch.is_grad_enabled() if with_backward is None else with_backward
-        chosen, why = _prefer(op, x, able, with_backward)
-        states[chosen] = "chosen", [why or None, *states[chosen][1]]
+        chosen, why = able[0], None
+        if len(rivals := _rivals(x, able)) > 1:
+            chosen = measured.fastest(op, x, rivals, with_backward) or rivals[0]
+            why = measured.reason(op, x, rivals, with_backward) or "nothing is measured for this"
+        states[chosen] = "chosen", [why, *states[chosen][1]]
     return [Verdict(name, state, "; ".join(filter(None, words))) for name, (state, words) in states.items()]
 
 

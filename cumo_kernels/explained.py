@@ -1,7 +1,7 @@
 """python -m cumo_kernels explain: one table of ops and backends, and below it every reason once.
 
-expert_mlp           on request 1   refused 2      chosen         able 3
-1  not verified on nvidia_h100 in bfloat16: ...
+expert_mlp           chosen 1       refused 2      able           able 3
+1  verified on nvidia_h100, 2026-11-28, torch 2.11, triton 3.6, 36 cases
 """
 
 import json

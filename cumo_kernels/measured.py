@@ -4,18 +4,20 @@
 
 gpu is a name of hardware.py, or "cpu" for all of them; shape that of the op's first tensor, mode "forward"
 without gradients or "both" with backward. `python -m benchmarks.choose` writes it from timings behind a green
-check, nobody by hand. On a GPU the entry of the nearest shape counts; without entries, and in graphs that are
-being compiled, the first backend of dispatch.BACKENDS that can run wins. On CPUs the mean over all shapes
-counts, in compiled graphs too.
+check, nobody by hand. On a GPU the entry with the nearest number of rows and then of columns counts, on CPUs
+the mean over all shapes. Graphs being compiled get the same answer; where it depends on a size that is a
+symbol, they are guarded at the size at which it changes, and nowhere else. Without entries the first backend
+of dispatch.BACKENDS that can run wins.
 """
 
 import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,38 +37,113 @@ def machine_of(device: torch.device) -> str:
     return CPU if gpu is INTERPRETER else gpu.name
 
 
-def fastest(op: str, x: torch.Tensor, among: Sequence[str], with_backward: bool) -> tuple[str, str] | None:
-    """The backend that took least, as the head of this file says, and the reason; None without such data.
+def fastest(op: str, x: torch.Tensor, among: Sequence[str], with_backward: bool) -> str | None:
+    """The backend that took least, as the head of this file says; None without such data.
 
     `with_backward` compares forward and backward together: backward runs where forward ran.
     """
-    mode = "both" if with_backward else "forward"
-    if x.device.type == "cpu":
-        found = _on_cpus(op, mode, x.dtype, tuple(among))
-        if found is not None:
-            return found
-    # a row's result must not depend on how many come with it, so neither may its backend
-    if not TABLE or x.ndim == 0 or torch.compiler.is_compiling() or BATCH_INVARIANT:
+    by_rows = _decisions(x.device, op, _mode(with_backward), x.dtype, tuple(among))
+    if not by_rows:
         return None
-    return _fastest(machine_of(x.device), op, mode, x.dtype, tuple(x.shape), tuple(among))
+    rows, columns = _size(x.shape)
+    for most_rows, by_columns in by_rows:
+        if most_rows is None or rows <= most_rows:
+            for most_columns, name in by_columns:
+                if most_columns is None or columns <= most_columns:
+                    return name
+    raise AssertionError("the last of each has no limit")
+
+
+def reason(op: str, x: torch.Tensor, among: Sequence[str], with_backward: bool) -> str | None:
+    """The timings behind `fastest`, in words."""
+    mode, among, machine = _mode(with_backward), tuple(among), machine_of(x.device)
+    if machine == CPU:
+        times = _mean(op, mode, x.dtype, among)
+        return times and f"measured on CPUs, {_spoken(x.dtype)}{_said(mode)}: {_list(times)}"
+    known = _rows(machine, op, mode, x.dtype, among)
+    if not known or BATCH_INVARIANT:
+        return None
+    entry = _nearest(known, *_size(x.shape))
+    size = " x ".join(map(str, entry["shape"]))
+    return f"measured on {machine} at {size} {entry['dtype']}{_said(mode)}: {_list(_times(entry, among))}"
+
+
+def _mode(with_backward: bool) -> str:
+    return "both" if with_backward else "forward"
+
+
+def _size(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns, which may be symbols."""
+    rows, columns = 1, 1
+    for i, length in enumerate(shape):
+        rows, columns = (length, columns) if i == 0 else (rows, columns * length)
+    return rows, columns
+
+
+# (most rows, ((most columns, backend), ...)), ...: the first that fits decides, None is no limit
+Decisions = tuple[tuple[int | None, tuple[tuple[int | None, str], ...]], ...]
 
 
 @constant
-def _on_cpus(op: str, mode: str, dtype: torch.dtype, among: tuple[str, ...]) -> tuple[str, str] | None:
-    """As `fastest`, over all shapes that were timed: a graph whose sizes are symbols gets the same answer."""
-    if machine_of(torch.device("cpu")) != CPU:  # CPU tensors stand for a GPU's
-        return None
-    return _mean(op, mode, dtype, among)
+def _decisions(
+    device: torch.device, op: str, mode: str, dtype: torch.dtype, among: tuple[str, ...]
+) -> Decisions:
+    return _decided(machine_of(device), op, mode, dtype, among)
 
 
 @lru_cache(maxsize=4096)
-def _mean(op: str, mode: str, dtype: torch.dtype, among: tuple[str, ...]) -> tuple[str, str] | None:
+def _decided(machine: str, op: str, mode: str, dtype: torch.dtype, among: tuple[str, ...]) -> Decisions:
+    if machine == CPU:
+        times = _mean(op, mode, dtype, among)
+        return ((None, ((None, min(times, key=times.get)),)),) if times else ()
+    known = _rows(machine, op, mode, dtype, among)
+    # a row's result must not depend on how many come with it, so neither may its backend
+    if not known or BATCH_INVARIANT:
+        return ()
+
+    def best(rows: int, columns: int) -> str:
+        times = _times(_nearest(known, rows, columns), among)
+        return min(times, key=times.get)
+
+    rows, columns = ({_size(row["shape"])[i] for row in known} for i in (0, 1))
+    return _steps(rows, lambda some: _steps(columns, lambda few: best(some, few)))
+
+
+def _steps(sizes: set[int], decide: Callable[[int], Any]) -> tuple[tuple[int | None, Any], ...]:
+    """What is decided up to which size; neighbours with the same answer are one."""
+    steps: list[tuple[int | None, Any]] = []
+    ascending = sorted(sizes)
+    for size, following in zip(ascending, [*ascending[1:], None], strict=True):
+        # halfway in octaves: 500 rows are nearer to 1000 than to 100
+        most = None if following is None else math.floor(math.sqrt((size + 1) * (following + 1)) - 1)
+        if steps and steps[-1][1] == decide(size):
+            steps.pop()
+        steps.append((most, decide(size)))
+    return tuple(steps)
+
+
+def _nearest(known: list[dict], rows: int, columns: int) -> dict:
+    octaves = lambda a, b: abs(math.log2((a + 1) / (b + 1)))
+    sizes = [_size(row["shape"]) for row in known]
+    # each to the nearest there is in any entry, as `_decided` does, and then the entry nearest to both
+    rows, columns = (
+        min(sorted(all_of), key=lambda one, size=size: octaves(one, size))
+        for all_of, size in zip(zip(*sizes, strict=True), (rows, columns), strict=True)
+    )
+    return min(known, key=lambda row: sum(map(octaves, _size(row["shape"]), (rows, columns))))
+
+
+def _times(entry: dict, among: Iterable[str]) -> dict[str, float]:
+    return {name: entry["ms"][name] for name in among if name in entry["ms"]}
+
+
+@lru_cache(maxsize=4096)
+def _mean(op: str, mode: str, dtype: torch.dtype, among: tuple[str, ...]) -> dict[str, float] | None:
+    """Of each backend the geometric mean over all shapes that were timed on CPUs."""
     rows = _rows(CPU, op, mode, dtype, among)
     if not rows:
         return None
-    # of each backend the geometric mean
-    times = {name: math.exp(sum(math.log(row["ms"][name]) for row in rows) / len(rows)) for name in among}
-    return min(times, key=times.get), f"measured on CPUs, {_spoken(dtype)}{_said(mode)}: {_list(times)}"
+    return {name: math.exp(sum(math.log(row["ms"][name]) for row in rows) / len(rows)) for name in among}
 
 
 def _spoken(dtype: torch.dtype) -> str:
@@ -93,27 +170,10 @@ def _rows(machine: str, op: str, mode: str, dtype: torch.dtype, among: Iterable[
     ]
 
 
-@lru_cache(maxsize=4096)
-def _fastest(
-    gpu: str, op: str, mode: str, dtype: torch.dtype, shape: tuple[int, ...], among: tuple[str, ...]
-) -> tuple[str, str] | None:
-    rows = _rows(gpu, op, mode, dtype, among)
-    if not rows:
-        return None
-    asked = (shape[0], math.prod(shape[1:]))
-    # in octaves: 500 rows are nearer to 1000 than to 100
-    octaves = lambda a, b: abs(math.log2((a + 1) / (b + 1)))
-    nearest = min(rows, key=lambda row: sum(map(octaves, row["shape"], asked)))
-    times = {name: nearest["ms"][name] for name in among if name in nearest["ms"]}
-    best = min(times, key=times.get)
-    size = " x ".join(map(str, nearest["shape"]))
-    return best, f"measured on {gpu} at {size} {nearest['dtype']}{_said(mode)}: {_list(times)}"
-
-
 def forget() -> None:
     """After another TABLE."""
     _mean.cache_clear()
-    _fastest.cache_clear()
+    _decided.cache_clear()
 
 
 def save(table: dict[str, Iterable[dict]], path: Path = PATH) -> None:

@@ -24,9 +24,9 @@ import torch
 
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.cases import Case, parse
+from cumo_kernels.proofs import COMMAND
 from cumo_kernels.testing import ROUNDS, SMALL
 
-COMMAND = (sys.executable, "-m", "cumo_kernels")
 START = 180.0  # seconds until a worker must have imported what it needs
 GRACE = 30.0  # seconds that a worker's own watchdog is given before the parent kills it
 WRAP_UP = 5.0  # seconds that cases under way have when the time for all is over
@@ -35,6 +35,7 @@ TRIES = 3  # workers of a backend that may end before their first case, in a row
 CONTEXT = 3 << 28  # bytes of the GPU that a process has before its first tensor
 SHARE = 0.8  # of the GPU's memory, what is asked for
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED", "signal SIGKILL")
+NO_PROCESS = "no process for"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ class Job:
     backend: str
     family: str
     case: Case
+
+
+def _out_of_memory(failures: Iterable[str]) -> bool:
+    return any(word in reason for reason in failures for word in OUT_OF_MEMORY)
+
+
+def of_the_machine(failures: Iterable[str]) -> bool:
+    """Whether a case failed for what this machine lacks, which says nothing about the backend."""
+    return _out_of_memory(failures) or any(reason.startswith(NO_PROCESS) for reason in failures)
 
 
 def bytes_of(case: Case) -> int:
@@ -301,11 +311,11 @@ class Shards:
         mine = [job for job in self.left if job.backend == backend]
         if self.misses[backend] >= TRIES and mine:
             self.left = [job for job in self.left if job.backend != backend]
-            self.note(self._failure(mine[0], f"no process for {backend} starts, {words}"))
+            self.note(self._failure(mine[0], f"{NO_PROCESS} {backend} starts, {words}"))
             self.missing.append(f"{len(mine) - 1} cases of {backend}: no process for it starts")
 
     def _finish(self, job: Job, result: dict, total: int, retry: bool) -> None:
-        if retry and any(word in reason for reason in result["failures"] for word in OUT_OF_MEMORY):
+        if retry and _out_of_memory(result["failures"]):
             self.again.append(job)
             return
         self.note(result)

@@ -12,6 +12,7 @@ from cumo_kernels import cases, dispatch, extension, hardware, verified
 from cumo_kernels.cases import parse
 from cumo_kernels.hardware import gpu_of
 from cumo_kernels.problems import DTYPES
+from cumo_kernels.shards import of_the_machine
 
 SWITCHES = (  # environment variables that change which code a case runs
     "TRITON_INTERPRET", "CUMO_EMULATE", "CUMO_EMULATE_CAPABILITY", "CUMO_EMULATE_SMS",
@@ -91,7 +92,7 @@ def rehearses(args: argparse.Namespace, device: str) -> bool:
 
 
 def record(results: list[Result], args: argparse.Namespace, log: Callable[[str], None]) -> None:
-    """verified.json gets each (backend, op, dtype) whose cases all ran and passed, and loses what failed."""
+    """verified.json gets each (backend, op, dtype) whose cases all ran and passed, or of which one failed."""
     groups: dict[verified.Group, list[Result]] = {}
     name = lambda dtype: str(DTYPES[dtype]).removeprefix("torch.")
     stale = extension.outdated()
@@ -106,11 +107,15 @@ def record(results: list[Result], args: argparse.Namespace, log: Callable[[str],
     dtypes, ops = tuple(args.dtype or DTYPES), tuple(args.op or cases.OPS)
     for _, case in cases.survey("cuda", False, dtypes, ops, tiny):
         wanted[case.op, name(case.dtype)] = wanted.get((case.op, name(case.dtype)), 0) + 1
-    failed = {group for group, rows in groups.items() if any(row.failures for row in rows)}
-    whole = {group: len(rows) for group, rows in groups.items() if len(rows) == wanted[group[1:]]}
-    passed = {group: number for group, number in whole.items() if group not in failed}
+    ran, failed = {}, {}
+    for group, rows in groups.items():
+        rows = [row for row in rows if not of_the_machine(row.failures)]
+        ran[group] = len(rows)
+        if number := sum(bool(row.failures) for row in rows):
+            failed[group] = number, len(rows)
+    passed = {g: number for g, number in ran.items() if number == wanted[g[1:]] and g not in failed}
     gpu = hardware.find("nvidia_h100") if tiny else gpu_of(torch.device("cuda"))
-    written, removed = verified.record(passed, failed, gpu, Path(args.record))
-    log(f"recorded for {gpu.name} in {args.record}: {written} entries written, {removed} removed")
-    for group in groups.keys() - whole.keys() - failed:
-        log(f"not recorded, {len(groups[group])} of {wanted[group[1:]]} cases ran: {' '.join(group)}")
+    right, wrong = verified.record(passed, failed, gpu, Path(args.record))
+    log(f"recorded for {gpu.name} in {args.record}: {right} that passed, {wrong} that failed")
+    for group in groups.keys() - passed.keys() - failed.keys():
+        log(f"not recorded, {ran[group]} of {wanted[group[1:]]} cases ran: {' '.join(group)}")

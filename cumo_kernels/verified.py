@@ -2,13 +2,14 @@
 
     {gpu: [{"backend": "triton", "op": "expert_mlp", "dtype": "bfloat16", "cases": 36, "date": "2026-11-28",
             "torch": "2.11.0+cu130", "triton": "3.6.0", "driver": ..., "code": "", "commit": ...,
-            "source": hash}]}
+            "source": hash, "failed": 0}]}
 
 gpu is a name of hardware.py, op one of a case (`COVERS` says which calls it stands for), code the
-architecture whose machine code of csrc/ ran. `python -m cumo_kernels verify --record` writes it, nobody by
-hand. An entry counts while the files that decide what the backend computes have the same hash, with the same
-major.minor of torch and, for Triton, of triton. A GPU without a list of its own uses that of the one whose
-tiles it uses (`tiles_of`: same multiprocessors, same machine code); an empty list says that nothing passed.
+architecture whose machine code of csrc/ ran, failed how many of the cases did. `python -m cumo_kernels verify
+--record` writes it, nobody by hand. An entry counts while the files that decide what the backend computes
+have the same hash, with the same major.minor of torch and, for Triton, of triton. A GPU without a list of its
+own uses that of the one whose tiles it uses (`tiles_of`: same multiprocessors, same machine code). What no
+entry tells, a self-check does (selfcheck.py).
 
 Tile sizes, configs/*.json, are not in the hash. They choose among instances of the same code, and so does
 every shape: verify cannot run each instance anyway, and `tune` would undo the proof of what it made faster.
@@ -21,10 +22,11 @@ import json
 import os
 import subprocess
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -58,7 +60,8 @@ SOURCES = {  # backend -> the files that decide what it computes
     ),
 }
 KEYS = {
-    "backend", "op", "dtype", "cases", "date", "torch", "triton", "driver", "commit", "code", "source",
+    "backend", "op", "dtype", "cases", "failed", "date", "torch", "triton", "driver", "commit", "code",
+    "source",
 }  # fmt: skip
 OTHER_CODE = (
     "TRITON_INTERPRET",
@@ -66,8 +69,14 @@ OTHER_CODE = (
     "CUMO_BATCH_INVARIANT",
     "TRITON_FORCE_DISABLE_FP_FUSION",
 )  # not what runs unasked
-AGAIN = "force it to try, or run python -m cumo_kernels verify --record"
 Group = tuple[str, str, str]  # backend, op of a case, dtype ("bfloat16")
+
+
+class Proof(NamedTuple):
+    """Whether a backend is right; None where nobody knows."""
+
+    passed: bool | None
+    words: str
 
 
 def load(path: Path = PATH) -> dict[str, list[dict]]:
@@ -117,39 +126,43 @@ def other_code() -> list[str]:
 
 
 @cache
-def proof(backend: str, op: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-    """Whether `backend` is verified for the call `op` of dispatch.OPS on the CUDA device, and why."""
-    if not torch.cuda.is_available():  # fake tensors of a compiler
-        return False, f"not verified: there is no CUDA device here to know it by; {AGAIN}"
+def proof(backend: str, op: str, dtype: torch.dtype, device: torch.device) -> Proof:
+    """What verified.json says of `backend` for the call `op` of dispatch.OPS on `device`."""
+    if device.type == "cuda" and not torch.cuda.is_available():  # fake tensors of a compiler
+        return Proof(None, "not verified: there is no CUDA device here to know it by")
     if backend == "cuda" and (stale := extension.outdated()) is not None:
-        return False, f"not verified: {stale}"
+        return Proof(None, f"not verified: {stale}")
     if others := other_code():
-        return False, f"not verified under {others[0]}: force it to try (CUMO_BACKEND={backend})"
+        return Proof(None, f"not verified under {others[0]}")
     return _proof(backend, op, str(dtype).removeprefix("torch."), gpu_of(device), _code(backend, device))
 
 
-def _proof(backend: str, op: str, dtype: str, gpu: Gpu, code: str) -> tuple[bool, str]:
+def _proof(backend: str, op: str, dtype: str, gpu: Gpu, code: str) -> Proof:
     own = gpu.name in TABLE
     where = gpu.name if own or gpu.tiles_of is None else gpu.tiles_of
     spoken = where if own or where == gpu.name else f"{where}, whose multiprocessors {gpu.name} has"
     rows = {_group(row): row for row in TABLE.get(where, ())}
-    asked = [rows.get((backend, case, dtype)) for case, calls in COVERS.items() if op in calls]
-    if None in asked or not asked:
-        return False, f"not verified on {gpu.name} in {dtype}: {AGAIN}"
-    for row in asked:
-        known = f"verified on {spoken}, {row['date']}"
+    asked = [
+        row for case, calls in COVERS.items() if op in calls for row in [rows.get((backend, case, dtype))]
+    ]
+    for row in filter(None, asked):
+        known = f"{'failed verify' if row['failed'] else 'verified'} on {spoken}, {row['date']}"
         if source_of(backend) not in (None, row["source"]):
-            return False, f"{known}, but its source has changed since: {AGAIN}"
+            return Proof(None, f"{known}, but its source has changed since")
         if row["code"] != code:
-            return False, f"{known}, as compiled for {row['code']}, but this is for {code}: {AGAIN}"
+            return Proof(None, f"{known}, as compiled for {row['code']}, but this is for {code}")
         for name, running in (("torch", torch.__version__), ("triton", triton_version())):
             if (name == "torch" or backend == "triton") and series(row[name]) != series(running):
-                return False, f"{known}, with {name} {series(row[name])}, but this is {running}: {AGAIN}"
+                return Proof(None, f"{known}, with {name} {series(row[name])}, but this is {running}")
+        if row["failed"]:
+            return Proof(False, f"{known}: {row['failed']} of {row['cases']} cases of {row['op']}")
+    if None in asked or not asked:
+        return Proof(None, f"not verified on {gpu.name} in {dtype}")
     first = min(asked, key=lambda row: row["date"])
     agreed = f"torch {series(first['torch'])}"
     agreed += f", triton {series(first['triton'])}" if backend == "triton" else ""
     cases = sum(row["cases"] for row in asked)
-    return True, f"verified on {spoken}, {first['date']}, {agreed}, {cases} cases"
+    return Proof(True, f"verified on {spoken}, {first['date']}, {agreed}, {cases} cases")
 
 
 def check_known(gpu: Gpu) -> None:
@@ -160,18 +173,20 @@ def check_known(gpu: Gpu) -> None:
 
 
 def record(
-    passed: Mapping[Group, int], failed: Iterable[Group], gpu: Gpu, path: Path = PATH
+    passed: Mapping[Group, int], failed: Mapping[Group, tuple[int, int]], gpu: Gpu, path: Path = PATH
 ) -> tuple[int, int]:
-    """Put what passed, with its number of cases, into the file, and take what failed out; all or nothing.
+    """Put into the file, all or nothing, what passed and what failed.
+
+    Args:
+        passed: group -> number of its cases.
+        failed: group -> number of those that failed, and of those that ran.
 
     Returns:
-        Entries written, entries removed.
+        Entries written of what passed, and of what failed.
     """
     check_known(gpu)
-    failed = set(failed)
     table = load(path) if path.exists() else {}
-    old = table.get(gpu.name, [])
-    kept = [row for row in old if _group(row) not in failed and _group(row) not in passed]
+    kept = [row for row in table.get(gpu.name, []) if _group(row) not in failed.keys() | passed.keys()]
     common = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "torch": torch.__version__,
@@ -179,16 +194,16 @@ def record(
         "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "commit": first_line("git", "rev-parse", "--short=10", "HEAD") or os.environ.get("CUMO_COMMIT", ""),
     }
+    numbers = {group: (0, cases) for group, cases in passed.items()} | dict(failed)
     new = [
-        {"backend": backend, "op": op, "dtype": dtype, "cases": cases, **common}
+        {"backend": backend, "op": op, "dtype": dtype, "cases": cases, "failed": bad, **common}
         | {"code": _code(backend, "cuda"), "source": source_of(backend)}
-        for (backend, op, dtype), cases in passed.items()
-        if (backend, op, dtype) not in failed
+        for (backend, op, dtype), (bad, cases) in numbers.items()
     ]
     table[gpu.name] = sorted([*kept, *new], key=_group)
     path.parent.mkdir(parents=True, exist_ok=True)
     measured.write(table, path)
-    return len(new), sum(_group(row) in failed for row in old)
+    return len(numbers) - len(failed), len(failed)
 
 
 def first_line(*command: str) -> str:

@@ -259,6 +259,6 @@ def expert_mlp(
         down_bias,
         activation,
         memory,
-        dispatch.choose("expert_mlp", x, with_backward=has_backward),
+        dispatch.choose("expert_mlp", x, num_experts, has_backward),
     )
     return out

@@ -252,5 +252,5 @@ def routing_from_topk(topk_weights: Tensor, topk_indices: Tensor, num_experts: i
             raise ValueError(f"topk_indices must lie in [0, {num_experts}], got values from {low} to {high}")
     weights = topk_weights.to(accumulate_dtype(topk_weights.dtype))
     indices = topk_indices.int()
-    backend = dispatch.choose("sort_by_expert", weights, num_experts)
+    backend = dispatch.choose("sort_by_expert", topk_weights, num_experts)
     return Routing(weights, indices, *_sort_by_expert(indices, num_experts, backend))

@@ -60,7 +60,7 @@ def test_a_gpu_run_fills_the_table_and_the_choice_follows(chosen, monkeypatch):
         ("expert_mlp", "both"), ("expert_mlp", "forward"), ("route", "both"), ("permute", "forward"),
         ("combine", "forward"), ("sort_by_expert", "forward"),
     }  # fmt: skip
-    able = tuple(replace(b, refuse=lambda *_: None, on_request=None) for b in dispatch.BACKENDS)
+    able = tuple(replace(b, refuse=lambda *_: None, needs_proof=False) for b in dispatch.BACKENDS)
     monkeypatch.setattr(dispatch, "BACKENDS", able)
     monkeypatch.setattr(measured, "TABLE", table)
     measured.forget()

@@ -2,12 +2,24 @@
 
 import contextlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cumo_kernels import combine, expert_mlp, grouped_gemm, permute, route
+from cumo_kernels import (
+    activate,
+    combine,
+    dispatch,
+    expert_mlp,
+    grouped_gemm,
+    hardware,
+    measured,
+    permute,
+    route,
+)
 from cumo_kernels.ops.activation import _activate
 from cumo_kernels.ops.experts import _expert_mlp, _expert_mlp_backward
 from cumo_kernels.ops.grouped_gemm import _grouped_gemm, _grouped_gemm_weight_grad
@@ -179,3 +191,42 @@ def test_autocast_reaches_gate_and_grouped_gemm():
     assert torch.equal(out, grouped_gemm(low[0], low[2], plan.expert_offsets, gather=plan))
     assert torch.equal(routing.topk_weights, route(low[0], K, low[1]).topk_weights)
     assert out.dtype == torch.bfloat16 and routing.topk_weights.dtype == torch.float32
+
+
+SIZES = [(4, 8), (5, 8), (40, 8), (300, 8), (2000, 8), (2001, 8), (2001, 300)]
+# (rows, columns, ms of triton, ms of cuda), and how often sizes that are symbols make it compile
+DECIDED = [
+    pytest.param([(16, 8, 1, 2), (1000, 8, 2, 1), (1000, 512, 1, 2)], 3, id="by-rows-and-columns"),
+    pytest.param([(16, 8, 1, 2), (1000, 8, 2, 1)], 2, id="by-rows"),
+    pytest.param([(16, 8, 1, 2), (1000, 8, 1, 2), (1000, 512, 1, 3)], 1, id="by-no-size"),
+]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(("times", "compiled"), DECIDED)
+def test_graphs_get_the_choice_of_eager_code(monkeypatch, times, compiled, dynamic):
+    """CPU tensors stand for a GPU's, and the reference for its kernels."""
+    row = {"op": "activate", "dtype": "float32", "mode": "forward"}
+    rows = [{**row, "shape": [t, h], "ms": {"triton": a, "cuda": b}} for t, h, a, b in times]
+    monkeypatch.setattr(measured, "TABLE", {"nvidia_h100": rows})
+    able = tuple(replace(row, refuse=lambda *_: None, needs_proof=False) for row in dispatch.BACKENDS)
+    monkeypatch.setattr(dispatch, "BACKENDS", able)
+    monkeypatch.setattr(dispatch, "_forced", None)
+    plain, ran = dispatch.implementation("reference", "activate"), []
+    for name in ("triton", "cuda"):
+        spy = lambda *args, name=name: ran.append(name) or plain(*args)
+        monkeypatch.setitem(dispatch._implementations, (name, "activate"), spy)
+    measured.forget()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(lambda x: activate(x, "gelu"), backend=counter, fullgraph=True, dynamic=dynamic)
+    chosen = []
+    with hardware.assume(hardware.find("nvidia_h100")):
+        for size in SIZES:
+            x = torch.randn(size)
+            function(x)
+            chosen.append(dispatch.choose("activate", x))
+    measured.forget()
+    assert ran == chosen
+    assert counter.frame_count == (compiled if dynamic else len(SIZES))
+    assert len(set(chosen)) == (1 if compiled == 1 else 2)

@@ -210,7 +210,7 @@ def h100():
 
 
 def test_the_measured_backend_wins(monkeypatch, h100):
-    rivals = tuple(replace(row, refuse=lambda *_: None, on_request=None) for row in BACKENDS)
+    rivals = tuple(replace(row, refuse=lambda *_: None, needs_proof=False) for row in BACKENDS)
     monkeypatch.setattr(dispatch, "BACKENDS", rivals)
     measured.forget()
     x = torch.zeros(900, 4, dtype=torch.bfloat16)
@@ -227,6 +227,7 @@ def test_the_measured_backend_wins(monkeypatch, h100):
         {**row, "mode": "forward", "shape": [900, 4], "ms": {"triton": 0.1, "cuda": 0.2}},
     ]
     monkeypatch.setattr(measured, "TABLE", {"nvidia_h100": rows})
+    measured.forget()
     choose = partial(dispatch.choose, with_backward=True)
     assert choose("permute", x) == "cuda"
     assert choose("permute", x.half()) == "cuda"
@@ -252,7 +253,7 @@ def test_more_experts_than_a_backend_routes_to_go_to_another(monkeypatch):
         assert f"kMaxExperts = {dispatch.CUDA_EXPERTS};" in header.read_text()
     monkeypatch.setattr(dispatch, "_CUDA_MISSING", None)
     monkeypatch.setattr(extension, "EMULATE", True)
-    rows = [replace(row, on_request=None) for row in BACKENDS if row.name != "triton"]
+    rows = [replace(row, needs_proof=False) for row in BACKENDS if row.name != "triton"]
     monkeypatch.setattr(dispatch, "BACKENDS", rows)
     x = torch.zeros(2, 257)
     assert dispatch.choose("route", x, 256) == dispatch.choose("expert_mlp", x, 257) == "cuda"

@@ -8,7 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cumo_kernels import cases, dispatch, explain, extension, hardware, permute, verdicts, verified, verify
+from cumo_kernels import (
+    cases,
+    dispatch,
+    explain,
+    extension,
+    hardware,
+    measured,
+    permute,
+    proofs,
+    verdicts,
+    verified,
+    verify,
+)
 from cumo_kernels.__main__ import main
 from cumo_kernels.testing import make_routing
 from cumo_kernels.verdicts import Result
@@ -19,7 +31,7 @@ X = types.SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, n
 
 def entry(backend="triton", op="permute", dtype="bfloat16", **changes):
     return {
-        "backend": backend, "op": op, "dtype": dtype, "cases": 23, "date": "2026-11-28",
+        "backend": backend, "op": op, "dtype": dtype, "cases": 23, "failed": 0, "date": "2026-11-28",
         "torch": torch.__version__, "triton": verified.triton_version(), "driver": "580", "commit": "abc",
         "code": "9.0a" if backend == "cuda" else "", "source": verified.source_of(backend),
     } | changes  # fmt: skip
@@ -28,20 +40,23 @@ def entry(backend="triton", op="permute", dtype="bfloat16", **changes):
 def forget():
     """What has been answered, for there is another GPU now."""
     verified.proof.cache_clear()
+    proofs.forget()
     dispatch._unfit_for_triton.cache_clear()
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu(monkeypatch, tmp_path):
     """gpu(table, card): a machine with that GPU, the tables empty but for `table`; nothing refuses."""
+    monkeypatch.setenv("CUMO_CACHE", str(tmp_path / "cache"))
 
     def pretend(table, card=H100):
         forget()
         monkeypatch.setattr(verified, "TABLE", table)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        for module in (verified, dispatch):
+        for module in (verified, dispatch, proofs, measured):
             monkeypatch.setattr(module, "gpu_of", lambda device: card)
-        monkeypatch.setattr(dispatch.measured, "TABLE", {})
+        monkeypatch.setattr(measured, "TABLE", {})
+        measured.forget()
         monkeypatch.setattr(extension, "code_for", lambda device: "9.0a")
         monkeypatch.setattr(extension, "outdated", lambda: None)
         monkeypatch.setattr(dispatch, "_CUDA_MISSING", None)
@@ -56,6 +71,7 @@ def gpu(monkeypatch):
 
     yield pretend
     forget()
+    measured.forget()
 
 
 NO_TIMES = "nothing is measured for this"
@@ -77,12 +93,11 @@ def test_only_what_is_verified_runs_unasked(gpu):
     proof = f"verified on nvidia_h100, 2026-11-28, torch {torch_minor}"
     assert line("triton") == f"triton     chosen: {NO_TIMES}; {proof}, triton {triton_minor}, 23 cases"
     assert line("cuda", "combine") == f"cuda       chosen: {NO_TIMES}; {proof}, 23 cases"
-    reason = f"not verified on nvidia_h100 in bfloat16: {verified.AGAIN}"
-    assert line("cuda") == f"cuda       only on request: {reason}"
+    reason = "not verified on nvidia_h100 in bfloat16; CUMO_SELF_CHECK=0 keeps it from being checked"
+    assert line("cuda") == f"cuda       refuses: {reason}; CUMO_BACKEND=cuda forces it"
     with dispatch.use_backend("cuda"):
         assert dispatch.choose("permute", X) == "cuda"
         assert line("cuda") == f"cuda       chosen: {reason}"
-    assert verified.AGAIN == "force it to try, or run python -m cumo_kernels verify --record"
 
 
 def test_of_two_verified_the_first_runs(gpu):
@@ -113,7 +128,7 @@ def test_sorting_needs_every_op_that_sorts(gpu):
 def test_another_source_or_version_is_no_proof(gpu, changes, reason):
     gpu({"nvidia_h100": [entry(**changes)]})
     assert dispatch.choose("permute", X) == "torch"
-    assert reason in line("triton") and "only on request" in line("triton")
+    assert reason in line("triton") and "refuses" in line("triton")
 
 
 def test_cuda_depends_on_its_machine_code_and_not_on_triton(gpu, monkeypatch):
@@ -137,7 +152,7 @@ def test_the_same_multiprocessors_share_a_proof(gpu):
     gpu(table, H200)
     assert dispatch.choose("permute", X) == "triton"
     assert "verified on nvidia_h100, whose multiprocessors nvidia_h200 has, 2026-11-28" in line("triton")
-    gpu(table | {"nvidia_h200": []}, H200)  # it has run there, and nothing passed
+    gpu(table | {"nvidia_h200": []}, H200)  # it has a list of its own
     assert dispatch.choose("permute", X) == "torch"
     gpu({"nvidia_h200": [entry()]}, H100)
     assert dispatch.choose("permute", X) == "torch"
@@ -158,10 +173,22 @@ def test_the_interpreter_proves_nothing(gpu, monkeypatch):
     gpu({"nvidia_h100": [entry()]})
     monkeypatch.setattr(dispatch, "_INTERPRET", True)
     assert dispatch.choose("permute", X) == "torch"
-    assert "only on request: on CPU tensors, or interpreted" in line("triton")
+    assert "refuses: on CPU tensors, or interpreted" in line("triton")
 
 
-def test_without_a_gpu_its_tensors_are_on_request(gpu, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"source": "0" * 16}, {"torch": "2.10.1"}])
+def test_what_verify_has_seen_fail_is_refused_until_it_changes(gpu, monkeypatch, changes):
+    monkeypatch.setenv("CUMO_SELF_CHECK", "1")
+    asked = []
+    monkeypatch.setattr(proofs, "check", lambda groups, dtype, device: asked.append(groups) or [])
+    gpu({"nvidia_h100": [entry(failed=2, **changes), entry("cuda")]})
+    assert dispatch.choose("permute", X) == "cuda"
+    assert "failed verify on nvidia_h100, 2026-11-28" in line("triton")
+    assert bool(asked) == bool(changes)
+    assert changes or "2 of 23 cases of permute" in line("triton")
+
+
+def test_without_a_gpu_its_tensors_are_not_trusted(gpu, monkeypatch):
     gpu({"nvidia_h100": [entry()]})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert dispatch.choose("permute", X) == "torch"
@@ -169,25 +196,27 @@ def test_without_a_gpu_its_tensors_are_on_request(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("proven", [True, False])
-def test_compiled_code_gets_the_same_answer(monkeypatch, proven):
+def test_compiled_code_gets_the_same_answer(monkeypatch, tmp_path, proven):
     """On CPU tensors in place of a GPU's: only the question is tried, and which function runs."""
     monkeypatch.setattr(dispatch, "_forced", None)
     monkeypatch.setattr(verified, "TABLE", {"nvidia_h100": [entry(dtype="float32")] if proven else []})
-    monkeypatch.setattr(
-        verified, "proof", lambda b, op, dtype, _: verified._proof(b, op, str(dtype)[6:], H100, "")
-    )
+    monkeypatch.setenv("CUMO_CACHE", str(tmp_path))
+    monkeypatch.setattr(dispatch, "_INTERPRET", False)
+    for name in verified.OTHER_CODE:
+        monkeypatch.delenv(name, raising=False)
+    forget()
     verified.source_of.cache_clear()  # files are read while a graph is traced
     plain, ran = dispatch.implementation("reference", "permute"), []
     for name in ("triton", "reference"):
         spy = lambda *args, name=name: ran.append(name) or plain(*args)
         monkeypatch.setitem(dispatch._implementations, (name, "permute"), spy)
-    ask = lambda op, device, dtype: dispatch._unverified("triton", op, device, dtype)
-    rows = (dispatch.Backend("triton", dispatch._refuse_reference, ask), dispatch.BACKENDS[-1])
+    rows = (dispatch.Backend("triton", dispatch._refuse_reference, needs_proof=True), dispatch.BACKENDS[-1])
     monkeypatch.setattr(dispatch, "BACKENDS", rows)
     routing, x = make_routing("uniform", 8, 4, 2), torch.randn(8, 16)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: permute(x, routing) * 2, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), permute(x, routing) * 2)
+    with hardware.assume(H100):
+        compiled = torch.compile(lambda x: permute(x, routing) * 2, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), permute(x, routing) * 2)
     assert set(ran) == {"triton" if proven else "reference"} and len(ran) == 2
 
 
@@ -198,7 +227,7 @@ def test_the_questions_about_a_gpu_fit_into_one_graph(monkeypatch):
         device, able = torch.device("cuda:0"), 0
         for row in dispatch.BACKENDS[:2]:
             if row.refuse("permute", device, x.dtype) is None:
-                able += 1 + 10 * (row.on_request("permute", device, x.dtype) is None)
+                able += 1 + 10 * dispatch._trusted([row.name], "permute", x, 4)[0][0]
         return x + able
 
     torch._dynamo.reset()
@@ -303,12 +332,24 @@ def test_what_is_recorded_is_believed(recorded, gpu):
     assert line("cuda").startswith("cuda       available: verified on nvidia_h100")
 
 
-def test_a_failure_takes_an_entry_out(recorded):
+def test_a_failure_takes_the_place_of_an_entry(recorded, gpu):
     old = {"nvidia_h100": [entry(), entry(op="combine")]}
-    table = recorded(results(failing="odd-tails"), old)
-    assert [row["op"] for row in table["nvidia_h100"]] == ["combine"]
-    assert recorded(results(failing="odd-tails")[:12], old) == table  # whether it was whole or not
-    assert recorded(results(failing="odd-tails"), {}, H200) == {"nvidia_h200": []}
+    whole = results(failing="odd-tails")
+    for ran in (whole, whole[:12]):  # whether it was whole or not
+        table = recorded(ran, old)
+        numbers = {row["op"]: (row["failed"], row["cases"]) for row in table["nvidia_h100"]}
+        assert numbers == {"combine": (0, 23), "permute": (1, len(ran))}
+        gpu(table)
+        assert dispatch.choose("permute", X) == "torch" and "failed verify on" in line("triton")
+    assert [row["failed"] for row in recorded(whole, {}, H200)["nvidia_h200"]] == [1]
+
+
+def test_what_a_machine_lacks_is_no_failure(recorded, capsys):
+    found = results()
+    found[5].failures.append("OutOfMemoryError: CUDA out of memory")
+    old = {"nvidia_h100": [entry()]}
+    assert recorded(found, old) == old
+    assert f"not recorded, {len(found) - 1} of {len(found)} cases ran" in capsys.readouterr().out
 
 
 def test_a_part_is_not_recorded(recorded, capsys):
@@ -352,7 +393,7 @@ def test_a_proof_is_not_of_other_code(gpu, monkeypatch, name):
     forget()
     monkeypatch.setenv(name, "1")
     assert dispatch.choose("permute", X) == "torch"
-    assert f"not verified under {name}=1: force it to try (CUMO_BACKEND=triton)" in line("triton")
+    assert f"not verified under {name}=1" in line("triton")
 
 
 def test_a_gh200_is_no_h200():
