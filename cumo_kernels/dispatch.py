@@ -149,26 +149,35 @@ def _capturing(device: torch.device) -> bool:
 @constant
 def _proofs(
     names: tuple[str, ...], op: str, device: torch.device, dtype: torch.dtype, compiling: bool, asking: bool
-) -> tuple[tuple[bool, str], ...]:
-    """For each of `names` whether it may run such a call unasked, and why. `asking`: nobody calls now."""
+) -> tuple[tuple[bool, str, bool], ...]:
+    """For each of `names` whether it may run such a call unasked, why, and whether that is final.
+
+    `asking`: nobody calls now.
+    """
     if (device.type == "cuda" and _INTERPRET) or (device.type != "cuda" and gpu_of(device) is INTERPRETER):
-        return tuple((False, "on CPU tensors, or interpreted, it is slow and for tests") for _ in names)
+        return ((False, "on CPU tensors, or interpreted, it is slow and for tests", True),) * len(names)
     may_check = not (compiling or asking or _capturing(device))
     found = proofs.proofs(names, op, dtype, device, may_check)
-    if compiling and not asking and any(proof.passed is None for proof in found):
+    if compiling and not asking and not all(proof.is_final for proof in found):
         proofs.warn(
             f"a graph with {op} is compiled before {' and '.join(names)} had a self-check on this GPU, so "
             f"torch's kernels run in it: run {proofs.AHEAD} first, once for a machine"
         )
-    return tuple((bool(proof.passed), proof.words) for proof in found)
+    return tuple((bool(proof.passed), proof.words, proof.is_final) for proof in found)
 
 
 def _trusted(
-    names: list[str], op: str, x: torch.Tensor, num_experts: int, asking: bool = False
-) -> tuple[tuple[bool, str], ...]:
+    names: list[str],
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_experts: int,
+    asking: bool = False,
+) -> tuple[tuple[bool, str, bool], ...]:
     if num_experts > EXPERTS_TESTED:
-        return tuple((False, f"tested with up to {EXPERTS_TESTED} experts, got {num_experts}") for _ in names)
-    return _proofs(tuple(names), op, x.device, x.dtype, torch.compiler.is_compiling(), asking)
+        words = f"tested with up to {EXPERTS_TESTED} experts, got {num_experts}"
+        return ((False, words, True),) * len(names)
+    return _proofs(tuple(names), op, device, dtype, torch.compiler.is_compiling(), asking)
 
 
 @dataclass(frozen=True)
@@ -208,12 +217,37 @@ def choose(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool =
     `num_experts` is for the ops of routing, where a backend may have a limit. `with_backward`, `needs_grad`
     of what the op is called on, says which timings to compare: backward runs where forward ran.
     """
-    reasons, able, unproven = [], [], []
+    if x.device.type != "cuda" or torch.compiler.is_compiling():
+        return measured.pick(_decide(op, x.device, x.dtype, num_experts, with_backward)[0], x.shape)
+    # a GPU waits for the host that asks all of it at every call
+    key = (op, x.device, x.dtype, num_experts, with_backward, _forced, _capturing(x.device))
+    if (known := _decided.get(key)) is None:
+        known, is_final = _decide(op, x.device, x.dtype, num_experts, with_backward)
+        if is_final:
+            _decided[key] = known
+    return measured.pick(known, x.shape)
+
+
+_decided: dict[tuple, measured.Decisions] = {}
+
+
+def forget() -> None:
+    """After another answer to any of the questions that a choice depends on."""
+    _decided.clear()
+    proofs.forget()
+    measured.forget()
+
+
+def _decide(
+    op: str, device: torch.device, dtype: torch.dtype, num_experts: int, with_backward: bool
+) -> tuple[measured.Decisions, bool]:
+    """-> what runs such a call, by sizes; and whether it will for the life of this process."""
+    reasons, able, unproven, is_final = [], [], [], True
     if _forced is not None:
         _check_name("CUMO_BACKEND", _forced)
     for backend in BACKENDS:
         if _forced is None or _forced == backend.name:
-            reason = backend.refuse(op, x.device, x.dtype, num_experts)
+            reason = backend.refuse(op, device, dtype, num_experts)
             if reason is not None:
                 reasons.append(f"{backend.name}: {reason}")
             elif _forced is None and backend.needs_proof:
@@ -221,19 +255,18 @@ def choose(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool =
             else:
                 able.append(backend.name)
     if unproven:
-        answers = zip(unproven, _trusted(unproven, op, x, num_experts), strict=True)
-        able = [name for name, (trusted, _) in answers if trusted] + able
+        answers = _trusted(unproven, op, device, dtype, num_experts)
+        able = [name for name, (trusted, *_) in zip(unproven, answers, strict=True) if trusted] + able
+        is_final = all(final for *_, final in answers)
     if not able:
         raise RuntimeError(f"no backend runs {op} (forced: {_forced}): {'; '.join(reasons)}")
-    if len(rivals := _rivals(x, able)) > 1:
-        return measured.fastest(op, x, rivals, with_backward) or rivals[0]
-    return able[0]
+    return measured.decisions(op, device, dtype, _rivals(device, able), with_backward), is_final
 
 
-def _rivals(x: torch.Tensor, able: list[str]) -> list[str]:
+def _rivals(device: torch.device, able: list[str]) -> list[str]:
     # on a GPU the reference waits for the host, which a timing of the op alone does not show
-    on_cpu = x.device.type == "cpu" and measured.machine_of(x.device) == measured.CPU
-    return able if on_cpu else [name for name in able if name != "reference"]
+    on_cpu = device.type == "cpu" and measured.machine_of(device) == measured.CPU
+    return able if on_cpu else [name for name in able if name != "reference"] or able
 
 
 _implementations: dict[tuple[str, str], Callable] = {}
@@ -298,7 +331,7 @@ def judge(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool | 
         name, reason = backend.name, backend.refuse(op, x.device, x.dtype, num_experts)
         trusted, proof = True, None
         if reason is None and backend.needs_proof:
-            ((trusted, proof),) = _trusted([name], op, x, num_experts, asking=True)
+            ((trusted, proof, _),) = _trusted([name], op, x.device, x.dtype, num_experts, asking=True)
         if _forced not in (None, name):
             states[name] = "not asked", [f"{_forced} is forced"]
         elif reason is not None:
@@ -310,9 +343,10 @@ def judge(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool | 
     able = [name for name, (state, _) in states.items() if state == "able"]
     if able:
         with_backward = torch.is_grad_enabled() if with_backward is None else with_backward
-        chosen, why = able[0], None
-        if len(rivals := _rivals(x, able)) > 1:
-            chosen = measured.fastest(op, x, rivals, with_backward) or rivals[0]
+        rivals = _rivals(x.device, able)
+        chosen = measured.pick(measured.decisions(op, x.device, x.dtype, rivals, with_backward), x.shape)
+        why = None
+        if len(rivals) > 1:
             why = measured.reason(op, x, rivals, with_backward) or "nothing is measured for this"
         states[chosen] = "chosen", [why, *states[chosen][1]]
     return [Verdict(name, state, "; ".join(filter(None, words))) for name, (state, words) in states.items()]

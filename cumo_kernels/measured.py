@@ -37,15 +37,28 @@ def machine_of(device: torch.device) -> str:
     return CPU if gpu is INTERPRETER else gpu.name
 
 
-def fastest(op: str, x: torch.Tensor, among: Sequence[str], with_backward: bool) -> str | None:
-    """The backend that took least, as the head of this file says; None without such data.
+# (most rows, ((most columns, backend), ...)), ...: the first that fits decides, None is no limit
+Decisions = tuple[tuple[int | None, tuple[tuple[int | None, str], ...]], ...]
+
+
+def decisions(
+    op: str, device: torch.device, dtype: torch.dtype, among: Sequence[str], with_backward: bool
+) -> Decisions:
+    """By sizes the one of `among` that took least, as the head of this file says; without data the first.
 
     `with_backward` compares forward and backward together: backward runs where forward ran.
     """
-    by_rows = _decisions(x.device, op, _mode(with_backward), x.dtype, tuple(among))
-    if not by_rows:
-        return None
-    rows, columns = _size(x.shape)
+    first = ((None, ((None, among[0]),)),)
+    return (
+        first if len(among) == 1 else _known(device, op, _mode(with_backward), dtype, tuple(among)) or first
+    )
+
+
+def pick(by_rows: Decisions, shape: Sequence[int]) -> str:
+    """The backend for an op whose first tensor has that shape."""
+    if len(by_rows) == 1 and len(by_rows[0][1]) == 1:
+        return by_rows[0][1][0][1]
+    rows, columns = _size(shape)
     for most_rows, by_columns in by_rows:
         if most_rows is None or rows <= most_rows:
             for most_columns, name in by_columns:
@@ -55,7 +68,7 @@ def fastest(op: str, x: torch.Tensor, among: Sequence[str], with_backward: bool)
 
 
 def reason(op: str, x: torch.Tensor, among: Sequence[str], with_backward: bool) -> str | None:
-    """The timings behind `fastest`, in words."""
+    """The timings behind the decision for `x`, in words."""
     mode, among, machine = _mode(with_backward), tuple(among), machine_of(x.device)
     if machine == CPU:
         times = _mean(op, mode, x.dtype, among)
@@ -80,14 +93,8 @@ def _size(shape: Sequence[int]) -> tuple[int, int]:
     return rows, columns
 
 
-# (most rows, ((most columns, backend), ...)), ...: the first that fits decides, None is no limit
-Decisions = tuple[tuple[int | None, tuple[tuple[int | None, str], ...]], ...]
-
-
 @constant
-def _decisions(
-    device: torch.device, op: str, mode: str, dtype: torch.dtype, among: tuple[str, ...]
-) -> Decisions:
+def _known(device: torch.device, op: str, mode: str, dtype: torch.dtype, among: tuple[str, ...]) -> Decisions:
     return _decided(machine_of(device), op, mode, dtype, among)
 
 

@@ -215,29 +215,27 @@ def proofs(
     with _lock:
         found = {name: verified.proof(name, op, dtype, device) for name in backends}
         unknown = [name for name in backends if found[name].passed is None]
-        final = True
         if unknown:
             try:
-                own, final = _own(unknown, op, dtype, device, may_check)
+                own = _own(unknown, op, dtype, device, may_check)
             except ValueError:
                 raise
             except Exception as error:  # what the machine lacks for a check is no fault of the caller's
                 words = f"its self-check could not run, {type(error).__name__}: {error}"
-                own = dict.fromkeys(unknown, words)
+                own = dict.fromkeys(unknown, Proof(None, words))
             for name, verdict in own.items():
-                if isinstance(verdict, str):
-                    verdict = Proof(None, f"{found[name].words}; {verdict}")
-                found[name] = verdict
+                shipped = f"{found[name].words}; " if verdict.passed is None else ""
+                found[name] = verdict._replace(words=shipped + verdict.words)
         answer = tuple(found[name] for name in backends)
-        if final:
+        if all(verdict.is_final for verdict in answer):
             _settled[key] = answer
         return answer
 
 
 def _own(
     backends: list[str], op: str, dtype: torch.dtype, device: torch.device, may_check: bool
-) -> tuple[dict[str, Proof | str], bool]:
-    """-> this machine's own verdict on each, or why there is none; and whether that will stay so."""
+) -> dict[str, Proof]:
+    """This machine's own verdict on each, or why there is none."""
     name = str(dtype).removeprefix("torch.")
     path = file()
     asked = [case for case, calls in COVERS.items() if op in calls]
@@ -253,26 +251,25 @@ def _own(
             if case not in rows[backend] and (backend, case, name) not in _why
         ]
 
-    rows, final, off = kept(), True, turned_off()
+    rows, off = kept(), turned_off()
     if missing(rows, asked) and may_check and not off:
         with alone(path):
             if groups := missing(kept(), more):
                 keep(path, check(groups, dtype, device))
         rows = kept()
-    elif missing(rows, asked):
-        final = off
-    found: dict[str, Proof | str] = {}
+    found: dict[str, Proof] = {}
     for backend in backends:
         lacking = [case for case in asked if case not in rows[backend]]
         if not lacking:
             found[backend] = _verdict(backend, asked, rows[backend])
         elif known := [_why[group] for case in lacking if (group := (backend, case, name)) in _why]:
-            found[backend] = f"its self-check came to no verdict: {known[0]}"
+            found[backend] = Proof(None, f"its self-check came to no verdict: {known[0]}")
         elif off:
-            found[backend] = "CUMO_SELF_CHECK=0 keeps it from being checked"
+            found[backend] = Proof(None, "CUMO_SELF_CHECK=0 keeps it from being checked")
         else:
-            found[backend] = f"its self-check has not run yet: the first eager call, or {AHEAD}"
-    return found, final
+            words = f"its self-check has not run yet: the first eager call, or {AHEAD}"
+            found[backend] = Proof(None, words, is_final=False)
+    return found
 
 
 def _verdict(backend: str, asked: list[str], rows: dict[str, dict]) -> Proof:

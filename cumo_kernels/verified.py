@@ -77,6 +77,7 @@ class Proof(NamedTuple):
 
     passed: bool | None
     words: str
+    is_final: bool = True  # for the life of this process
 
 
 def load(path: Path = PATH) -> dict[str, list[dict]]:

@@ -101,12 +101,13 @@ def test_cuda_refuses_a_gpu_it_was_not_built_for(monkeypatch):
 STALE = """
 import torch, types
 import cumo_kernels
-from cumo_kernels import dispatch, hardware, use_backend, verified
+from cumo_kernels import dispatch, hardware, measured, proofs, use_backend, verified
 
 cumo_kernels.route(torch.zeros(2, 4), 2)
 torch.cuda.is_available = lambda: True
-dispatch.gpu_of = verified.gpu_of = lambda device: hardware.find("nvidia_h100")
-x = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+for module in (dispatch, measured, proofs, verified):
+    module.gpu_of = lambda device: hardware.find("nvidia_h100")
+x = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(2, 4))
 print(cumo_kernels.explain("route", x))
 print("chosen:", dispatch.choose("route", x))
 with use_backend("cuda"):

@@ -176,7 +176,7 @@ def gpu(monkeypatch, tmp_path):
 def start_again():
     """As another process, that has what is kept and nothing else."""
     verified.proof.cache_clear()
-    proofs.forget()
+    dispatch.forget()
 
 
 def test_checked_once_and_kept_for_the_next_process(gpu, capsys):

@@ -40,7 +40,7 @@ def entry(backend="triton", op="permute", dtype="bfloat16", **changes):
 def forget():
     """What has been answered, for there is another GPU now."""
     verified.proof.cache_clear()
-    proofs.forget()
+    dispatch.forget()
     dispatch._unfit_for_triton.cache_clear()
 
 
@@ -227,7 +227,7 @@ def test_the_questions_about_a_gpu_fit_into_one_graph(monkeypatch):
         device, able = torch.device("cuda:0"), 0
         for row in dispatch.BACKENDS[:2]:
             if row.refuse("permute", device, x.dtype) is None:
-                able += 1 + 10 * dispatch._trusted([row.name], "permute", x, 4)[0][0]
+                able += 1 + 10 * dispatch._trusted([row.name], "permute", device, x.dtype, 4)[0][0]
         return x + able
 
     torch._dynamo.reset()
