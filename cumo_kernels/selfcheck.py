@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cumo_kernels import cases, dispatch, explained, proofs, shards
+from cumo_kernels import cases, dispatch, explained, hardware, proofs, shards
 from cumo_kernels.cases import ALIGNED, FEW, TINY
 from cumo_kernels.problems import DTYPES
 from cumo_kernels.verdicts import Result
@@ -84,11 +84,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), action="append", help="default: all three"
     )
+    parser.add_argument("--op", choices=COVERS, action="append", help="default: all")
     parser.add_argument("--again", action="store_true", help="check also what a verdict is kept of")
+    # a rehearsal, under TRITON_INTERPRET=1 or CUMO_EMULATE=1: CPU tensors stand for an H100's
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--only", type=json.loads, metavar="GROUPS", help=argparse.SUPPRESS)
     for name, default in (("memory", float("inf")), ("seconds", proofs.SECONDS), ("case-seconds", 60.0)):
         parser.add_argument(f"--{name}", type=float, default=default, help=argparse.SUPPRESS)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help=argparse.SUPPRESS)
+
+
+def _check(device: torch.device, dtype: torch.dtype, asked: Sequence[str], again: bool) -> int:
+    """Print what runs `asked` in `dtype` and why -> how many answers are failures."""
+    x = torch.empty(1, 1, dtype=dtype, device=device)
+    rows = [row for row in dispatch.BACKENDS if row.needs_proof]
+    able = tuple(row.name for row in rows if row.refuse("route", device, dtype) is None)
+    if again and able:
+        proofs.check_again([(name, case) for name in able for case in asked], dtype, device)
+    calls = [op for op in dispatch.OPS if any(op in COVERS[case] for case in asked)]
+    calls = [op for op in calls if op != "sort_by_expert" or set(asked) == set(COVERS)]
+    found = [proofs.proofs(able, op, dtype, device, may_check=True) for op in calls if able]
+    print(f"{explained.table(calls, x)}\n", flush=True)
+    return sum(proof.passed is False for answers in found for proof in answers)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -97,19 +113,14 @@ def main(args: argparse.Namespace) -> int:
         limits = args.memory, args.seconds, args.case_seconds
         print(json.dumps(verdicts(groups, args.dtype[0], args.device, *limits)))
         return 0
-    if not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         print("self-check: torch sees no CUDA device on this machine", file=sys.stderr)
         return 2
-    device, failed = torch.device("cuda", torch.cuda.current_device()), 0
-    for short in args.dtype or ("bf16", "fp16", "fp32"):
-        x = torch.empty(1, 1, dtype=DTYPES[short], device=device)
-        rows = [row for row in dispatch.BACKENDS if row.needs_proof]
-        able = [row.name for row in rows if row.refuse("route", device, x.dtype) is None]
-        if args.again and able:
-            proofs.check_again([(name, case) for name in able for case in COVERS], x.dtype, device)
-        for op in dispatch.OPS if able else ():
-            found = proofs.proofs(tuple(able), op, x.dtype, device, may_check=True)
-            failed += sum(proof.passed is False for proof in found)
-        print(f"{explained.table(dispatch.OPS, x)}\n", flush=True)
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
+    )
+    with hardware.assume(hardware.find("nvidia_h100")):
+        dtypes = [DTYPES[short] for short in args.dtype or ("bf16", "fp16", "fp32")]
+        failed = sum(_check(device, dtype, args.op or list(COVERS), args.again) for dtype in dtypes)
     print(f"kept in {proofs.file()}")
     return 1 if failed else 0

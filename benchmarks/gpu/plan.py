@@ -153,8 +153,8 @@ def _prepare(part: str, place: Place) -> list[Step]:
 
 def _verify(place: Place, name: str, few: bool) -> tuple[str, ...]:
     words = (sys.executable, "-m", "cumo_kernels", "verify", "--device", place.device,
-             "--backend", "triton", "--backend", "cuda", "--workers", str(place.cores),
-             "--json", str(place.out / f"{name}.json"))  # fmt: skip
+             "--backend", "triton", "--backend", "cuda", *(("--backend", "torch") if few else ()),
+             "--workers", str(place.cores), "--json", str(place.out / f"{name}.json"))  # fmt: skip
     if place.rehearses:
         return (*words, "--tiny", "--dtype", "bf16" if few else "fp32")
     return (*words, "--few", "--dtype", "bf16") if few else words
@@ -227,8 +227,12 @@ def _tune(place: Place) -> list[Step]:
     if place.rehearses:
         configs = place.tree / "cumo_kernels" / "configs"
         tune += ("--device", "cpu", "--few", "--workers", "1", "--configs", str(configs))
+    # as at a first call on a GPU that verified.json does not know; it tries most of what smoke does
+    check = (python, "-m", "cumo_kernels", "self-check", "--again", "--device", place.device)
+    check += ("--dtype", "fp32", "--op", "activate") if place.rehearses else ("--dtype", "bf16")
+    kept = {**switches, "CUMO_CACHE": str(place.out)}
     return [
-        _smoke(place),
+        Step("self-check", check, 90, 30, environment=kept, must_pass=True),
         Step("tune", tune, 90, 80, environment=switches, told=10),
         *_layers(
             place, "tuned layer", TINY[1:] if place.rehearses else LAYERS[:4], ("uniform", "skewed"), "0.3"

@@ -108,7 +108,7 @@ def test_planted_faults_are_named_and_cost_their_cases_alone(tmp_path, monkeypat
     assert "| smoke | FAILED (1) |" in summary and "required, but FAILED (1): smoke" in printed
 
     every = {str(case): case.op for _, case in cases.survey("cpu", True, ("bf16",), ops, tiny=True)}
-    assert "smoke: 10 cases, 4 failed" in summary and len(every) == 5
+    assert "smoke: 15 cases, 4 failed" in summary and len(every) == 5
     lines = summary.splitlines()
     failed = [(line, lines[at + 1]) for at, line in enumerate(lines) if line.startswith("FAILED ")]
     assert len(failed) == 4
@@ -124,7 +124,11 @@ def test_planted_faults_are_named_and_cost_their_cases_alone(tmp_path, monkeypat
     report = json.loads((out / "smoke.json").read_text())
     green = [(row["backend"], row["case"].split()[0]) for row in report["results"] if not row["failures"]]
     assert sorted(green) == sorted(
-        [*(("cuda", op) for op in ops), *(("triton", op) for op in every.values())]
+        [
+            *(("cuda", op) for op in ops),
+            *(("torch", op) for op in ops),
+            *(("triton", op) for op in every.values()),
+        ]
     )
     assert not report["not_checked"] or not [line for line in report["not_checked"] if "case" in line]
 
@@ -146,7 +150,7 @@ def test_the_whole_plan_runs_on_a_cpu(tmp_path, capsys, alone):
     assert sorted(name for name, *_ in table) == sorted(names)
     assert [row for row in table if row[1] != "ok"] == []
     assert table[-1][0] == "report" and table[-2][0] == "choose"
-    assert "smoke: 12 cases, 0 failed" in summary and "verify: 12 cases, 0 failed" in summary
+    assert "smoke: 18 cases, 0 failed" in summary and "verify: 12 cases, 0 failed" in summary
     for variant in ("cumo/cuda", "cumo/triton", "dense", "torch-grouped_mm"):
         assert f" | {variant} | " in summary
     # what was packed is found again by every launch
@@ -155,6 +159,7 @@ def test_the_whole_plan_runs_on_a_cpu(tmp_path, capsys, alone):
     assert len(summary) < 10_800
 
     files = {"summary.md", "log.txt", "results.tgz", "smoke.json", "verify.json", "kernels.jsonl"}
+    files |= {"self_check.json", "self_check.lock"}
     assert {path.name for path in tmp_path.iterdir()} == files
     with tarfile.open(tmp_path / "results.tgz") as tar:
         packed = tar.getnames()
