@@ -174,16 +174,17 @@ def alone(path: Path | None) -> Iterator[None]:
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         begin = time.monotonic()
         while time.monotonic() < begin + SECONDS + CASE_SECONDS:
+            # those who let others go first only look, and may do so side by side
+            first = first or time.monotonic() > begin + HEAD_START
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                first = True  # somebody checks, or has
-            except OSError:  # a file system without locks
-                break
-            else:
-                if first or time.monotonic() > begin + HEAD_START:
+                fcntl.flock(file, (fcntl.LOCK_EX if first else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                if first:
                     break
                 fcntl.flock(file, fcntl.LOCK_UN)
+            except BlockingIOError:
+                first = True  # one checks, or looks
+            except OSError:  # a file system without locks
+                break
             time.sleep(0.1)
         yield
 
@@ -280,7 +281,7 @@ def _verdict(backend: str, asked: list[str], rows: dict[str, dict]) -> Proof:
             words = "; ".join(f"{other['op']}: {other['reason']}" for other in failed)
             warn(
                 f"{backend} failed its self-check on {row['gpu']} in {row['dtype']}, the next backend runs "
-                f"there ({words}). To see it: {row['command']}"
+                f"there ({words}). To see it: {row['command']}; to check anew: {AHEAD} --again"
             )
             return Proof(
                 False, f"its self-check failed here, {row['date']}: {row['reason']}; {row['command']}"
@@ -317,6 +318,8 @@ def check(groups: list[Group], dtype: torch.dtype, device: torch.device) -> list
         f"checking {backends} on {gpu} in {name}, once for this machine: it takes seconds "
         "(CUMO_SELF_CHECK=0 turns it off)"
     )
+    if "cuda" in dict(groups) and (extension.JIT or extension.EMULATE):
+        extension.load()  # compiling takes minutes, which are no case's
     words = ["self-check", "--only", json.dumps(groups), "--dtype", SHORT[name], "--device", device.type]
     words += ["--seconds", str(SECONDS), "--case-seconds", str(CASE_SECONDS)]
     if device.type == "cuda":

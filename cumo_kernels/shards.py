@@ -36,6 +36,7 @@ CONTEXT = 3 << 28  # bytes of the GPU that a process has before its first tensor
 SHARE = 0.8  # of the GPU's memory, what is asked for
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED", "signal SIGKILL")
 NO_PROCESS = "no process for"
+LACKING = ("Failed to find C compiler", "No space left on device", "Read-only file system")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def _out_of_memory(failures: Iterable[str]) -> bool:
 
 def of_the_machine(failures: Iterable[str]) -> bool:
     """Whether a case failed for what this machine lacks, which says nothing about the backend."""
-    return _out_of_memory(failures) or any(reason.startswith(NO_PROCESS) for reason in failures)
+    lacks = lambda reason: reason.startswith(NO_PROCESS) or any(word in reason for word in LACKING)
+    return _out_of_memory(failures) or any(map(lacks, failures))
 
 
 def bytes_of(case: Case) -> int:
