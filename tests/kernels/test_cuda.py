@@ -45,7 +45,9 @@ def written(function) -> list[tuple[str, str]]:
 def test_the_launchers_are_those_of_the_other_backends(module, op, backend):
     if dispatch._missing(backend) and backend == "triton":
         pytest.skip("triton is not installed")
-    assert bound(getattr(module, op)) == written(dispatch.implementation(backend, op))
+    wanted = written(dispatch.implementation(backend, op))
+    # which only plain torch repeats (ops/routing.py)
+    assert bound(getattr(module, op)) == [row for row in wanted if row[0] != "compat"]
 
 
 def test_the_backend_hands_out_the_extension(module):
@@ -69,7 +71,7 @@ def calls(device, full=False):
     yield "combine", (new(4, 8), weights, slots, 2)
     yield "combine_backward", (x, new(4, 8), weights, slots, slots)
     gate, groups = given(new(2, 8)), given(new(2, dtype=torch.int32))
-    yield "route", (x, gate, groups, 1, 2, True, None)
+    yield "route", (x, gate, groups, 1, 2, True)
     experts = 2 if full else 8
     yield (
         "route_backward",
