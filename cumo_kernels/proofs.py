@@ -150,6 +150,7 @@ def keep(path: Path | None, new: list[dict]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
             file.write(text)
+        os.chmod(file.name, 0o644)
         os.replace(file.name, path)
     except OSError as error:
         _here.extend(new)
