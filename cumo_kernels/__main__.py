@@ -30,6 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("explain", help="print the backend of each op and why the others refuse")
     command.add_argument("--op", choices=sorted(OPS), help="one op only")
     command.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    command.add_argument(
+        "--rows", type=int, default=4096, metavar="N", help="of tensors, default %(default)d"
+    )
+    command.add_argument("--columns", type=int, default=1024, metavar="N", help="default %(default)d")
+    command.add_argument("--forward", action="store_true", help="of calls without a backward pass")
     command.add_argument("--json", action="store_true", help="an object for each op and backend")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     verify.add_arguments(commands.add_parser("verify", help="check every op and backend of this machine"))
@@ -45,11 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     if (command := {"tune": tune, "verify": verify, "self-check": selfcheck}.get(args.command)) is not None:
         return command.main(args)
     try:
-        x = torch.empty(1, 1, dtype=DTYPES[args.dtype], device=args.device)
+        x = torch.empty(args.rows, args.columns, dtype=DTYPES[args.dtype], device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     ops = [args.op] if args.op else list(OPS)
-    print(explained.as_json(ops, x) if args.json else explained.table(ops, x))
+    say = explained.as_json if args.json else explained.table
+    print(say(ops, x, with_backward=not args.forward))
     return 0
 
 

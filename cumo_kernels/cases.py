@@ -297,7 +297,7 @@ FAMILIES: dict[str, dict] = {
     "top_k-equals-experts": {"T": 24, "K": 4},
     "one-expert": {"T": 33, "E": 1, "K": 1},
     "many-experts": {"T": 64, "E": 64, "K": 8},
-    "256-experts": {"ops": ("route", "permute", *MATMULS), "T": 96, "E": 256, "K": 8},
+    "256-experts": {"ops": ("route", "permute", "combine", *MATMULS), "T": 96, "E": 256, "K": 8},
     "skewed": {"T": 96, "pattern": "skewed"},
     "empty-experts": {"T": 30, "pattern": "empty"},
     "all-to-one": {"T": 48, "pattern": "one_expert"},

@@ -37,6 +37,14 @@ OPS = {  # op -> stem: the module of that name in every backend folder implement
     "expert_mlp_backward": "experts",
 }
 
+FORWARD = {  # backward runs where forward ran
+    "route_backward": "route",
+    "combine_backward": "combine",
+    "grouped_gemm_weight_grad": "grouped_gemm",
+    "activate_backward": "activate",
+    "expert_mlp_backward": "expert_mlp",
+}
+
 
 def _missing(module: str) -> bool:
     try:
@@ -125,7 +133,7 @@ def asks_host(backend: str, op: str, device: torch.device, dtype: torch.dtype) -
         return None
     if backend == "reference":
         return "it asks the host where experts begin"
-    if OPS[op] not in ("grouped_gemm", "experts"):
+    if OPS[op] not in ("grouped_gemm", "experts") or not torch.cuda.is_available():
         return None
     generation = gpu_of(device).capability // 10
     if dtype == torch.bfloat16 and generation in (9, 10) and torch.version.hip is None:
@@ -134,10 +142,9 @@ def asks_host(backend: str, op: str, device: torch.device, dtype: torch.dtype) -
 
 
 def _while_capturing(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _capturing(device):
         return None
-    reason = asks_host(backend, op, device, dtype)
-    if reason is None or not _capturing(device):
+    if (reason := asks_host(backend, op, device, dtype)) is None:
         return None
     return f"a CUDA graph is being captured, and {reason}"
 
@@ -206,16 +213,19 @@ def _check_name(source: str, name: str) -> str:
 _forced: str | None = os.environ.get("CUMO_BACKEND") or None
 
 
-def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call on these tensors has a backward pass."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def trains(*tensors: torch.Tensor | None) -> bool:
+    """Whether any of these tensors requires a gradient, enabled or not: `choose` must say the same of both.
+
+    A checkpointed layer runs without gradients first and again with them, and its results must be the same.
+    """
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def choose(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool = False) -> str:
     """Name of the backend that runs `op` on tensors like `x`; RuntimeError with the reasons if none does.
 
-    `num_experts` is for the ops of routing, where a backend may have a limit. `with_backward`, `needs_grad`
-    of what the op is called on, says which timings to compare: backward runs where forward ran.
+    `num_experts`: of which a backend may have a limit. `with_backward`, `trains` of what the op is called on,
+    says which timings to compare: backward runs where forward ran.
     """
     if x.device.type != "cuda" or torch.compiler.is_compiling():
         return measured.pick(_decide(op, x.device, x.dtype, num_experts, with_backward)[0], x.shape)
@@ -256,8 +266,14 @@ def _decide(
                 able.append(backend.name)
     if unproven:
         answers = _trusted(unproven, op, device, dtype, num_experts)
-        able = [name for name, (trusted, *_) in zip(unproven, answers, strict=True) if trusted] + able
         is_final = all(final for *_, final in answers)
+        trusted = []
+        for name, (passed, words, _) in zip(unproven, answers, strict=True):
+            if passed:
+                trusted.append(name)
+            else:
+                reasons.append(f"{name}: {words}")
+        able = trusted + able
     if not able:
         raise RuntimeError(f"no backend runs {op} (forced: {_forced}): {'; '.join(reasons)}")
     return measured.decisions(op, device, dtype, _rivals(device, able), with_backward), is_final
@@ -314,16 +330,17 @@ STATES = {  # and how `explain` says them
 }
 
 
-def judge(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool | None = None) -> list[Verdict]:
+def judge(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool = True) -> list[Verdict]:
     """Every backend's verdict on `op` for tensors like `x`, in the order of `BACKENDS`.
 
-    `num_experts` and `with_backward` as for `choose`; None: as gradients are enabled.
+    `num_experts` and `with_backward` as for `choose`.
 
     Raises:
         ValueError: there is no such op.
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {sorted(OPS)}, got {op!r}")
+    op = FORWARD.get(op, op)
     if _forced is not None:
         _check_name("CUMO_BACKEND", _forced)
     states: dict[str, tuple[str, list[str | None]]] = {}
@@ -342,7 +359,6 @@ def judge(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool | 
             states[name] = "able", [proof, asks_host(name, op, x.device, x.dtype)]
     able = [name for name, (state, _) in states.items() if state == "able"]
     if able:
-        with_backward = torch.is_grad_enabled() if with_backward is None else with_backward
         rivals = _rivals(x.device, able)
         chosen = measured.pick(measured.decisions(op, x.device, x.dtype, rivals, with_backward), x.shape)
         why = None
@@ -352,7 +368,7 @@ def judge(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool | 
     return [Verdict(name, state, "; ".join(filter(None, words))) for name, (state, words) in states.items()]
 
 
-def explain(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool | None = None) -> str:
+def explain(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool = True) -> str:
     """One line per backend: chosen, available, or the reason it refuses `op` on tensors like `x`.
 
     `num_experts` and `with_backward` as for `judge`.

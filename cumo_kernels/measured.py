@@ -4,10 +4,10 @@
 
 gpu is a name of hardware.py, or "cpu" for all of them; shape that of the op's first tensor, mode "forward"
 without gradients or "both" with backward. `python -m benchmarks.choose` writes it from timings behind a green
-check, nobody by hand. On a GPU the entry with the nearest number of rows and then of columns counts, on CPUs
-the mean over all shapes. Graphs being compiled get the same answer; where it depends on a size that is a
-symbol, they are guarded at the size at which it changes, and nowhere else. Without entries the first backend
-of dispatch.BACKENDS that can run wins.
+check, nobody by hand. The entry with the nearest number of rows and then of columns counts: there the backend
+that is fastest over all entries is taken, if no other is faster by more than `NOISE`. Graphs being compiled
+get the same answer; where it depends on a size that is a symbol, they are guarded at the size at which it
+changes, and nowhere else. Without entries the first backend of dispatch.BACKENDS that can run wins.
 """
 
 import json
@@ -28,6 +28,7 @@ from cumo_kernels.tuning import BATCH_INVARIANT
 PATH = Path(__file__).with_name("measured.json")
 TABLE: dict[str, list[dict]] = json.loads(PATH.read_text())
 CPU = "cpu"
+NOISE = 0.03  # by which timings of the same thing differ
 ALIKE = {"float16": "bfloat16"}  # the same instructions and the same bytes
 
 
@@ -49,9 +50,9 @@ def decisions(
     `with_backward` compares forward and backward together: backward runs where forward ran.
     """
     first = ((None, ((None, among[0]),)),)
-    return (
-        first if len(among) == 1 else _known(device, op, _mode(with_backward), dtype, tuple(among)) or first
-    )
+    if len(among) == 1:
+        return first
+    return _known(device, op, _mode(with_backward), dtype, tuple(among)) or first
 
 
 def pick(by_rows: Decisions, shape: Sequence[int]) -> str:
@@ -70,15 +71,13 @@ def pick(by_rows: Decisions, shape: Sequence[int]) -> str:
 def reason(op: str, x: torch.Tensor, among: Sequence[str], with_backward: bool) -> str | None:
     """The timings behind the decision for `x`, in words."""
     mode, among, machine = _mode(with_backward), tuple(among), machine_of(x.device)
-    if machine == CPU:
-        times = _mean(op, mode, x.dtype, among)
-        return times and f"measured on CPUs, {_spoken(x.dtype)}{_said(mode)}: {_list(times)}"
     known = _rows(machine, op, mode, x.dtype, among)
     if not known or BATCH_INVARIANT:
         return None
     entry = _nearest(known, *_size(x.shape))
     size = " x ".join(map(str, entry["shape"]))
-    return f"measured on {machine} at {size} {entry['dtype']}{_said(mode)}: {_list(_times(entry, among))}"
+    where = "CPUs" if machine == CPU else machine
+    return f"measured on {where} at {size} {entry['dtype']}{_said(mode)}: {_list(_times(entry, among))}"
 
 
 def _mode(with_backward: bool) -> str:
@@ -100,17 +99,18 @@ def _known(device: torch.device, op: str, mode: str, dtype: torch.dtype, among: 
 
 @lru_cache(maxsize=4096)
 def _decided(machine: str, op: str, mode: str, dtype: torch.dtype, among: tuple[str, ...]) -> Decisions:
-    if machine == CPU:
-        times = _mean(op, mode, dtype, among)
-        return ((None, ((None, min(times, key=times.get)),)),) if times else ()
     known = _rows(machine, op, mode, dtype, among)
     # a row's result must not depend on how many come with it, so neither may its backend
     if not known or BATCH_INVARIANT:
         return ()
 
+    favourite = _fastest_of_all(known, among)
+
     def best(rows: int, columns: int) -> str:
         times = _times(_nearest(known, rows, columns), among)
-        return min(times, key=times.get)
+        fastest = min(times, key=times.get)
+        noise = times.get(favourite, math.inf) <= (1 + NOISE) * times[fastest]
+        return favourite if noise else fastest
 
     rows, columns = ({_size(row["shape"])[i] for row in known} for i in (0, 1))
     return _steps(rows, lambda some: _steps(columns, lambda few: best(some, few)))
@@ -144,13 +144,11 @@ def _times(entry: dict, among: Iterable[str]) -> dict[str, float]:
     return {name: entry["ms"][name] for name in among if name in entry["ms"]}
 
 
-@lru_cache(maxsize=4096)
-def _mean(op: str, mode: str, dtype: torch.dtype, among: tuple[str, ...]) -> dict[str, float] | None:
-    """Of each backend the geometric mean over all shapes that were timed on CPUs."""
-    rows = _rows(CPU, op, mode, dtype, among)
-    if not rows:
-        return None
-    return {name: math.exp(sum(math.log(row["ms"][name]) for row in rows) / len(rows)) for name in among}
+def _fastest_of_all(known: list[dict], among: tuple[str, ...]) -> str:
+    """By the geometric mean over the entries in which all were timed."""
+    whole = [row["ms"] for row in known if all(name in row["ms"] for name in among)]
+    mean = lambda name: sum(math.log(ms[name]) for ms in whole)
+    return min(among, key=mean)
 
 
 def _spoken(dtype: torch.dtype) -> str:
@@ -179,7 +177,6 @@ def _rows(machine: str, op: str, mode: str, dtype: torch.dtype, among: Iterable[
 
 def forget() -> None:
     """After another TABLE."""
-    _mean.cache_clear()
     _decided.cache_clear()
 
 

@@ -2,16 +2,8 @@
 
 On a GPU that verified.json does not know, the first eager call in a dtype has what comes next checked
 (selfcheck.py) in a process of its own with a time limit: a wrong value, an exception, a hang, an abort or a
-lost device costs the caller nothing but the backend. Verdicts are kept in
-
-    $CUMO_CACHE/self_check.json, or ~/.cache/cumo/self_check.json:
-    [{"gpu": ..., "capability": 90, "driver": ..., "torch": ..., "triton": ..., "code": ..., "switches": ...,
-      "source": ..., "built": ..., "backend": "triton", "op": "expert_mlp", "dtype": "bfloat16",
-      "passed": true, "cases": 3, "date": "2026-11-28", "reason": "", "command": ""}]
-
-and one counts while everything before "backend" is as it was: code is the architecture whose machine code
-runs, switches what chooses other code, source the hash of the files that decide what the backend computes,
-built that of the csrc/ which `_C` was built from. One process of a machine checks and the others wait for it.
+lost device costs the caller nothing but the backend. A verdict (verdict_file.py) counts for the same GPU,
+driver, torch, Triton, machine code and sources. One process of a machine checks, the others wait for it.
 While a graph is captured or compiled nothing is checked: a backend without a verdict is not taken there.
 
 `CUMO_SELF_CHECK=0`: nothing is checked; what is kept still counts.
@@ -23,62 +15,56 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from cumo_kernels import extension, verified
+from cumo_kernels import extension, verdict_file, verified
 from cumo_kernels.hardware import gpu_of
 from cumo_kernels.verified import COVERS, Proof
 
 SECONDS = 240.0  # of all that one call waits for
 CASE_SECONDS = 60.0  # of one case, its compilation included
-HEAD_START = 10.0  # seconds in which local rank 0 may take the lock before the others of its node
-FILE = "self_check.json"
+HEAD_START = 20.0  # in which local rank 0 may begin before the others of its node
+DAY, MINUTE = 86_400, 60
+SOON = 10 * MINUTE  # until what came to no verdict is tried again
 AHEAD = "python -m cumo_kernels self-check"
-VERDICT = ("source", "built", "passed", "cases", "date", "reason", "command")  # what a newer row may change
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+ELSEWHERE = (  # variables that a check must not inherit: other backends, hidden races, captures left out
+    "CUMO_BACKEND", "CUDA_LAUNCH_BLOCKING", "PYTORCH_NO_CUDA_MEMORY_CACHING", "PYTHONWARNINGS",
+)  # fmt: skip
 Group = tuple[str, str]  # backend, op of a case
-# python -m cumo_kernels for this very package, wherever the caller has it from, in whatever folder he is
-MAIN = f"""import sys
-{str(verified.ROOT)!r} in sys.path or sys.path.insert(0, {str(verified.ROOT)!r})
-from cumo_kernels import __main__
-raise SystemExit(__main__.main())"""
-COMMAND = (sys.executable, "-P", "-c", MAIN)
 
 _lock = threading.RLock()
 _settled: dict[tuple, tuple[Proof, ...]] = {}
-_here: list[dict] = []  # rows of this process, where none can be kept
-_why: dict[tuple[str, str, str], str] = {}  # backend, op of a case, dtype -> why a check came to no verdict
+_here: list[dict] = []  # rows that cannot be kept
 _said: set[str] = set()
 
 
-def folder() -> Path | None:
-    """Where verdicts are kept; None for a user without a home."""
-    if asked := os.environ.get("CUMO_CACHE"):
-        return Path(asked)
-    try:
-        return Path.home() / ".cache" / "cumo"
-    except RuntimeError:
-        return None
-
-
-def file() -> Path | None:
-    return None if (place := folder()) is None else place / FILE
+def command() -> list[str]:
+    """python -m cumo_kernels for this very package, whatever folder the caller is in and has modules from."""
+    code = (
+        "import sys\n"
+        f"root = {str(verified.ROOT)!r}\n"
+        "root in sys.path or sys.path.insert(0, root)\n"
+        f"sys.path += [path for path in {[path for path in sys.path if path]!r} if path not in sys.path]\n"
+        "from cumo_kernels import __main__\n"
+        "raise SystemExit(__main__.main())"
+    )
+    # a warning is no failure of what is checked
+    flags = [flag for flag in subprocess._args_from_interpreter_flags() if not flag.startswith("-W")]
+    return [sys.executable, *flags, "-P", "-c", code]
 
 
 def forget() -> None:
     """What this process knows: the next call reads the file."""
-    for known in (_settled, _here, _why, _said):
+    for known in (_settled, _here, _said):
         known.clear()
-    identity.cache_clear()
 
 
 def turned_off() -> bool:
@@ -87,7 +73,7 @@ def turned_off() -> bool:
     Raises:
         ValueError: CUMO_SELF_CHECK is neither 0 nor 1.
     """
-    asked = os.environ.get("CUMO_SELF_CHECK") or "1"
+    asked = os.environ.get("CUMO_SELF_CHECK", "").strip() or "1"
     if asked not in ("0", "1"):
         raise ValueError(f"CUMO_SELF_CHECK must be 0 or 1, got {asked!r}")
     return asked == "0"
@@ -103,15 +89,19 @@ def driver() -> str:
     return verified.first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
-@cache
 def identity(backend: str, device: torch.device) -> dict:
-    """What a verdict depends on."""
+    """What a verdict depends on.
+
+    code is the architecture whose machine code runs, switches what chooses other code, source the hash of the
+    files that decide what the backend computes, built that of the csrc/ which `_C` was built from.
+    """
     gpu, built = gpu_of(device), ""
     if backend == "cuda" and not (extension.EMULATE or extension.JIT):
         built = getattr(extension.load(), "source", "unknown")
     return {
         "gpu": gpu.name,
         "capability": gpu.capability,
+        "sms": gpu.sms,
         "driver": driver() if device.type == "cuda" else "",
         "torch": torch.__version__,
         "triton": verified.triton_version(),
@@ -122,72 +112,16 @@ def identity(backend: str, device: torch.device) -> dict:
     }
 
 
-def _rows(path: Path | None) -> list[dict]:
-    """What is kept; a file that is missing or damaged says nothing."""
-    try:
-        rows = json.loads(path.read_text()) if path is not None else []
-        names = {*VERDICT, "backend", "op", "dtype", "gpu"}
-        return [row for row in rows if names <= row.keys() and isinstance(row["passed"], bool)]
-    except (OSError, ValueError, TypeError, AttributeError):
-        return []
-
-
-def _kept(path: Path | None, backend: str, dtype: str, device: torch.device) -> dict[str, dict]:
-    """op of a case -> the verdict on it that counts here and now."""
+def _kept(backend: str, dtype: str, device: torch.device) -> dict[str, dict]:
+    """op of a case -> what has been found on it that counts here and now."""
     mine = {**identity(backend, device), "backend": backend, "dtype": dtype}.items()
-    return {row["op"]: row for row in [*_rows(path), *_here] if mine <= row.items()}
+    return {row["op"]: row for row in [*verdict_file.load(), *_here] if mine <= row.items()}
 
 
-def keep(path: Path | None, new: list[dict]) -> None:
-    """Put `new` in place of what other sources had on the same machine, in one move; failing that, here."""
-    place = lambda row: sorted((name, str(value)) for name, value in row.items() if name not in VERDICT)
-    taken = [place(row) for row in new]
-    rows = [row for row in _rows(path) if place(row) not in taken] + new
-    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
-    try:
-        if path is None:
-            raise OSError("there is no home and CUMO_CACHE is not set")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(text)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
-    except OSError as error:
+def _keep(new: list[dict]) -> None:
+    if verdict_file.keep(new) is None:
         _here.extend(new)
-        _say(f"verdicts of the self-check are not kept, the next process checks again: {error}")
-
-
-@contextlib.contextmanager
-def alone(path: Path | None) -> Iterator[None]:
-    """One process of those that share the file checks; the lock goes with its process.
-
-    Where nothing can be locked, or whoever has it takes longer than a check may, each checks for itself.
-    """
-    try:
-        import fcntl  # not on Windows
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.with_suffix(".lock").open("a")
-    except (OSError, ImportError, AttributeError):
-        yield
-        return
-    with file:
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        begin = time.monotonic()
-        while time.monotonic() < begin + SECONDS + CASE_SECONDS:
-            # those who let others go first only look, and may do so side by side
-            first = first or time.monotonic() > begin + HEAD_START
-            try:
-                fcntl.flock(file, (fcntl.LOCK_EX if first else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-                if first:
-                    break
-                fcntl.flock(file, fcntl.LOCK_UN)
-            except BlockingIOError:
-                first = True  # one checks, or looks
-            except OSError:  # a file system without locks
-                break
-            time.sleep(0.1)
-        yield
+        _say("verdicts of the self-check cannot be kept: the next process checks again")
 
 
 def _say(line: str) -> None:
@@ -211,61 +145,58 @@ def proofs(
 
     `may_check`: False while a graph is being compiled or captured, and for questions that are no call.
     """
-    key = backends, op, dtype, device
+    key = backends, op, dtype, device if device.type == "cuda" else gpu_of(device)
     if (known := _settled.get(key)) is not None:
         return known
+    warnings_due: list[str] = []
     with _lock:
         found = {name: verified.proof(name, op, dtype, device) for name in backends}
         unknown = [name for name in backends if found[name].passed is None]
-        if unknown:
+        if unknown and (device.type != "cuda" or torch.cuda.is_available()):
+            off = turned_off()
             try:
-                own = _own(unknown, op, dtype, device, may_check)
-            except ValueError:
-                raise
+                own = _own(unknown, op, dtype, device, may_check, off, warnings_due)
             except Exception as error:  # what the machine lacks for a check is no fault of the caller's
                 words = f"its self-check could not run, {type(error).__name__}: {error}"
                 own = dict.fromkeys(unknown, Proof(None, words))
+                warnings_due.append(f"{' and '.join(unknown)} cannot be checked on this GPU: {words}")
             for name, verdict in own.items():
                 shipped = f"{found[name].words}; " if verdict.passed is None else ""
                 found[name] = verdict._replace(words=shipped + verdict.words)
         answer = tuple(found[name] for name in backends)
         if all(verdict.is_final for verdict in answer):
             _settled[key] = answer
-        return answer
+    for line in warnings_due:
+        warn(line)
+    return answer
 
 
 def _own(
-    backends: list[str], op: str, dtype: torch.dtype, device: torch.device, may_check: bool
+    backends: list[str],
+    op: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    may_check: bool,
+    off: bool,
+    warnings_due: list[str],
 ) -> dict[str, Proof]:
     """This machine's own verdict on each, or why there is none."""
     name = str(dtype).removeprefix("torch.")
-    path = file()
     asked = [case for case, calls in COVERS.items() if op in calls]
     # a layer's other ops will be asked for next; sorting alone comes in the dtype of somebody's weights
     more = list(COVERS) if device.type == "cuda" and op != "sort_by_expert" else asked
-    kept = lambda: {backend: _kept(path, backend, name, device) for backend in backends}
-
-    def missing(rows: dict[str, dict], cases: list[str]) -> list[Group]:
-        return [
-            (backend, case)
-            for backend in backends
-            for case in cases
-            if case not in rows[backend] and (backend, case, name) not in _why
-        ]
-
-    rows, off = kept(), turned_off()
+    kept = lambda: {backend: _kept(backend, name, device) for backend in backends}
+    missing = lambda rows, cases: [(b, case) for b in backends for case in cases if case not in rows[b]]
+    rows = kept()
     if missing(rows, asked) and may_check and not off:
-        with alone(path):
+        with verdict_file.alone(HEAD_START, SECONDS + CASE_SECONDS):
             if groups := missing(kept(), more):
-                keep(path, check(groups, dtype, device))
+                _keep(check(groups, dtype, device))
         rows = kept()
     found: dict[str, Proof] = {}
     for backend in backends:
-        lacking = [case for case in asked if case not in rows[backend]]
-        if not lacking:
-            found[backend] = _verdict(backend, asked, rows[backend])
-        elif known := [_why[group] for case in lacking if (group := (backend, case, name)) in _why]:
-            found[backend] = Proof(None, f"its self-check came to no verdict: {known[0]}")
+        if all(case in rows[backend] for case in asked):
+            found[backend] = _verdict(backend, asked, rows[backend], warnings_due)
         elif off:
             found[backend] = Proof(None, "CUMO_SELF_CHECK=0 keeps it from being checked")
         else:
@@ -274,34 +205,35 @@ def _own(
     return found
 
 
-def _verdict(backend: str, asked: list[str], rows: dict[str, dict]) -> Proof:
+def _verdict(backend: str, asked: list[str], rows: dict[str, dict], warnings_due: list[str]) -> Proof:
     found = [rows[case] for case in asked]
-    for row in found:
-        if not row["passed"]:
-            failed = [other for other in rows.values() if not other["passed"]]
-            words = "; ".join(f"{other['op']}: {other['reason']}" for other in failed)
-            warn(
-                f"{backend} failed its self-check on {row['gpu']} in {row['dtype']}, the next backend runs "
-                f"there ({words}). To see it: {row['command']}; to check anew: {AHEAD} --again"
-            )
-            return Proof(
-                False, f"its self-check failed here, {row['date']}: {row['reason']}; {row['command']}"
-            )
+    for passed, words in ((False, "failed"), (None, "came to no verdict")):
+        for row in found:
+            if row["passed"] is passed:
+                alike = [other for other in rows.values() if other["passed"] is passed]
+                reasons = "; ".join(f"{other['op']}: {other['reason']}" for other in alike)
+                see = f". To see it: {row['command']}" if row["command"] else ""
+                warnings_due.append(
+                    f"{backend}'s self-check on {row['gpu']} in {row['dtype']} {words}, so the next backend "
+                    f"runs there ({reasons}){see}. To check anew: {AHEAD} --again"
+                )
+                why = "; ".join(filter(None, (row["reason"], row["command"])))
+                return Proof(passed, f"its self-check {words} here, {row['date']}: {why}")
     first, cases = min(found, key=lambda row: row["date"]), sum(row["cases"] for row in found)
     return Proof(True, f"self-check passed here, {first['date']}, {cases} cases, source {first['source']}")
 
 
 def check_again(groups: list[Group], dtype: torch.dtype, device: torch.device) -> None:
     """New verdicts in place of what is kept on `groups`."""
-    with _lock, alone(path := file()):
+    with _lock, verdict_file.alone(HEAD_START, SECONDS + CASE_SECONDS):
         forget()
-        keep(path, check(groups, dtype, device))
+        _keep(check(groups, dtype, device))
 
 
 def _environment(device: torch.device) -> dict[str, str]:
     """Of a process whose first GPU is `device`, and which does not check itself."""
-    own = {**os.environ, "CUMO_SELF_CHECK": "0"}
-    own.pop("CUMO_BACKEND", None)
+    own = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
+    own["CUMO_SELF_CHECK"] = "0"
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         visible = own.get("CUDA_VISIBLE_DEVICES", "").strip()
@@ -311,7 +243,7 @@ def _environment(device: torch.device) -> dict[str, str]:
 
 
 def check(groups: list[Group], dtype: torch.dtype, device: torch.device) -> list[dict]:
-    """Rows for those of `groups` that come to a verdict now; for the others `_why`."""
+    """A row for each of `groups`, after a check in a process of its own."""
     name = str(dtype).removeprefix("torch.")
     gpu = identity(groups[0][0], device)["gpu"]
     backends = " and ".join(dict(groups))
@@ -326,34 +258,48 @@ def check(groups: list[Group], dtype: torch.dtype, device: torch.device) -> list
     if device.type == "cuda":
         words += ["--memory", str(torch.cuda.mem_get_info(device)[0])]
     answer, error = _ask(words, _environment(device))
-    date = f"{datetime.now(UTC):%Y-%m-%d}"
     found = {(row["backend"], row["op"]): row for row in answer}
     rows = []
     for backend, op in groups:
-        row = found.get((backend, op), {"why": error})
-        if "why" in row:
-            _why[backend, op, name] = row["why"]
-        else:
-            rows.append({**identity(backend, device), "dtype": name, "date": date, **row})
+        nothing = {"passed": None, "cases": 0, "reason": error, "command": "", "kept": SOON}
+        row = {"backend": backend, "op": op, "dtype": name, **nothing} | found.get((backend, op), {})
+        seconds = row.pop("kept")
+        row |= {
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
+            "until": int(time.time() + seconds) if seconds else 0,
+        }
+        rows.append({**identity(backend, device), **row})
     return rows
 
 
 def _ask(words: list[str], environment: dict[str, str]) -> tuple[list[dict], str]:
-    """-> the rows that a process of its own prints, and how it ended if it printed none."""
+    """-> the rows that a process of its own prints, and how it ended if it printed none.
+
+    It and all that it starts ends with this call, and with this process: its standard input ends then.
+    """
     process = subprocess.Popen(
-        [*COMMAND, *words], env=environment, text=True, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*command(), *words], env=environment, text=True, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+    texts: dict[str, str] = {}
+    read = lambda name: texts.update({name: getattr(process, name).read()})
+    readers = [threading.Thread(target=read, args=[name], daemon=True) for name in ("stdout", "stderr")]
     try:
-        out, errors = process.communicate(timeout=SECONDS + CASE_SECONDS)
-        return json.loads(out.strip().splitlines()[-1]), ""
-    except subprocess.TimeoutExpired:
-        return [], f"it did not end within {SECONDS + CASE_SECONDS:.0f} s"
-    except (ValueError, IndexError):
-        last = errors.strip().splitlines()[-1:] or ["without a word"]
-        return [], f"its process ended with {process.returncode}: {last[0]}"
+        for reader in readers:
+            reader.start()
+        try:
+            process.wait(timeout=SECONDS + CASE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return [], f"it did not end within {SECONDS + CASE_SECONDS:.0f} s"
     finally:
-        if process.poll() is None:  # time is over, or the caller was interrupted
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for reader in readers:
+            reader.join(timeout=5)
+        process.stdin.close()
+    try:
+        return json.loads(texts["stdout"].strip().splitlines()[-1]), ""
+    except (KeyError, ValueError, IndexError):
+        last = texts.get("stderr", "").strip().splitlines()[-1:] or ["without a word"]
+        return [], f"its process ended with {process.returncode}: {last[0]}"

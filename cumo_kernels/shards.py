@@ -24,7 +24,7 @@ import torch
 
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.cases import Case, parse
-from cumo_kernels.proofs import COMMAND
+from cumo_kernels.proofs import command
 from cumo_kernels.testing import ROUNDS, SMALL
 
 START = 180.0  # seconds until a worker must have imported what it needs
@@ -36,6 +36,7 @@ CONTEXT = 3 << 28  # bytes of the GPU that a process has before its first tensor
 SHARE = 0.8  # of the GPU's memory, what is asked for
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED", "signal SIGKILL")
 NO_PROCESS = "no process for"
+LATE = "killed after its time"
 LACKING = ("Failed to find C compiler", "No space left on device", "Read-only file system")
 
 
@@ -127,7 +128,7 @@ class Worker:
         environment = {"OMP_NUM_THREADS": str(self.threads), **os.environ}
         environment.pop("CUMO_BACKEND", None)
         self.process = subprocess.Popen(
-            [*COMMAND, *words, "--case-seconds", str(self.seconds)], env=environment,
+            [*command(), *words, "--case-seconds", str(self.seconds)], env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
         )  # fmt: skip
 
@@ -165,7 +166,7 @@ class Worker:
         self.errors.close()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if self.late:
-            how = "killed after its time"
+            how = LATE
         return f"{how}: {last_words(words)}"
 
 

@@ -126,7 +126,6 @@ def other_code() -> list[str]:
     return [f"{name}={os.environ[name]}" for name in OTHER_CODE if os.environ.get(name, "") not in ("", "0")]
 
 
-@cache
 def proof(backend: str, op: str, dtype: torch.dtype, device: torch.device) -> Proof:
     """What verified.json says of `backend` for the call `op` of dispatch.OPS on `device`."""
     if device.type == "cuda" and not torch.cuda.is_available():  # fake tensors of a compiler

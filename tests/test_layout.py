@@ -35,7 +35,13 @@ ARROWS = {
         "cumo_kernels.measured",
         "cumo_kernels.versions",
     ),
-    "cumo_kernels.proofs": ("cumo_kernels.extension", "cumo_kernels.hardware", "cumo_kernels.verified"),
+    "cumo_kernels.verdict_file": (),
+    "cumo_kernels.proofs": (
+        "cumo_kernels.extension",
+        "cumo_kernels.hardware",
+        "cumo_kernels.verdict_file",
+        "cumo_kernels.verified",
+    ),
     "cumo_kernels.dispatch": (
         "cumo_kernels.extension",
         "cumo_kernels.hardware",

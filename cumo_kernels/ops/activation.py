@@ -61,4 +61,4 @@ def activate(x: Tensor, name: str) -> Tensor:
         raise ValueError("x must have at least one dimension, got a scalar")
     if activation.is_gated and x.shape[-1] % 2:
         raise ValueError(f"x must have an even last dimension for {name} (gate and up), got {tuple(x.shape)}")
-    return _activate(x, name, dispatch.choose("activate", x, with_backward=dispatch.needs_grad(x)))
+    return _activate(x, name, dispatch.choose("activate", x, with_backward=dispatch.trains(x)))

@@ -244,8 +244,8 @@ def expert_mlp(
         check_like("down_bias", down_bias, "x", x)
     if memory not in MEMORY_PLANS:
         raise ValueError(f"memory must be one of {MEMORY_PLANS}, got {memory!r}")
-    has_backward = dispatch.needs_grad(x, routing.topk_weights, up_proj, down_proj, up_bias, down_bias)
-    if not has_backward:
+    trains = dispatch.trains(x, routing.topk_weights, up_proj, down_proj, up_bias, down_bias)
+    if not (trains and torch.is_grad_enabled()):
         memory = "none"
     out, _, _ = _expert_mlp(
         x,
@@ -259,6 +259,6 @@ def expert_mlp(
         down_bias,
         activation,
         memory,
-        dispatch.choose("expert_mlp", x, num_experts, has_backward),
+        dispatch.choose("expert_mlp", x, num_experts, trains),
     )
     return out

@@ -157,7 +157,7 @@ def grouped_gemm(
     if gather is not None:
         check_device("gather", gather.permutation, "x", x)
         permutation, inverse_permutation, top_k = gather.permutation, gather.inverse_permutation, gather.top_k
-    has_backward = dispatch.needs_grad(x, weight, bias)
+    has_backward = dispatch.trains(x, weight, bias)
     backend = dispatch.choose("grouped_gemm", x, weight.shape[0], has_backward)
     out, _ = _grouped_gemm(
         x, weight, expert_offsets, bias, permutation, inverse_permutation, top_k, activation, backend

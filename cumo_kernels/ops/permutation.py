@@ -107,7 +107,7 @@ def permute(x: Tensor, routing: Routing) -> Tensor:
     check_float("x", x)
     check_shape("x", x, routing.num_tokens, "H")
     check_device("x", x, "routing", routing.permutation)
-    backend = dispatch.choose("permute", x, with_backward=dispatch.needs_grad(x))
+    backend = dispatch.choose("permute", x, with_backward=dispatch.trains(x))
     return _permute(x, routing.permutation, routing.inverse_permutation, routing.top_k, backend)
 
 
@@ -129,5 +129,5 @@ def combine(rows: Tensor, routing: Routing, *, weighted: bool = True) -> Tensor:
     check_shape("rows", rows, routing.num_slots, "H")
     check_device("rows", rows, "routing", routing.permutation)
     weights = routing.topk_weights if weighted else None
-    backend = dispatch.choose("combine", rows, with_backward=dispatch.needs_grad(rows, weights))
+    backend = dispatch.choose("combine", rows, with_backward=dispatch.trains(rows, weights))
     return _combine(rows, weights, routing.permutation, routing.inverse_permutation, routing.top_k, backend)

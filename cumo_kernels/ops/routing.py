@@ -210,7 +210,7 @@ def route(
     if compat not in COMPAT:
         raise ValueError(f"compat must be one of {COMPAT}, got {compat!r}")
     group_offsets, num_groups = _check_groups(groups, x.shape[0], x)
-    backend = dispatch.choose("route", x, num_experts, dispatch.needs_grad(x, gate_weight))
+    backend = dispatch.choose("route", x, num_experts, dispatch.trains(x, gate_weight))
     weights, indices, mean_probs, top1_density, z = _route(
         x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat, backend
     )

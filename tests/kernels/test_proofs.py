@@ -1,26 +1,24 @@
-"""The self-check: what runs on a GPU unasked has been tried there, and what fails costs its caller nothing.
+"""What a choice makes of proofs and self-checks: asked once, kept, shared, refused with a reason.
 
-There is no GPU here, so CPU tensors stand for one's (hardware.assume), the interpreter and the emulator for
-what runs on it. The processes, files and locks are real ones.
+CPU tensors stand for a GPU's, and answers for checks: the checks themselves are in test_selfcheck.py.
 """
 
 import json
 import os
 import re
-import shutil
-import subprocess
-import sys
+import tempfile
+import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from cumo_kernels import dispatch, explain, extension, hardware, permute, proofs, verified
+from cumo_kernels import dispatch, explain, hardware, permute, proofs, verdict_file, verified
 from cumo_kernels.__main__ import main
 from cumo_kernels.testing import make_routing
 
-TREE = Path(__file__).parents[2]
 SWITCHES = (
     "CUMO_BACKEND",
     "CUMO_EMULATE",
@@ -31,133 +29,23 @@ SWITCHES = (
 )
 X = torch.zeros(4, 4)
 
-CALLER = """
-import json, sys, torch
-from cumo_kernels import dispatch, extension, hardware, proofs
-
-proofs.HEAD_START = 120.0  # of a local rank 0 that has not imported anything yet
-x = torch.zeros(33, 32)
-{before}
-with hardware.assume(hardware.find("nvidia_h100")):
-    found = {{}}
-    for op in {ops!r}:
-        chosen = dispatch.choose(op, x)
-        found[op] = [chosen, {{verdict.backend: verdict.reason for verdict in dispatch.judge(op, x)}}]
-print(json.dumps(found))
-"""
-HANGING = """
-groups = [("triton", op) for op in ("activate", "permute", "route", "expert_mlp")]
-with hardware.assume(hardware.find("nvidia_h100")):
-    proofs.check_again(groups, x.dtype, torch.device("cpu"))
-proofs.CASE_SECONDS = 8.0
-"""
-
-
-def environment(cache, **more):
-    own = {name: value for name, value in os.environ.items() if name not in SWITCHES}
-    return own | {"CUMO_CACHE": str(cache), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} | more
-
-
-def start(ops, tree, cache, before="", **more):
-    code = CALLER.format(ops=ops, before=before)
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tree, env=environment(cache, **more), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def finish(process, seconds=280):
-    out, errors = process.communicate(timeout=seconds)
-    assert process.returncode == 0, errors
-    return json.loads(out.splitlines()[-1]), errors
-
-
-PLANTED = {  # file -> what is put at its end
-    "activation": "_right = activate\ndef activate(x, name):\n    return _right(x, name) * (1 + 2.0**-7)\n",
-    "permutation": "def permute(*_):\n    raise RuntimeError('planted')\n"
-    "def combine(*_):\n    import time\n    time.sleep(1000)\n",
-    "routing": "def route(*_):\n    import os\n    os.abort()\n",
-    "experts": "def expert_mlp(*_):\n    import os, signal\n    os.kill(os.getpid(), signal.SIGSEGV)\n",
-}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_planted_backends_are_refused_and_their_caller_lives(tmp_path):
-    """One that is wrong, one that raises, one that aborts, one that dies of a signal, one that hangs."""
-    tree, cache = tmp_path / "tree", tmp_path / "cache"
-    ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    shutil.copytree(TREE / "cumo_kernels", tree / "cumo_kernels", ignore=ignored)
-    for name, text in PLANTED.items():
-        path = tree / "cumo_kernels" / "backends" / "triton" / f"{name}.py"
-        path.write_text(f"{path.read_text()}\n\n{text}")
-    ops = ["activate", "permute", "route", "expert_mlp", "combine"]
-    found, errors = finish(start(ops, tree, cache, HANGING))
-    reasons = {
-        "activate": r"output 0 is off at most by",
-        "permute": r"RuntimeError: planted",
-        "route": r"its process ended, signal SIGABRT",
-        "expert_mlp": r"its process ended, signal SIGSEGV",
-        "combine": r"its process ended, .*Timeout .*in combine",
-    }
-    for op, wanted in reasons.items():
-        chosen, said = found[op]
-        assert chosen == "torch"
-        assert re.search(rf"its self-check failed here, [\d-]+: .*{wanted}", said["triton"], re.DOTALL), said
-        command = (
-            rf"TRITON_INTERPRET=1 python -m cumo_kernels verify --backend triton --device cpu --case '{op} "
-        )
-        assert command in said["triton"]
-        assert re.search(rf"triton failed its self-check .*{op}: .*{wanted}", errors, re.DOTALL)
-    rows = json.loads((cache / proofs.FILE).read_text())
-    assert {row["op"]: row["passed"] for row in rows} == dict.fromkeys(ops, False)
-    # and what it says now is what the next process believes
-    found, errors = finish(start(ops, tree, cache))
-    assert {op: chosen for op, (chosen, _) in found.items()} == dict.fromkeys(ops, "torch")
-    assert "checking" not in errors and "triton failed its self-check on nvidia_h100 in float32" in errors
-
-
-@pytest.mark.timeout(300)
-def test_of_several_processes_at_once_local_rank_0_checks(tmp_path):
-    ranks = [start(["activate"], TREE, tmp_path, LOCAL_RANK=rank) for rank in ("2", "1", "0")]
-    results = [finish(process) for process in ranks]
-    for found, _ in results:
-        chosen, said = found["activate"]
-        assert chosen == "triton" and "self-check passed here" in said["triton"]
-    line = "cumo_kernels: checking triton on nvidia_h100 in float32, once for this machine: it takes seconds"
-    assert [errors.count(line) for _, errors in results] == [0, 0, 1]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
-@pytest.mark.skipif(not (extension.CSRC / "bindings.cpp").exists(), reason="there is no csrc/")
-def test_the_emulator_is_checked_like_a_gpu(tmp_path):
-    switches = {"CUMO_EMULATE": "1", "TRITON_INTERPRET": "0"}
-    found, errors = finish(start(["permute"], TREE, tmp_path, "extension.load()", **switches), 1700)
-    assert found["permute"][0] == "cuda", (found, errors)
-    assert "self-check passed here" in found["permute"][1]["cuda"]
-    assert [row["code"] for row in json.loads((tmp_path / proofs.FILE).read_text())] == ["emulated"]
-
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """CPU tensors are an H100's, which no table knows, and Triton's; gpu[...] counts and changes checks."""
-    state = {"checks": [], "passed": True, "error": None}
+    state = {"checks": [], "passed": True, "error": None, "kept": 0}
 
     def ask(words, _):
         state["checks"].append(words)
         if state["error"] is not None:
             return [], state["error"]
         only = json.loads(words[words.index("--only") + 1])
-        ours = {
-            "passed": state["passed"],
-            "cases": 2,
-            "reason": "" if state["passed"] else "wrong",
-            "command": "c",
-        }
-        return [{"backend": backend, "op": op, **ours} for backend, op in only], ""
+        row = {"passed": state["passed"], "cases": 2, "reason": "", "command": "", "kept": state["kept"]}
+        row |= {} if state["passed"] else {"reason": "wrong", "command": "c"}
+        return [{"backend": backend, "op": op, **row} for backend, op in only], ""
 
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr(proofs, "_ask", ask)
     monkeypatch.setattr(verified, "TABLE", {})
     monkeypatch.setattr(dispatch, "_forced", None)
@@ -173,9 +61,12 @@ def gpu(monkeypatch, tmp_path):
     start_again()
 
 
+def kept():
+    return verdict_file.folders()[0] / verdict_file.NAME
+
+
 def start_again():
     """As another process, that has what is kept and nothing else."""
-    verified.proof.cache_clear()
     dispatch.forget()
 
 
@@ -214,52 +105,96 @@ def test_a_new_source_takes_the_place_of_the_old(gpu, monkeypatch):
         start_again()
         dispatch.choose("permute", X)
     dispatch.choose("combine", X)
-    rows = json.loads(proofs.file().read_text())
+    rows = json.loads(kept().read_text())
     assert [(row["op"], row["source"]) for row in rows] == [("permute", "c"), ("combine", "c")]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "[1]", "{}", '[{"gpu": "nvidia_h100"}]', '[{"passed": 1}]', "null"]
-)
-def test_a_damaged_file_is_no_error_and_is_written_anew(gpu, text):
+DAMAGED = ["", "{", "[]", "[1]", "{}", "null", "[" * 100_000, "\0", '[{"gpu": "nvidia_h100"}]']
+DAMAGED_ROWS = [
+    {"passed": 1}, {"cases": "many"}, {"cases": None}, {"op": []}, {"op": {}}, {"reason": None}, {"date": 5},
+    {"until": "never"}, {"capability": True}, {"until": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", [*DAMAGED, *DAMAGED_ROWS], ids=lambda damage: str(damage)[:20])
+def test_a_damaged_file_is_no_error_and_is_written_anew(gpu, damage):
     dispatch.choose("permute", X)
-    whole = proofs.file().read_text()
-    proofs.file().write_text(text)
+    whole = json.loads(kept().read_text())
+    kept().write_text(damage if isinstance(damage, str) else json.dumps([whole[0] | damage]))
     start_again()
     assert dispatch.choose("permute", X) == "triton" and len(gpu["checks"]) == 2
-    assert proofs.file().read_text() == whole
+    assert json.loads(kept().read_text()) == whole
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(gpu, monkeypatch, tmp_path, capsys):
+def test_a_damaged_row_costs_itself(gpu):
+    dispatch.choose("permute", X)
+    dispatch.choose("combine", X)
+    one, other = json.loads(kept().read_text())
+    kept().write_text(json.dumps([7, one, other | {"cases": None}]))
+    start_again()
+    assert dispatch.choose("permute", X) == "triton" and len(gpu["checks"]) == 2
+    assert dispatch.choose("combine", X) == "triton" and len(gpu["checks"]) == 3
+    assert json.loads(kept().read_text()) == [one, other]
+
+
+@pytest.mark.parametrize("place", ["{tmp}/file/cache", "/proc/cumo", "/proc/sys"])
+def test_where_the_folder_cannot_be_written_there_is_another(gpu, monkeypatch, tmp_path, capsys, place):
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file" / "cache", Path("/proc/cumo")):
-        monkeypatch.setenv("CUMO_CACHE", str(place))
-        start_again()
-        before = len(gpu["checks"])
+    monkeypatch.setenv("CUMO_CACHE", place.format(tmp=tmp_path))
+    assert dispatch.choose("permute", X) == "triton"
+    start_again()
+    assert dispatch.choose("permute", X) == "triton" and len(gpu["checks"]) == 1
+    assert "cannot be kept" not in capsys.readouterr().err
+    (own,) = (tmp_path / "tmp").iterdir()
+    assert sorted(path.name for path in own.iterdir()) == ["self_check.json", "self_check.lock"]
+    assert own.stat().st_mode & 0o777 == 0o700
+
+
+def test_where_nothing_can_be_written_each_process_checks_once(gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CUMO_CACHE", "/proc/cumo")
+    own = tmp_path / "tmp" / f"cumo-{os.getuid()}"
+    own.mkdir()
+    own.chmod(0o777)  # whoever could write there would say which kernels are right
+    for _ in range(2):
         assert dispatch.choose("permute", X) == dispatch.choose("permute", X) == "triton"
-        assert len(gpu["checks"]) == before + 1  # not at every call
-        assert "verdicts of the self-check are not kept" in capsys.readouterr().err
+        assert dispatch.choose("combine", X) == "triton"
+    assert len(gpu["checks"]) == 2 and not list(own.iterdir())
+    assert capsys.readouterr().err.count("verdicts of the self-check cannot be kept") == 1
 
 
-def test_a_user_without_a_home_is_no_error(gpu, monkeypatch):
+def test_what_others_share_is_read_and_what_is_in_the_way_leaves_nothing(gpu, tmp_path):
+    kept().mkdir(parents=True)  # no file can take its place
+    assert dispatch.choose("permute", X) == "triton"
+    assert {path.name for path in kept().parent.iterdir()} == {"self_check.json", "self_check.lock"}
+    kept().rmdir()
+    start_again()
+    dispatch.choose("combine", X)
+    assert kept().stat().st_mode & 0o777 == 0o644
+
+
+def test_a_user_without_a_home_is_no_error(gpu, monkeypatch, tmp_path):
     def nowhere():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.delenv("CUMO_CACHE")
+    for name in ("CUMO_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", nowhere)
-    assert dispatch.choose("permute", X) == "triton" and proofs.file() is None
+    assert dispatch.choose("permute", X) == "triton" and kept().parent.parent == tmp_path / "tmp"
 
 
-def test_the_folder_is_the_users(monkeypatch):
-    monkeypatch.delenv("CUMO_CACHE", raising=False)
-    assert proofs.file() == Path.home() / ".cache" / "cumo" / "self_check.json"
+def test_the_folder_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUMO_CACHE", "~/there")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kept() == Path.home() / "there" / "self_check.json"
+    monkeypatch.delenv("CUMO_CACHE")
+    assert kept() == tmp_path / "cumo" / "self_check.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert kept() == Path.home() / ".cache" / "cumo" / "self_check.json"
 
 
 def test_a_failure_is_warned_of_once_with_its_command(gpu):
     gpu["passed"] = False
-    with pytest.warns(
-        UserWarning, match=r"triton failed its self-check on nvidia_h100 in float32.*see it: c"
-    ):
+    with pytest.warns(UserWarning, match="triton's self-check on nvidia_h100 in float32 failed.*see it: c"):
         assert dispatch.choose("permute", X) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -270,13 +205,29 @@ def test_a_failure_is_warned_of_once_with_its_command(gpu):
     assert len(gpu["checks"]) == 1
 
 
-def test_a_check_without_a_verdict_is_tried_by_the_next_process(gpu):
-    gpu["error"] = "no memory"
-    assert dispatch.choose("permute", X) == dispatch.choose("permute", X) == "torch"
-    assert "its self-check came to no verdict: no memory" in explain("permute", X) and len(gpu["checks"]) == 1
-    gpu["error"] = None
+@pytest.mark.parametrize(("passed", "words"), [(None, "came to no verdict"), (False, "failed")])
+def test_what_may_pass_by_is_said_and_tried_again_later(gpu, monkeypatch, passed, words):
+    """No memory for a check, a machine that was slow: processes that start at once do not all wait for it."""
+    gpu["passed"], gpu["kept"] = passed, 600
+    for _ in range(2):
+        start_again()
+        match = f"triton's self-check on nvidia_h100 in float32 {words}, so the next backend runs there"
+        with pytest.warns(UserWarning, match=match):
+            assert dispatch.choose("permute", X) == "torch"
+        assert f"its self-check {words} here" in explain("permute", X)
+    assert len(gpu["checks"]) == 1
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 601)
+    gpu["passed"], gpu["kept"] = True, 0
     start_again()
-    assert dispatch.choose("permute", X) == "triton"
+    assert dispatch.choose("permute", X) == "triton" and len(gpu["checks"]) == 2
+    assert len(json.loads(kept().read_text())) == 1
+
+
+def test_a_process_that_says_nothing_is_no_verdict(gpu):
+    gpu["error"] = "its process ended with -9: without a word"
+    with pytest.warns(UserWarning, match="came to no verdict.*its process ended with -9"):
+        assert dispatch.choose("permute", X) == "torch"
 
 
 def test_a_check_that_cannot_run_costs_nothing(gpu, monkeypatch):
@@ -284,8 +235,33 @@ def test_a_check_that_cannot_run_costs_nothing(gpu, monkeypatch):
         raise OSError("no more processes")
 
     monkeypatch.setattr(proofs, "_ask", broken)
-    assert dispatch.choose("permute", X) == "torch"
+    with pytest.warns(UserWarning, match="triton cannot be checked on this GPU.*no more processes"):
+        assert dispatch.choose("permute", X) == "torch"
     assert "its self-check could not run, OSError: no more processes" in explain("permute", X)
+
+
+def test_checked_again_nothing_of_before_counts(gpu):
+    dispatch.choose("permute", X)
+    gpu["error"] = "no memory"
+    proofs.check_again([("triton", "permute")], torch.float32, torch.device("cpu"))
+    with pytest.warns(UserWarning, match="no memory"):
+        assert dispatch.choose("permute", X) == "torch"
+
+
+def test_a_capture_without_a_verdict_says_what_to_do(gpu, monkeypatch):
+    refused = [replace(row, refuse=lambda *_: "it asks the host") for row in dispatch.BACKENDS[1:]]
+    monkeypatch.setattr(dispatch, "BACKENDS", (dispatch.BACKENDS[0], *refused))
+    monkeypatch.setattr(dispatch, "_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match=r"triton: .* not run yet: .* python -m cumo_kernels self-check"):
+        dispatch.choose("permute", X)
+
+
+def test_another_gpu_in_the_same_process_has_its_own_verdict(gpu):
+    dispatch.choose("permute", X)
+    with hardware.assume(hardware.find("nvidia_a100")):
+        dispatch.choose("permute", X)
+    assert len(gpu["checks"]) == 2
+    assert [row["gpu"] for row in json.loads(kept().read_text())] == ["nvidia_h100", "nvidia_a100"]
 
 
 def test_turned_off_nothing_is_checked_and_what_is_kept_counts(gpu, monkeypatch):

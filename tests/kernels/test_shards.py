@@ -56,7 +56,7 @@ def command(monkeypatch, tmp_path):
     def replace(program):
         path = tmp_path / "planted.py"
         path.write_text(program)
-        monkeypatch.setattr(shards, "COMMAND", (sys.executable, str(path)))
+        monkeypatch.setattr(shards, "command", lambda: [sys.executable, str(path)])
         monkeypatch.setenv("PYTHONPATH", str(Path(shards.__file__).parents[1]))
 
     return replace

@@ -109,6 +109,9 @@ def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("CUMO_CACHE", str(tmp_path))
     assert packages.default_cache() == tmp_path
     monkeypatch.delenv("CUMO_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert packages.default_cache() == tmp_path / "cumo"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     assert packages.default_cache() == Path.home() / ".cache" / "cumo"
 
 

@@ -32,7 +32,11 @@ def group_mean(values: Tensor, group_offsets: Tensor | None, num_groups: int) ->
         return values.unflatten(0, (num_groups, -1)).mean(1)
     group = _group_of_tokens(values.shape[0], group_offsets)
     counts = (group_offsets[1:] - group_offsets[:-1]).clamp(min=1)
-    sums = values.new_zeros(num_groups + 1, *values.shape[1:]).index_add(0, group, values)[:num_groups]
+    sums = values.new_zeros(num_groups + 1, *values.shape[1:])
+    if values.device.type == "cuda":  # there index_add adds in any order, and index_put sorts first
+        sums = sums.index_put((group,), values, accumulate=True)[:num_groups]
+    else:
+        sums = sums.index_add(0, group, values)[:num_groups]
     return sums / counts.view(-1, *[1] * (values.ndim - 1))
 
 

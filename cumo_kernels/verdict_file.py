@@ -1,0 +1,151 @@
+"""self_check.json: what self-checks have found on this machine, shared by its processes.
+
+    [{"gpu": ..., "capability": 90, "sms": 132, "driver": ..., "torch": ..., "triton": ..., "code": ...,
+      "switches": ..., "source": ..., "built": ..., "backend": "triton", "op": "expert_mlp",
+      "dtype": "bfloat16", "passed": true, "cases": 4, "date": "2026-11-28", "until": 0, "reason": "",
+      "command": ""}]
+
+It lies in $CUMO_CACHE, else in $XDG_CACHE_HOME/cumo or ~/.cache/cumo, and where none of these can be written
+in a folder of the user's own below the temporary one. A row counts until then, in seconds since 1970; 0 is
+for ever. Neither a damaged file nor a folder that cannot be written or locked is an error.
+"""
+
+import contextlib
+import json
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+NAME = "self_check.json"
+KINDS = {
+    **dict.fromkeys(("gpu", "driver", "torch", "triton", "code", "switches", "source", "built"), str),
+    **dict.fromkeys(("backend", "op", "dtype", "date", "reason", "command"), str),
+    **dict.fromkeys(("capability", "sms", "cases"), int),
+    "until": (int, float),
+    "passed": (bool, type(None)),  # None: there is no telling
+}
+# what a newer row may differ in from the one whose place it takes
+NEWER = ("source", "built", "passed", "cases", "date", "until", "reason", "command")
+
+
+def _users() -> Path | None:
+    if asked := os.environ.get("CUMO_CACHE"):
+        return Path(asked).expanduser()
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cumo"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def _temporary() -> Path | None:
+    """The user's own, or None: whoever else could write there would say which kernels are right."""
+    if not hasattr(os, "getuid"):
+        return None
+    path = Path(tempfile.gettempdir()) / f"cumo-{os.getuid()}"
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError:
+        return None
+    owned = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return path if owned else None
+
+
+def folders() -> list[Path]:
+    """Where the file may lie, the first that can be used coming first."""
+    return [path for path in (_users(), _temporary()) if path is not None]
+
+
+def _is_row(row: object) -> bool:
+    if not isinstance(row, dict) or not row.keys() >= KINDS.keys():
+        return False
+    fits = lambda name, kind: (
+        isinstance(row[name], kind) and (name == "passed" or type(row[name]) is not bool)
+    )
+    return all(fits(name, kind) for name, kind in KINDS.items())
+
+
+def _read(path: Path) -> list[dict]:
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return []
+    now = time.time()
+    good = [row for row in rows if _is_row(row)] if isinstance(rows, list) else []
+    return [row for row in good if not row["until"] or row["until"] > now]
+
+
+def load() -> list[dict]:
+    """The rows that count, of all folders; of several for the same the last is the user's own."""
+    return [row for folder in reversed(folders()) for row in _read(folder / NAME)]
+
+
+def keep(new: list[dict]) -> Path | None:
+    """Put `new` in place of what there was on the same, in one move -> where; None: it cannot be kept."""
+    place = lambda row: sorted((name, str(row[name])) for name in KINDS if name not in NEWER)
+    taken = [place(row) for row in new]
+    for folder in folders():
+        path, part = folder / NAME, None
+        rows = [row for row in _read(path) if place(row) not in taken] + new
+        text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as part:
+                part.write(text)
+            os.chmod(part.name, 0o644)  # for whoever shares the folder
+            os.replace(part.name, path)
+            return path
+        except OSError:
+            if part is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(part.name)
+    return None
+
+
+def _lock_file() -> IO | None:
+    for folder in folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return (folder / NAME).with_suffix(".lock").open("a")
+        except OSError:
+            continue
+    return None
+
+
+@contextlib.contextmanager
+def alone(head_start: float, seconds: float) -> Iterator[None]:
+    """One process of those that share the file at a time, of a node's ranks the first; a lock of its process.
+
+    Args:
+        head_start: seconds in which local rank 0 may come first, of torchrun.
+        seconds: after which nobody is waited for any longer.
+    """
+    file = None
+    with contextlib.suppress(ImportError):
+        import fcntl  # not on Windows
+
+        file = _lock_file()
+    if file is None:
+        yield
+        return
+    with file:
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        begin = time.monotonic()
+        while time.monotonic() < begin + seconds:
+            # those who let others go first only look, and may do so side by side
+            first = first or time.monotonic() > begin + head_start
+            try:
+                fcntl.flock(file, (fcntl.LOCK_EX if first else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                if first:
+                    break
+                fcntl.flock(file, fcntl.LOCK_UN)
+            except BlockingIOError:
+                first = True  # one is at it, or looks
+            except OSError:  # a file system without locks
+                break
+            time.sleep(0.1)
+        yield
