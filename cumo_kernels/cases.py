@@ -297,7 +297,6 @@ FAMILIES: dict[str, dict] = {
     "top_k-equals-experts": {"T": 24, "K": 4},
     "one-expert": {"T": 33, "E": 1, "K": 1},
     "many-experts": {"T": 64, "E": 64, "K": 8},
-    "256-experts": {"ops": ("route", "permute", "combine", *MATMULS), "T": 96, "E": 256, "K": 8},
     "skewed": {"T": 96, "pattern": "skewed"},
     "empty-experts": {"T": 30, "pattern": "empty"},
     "all-to-one": {"T": 48, "pattern": "one_expert"},
@@ -343,6 +342,7 @@ GPU_FAMILIES: dict[str, dict] = ALIGNED | {
     "sorted-dropped-swiglu": SORTED | {
         "ops": MATMULS, "T": 2400, "E": 8, "activation": "swiglu", "memory": "x", "pattern": "dropped",
     },
+    "256-experts": {"ops": ("route", "permute", "combine", *MATMULS), "T": 96, "E": 256, "K": 8},
     "memory-x": SORTED | {"ops": ("expert_mlp",), "T": 600, "memory": "x"},
     "memory-all": SORTED | {"ops": ("expert_mlp",), "T": 600, "memory": "all"},
     "gated-router": ROUTER,

@@ -23,7 +23,7 @@ from cumo_kernels.verified import COVERS
 WORKERS = 8  # processes at most
 PARALLEL = 2  # processes even where there are few CPUs: they also wait for imports
 AWKWARD = cases.FEW["awkward"]  # sizes that nothing divides
-MANY = cases.FAMILIES["256-experts"]
+MANY = cases.GPU_FAMILIES["256-experts"]
 FAMILIES = {  # and sizes that copy engines and tensor cores take
     "cuda": {
         "aligned": cases.ALIGNED["aligned"],
@@ -33,7 +33,7 @@ FAMILIES = {  # and sizes that copy engines and tensor cores take
         "awkward": AWKWARD,
     },
     # where CPU tensors stand for a GPU's, in tests
-    "cpu": cases.TINY | {"256-experts": MANY | {"ops": ("route", "permute")}, "awkward": AWKWARD},
+    "cpu": cases.TINY | {"256-experts": MANY | {"ops": ("route", "permute"), "T": 16}, "awkward": AWKWARD},
 }
 KILLED = "signal SIGKILL"  # of a case this small no machine runs out of memory
 
