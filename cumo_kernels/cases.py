@@ -27,7 +27,8 @@ class Case:
 
     route takes logits, or with `gated` hidden states and a gate; grouped_gemm has weights (E, I, H) and with
     `gated` takes its rows in token order; pattern "dropped" is "uniform" with a third of the slots dropped.
-    The logits of an `exact` gated route are exact in every dtype, in whatever order they are summed.
+    The logits of an `exact` gated route are exact in every dtype, in whatever order they are summed. `ragged`
+    groups are of any length, and a token may be in none.
     """
 
     op: str
@@ -43,6 +44,7 @@ class Case:
     exact: bool = False
     memory: str = "preact"
     groups: int = 1
+    ragged: bool = False
     pattern: str = "uniform"
     layout: str = "contiguous"  # of the rows that go in
     dtype: str = "fp32"
@@ -258,11 +260,15 @@ def _exact_logits(x: Tensor, gate: Tensor) -> Tensor:
 
 def _build_route(case: Case, device: str, draw: Callable[..., Tensor], generator: torch.Generator) -> Call:
     """Weights and statistics; a gate's logits must be `exact`, or their rounding decides who is chosen."""
-    args = (None, case.groups, case.K, True)
+    groups, offsets = case.groups, None
+    if case.ragged:
+        ends = torch.randint(case.T + 1, (groups + 1,), generator=generator, dtype=torch.int32)
+        groups = offsets = ends.sort().values.to(device)
+    args = (offsets, case.groups, case.K, True)
     place = lambda x: laid_out(x, case.layout)
 
     def found(x: Tensor, *gate: Tensor) -> Routing:
-        return ops.route(place(x), case.K, *gate, groups=case.groups)
+        return ops.route(place(x), case.K, *gate, groups=groups)
 
     def run(x: Tensor, *gate: Tensor) -> tuple[Tensor, ...]:
         routing = found(x, *gate)
@@ -303,6 +309,7 @@ FAMILIES: dict[str, dict] = {
     "dropped-slots": {"T": 41, "pattern": "dropped"},
     "swiglu-no-bias": {"activation": "swiglu", "bias": False, "memory": "x"},
     "gelu-all": {"T": 57, "activation": "gelu", "memory": "all"},
+    "ragged-groups": {"ops": ("route",), "T": 57, "groups": 3, "ragged": True},
     "geglu-gathered": {"T": 57, "activation": "geglu", "gated": True, "groups": 3},
     "transposed": {"layout": "transposed"},
     "strided": {"layout": "strided"},
@@ -349,6 +356,7 @@ GPU_FAMILIES: dict[str, dict] = ALIGNED | {
     "gated-router-16": ROUTER | {"T": 16},
     "gated-router-rounded": ROUTER | {"exact": False},  # in fp32: whether products are fp32's
     "gated-router-groups": ROUTER | {"T": 320, "groups": 5},
+    "gated-router-ragged": ROUTER | {"T": 320, "groups": 5, "ragged": True},
     "gated-router-8": ROUTER | {"H": 4096, "E": 8},
     "gated-router-8-16": ROUTER | {"T": 16, "H": 4096, "E": 8},
     "gated-router-64": ROUTER | {"H": 512, "E": 64, "K": 8},
@@ -358,7 +366,7 @@ GPU_FAMILIES: dict[str, dict] = ALIGNED | {
 FEW: dict[str, dict] = {
     "awkward": {
         "T": 57, "H": 97, "I": 34, "O": 35, "E": 7, "K": 3, "activation": "geglu", "gated": True, "groups": 3,
-        "pattern": "dropped", "layout": "strided",
+        "ragged": True, "pattern": "dropped", "layout": "strided",
     },
     "awkward-gelu": {
         "T": 57, "H": 97, "I": 34, "O": 35, "E": 7, "K": 3, "activation": "gelu", "groups": 3,
@@ -407,7 +415,7 @@ def survey(
 
 
 USES = {
-    "route": ("T", "H", "E", "K", "gated", "exact", "groups", "layout"),
+    "route": ("T", "H", "E", "K", "gated", "exact", "groups", "ragged", "layout"),
     "permute": ("T", "H", "E", "K", "pattern", "layout"),
     "combine": ("T", "H", "E", "K", "pattern", "layout"),
     "grouped_gemm": ("T", "H", "I", "E", "K", "activation", "bias", "gated", "pattern", "layout"),
