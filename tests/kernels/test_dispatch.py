@@ -326,3 +326,16 @@ def test_fake_tensors_of_a_gpu_need_no_gpu():
         for op in OPS:
             assert dispatch.choose(op, torch.empty(8, 16, device="cuda"), 4) == "torch"
             assert "torch" in explain(op, torch.empty(8, 16, device="cuda"))
+
+
+def test_on_cpus_the_choice_is_never_behind_by_more_than_noise():
+    """At every shape that was timed, in fp32 and bf16."""
+    device, seen = torch.device("cpu"), set()
+    for row in measured.TABLE[measured.CPU]:
+        dtype, both = getattr(torch, row["dtype"]), row["mode"] == "both"
+        chosen = measured.pick(
+            measured.decisions(row["op"], device, dtype, ["torch", "reference"], both), row["shape"]
+        )
+        assert row["ms"][chosen] <= (1 + measured.NOISE) * min(row["ms"].values()), row
+        seen.add(row["dtype"])
+    assert seen >= {"float32", "bfloat16"} and measured.NOISE == 0.03
