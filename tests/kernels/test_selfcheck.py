@@ -144,8 +144,9 @@ def until(condition, seconds=60):
 def test_whoever_asks_takes_the_check_along(tmp_path, number):
     """A caller that ends while it waits leaves nothing behind on the GPU."""
     code = f"""
-import subprocess, sys
+import signal
 from cumo_kernels import proofs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 proofs.command = lambda: {[sys.executable, "-c", WATCHED]!r}
 print("asking", flush=True)
 proofs._ask([], {{**__import__("os").environ, "CUMO_MARK": {str(tmp_path)!r}}})
