@@ -230,7 +230,7 @@ def _tune(place: Place) -> list[Step]:
     # as at a first call on a GPU that verified.json does not know; it tries most of what smoke does
     check = (python, "-m", "cumo_kernels", "self-check", "--again", "--device", place.device)
     check += ("--dtype", "fp32", "--op", "activate") if place.rehearses else ("--dtype", "bf16")
-    kept = {**switches, "CUMO_CACHE": str(place.out)}
+    kept = {**switches, "CUMO_CACHE": str(place.out), "CUMO_SELF_CHECK": "1"}
     return [
         Step("self-check", check, 90, 30, environment=kept, must_pass=True),
         Step("tune", tune, 90, 80, environment=switches, told=10),
