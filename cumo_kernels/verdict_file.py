@@ -42,22 +42,31 @@ def _users() -> Path | None:
 
 
 def _temporary() -> Path | None:
-    """The user's own, or None: whoever else could write there would say which kernels are right."""
-    if not hasattr(os, "getuid"):
-        return None
-    path = Path(tempfile.gettempdir()) / f"cumo-{os.getuid()}"
-    try:
-        path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
-    except OSError:
-        return None
-    owned = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
-    return path if owned else None
+    return Path(tempfile.gettempdir()) / f"cumo-{os.getuid()}" if hasattr(os, "getuid") else None
 
 
 def folders() -> list[Path]:
     """Where the file may lie, the first that can be used coming first."""
     return [path for path in (_users(), _temporary()) if path is not None]
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether nobody else can write there, who would say which kernels are right."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _make(folder: Path) -> None:
+    """Raises an OSError where the folder is not there and cannot be made, or is not to be trusted."""
+    if folder != _temporary():
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if not _is_own(folder):
+        raise PermissionError(f"others can write in {folder}")
 
 
 def _is_row(row: object) -> bool:
@@ -81,7 +90,8 @@ def _read(path: Path) -> list[dict]:
 
 def load() -> list[dict]:
     """The rows that count, of all folders; of several for the same the last is the user's own."""
-    return [row for folder in reversed(folders()) for row in _read(folder / NAME)]
+    trusted = [folder for folder in folders() if folder != _temporary() or _is_own(folder)]
+    return [row for folder in reversed(trusted) for row in _read(folder / NAME)]
 
 
 def keep(new: list[dict]) -> Path | None:
@@ -93,7 +103,7 @@ def keep(new: list[dict]) -> Path | None:
         rows = [row for row in _read(path) if place(row) not in taken] + new
         text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
             with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as part:
                 part.write(text)
             os.chmod(part.name, 0o644)  # for whoever shares the folder
@@ -109,7 +119,7 @@ def keep(new: list[dict]) -> Path | None:
 def _lock_file() -> IO | None:
     for folder in folders():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
             return (folder / NAME).with_suffix(".lock").open("a")
         except OSError:
             continue

@@ -72,6 +72,7 @@ def start_again():
 
 def test_checked_once_and_kept_for_the_next_process(gpu, capsys):
     assert dispatch.choose("permute", X) == dispatch.choose("permute", X) == "triton"
+    assert not list(Path(tempfile.gettempdir()).iterdir())  # no other folder where the user's will do
     assert len(gpu["checks"]) == 1 and capsys.readouterr().err.count("checking triton on nvidia_h100") == 1
     start_again()
     assert dispatch.choose("permute", X) == "triton" and len(gpu["checks"]) == 1
