@@ -58,6 +58,7 @@ def gpu(monkeypatch, tmp_path):
         measured.forget()
         monkeypatch.setattr(extension, "code_for", lambda device: "9.0a")
         monkeypatch.setattr(extension, "outdated", lambda: None)
+        monkeypatch.setattr(extension, "load", lambda: types.SimpleNamespace(source="0" * 16))
         monkeypatch.setattr(dispatch, "_CUDA_MISSING", None)
         monkeypatch.setattr(dispatch, "_TRITON_MISSING", False)
         monkeypatch.setattr(dispatch, "_INTERPRET", False)
