@@ -7,7 +7,6 @@ import csv
 import io
 import os
 import re
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from cumo_kernels import hardware, verified
+from cumo_kernels.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -111,8 +111,7 @@ def machine(device: str) -> dict[str, str]:
     if device == "cuda":
         name = torch.cuda.get_device_name()
         row = hardware.gpu_of(torch.device("cuda"))
-        driver = verified.first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        return {"machine": row.name, "device": name, "driver": driver}
+        return {"machine": row.name, "device": name, "driver": verified.driver()}
     name = _cpu_name()
     threads = torch.get_num_threads()
     words = re.sub(r"\((r|tm)\)|cpu|processor|@.*", " ", name.lower())
@@ -150,10 +149,7 @@ def _append(path: Path, added: Iterable[Row | Gap]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(map(_text, asdict(row).values()) for row in added)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-        file.write(old + text.getvalue())
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_whole(path, old + text.getvalue())
 
 
 def append(rows: Iterable[Row], results: Path = RESULTS) -> list[Path]:

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     verify.add_arguments(commands.add_parser("verify", help="check every op and backend of this machine"))
     selfcheck.add_arguments(
-        commands.add_parser("self-check", help="try on this GPU, once, what would run there unasked")
+        commands.add_parser("self-check", help="check the default backends on this GPU, once")
     )
     commands.add_parser("bench", add_help=False, help="measure speed; options: bench --help")
     tune.add_arguments(commands.add_parser("tune", help="find tile sizes on this GPU and write its file"))

@@ -12,8 +12,6 @@ changes, and nowhere else. Without entries the first backend of dispatch.BACKEND
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 
 import torch
 
+from cumo_kernels.files import write_whole
 from cumo_kernels.hardware import INTERPRETER, gpu_of
 from cumo_kernels.tracing import constant
 from cumo_kernels.tuning import BATCH_INVARIANT
@@ -123,9 +122,10 @@ def _steps(sizes: set[int], decide: Callable[[int], Any]) -> tuple[tuple[int | N
     for size, following in zip(ascending, [*ascending[1:], None], strict=True):
         # halfway in octaves: 500 rows are nearer to 1000 than to 100
         most = None if following is None else math.floor(math.sqrt((size + 1) * (following + 1)) - 1)
-        if steps and steps[-1][1] == decide(size):
+        decided = decide(size)
+        if steps and steps[-1][1] == decided:
             steps.pop()
-        steps.append((most, decide(size)))
+        steps.append((most, decided))
     return tuple(steps)
 
 
@@ -193,7 +193,4 @@ def write(table: dict[str, list[dict]], path: Path) -> None:
     whole = lambda rows: f"[\n{lines(rows)}\n  ]" if rows else "[]"
     parts = [f"  {json.dumps(gpu)}: {whole(rows)}" for gpu, rows in sorted(table.items())]
     text = "{\n" + ",\n".join(parts) + "\n}\n" if parts else "{}\n"
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_whole(path, text)

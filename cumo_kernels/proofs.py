@@ -19,8 +19,6 @@ import threading
 import time
 import warnings
 from datetime import UTC, datetime
-from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -79,16 +77,6 @@ def turned_off() -> bool:
     return asked == "0"
 
 
-@cache
-def driver() -> str:
-    """Version of NVIDIA's driver; "" if it cannot be told."""
-    with contextlib.suppress(OSError):
-        for word in Path("/proc/driver/nvidia/version").read_text().split():
-            if word[0].isdigit() and "." in word:
-                return word
-    return verified.first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-
-
 def identity(backend: str, device: torch.device) -> dict:
     """What a verdict depends on.
 
@@ -102,7 +90,7 @@ def identity(backend: str, device: torch.device) -> dict:
         "gpu": gpu.name,
         "capability": gpu.capability,
         "sms": gpu.sms,
-        "driver": driver() if device.type == "cuda" else "",
+        "driver": verified.driver() if device.type == "cuda" else "",
         "torch": torch.__version__,
         "triton": verified.triton_version(),
         "code": extension.code_for(device) if backend == "cuda" else "",

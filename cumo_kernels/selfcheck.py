@@ -1,4 +1,4 @@
-"""python -m cumo_kernels self-check: try on this GPU what would run there unasked, before a first call does.
+"""python -m cumo_kernels self-check: check the default backends on this GPU, ahead of the first call.
 
 For images of containers, and for code that is compiled from its start. It is also what proofs.py runs in a
 process of its own at a first call: the checks of `verify`, on aligned and on awkward sizes of each op.
@@ -6,6 +6,7 @@ process of its own at a first call: the checks of `verify`, on aligned and on aw
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -101,7 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # a rehearsal, under TRITON_INTERPRET=1 or CUMO_EMULATE=1: CPU tensors stand for an H100's
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--only", type=json.loads, metavar="GROUPS", help=argparse.SUPPRESS)
-    for name, default in (("memory", float("inf")), ("seconds", proofs.SECONDS), ("case-seconds", 60.0)):
+    limits = {"memory": math.inf, "seconds": proofs.SECONDS, "case-seconds": proofs.CASE_SECONDS}
+    for name, default in limits.items():
         parser.add_argument(f"--{name}", type=float, default=default, help=argparse.SUPPRESS)
 
 

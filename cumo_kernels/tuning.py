@@ -14,7 +14,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from cumo_kernels.files import write_whole
 from cumo_kernels.hardware import GPUS, INTERPRETER, KIB, Gpu, gpu_of
 
 __all__ = [
@@ -365,10 +365,7 @@ def save(name: str, found: Iterable[Entry], note: str, folder: Path | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in rows)
     text = f'{{"gpu": {json.dumps(name)}, "note": {json.dumps(note)}, "entries": [\n{lines}\n]}}\n'
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_whole(path, text)
     forget()
     return path
 

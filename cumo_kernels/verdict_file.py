@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from cumo_kernels.files import user_cache, write_whole
+
 NAME = "self_check.json"
 KINDS = {
     **dict.fromkeys(("gpu", "driver", "torch", "triton", "code", "switches", "source", "built"), str),
@@ -32,22 +34,18 @@ KINDS = {
 NEWER = ("source", "built", "passed", "cases", "date", "until", "reason", "command")
 
 
-def _users() -> Path | None:
-    if asked := os.environ.get("CUMO_CACHE"):
-        return Path(asked).expanduser()
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cumo"
-    except RuntimeError:  # a user without a home
-        return None
-
-
 def _temporary() -> Path | None:
     return Path(tempfile.gettempdir()) / f"cumo-{os.getuid()}" if hasattr(os, "getuid") else None
 
 
 def folders() -> list[Path]:
     """Where the file may lie, the first that can be used coming first."""
-    return [path for path in (_users(), _temporary()) if path is not None]
+    found = []
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        found.append(user_cache())
+    if (path := _temporary()) is not None:
+        found.append(path)
+    return found
 
 
 def _is_own(folder: Path) -> bool:
@@ -99,20 +97,15 @@ def keep(new: list[dict]) -> Path | None:
     place = lambda row: sorted((name, str(row[name])) for name in KINDS if name not in NEWER)
     taken = [place(row) for row in new]
     for folder in folders():
-        path, part = folder / NAME, None
+        path = folder / NAME
         rows = [row for row in _read(path) if place(row) not in taken] + new
         text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
         try:
             _make(folder)
-            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as part:
-                part.write(text)
-            os.chmod(part.name, 0o644)  # for whoever shares the folder
-            os.replace(part.name, path)
+            write_whole(path, text)
             return path
         except OSError:
-            if part is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(part.name)
+            continue
     return None
 
 

@@ -1,4 +1,4 @@
-"""Where a backend has been seen to be right: verified.json, by which it may be chosen unasked on a GPU.
+"""Where a backend has been seen to be right: verified.json, by which it may run on a GPU.
 
     {gpu: [{"backend": "triton", "op": "expert_mlp", "dtype": "bfloat16", "cases": 36, "date": "2026-11-28",
             "torch": "2.11.0+cu130", "triton": "3.6.0", "driver": ..., "code": "", "commit": ...,
@@ -18,6 +18,7 @@ An installation without csrc/ (a wheel) cannot know the hash of what `_C` was bu
 packed in the same build, so there the entry is believed if torch and code agree.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -191,7 +192,7 @@ def record(
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "torch": torch.__version__,
         "triton": triton_version(),
-        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": driver(),
         "commit": first_line("git", "rev-parse", "--short=10", "HEAD") or os.environ.get("CUMO_COMMIT", ""),
     }
     numbers = {group: (0, cases) for group, cases in passed.items()} | dict(failed)
@@ -204,6 +205,16 @@ def record(
     path.parent.mkdir(parents=True, exist_ok=True)
     measured.write(table, path)
     return len(numbers) - len(failed), len(failed)
+
+
+@cache
+def driver() -> str:
+    """Version of NVIDIA's driver; "" if it cannot be told."""
+    with contextlib.suppress(OSError):
+        for word in Path("/proc/driver/nvidia/version").read_text().split():
+            if word[0].isdigit() and "." in word:
+                return word
+    return first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def first_line(*command: str) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cumo_kernels import cases, dispatch, use_backend, verified
 from cumo_kernels.cases import FEW, Call, Case, build, parse
+from cumo_kernels.files import write_whole
 from cumo_kernels.fuzz import draw, shrink
 from cumo_kernels.guards import guarded_memory
 from cumo_kernels.hardware import gpu_of
@@ -388,10 +389,7 @@ def _report(results: list[Result], missing: list[str], begin: float) -> dict:
 
 
 def _write(report: dict, path: str) -> None:
-    part = f"{path}.part"
-    with open(part, "w") as file:
-        json.dump(report, file, indent=1)
-    os.replace(part, path)
+    write_whole(Path(path), json.dumps(report, indent=1))
 
 
 def main(args: argparse.Namespace) -> int:

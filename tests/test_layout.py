@@ -26,16 +26,22 @@ ARROWS = {
     "cumo_kernels.hostsync": ("cumo_kernels.tracing",),
     "cumo_kernels.tracing": (),
     "cumo_kernels.versions": (),
-    "cumo_kernels.tuning": ("cumo_kernels.hardware",),
+    "cumo_kernels.files": (),
+    "cumo_kernels.tuning": ("cumo_kernels.files", "cumo_kernels.hardware"),
     "cumo_kernels.extension": ("cumo_kernels._C",),
-    "cumo_kernels.measured": ("cumo_kernels.hardware", "cumo_kernels.tracing", "cumo_kernels.tuning"),
+    "cumo_kernels.measured": (
+        "cumo_kernels.files",
+        "cumo_kernels.hardware",
+        "cumo_kernels.tracing",
+        "cumo_kernels.tuning",
+    ),
     "cumo_kernels.verified": (
         "cumo_kernels.extension",
         "cumo_kernels.hardware",
         "cumo_kernels.measured",
         "cumo_kernels.versions",
     ),
-    "cumo_kernels.verdict_file": (),
+    "cumo_kernels.verdict_file": ("cumo_kernels.files",),
     "cumo_kernels.proofs": (
         "cumo_kernels.extension",
         "cumo_kernels.hardware",
@@ -86,6 +92,7 @@ ARROWS = {
     "cumo_kernels.*": ("cumo_kernels", "cumo_kernels.*"),  # the front door and its subcommands
     "cumo_model.monitor": ("cumo_model.*", "cumo_kernels.hardware"),
     "cumo_model.merge": ("cumo_model.*", "cumo_kernels.hostsync"),
+    "cumo_model.demo.packages": ("cumo_model.*", "cumo_kernels.files"),
     "cumo_model": ("cumo_model.*", "cumo_kernels", "cumo_kernels.integrations.transformers"),
     "cumo_model*": (
         "cumo_model",

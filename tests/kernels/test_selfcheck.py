@@ -17,12 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from cumo_kernels import cases, dispatch, extension, proofs, selfcheck, verdict_file, verified
+from cumo_kernels import cases, dispatch, extension, proofs, selfcheck, verdict_file, verdicts, verified
 
 TREE = Path(__file__).parents[2]
-SWITCHES = (
-    "CUMO_BACKEND", "CUMO_EMULATE", "CUMO_JIT", "CUMO_SELF_CHECK", "CUMO_BATCH_INVARIANT", "LOCAL_RANK",
-)  # fmt: skip
+SWITCHES = (*verdicts.SWITCHES, "CUMO_BACKEND", "CUMO_SELF_CHECK", "LOCAL_RANK")
 
 CALLER = """
 import json, sys, torch

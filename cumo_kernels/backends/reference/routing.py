@@ -34,10 +34,10 @@ def group_mean(values: Tensor, group_offsets: Tensor | None, num_groups: int) ->
     counts = (group_offsets[1:] - group_offsets[:-1]).clamp(min=1)
     sums = values.new_zeros(num_groups + 1, *values.shape[1:])
     if values.device.type == "cuda":  # there index_add adds in any order, and index_put sorts first
-        sums = sums.index_put((group,), values, accumulate=True)[:num_groups]
+        sums = sums.index_put((group,), values, accumulate=True)
     else:
-        sums = sums.index_add(0, group, values)[:num_groups]
-    return sums / counts.view(-1, *[1] * (values.ndim - 1))
+        sums = sums.index_add(0, group, values)
+    return sums[:num_groups] / counts.view(-1, *[1] * (values.ndim - 1))
 
 
 def spread_group_grad(grad: Tensor, num_tokens: int, group_offsets: Tensor | None) -> Tensor:
