@@ -33,6 +33,7 @@ __device__ __forceinline__ bool place(int64_t rows, int64_t I, int64_t& row, int
 
 template <class T, int kVec>
 __global__ void activate_kernel(const T* x, int64_t rows, int64_t I, Act kind, bool gated, T* out) {
+  begin_kernel();
   int64_t row, col;
   if (!place<kVec>(rows, I, row, col)) return;
   const T* source = x + row * (gated ? 2 * I : I) + col;
@@ -49,6 +50,7 @@ __global__ void activate_kernel(const T* x, int64_t rows, int64_t I, Act kind, b
 template <class T, int kVec>
 __global__ void activate_backward_kernel(const T* grad, const T* x, int64_t rows, int64_t I, Act kind, bool gated,
                                          T* dx) {
+  begin_kernel();
   int64_t row, col;
   if (!place<kVec>(rows, I, row, col)) return;
   const int64_t at = row * (gated ? 2 * I : I) + col;

@@ -36,11 +36,17 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int kCopyFrom = 2048;
 
+// Programmatic dependent launch, which nobody has measured yet.
+bool overlap_wanted() {
+  const char* wish = std::getenv("CUMO_PDL");
+  return wish && std::string(wish) == "1";
+}
+
 #ifdef CUMO_EMULATE
 
 struct On {  // the emulated device; few processors unless told otherwise, so that a block walks several tiles
   Device device{nullptr, number("CUMO_EMULATE_SMS", 2), number("CUMO_EMULATE_CAPABILITY", 80), 227 * 1024,
-                number("CUMO_EMULATE_COPY_FROM", kCopyFrom)};
+                number("CUMO_EMULATE_COPY_FROM", kCopyFrom), 50 << 20, overlap_wanted()};
 
   explicit On(const Tensor&) {}
 
@@ -58,6 +64,8 @@ struct On {  // makes the device of a tensor current and says what it is
 
   explicit On(const Tensor& tensor) : guard(tensor.device()), device(properties(tensor.device().index())) {
     device.stream = c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
+    // code for older GPUs does not wait: platform.cuh
+    device.overlap = overlap_wanted() && device.capability >= 90 && compiled_for() >= 90;
   }
 
   static Device properties(int index) {
@@ -72,7 +80,7 @@ struct On {  // makes the device of a tensor current and says what it is
     };
     const int capability = 10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
     return known[index] = {nullptr, ask(cudaDevAttrMultiProcessorCount), capability,
-                           ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), kCopyFrom};
+                           ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), kCopyFrom, ask(cudaDevAttrL2CacheSize), false};
   }
 };
 
@@ -408,13 +416,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         arg("need_up"), arg("need_up_bias"), arg("need_down"), arg("need_down_bias"));
 
   // index arithmetic, for tests/kernels/test_cuda.py
-  m.def("_find_tiles", [](const std::vector<int>& offsets, int tiles_n, int tile_rows, int splits) {
+  m.def("_find_tiles", [](const std::vector<int>& offsets, int tiles_n, int tile_rows, int splits, int whole) {
     TileWalk walk(offsets.data(), static_cast<int>(offsets.size()) - 1, tiles_n, tile_rows, splits);
-    std::vector<std::tuple<int, int, int, int, int>> found;
-    for (Tile tile; walk.find(static_cast<int>(found.size()), tile);)
-      found.emplace_back(tile.expert, tile.first_row, tile.end_row, tile.tile_n, tile.split);
+    std::vector<std::tuple<int, int, int, int, int, bool>> found;
+    for (Tile tile; walk.find(static_cast<int>(found.size()), whole, tile);)
+      found.emplace_back(tile.expert, tile.first_row, tile.end_row, tile.tile_n, tile.split, tile.halved);
     return found;
-  });
+  }, py::arg("offsets"), py::arg("tiles_n"), py::arg("tile_rows"), py::arg("splits"), py::arg("whole") = 1 << 30);
+  m.def("_whole_tiles", &whole_tiles);
+  m.def("_sums_bias", &sums_bias);
   m.def("_steps_of_split", [](int steps, int split, int splits) {
     const Steps found = steps_of_split(steps, split, splits);
     return std::make_tuple(found.begin, found.end);
@@ -424,7 +434,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return std::make_tuple(t.expert, t.split, t.begin, t.end, t.first_n, t.first_k);
   });
   const auto as_tuple = [](const Plan& p) {
-    return std::make_tuple(p.tile_cols, p.tiles_n, p.tiles_k, p.splits, p.blocks);
+    return std::make_tuple(p.tile_cols, p.tiles_n, p.tiles_k, p.splits, p.blocks, p.cuts);
   };
   m.def("_plan_rows", [as_tuple](bool hopper, int64_t S, int E, int64_t width, bool gated, int64_t steps, int64_t places,
                                  bool can_split, bool steady) {
@@ -435,6 +445,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("_shared_bytes", [] { return gemm_shared_bytes(); });
   m.def("_launches", [] { return launches.load(); });
+  m.def("_fetched_ahead", [] { return fetched_ahead.load(); });
   m.def("_most_row_tiles", &most_row_tiles);
   m.def("_weight_column", [](int tile_n, int tile_columns, int r, int N, bool gated) {
     const WeightColumn column = weight_column(tile_n, tile_columns, r, N, gated);

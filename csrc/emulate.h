@@ -3,7 +3,7 @@
 // Built with -DCUMO_EMULATE by g++ alone, this takes the place of the CUDA runtime (platform.cuh). It is as unkind as
 // the hardware may be: shared memory begins as NaN, cp.async, TMA and wgmma take effect as late as their waits allow,
 // threads run in ascending order in even blocks and descending in odd ones, and a barrier or a warp instruction that
-// not all its threads reach is an error, not a hang.
+// not all its threads reach is an error, not a hang; so is a thread that does not wait for earlier kernels.
 //
 // One launch at a time: the caller holds Python's lock.
 #pragma once
@@ -62,6 +62,8 @@ class Machine {
   unsigned char* shared = nullptr;  // 1024-byte aligned
   int shared_bytes = 0;
   std::deque<std::function<void()>> late;  // TMA copies: delivered when nothing else can go on
+  int64_t waited = 0;                      // threads of the kernel that have waited for earlier ones
+  const char* fetched = nullptr;           // up to where the kernel has fetched ahead
 
   void run(int num_blocks, int num_threads, int bytes, std::function<void()> body) {
     body_ = std::move(body);

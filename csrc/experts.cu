@@ -17,6 +17,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     weigh_rows_kernel(const T* source, int64_t stride_source, const float* topk_weights, const int* permutation,
                       const int* end, int N, int top_k, Act kind, bool gated, T* out) {
+  begin_kernel();
   const int64_t row = int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / kWarp;
   if (row >= *end) return;
   const int slot = permutation[row];
@@ -34,6 +35,7 @@ __global__ void __launch_bounds__(kThreads)
     topk_weights_grad_kernel(const float* dots, int tiles, const T* grad, int64_t stride_grad, const T* bias,
                              const int* inverse, const int* expert_offsets, int64_t S, int E, int O, int top_k,
                              float* out) {
+  begin_kernel();
   const int64_t slot = int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / kWarp;
   if (slot >= S) return;
   const int lane = threadIdx.x % kWarp, position = inverse[slot];

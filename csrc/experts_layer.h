@@ -128,14 +128,13 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& x, const Tensor& weight, c
 
 std::tuple<Tensor, Tensor> weight_gradient(const Tensor& grad, const Tensor& x, const Tensor& expert_offsets,
                                            const MaybeTensor& permutation, int64_t top_k, bool need_bias,
-                                           Gathered gathered, const MaybeTensor& row_weights) {
+                                           Gathered gathered) {
   CHECK_DEVICE(x);
   CHECK_SAME_DEVICE(grad, x);
   CHECK_DTYPE(grad, x.scalar_type());
   const int64_t num_experts = expert_offsets.numel() - 1;
   CHECK_INDEX(expert_offsets, x, num_experts + 1);
   if (permutation) CHECK_INDEX(*permutation, x, permutation->numel());
-  if (row_weights) CHECK_SAME_DEVICE(*row_weights, x);
   const int64_t S = permutation ? permutation->numel() : x.size(0);
   if (gathered != Gathered::grad) {
     CHECK_SHAPE(grad, S, grad.size(1));
@@ -151,7 +150,6 @@ std::tuple<Tensor, Tensor> weight_gradient(const Tensor& grad, const Tensor& x, 
   p.expert_offsets = ints(expert_offsets);
   p.permutation = permutation ? ints(*permutation) : nullptr;
   p.gathered = gathered;
-  p.row_weights = row_weights ? floats(*row_weights) : nullptr;
   p.stride_grad = grad_rows.stride(0);
   p.stride_x = x_rows.stride(0);
   p.tf32 = tf32_allowed(x);
@@ -191,7 +189,22 @@ std::tuple<Tensor, Tensor> grouped_gemm_weight_grad(const Tensor& grad, const Te
   CHECK_DEVICE(x);
   if (inverse_permutation) CHECK_SAME_DEVICE(*inverse_permutation, x);
   return weight_gradient(grad, x, expert_offsets, permutation, top_k, need_bias,
-                         permutation ? Gathered::x : Gathered::none, std::nullopt);
+                         permutation ? Gathered::x : Gathered::none);
+}
+
+// (E, N): each expert's sum of weighted rows of tokens.
+Tensor bias_gradient(const Tensor& grad, const Tensor& topk_weights, const Tensor& permutation,
+                     const Tensor& expert_offsets) {
+  const Tensor rows = rows_of(grad);
+  const Dtype dtype = dtype_of("grad", rows);
+  const int E = narrow("E", expert_offsets.numel() - 1), N = narrow("N", rows.size(1));
+  if (int64_t{E} * N == 0) return make(rows, {E, N});
+  const On on(rows);
+  const int parts = bias_grad_parts(on.device, dtype, permutation.numel(), E, N);
+  Tensor out = parts > 1 ? make(rows, {parts, E, N}, at::kFloat) : make(rows, {E, N});
+  bias_grad(on.device, dtype, data(rows), rows.stride(0), ints(permutation), floats(topk_weights), ints(expert_offsets), E,
+            N, narrow("top_k", topk_weights.size(1)), parts, out.mutable_data_ptr());
+  return parts > 1 ? added_up(out, rows.scalar_type()) : out;
 }
 
 // All before the first launch, under the names of the layer's own arguments.
@@ -302,25 +315,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     weighted = weigh(kept_z, weights, permutation, expert_offsets, act);
   }
 
-  // a bias alone: beside the least weight gradient there is
-  if ((need_down || need_down_bias) && memory == "all") {
-    const Tensor weighted_grad = weigh(grad, weights, permutation, expert_offsets, {Act::none, false});
-    const Tensor columns = need_down ? a : a.narrow(1, 0, 1);
-    std::tie(ddown, ddown_bias) = weight_gradient(weighted_grad, columns, expert_offsets, std::nullopt, top_k,
-                                                  need_down_bias, Gathered::none, std::nullopt);
-  } else if (need_down || need_down_bias) {
-    const Tensor columns = need_down ? weighted : kept_z.narrow(1, 0, 1);
+  if (need_down && memory == "all") {
+    ddown = std::get<0>(weight_gradient(weigh(grad, weights, permutation, expert_offsets, {Act::none, false}), a,
+                                        expert_offsets, std::nullopt, top_k, false, Gathered::none));
+  } else if (need_down) {
     const bool ordered = ordered_grad.defined();
-    std::tie(ddown, ddown_bias) =
-        weight_gradient(ordered ? ordered_grad : grad, columns, expert_offsets, permutation, top_k, need_down_bias,
-                        ordered ? Gathered::none : Gathered::grad, weights);
+    ddown = std::get<0>(weight_gradient(ordered ? ordered_grad : grad, weighted, expert_offsets, permutation, top_k, false,
+                                        ordered ? Gathered::none : Gathered::grad));
   }
+  if (need_down_bias) ddown_bias = bias_gradient(grad, weights, permutation, expert_offsets);
   ordered_grad = Tensor();  // room for what follows
-  if (!need_down) ddown = nothing();
   if (need_up || need_up_bias) {
-    const Tensor columns = need_up ? x : x.narrow(1, 0, 1);
-    std::tie(dup, dup_bias) =
-        weight_gradient(dz, columns, expert_offsets, permutation, top_k, need_up_bias, Gathered::x, std::nullopt);
+    // a bias alone: beside the least weight gradient there is, which adds up in the same order
+    std::tie(dup, dup_bias) = weight_gradient(dz, need_up ? x : x.narrow(1, 0, 1), expert_offsets, permutation, top_k,
+                                              need_up_bias, Gathered::x);
   }
   if (!need_up) dup = nothing();
   if (need_x) {

@@ -77,6 +77,7 @@ __device__ __forceinline__ void for_each_patch(const Acc& acc, Finish finish) {
 template <class T, bool kTf32, bool kAlong>
 __global__ void __launch_bounds__(kGemmThreads, 1)
     grouped_gemm_kernel(Gemm p, ForwardEnd<T> end, int tiles_n, int splits, bool wide_x, bool wide_w) {
+  begin_kernel();
   TileWalk walk(p.expert_offsets, p.E, tiles_n, kTileRows, splits);
   Tile tile;
   const WarpPlace place;
@@ -94,6 +95,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
 template <class T, bool kTf32>
 __global__ void __launch_bounds__(kGemmThreads, 1)
     grad_hidden_kernel(Gemm p, HiddenEnd<T> end, int tiles_n, bool wide_x, bool wide_w) {
+  begin_kernel();
   TileWalk walk(p.expert_offsets, p.E, tiles_n, kTileRows, 1);
   Tile tile;
   const WarpPlace place;

@@ -4,6 +4,7 @@
 // phases, so that the kernel that tests execute is the one that ships, and the build needs nothing but nvcc.
 #pragma once
 
+#include "launches.h"
 #include "platform.cuh"
 #include "tiles.h"
 
@@ -91,6 +92,15 @@ inline void tma_load(void* target, const TensorMap* map, Barrier* barrier, int c
     barrier->bytes_and_phase -= count * 2 * 2;
     barrier->settle();
   });
+}
+
+inline void prefetch_l2(const void* pointer, int bytes) {  // the blocks of a kernel fetch what is there, in order, once
+  static volatile char byte;
+  const char* first = static_cast<const char*>(pointer);
+  if (first < emulate::machine.fetched) emulate::machine.fail("a piece is fetched ahead twice");
+  byte = first[0], byte = first[bytes - 1];
+  emulate::machine.fetched = first + bytes;
+  fetched_ahead += bytes;
 }
 
 inline uint32_t shared_address(const void* pointer) {
@@ -220,6 +230,12 @@ __device__ __forceinline__ void tma_load(void* target, const TensorMap* map, Bar
       "[%2];" ::"r"(shared_address(target)),
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
+}
+
+// A multiple of 16 bytes, at a multiple of 16, into L2.
+__device__ __forceinline__ void prefetch_l2(const void* pointer, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(pointer), "r"(bytes)
+               : "memory");
 }
 
 // d (64, kN) += a (64, 16) b (16, kN), in the background; an operand is stored along or across the reduction.

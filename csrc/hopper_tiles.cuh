@@ -1,8 +1,9 @@
-// What the Hopper GEMMs share: the ring of stages, the multiplication out of it, and how TMA is told about a tensor.
+// What the Hopper GEMMs share: the ring of stages, and the multiplication out of it.
 #pragma once
 
 #include "epilogue.cuh"
 #include "hopper.cuh"
+#include "tensor_map.cuh"
 
 namespace cumo {
 
@@ -14,6 +15,8 @@ constexpr bool kBuilt = false;  // not compiled for sm_90a: the portable kernels
 
 constexpr int kGroup = 128, kThreads = 3 * kGroup;  // a warpgroup; one producer and two consumers
 constexpr int kRows = kPlanRows, kSteps = 64;       // of a tile, and of a stage along the reduction
+constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;  // of a thread; it begins with 168
+static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168);
 constexpr int kLag = 2;  // stages whose copies overlap before the first is handed over
 
 template <int kCols>
@@ -60,9 +63,10 @@ __device__ __forceinline__ void hand_over_rest(Barrier* full, Turn<kCount>& land
   for (; under_way > 0; --under_way, landed.next()) arrive(&full[landed.stage]);
 }
 
-// d[m] (64, kCols) = rows of A times B over `steps` stages: with kM = 1 this warpgroup's half of the 128 rows, with kM = 2
-// both. seen(step, a) may look at a stage's A; issued() is called when no stage is waited for any more.
-template <class T, int kCols, bool kAcrossA, bool kAcrossB, int kM, class Seen, class Issued>
+// d[m] (64, kN) = rows of A times the first kN columns of B over `steps` stages: with kM = 1 this warpgroup's half of the
+// 128 rows, with kM = 2 both. seen(step, a) may look at a stage's A; issued() is called when no stage is waited for any
+// more.
+template <class T, int kCols, int kN, bool kAcrossA, bool kAcrossB, int kM, class Seen, class Issued>
 __device__ __forceinline__ void multiply_stages(int steps, unsigned char* shared, Barrier* full, Barrier* empty,
                                                 Turn<Stages<kCols>::kCount>& turn, float (&d)[kM][kCols / 2],
                                                 Seen seen, Issued issued) {
@@ -89,75 +93,53 @@ __device__ __forceinline__ void multiply_stages(int steps, unsigned char* shared
     for (int k = 0; k < kSteps; k += 16)
 #pragma unroll
       for (int m = 0; m < kM; ++m)
-        wgmma<T, kCols, kAcrossA, kAcrossB>(d[m], a + (m * kChunk + k * (kAcrossA ? kRowBytes : 2)) / 16,
-                                            b + k * (kAcrossB ? kRowBytes : 2) / 16);
+        wgmma<T, kN, kAcrossA, kAcrossB>(reinterpret_cast<float(&)[kN / 2]>(d[m]),
+                                         a + (m * kChunk + k * (kAcrossA ? kRowBytes : 2)) / 16,
+                                         b + k * (kAcrossB ? kRowBytes : 2) / 16);
     wgmma_commit();
     seen(step, stage);
-    wgmma_wait<T, kCols, 1>();
+    wgmma_wait<T, kN, 1>();
     // the multiplication before this one is done with its stage
     if (last >= 0 && threadIdx.x % kWarp == 0) arrive(&empty[last]);
     last = turn.stage;
     turn.next();
   }
   issued();
-  wgmma_wait<T, kCols, 0>();
+  wgmma_wait<T, kN, 0>();
 #pragma unroll
   for (int m = 0; m < kM; ++m) pin(d[m]);
   if (last >= 0 && threadIdx.x % kWarp == 0) arrive(&empty[last]);
 }
 
-// The warp's 16 rows of each d[m] in patches of 32 columns: finish(m, first column), one copy of its code for all.
+// Where eight columns of a tile lie in B when its halves are apart: 64 of the gate, then 64 of the up half, in turns.
+constexpr int apart(int eight) { return eight / 16 * 16 + eight % 2 * 8 + eight % 16 / 2; }
+
+// The warp's 16 rows of each d[m] in patches of 32 columns, `patches` of them in a row: finish(m, first column), one copy
+// of its code for all.
 template <int kCols, int kM, class Finish>
-__device__ __forceinline__ void for_each_patch(const float (&d)[kM][kCols / 2], float* patch, Finish finish) {
+__device__ __forceinline__ void for_each_patch(const float (&d)[kM][kCols / 2], float* patch, int patches,
+                                               bool halves_apart, Finish finish) {
   constexpr int kPerRow = kCols / kPatchCols;
 #pragma unroll 1
-  for (int c = 0; c < kM * kPerRow; ++c) {
+  for (int c = 0; c < (kM - 1) * kPerRow + patches; ++c) {
 #pragma unroll
     for (int other = 0; other < kM * kPerRow; ++other)  // registers must not be indexed by c
       if (c == other)
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-          const float* sums = d[other / kPerRow] + (other % kPerRow * 4 + n) * 4;
-          lay_down(patch, n, sums[0], sums[1], sums[2], sums[3]);
+          const int eight = other % kPerRow * 4 + n;
+          const float* in_turns = d[other / kPerRow] + eight * 4;
+          const float* sums = d[other / kPerRow] + apart(eight) * 4;
+          if (!halves_apart) {
+            lay_down(patch, n, in_turns[0], in_turns[1], in_turns[2], in_turns[3]);
+          } else {
+            lay_down(patch, n, sums[0], sums[1], sums[2], sums[3]);
+          }
         }
     sync_warp();
     finish(c / kPerRow, c % kPerRow * kPatchCols);
     sync_warp();
   }
-}
-
-// Sizes and box of 16-bit elements, strides in elements; the innermost box is 64 elements, 128 bytes, swizzled.
-inline TensorMap describe(const void* base, int rank, const int64_t (&sizes)[kMaxRank],
-                          const int64_t (&strides)[kMaxRank], const int (&box)[kMaxRank]) {
-#ifdef CUMO_EMULATE
-  TensorMap map{static_cast<const char*>(base), rank, {}, {}, {}};
-  for (int i = 0; i < rank; ++i) map.sizes[i] = sizes[i], map.strides[i] = strides[i] * 2, map.box[i] = box[i];
-  return map;
-#else
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess)
-      throw std::runtime_error("cumo_kernels._C: this driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<Encode>(function);
-  }();
-  cuuint64_t extent[kMaxRank], step[kMaxRank];
-  cuuint32_t tile[kMaxRank], ones[kMaxRank];
-  for (int i = 0; i < rank; ++i) {
-    extent[i] = sizes[i], tile[i] = box[i], ones[i] = 1;
-    if (i > 0) step[i - 1] = strides[i] * 2;
-  }
-  CUtensorMap map;
-  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, rank, const_cast<void*>(base), extent, step,
-                                 tile, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS)
-    throw std::runtime_error("cumo_kernels._C: cuTensorMapEncodeTiled failed with " + std::to_string(result));
-  return map;
-#endif
 }
 
 template <class F>

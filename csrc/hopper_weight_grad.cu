@@ -3,10 +3,10 @@
 // Roles, ring and multiplication are those of hopper.cu, on 128 x 256 of out and 64 rows of the layer a stage; both
 // operands lie across the reduction, which wgmma transposes. A gathered operand, and both in the last rows of an expert,
 // come by cp.async, which writes zeros for rows of other experts; whole stages of the operand in expert order by TMA.
-// The bias of 128 columns is summed beside the product of one of their tiles, not the first of all, so that every block
-// has its share of that work.
+// The bias of 128 columns is summed beside the product of one of their tiles (bias_sum.cuh).
 #include "hopper.h"
 
+#include "bias_sum.cuh"
 #include "hopper_tiles.cuh"
 
 namespace cumo {
@@ -29,53 +29,6 @@ __device__ __forceinline__ int token_of_lane(const int* permutation, int top_k, 
   const int row = first_row + threadIdx.x / kWarp * P::kPerWarp + lane % P::kPerWarp + lane / P::kPerWarp * P::kRowsAtOnce;
   return row < end ? permutation[row] / top_k : 0;
 }
-
-// A consumer's share of the sums of grad's 128 columns: eight columns of four rows of every stage, of which its warp has
-// eight. Weights of rows are loaded a stage before they are needed, and the slots that tell them two.
-template <class T>
-struct BiasSum {
-  const WeightGrad& p;
-  int begin, end, warp, lane, slot = -1;
-  float weight = 1.0f, sum[8] = {};
-
-  __device__ __forceinline__ BiasSum(const WeightGrad& p, int begin, int end, int warp, bool wanted)
-      : p(p), begin(begin), end(end), warp(warp), lane(threadIdx.x % kWarp) {
-    if (!wanted) return;
-    look_up(0);
-    look_up(1);
-  }
-
-  // This lane's weight of stage `step - 1` and slot of stage `step`.
-  __device__ __forceinline__ void look_up(int step) {
-    if (!p.row_weights) return;
-    weight = slot < 0 ? 0.0f : p.row_weights[slot];
-    const int row = begin + step * kSteps + lane % 4 * 16 + warp * 2 + lane % 8 / 4;
-    slot = row < end ? p.permutation[row] : -1;
-  }
-
-  __device__ __forceinline__ void add(int step, const unsigned char* a) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int k = i * 16 + warp * 2 + lane / 16;
-      const auto run = *reinterpret_cast<const Vec<T, 8>*>(a + offset_across(k, lane % 16 * 16, kSteps));
-      const float w = float_of(shuffle(bits_of(weight), lane / 16 * 4 + i));
-#pragma unroll
-      for (int j = 0; j < 8; ++j) sum[j] += w * to_float(run.item[j]);
-    }
-    look_up(step + 2);
-    sync_warp();  // one lane gives the stage back for all
-  }
-
-  // The warp's sums of the 128 columns.
-  __device__ __forceinline__ void lay_down(float* columns) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) sum[j] += shuffle_xor(sum[j], 16);
-    if (lane >= 16) return;
-#pragma unroll
-    for (int j = 0; j < 8; j += 4)
-      *reinterpret_cast<Vec<float, 4>*>(columns + lane * 8 + j) = {sum[j], sum[j + 1], sum[j + 2], sum[j + 3]};
-  }
-};
 
 // This thread's pieces of an operand; rows past `end` are zeros. Rows are those of the warp's tokens, or in their order.
 template <class T, int kWidth>
@@ -118,11 +71,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     fence_barriers();
   }
+  begin_kernel();
   sync_block();
   const int tiles = p.E * splits * tiles_n * tiles_k;
   Turn<Ring::kCount> turn;
   if (threadIdx.x < kGroup) {
-    fewer_registers<56>();
+    fewer_registers<kProducerRegisters>();
     Turn<Ring::kCount> landed;
     int under_way = 0;
     const bool gathers_grad = p.gathered == Gathered::grad, gathers_x = p.gathered == Gathered::x;
@@ -154,33 +108,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     hand_over_rest(full, landed, under_way);
     return;
   }
-  more_registers<224>();
-  const int thread = threadIdx.x - kGroup, warp = thread / kWarp, lane = thread % kWarp;
+  more_registers<kConsumerRegisters>();
+  const int warp = threadIdx.x / kWarp - kGroup / kWarp, lane = threadIdx.x % kWarp;
   float* patch = reinterpret_cast<float*>(shared + Ring::kPatches + warp * kPatchBytes);
   for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
     const GradTile<kCols> tile(p.expert_offsets, number, tiles_n, tiles_k, splits, kSteps);
-    const int turn_k = static_cast<int>((tile.slab(p.E) + tile.first_n / kRows) % tiles_k);
-    const bool sums_bias = bias != nullptr && tile.first_k == turn_k * kCols;
-    BiasSum<T> sums(p, tile.begin, tile.end, warp, sums_bias);
+    const bool with_bias = bias != nullptr && sums_bias(number, tiles_k, gridDim.x);
+    BiasSum<T> sums(warp);
     float d[1][kCols / 2];
-    multiply_stages<T, kCols, true, true>(
+    multiply_stages<T, kCols, kCols, true, true>(
         ceil_div(tile.end - tile.begin, kSteps), shared, full, empty, turn, d,
-        [&](int step, const unsigned char* a) {
-          if (sums_bias) sums.add(step, a);
+        [&](int, const unsigned char* a) {
+          if (with_bias) sums.add(a);
         },
         [] {});
-    if (sums_bias) {
-      sums.lay_down(patch);
-      sync_some(1, 2 * kGroup);
-      if (thread < kGroup && tile.first_n + thread < p.N) {
-        float sum = 0.0f;
-        for (int other = 0; other < 2 * kGroup / kWarp; ++other)
-          sum += reinterpret_cast<const float*>(shared + Ring::kPatches + other * kPatchBytes)[thread];
-        store_one<T>(bias, tile.slab(p.E) * p.N + tile.first_n + thread, sum, splits > 1);
-      }
-      sync_some(1, 2 * kGroup);
-    }
-    for_each_patch<kCols>(d, patch, [&](int, int first_col) {
+    if (with_bias)
+      sums.finish([&](int column, float sum) {
+        if (tile.first_n + column < p.N)
+          store_one<T>(bias, tile.slab(p.E) * p.N + tile.first_n + column, sum, splits > 1);
+      });
+    for_each_patch<kCols>(d, patch, kCols / kPatchCols, false, [&](int, int first_col) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = lane / 4 + 8 * i, n = tile.first_n + warp * kPatchRows + row;

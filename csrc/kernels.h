@@ -21,6 +21,8 @@ struct Device {
   int capability;     // 90 is 9.0
   int shared_memory;  // bytes that one block may have
   int copy_from;      // rows, and columns of the product, from which copies of gathered rows pay
+  int l2_bytes;
+  bool overlap;       // launch with programmatic dependence: launch.cuh
 };
 
 struct Route {
@@ -48,6 +50,9 @@ void gate_backward(const Device&, Dtype, const Route&, const void* dlogits, void
 int64_t sort_scratch(int64_t S, int E);  // integers, may be 0
 void sort_by_expert(const Device&, const int* indices, int64_t S, int E, int* tokens_per_expert, int* expert_offsets,
                     int* permutation, int* inverse, int* scratch);
+
+// The architecture whose code runs on the current device, as 90 for 9.0: of kernels for an older one a driver makes its own.
+int compiled_for();
 
 // out (width,) = the sum of `count` rows of `parts` (count, width), in their order.
 void sum_parts(const Device&, Dtype, const float* parts, int count, int64_t width, void* out);
@@ -106,7 +111,6 @@ struct WeightGrad {
   const int* expert_offsets;
   const int* permutation;     // (S,) or null
   Gathered gathered;          // by permutation[p] / top_k
-  const float* row_weights;   // (S,) by slot or null: row p counts row_weights[permutation[p]] times in the bias
   int64_t stride_grad, stride_x;
   bool tf32;
   int64_t S;
@@ -117,6 +121,11 @@ Plan plan_weight_grad(const Device&, Dtype, const WeightGrad&);
 // out[e] = grad_e^T x_e (E, N, K), bias (E, N) = sums of grad or null; exact zeros for an expert without rows. Under a
 // plan with splits both are fp32 and have that many parts, (splits, E, N, K) and (splits, E, N).
 void grouped_gemm_weight_grad(const Device&, Dtype, const WeightGrad&, const Plan&, void* out, void* bias);
+
+// out (parts, E, N) fp32: that many parts of each expert's sum of w[p] grad[token of p]; one part is (E, N) in dtype.
+int bias_grad_parts(const Device&, Dtype, int64_t S, int E, int N);
+void bias_grad(const Device&, Dtype, const void* grad, int64_t stride_grad, const int* permutation,
+               const float* topk_weights, const int* expert_offsets, int E, int N, int top_k, int parts, void* out);
 
 // (S, N): w[p] act(z[p]), z (S, N) or gated (S, 2N); without an activation w[p] source[token of p].
 void weigh_rows(const Device&, Dtype, const void* source, int64_t stride_source, const float* topk_weights,

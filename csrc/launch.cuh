@@ -35,6 +35,8 @@ inline void clear(const Device& device, void* pointer, int64_t bytes) {
 
 constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
 
+// With device.overlap a kernel may take its place on the chip, and fetch weights ahead, while the one before it still runs;
+// it waits for that one's end before anything else (platform.cuh, begin_kernel).
 template <class... Parameters, class... Arguments>
 void launch(const Device& device, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
             const Arguments&... arguments) {
@@ -44,13 +46,21 @@ void launch(const Device& device, void (*kernel)(Parameters...), int64_t blocks,
     throw std::runtime_error("a block needs " + std::to_string(shared_bytes) + " bytes of shared memory, this GPU has " +
                              std::to_string(device.shared_memory));
 #ifdef CUMO_EMULATE
+  emulate::machine.waited = 0, emulate::machine.fetched = nullptr;
   emulate::machine.run(static_cast<int>(blocks), threads, shared_bytes, [&] { kernel(arguments...); });
+  if (emulate::machine.waited != blocks * threads)
+    throw std::runtime_error("not every thread of the kernel waited once for earlier kernels");
 #else
   if (shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(device.stream)>>>(
-      arguments...);
-  check(cudaGetLastError());
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes, config.stream = static_cast<cudaStream_t>(device.stream);
+  config.attrs = &overlap, config.numAttrs = device.overlap ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 #endif
 }
 

@@ -1,4 +1,4 @@
-// How many kernels were launched so far: for tests that hold a launcher to a number.
+// How many kernels were launched so far, and bytes fetched ahead in emulation: for tests that hold a launcher to a number.
 #pragma once
 
 #include <atomic>
@@ -6,6 +6,6 @@
 
 namespace cumo {
 
-inline std::atomic<int64_t> launches{0};
+inline std::atomic<int64_t> launches{0}, fetched_ahead{0};
 
 }  // namespace cumo

@@ -23,6 +23,7 @@ template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads)
     permute_kernel(const T* x, int64_t stride_x_t, const int* permutation, const int* inverse, int64_t S, int64_t H,
                    int K, unsigned chunks, T* out) {
+  begin_kernel();
   using V = Vec<T, kVec>;
   const int64_t position = int64_t{blockIdx.x / chunks} * kWarps + threadIdx.x / kWarp;
   if (position >= S) return;
@@ -54,6 +55,7 @@ template <class R, class T, bool kSplit, int kVec>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const R* rows, int64_t stride_rows_s, int all_parts, const float* weights, const int* inverse,
                    int64_t num_tokens, int64_t H, int K, unsigned chunks, T* out) {
+  begin_kernel();
   constexpr int kBatch = kSplit ? 8 : 4;  // parts that a lane has under way at once
   const int parts = kSplit ? all_parts : 1;
   const int64_t token = int64_t{blockIdx.x / chunks} * kWarps + threadIdx.x / kWarp;
@@ -97,6 +99,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     combine_backward_kernel(const T* grad, int64_t stride_grad_t, const T* rows, int64_t stride_rows_s,
                             const float* weights, const int* permutation, const int* inverse, int64_t S, int64_t H,
                             int K, int lanes, T* drows, float* dweights) {
+  begin_kernel();
   using V = Vec<T, kVec>;
   float* dots = shared_memory<float>();  // (warps,)
   const int warp = threadIdx.x / kWarp;

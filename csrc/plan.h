@@ -18,6 +18,7 @@ struct Plan {
   int tiles_k;    // of the gradient of weights
   int splits;     // partial sums of the reduction, added up in their order afterwards
   int64_t blocks;
+  bool cuts = false;  // a short last round of tiles is cut into halves: tiles.h, whole_tiles
 };
 
 constexpr int kPlanRows = 128, kPlanWide = 256, kPlanNarrow = 128;
@@ -39,7 +40,8 @@ inline int64_t even_row_tiles(int64_t S, int E) {
 // The rows of S slots times weights of `width` rows (one half of a gated one's), `steps` whole stages long, on
 // `places` blocks at a time; `busy`: there is an activation, or a sum to keep, behind the product. Hopper has two kinds of
 // tiles: a narrow one takes somewhat more than half the time of a wide one, but what follows the product runs beside the
-// next product. Partial sums cost a trip through memory. With `steady` no row's result depends on S.
+// next product. Wide ones of a short last round are cut in two. Partial sums cost a trip through memory. With `steady` no
+// row's result depends on S, nor on which instruction multiplied it.
 inline Plan plan_rows(bool hopper, int64_t S, int E, int64_t width, bool gated, int64_t steps, int64_t places,
                       bool can_split, bool busy, bool steady) {
   // in stages of a wide tile; reckoned from instructions and bandwidths, not measured
@@ -55,13 +57,17 @@ inline Plan plan_rows(bool hopper, int64_t S, int E, int64_t width, bool gated, 
       const int64_t tiles = even_row_tiles(S, E) * plan.tiles_n;
       if (split && (!can_split || steady)) continue;
       if (split && (plan.splits = count_splits(tiles, steps, places)) == 1) continue;
-      plan.blocks = std::min(places, most_row_tiles(S, E, kPlanRows) * plan.tiles_n * plan.splits);
-      const double per_block = static_cast<double>((tiles * plan.splits + places - 1) / places);
+      plan.cuts = cols == kPlanWide && !steady;
+      const int64_t most = most_row_tiles(S, E, kPlanRows) * plan.tiles_n * plan.splits;
+      plan.blocks = std::min(places, plan.cuts ? 2 * most : most);
+      const int64_t rounds = tiles * plan.splits / places, last = tiles * plan.splits % places;
       double product = static_cast<double>(steps) / plan.splits, end = busy ? kBusyEnd : kPlainEnd;
-      double time = per_block * (product + end);
+      const double half = kNarrow * product + end / 2;
+      double time = rounds * (product + end);
+      if (last) time += plan.cuts && 2 * last <= places ? half : product + end;
       if (hopper && cols == kPlanNarrow) {
         product *= kNarrow, end /= 2;
-        time = per_block * std::max(product, (product + end) / 2) + end;
+        time = static_cast<double>(rounds + (last > 0)) * std::max(product, (product + end) / 2) + end;
       }
       time *= split ? kSplit : 1.0;
       if (least == 0 || time < least) best = plan, least = time;

@@ -78,6 +78,9 @@ T* shared_memory() {
   return reinterpret_cast<T*>(emulate::machine.shared);
 }
 
+inline void let_next_kernel_start() {}
+inline void wait_for_earlier_kernels() { ++emulate::machine.waited; }
+
 inline void sync_block() { emulate::machine.barrier(0, emulate::machine.threads.x); }
 inline void sync_some(int id, int threads) { emulate::machine.barrier(id, threads); }
 inline void sync_warp() {
@@ -262,6 +265,17 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_some(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -336,6 +350,13 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
 }
 
 #endif
+
+// First in every kernel: with programmatic dependent launch (launch.cuh) the next one may take its place on the chip, and
+// only behind the wait is what earlier kernels write there to be read, and what they read free to be overwritten.
+__device__ __forceinline__ void begin_kernel() {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+}
 
 template <class T>
 __device__ __forceinline__ float rounded(float value) {

@@ -141,6 +141,7 @@ struct Places {
 template <class T, int kLanes, int kPerLane>
 __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
     route_kernel(Route r, bool wide, float* weights, int* indices, Stats stats) {
+  begin_kernel();
   const Places<T, kLanes> at(r);
   float* token_probs = shared_memory<float>();                           // (tokens, E)
   float* token_squares = token_probs + at.squares;                       // (tokens,): logsumexp^2
@@ -237,6 +238,7 @@ template <class T, int kLanes, int kPerLane>
 __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
     route_backward_kernel(Route r, bool wide, const float* grad_weights, const float* grad_mean_probs,
                           const float* grad_z, const int* indices, T* dlogits) {
+  begin_kernel();
   float* shares = shared_memory<float>();
   const int64_t block_begin = int64_t{blockIdx.x} * kTokensPerBlock;
   share_logits<T, kLanes, kPerLane>(r, block_begin, wide, shares);
@@ -293,6 +295,7 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
 // order. dx or sums may be nullptr: not wanted.
 template <class T, int kExperts>
 __global__ void __launch_bounds__(kThreads) gate_backward_kernel(Route r, const T* dlogits, T* dx, float* sums) {
+  begin_kernel();
   float* shares = shared_memory<float>();  // (tokens, kExperts): dlogits, zero past E
   const T* x = static_cast<const T*>(r.x);
   const T* gate = static_cast<const T*>(r.gate);

@@ -62,6 +62,7 @@ __device__ __forceinline__ void count_run(const int* indices, int64_t begin, int
 }
 
 __global__ void __launch_bounds__(kThreads) count_kernel(const int* indices, int64_t S, int run, int E, int* counts) {
+  begin_kernel();
   int* mine = shared_memory<int>();
   const int64_t begin = int64_t{blockIdx.x} * run;
   for (int bin = threadIdx.x; bin < E; bin += kThreads) mine[bin] = 0;
@@ -74,6 +75,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const int* indices, int
 __global__ void __launch_bounds__(kThreads) sort_kernel(const int* indices, const int* counts, int64_t S, int run, int E,
                                                          int* tokens_per_expert, int* expert_offsets, int* permutation,
                                                          int* inverse) {
+  begin_kernel();
   int* before = shared_memory<int>();      // (E,): slots of the bin in earlier blocks
   int* total = before + E;                 // (E,): slots of the bin in all blocks
   int* next = total + E;                   // (E + 1,): where the next slot of each bin goes

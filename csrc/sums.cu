@@ -11,6 +11,7 @@ constexpr int kThreads = 256;
 
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads) sum_parts_kernel(const float* parts, int count, int64_t width, T* out) {
+  begin_kernel();
   const int64_t at = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVec;
   if (at >= width) return;
   float sum[kVec] = {};
@@ -24,6 +25,16 @@ __global__ void __launch_bounds__(kThreads) sum_parts_kernel(const float* parts,
 #pragma unroll
   for (int i = 0; i < kVec; ++i) rounded_sum.item[i] = from_float<T>(sum[i]);
   *reinterpret_cast<Vec<T, kVec>*>(out + at) = rounded_sum;
+}
+
+int compiled_for() {
+#ifdef CUMO_EMULATE
+  return 90;
+#else
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, sum_parts_kernel<float, 1>));
+  return attributes.ptxVersion;
+#endif
 }
 
 void sum_parts(const Device& device, Dtype dtype, const float* parts, int count, int64_t width, void* out) {

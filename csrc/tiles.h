@@ -20,6 +20,7 @@ constexpr int kGroupRows = 8;  // row tiles that take turns at one column tile, 
 struct Tile {
   int expert, first_row, end_row, tile_n;  // rows [first_row, ...) of an expert that ends at end_row
   int split;                               // which part of the reduction
+  bool halved = false;                     // half as wide as the others, and tile_n counts such halves
 };
 
 // Walks the tiles of ascending numbers.
@@ -50,7 +51,21 @@ struct TileWalk {
     }
     return false;
   }
+
+  // The same where tiles from number `whole` on are cut in two by columns, each half with a number.
+  CUMO_BOTH bool find(int number, int whole, Tile& tile) {
+    const int half = number - whole;
+    if (!find(half < 0 ? number : whole + half / 2, tile)) return false;
+    if (half >= 0) tile.halved = true, tile.tile_n = 2 * tile.tile_n + half % 2;
+    return true;
+  }
 };
+
+// From which tile on they are cut: those of a last round that would leave half of the blocks, or more, without work.
+CUMO_BOTH int whole_tiles(int tiles, int blocks) {
+  const int last = tiles % blocks;
+  return 2 * last <= blocks ? tiles - last : tiles;
+}
 
 // Steps [begin, end) of a reduction of `steps` that are split number `split`; of the last ones there may be none.
 struct Steps {
@@ -80,6 +95,13 @@ struct GradTile {
   // Which (N, K) of the output it lies in: (splits, E) of them.
   CUMO_BOTH int64_t slab(int E) const { return int64_t{split} * E + expert; }
 };
+
+// Whether tile `number` of the gradient of weights is the one of its row of tiles beside which the bias is summed: a
+// column further each time that the numbers have gone round the blocks, so that all blocks have their share.
+CUMO_BOTH bool sums_bias(int number, int tiles_k, int blocks) {
+  const int column = number % tiles_k;
+  return column == (number - column) / blocks % tiles_k;
+}
 
 // Row tiles that any routing of S rows can need.
 CUMO_BOTH int64_t most_row_tiles(int64_t S, int E, int tile_rows) {

@@ -1,14 +1,15 @@
 // The k-grouped form of the grouped GEMM (CUDA, sm_80 and later): the gradient of the weights, ragged in the reduction.
 //
 //   out[e] = sum over the rows p of expert e of grad[p]^T x[p]      grad (S, N)   x (S, K)   out (E, N, K)
-//   bias[e] = sum of grad[p], each times its row's weight            (E, N)
+//   bias[e] = sum of grad[p]                                          (E, N)
 //
 // Either operand may be gathered by the permutation. One tile of out per turn of a persistent block, summed in row order;
 // where tiles alone would leave the chip idle an expert's rows are split, and the parts added in order (sums.cu), so
-// results repeat. Rows past an expert's end enter as zeros, and an expert
-// without rows gives exact zeros. The bias comes from the tiles of the first columns of x, out of the stages that the
-// product reads anyway. On Hopper 16-bit operands go to hopper_weight_grad.cu. 2 * S * N * K FLOPs.
+// results repeat. Rows past an expert's end enter as zeros, and an expert without rows gives exact zeros. The bias is
+// summed out of the stages that the product reads anyway (bias_sum.cuh); by itself, or of weighted rows, in bias_grad.cu.
+// On Hopper 16-bit operands go to hopper_weight_grad.cu. 2 * S * N * K FLOPs.
 // Contract: cumo_kernels/ops/grouped_gemm.py. Truth: cumo_kernels/backends/reference/grouped_gemm.py.
+#include "bias_sum.cuh"
 #include "hopper.h"
 #include "tile_math.cuh"
 
@@ -18,6 +19,7 @@ template <class T, bool kTf32>
 __global__ void __launch_bounds__(kGemmThreads, 1)
     weight_grad_kernel(WeightGrad p, void* out, void* bias, int tiles_n, int tiles_k, int splits, bool wide_grad,
                        bool wide_x) {
+  begin_kernel();
   const T* grad = static_cast<const T*>(p.grad);
   const T* x = static_cast<const T*>(p.x);
   const WarpPlace warp;
@@ -27,8 +29,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     const GradTile<kTileCols> tile(p.expert_offsets, number, tiles_n, tiles_k, splits, kDepth<T>);
     const int first_n = tile.first_n, first_k = tile.first_k, begin = tile.begin, end = tile.end;
     const int64_t slab = tile.slab(p.E);
-    const bool sums_bias = bias != nullptr && first_k == 0 && threadIdx.x < kTileRows;
-    float bias_sum = 0.0f;
+    const bool with_bias = bias != nullptr && sums_bias(number, tiles_k, gridDim.x);
+    BiasSum<T> sums(threadIdx.x / kWarp);
     Acc acc;
     multiply_tiles<T, kTf32, false, false>(
         ceil_div(end - begin, kDepth<T>), acc,
@@ -47,13 +49,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
             load_piece(b + at, x + x_row * p.stride_x + k, inside ? p.K - k : 0, wide_x);
           }
         },
-        [&](int step, const unsigned char* a, const unsigned char*) {
-          if (!sums_bias) return;
-          const int first = begin + step * kDepth<T>;
-          for (int k = 0; k < kDepth<T> && first + k < end; ++k) {
-            const float value = to_float(*reinterpret_cast<const T*>(element<T, false>(a, threadIdx.x, k)));
-            bias_sum += p.row_weights ? p.row_weights[p.permutation[first + k]] * value : value;
-          }
+        [&](int, const unsigned char* a, const unsigned char*) {
+          if (with_bias) sums.add(a);
         });
     const bool paired = p.K % 2 == 0;
     const auto store = [&](auto* target) {
@@ -76,8 +73,10 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     } else {
       store(static_cast<T*>(out));
     }
-    if (sums_bias && first_n + static_cast<int>(threadIdx.x) < p.N)
-      store_one<T>(bias, slab * p.N + first_n + threadIdx.x, bias_sum, splits > 1);
+    if (with_bias)
+      sums.finish([&](int column, float sum) {
+        if (first_n + column < p.N) store_one<T>(bias, slab * p.N + first_n + column, sum, splits > 1);
+      });
   }
 }
 

@@ -137,7 +137,8 @@ def test_tiles_cover_every_row_once(counts, tiles_n, tile_rows, splits):
     offsets = offsets_of(counts)
     tiles = extension.load()._find_tiles(offsets, tiles_n, tile_rows, splits)
     covered = Counter()
-    for expert, first, end, tile_n, split in tiles:
+    for expert, first, end, tile_n, split, halved in tiles:
+        assert not halved
         assert offsets[expert] <= first < end == offsets[expert + 1]
         assert 0 <= tile_n < tiles_n and 0 <= split < splits
         covered.update((row, tile_n, split) for row in range(first, min(first + tile_rows, end)))
@@ -146,6 +147,23 @@ def test_tiles_cover_every_row_once(counts, tiles_n, tile_rows, splits):
     )
     most = extension.load()._most_row_tiles(offsets[-1], len(counts), tile_rows)
     assert len(tiles) <= most * tiles_n * splits
+
+
+@given(COUNTS, st.integers(1, 6), st.sampled_from([1, 2]), st.integers(1, 200))
+def test_a_short_last_round_is_cut_into_halves(counts, tiles_n, splits, blocks):
+    """Each half once, at most one to a block; a last round that fills more than half of the blocks stays."""
+    module, offsets = extension.load(), offsets_of(counts)
+    plain = module._find_tiles(offsets, tiles_n, 128, splits)
+    whole = module._whole_tiles(len(plain), blocks)
+    found = module._find_tiles(offsets, tiles_n, 128, splits, whole)
+    assert found[:whole] == plain[:whole] and whole % blocks in (0, len(plain) % blocks)
+    halves = [
+        (expert, first, end, 2 * tile_n + half, split, True)
+        for expert, first, end, tile_n, split, _ in plain[whole:]
+        for half in range(2)
+    ]
+    assert found[whole:] == halves and len(halves) <= blocks
+    assert halves or 2 * (len(plain) % blocks) > blocks or len(plain) % blocks == 0
 
 
 @given(COUNTS, st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 8]), st.sampled_from([32, 64]))
@@ -159,6 +177,21 @@ def test_tiles_of_a_weight_gradient_cover_every_row_once(counts, tiles_n, tiles_
         covered.update((row, first_n, first_k) for row in range(begin, end))
     cells = [(128 * n, 256 * k) for n in range(tiles_n) for k in range(tiles_k)]
     assert covered == Counter((row, *cell) for row in range(offsets[-1]) for cell in cells)
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 200))
+def test_each_row_of_tiles_sums_its_bias_once(rows, tiles_k, blocks):
+    beside = [n // tiles_k for n in range(rows * tiles_k) if extension.load()._sums_bias(n, tiles_k, blocks)]
+    assert beside == list(range(rows))
+
+
+@pytest.mark.parametrize(
+    ("rows", "tiles_k"), [(4 * 32, 4), (4 * 8, 16), (4 * 32, 8), (8 * 224, 16)], ids=lambda n: str(n)
+)
+def test_every_block_has_its_share_of_the_biases(module, rows, tiles_k):
+    """An H100's 132 blocks; up and down projection of CLIP, and larger ones."""
+    share = Counter(n % 132 for n in range(rows * tiles_k) if module._sums_bias(n, tiles_k, 132))
+    assert max(share.values()) <= 2 * -(-rows // 132) and len(share) >= 0.9 * min(rows, 132)
 
 
 @given(st.integers(0, 300), st.sampled_from([1, 2, 4, 16]))

@@ -28,9 +28,10 @@ def module():
 
 def plan(S, E, width, K, *, gated=False, can_split=False, steady=False, hopper=True, places=H100):
     """-> columns of a tile, tiles along the columns, splits, blocks"""
-    cols, tiles_n, _, splits, blocks = extension.load()._plan_rows(
+    cols, tiles_n, _, splits, blocks, cuts = extension.load()._plan_rows(
         hopper, S, E, width, gated, K // 64, places, can_split, steady
     )
+    assert cuts == (cols == 256 and not steady)
     return cols, tiles_n, splits, blocks
 
 
@@ -42,12 +43,14 @@ def test_what_the_layers_of_cumo_run_with_on_an_h100():
         1,
         132,
     )  # one crop: 384 narrow tiles, or 192 wide in 2 rounds
-    assert plan(1154, 4, 1024, 4096, can_split=True) == (256, 4, 2, 104)  # 48 wide tiles
+    assert plan(1154, 4, 1024, 4096, can_split=True) == (256, 4, 2, 132)  # 48 wide tiles
     assert plan(9232, 4, 4096, 1024) == (128, 32, 1, 132)  # a short sum: its end runs beside the next
     assert plan(83088, 4, 1024, 4096, can_split=True) == (256, 4, 1, 132)  # a long one
+    # 304 wide tiles in 2.3 rounds, the last of halves; five rounds of narrow ones take a tenth longer
+    assert plan(9232, 4, 1024, 4096, can_split=True) == (256, 4, 1, 132)
     assert plan(16384, 8, 14336, 4096, gated=True) == (256, 112, 1, 132)
     assert plan(2, 8, 14336, 4096, gated=True) == (256, 112, 1, 132)  # one token: two experts
-    assert plan(2, 8, 4096, 14336, can_split=True) == (256, 16, 4, 128)
+    assert plan(2, 8, 4096, 14336, can_split=True) == (256, 16, 4, 132)
 
 
 def test_batch_invariance_forbids_what_depends_on_the_rows():
@@ -213,12 +216,115 @@ def test_several_long_tiles_for_each_block(monkeypatch, gathered, steady):
 
 
 @emulated
-def test_bias_gradient_beside_several_tiles(kernels):
-    """Weights of rows over several stages, the last ragged; other tiles sum the bias of other columns."""
+@pytest.mark.parametrize("kind", ["rows", "gated", "gated-apart", "across"])
+def test_halves_of_a_short_last_round_change_no_bit(monkeypatch, kind):
+    """Six wide tiles on six processors, and on four, where the last two are cut."""
+    monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", "90")
+    if kind == "gated-apart":
+        monkeypatch.setenv("CUMO_EMULATE_STRICT_MAPS", "1")
+    routing, gated = make_routing("uniform", 45, 3, 2), kind.startswith("gated")
+    x = torch.randn(45 if gated else 90, 2688).bfloat16()
+    weight = torch.randn(3, 512, 2688).bfloat16()
+    if kind == "across":
+        weight = weight.mT.contiguous().mT
+    gather = routing if gated else None
+    name, bias = ("swiglu", torch.randn(3, 512).bfloat16()) if gated else (None, None)
+
+    def run(processors):
+        monkeypatch.setenv("CUMO_EMULATE_SMS", str(processors))
+        sizes = {"gated": gated, "can_split": not gated, "places": processors}
+        assert plan(90, 3, 256 if gated else 512, 2688, **sizes)[:3] == (256, 2, 1)
+        with use_backend("cuda"):
+            return cumo_kernels.grouped_gemm(
+                x, weight, routing.expert_offsets, bias=bias, gather=gather, activation=name
+            )
+
+    cut, whole = (extension.load()._whole_tiles(6, processors) for processors in (4, 6))
+    assert (cut, whole) == (4, 6)
+    assert torch.equal(run(4), run(6))
+
+
+@emulated
+@pytest.mark.parametrize("steady", [False, True], ids=["narrow", "wide"])
+def test_gated_weights_where_a_driver_wants_strides_to_ascend(monkeypatch, steady):
+    """Two boxes of plain rows in place of one of eight and eight in turns: the same products."""
+    monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", "90")
+    monkeypatch.setenv("CUMO_BATCH_INVARIANT", str(int(steady)))
+    routing = make_routing("uniform", 33, 2, 2)
+    x, weight = torch.randn(33, 136).half(), torch.randn(2, 2 * 200, 136).half() / 12
+    bias = torch.randn(2, 400).half()
+    offsets = routing.expert_offsets
+    run = lambda: extension.load().grouped_gemm(
+        x, weight, offsets, bias, routing.permutation, None, 2, "geglu"
+    )
+    in_turns = run()
+    monkeypatch.setenv("CUMO_EMULATE_STRICT_MAPS", "1")
+    for apart, together in zip(run(), in_turns, strict=True):
+        assert torch.equal(apart, together)
+
+
+@emulated
+@pytest.mark.parametrize("capability", [80, 90])
+def test_dependent_launches_change_no_bit(module, monkeypatch, capability):
+    """CUMO_PDL=1: on Hopper each product fetches its whole weight ahead, once; every kernel waits."""
+    monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", str(capability))
+    routing = make_routing("uniform", 70, 2, 2)
+    x, up, down = torch.randn(70, 40), torch.randn(2, 96, 40), torch.randn(2, 24, 48)
+    inputs = [tensor.bfloat16().requires_grad_() for tensor in (x, up, down)]
+
+    def run():
+        with use_backend("cuda"):
+            out = cumo_kernels.expert_mlp(inputs[0], routing, *inputs[1:], activation="swiglu")
+            return [out, *torch.autograd.grad(out.float().square().sum(), inputs)]
+
+    before, fetched = run(), module._fetched_ahead()
+    monkeypatch.setenv("CUMO_PDL", "1")
+    for got, want in zip(run(), before, strict=True):
+        assert torch.equal(got, want)
+    # both of them forward, and in backward for dH and dX
+    wanted = 2 * (up.numel() + down.numel()) * 2 if capability == 90 else 0
+    assert module._fetched_ahead() - fetched == wanted
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [72, 70], ids=["runs", "single-columns"])
+def test_bias_gradient_in_parts(module, monkeypatch, dtype, width):
+    """Many rows on many processors, some experts without any, dropped slots whose weights are no numbers."""
+    monkeypatch.setenv("CUMO_EMULATE_SMS", "64")
+    indices = torch.randint(0, 4, (3200, 2))
+    indices[indices == 1] = 2
+    weights = torch.rand(3200, 2)
+    weights[indices == 3] = torch.nan
+    routing = cumo_kernels.routing_from_topk(weights, indices, 3)
+    x, up, down = (torch.randn(*size).to(dtype) for size in ((3200, 8), (3, 8, 8), (3, width, 8)))
+    bias = torch.randn(3, width).to(dtype)
+    order = (routing.permutation, routing.inverse_permutation, routing.expert_offsets)
+    grad = torch.randn(3200, width).to(dtype)
+    z, a = torch.empty(6400, 8, dtype=dtype), torch.empty(0, dtype=dtype)
+    run = lambda grad: module.expert_mlp_backward(
+        grad, x, routing.topk_weights, *order, up, down, None, bias, z, a, "relu", "preact",
+        *(False,) * 5, True,
+    )[5]  # fmt: skip
+    assert launches(module, lambda: run(grad)) == 2
+
+    def truth(grad):
+        member = torch.nn.functional.one_hot(indices, 4)[..., :3].to(grad)
+        return torch.einsum("tke,tk,to->eo", member, weights.nan_to_num().to(grad), grad)
+
+    with torch.no_grad():
+        assert_as_accurate_as_torch(run, truth, grad)
+    assert torch.equal(run(grad), run(grad)) and torch.equal(run(grad)[1], torch.zeros(width, dtype=dtype))
+
+
+@emulated
+def test_bias_gradient_beside_several_tiles(kernels, monkeypatch):
+    """Several stages, the last ragged; tiles of other columns of x sum the bias of other columns of z."""
+    monkeypatch.setenv("CUMO_EMULATE_SMS", "2")
     plan = make_routing("uniform", 165, 2, 2)
-    x, up = torch.randn(165, 16, dtype=kernels), torch.randn(2, 520, 16, dtype=kernels) / 4
-    down = torch.randn(2, 136, 520, dtype=kernels) / 23
-    biases = torch.randn(2, 520, dtype=kernels), torch.randn(2, 136, dtype=kernels)
+    x, up = torch.randn(165, 264, dtype=kernels), torch.randn(2, 264, 264, dtype=kernels) / 16
+    down = torch.randn(2, 16, 264, dtype=kernels) / 16
+    biases = torch.randn(2, 264, dtype=kernels), torch.randn(2, 16, dtype=kernels)
     order = (plan.permutation, plan.inverse_permutation, plan.expert_offsets)
     with use_backend("cuda"):
         assert_as_accurate_as_torch(
