@@ -1,6 +1,6 @@
 """python -m benchmarks.predict: what tiles and waves allow each kernel of CuMo, from compiled code, no GPU.
 
-    share = useful part of the tiles * useful part of the waves
+    share = useful part of the tiles * useful part of the waves       a GEMM's wave: a tile per multiprocessor
     ms = max(FLOPs / peak / share, bytes / bandwidth)           of a GEMM; of other ops the bytes alone
 
 PREDICTIONS, not measurements: they know tile and wave quantisation, registers and shared memory, and nothing
@@ -118,7 +118,8 @@ def predict(
     problem = replace(problem, rows=shape.slots)  # tuning rounds it up
     tiles, tile_use = tile_count(problem, config)
     resident = blocks_per_sm(gpu, report.registers, report.shared, report.num_warps)
-    waves = tiles / (gpu.sms * min(config.PER_SM, resident))
+    # blocks of one multiprocessor share its tensor cores: the one with most tiles ends last
+    waves = tiles / gpu.sms
     wave_use = waves / math.ceil(waves)
     flops, bytes_ = cost(problem)
     arithmetic, memory = flops / peak_of(gpu, problem.dtype) / 1e9, bytes_ / gpu.gb_per_s / 1e6

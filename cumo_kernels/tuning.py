@@ -237,6 +237,44 @@ def fit(config: Config, problem: Problem, gpu: Gpu) -> Config:
     return config
 
 
+# Hopper's large tiles for dH, and cycles of one multiprocessor for 128 x 256: reckoned from the tensor cores'
+# rate, operands' bytes and quick-GELU's instructions (benchmarks/NOTES.md, 2026-11-28), not measured
+WIDE = Config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
+SQUARE = Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=4)
+PAIR = Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3, PER_SM=2)
+STEP, END = 1024, 8800
+MORE_BYTES = 1.2  # a step of half as many columns takes more than half as long
+
+
+def hide_end(config: Config, problem: Problem, gpu: Gpu) -> Config:
+    """`config`, or for a dH with a tile as large as Hopper's the one of those that is reckoned fastest.
+
+    A tile that has its multiprocessor alone leaves the tensor cores idle while it ends. Of a pair in two
+    blocks one may end beside the other's products, which take more bytes of operands: that pays where the end
+    is long beside the sum, or where smaller tiles fill the last wave better. How much of the ends is hidden
+    nobody has measured: the mean of all but one and none. In fp16, gated, and where tiles are not whole or
+    rows not described, a pair keeps more on the stack than it may.
+    """
+    rows, cols, _ = tile_shape(config, problem)
+    is_large = problem.kind == "grad_hidden" and rows * cols >= PAIR.BLOCK_M * PAIR.BLOCK_N
+    if not is_large or problem.gated or problem.dtype.itemsize != 2 or gpu.capability != 90:
+        return config
+    hit = max(min(problem.experts, problem.rows), 1)
+    steps = math.ceil(problem.k / PAIR.BLOCK_K)
+    if problem.n % PAIR.BLOCK_N:  # masks on top: any other tile of these spills
+        return SQUARE
+    paired = problem.dtype == torch.bfloat16 and problem.k % PAIR.BLOCK_K == 0
+
+    def cycles(config: Config) -> float:
+        share = config.BLOCK_N / WIDE.BLOCK_N
+        sums, end = steps * STEP * share * (1 if config == WIDE else MORE_BYTES), END * share
+        tiles = math.ceil(problem.rows / hit / config.BLOCK_M) * hit * math.ceil(problem.n / config.BLOCK_N)
+        each = math.ceil(tiles / gpu.sms)
+        return each * sums + (each + 1) / 2 * end if config == PAIR else each * (sums + end)
+
+    return min((WIDE, PAIR if paired else SQUARE), key=cycles)
+
+
 def splits(problem: Problem, config: Config, gpu: Gpu) -> int:
     """Into how many partial sums to cut: as long as all of them run at once and each has work to do."""
     if not problem.can_split:
@@ -271,7 +309,8 @@ def get_config(problem: Problem, gpu: Gpu) -> Config:
     else:
         known = [(name, entry) for name in files_of(gpu) for entry in entries(name)]
         source, nearest = min(known, key=lambda row: distance(problem, row[1].problem))
-        config = fit(nearest.config, problem, gpu)
+        config = nearest.config if nearest.ms is not None else hide_end(nearest.config, problem, gpu)
+        config = fit(config, problem, gpu)
     config = replace(config, SPLITS=splits(problem, config, gpu))
     if PRINT_CONFIG:
         print(f"cumo_kernels: {problem} -> {config} (configs/{source})", file=sys.stderr)

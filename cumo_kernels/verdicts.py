@@ -16,7 +16,8 @@ from cumo_kernels.shards import of_the_machine
 
 SWITCHES = (  # environment variables that change which code a case runs
     "TRITON_INTERPRET", "CUMO_EMULATE", "CUMO_EMULATE_CAPABILITY", "CUMO_EMULATE_SMS",
-    "CUMO_EMULATE_COPY_FROM", "CUMO_JIT", "CUMO_BATCH_INVARIANT", "PYTORCH_NO_CUDA_MEMORY_CACHING",
+    "CUMO_EMULATE_COPY_FROM", "CUMO_EMULATE_STRICT_MAPS", "CUMO_JIT", "CUMO_BATCH_INVARIANT", "CUMO_PDL",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING",
 )  # fmt: skip
 
 

@@ -68,6 +68,7 @@ OTHER_CODE = (
     "TRITON_INTERPRET",
     "CUMO_EMULATE",
     "CUMO_BATCH_INVARIANT",
+    "CUMO_PDL",
     "TRITON_FORCE_DISABLE_FP_FUSION",
 )  # not what runs unasked
 Group = tuple[str, str, str]  # backend, op of a case, dtype ("bfloat16")

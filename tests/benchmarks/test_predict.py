@@ -4,6 +4,7 @@ import csv
 import shutil
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ pytest.importorskip("triton")
 
 from benchmarks import predict, predict_cuda, predict_ops
 from benchmarks.shapes import SHAPES
-from cumo_kernels import hardware, problems, tuning
+from cumo_kernels import codegen, hardware, problems, tuning
 from cumo_kernels.hardware import KIB
 from cumo_kernels.tuning import Config, Problem
 
@@ -43,6 +44,22 @@ def test_tiles_of_one_clip_crop():
     assert tiles == 4 * 16 * 16 and use == 288.5 / 384
     # two tokens meet two of four experts
     assert predict.tile_count(replace(GEMM, rows=2), TILE)[0] == 2 * 16
+
+
+def test_two_blocks_share_the_tensor_cores_of_one_multiprocessor():
+    report = codegen.bare(SimpleNamespace(fn=SimpleNamespace(__name__="gemm")), None, H100, {})
+    report.registers, report.num_warps = 255, 4
+    row = lambda blocks: predict.predict(
+        SHAPES["clip-1-crop"],
+        "up",
+        GEMM,
+        replace(TILE, BLOCK_N=128, num_warps=4, PER_SM=blocks),
+        report,
+        H100,
+    )
+    # 384 tiles on 132 of them: three for some, whether one at a time or two and then one
+    assert row(2).waves == 384 / 132 and row(2).wave_use == 384 / 132 / 3
+    assert row(2) == row(1)
 
 
 def test_cost():

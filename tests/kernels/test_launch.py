@@ -1,6 +1,10 @@
 """What a remembered launch may take for the same kernel, on a kernel that only notes its calls."""
 
 import logging
+import os
+import re
+from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +12,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from cumo_kernels import tuning
+from triton.backends import nvidia
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from cumo_kernels import codegen, tuning
+from cumo_kernels.backends.triton import capture
 from cumo_kernels.backends.triton import launch as launching
 from cumo_kernels.backends.triton.launch import Launch, can_describe, describe, planned, settle
 
@@ -79,6 +88,146 @@ def test_what_triton_would_compile_anew_is_bound_anew(change):
     assert kernel.bound == 2
 
 
+def test_pointers_that_16_does_not_divide_share_a_kernel():
+    kernel = Kernel()
+    launch, x = Launch(kernel, N=64, BLOCK=16), torch.zeros(8)
+    for skipped in (1, 2, 3):
+        launch(1, x[skipped:], None, 1)
+    assert kernel.bound == 1
+
+
+def bound(a_ptr, b_ptr, c_desc, number):
+    pass
+
+
+def combinations_of_arguments() -> list[tuple]:
+    x = torch.zeros(64, 64, dtype=torch.bfloat16)
+    tensors = [x, x[:, 1:], x[:, 3:], x.float(), x.int(), torch.nn.Parameter(x), None]
+    blocks = [(x, [16, 16]), (x, [16, 32]), (x[1:], [16, 16]), (x.half(), [16, 16]), (x.float(), [16, 16])]
+    descriptors = [*(describe(*block) for block in blocks), None]
+    edges = [edge + step for edge in (2**31, -(2**31), 2**63) for step in (-1, 0)]
+    numbers = [0, 1, 16, 17, *edges, 2**64 - 1, True, False, 0.5]
+    start = (x, None, descriptors[0], 2)
+    changed = [
+        (i, value) for i, values in enumerate((tensors, tensors, descriptors, numbers)) for value in values
+    ]
+    single = [tuple(value if i == at else was for i, was in enumerate(start)) for at, value in changed]
+    return [*single, (None, x, None, 1), (x[:, 1:], x[:, 2:], None, 2**40), (None, None, None, 2**40)]
+
+
+compiling = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter binds and compiles nothing"
+)
+
+
+@compiling
+def test_calls_share_a_key_if_and_only_if_triton_specialises_them_alike():
+    calls = combinations_of_arguments()
+    with codegen.compiling(codegen.gpu_named("nvidia_h100")):
+        *_, bind = JITFunction(bound, do_not_specialize=["number"]).create_binder()
+        theirs = [bind(*call)[1] for call in calls]
+    ours = [tuple(map(launching.kind, call)) for call in calls]
+    pairs = list(combinations(range(len(calls)), 2))
+    assert {theirs[i] == theirs[j] for i, j in pairs} == {True, False}
+    differing = [(calls[i], calls[j]) for i, j in pairs if (theirs[i] == theirs[j]) != (ours[i] == ours[j])]
+    assert not differing
+
+
+def test_what_triton_cannot_take_is_refused():
+    with pytest.raises(TypeError, match="not str"):
+        Launch(Kernel(), N=64, BLOCK=16)(1, torch.zeros(8), "weight", 1)
+
+
+GLOBAL = 0  # torch's default for capturing
+
+
+class Capturing:
+    """A driver whose stream is being captured, and what was done in which mode of this thread."""
+
+    def __init__(self, monkeypatch, fails: bool = False):
+        self.mode, self.done, self.fails = GLOBAL, [], fails
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(capture, "_exchange", lambda: self.exchange)
+
+    def exchange(self, reference) -> int:
+        if self.fails:
+            return 1
+        given = reference._obj
+        self.mode, given.value = given.value, self.mode
+        return 0
+
+    def note(self, what: str) -> None:
+        self.done.append((what, self.mode))
+
+
+class Loaded(Kernel):
+    """A kernel with Triton's way to compile and to load without a launch, in a driver's sight."""
+
+    def __init__(self, driver: Capturing, error: Exception | None = None):
+        super().__init__()
+        self.driver, self.error = driver, error
+
+    def warmup(self, *, grid, num_warps, num_stages, enable_fp_fusion, **named):
+        assert list(named) == list(self.arg_names)
+        self.driver.note("compile")
+        return SimpleNamespace(_init_handles=self.load)
+
+    def load(self) -> None:
+        self.driver.note("load")
+        if self.error:
+            raise self.error
+
+    def __getitem__(self, grid):
+        self.driver.note("launch")
+        return super().__getitem__(grid)
+
+
+def test_a_kernel_first_met_in_a_capture_is_loaded_in_a_relaxed_mode_and_launched_in_the_former(monkeypatch):
+    driver = Capturing(monkeypatch)
+    launch = Launch(Loaded(driver), N=64, BLOCK=16)
+    launch(1, torch.zeros(8), None, 1)
+    wanted = [("compile", capture.RELAXED), ("load", capture.RELAXED), ("launch", GLOBAL)]
+    assert driver.done == wanted and driver.mode == GLOBAL
+    launch(1, torch.zeros(8), None, 1)  # remembered
+    assert driver.done == wanted
+    launch(1, torch.zeros(8)[1:], None, 1)
+    assert driver.done == wanted + wanted
+
+
+def test_outside_a_capture_the_mode_is_left_alone(monkeypatch):
+    driver = Capturing(monkeypatch, fails=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    Launch(Loaded(driver), N=64, BLOCK=16)(1, torch.zeros(8), None, 1)
+    assert driver.done == [("launch", GLOBAL)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()])
+def test_the_mode_is_restored_when_loading_fails(monkeypatch, error):
+    driver = Capturing(monkeypatch)
+    with pytest.raises(type(error)):
+        Launch(Loaded(driver, error), N=64, BLOCK=16)(1, torch.zeros(8), None, 1)
+    assert driver.done == [("compile", capture.RELAXED), ("load", capture.RELAXED)]
+    assert driver.mode == GLOBAL
+
+
+def test_a_driver_that_refuses_the_mode_is_heard(monkeypatch):
+    driver = Capturing(monkeypatch, fails=True)
+    with pytest.raises(RuntimeError, match="returned error 1"):
+        Launch(Loaded(driver), N=64, BLOCK=16)(1, torch.zeros(8), None, 1)
+    assert not driver.done
+
+
+def test_the_relaxed_mode_is_the_one_of_the_drivers_header():
+    header = (Path(nvidia.__file__).parent / "include" / "cuda.h").read_text()
+    assert int(re.search(r"CU_STREAM_CAPTURE_MODE_RELAXED\s*=\s*(\d+)", header)[1]) == capture.RELAXED
+    assert "cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *mode)" in header
+
+
+def test_this_triton_has_what_loads_a_kernel():
+    assert callable(CompiledKernel._init_handles) and callable(JITFunction.warmup)
+
+
 class WithoutConstants(Compiled):
     def __init__(self, kernel: Kernel):
         super().__init__(kernel)
@@ -126,6 +275,7 @@ def test_an_option_that_triton_does_not_take_is_not_asked_for(caplog):
     assert "takes no enable_fp_fusion" in caplog.text
 
 
+@compiling
 def test_what_this_triton_compiles_describes_every_argument():
     from cumo_kernels import codegen
 

@@ -29,17 +29,32 @@ RUNS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize(("stem", "rows", "at_least"), RUNS)
-def test_in_the_interpreter(stem, rows, at_least):
+def interpret(stem: str, rows: str, **switches: str) -> int:
+    """-> how many rows of tests/kernels/test_<stem>.py passed, all that ran."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]
     command += ["-m", f"{'' if rows == 'sweep' else 'not '}sweep and not large", f"test_{stem}.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **switches}
     environment.pop("PYTEST_XDIST_WORKER", None)
     done = subprocess.run(
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=1400
     )
     assert done.returncode == 0, done.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= at_least
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+interpreted = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@interpreted
+@pytest.mark.parametrize(("stem", "rows", "at_least"), RUNS)
+def test_in_the_interpreter(stem, rows, at_least):
+    assert interpret(stem, rows) >= at_least
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@interpreted
+def test_the_interpreter_has_nothing_to_wait_for():
+    assert interpret("permutation", "pairs", CUMO_PDL="1") >= STEMS["permutation"][0]

@@ -155,6 +155,70 @@ def test_splits_fill_the_chip_and_no_more():
     assert tuning.splits(replace(few_tiles, rows=0), config, CARD) == 1
 
 
+DH = Problem("grad_hidden", BF16, 10240, 4096, 1024, 4)
+
+
+def test_a_short_sum_of_dh_is_a_pair_of_blocks_and_a_long_one_is_not():
+    chosen = [tuning.get_config(replace(DH, rows=36864, k=64 * steps), CARD) for steps in range(1, 128)]
+    # by hand: 4608 wide tiles are 35 for one multiprocessor, 9216 narrow ones 70
+    # the pair's ends: all but the last hidden, or none; the mean
+    pays = [35 * (steps * 1024 + 8800) > 70 * steps * 512 * 1.2 + 35.5 * 4400 for steps in range(1, 128)]
+    assert pays == sorted(pays, reverse=True) and pays.count(True) == 21
+    assert chosen == [tuning.PAIR if pay else tuning.WIDE for pay in pays]
+    # CLIP with 1, 8 and 40 crops; the connector with 4 and 32 pictures
+    sizes = [(1280, 1024), (10240, 1024), (49152, 1024), (4608, 4096), (36864, 4096)]
+    pair = [tuning.get_config(replace(DH, rows=rows, k=k), CARD) == tuning.PAIR for rows, k in sizes]
+    assert pair == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("changed", [{"n": 4104}, {"n": 4100}, {"k": 1048}])
+def test_dh_of_tiles_that_are_not_whole_has_its_multiprocessor_alone(changed):
+    many = tuning.WIDE if "k" in changed else tuning.SQUARE
+    for rows, config in {1280: tuning.SQUARE, 10240: many}.items():
+        assert tuning.get_config(replace(DH, rows=rows, **changed), CARD) == config
+
+
+def test_dh_in_fp16_has_its_multiprocessor_alone():
+    sizes = {1280: tuning.SQUARE, 10240: tuning.WIDE}  # 3 * (16 * 614 + 4400) < 2 * (16 * 1024 + 8800)
+    for rows, config in sizes.items():
+        assert tuning.get_config(replace(DH, rows=rows, dtype=torch.float16), CARD) == config
+
+
+def test_a_pair_of_dh_fits_one_multiprocessor():
+    for gpu in (gpu for gpu in GPUS if gpu.capability == 90):
+        needed = tuning.shared_memory(tuning.PAIR, DH) + KIB  # what each block takes for itself
+        assert tuning.PAIR.PER_SM * needed <= gpu.shared_memory + KIB
+        for config in (tuning.PAIR, tuning.WIDE, tuning.SQUARE):
+            assert tuning.refuse(config, DH, gpu) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "gpu"),
+    [
+        ({"gated": True}, CARD),  # spills
+        ({"kind": "gemm"}, CARD),
+        ({"rows": 128}, CARD),  # small tiles stay
+        ({}, find("nvidia_b200")),
+        ({}, find("nvidia_a100")),
+    ],
+)
+def test_all_else_has_the_tiles_of_its_file(changed, gpu):
+    problem = replace(DH, **changed)
+    known = tuning.entries(tuning.files_of(gpu)[0])
+    nearest = min(known, key=lambda entry: tuning.distance(problem, entry.problem)).config
+    assert tuning.get_config(problem, gpu) == tuning.fit(nearest, problem, gpu)
+
+
+def test_dh_in_fp32_is_left_alone():
+    assert tuning.hide_end(tuning.SQUARE, replace(DH, dtype=torch.float32), CARD) == tuning.SQUARE
+
+
+def test_what_was_measured_is_not_reckoned_anew(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
+    tuning.save("nvidia_h100", [Entry(DH, tuning.WIDE, 0.5)], "a note")
+    assert tuning.get_config(DH, CARD) == tuning.WIDE
+
+
 def test_bucket_is_near_and_monotone():
     buckets = [tuning.bucket(rows) for rows in range(5000)]
     assert buckets == sorted(buckets) and len(set(buckets)) < 90

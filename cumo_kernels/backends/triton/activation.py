@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cumo_kernels.activations import ACTIVATIONS
-from cumo_kernels.backends.triton.common import act, act_and_grad, narrow, tile_of_rows
+from cumo_kernels.backends.triton.common import act, act_and_grad, narrow, tile_of_rows, wait_for_earlier
 from cumo_kernels.backends.triton.launch import Launch, cdiv, on_device_of_first, planned
 
 
@@ -41,6 +41,7 @@ def _activate_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
+    wait_for_earlier()
     s, i, mask = _tile(S, I, BLOCK_S, BLOCK_I)
     if GATED:
         x_ptrs = x_ptr + s * (2 * I) + i
@@ -63,6 +64,7 @@ def _activate_backward_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
+    wait_for_earlier()
     s, i, mask = _tile(S, I, BLOCK_S, BLOCK_I)
     DTYPE: tl.constexpr = dx_ptr.dtype.element_ty
     grad = tl.load(grad_ptr + s * I + i, mask=mask, other=0.0).to(tl.float32)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cumo_kernels import tuning
-from cumo_kernels.backends.triton.common import narrow
+from cumo_kernels.backends.triton.common import narrow, wait_for_earlier
 from cumo_kernels.backends.triton.launch import Launch, cdiv, planned
 from cumo_kernels.backends.triton.tiles import sum_rows
 
@@ -34,6 +34,7 @@ def _bias_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    wait_for_earlier()
     tiles_n = tl.cdiv(N, BLOCK_N)
     slab = tl.program_id(0) // tiles_n  # part * E + expert
     cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -5,12 +5,17 @@ the interpreter multiplies bf16 tiles wrongly, so there `dot` widens its operand
 off where bf16 ends, so there `narrow` rounds by hand.
 """
 
+import os
+
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
+from triton.language.extra import cuda, libdevice
+from triton.language.target_info import cuda_capability_geq
 
 INTERPRETING: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+# CUMO_PDL=1: a kernel starts while the one before it still runs, and waits; off until a GPU has measured it
+PDL: tl.constexpr = tl.constexpr(os.environ.get("CUMO_PDL") == "1" and not triton.knobs.runtime.interpret)
 
 QUICK_GELU_ALPHA: tl.constexpr = tl.constexpr(1.702)
 SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
@@ -38,6 +43,18 @@ def tile_of_rows(width: int, element_size: int, rows: int | None = None) -> tupl
     columns = divisor if divisor * element_size >= 1024 else 1 << (width - 1).bit_length()
     columns = min(columns, elements)
     return elements // columns, columns
+
+
+@triton.jit
+def wait_for_earlier():
+    """First in every kernel: under CUMO_PDL wait for all that ran before, then let the next kernel start.
+
+    A kernel that has waited has seen the end of those before it, so who waits for it waits for them too.
+    """
+    if PDL:
+        if cuda_capability_geq(9, 0):
+            cuda.gdc_wait()
+            cuda.gdc_launch_dependents()
 
 
 @triton.jit

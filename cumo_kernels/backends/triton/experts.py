@@ -23,7 +23,7 @@ from torch import Tensor
 from cumo_kernels import tuning
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.backends.triton.bias_grad import launch_bias_grad
-from cumo_kernels.backends.triton.common import act, narrow, only_if
+from cumo_kernels.backends.triton.common import act, narrow, only_if, wait_for_earlier
 from cumo_kernels.backends.triton.grad_hidden import launch_grad_hidden
 from cumo_kernels.backends.triton.grouped_gemm import launch_gemm
 from cumo_kernels.backends.triton.launch import (
@@ -55,6 +55,7 @@ def _weigh_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    wait_for_earlier()
     tiles_n = tl.cdiv(N, BLOCK_N)
     rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -134,6 +135,7 @@ def _topk_weights_grad_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
+    wait_for_earlier()
     slots = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     positions = tl.load(inverse_permutation_ptr + slots, mask=slots < num_slots, other=-1)
     kept = positions >= 0
@@ -215,6 +217,7 @@ def _combine_splits_kernel(
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    wait_for_earlier()
     tiles_n = tl.cdiv(N, BLOCK_N)
     # int64: SPLITS * S * N passes 2**31
     token = (tl.program_id(0) // tiles_n).to(tl.int64)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cumo_kernels import tuning
 from cumo_kernels.activations import ACTIVATIONS
-from cumo_kernels.backends.triton.common import act_and_grad, dot, input_precision, narrow
+from cumo_kernels.backends.triton.common import act_and_grad, dot, input_precision, narrow, wait_for_earlier
 from cumo_kernels.backends.triton.launch import Launch, can_describe, cdiv, describe, next_power_of_2, planned
 from cumo_kernels.backends.triton.tiles import (
     count_tiles,
@@ -119,6 +119,7 @@ def grad_hidden_kernel(
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
+    wait_for_earlier()
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_ends = count_tiles(expert_offsets_ptr, tiles_n, E, E_POW2, BLOCK_M)
     for tile in tl.range(tl.program_id(0), tl.max(tile_ends, 0), tl.num_programs(0), flatten=FLATTEN):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cumo_kernels import tuning
 from cumo_kernels.activations import ACTIVATIONS
-from cumo_kernels.backends.triton.common import act, dot, input_precision, narrow, only_if
+from cumo_kernels.backends.triton.common import act, dot, input_precision, narrow, only_if, wait_for_earlier
 from cumo_kernels.backends.triton.launch import (
     Launch,
     can_describe,
@@ -146,6 +146,7 @@ def grouped_gemm_kernel(
     SPLITS: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
+    wait_for_earlier()
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_ends = count_tiles(expert_offsets_ptr, tiles_n * SPLITS, E, E_POW2, BLOCK_M)
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)

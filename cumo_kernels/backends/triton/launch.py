@@ -2,6 +2,13 @@
 
 What follows from shapes, strides and dtypes alone (tile sizes, constants, grid) is a plan, which a launcher
 keeps for each kind of call (`planned`); a `Launch` in it remembers what Triton compiled.
+
+A kernel is compiled and loaded at its first launch, and in a CUDA graph's capture a call needs the kernels
+that it needs outside: whoever runs the very calls of a capture before it loads nothing inside. After other
+calls a capture may still meet for the first time: an operand of another alignment (a view) or dtype, other
+outputs (a parameter frozen since), another bucket of rows (other tiles, or sums split and added by
+`sum_rows`). Such a kernel is compiled, for seconds, and loaded while capturing, which capture.py makes
+legal.
 """
 
 import inspect
@@ -13,10 +20,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from triton.backends.nvidia.compiler import CUDAOptions
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cumo_kernels import tuning
+from cumo_kernels.backends.triton import capture
+from cumo_kernels.backends.triton.common import PDL
 
 log = logging.getLogger(__name__)
 # multiplications and additions are fused, as in Triton 3.6, whose default that is: 3.10 will have another
@@ -115,6 +125,35 @@ def _fused(options: type = CUDAOptions) -> dict[str, bool]:
     return {}
 
 
+def kind(value: object) -> object:
+    """What Triton specialises an argument on that is not fixed, in fewer steps than Triton takes.
+
+    Of a pointer the dtype and whether 16 divides it, of a descriptor dtype and block, of a number its type.
+    """
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() & 15 == 0
+    if value is None:
+        return None
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, *value.block_shape
+    if isinstance(value, bool):
+        return "u1"
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, int):
+        if -(2**31) <= value < 2**31:
+            return "i32"
+        return "i64" if value < 2**63 else "u64"
+    raise TypeError(f"a launch takes tensors, descriptors, numbers and None, not {type(value).__name__}")
+
+
+def _overlap() -> dict[str, bool]:
+    """Under CUMO_PDL, from Hopper on, the option to start before the kernel in front has ended."""
+    if PDL.value and driver.active.get_current_target().arch >= 90:
+        return {"launch_pdl": True}
+    return {}
+
+
 class Launch:
     """A kernel on one device with all arguments fixed but tensors, descriptors and unspecialised integers.
 
@@ -138,14 +177,16 @@ class Launch:
         arguments = self._arguments.copy()
         for i, value in zip(self._free, values, strict=True):
             arguments[i] = value
-        # a Parameter is a Tensor too; integers are not specialised
-        kinds = tuple([(v.data_ptr() & 15, v.dtype) if isinstance(v, Tensor) else type(v) for v in values])
+        kinds = tuple([kind(value) for value in values])
         compiled = self._compiled.get(kinds)
         if compiled is not None:
             compiled[(programs, 1, 1)](*arguments)
             return
         named = dict(zip(self._kernel.arg_names, arguments, strict=True))
-        compiled = self._kernel[(programs,)](**named, **self._options)
+        options = {**self._options, **_overlap()}
+        if capture.is_capturing():
+            self._load(programs, named, options)
+        compiled = self._kernel[(programs,)](**named, **options)
         # None from the interpreter, and where kernels are only compiled
         if compiled is not None and self._direct:
             reason = why_not_direct(self._kernel, compiled)
@@ -154,6 +195,13 @@ class Launch:
             else:
                 self._direct = False
                 _warn_once(f"Triton itself binds the arguments of every launch, which is slower: {reason}")
+
+    def _load(self, programs: int, named: dict[str, object], options: dict[str, int | bool]) -> None:
+        """Compile and load what the launch that follows finds."""
+        with capture.loading():
+            compiled = self._kernel.warmup(grid=(programs,), **named, **options)
+            if compiled is not None:
+                compiled._init_handles()  # no interface of Triton promises this one; 3.6 to 3.9 have it
 
 
 def can_describe(tensor: Tensor, has_tma: bool) -> bool:

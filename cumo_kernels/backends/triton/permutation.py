@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels.backends.triton.common import narrow, tile_of_rows
+from cumo_kernels.backends.triton.common import narrow, tile_of_rows, wait_for_earlier
 from cumo_kernels.backends.triton.launch import Launch, cdiv, on_device_of_first, planned, whole_rows
 
 
@@ -36,6 +36,7 @@ def _permute_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    wait_for_earlier()
     col_tiles = tl.cdiv(H, BLOCK_H)
     positions = tl.program_id(0) // col_tiles * BLOCK_S + tl.arange(0, BLOCK_S)
     cols = tl.program_id(0) % col_tiles * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -63,6 +64,7 @@ def _combine_kernel(
     BLOCK_H: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
+    wait_for_earlier()
     col_tiles = tl.cdiv(H, BLOCK_H)
     tokens = (tl.program_id(0) // col_tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     cols = tl.program_id(0) % col_tiles * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -101,6 +103,7 @@ def _combine_backward_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    wait_for_earlier()
     slots = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     mask = slots < S
     tokens = (slots // K).to(tl.int64)

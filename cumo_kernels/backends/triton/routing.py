@@ -21,7 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from cumo_kernels import tuning
-from cumo_kernels.backends.triton.common import dot, input_precision, narrow, only_if, precise_exp
+from cumo_kernels.backends.triton.common import (
+    dot,
+    input_precision,
+    narrow,
+    only_if,
+    precise_exp,
+    wait_for_earlier,
+)
 from cumo_kernels.backends.triton.launch import (
     Launch,
     cdiv,
@@ -77,6 +84,7 @@ def _route_kernel(
     RENORMALIZE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
+    wait_for_earlier()
     tile = tl.program_id(0)
     num_tiles = tl.num_programs(0)
     tokens = tile * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -197,6 +205,7 @@ def _route_backward_kernel(
     NEED_GATE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
+    wait_for_earlier()
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     pid = tl.program_id(0)
     num_programs = tl.num_programs(0)

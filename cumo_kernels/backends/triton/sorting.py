@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cumo_kernels.backends.triton.common import wait_for_earlier
 from cumo_kernels.backends.triton.launch import Launch, cdiv, next_power_of_2, on_device_of_first, planned
 
 
@@ -24,6 +25,7 @@ def _count_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    wait_for_earlier()
     pid = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
     end = tl.minimum((pid + 1) * run, S)
@@ -51,6 +53,7 @@ def _sort_kernel(
     BLOCK_P: tl.constexpr,
     ALONE: tl.constexpr,
 ):
+    wait_for_earlier()
     pid = tl.program_id(0)
     num_programs = tl.num_programs(0)
     experts = tl.arange(0, BLOCK_E)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels.backends.triton.common import narrow
+from cumo_kernels.backends.triton.common import narrow, wait_for_earlier
 from cumo_kernels.backends.triton.launch import Launch, cdiv, next_power_of_2, planned
 
 
@@ -147,6 +147,7 @@ def _sum_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    wait_for_earlier()
     # int64: R * N passes 2**31
     cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cumo_kernels import tuning
-from cumo_kernels.backends.triton.common import dot, input_precision, narrow
+from cumo_kernels.backends.triton.common import dot, input_precision, narrow, wait_for_earlier
 from cumo_kernels.backends.triton.launch import Launch, can_describe, cdiv, describe, planned
 from cumo_kernels.backends.triton.tiles import grouped_order, halves, sum_rows
 
@@ -180,6 +180,7 @@ def weight_grad_kernel(
     GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    wait_for_earlier()
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_k = tl.cdiv(K, BLOCK_K)
     for tile in tl.range(tl.program_id(0), E * SPLITS * tiles_n * tiles_k, tl.num_programs(0)):
