@@ -38,6 +38,8 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 EXTRAS := demo,train,test,dev
+# CuTe's headers and what they include, for tests/kernels/test_cute.py; the Python around them asks for much and is not used
+HEADERS := "nvidia-cutlass; sys_platform == 'linux'" "nvidia-cuda-cccl; sys_platform == 'linux'"
 # nothing to build, and no stamp that says so to a later make, where CUMO_BUILD=0
 # what was compiled fits one torch: another is another stamp
 BUILT := $(if $(filter 0,$(CUMO_BUILD)),,build/.extension-$(shell sed -n 's/^torch==//p' $(CONSTRAINTS)))
@@ -61,7 +63,7 @@ help:
 	@echo "make lint     ruff check and ruff format --check                       (make format repairs)"
 	@echo "make bench    speed on this machine, each row behind a correctness gate"
 	@echo "make peers    fetch other implementations to compare with, for make bench on a GPU"
-	@echo "make gpu      prove and measure on this machine's CUDA device, 440 seconds    (ARGS=\"--part tune\": then tune, 300;"
+	@echo "make gpu      prove and measure on this machine's CUDA device, 440 seconds    (ARGS=\"--part tune\": then tune, 320;"
 	@echo "              ARGS=--rehearse: all of it on a CPU)"
 	@echo "make gpu-artifacts PYTHON=python3.12   what make gpu would compile there, built here for its Python and sm_90a"
 	@echo "make setup    only the virtual environment $(VENV)"
@@ -76,6 +78,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS)
 	@$(call install,setuptools wheel)
 	@export CUMO_BUILD=0; $(call install,--no-build-isolation -e ".[$(EXTRAS)]")
 	@$(call install,--no-deps --upgrade --target $(VENV)/mistral-common mistral-common)
+	@$(call install,--no-deps $(HEADERS))
 	@echo "setup: done"
 	@touch $@
 
@@ -131,6 +134,8 @@ bench: $(READY)
 # other people's kernels, for benchmarks only: beside the environment, about 170 MB, of which most is cutlass-dsl
 peers: $(INSTALLED)
 	@$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target .peers -r benchmarks/peers.txt
+	@$(PY) -m pip install --disable-pip-version-check -q --no-deps --ignore-requires-python --upgrade \
+		--target .peers/sources -r benchmarks/peers_sources.txt
 
 # it builds the extension itself, as one of its steps
 gpu: $(INSTALLED)
