@@ -67,7 +67,7 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
             + shape.slots * (3 * shape.width + 2 * shape.I + 2 * shape.H)
         ),
         peers={peer.name: peer.make(shape, routing) for peer in peers},
-        forward_only=tuple(peer.name for peer in peers if not peer.backward),
+        forward_only={peer.name: peer.no_backward for peer in peers if peer.no_backward},
         gaps=gaps,
         dense=(dense, (rows, dense_up / shape.H**0.5, dense_down / shape.I**0.5)),
     )

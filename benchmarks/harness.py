@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks import record, timing
 from benchmarks.record import Gap, Row, is_fault
 from benchmarks.shapes import SHAPES, Shape, tiny
-from benchmarks.steps import captured, peak_bytes, said, saved_bytes, steps_of, watching
+from benchmarks.steps import captured, peak_bytes, room, said, saved_bytes, steps_of, watching
 from cumo_kernels import dispatch, hardware, use_backend
 from cumo_kernels.problems import DTYPES
 from cumo_kernels.testing import PATTERNS, Yardstick
@@ -49,7 +49,7 @@ class Workload:
     backward_flops: int | None = None
     backward_bytes: int | None = None
     peers: dict[str, Callable] = field(default_factory=dict)
-    forward_only: tuple[str, ...] = ()  # peers without a backward
+    forward_only: dict[str, str] = field(default_factory=dict)  # peer -> why it has no backward
     gaps: dict[str, str] = field(default_factory=dict)  # peer -> why it is not here
     dense: tuple[Callable, tuple[Tensor, ...]] | None = None  # equal FLOPs without experts: the ceiling
     parameters: tuple[Tensor, ...] = ()  # besides the inputs: what backward also has to reach
@@ -99,20 +99,17 @@ def _forced(backend: str, run: Callable) -> Callable:
 
 
 def _variants(workload: Workload, device: str, wanted: Iterable[str] | None) -> dict[str, Callable]:
-    ours = {f"cumo/{name}": _forced(name, workload.run) for name in backends(device, wanted)}
+    ours = {record.ours(name): _forced(name, workload.run) for name in backends(device, wanted)}
     return ours | workload.peers
 
 
 def gate_shape(shape: Shape, device: str) -> Shape:
     """`shape`, or a smaller one where fp64 copies of its weights and rows would not fit or take minutes."""
-    if device == "cuda":
-        room, flops = torch.cuda.get_device_properties(0).total_memory * 0.8, 2e13
-    else:
-        room, flops = 4 << 30, 6e11
+    allowed, flops = room(device), 2e13 if device == "cuda" else 6e11
     # fp64 leaves, their copies and gradients of the op, of torch and of fp64; about eight tensors of rows
     needed = lambda s: 8 * (6 * s.weights + 8 * s.slots * (s.width + s.H))
-    while needed(shape) > room or 9 * shape.gemm_flops > flops:
-        if 8 * 6 * shape.weights > room / 2:
+    while needed(shape) > allowed or 9 * shape.gemm_flops > flops:
+        if 8 * 6 * shape.weights > allowed / 2:
             shape = replace(shape, I=shape.I // 2)
         elif shape.groups % 2 == 0:
             shape = replace(shape, T=shape.T // 2, groups=shape.groups // 2)
@@ -163,7 +160,7 @@ def gate(
         gradients = [row for row in found if row.name.startswith("gradient")]
         worst = lambda rows: max((row.ratio for row in rows), default=None)
         reason = lambda rows: next((row.reason for row in rows if row.reason is not None), None)
-        backward = "it has no backward" if name in workload.forward_only else reason(gradients)
+        backward = workload.forward_only.get(name) or reason(gradients)
         verdicts[name] = Verdict(worst(outputs), worst(gradients), reason(outputs), backward)
     return verdicts
 
@@ -217,20 +214,24 @@ def measure(
     present = lambda load: {n: f for n, f in _variants(load, device, wanted).items() if n not in without}
     verdicts = gate(present(gated), gated, device, watch)
     gone = dict.fromkeys(without, "it broke the device earlier in this run")
-    for name, reason in (gated.gaps | gone).items():
+    same = small == shape and gate_dtype == dtype
+    workload = gated if same else setup(shape, dtype, device, case.pattern)
+    # what runs at the gate's size may be too large for this one
+    absent = gated.gaps | workload.gaps | gone
+    for name, reason in absent.items():
         gap(name, "all", reason)
     for name, verdict in verdicts.items():
+        if name in absent:
+            continue
         if verdict.refusal is not None:
             gap(name, "all", f"the gate refuses it: {verdict.refusal}")
         elif verdict.backward_refusal is not None and set(case.modes) - {"forward"}:
             gap(name, "backward", f"the gate refuses it: {verdict.backward_refusal}")
-    same = small == shape and gate_dtype == dtype
-    workload = gated if same else setup(shape, dtype, device, case.pattern)
     remarks = [workload.note] if workload.note else []
     gated_note = f", {gated.note}" if gated.note else ""
     remarks += [f"gate at T{small.T} {small.sizes}{gated_note}"] if small != shape else []
     remarks += [f"gate in {case.gate_dtype}"] if gate_dtype != dtype else []
-    variants = {n: f for n, f in present(workload).items() if verdicts[n].refusal is None}
+    variants = {n: f for n, f in present(workload).items() if n not in absent and verdicts[n].refusal is None}
     del gated
     _collect(device)
 

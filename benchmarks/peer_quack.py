@@ -1,8 +1,7 @@
-"""An expert layer assembled from quack-kernels' GEMMs: gather, bias and SwiGLU inside of them.
+"""An expert layer assembled from quack-kernels' GEMMs: gather, bias and activation inside of them.
 
-quack has neither quick-GELU nor the exact GELU, so those activations run between two GEMMs. It takes its
-default tile sizes, unless CUMO_PEERS_TUNED=1 lets it search at the first call of each GEMM, for minutes.
-Every call is one of `quack.gemm_interface`: gemm, gemm_act, gemm_dact.
+It takes its default tile sizes, unless CUMO_PEERS_TUNED=1 lets it search at the first call of each GEMM, for
+minutes. Every call is one of `quack.gemm_interface`: gemm, gemm_act, gemm_dact.
 """
 
 import os
@@ -12,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.eager import activate
 from benchmarks.shapes import Shape
 from cumo_kernels import Routing
+
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu_erf", "swiglu": "swiglu"}  # ours -> quack's
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ class Plan:
     tokens: Tensor  # (S,) token of each sorted row
     permutation: Tensor  # (S,) slot of each sorted row
     inverse: Tensor  # (S,) sorted row of each slot
+    experts: Tensor  # (T, K)
     member: Tensor | None  # (S, E) one-hot, for the gradients of biases
-    top_k: int
     activation: str
+    gated: bool
 
 
 def make(shape: Shape, routing: Routing, member: Tensor | None) -> Callable[..., Tensor]:
@@ -37,12 +38,12 @@ def make(shape: Shape, routing: Routing, member: Tensor | None) -> Callable[...,
         routing.token_indices.int(),
         routing.permutation.long(),
         routing.inverse_permutation.long(),
+        routing.topk_indices.long(),
         member,
-        routing.top_k,
-        shape.activation,
+        ACTIVATIONS[shape.activation],
+        shape.is_gated,
     )
-    kind = _Fused if shape.activation == "swiglu" and not shape.bias else _Composed
-    return lambda x, weights, up, down, *biases: kind.apply(plan, x, weights, up, down, *biases)
+    return lambda x, weights, up, down, *biases: _Layer.apply(plan, x, weights, up, down, *biases)
 
 
 def _kernels():
@@ -51,56 +52,14 @@ def _kernels():
     return gemm_interface, {"tuned": os.environ.get("CUMO_PEERS_TUNED") == "1"}
 
 
-def _weighted(plan: Plan, rows: Tensor, weights: Tensor) -> Tensor:
-    by_slot = rows.index_select(0, plan.inverse).unflatten(0, (-1, plan.top_k))
-    return (by_slot * weights[..., None].to(by_slot)).sum(1)
-
-
 def _of_slots(plan: Plan, rows: Tensor) -> Tensor:
-    """(S,) in expert order -> (T, K)."""
-    return rows.index_select(0, plan.inverse).unflatten(0, (-1, plan.top_k))
+    """(S, ...) in expert order -> (T, K, ...)."""
+    return rows.index_select(0, plan.inverse).unflatten(0, plan.experts.shape)
 
 
-class _Fused(torch.autograd.Function):
-    """SwiGLU without biases. Weights keep gate rows before up rows: `concat_layout` tells quack so; what it
-    writes in between has them in turns."""
-
-    @staticmethod
-    def forward(ctx, plan: Plan, x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        quack, options = _kernels()
-        z, a = quack.gemm_act(
-            x, up.mT, activation="swiglu", cu_seqlens_m=plan.offsets, A_idx=plan.tokens, concat_layout=("B",),
-            **options,
-        )  # fmt: skip
-        y = quack.gemm(a, down.mT, cu_seqlens_m=plan.offsets, **options)
-        ctx.plan = plan
-        ctx.save_for_backward(x, weights, up, down, z)
-        return _weighted(plan, y, weights)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        quack, options = _kernels()
-        x, weights, up, down, z = ctx.saved_tensors
-        plan, grad = ctx.plan, grad.contiguous()
-        scale = weights.flatten().index_select(0, plan.permutation).float()
-        # dz and the activation come back scaled; the sum over columns is before the scale
-        dz, scaled, reduced = quack.gemm_dact(
-            grad, down, z, activation="swiglu", colvec_scale=scale, colvec_reduce=True,
-            cu_seqlens_m=plan.offsets, A_idx=plan.tokens, dynamic_scheduler=False, **options,
-        )  # fmt: skip
-        down_grad, up_grad = torch.empty_like(down), torch.empty_like(up)
-        quack.gemm(grad.mT, scaled, out=down_grad, cu_seqlens_k=plan.offsets, A_idx=plan.tokens, **options)
-        quack.gemm(
-            x.mT, dz, out=up_grad.mT, cu_seqlens_k=plan.offsets, A_idx=plan.tokens, concat_layout=("out",),
-            **options,
-        )  # fmt: skip
-        dx = quack.gemm(dz, up, cu_seqlens_m=plan.offsets, concat_layout=("B",), **options)
-        dx = dx.index_select(0, plan.inverse).unflatten(0, (-1, plan.top_k)).sum(1)
-        return None, dx, _of_slots(plan, reduced).to(weights), up_grad, down_grad
-
-
-class _Composed(torch.autograd.Function):
-    """Any activation, with biases or without, as torch computes it between two GEMMs of quack."""
+class _Layer(torch.autograd.Function):
+    """Weights keep gate rows before up rows: `concat_layout` tells quack so; what it writes in between has
+    them in turns."""
 
     @staticmethod
     def forward(
@@ -108,33 +67,44 @@ class _Composed(torch.autograd.Function):
     ) -> Tensor:
         quack, options = _kernels()
         up_bias, down_bias = biases or (None, None)
-        z = quack.gemm(x, up.mT, bias=up_bias, cu_seqlens_m=plan.offsets, A_idx=plan.tokens, **options)
-        a = activate(z, plan.activation)
+        halves = {"concat_layout": ("B", "bias") if biases else ("B",)} if plan.gated else {}
+        z, a = quack.gemm_act(
+            x, up.mT, bias=up_bias, activation=plan.activation, cu_seqlens_m=plan.offsets,
+            A_idx=plan.tokens, **halves, **options,
+        )  # fmt: skip
         y = quack.gemm(a, down.mT, bias=down_bias, cu_seqlens_m=plan.offsets, **options)
         ctx.plan = plan
-        ctx.save_for_backward(x, weights, up, down, z, y)
-        return _weighted(plan, y, weights)
+        ctx.save_for_backward(x, weights, up, down, z, down_bias)
+        by_slot = _of_slots(plan, y)
+        return (by_slot * weights[..., None].to(by_slot)).sum(1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         quack, options = _kernels()
-        x, weights, up, down, z, y = ctx.saved_tensors
-        plan = ctx.plan
-        rows = grad.index_select(0, plan.tokens)
-        weights_grad = _of_slots(plan, (rows.float() * y).sum(-1)).to(weights)
-        dy = rows * weights.flatten().index_select(0, plan.permutation)[:, None].to(rows)
-        da = quack.gemm(dy, down, cu_seqlens_m=plan.offsets, **options)
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_()
-            a = activate(leaf, plan.activation)
-        (dz,) = torch.autograd.grad(a, leaf, da)
+        x, weights, up, down, z, down_bias = ctx.saved_tensors
+        plan, grad = ctx.plan, grad.contiguous()
+        halves = lambda name: {"concat_layout": (name,)} if plan.gated else {}
+        scale = weights.flatten().index_select(0, plan.permutation).float()
+        # dz and the activation come back scaled; the sum over columns is before the scale
+        dz, scaled, reduced = quack.gemm_dact(
+            grad, down, z, activation=plan.activation, colvec_scale=scale, colvec_reduce=True,
+            cu_seqlens_m=plan.offsets, A_idx=plan.tokens, dynamic_scheduler=False, **options,
+        )  # fmt: skip
         down_grad, up_grad = torch.empty_like(down), torch.empty_like(up)
-        quack.gemm(dy.mT, a.detach(), out=down_grad, cu_seqlens_k=plan.offsets, **options)
-        quack.gemm(x.mT, dz, out=up_grad.mT, cu_seqlens_k=plan.offsets, A_idx=plan.tokens, **options)
-        dx = quack.gemm(dz, up, cu_seqlens_m=plan.offsets, **options)
-        dx = dx.index_select(0, plan.inverse).unflatten(0, (-1, plan.top_k)).sum(1)
-        biases = ()
-        if len(ctx.needs_input_grad) > 5:
-            member = plan.member.to(dz).mT
-            biases = (member @ dz, member @ dy)
-        return None, dx, weights_grad, up_grad, down_grad, *biases
+        quack.gemm(grad.mT, scaled, out=down_grad, cu_seqlens_k=plan.offsets, A_idx=plan.tokens, **options)
+        quack.gemm(
+            x.mT, dz, out=up_grad.mT, cu_seqlens_k=plan.offsets, A_idx=plan.tokens, **halves("out"), **options
+        )
+        dx = quack.gemm(dz, up, cu_seqlens_m=plan.offsets, **halves("B"), **options)
+        dx = _of_slots(plan, dx).sum(1)
+        weights_grad = _of_slots(plan, reduced)
+        bias_grads = ()
+        if down_bias is not None:
+            # the sum over columns is of the activation alone: what the bias adds to y is missing in it
+            weights_grad = weights_grad + (grad.float() @ down_bias.float().mT).gather(1, plan.experts)
+            up_bias_grad = plan.member.to(dz).mT @ dz
+            if plan.gated:
+                up_bias_grad = up_bias_grad.unflatten(-1, (-1, 2)).mT.flatten(-2)
+            by_expert = weights.new_zeros(len(grad), len(down)).scatter(1, plan.experts, weights)
+            bias_grads = (up_bias_grad, by_expert.to(grad).mT @ grad)
+        return None, dx, weights_grad.to(weights), up_grad, down_grad, *bias_grads

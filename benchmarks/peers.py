@@ -5,6 +5,7 @@ gate and the same clock apply to it as to ours. A peer that is not installed, or
 gap with its reason, never a silent absence.
 """
 
+import functools
 import importlib
 import site
 import sys
@@ -15,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import peer_quack
+from benchmarks import peer_parallel, peer_quack, peer_transformers
 from benchmarks.eager import activate, experts_loop
 from benchmarks.shapes import Shape
+from benchmarks.steps import room
 from cumo_kernels import Routing
 
 FETCHED = Path(__file__).resolve().parents[1] / ".peers"  # where `make peers` installs
@@ -28,23 +30,36 @@ Layer = Callable[..., Tensor]
 class Peer:
     name: str
     module: str | None  # what must be importable
-    make: Callable[[Shape, Routing], Layer]
-    backward: bool = True
+    make: Callable[[Shape, Routing], Layer] | None  # None: `never` says why
+    no_backward: str | None = None  # why only its forward pass is measured
     devices: tuple[str, ...] = ("cuda",)
+    capabilities: tuple[tuple[int, int], ...] = ()  # of the GPUs it is made for, later minors included
+    max_experts: int | None = None
     only: str | None = None  # "swiglu": gated experts without bias
     square: bool = False  # what comes out is as wide as what goes in
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    needs: Callable[[Shape, torch.dtype], int] | None = None  # bytes, where it is more than others need
+    never: str | None = None  # why there can be no row of it
+    hurdle: str | None = None  # what stands between `make peers` and having it
 
     def refuse(self, shape: Shape, dtype: torch.dtype, device: str) -> str | None:
         """Why it cannot run the case here, or None."""
         if device not in self.devices:
             return f"it needs a {' or '.join(self.devices)} device"
+        if self.capabilities and (reason := _too_old_or_new(self.capabilities)) is not None:
+            return reason
+        if self.max_experts is not None and shape.E > self.max_experts:
+            return f"it has at most {self.max_experts} experts, here are {shape.E}"
         if self.only == "swiglu" and (shape.activation != "swiglu" or shape.bias):
             return "it has only SwiGLU experts without bias"
         if self.square and shape.O != shape.H:
             return "it has only layers whose output is as wide as their input"
         if dtype not in self.dtypes:
             return f"it does not compute in {dtype}"
+        if self.needs is not None and (wanted := self.needs(shape, dtype)) > room(device):
+            return f"it needs {wanted / 2**30:.0f} GiB, and there are {room(device) / 2**30:.0f} for it"
+        if self.never is not None:
+            return self.never
         if self.module is not None:
             if FETCHED.is_dir() and str(FETCHED) not in sys.path:
                 # behind everything: a peer replaces no package of ours; its .pth files count
@@ -53,8 +68,19 @@ class Peer:
                 _prepare(self.module)
                 importlib.import_module(self.module)
             except Exception as error:  # whatever somebody else's package raises is its own reason
-                return f"{self.module} cannot be imported ({type(error).__name__}: {str(error)[:100]})"
+                why = f"{self.module} cannot be imported ({type(error).__name__}: {str(error)[:100]})"
+                return why if self.hurdle is None else f"{why}; {self.hurdle}"
         return None
+
+
+def _too_old_or_new(capabilities: tuple[tuple[int, int], ...]) -> str | None:
+    """Why this machine's GPU is none of those, or None."""
+    here = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if here is not None and any(here[0] == major and here[1] >= minor for major, minor in capabilities):
+        return None
+    wanted = " or ".join(f"{major}.{minor}" for major, minor in capabilities)
+    found = "no GPU is here" if here is None else f"this GPU has {here[0]}.{here[1]}"
+    return f"it needs compute capability {wanted}, {found}"
 
 
 def _prepare(module: str) -> None:
@@ -86,19 +112,24 @@ def _weighted_sum(rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     return (by_slot * weights[..., None].to(by_slot)).sum(1)
 
 
-def _composed(shape: Shape, routing: Routing, gemm: Callable[[Tensor, Tensor], Tensor]) -> Layer:
-    """Gather, GEMM, bias, activation, GEMM, bias, weighted sum: each an op of plain torch around `gemm`."""
-    tokens = routing.token_indices
+def _with_bias(shape: Shape, routing: Routing, gemm: Callable[[Tensor, Tensor], Tensor]) -> Layer:
+    """(rows, weight, *bias): `gemm`, which knows no biases, and behind it the bias."""
     member = _membership(routing) if shape.bias else None
 
+    def linear(rows: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        out = gemm(rows, weight)
+        return torch.addmm(out, member.to(rows), bias[0]) if bias else out
+
+    return linear
+
+
+def _composed(shape: Shape, routing: Routing, first: Layer, second: Layer) -> Layer:
+    """Gather, GEMM and bias, activation, GEMM and bias, weighted sum; a GEMM takes (rows, weight, *bias)."""
+    tokens = routing.token_indices
+
     def layer(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, *biases: Tensor) -> Tensor:
-        z = gemm(x.index_select(0, tokens), up)
-        if biases:
-            z = torch.addmm(z, member.to(x), biases[0])
-        y = gemm(activate(z, shape.activation), down)
-        if biases:
-            y = torch.addmm(y, member.to(x), biases[1])
-        return _weighted_sum(y, weights, routing)
+        z = first(x.index_select(0, tokens), up, *biases[:1])
+        return _weighted_sum(second(activate(z, shape.activation), down, *biases[1:]), weights, routing)
 
     return layer
 
@@ -110,30 +141,56 @@ def _eager_loop(shape: Shape, routing: Routing) -> Layer:
     )
 
 
-def _grouped_mm(shape: Shape, routing: Routing) -> Layer:
+def _grouped_linear(shape: Shape, routing: Routing) -> Layer:
     ends = routing.expert_offsets[1:].contiguous()
-    return _composed(
-        shape, routing, lambda x, w: torch.nn.functional.grouped_mm(x, w.transpose(1, 2), offs=ends)
-    )
+    gemm = lambda x, w: torch.nn.functional.grouped_mm(x, w.transpose(1, 2), offs=ends)
+    return _with_bias(shape, routing, gemm)
+
+
+def _grouped_mm(shape: Shape, routing: Routing) -> Layer:
+    linear = _grouped_linear(shape, routing)
+    return _composed(shape, routing, linear, linear)
 
 
 def grouped_mm_first(shape: Shape, routing: Routing) -> Layer:
     """Only the layer's first half: gather, torch's grouped_mm, bias, activation."""
-    ends, tokens = routing.expert_offsets[1:].contiguous(), routing.token_indices
-    member = _membership(routing) if shape.bias else None
-
-    def first(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
-        z = torch.nn.functional.grouped_mm(x.index_select(0, tokens), weight.transpose(1, 2), offs=ends)
-        return activate(torch.addmm(z, member.to(x), bias[0]) if bias else z, shape.activation)
-
-    return first
+    tokens, linear = routing.token_indices, _grouped_linear(shape, routing)
+    return lambda x, *rest: activate(linear(x.index_select(0, tokens), *rest), shape.activation)
 
 
 def _moe_ops(shape: Shape, routing: Routing) -> Layer:
     from moe_ops import grouped_gemm
 
     ends = routing.expert_offsets[1:].contiguous()
-    return _composed(shape, routing, lambda x, w: grouped_gemm(x, w, ends))
+    linear = _with_bias(shape, routing, lambda x, w: grouped_gemm(x, w, ends))
+    return _composed(shape, routing, linear, linear)
+
+
+def _transformer_engine(shape: Shape, routing: Routing) -> Layer:
+    from transformer_engine.pytorch import GroupedLinear
+
+    splits = routing.tokens_per_expert.long().cpu()  # its bf16 GEMMs are launched by the host
+
+    def linear(columns: int, rows: int) -> Layer:
+        @functools.cache
+        def module(dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+            return GroupedLinear(
+                shape.E, columns, rows, bias=shape.bias, params_dtype=dtype, device=device,
+                # weights of experts are parameters of their own, and so are gradients
+                single_grouped_weight=False, single_grouped_bias=False,
+            )  # fmt: skip
+
+        def call(x: Tensor, *stacked: Tensor) -> Tensor:
+            given = {
+                f"{name}{e}": part
+                for name, whole in zip(("weight", "bias"), stacked, strict=False)
+                for e, part in enumerate(whole.unbind())
+            }
+            return torch.func.functional_call(module(x.dtype, x.device), given, (x, splits))
+
+        return call
+
+    return _composed(shape, routing, linear(shape.H, shape.width), linear(shape.I, shape.O))
 
 
 def _liger(shape: Shape, routing: Routing) -> Layer:
@@ -206,13 +263,43 @@ ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PEERS = (
     Peer("cumo-original", None, _eager_loop, devices=("cpu", "cuda"), dtypes=ALL_DTYPES),
     Peer("torch-grouped_mm", None, _grouped_mm, devices=("cpu", "cuda"), dtypes=ALL_DTYPES),
+    Peer(
+        "transformers-grouped_mm", "transformers.integrations.moe",
+        functools.partial(peer_transformers.make, "grouped_mm"),
+        devices=("cpu", "cuda"), square=True, dtypes=ALL_DTYPES,
+    ),
+    Peer(
+        "transformers-batched_mm", "transformers.integrations.moe",
+        functools.partial(peer_transformers.make, "batched_mm"),
+        devices=("cpu", "cuda"), square=True, dtypes=ALL_DTYPES, needs=peer_transformers.copied_bytes,
+    ),
     Peer("moe-ops", "moe_ops", _moe_ops),
     Peer("liger", "liger_kernel.ops.fused_moe", _liger, only="swiglu", square=True, dtypes=(torch.bfloat16,)),
-    Peer("triton_kernels", "triton_kernels.matmul", _triton_kernels, backward=False),
+    Peer("triton_kernels", "triton_kernels.matmul", _triton_kernels, no_backward="it has no backward"),
     Peer("scattermoe", "scattermoe.parallel_experts", _scattermoe),
     Peer("quack", "quack.gemm_interface", _quack),
     Peer("sonic-moe", "sonicmoe", _sonic, only="swiglu", square=True),
-)
+    Peer(
+        "transformer-engine", "transformer_engine.pytorch", _transformer_engine,
+        hurdle="transformer-engine-torch 2.20.2 has no wheel: nvcc builds it against transformer-engine-cu13",
+    ),
+    Peer(
+        "liger-cute", "liger_kernel.ops.cute.ops.moe", peer_parallel.liger_cute,
+        no_backward=peer_parallel.ONE_BACKWARD, capabilities=((9, 0), (10, 0)), only="swiglu", square=True,
+        dtypes=(torch.bfloat16,),
+        hurdle="liger-cute-kernels 0.8.5 pins nvidia-nvshmem-cu13 3.6.5, torch 2.11 pins 3.4.5",
+    ),
+    Peer(
+        "dist-moe", "dist_moe", peer_parallel.dist_moe,
+        no_backward=peer_parallel.ONE_BACKWARD, capabilities=((10, 0),), only="swiglu", square=True,
+        dtypes=(torch.bfloat16,),
+        hurdle="dist-moe 0.1.0 wants Python 3.11 or 3.12, torch 2.14 and Triton 3.8",
+    ),
+    Peer(
+        "lightmoe", "lightmoe", None, capabilities=((10, 0),), max_experts=256, only="swiglu", square=True,
+        dtypes=(torch.bfloat16,), never="its products are in NVFP4 alone, which no gate of bf16 lets pass",
+    ),
+)  # fmt: skip
 
 
 def available(shape: Shape, dtype: torch.dtype, device: str) -> tuple[list[Peer], dict[str, str]]:

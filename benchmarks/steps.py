@@ -53,6 +53,13 @@ def saved_bytes(run: Callable, inputs: tuple[Tensor, ...], parameters: tuple[Ten
     return sum(kept.values())
 
 
+def room(device: str) -> float:
+    """Bytes that one case may take."""
+    if device == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory * 0.8
+    return 4 << 30
+
+
 def peak_bytes(step: timing.Step, device: str) -> int | None:
     if device != "cuda":
         return None

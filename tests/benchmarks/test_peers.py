@@ -1,14 +1,17 @@
 """Adapters of other people's layers, without a GPU: what they call, and what they make of the answers.
 
-Stand-ins compute on the CPU what the packages document. Where a package can be imported, every recorded call
-must bind to its real signature, and quack's own references must give what the stand-ins gave.
+Stand-ins (stand_ins.py) compute on the CPU what the packages document. Every recorded call must bind to the
+real signature: the package's where it can be imported, else that in the source which `make peers` fetches.
+quack's own references must give what its stand-in gave, and transformers needs none.
 """
 
+import ast
 import importlib
 import inspect
-import itertools
+import math
 import site
 import sys
+import textwrap
 import types
 from dataclasses import replace
 from functools import partial
@@ -17,82 +20,24 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from benchmarks import bench_experts, peers
-from benchmarks.shapes import Shape
+from benchmarks import bench_experts, peer_parallel, peer_quack, peer_transformers, peers, shapes
+from benchmarks.eager import activate
 from cumo_kernels.testing import assert_as_accurate_as_torch, make_routing
-from tests.rounding import assert_same_sums, rounding_of
+from tests.benchmarks.stand_ins import CLIP, SHAPES, STAND_INS, Quack
+from tests.rounding import assert_same_formula, assert_same_sums, rounding_of
 
-CLIP = Shape("small", 24, 32, 48, 40, 4, 2, "quick_gelu", True, groups=2)
-SHAPES = {
-    "clip": CLIP,
-    "connector": replace(CLIP, activation="gelu", O=64),
-    "mixtral": replace(CLIP, activation="swiglu", bias=False, O=32, K=3),
-    "gated-with-bias": replace(CLIP, activation="swiglu"),
+BY_NAME = {peer.name: peer for peer in peers.PEERS}
+SOURCES = {  # what cannot be imported here: where a wheel has it
+    "GroupedLinear.__init__": "transformer_engine/pytorch/module/grouped_linear.py",
+    "GroupedLinear.forward": "transformer_engine/pytorch/module/grouped_linear.py",
+    "moe_fused": "liger_kernel/ops/cute/ops/moe.py",
+    "configure": "liger_kernel/ops/configure.py",
+    "MoEConfig": "liger_kernel/ops/configure.py",
+    "Config": "dist_moe/api.py",
+    "create_context": "dist_moe/api.py",
+    "routed_experts": "dist_moe/api.py",
+    "Context.close": "dist_moe/api.py",
 }
-
-
-def in_turns(t, dim):
-    """[first half; second half] -> one of each in turns."""
-    return t.unflatten(dim, (2, -1)).transpose(dim - 1, dim).flatten(dim - 1, dim)
-
-
-def segments(offsets):
-    return list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
-
-
-class Quack(types.ModuleType):
-    """gemm, gemm_act and gemm_dact of quack.gemm_interface 0.6, for what the adapter asks of them."""
-
-    def __init__(self):
-        super().__init__("quack.gemm_interface")
-        self.calls = []
-
-    def __getattribute__(self, name):
-        value = super().__getattribute__(name)
-        if name not in ("gemm", "gemm_act", "gemm_dact"):
-            return value
-
-        def recorded(*args, **kwargs):
-            self.calls.append((name, args, kwargs))
-            return value(*args, **kwargs)
-
-        return recorded
-
-    def gemm(self, A, B, out=None, bias=None, cu_seqlens_m=None, cu_seqlens_k=None, A_idx=None, tuned=True,
-             concat_layout=None):  # fmt: skip
-        if concat_layout == ("B",):  # the dimension along which it is not contiguous has halves
-            B = in_turns(B, -2 if B.stride(-1) == 1 else -1)
-        if cu_seqlens_m is not None:
-            rows = A if A_idx is None else A[A_idx.long()]
-            pieces = [
-                rows[a:b] @ B[e] + (0 if bias is None else bias[e])
-                for e, (a, b) in enumerate(segments(cu_seqlens_m))
-            ]
-            return torch.cat(pieces)
-        columns = A if A_idx is None else A[:, A_idx.long()]
-        found = torch.stack([columns[:, a:b] @ B[a:b] for a, b in segments(cu_seqlens_k)])
-        if concat_layout == ("out",):
-            dim = -2 if out.stride(-1) == 1 else -1
-            turns = found.unflatten(dim, (-1, 2)).transpose(dim - 1, dim)
-            found = turns.flatten(dim - 1, dim)
-        return out.copy_(found)
-
-    def gemm_act(self, A, B, activation=None, cu_seqlens_m=None, A_idx=None, tuned=True, concat_layout=None):
-        z = Quack.gemm(self, A, B, cu_seqlens_m=cu_seqlens_m, A_idx=A_idx, concat_layout=concat_layout)
-        assert activation == "swiglu"
-        return z, silu(z[:, ::2]) * z[:, 1::2]
-
-    def gemm_dact(self, A, B, PreAct, activation=None, colvec_scale=None, colvec_reduce=False,
-                  cu_seqlens_m=None, A_idx=None, dynamic_scheduler=True, tuned=True):  # fmt: skip
-        da = Quack.gemm(self, A, B, cu_seqlens_m=cu_seqlens_m, A_idx=A_idx)
-        with torch.enable_grad():
-            leaf = PreAct.detach().requires_grad_()
-            a = silu(leaf[:, ::2]) * leaf[:, 1::2]
-        scale = colvec_scale[:, None].to(da)
-        (dz,) = torch.autograd.grad(a, leaf, da * scale)
-        a = a.detach()
-        assert activation == "swiglu" and colvec_reduce
-        return dz, a * scale, (da.float() * a).sum(-1)
 
 
 @pytest.fixture
@@ -123,21 +68,21 @@ def layer_of(peer, shape):
     torch.manual_seed(0)
     routing = make_routing("skewed", shape.T, shape.E, shape.K, "cpu")
     assert torch.equal(routing.topk_weights, workload.inputs[1])  # the same plan
-    return workload, next(p for p in peers.PEERS if p.name == peer).make(shape, routing)
+    return workload, BY_NAME[peer].make(shape, routing)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_layer_of_quacks_gemms_is_the_layer(quack, shape):
     workload, layer = layer_of("quack", shape)
     assert_as_accurate_as_torch(layer, workload.truth, *workload.inputs)
-    names = {name for name, *_ in quack.calls}
-    fused = shape.activation == "swiglu" and not shape.bias
-    assert names == ({"gemm", "gemm_act", "gemm_dact"} if fused else {"gemm"})
-    assert any(kwargs.get("A_idx") is not None for *_, kwargs in quack.calls)  # quack gathers
+    assert {name for name, *_ in quack.calls} == {"gemm", "gemm_act", "gemm_dact"}
+    for name, _, kwargs in quack.calls:  # quack gathers, adds the bias and activates
+        assert name == "gemm" or kwargs["A_idx"] is not None
+        assert name != "gemm_act" or (kwargs["bias"] is None) != shape.bias
 
 
-@pytest.mark.parametrize("shape", [SHAPES["clip"], SHAPES["mixtral"]], ids=["clip", "mixtral"])
-def test_every_call_fits_quack_itself(quack, shape):
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_call_fits_quack_itself(quack, shape, monkeypatch):
     workload, layer = layer_of("quack", shape)
     leaves = [t.clone().requires_grad_() for t in workload.inputs]
     layer(*leaves).square().sum().backward()
@@ -145,6 +90,9 @@ def test_every_call_fits_quack_itself(quack, shape):
     for name in ("quack", "quack.gemm_interface"):
         del sys.modules[name]
     package = real("quack.gemm_interface")
+    for name in ("quick_gelu", "gelu_erf"):  # its kernels have them, its references do not
+        assert {name} <= set(real("quack.activation").act_fn_map) - set(package.act_to_pytorch_fn_map)
+        monkeypatch.setitem(package.act_to_pytorch_fn_map, name, Quack.act[name])
     assert len(calls) == 6
     for name, args, kwargs in calls:
         inspect.signature(getattr(package, name)).bind(*args, **kwargs)
@@ -172,6 +120,31 @@ def test_every_call_fits_quack_itself(quack, shape):
             return given[: len(found)] if isinstance(given, tuple) else (given,)
 
         assert_same_sums(found[: len(wanted())], wanted(), rounding_of(wanted))
+
+
+def on_the_cpu(function):
+    """quack's scalar formula as a function of tensors: its own source, with torch's names for the DSL's."""
+    source = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    source.body[0].decorator_list.clear()
+    maths = types.SimpleNamespace(erf=lambda x, **_: torch.erf(x), exp2=lambda x, **_: torch.exp2(x))
+    names = {
+        "sigmoid": lambda x, **_: torch.sigmoid(x), "const_expr": bool, "math": math, "Tuple": tuple,
+        "F32_or_F32x2": torch.Tensor, "cute": types.SimpleNamespace(math=maths),
+    }  # fmt: skip
+    exec(compile(source, "quack", "exec"), names)
+    return names[source.body[0].name]
+
+
+@pytest.mark.parametrize("ours, theirs", [("quick_gelu", "quick_gelu"), ("gelu", "gelu_erf")])
+def test_quacks_activations_are_these(ours, theirs):
+    package = real("quack.activation")
+    z = torch.linspace(-6, 6, 241, dtype=torch.float64, requires_grad=True)
+    wanted, upstream = activate(z, ours), torch.linspace(1, 2, 241, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(wanted, z, upstream)
+    assert peer_quack.ACTIVATIONS[ours] == theirs
+    assert_same_formula(on_the_cpu(package.act_fn_map[theirs])(z), wanted)
+    found = on_the_cpu(package.dact_fn_map[theirs])(z, upstream)
+    assert_same_formula(list(found), [gradient, wanted])
 
 
 def test_sonic_gets_our_plan_and_our_weights_as_views(monkeypatch):
@@ -207,111 +180,11 @@ def test_sonic_gets_our_plan_and_our_weights_as_views(monkeypatch):
     inspect.signature(real("sonicmoe").moe_general_routing_inputs).bind(*args, **options)
 
 
-def products(rows, weights, ends, biases=None):
-    """Rows of expert e by its (in, out) weight; an expert's rows end where `ends` says."""
-    assert rows.shape[1] == weights.shape[1] and len(ends) == len(weights) and ends[-1] == len(rows)
-    begins = [0, *ends.tolist()]
-    return torch.cat(
-        [
-            rows[a:b] @ weights[e] + (0 if biases is None else biases[e])
-            for e, (a, b) in enumerate(itertools.pairwise(begins))
-        ]
-    )
-
-
-def scattermoe_of(calls):
-    """scattermoe 0.3's parallel_experts: rows in expert order or in that of slots, in and out."""
-
-    def flatten_sort_count(expert_idxs, num_experts):
-        experts, slots = torch.sort(expert_idxs.flatten(), stable=True)
-        return experts, slots, expert_idxs.flatten().bincount(minlength=num_experts).cumsum(-1)
-
-    def parallel_linear(inputs, expert_weights, k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets,
-                        expert_biases=None, gates=None, grouped_in=False, grouped_out=False):  # fmt: skip
-        assert len(sorted_scattered_idxs) == len(inputs) * k and (sorted_expert_idxs.diff() >= 0).all()
-        rows = inputs if grouped_in else inputs[sorted_scattered_idxs // k]
-        out = products(rows, expert_weights, expert_offsets, expert_biases)
-        if not grouped_out:
-            out = torch.zeros_like(out).index_copy(0, sorted_scattered_idxs, out)
-        if gates is None:
-            return out
-        return (gates[:, None] @ out.view(*gates.shape, -1))[:, 0]
-
-    return {
-        "scattermoe": {},
-        "scattermoe.parallel_experts": {
-            "flatten_sort_count": flatten_sort_count,
-            "parallel_linear": noted("parallel_linear", parallel_linear, calls),
-        },
-    }
-
-
-def liger_of(calls):
-    """liger_kernel 0.8's LigerFusedMoEFunction: gate rows before up rows."""
-
-    def apply(x, gate_up_proj, down_proj, top_k_index, top_k_weights):
-        assert top_k_index.dtype == torch.int32 and top_k_index.shape == top_k_weights.shape
-        assert down_proj.shape[1:] == (x.shape[1], gate_up_proj.shape[1] // 2)
-        index = top_k_index.long()
-        gate, up = (gate_up_proj[index] @ x[:, None, :, None])[..., 0].chunk(2, -1)
-        each = (down_proj[index] @ (silu(gate) * up)[..., None])[..., 0]
-        return (each * top_k_weights[..., None]).sum(1).to(x)
-
-    function = types.SimpleNamespace(apply=noted("LigerFusedMoEFunction", apply, calls))
-    return {
-        "liger_kernel": {},
-        "liger_kernel.ops": {},
-        "liger_kernel.ops.fused_moe": {"LigerFusedMoEFunction": function},
-    }
-
-
-def moe_ops_of(calls):
-    """moe_ops 0.1's grouped_gemm: weights (E, out, in) unless told otherwise, ends of groups, no zero."""
-
-    def grouped_gemm(A, B, offsets, trans_b=True):
-        return products(A, B.transpose(1, 2) if trans_b else B, offsets)
-
-    return {"moe_ops": {"grouped_gemm": noted("grouped_gemm", grouped_gemm, calls)}}
-
-
-def triton_kernels_of(calls):
-    """triton_kernels' matmul: weights (E, in, out), fp32 biases, rows gathered by index."""
-
-    def make_ragged_tensor_metadata(slice_sizes, n_total_rows):
-        assert slice_sizes.sum() == n_total_rows
-        return slice_sizes.cumsum(0)
-
-    def matmul(a, b, bias, a_ragged_metadata=None, b_ragged_metadata=None, gather_indx=None):
-        assert (bias is None or bias.dtype == torch.float32) and b_ragged_metadata is None
-        rows = a if gather_indx is None else a[gather_indx.long()]
-        return products(rows, b, a_ragged_metadata, bias).to(a)
-
-    return {
-        "triton_kernels": {},
-        "triton_kernels.matmul": {"matmul": noted("matmul", matmul, calls)},
-        "triton_kernels.tensor": {"make_ragged_tensor_metadata": make_ragged_tensor_metadata},
-    }
-
-
-def noted(name, function, calls):
-    def call(*args, **kwargs):
-        calls.append((name, args, kwargs))
-        return function(*args, **kwargs)
-
-    return call
-
-
-STAND_INS = {  # peer -> what stands in for its package, and which shapes it has
-    "scattermoe": (scattermoe_of, SHAPES),
-    "liger": (liger_of, ["mixtral"]),
-    "moe-ops": (moe_ops_of, SHAPES),
-    "triton_kernels": (triton_kernels_of, SHAPES),
-}
-
-
 def stand_in(peer, monkeypatch):
     """-> the modules put in place of the peer's, and the list that gets every call."""
     calls = []
+    monkeypatch.setattr(peer_parallel, "_group", lambda: "of one")  # that of NCCL needs a GPU
+    peer_parallel._reserve.cache_clear()
     modules = STAND_INS[peer][0](calls)
     for path, content in modules.items():
         module = types.ModuleType(path)
@@ -340,13 +213,52 @@ def test_every_call_fits_the_package(peer, monkeypatch):
         layer(*workload.inputs)
     for path in modules:
         monkeypatch.delitem(sys.modules, path)
-    package = real(next(p for p in peers.PEERS if p.name == peer).module)
+    assert calls
     for function, args, kwargs in calls:
-        found = getattr(package, function)
-        if isinstance(found, type):  # an autograd.Function: behind its context
-            inspect.signature(found.forward).bind(None, *args, **kwargs)
-        else:
-            inspect.signature(found).bind(*args, **kwargs)
+        signature, bound = signature_of(peer, function)
+        signature.bind(*bound, *args, **kwargs)
+
+
+def signature_of(peer, function):
+    """-> it, and what stands for a context or for self in front."""
+    if function in SOURCES:
+        return declared(SOURCES[function], function), ()
+    found = getattr(real(BY_NAME[peer].module), function)
+    if isinstance(found, type) and issubclass(found, torch.autograd.Function):
+        return inspect.signature(found.forward), (None,)
+    return inspect.signature(found), ()
+
+
+def source_of(path):
+    """A file of a fetched wheel, or a skip."""
+    found = [place / path for place in (peers.FETCHED, peers.FETCHED / "sources") if (place / path).is_file()]
+    if not found:
+        pytest.skip(f"there is no {path}: make peers fetches it")
+    return found[0].read_text()
+
+
+def declared(path, name):
+    """The signature of a function, a method or a dataclass, read without importing the package."""
+    node = ast.parse(source_of(path))
+    for part in name.split("."):
+        node = next(child for child in node.body if getattr(child, "name", None) == part)
+    empty, place = inspect.Parameter.empty, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if isinstance(node, ast.ClassDef):
+        fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+        found = [(field.target.id, place, field.value) for field in fields]
+    else:
+        args = node.args
+        assert not (args.posonlyargs or args.vararg or args.kwarg), name
+        defaults = [None] * (len(args.args) - len(args.defaults)) + args.defaults
+        found = [(arg.arg, place, value) for arg, value in zip(args.args, defaults, strict=True)]
+        by_name = zip(args.kwonlyargs, args.kw_defaults, strict=True)
+        found += [(arg.arg, inspect.Parameter.KEYWORD_ONLY, value) for arg, value in by_name]
+    return inspect.Signature(
+        [
+            inspect.Parameter(key, kind, default=empty if value is None else value)
+            for key, kind, value in found
+        ]
+    )
 
 
 def test_this_triton_has_the_name_that_triton_kernels_wants(monkeypatch):
@@ -356,15 +268,138 @@ def test_this_triton_has_the_name_that_triton_kernels_wants(monkeypatch):
     assert not target_info.is_hip_gfx1250()
 
 
+def test_buffers_of_dist_moe_go_with_the_layer(monkeypatch):
+    _, calls = stand_in("dist-moe", monkeypatch)
+    workload, layer = layer_of("dist-moe", SHAPES["mixtral"])
+    for _ in range(2):
+        layer(*workload.inputs)
+    assert [name for name, *_ in calls].count("create_context") == 1
+    del layer
+    assert calls[-1][0] == "Context.close"
+
+
+def test_liger_cute_reserves_for_every_shape_that_it_has(monkeypatch):
+    _, calls = stand_in("liger-cute", monkeypatch)
+    workload, layer = layer_of("liger-cute", SHAPES["mixtral"])
+    layer(*workload.inputs)
+    room = next(kwargs for name, _, kwargs in calls if name == "MoEConfig")
+    sizes = {"max_tokens": "T", "hidden_size": "H", "num_experts": "E", "top_k": "K"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    peer = replace(BY_NAME["liger-cute"], module=None)
+    taken = [s for s in shapes.SHAPES.values() if peer.refuse(s, torch.bfloat16, "cuda") is None]
+    assert len(taken) > 3
+    for name, letter in sizes.items():
+        assert room[name] == max(getattr(shape, letter) for shape in taken)
+
+
+TRANSFORMERS = ("grouped_mm", "batched_mm")
+SQUARE = {name: replace(shape, O=shape.H) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("shape", SQUARE.values(), ids=SQUARE)
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_implementations_are_the_layer(name, shape):
+    pytest.importorskip("transformers")
+    workload, layer = layer_of(f"transformers-{name}", shape)
+    assert_as_accurate_as_torch(layer, workload.truth, *workload.inputs)
+
+
+@pytest.mark.parametrize("shape", SQUARE.values(), ids=SQUARE)
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_module_of_transformers_computes_the_same_bits(name, shape):
+    """A class under its decorator, chosen by `experts_implementation` as a model's are."""
+    moe = pytest.importorskip("transformers.integrations.moe")
+    from transformers.activations import ACT2FN
+
+    workload, layer = layer_of(f"transformers-{name}", shape)
+    x, weights, up, down, *biases = workload.inputs
+    first = "gate_up_proj" if shape.is_gated else "up_proj"
+
+    @moe.use_experts_implementation(has_gate=shape.is_gated, has_bias=shape.bias)
+    class Experts(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.num_experts = shape.E
+            self.act_fn = ACT2FN["silu" if shape.is_gated else shape.activation]
+            names = (first, "down_proj", f"{first}_bias", "down_proj_bias")
+            for key, value in zip(names, (up, down, *biases), strict=False):
+                setattr(self, key, torch.nn.Parameter(value))
+
+        def forward(self, x, index, weights):
+            raise AssertionError("the decorator chooses")
+
+    torch.manual_seed(0)
+    routing = make_routing("skewed", shape.T, shape.E, shape.K, "cpu")
+    module = Experts(types.SimpleNamespace(_experts_implementation=name))
+    wanted = module(x, routing.topk_indices.long(), weights)
+    assert torch.equal(layer(*workload.inputs), wanted)
+
+
+def test_weights_copied_for_every_slot_must_fit(monkeypatch):
+    shape = SQUARE["clip"]
+    peer = replace(BY_NAME["transformers-batched_mm"], module=None)
+    wanted = peer_transformers.copied_bytes(shape, torch.bfloat16)
+    rows, (H, I) = shape.T * shape.K, (shape.H, shape.I)
+    assert wanted == 2 * 2 * rows * (I * H + I + H * I + H)  # a copy and its gradient, two bytes each
+    for room, reason in ((wanted, None), (wanted - 1, "it needs 0 GiB, and there are 0 for it")):
+        monkeypatch.setattr(peers, "room", lambda device, room=room: room)
+        assert peer.refuse(shape, torch.bfloat16, "cpu") == reason
+    monkeypatch.undo()
+    quarter = shapes.SHAPES["mixtral-quarter"]
+    assert peer.refuse(quarter, torch.float32, "cpu") == "it needs 42 GiB, and there are 4 for it"
+    assert replace(peer, needs=None).refuse(quarter, torch.float32, "cpu") is None
+
+
+@pytest.mark.parametrize(
+    "here, reasons",
+    [
+        ((8, 0), {"liger-cute": "9.0 or 10.0", "dist-moe": "10.0", "lightmoe": "10.0"}),
+        ((9, 0), {"dist-moe": "10.0", "lightmoe": "10.0"}),
+        ((10, 0), {}),
+        ((10, 3), {}),
+        ((12, 0), {"liger-cute": "9.0 or 10.0", "dist-moe": "10.0", "lightmoe": "10.0"}),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_a_gpu_that_a_peer_is_not_made_for_is_its_reason(monkeypatch, here, reasons):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: here)
+    for peer in peers.PEERS:
+        reason = replace(peer, module=None, needs=None).refuse(SHAPES["mixtral"], torch.bfloat16, "cuda")
+        if peer.name in reasons:
+            found = f"this GPU has {here[0]}.{here[1]}"
+            assert reason == f"it needs compute capability {reasons[peer.name]}, {found}"
+        else:
+            assert reason == peer.never
+
+
+def test_lightmoe_is_a_gap_by_its_experts_and_its_precision(monkeypatch):
+    peer = BY_NAME["lightmoe"]
+    assert peer.refuse(SHAPES["mixtral"], torch.bfloat16, "cuda").endswith("10.0, no GPU is here")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    many = replace(SHAPES["mixtral"], E=257)
+    assert peer.refuse(many, torch.bfloat16, "cuda") == "it has at most 256 experts, here are 257"
+    assert "NVFP4" in peer.refuse(replace(many, E=256), torch.bfloat16, "cuda")
+
+
+def test_lightmoe_offers_no_other_precision():
+    for path, name in (("training", "MoEExpertLayer.__init__"), ("inference", "InferenceMoE.__init__")):
+        parameters = declared(f"lightmoe/{path}.py", name).parameters
+        assert {"hidden_size", "activation"} < set(parameters)
+        assert not [p for p in parameters if "dtype" in p or "precision" in p or "format" in p]
+    assert "at most 256 local experts" in source_of("lightmoe/inference.py")
+
+
 def test_what_a_peer_cannot_do_is_a_reason():
-    by_name = {peer.name: peer for peer in peers.PEERS}
-    sonic = by_name["sonic-moe"]
+    sonic = BY_NAME["sonic-moe"]
     assert "only SwiGLU" in sonic.refuse(CLIP, torch.bfloat16, "cuda")
     wide = replace(SHAPES["mixtral"], O=64)
     for name in ("sonic-moe", "liger"):  # liger would read behind a narrower weight
-        assert "as wide as their input" in by_name[name].refuse(wide, torch.bfloat16, "cuda")
+        assert "as wide as their input" in BY_NAME[name].refuse(wide, torch.bfloat16, "cuda")
     for name in ("quack", "sonic-moe"):
-        assert by_name[name].refuse(SHAPES["mixtral"], torch.bfloat16, "cpu") == "it needs a cuda device"
+        assert BY_NAME[name].refuse(SHAPES["mixtral"], torch.bfloat16, "cpu") == "it needs a cuda device"
 
 
 def test_a_missing_package_is_a_gap_with_its_name(monkeypatch):
