@@ -27,7 +27,7 @@ class Row:
 
     run: str  # rows of one run were timed interleaved, on the same machine state
     op: str
-    variant: str  # "cumo/<backend>", a peer, or "dense": one expert, no routing, the same FLOPs
+    variant: str  # `ours`, a peer, or "dense": one expert, no routing, the same FLOPs
     mode: str  # forward (no gradient) | backward | both
     shape: str
     tokens: int
@@ -74,6 +74,11 @@ class Gap:
     reason: str
     machine: str
     run: str
+
+
+def ours(backend: str) -> str:
+    """The variant "cumo/<backend>"; "cumo/<backend>+pdl" where CUMO_PDL=1 launches differently."""
+    return f"cumo/{backend}" + ("+pdl" if os.environ.get("CUMO_PDL") == "1" else "")
 
 
 FAULTS = ("the gate refuses it", "it cannot run", "it hung", "it broke the device")  # how such reasons begin

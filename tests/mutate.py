@@ -19,11 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("csrc", "cumo_kernels", "tests/kernels", "tests/conftest.py", "tests/rounding.py", "pyproject.toml")
+COPIED = (
+    "csrc", "cumo_kernels", "tests/kernels", "tests/conftest.py", "tests/programs.py", "tests/rounding.py",
+    "pyproject.toml",
+)  # fmt: skip
 TIMEOUT_S = 1800  # a fault may make a loop endless, which is noticed too
 REFERENCE, TRITON = "cumo_kernels/backends/reference/", "cumo_kernels/backends/triton/"
 TORCH = "cumo_kernels/backends/torch/"
 CUDA, HOPPER = "csrc/", "csrc/hopper"
+ALONE = (
+    "cute",
+    "ptx_tables",
+    "launch",
+    "pdl",
+)  # stems whose tests need neither interpreter nor emulation around them
 
 
 @dataclass(frozen=True)
@@ -225,14 +234,29 @@ FAULTS = (
     Fault("combine of splits drops the weight", TRITON + "experts.py",
           "mask=position >= 0, other=0.0)\n        total", "mask=position >= 0, other=0.0) * 0 + 1\n        total",
           "tuning", "any_tile_gives_the_same_layer"),
+    # launches of Triton
+    Fault("alignment not in the key of a launch", TRITON + "launch.py",
+          "return value.dtype, value.data_ptr() & 15 == 0", "return value.dtype, True", "launch"),
+    Fault("a descriptor's dtype not in the key", TRITON + "launch.py",
+          "return value.base.dtype, *value.block_shape", "return tuple(value.block_shape)", "launch"),
+    Fault("integers of any width one kind", TRITON + "launch.py",
+          "if -(2**31) <= value < 2**31:", "if True:", "launch"),
+    Fault("a capture's mode left relaxed", TRITON + "capture.py",
+          "    finally:\n        _swap(mode)", "    finally:\n        pass", "launch"),
+    Fault("what a capture meets first loaded by its launch", TRITON + "launch.py",
+          "compiled._init_handles()", "pass", "launch"),
+    Fault("fp16's dH in pairs, which spill", "cumo_kernels/tuning.py",
+          "paired = problem.dtype == torch.bfloat16 and", "paired =", "tuning"),
+    Fault("a kernel that starts early and does not wait", TRITON + "common.py",
+          "            cuda.gdc_wait()\n", "", "pdl"),
     # CUDA
     Fault("consumers wait out of turn", HOPPER + ".cu",
           "if (kTakeTurns) wait_for(&free_for[me], phase);", "", "cuda_plan", "several"),
     Fault("fragments of a narrow tile exchanged", HOPPER + ".cu",
-          "finish_patch(end, patch, tile, first_row + m * 64, first_col, kCols);",
-          "finish_patch(end, patch, tile, first_row + (1 - m) * 64, first_col, kCols);", "cuda_plan", "several"),
+          "finish_patch(end, patch, tile, first_row + m * 64, first_col, cols);",
+          "finish_patch(end, patch, tile, first_row + (1 - m) * 64, first_col, cols);", "cuda_plan", "several"),
     Fault("a stage given back before its product is done", HOPPER + "_tiles.cuh",
-          "wgmma_wait<T, kCols, 1>();", "", "grouped_gemm", "long"),
+          "wgmma_wait<T, kN, 1>();", "", "grouped_gemm", "long"),
     Fault("rows of the next expert in a ragged stage", HOPPER + "_weight_grad.cu",
           "const bool whole = row + kSteps <= tile.end", "const bool whole = row <= tile.end", "grouped_gemm", "several"),
     Fault("bias in every part", CUDA + "epilogue.cuh",
@@ -258,13 +282,64 @@ FAULTS = (
           "offset + static_cast<int>(begin) - earlier", "offset + static_cast<int>(begin)", "cuda_plan", "sorting"),
     Fault("TF32 never taken", CUDA + "grouped_gemm.cu",
           "if (p.tf32) return run(p.k_inner", "if (false) return run(p.k_inner", "cuda_plan", "tf32"),
-    Fault("weights of a bias gradient's rows a stage late", HOPPER + "_weight_grad.cu",
-          "look_up(step + 2);", "look_up(step + 1);", "cuda_plan", "beside"),
-    Fault("a bias gradient that no tile sums", HOPPER + "_weight_grad.cu",
-          "tile.first_k == turn_k * kCols", "tile.first_k == 0 && turn_k == 0", "cuda_plan", "beside"),
-    Fault("bias gradient without the routing weight", CUDA + "weight_grad.cu",
-          "bias_sum += p.row_weights ? p.row_weights[p.permutation[first + k]] * value : value;",
-          "bias_sum += value;", "experts", "odd and bias"),
+    Fault("a bias gradient that no tile sums", CUDA + "tiles.h",
+          "return column == (number - column) / blocks % tiles_k;",
+          "return column == (number - column) / blocks % tiles_k && column == 0;", "cuda_plan", "beside"),
+    Fault("all biases summed by the same blocks", CUDA + "tiles.h",
+          "return column == (number - column) / blocks % tiles_k;", "return column == 0;", "cuda", "share_of_the_biases"),
+    Fault("every block fetches the first share ahead", HOPPER + ".cu",
+          "const int64_t begin = blockIdx.x * how.share,", "const int64_t begin = 0,", "cuda_plan", "dependent"),
+    Fault("apart halves forgotten in half a tile", HOPPER + ".cu",
+          "cols / kPatchCols, how.halves_apart, [&]", "cols / kPatchCols, how.halves_apart && !tile.halved, [&]",
+          "cuda_plan", "halves"),
+    Fault("a quarter of a stage not in the bias gradient", CUDA + "bias_sum.cuh",
+          "for (int k = 0; k < kDepth; k += 16)", "for (int k = 0; k < kDepth - 16; k += 16)", "cuda_plan", "beside"),
+    Fault("columns of a bias gradient exchanged", CUDA + "bias_sum.cuh",
+          "store(column + lane / 4, sum[0]);", "store(column + lane / 4, sum[2]);", "cuda_plan", "beside"),
+    Fault("fp32 rows of other lanes not in the bias gradient", CUDA + "bias_sum.cuh",
+          "for (int lanes = 4; lanes < kWarp; lanes *= 2)", "for (int lanes = 8; lanes < kWarp; lanes *= 2)",
+          "grouped_gemm", "fp32"),
+    Fault("bias gradient without the routing weight", CUDA + "bias_grad.cu",
+          "sum[j] += weight[i] * to_float(value[i].item[j]);", "sum[j] += to_float(value[i].item[j]);", "cuda_plan", "parts"),
+    Fault("parts of a bias gradient overlap", CUDA + "bias_grad.cu",
+          "last = first + share < end ? first + share : end;", "last = first + share < end ? first + share + 1 : end;",
+          "cuda_plan", "parts"),
+    Fault("weights of tokens, not of slots, in the bias gradient", CUDA + "bias_grad.cu",
+          "weight[i] = weights[slot[i]];", "weight[i] = weights[slot[i] / top_k];", "cuda_plan", "parts"),
+    Fault("both halves of a tile the left one", CUDA + "tiles.h",
+          "2 * tile.tile_n + half % 2;", "2 * tile.tile_n;", "cuda_plan", "halves"),
+    Fault("more halves than blocks", CUDA + "tiles.h",
+          "2 * last <= blocks ? tiles - last : tiles;", "last < blocks ? tiles - last : tiles;", "cuda", "last_round"),
+    Fault("a half's columns of a whole tile finished", HOPPER + ".cu",
+          "const int cols = tile.halved ? kCols / 2 : kCols;", "const int cols = kCols;", "cuda_plan", "halves"),
+    Fault("bytes of a whole tile waited for", HOPPER + ".cu",
+          "+ narrow * kPlanNarrow * kRowBytes);", "+ (kCols / kPlanNarrow) * kPlanNarrow * kRowBytes);", "cuda_plan", "halves"),
+    Fault("the up half where the gate is", HOPPER + ".cu",
+          "p.N + tile_n * (kPlanNarrow / 2), expert);", "tile_n * (kPlanNarrow / 2), expert);", "cuda_plan", "ascend"),
+    Fault("halves that are apart taken in turns", HOPPER + "_tiles.cuh",
+          "return eight / 16 * 16 + eight % 2 * 8 + eight % 16 / 2;", "return eight;", "cuda_plan", "ascend"),
+    Fault("more of the weight fetched ahead than there is", HOPPER + ".cu",
+          "const int64_t bytes = p.E * rows * width * 2;", "const int64_t bytes = p.E * rows * width * 256;", "cuda_plan",
+          "dependent"),
+    Fault("a descriptor without its swizzle", HOPPER + ".cuh",
+          "uint64_t{1} << 62;  // 128-byte swizzle", "uint64_t{2} << 62;", "cute", "descriptors"),
+    Fault("a descriptor's chunks half as far apart", HOPPER + ".cuh",
+          "uint64_t(chunk_stride >> 4) << 16", "uint64_t(chunk_stride >> 5) << 16", "cute", "descriptors"),
+    Fault("the driver told of another swizzle", CUDA + "tensor_map.cuh",
+          "CU_TENSOR_MAP_SWIZZLE_128B", "CU_TENSOR_MAP_SWIZZLE_64B", "cute", "map"),
+    Fault("a box with half the rows of the weight", HOPPER + ".cu",
+          "{1, p.stride_w, p.stride_w_e}, {kSteps, kPlanNarrow, 1})", "{1, p.stride_w, p.stride_w_e}, {kSteps, 64, 1})",
+          "cuda_plan", "halves"),
+    Fault("cp.async that leaves what it has no bytes for", CUDA + "platform.cuh",
+          "std::memset(static_cast<char*>(target) + bytes, 0, 16 - bytes);", "", "ptx_tables", "cp_async"),
+    Fault("an mbarrier whose phase ends with bytes under way", HOPPER + ".cuh",
+          "if (pending == 0 && bytes_and_phase / 2 == 0) {", "if (pending == 0) {", "ptx_tables", "mbarrier"),
+    Fault("sums in the rows of other warps", HOPPER + ".cuh",
+          "const int row = thread / 32 * 16 + thread % 32 / 4", "const int row = (thread / 32 ^ 1) * 16 + thread % 32 / 4",
+          "ptx_tables", "wgmma"),
+    Fault("a kernel that does not wait for earlier ones", CUDA + "permutation.cu",
+          "K, unsigned chunks, T* out) {\n  begin_kernel();\n  using V", "K, unsigned chunks, T* out) {\n  using V",
+          "permutation"),
 )  # fmt: skip
 
 
@@ -276,9 +351,11 @@ def notice(fault: Fault, tree: Path) -> tuple[bool, str]:
         raise SystemExit(f"{fault.what}: stands {text.count(fault.old)} times in {fault.path}: {fault.old!r}")
     environment = dict(os.environ, PYTHONPATH=str(tree), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
     select = "not triton"
-    if fault.path.startswith(TRITON):
+    if fault.tests in ALONE:
+        select = "test"
+    elif fault.path.startswith(TRITON):
         environment["TRITON_INTERPRET"], select = "1", "triton"
-    if fault.path.startswith(CUDA):
+    elif fault.path.startswith(CUDA):
         environment["CUMO_EMULATE"], select = "1", "cuda"
         environment["CUMO_EMULATE_CAPABILITY"] = "90" if fault.path.startswith(HOPPER) else "80"
     if fault.select:

@@ -109,7 +109,14 @@ ARROWS = {
         "cumo_kernels",
         "cumo_kernels.*",
     ),
-    "tests.benchmarks*": ("benchmarks", "benchmarks.*", "cumo_kernels", "cumo_kernels.*", "tests.rounding"),
+    "tests.benchmarks*": (
+        "benchmarks",
+        "benchmarks.*",
+        "cumo_kernels",
+        "cumo_kernels.*",
+        "tests.benchmarks.*",
+        "tests.rounding",
+    ),
     "tests*": ("tests.*", "cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.*"),
 }
 

@@ -67,9 +67,10 @@ def refusals(results: Path, runs: set[str] | None) -> list[str]:
         if (runs is None or gap.run in runs) and gap.variant.startswith("cumo/") and record.is_fault(gap):
             file = FILES.get(gap.op, gap.op)
             lines.append(f"FAILED bench {gap.variant} {gap.mode}: {_reason(gap.reason)}")
+            backend, _, pdl = gap.variant.removeprefix("cumo/").partition("+")
             lines.append(
-                f"    python -m benchmarks --only {file} --shape {gap.shape} --pattern {gap.pattern} "
-                f"--dtype {gap.dtype} --backend {gap.variant.removeprefix('cumo/')}"
+                f"    {'CUMO_PDL=1 ' if pdl else ''}python -m benchmarks --only {file} --shape {gap.shape} "
+                f"--pattern {gap.pattern} --dtype {gap.dtype} --backend {backend}"
             )
     return lines
 
