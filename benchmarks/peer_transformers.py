@@ -1,11 +1,10 @@
 """Two experts implementations of transformers: what a model runs under `experts_implementation=`.
 
-The function is the registered one. It gets its experts module as `self`; here that is an object with the same
-attributes and the weights of the call, since gradients must reach those.
+A module under transformers' own decorator, as its models have them; the weights of a call take the place of
+its parameters, since gradients must reach those.
 """
 
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -18,22 +17,28 @@ from cumo_kernels import Routing
 def make(name: str, shape: Shape, routing: Routing) -> Callable[..., Tensor]:
     """-> the implementation `name` as a layer; it makes its plan from the choices anew in every call."""
     from transformers.activations import ACT2FN
-    from transformers.integrations import moe
+    from transformers.integrations.moe import use_experts_implementation
 
-    forward, indices = moe.ALL_EXPERTS_FUNCTIONS[name], routing.topk_indices.long()
-    activation = ACT2FN["silu" if shape.activation == "swiglu" else shape.activation]
     first = "gate_up_proj" if shape.is_gated else "up_proj"
+    names = (first, "down_proj", f"{first}_bias", "down_proj_bias")
 
-    def layer(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, *biases: Tensor) -> Tensor:
-        experts = SimpleNamespace(
-            num_experts=shape.E, has_gate=shape.is_gated, has_bias=bool(biases), is_transposed=False,
-            act_fn=activation, down_proj=down, **{first: up},
-        )  # fmt: skip
-        experts._apply_gate = partial(moe._default_apply_gate, experts)
-        if biases:
-            setattr(experts, f"{first}_bias", biases[0])
-            experts.down_proj_bias = biases[1]
-        return forward(experts, x, indices, weights)
+    @use_experts_implementation(has_gate=shape.is_gated, has_bias=shape.bias)
+    class Experts(torch.nn.Module):
+        def __init__(self, config: SimpleNamespace):
+            super().__init__()
+            self.num_experts = shape.E
+            self.act_fn = ACT2FN["silu" if shape.activation == "swiglu" else shape.activation]
+            for key in names:
+                self.register_parameter(key, torch.nn.Parameter(torch.empty(0)))
+
+        def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+            raise NotImplementedError(f"transformers has no experts implementation {name!r}")
+
+    experts, indices = Experts(SimpleNamespace(_experts_implementation=name)), routing.topk_indices.long()
+
+    def layer(x: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
+        put = dict(zip(names, parameters, strict=False))
+        return torch.func.functional_call(experts, put, (x, indices, weights))
 
     return layer
 

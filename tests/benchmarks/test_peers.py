@@ -305,37 +305,6 @@ def test_transformers_implementations_are_the_layer(name, shape):
     assert_as_accurate_as_torch(layer, workload.truth, *workload.inputs)
 
 
-@pytest.mark.parametrize("shape", SQUARE.values(), ids=SQUARE)
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_a_module_of_transformers_computes_the_same_bits(name, shape):
-    """A class under its decorator, chosen by `experts_implementation` as a model's are."""
-    moe = pytest.importorskip("transformers.integrations.moe")
-    from transformers.activations import ACT2FN
-
-    workload, layer = layer_of(f"transformers-{name}", shape)
-    x, weights, up, down, *biases = workload.inputs
-    first = "gate_up_proj" if shape.is_gated else "up_proj"
-
-    @moe.use_experts_implementation(has_gate=shape.is_gated, has_bias=shape.bias)
-    class Experts(torch.nn.Module):
-        def __init__(self, config):
-            super().__init__()
-            self.num_experts = shape.E
-            self.act_fn = ACT2FN["silu" if shape.is_gated else shape.activation]
-            names = (first, "down_proj", f"{first}_bias", "down_proj_bias")
-            for key, value in zip(names, (up, down, *biases), strict=False):
-                setattr(self, key, torch.nn.Parameter(value))
-
-        def forward(self, x, index, weights):
-            raise AssertionError("the decorator chooses")
-
-    torch.manual_seed(0)
-    routing = make_routing("skewed", shape.T, shape.E, shape.K, "cpu")
-    module = Experts(types.SimpleNamespace(_experts_implementation=name))
-    wanted = module(x, routing.topk_indices.long(), weights)
-    assert torch.equal(layer(*workload.inputs), wanted)
-
-
 def test_weights_copied_for_every_slot_must_fit(monkeypatch):
     shape = SQUARE["clip"]
     peer = replace(BY_NAME["transformers-batched_mm"], module=None)
