@@ -64,12 +64,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 int bias_grad_parts(const Device& device, Dtype dtype, int64_t S, int E, int N) {
-  // of an expert that gets its fair share; fewer are read before the launch that adds up parts has begun
-  constexpr int kMost = 32, kRowsOfPart = 1024;
-  const int64_t tiles = int64_t{E} * ceil_div(N, kLanes * 16 / bytes_of(dtype)), enough = int64_t{4} * device.sms;
-  int parts = 1;
-  while (parts < kMost && parts * tiles < enough && S >= int64_t{2} * parts * E * kRowsOfPart) parts *= 2;
-  return parts;
+  // a part is 1024 rows of an expert that gets its fair share: fewer are read before the launch that adds up parts begins
+  constexpr int kMost = 32, kRowsOfStep = 1024 / kMinSteps;
+  const int64_t tiles = int64_t{E} * ceil_div(N, kLanes * 16 / bytes_of(dtype)), places = int64_t{8} * device.sms - 1;
+  return std::min(kMost, count_splits(tiles, S / (int64_t{E} * kRowsOfStep), places));
 }
 
 void bias_grad(const Device& device, Dtype dtype, const void* grad, int64_t stride_grad, const int* permutation,

@@ -36,9 +36,9 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int kCopyFrom = 2048;
 
-// Programmatic dependent launch, which nobody has measured yet.
-bool overlap_wanted() {
-  const char* wish = std::getenv("CUMO_PDL");
+// CUMO_PDL: programmatic dependent launch, which nobody has measured yet. CUMO_BATCH_INVARIANT: cumo_kernels/tuning.py.
+bool is_on(const char* name) {
+  const char* wish = std::getenv(name);
   return wish && std::string(wish) == "1";
 }
 
@@ -46,7 +46,7 @@ bool overlap_wanted() {
 
 struct On {  // the emulated device; few processors unless told otherwise, so that a block walks several tiles
   Device device{nullptr, number("CUMO_EMULATE_SMS", 2), number("CUMO_EMULATE_CAPABILITY", 80), 227 * 1024,
-                number("CUMO_EMULATE_COPY_FROM", kCopyFrom), 50 << 20, overlap_wanted()};
+                number("CUMO_EMULATE_COPY_FROM", kCopyFrom), 50 << 20, is_on("CUMO_PDL")};
 
   explicit On(const Tensor&) {}
 
@@ -65,7 +65,7 @@ struct On {  // makes the device of a tensor current and says what it is
   explicit On(const Tensor& tensor) : guard(tensor.device()), device(properties(tensor.device().index())) {
     device.stream = c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
     // code for older GPUs does not wait: platform.cuh
-    device.overlap = overlap_wanted() && device.capability >= 90 && compiled_for() >= 90;
+    device.overlap = is_on("CUMO_PDL") && device.capability >= 90 && compiled_for() >= 90;
   }
 
   static Device properties(int index) {

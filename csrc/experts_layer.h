@@ -50,12 +50,6 @@ GemmTensors describe_gemm(const Tensor& x, const Tensor& weight, const Tensor& e
   return t;
 }
 
-// What CUMO_BATCH_INVARIANT=1 asks for: cumo_kernels/tuning.py.
-bool batch_invariant() {
-  const char* wish = std::getenv("CUMO_BATCH_INVARIANT");
-  return wish && std::string(wish) == "1";
-}
-
 // Whether (S, cols) rows of tokens had better be copied into expert order than gathered by a Hopper product of `width`
 // columns: a product whose operands all come by TMA is a quarter to a half faster, a copy moves at most 2 * S * cols
 // elements.
@@ -97,7 +91,7 @@ std::tuple<Tensor, Tensor> multiply(const Tensor& x, const Tensor& weight, const
   GemmTensors t = describe_gemm(x, weight, expert_offsets, bias, permutation, top_k, activation);
   t.p.zero_tail = zero_tail;
   t.p.can_split = activation.kind == Act::none && keep_out && !keep_pre;
-  t.p.steady = batch_invariant();
+  t.p.steady = is_on("CUMO_BATCH_INVARIANT");
   Tensor pre = keep_pre ? make(x, {t.p.S, weight.size(1)}) : make(x, {0});
   if (t.p.S * t.p.N == 0) return {keep_out ? make(x, {t.p.S, t.p.N}) : make(x, {0}), pre};
   const On on(x);

@@ -252,17 +252,17 @@ def hide_end(config: Config, problem: Problem, gpu: Gpu) -> Config:
     A tile that has its multiprocessor alone leaves the tensor cores idle while it ends. Of a pair in two
     blocks one may end beside the other's products, which take more bytes of operands: that pays where the end
     is long beside the sum, or where smaller tiles fill the last wave better. How much of the ends is hidden
-    nobody has measured: the mean of all but one and none. In fp16, gated, and where tiles are not whole or
-    rows not described, a pair keeps more on the stack than it may.
+    nobody has measured: the mean of all but one and none. In fp16, gated, and where tiles are not whole, a
+    pair keeps more on the stack than it may.
     """
     rows, cols, _ = tile_shape(config, problem)
     is_large = problem.kind == "grad_hidden" and rows * cols >= PAIR.BLOCK_M * PAIR.BLOCK_N
     if not is_large or problem.gated or problem.dtype.itemsize != 2 or gpu.capability != 90:
         return config
-    hit = max(min(problem.experts, problem.rows), 1)
-    steps = math.ceil(problem.k / PAIR.BLOCK_K)
     if problem.n % PAIR.BLOCK_N:  # masks on top: any other tile of these spills
         return SQUARE
+    hit = max(min(problem.experts, problem.rows), 1)
+    steps = math.ceil(problem.k / PAIR.BLOCK_K)
     paired = problem.dtype == torch.bfloat16 and problem.k % PAIR.BLOCK_K == 0
 
     def cycles(config: Config) -> float:
