@@ -22,37 +22,37 @@ MAX_LINES = 500
 ARROWS = {
     "cumo_kernels.types": (),
     "cumo_kernels.activations": (),
-    "cumo_kernels.hardware": (),
+    "cumo_kernels.tiles.hardware": (),
     "cumo_kernels.hostsync": ("cumo_kernels.tracing",),
     "cumo_kernels.tracing": (),
     "cumo_kernels.versions": (),
     "cumo_kernels.files": (),
-    "cumo_kernels.tuning": ("cumo_kernels.files", "cumo_kernels.hardware"),
+    "cumo_kernels.tiles.tuning": ("cumo_kernels.files", "cumo_kernels.tiles.hardware"),
     "cumo_kernels.extension": ("cumo_kernels._C",),
-    "cumo_kernels.measured": (
+    "cumo_kernels.tiles.measured": (
         "cumo_kernels.files",
-        "cumo_kernels.hardware",
+        "cumo_kernels.tiles.hardware",
         "cumo_kernels.tracing",
-        "cumo_kernels.tuning",
+        "cumo_kernels.tiles.tuning",
     ),
-    "cumo_kernels.verified": (
+    "cumo_kernels.verification.verified": (
         "cumo_kernels.extension",
-        "cumo_kernels.hardware",
-        "cumo_kernels.measured",
+        "cumo_kernels.tiles.hardware",
+        "cumo_kernels.tiles.measured",
         "cumo_kernels.versions",
     ),
-    "cumo_kernels.verdict_file": ("cumo_kernels.files",),
-    "cumo_kernels.proofs": (
+    "cumo_kernels.verification.verdict_file": ("cumo_kernels.files",),
+    "cumo_kernels.verification.proofs": (
         "cumo_kernels.extension",
-        "cumo_kernels.hardware",
-        "cumo_kernels.verdict_file",
-        "cumo_kernels.verified",
+        "cumo_kernels.tiles.hardware",
+        "cumo_kernels.verification.verdict_file",
+        "cumo_kernels.verification.verified",
     ),
     "cumo_kernels.dispatch": (
         "cumo_kernels.extension",
-        "cumo_kernels.hardware",
-        "cumo_kernels.measured",
-        "cumo_kernels.proofs",
+        "cumo_kernels.tiles.hardware",
+        "cumo_kernels.tiles.measured",
+        "cumo_kernels.verification.proofs",
         "cumo_kernels.tracing",
     ),
     "cumo_kernels.ops*": (
@@ -74,13 +74,13 @@ ARROWS = {
     "cumo_kernels.backends.triton*": (
         ".",
         "cumo_kernels.activations",
-        "cumo_kernels.hardware",
-        "cumo_kernels.tuning",
+        "cumo_kernels.tiles.hardware",
+        "cumo_kernels.tiles.tuning",
         "cumo_kernels.types",
     ),
     "cumo_kernels.backends.cuda*": (".", "cumo_kernels.extension"),
-    "cumo_kernels.testing": ("cumo_kernels.ops*", "cumo_kernels.rounding", "cumo_kernels.types"),
-    "cumo_kernels.rounding": ("cumo_kernels.tracing",),
+    "cumo_kernels.testing": ("cumo_kernels.ops*", "cumo_kernels.verification.rounding", "cumo_kernels.types"),
+    "cumo_kernels.verification.rounding": ("cumo_kernels.tracing",),
     "cumo_kernels.integrations*": ("cumo_kernels", "cumo_kernels.ops*", "cumo_kernels.types"),
     "cumo_kernels": (
         "cumo_kernels.activations",
@@ -90,8 +90,8 @@ ARROWS = {
         "cumo_kernels.versions",
     ),
     "cumo_kernels.*": ("cumo_kernels", "cumo_kernels.*"),  # the front door and its subcommands
-    "cumo_model.monitor": ("cumo_model.*", "cumo_kernels.hardware"),
-    "cumo_model.merge": ("cumo_model.*", "cumo_kernels.hostsync"),
+    "cumo_model.training.monitor": ("cumo_model.*", "cumo_kernels.tiles.hardware"),
+    "cumo_model.model.image_tokens": ("cumo_model.*", "cumo_kernels.hostsync"),
     "cumo_model.demo.packages": ("cumo_model.*", "cumo_kernels.files"),
     "cumo_model": ("cumo_model.*", "cumo_kernels", "cumo_kernels.integrations.transformers"),
     "cumo_model*": (
@@ -152,11 +152,11 @@ LAYERS = (
 
 # Heavy or optional packages stay where they belong; benchmarks and tests may use anything.
 FOREIGN = {
-    "triton": ("cumo_kernels.backends.triton*", "cumo_kernels.codegen", "cumo_kernels.tuning"),
+    "triton": ("cumo_kernels.backends.triton*", "cumo_kernels.tiles.codegen", "cumo_kernels.tiles.tuning"),
     "transformers": ("cumo_kernels.integrations*", "cumo_model*"),
-    "matplotlib": ("cumo_model.demo*", "cumo_model.plots"),
+    "matplotlib": ("cumo_model.demo*", "cumo_model.analysis.plots"),
     "resvg_py": ("cumo_model.demo*",),
-    "bitsandbytes": ("cumo_model.quantize",),
+    "bitsandbytes": ("cumo_model.model.quantize",),
 }
 
 

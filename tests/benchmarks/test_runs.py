@@ -12,11 +12,12 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from benchmarks import bench_activation, harness, plot, record, timing
+from benchmarks import harness, plot, record, timing
 from benchmarks.__main__ import load
+from benchmarks.cases import bench_activation
+from benchmarks.cases.shapes import SHAPES, Shape
 from benchmarks.harness import Case
-from benchmarks.shapes import SHAPES, Shape
-from cumo_kernels import hardware
+from cumo_kernels.tiles import hardware
 
 SMALL = Shape("small", 24, 32, 48, 32, 4, 2, "quick_gelu", True, groups=2)
 
@@ -181,7 +182,7 @@ from dataclasses import replace
 import argparse, torch
 from benchmarks import bench_activation, harness
 from benchmarks.harness import Case
-from benchmarks.shapes import Shape
+from benchmarks.cases.shapes import Shape
 
 def hang(x):
     time.sleep(60)
