@@ -48,10 +48,10 @@ STREAMING = ("_permute_kernel", "_combine_kernel", "_combine_backward_kernel", "
 HEAD = """# What the assembler makes of every Triton kernel
 
 Made by `python -m cumo_kernels.tiles.codegen` with Triton {} and torch {}: compiled, not run, so nothing
-here is a measurement. {} kernels, {} with a problem. Wanted: no local loads or stores in a loop over operands,
-and at most 64 bytes of stack around it, none in kernels without such a loop; tensor cores in every 16-bit dot;
-asynchronous copies in every loop over operands; 16-byte accesses where rows are only moved; shared memory
-that the chip has. `stack` is bytes per thread and local accesses.
+here is a measurement. {} kernels, {} with a problem. Wanted: no local loads or stores in a loop over
+operands, and at most 64 bytes of stack around it, none in kernels without such a loop; tensor cores in
+every 16-bit dot; asynchronous copies in every loop over operands; 16-byte accesses where rows are only
+moved; shared memory that the chip has. `stack` is bytes per thread and local accesses.
 
 """
 

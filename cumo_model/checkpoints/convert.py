@@ -16,24 +16,16 @@ import torch
 from torch import Tensor
 
 from cumo_model.checkpoints.folders import new_directory, read_object
-from cumo_model.checkpoints.layout import original_names
+from cumo_model.checkpoints.layout import original_names, own_layout
 from cumo_model.checkpoints.original_config import TOWER_FOLDER, is_original, to_original
 from cumo_model.checkpoints.shards import Shape, Shards, check_tensors, write_shards
 from cumo_model.model.config import CumoConfig
-from cumo_model.model.cumo import CumoForConditionalGeneration, own_layout
-from cumo_model.processing.processor import has_tokenizer, original_processor
+from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.processing.processor import has_tokenizer, processor_from
 
 SHARD_BYTES = 2 * 1000**3
 LAYOUTS = ("cumo", "original")
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
-
-
-def original_layout(config: CumoConfig) -> dict[str, Shape]:
-    """What a model of this config holds in the original layout, name -> shape."""
-    layout: dict[str, Shape] = {}
-    for key, shape in own_layout(config).items():
-        layout.update(original_names(key, shape))
-    return layout
 
 
 def convert(
@@ -97,7 +89,7 @@ def convert(
     with new_directory(target) as work:
         if new_config is None:
             if is_theirs and has_tokenizer(source):
-                processor = original_processor(source, config)
+                processor = processor_from(source, config)
                 config.image_token_index = processor.image_token_id
                 processor.save_pretrained(work)
             config.save_pretrained(work)

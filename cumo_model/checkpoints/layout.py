@@ -1,4 +1,4 @@
-"""The layout of the released SHI-Labs/CuMo checkpoints, as a table from our parameters to theirs.
+"""Names and shapes of a checkpoint: our own, those of the released SHI-Labs/CuMo checkpoints, and the table between.
 
 Ours stack the experts of a layer in one tensor; theirs are one tensor per expert and, in Mixtral, per half
 of the gated projection. Dense places follow the checkpoints of stages 1 and 2. Their parts of one of our
@@ -7,7 +7,11 @@ tensors, in the order of the table, are its memory from front to back.
 
 import re
 
+import torch
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+
+from cumo_model.model.config import CumoConfig
+from cumo_model.model.cumo import CumoForConditionalGeneration
 
 PREFIXES = (  # ours -> theirs
     ("model.vision_tower.", "model.vision_tower.vision_model."),
@@ -19,6 +23,24 @@ CLIP_EXPERT = {"up_proj": "fc1.weight", "up_proj_bias": "fc1.bias", "down_proj":
 PROJECTOR_EXPERT = {"up_proj": "0.weight", "up_proj_bias": "0.bias", "down_proj": "2.weight",
                     "down_proj_bias": "2.bias"}  # fmt: skip
 MIXTRAL_EXPERT = {"gate_up_proj": ("w1.weight", "w3.weight"), "down_proj": ("w2.weight",)}
+
+
+def own_layout(config: CumoConfig) -> dict[str, tuple[int, ...]]:
+    """What a model of this config holds in our layout, name -> shape; built on the meta device."""
+    with torch.device("meta"):
+        model = CumoForConditionalGeneration(config)
+    layout = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del layout["lm_head.weight"]
+    return layout
+
+
+def original_layout(config: CumoConfig) -> dict[str, tuple[int, ...]]:
+    """What a model of this config holds in the original layout, name -> shape."""
+    layout: dict[str, tuple[int, ...]] = {}
+    for key, shape in own_layout(config).items():
+        layout.update(original_names(key, shape))
+    return layout
 
 
 def original_names(key: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -6,14 +6,14 @@ before it, and its checkpoints lack it.
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPPreTrainedModel, PreTrainedConfig
+from transformers import CLIPPreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import AutoModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
-from cumo_model.checkpoints.original_config import TEXT_TYPE
 from cumo_model.model.config import CumoConfig, CumoVisionConfig
+from cumo_model.model.layouts import layout_of, read_config
 from cumo_model.model.moe import MoEHostMixin, MoELayer
 
 ACTIVATION_OF = {
@@ -94,14 +94,9 @@ class CumoVisionModel(MoEHostMixin, CLIPPreTrainedModel):
             ValueError: the folder holds a whole CuMo, whose tower has other names there.
         """
         path = pretrained_model_name_or_path
-        where = {key: kwargs[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in kwargs}
-        try:
-            kind = (
-                None if path is None else PreTrainedConfig.get_config_dict(path, **where)[0].get("model_type")
-            )
-        except OSError:  # transformers words it
-            kind = None
-        if kind == CumoConfig.model_type or kind in TEXT_TYPE:
+        values = read_config(path, **kwargs)
+        kind = values.get("model_type")
+        if kind == CumoConfig.model_type or layout_of(values) is not None:
             raise ValueError(
                 f"{path} must hold a tower alone, got a whole model ({kind}): take `.model.vision_tower` of "
                 "CumoForConditionalGeneration.from_pretrained"

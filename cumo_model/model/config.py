@@ -6,9 +6,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING, AutoConfig
 
-from cumo_model.checkpoints.original_config import TEXT_TYPE, from_original, is_original
 from cumo_model.model.compat import CACHE_NAMES
 from cumo_model.model.image_tokens import PictureLayout
+from cumo_model.model.layouts import layout_of
 
 MISTRAL_7B = {  # Instruct-v0.2, where it differs from MistralConfig()
     "model_type": "mistral",
@@ -54,7 +54,7 @@ class CumoConfig(PreTrainedConfig):
         vision_feature_layer: index into the tower's num_hidden_layers + 1 hidden states.
         vision_feature_select_strategy: "default" drops the class token, "full" keeps it (scales [1] only).
         image_token_index: id of the placeholders in `input_ids`; may lie outside the vocabulary.
-        patch_merge_type: how a picture's tiles become tokens, see merge.py; "spatial_unpad" adds a parameter,
+        patch_merge_type: how a picture's tiles become tokens, see image_tokens.py; "spatial_unpad" adds a parameter,
             image_newline.
         image_grid_pinpoints: [[height, width], ...] of the grids of tiles that anyres chooses from, multiples
             of the tower's image_size. None: every picture is one tile, or comes tile by tile.
@@ -94,10 +94,11 @@ class CumoConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As in transformers; config.json of the original's checkpoints is translated."""
+        """As in transformers; config.json of another layout is translated."""
         values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if is_original(values):
-            values = {"model_type": cls.model_type, **from_original(values, pretrained_model_name_or_path)}
+        if (layout := layout_of(values)) is not None:
+            ours = layout.config_values(values, pretrained_model_name_or_path)
+            values = {"model_type": cls.model_type, **ours}
         return values, kwargs
 
     def __post_init__(self, **kwargs):
@@ -176,21 +177,3 @@ def check_pinpoints(pinpoints: list | None, side: int) -> None:
 
 AutoConfig.register(CumoVisionConfig.model_type, CumoVisionConfig)
 AutoConfig.register(CumoConfig.model_type, CumoConfig)
-
-
-def _register_original(model_type: str) -> None:
-    """AutoConfig on a checkpoint in the original layout gives a CumoConfig."""
-
-    class OriginalConfig(CumoConfig):
-        @classmethod
-        def from_dict(cls, config_dict, **kwargs):
-            folder = kwargs.get("name_or_path")
-            values = {"model_type": CumoConfig.model_type, **from_original(config_dict, folder)}
-            return CumoConfig.from_dict(values, **kwargs)
-
-    OriginalConfig.model_type = model_type
-    AutoConfig.register(model_type, OriginalConfig)
-
-
-for _model_type in TEXT_TYPE:
-    _register_original(_model_type)

@@ -9,20 +9,15 @@ tower or connector have experts too: without them the original trains Mixtral on
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.utils.generic import can_return_tuple
 
-from cumo_model.checkpoints.layout import LOADING_RULES, original_names
-from cumo_model.checkpoints.original_config import is_original
-from cumo_model.checkpoints.shards import Shards, check_tensors
 from cumo_model.model.clip_moe import CumoVisionModel
 from cumo_model.model.compat import (
     CACHE,
@@ -40,17 +35,14 @@ from cumo_model.model.image_tokens import (
     check_placeholders,
     pictures_per_row,
 )
+from cumo_model.model.layouts import layout_of, read_config
 from cumo_model.model.llm_moe import build_language_model
 from cumo_model.model.losses import place_losses
 from cumo_model.model.mlp_moe import CumoProjector
 from cumo_model.model.moe import MoEHostMixin, RoutingRecord, record_routing
 from cumo_model.model.pyramid import crop_counts, image_pyramid, merge_scales
 from cumo_model.model.quantize import are_experts_quantized
-from cumo_model.processing.processor import image_token
 
-# While a checkpoint in the original layout is read, the model's class is one of this name, derived from the
-# class asked for: transformers finds its rules by class name.
-ORIGINAL_LOADER = "OriginalCumoLoader"
 PLACES = ("mlp", "clip", "llm")  # the order in which the original adds their losses
 
 
@@ -92,34 +84,12 @@ class CumoPreTrainedModel(MoEHostMixin, EitherCheckpointing, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers, from a folder in our layout or in that of the released checkpoints.
-
-        Raises:
-            ValueError: a folder in the original layout lacks tensors, or holds others, or a harmful pickle.
-        """
+        """As in transformers, from a folder in our layout or in one that is registered (layouts.py)."""
         path = pretrained_model_name_or_path
-        where = {key: kwargs[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in kwargs}
-        if cls.__name__ == ORIGINAL_LOADER or path is None:
+        layout = layout_of(read_config(path, **kwargs))
+        if layout is None or layout.is_loader(cls):
             return super().from_pretrained(path, *args, **kwargs)
-        try:
-            values = PreTrainedConfig.get_config_dict(path, **where)[0]
-        except OSError:  # no config.json: a folder of adapters, or an error that transformers words
-            values = {}
-        if not is_original(values):
-            return super().from_pretrained(path, *args, **kwargs)
-        folder = Path(path, where.get("subfolder", ""))
-        if folder.is_dir():  # of a hub's files transformers names what is missing, after loading
-            ours = own_layout(CumoConfig.from_pretrained(path, **where))
-            wanted = [original_names(key, shape) for key, shape in ours.items()]
-            wanted = {name: shape for names in wanted for name, shape in names.items()}
-            check_tensors(Shards(folder).shapes, wanted, str(folder))
-        wants_info = kwargs.pop("output_loading_info", False)
-        loader = type(ORIGINAL_LOADER, (cls,), {"__module__": __name__})
-        model, info = loader.from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        model.__class__ = cls
-        model.config.image_token_index = image_token(folder, model.config.image_token_index)
-        model._weight_conversions = None  # from here on it is saved in our layout
-        return (model, info) if wants_info else model
+        return layout.load(cls, path, *args, **kwargs)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs) -> None:
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
@@ -454,19 +424,6 @@ def _stacked_stats(records: list[RoutingRecord]) -> dict[str, dict[str, Tensor]]
             }
             found[place]["tokens_per_expert"] = torch.stack([r.tokens_per_expert for r in layers])
     return found
-
-
-def own_layout(config: CumoConfig) -> dict[str, tuple[int, ...]]:
-    """What a model of this config holds in our layout, name -> shape; built on the meta device."""
-    with torch.device("meta"):
-        model = CumoForConditionalGeneration(config)
-    layout = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del layout["lm_head.weight"]
-    return layout
-
-
-register_checkpoint_conversion_mapping(ORIGINAL_LOADER, LOADING_RULES, overwrite=True)
 
 
 def language_loss(logits: Tensor, labels: Tensor) -> Tensor:

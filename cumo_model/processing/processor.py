@@ -10,7 +10,6 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     LlavaProcessor,
-    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 from transformers.image_processing_utils import BatchFeature
@@ -21,17 +20,15 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorKwargs,
     LlavaNextImageProcessorPil,
 )
-from transformers.utils import logging
 
-from cumo_model.checkpoints.original_config import is_original
 from cumo_model.model.config import CumoConfig, check_pinpoints
 from cumo_model.model.image_tokens import MERGES, PictureLayout
+from cumo_model.model.layouts import layout_of, read_config
 from cumo_model.processing.conversation import IMAGE_MARKER, chat_template
 from cumo_model.processing.sentencepieces import like_sentencepiece
 
-logger = logging.get_logger(__name__)
-
 ASPECT_RATIOS = ("pad", "square", "anyres")
+DEFAULT_TEMPLATE = "mistral_instruct_system"
 
 
 class CumoImageProcessorKwargs(LlavaNextImageProcessorKwargs, total=False):
@@ -113,14 +110,14 @@ class CumoProcessor(LlavaProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; `original_processor` of a folder in the original layout, which has none."""
+        """As in transformers; a checkpoint in the original layout has none: `processor_from` makes it."""
         path = pretrained_model_name_or_path
         try:
-            theirs = is_original(PreTrainedConfig.get_config_dict(path)[0])
-        except (OSError, ValueError):  # no config.json: a folder of a processor alone
-            theirs = False
-        if theirs and not Path(path, "processor_config.json").is_file():
-            return original_processor(path, CumoConfig.from_pretrained(path))
+            layout = layout_of(read_config(path))
+        except ValueError:  # a config.json that is damaged: a processor may be whole beside it
+            layout = None
+        if layout is not None and not Path(path, "processor_config.json").is_file():
+            return processor_from(path, CumoConfig.from_pretrained(path))
         return super().from_pretrained(path, *args, **kwargs)
 
     def validate_inputs(self, images=None, text=None, *args, **kwargs):
@@ -253,30 +250,21 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def image_token(folder: str | os.PathLike, default: int) -> int:
-    """Id of `<image>` in a folder's tokenizer, which may have one or be of another size than the vocabulary;
-    `default` without a tokenizer, or with one that cannot be read."""
-    if not has_tokenizer(folder):
-        return default
-    try:
-        return load_tokenizer(folder).convert_tokens_to_ids(IMAGE_MARKER)
-    except Exception as error:  # whatever a tokenizer's files make its loader raise, the weights are whole
-        logger.warning(
-            f"{folder}: image tokens are taken to be {default}, its tokenizer is damaged ({error})"
-        )
-        return default
+def processor_from(
+    folder: str | os.PathLike, config: CumoConfig, template: str = DEFAULT_TEMPLATE
+) -> CumoProcessor:
+    """The processor of a model, from the tokenizer files of a folder that need not be a processor's: a
+    language model's, or a checkpoint's in the original layout. `<image>` is a token behind the vocabulary.
 
-
-def original_processor(folder: str | os.PathLike, config: CumoConfig) -> CumoProcessor:
-    """The processor of a checkpoint in the original layout, from its tokenizer files and its config.
-
-    Template: that of CuMo's later stages, `mistral_instruct_system`.
+    Args:
+        folder: with tokenizer.json or tokenizer.model.
+        config: sizes of the model and its way with pictures.
+        template: name of a chat template; by default that of CuMo's later stages.
     """
-    tokenizer = load_tokenizer(folder)
-    return processor_for(config, tokenizer)
+    return processor_for(config, load_tokenizer(folder), template)
 
 
-def processor_for(config: CumoConfig, tokenizer, template: str = "mistral_instruct_system") -> CumoProcessor:
+def processor_for(config: CumoConfig, tokenizer, template: str = DEFAULT_TEMPLATE) -> CumoProcessor:
     """The processor of a model: its sizes, its way with pictures, and the chat template of that name."""
     vision, pinpoints = config.vision_config, config.image_grid_pinpoints
     ratio = (config.original or {}).get("image_aspect_ratio", "pad")

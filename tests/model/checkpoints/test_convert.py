@@ -15,8 +15,9 @@ from transformers import AutoModel, AutoModelForImageTextToText
 from cumo_model import CumoConfig, CumoForConditionalGeneration, CumoVisionModel, convert, original_layout
 from cumo_model.__main__ import main
 from cumo_model.checkpoints.folders import new_directory
+from cumo_model.checkpoints.layout import own_layout
 from cumo_model.checkpoints.shards import Shards
-from cumo_model.model.cumo import CumoModel, own_layout
+from cumo_model.model.cumo import CumoModel
 from tests.model import original
 from tests.processes import Forked, finish
 

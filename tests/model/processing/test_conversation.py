@@ -19,7 +19,7 @@ from cumo_model.processing.conversation import (
     tokenize_prompt,
     turn_problem,
 )
-from cumo_model.processing.processor import original_processor
+from cumo_model.processing.processor import processor_from
 from cumo_model.processing.templates import TEMPLATES
 from tests.model import original
 
@@ -82,7 +82,7 @@ def test_the_processor_of_released_weights_gives_these_ids(mistral_model, tmp_pa
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "legacy": True}))
     (tmp_path / "config.json").write_text(json.dumps(original.config()))
-    processor = original_processor(tmp_path, CumoConfig(original={"image_aspect_ratio": "pad"}))
+    processor = processor_from(tmp_path, CumoConfig(original={"image_aspect_ratio": "pad"}))
     tokenizer = processor.tokenizer
     assert processor.image_token_id == 32000 and tokenizer.pad_token_id == 0
     turns = [

@@ -21,7 +21,7 @@ from cumo_model.processing.processor import (
     build_processor,
     image_seq_length,
     load_image,
-    original_processor,
+    processor_from,
 )
 from cumo_model.processing.templates import TEMPLATES
 from tests.model import original
@@ -154,7 +154,7 @@ def test_square_cuts_and_other_words_are_refused(tokenizer):
 
 def test_processor_of_an_original_checkpoint(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    processor = original_processor(tmp_path, CumoConfig(original={"image_aspect_ratio": "square"}))
+    processor = processor_from(tmp_path, CumoConfig(original={"image_aspect_ratio": "square"}))
     assert processor.image_processor.image_aspect_ratio == "square"
     assert processor.tokenizer.pad_token_id == processor.tokenizer.unk_token_id == 0
     text = processor.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
@@ -283,7 +283,7 @@ def test_a_marker_inside_a_text_moves_to_its_front(tokenizer):
 def test_the_original_layout_has_a_processor_of_its_own(tokenizer, tmp_path):
     original.write(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    wanted = original_processor(tmp_path, CumoConfig.from_pretrained(tmp_path))
+    wanted = processor_from(tmp_path, CumoConfig.from_pretrained(tmp_path))
     text = "<s>[INST] <image>\nwhat is it? [/INST]"
     image = load_image(PICTURES / "red-apple-wide.png")
     for kind in (AutoProcessor, CumoProcessor):
