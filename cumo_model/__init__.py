@@ -6,7 +6,7 @@ under the name "cumo" (`experts_implementation="cumo"`).
 
 import cumo_kernels.integrations.transformers  # noqa: F401
 from cumo_model.checkpoints import original  # noqa: F401
-from cumo_model.checkpoints.assemble import from_parts
+from cumo_model.checkpoints.parts import from_parts
 from cumo_model.checkpoints.convert import convert
 from cumo_model.checkpoints.layout import original_layout
 from cumo_model.checkpoints.patch import patch_original

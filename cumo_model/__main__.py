@@ -87,7 +87,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _upcycle(args: argparse.Namespace) -> int:
-    from cumo_model.checkpoints.tool import upcycle_checkpoint
+    from cumo_model.checkpoints.upcycle_checkpoint import upcycle_checkpoint
 
     numbers = ("vision_experts", "projector_experts", "text_experts", "top_k", "vision_top_k",
                "projector_top_k", "text_top_k", "noise", "drop", "seed")  # fmt: skip

@@ -256,7 +256,7 @@ def places(stem: str) -> list[str]:
     paths = [f"cumo_kernels/ops/{stem}.py", f"tests/kernels/test_{stem}.py"]
     paths += [f"cumo_kernels/backends/{backend}/{stem}.py" for backend in backends()]
     paths += [f"csrc/{stem}.cu"] if (ROOT / "csrc").is_dir() else []
-    paths += [f"benchmarks/bench_{stem}.py"] if (ROOT / "benchmarks").is_dir() else []
+    paths += [f"benchmarks/cases/bench_{stem}.py"] if (ROOT / "benchmarks").is_dir() else []
     return paths
 
 

@@ -1,4 +1,4 @@
-"""Names and shapes of a checkpoint: our own, those of the released SHI-Labs/CuMo checkpoints, and the table between.
+"""Names and shapes in a checkpoint: ours, those of the released SHI-Labs/CuMo ones, and the table between.
 
 Ours stack the experts of a layer in one tensor; theirs are one tensor per expert and, in Mixtral, per half
 of the gated projection. Dense places follow the checkpoints of stages 1 and 2. Their parts of one of our

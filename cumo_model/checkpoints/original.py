@@ -1,4 +1,4 @@
-"""The layout of the released SHI-Labs/CuMo checkpoints, for `from_pretrained` of model, config and processor."""
+"""The layout of the released SHI-Labs/CuMo checkpoints, as `from_pretrained` reads it."""
 
 import os
 from pathlib import Path
@@ -38,9 +38,8 @@ class OriginalLayout:
         """
         folder = Path(path, kwargs.get("subfolder", ""))
         if folder.is_dir():  # of a hub's files transformers names what is missing, after loading
-            check_tensors(
-                Shards(folder).shapes, original_layout(CumoConfig.from_pretrained(folder)), str(folder)
-            )
+            wanted = original_layout(CumoConfig.from_pretrained(folder))
+            check_tensors(Shards(folder).shapes, wanted, str(folder))
         wants_info = kwargs.pop("output_loading_info", False)
         loader = type(LOADER, (cls,), {"__module__": cls.__module__})
         model, info = loader.from_pretrained(path, *args, output_loading_info=True, **kwargs)

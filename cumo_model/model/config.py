@@ -54,8 +54,8 @@ class CumoConfig(PreTrainedConfig):
         vision_feature_layer: index into the tower's num_hidden_layers + 1 hidden states.
         vision_feature_select_strategy: "default" drops the class token, "full" keeps it (scales [1] only).
         image_token_index: id of the placeholders in `input_ids`; may lie outside the vocabulary.
-        patch_merge_type: how a picture's tiles become tokens, see image_tokens.py; "spatial_unpad" adds a parameter,
-            image_newline.
+        patch_merge_type: how a picture's tiles become tokens, see image_tokens.py; "spatial_unpad" adds a
+            parameter, image_newline.
         image_grid_pinpoints: [[height, width], ...] of the grids of tiles that anyres chooses from, multiples
             of the tower's image_size. None: every picture is one tile, or comes tile by tile.
         balance_loss_coef, router_z_loss_coef: weights of the auxiliary losses in training.

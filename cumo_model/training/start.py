@@ -5,7 +5,7 @@ import os
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
-from cumo_model.checkpoints.assemble import from_parts, load_whole, parts_processor
+from cumo_model.checkpoints.parts import from_parts, load_whole, parts_processor
 from cumo_model.checkpoints.upcycle import upcycle
 from cumo_model.model.clip_moe import CumoVisionModel
 from cumo_model.model.config import CumoConfig, CumoVisionConfig

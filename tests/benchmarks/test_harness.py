@@ -376,7 +376,7 @@ def test_every_op_has_its_roofline(tmp_path, monkeypatch):
 def test_the_committed_report_is_what_the_committed_rows_say(monkeypatch, tmp_path):
     """python -m benchmarks.plot makes it anew; the pictures are taken as they are."""
     folder = record.RESULTS.parent
-    for name in ("results", "predicted"):
+    for name in ("results", "predictions/predicted"):
         shutil.copytree(folder / name, tmp_path / name)
     there = lambda rows, path: path if path.exists() else None
     monkeypatch.setattr(plot, "PICTURES", dict.fromkeys(plot.PICTURES, there))

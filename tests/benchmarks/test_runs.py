@@ -180,7 +180,8 @@ HANGS = """
 import sys, time, types
 from dataclasses import replace
 import argparse, torch
-from benchmarks import bench_activation, harness
+from benchmarks import harness
+from benchmarks.cases import bench_activation
 from benchmarks.harness import Case
 from benchmarks.cases.shapes import Shape
 
@@ -248,7 +249,7 @@ def test_the_floor_of_the_notes_is_not_the_roofline_of_the_report(tmp_path):
     """One word for one thing: the report has the data sheet's roofline, the notes say how theirs relates."""
     row = a_row(machine="nvidia_h100", timer="eager", share_of_floor=0.5)
     record.append([row], tmp_path / "results")
-    shutil.copytree(record.RESULTS.parent / "predicted", tmp_path / "predicted")
+    shutil.copytree(record.RESULTS.parent / "predictions/predicted", tmp_path / "predictions/predicted")
     text = plot.report(tmp_path / "results").read_text()
     assert "50% of roofline" in text and "| of roofline |" in text and "floor" not in text.lower()
     head = " ".join((record.RESULTS.parent / "NOTES.md").read_text().partition("\n## ")[0].split())

@@ -20,7 +20,7 @@ from cumo_model import (
     upcycle,
 )
 from cumo_model.checkpoints.shards import Shards
-from cumo_model.checkpoints.tool import probe
+from cumo_model.checkpoints.upcycle_checkpoint import probe
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.model.image_tokens import MERGES, PictureLayout, as_tiles
 from cumo_model.processing.processor import image_seq_length

@@ -18,7 +18,7 @@ from transformers import (
 from cumo_model import CumoForConditionalGeneration, convert, from_parts, record_routing
 from cumo_model.__main__ import main
 from cumo_model.checkpoints.shards import Shards
-from cumo_model.checkpoints.tool import probe
+from cumo_model.checkpoints.upcycle_checkpoint import probe
 from cumo_model.demo.tokenizer import train_tokenizer
 from tests.model import original
 from tests.rounding import assert_same_formula, assert_spread

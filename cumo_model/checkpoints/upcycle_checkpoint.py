@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor
 
-from cumo_model.checkpoints.assemble import from_parts, load_whole, parts_processor
+from cumo_model.checkpoints.parts import from_parts, load_whole, parts_processor
 from cumo_model.checkpoints.folders import new_directory, read_object
 from cumo_model.checkpoints.original_config import is_original
 from cumo_model.checkpoints.upcycle import step0_difference, upcycle
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
-from cumo_model.processing.processor import has_tokenizer, original_processor
+from cumo_model.processing.processor import has_tokenizer, processor_from
 
 
 def upcycle_checkpoint(
@@ -73,7 +73,7 @@ def upcycle_checkpoint(
         if (source / "processor_config.json").is_file():
             AutoProcessor.from_pretrained(source).save_pretrained(work)
         elif has_tokenizer(source):
-            make = parts_processor if checkpoint is None else original_processor
+            make = parts_processor if checkpoint is None else processor_from
             processor = make(source, moe.config)
             moe.config.image_token_index = processor.image_token_id
             processor.save_pretrained(work)

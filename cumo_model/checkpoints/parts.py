@@ -16,7 +16,6 @@ from cumo_model.model.clip_moe import CumoVisionModel
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.model.llm_moe import CumoMixtralModel
-from cumo_model.processing.processor import CumoProcessor, load_tokenizer, processor_for
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 WHOLE_CLIP = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
@@ -134,13 +133,6 @@ def load_whole(
             f"{'; '.join(problems)}"
         )
     return model
-
-
-def parts_processor(
-    text: str | os.PathLike, config: CumoConfig, template: str = "mistral_instruct_system"
-) -> CumoProcessor:
-    """The processor of `from_parts`: the language model's tokenizer, with `<image>` behind its vocabulary."""
-    return processor_for(config, load_tokenizer(text), template)
 
 
 def _tower(folder: str | os.PathLike, config: CumoConfig, dtype: torch.dtype) -> CumoVisionModel:
