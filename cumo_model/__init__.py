@@ -6,9 +6,9 @@ under the name "cumo" (`experts_implementation="cumo"`).
 
 import cumo_kernels.integrations.transformers  # noqa: F401
 from cumo_model.checkpoints import original  # noqa: F401
-from cumo_model.checkpoints.parts import from_parts
 from cumo_model.checkpoints.convert import convert
 from cumo_model.checkpoints.layout import original_layout
+from cumo_model.checkpoints.parts import from_parts
 from cumo_model.checkpoints.patch import patch_original
 from cumo_model.checkpoints.upcycle import step0_difference, upcycle
 from cumo_model.model.clip_moe import CumoVisionModel

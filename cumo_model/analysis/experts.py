@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cumo_model.checkpoints.assemble import assemble
 from cumo_model.checkpoints.folders import new_directory
 from cumo_model.data.batches import collate
 from cumo_model.data.streamed import StreamedConversations
@@ -162,18 +163,15 @@ def report_experts(
     Raises:
         ValueError: the checkpoint has no experts, or something cannot be read.
     """
-    from transformers import AutoProcessor
-
     from cumo_model.analysis import plots
     from cumo_model.processing.processor import load_image
 
-    if not os.path.isdir(checkpoint):
-        raise ValueError(f"checkpoint must be a folder, got {os.fspath(checkpoint)!r}, which is none")
-    model = CumoForConditionalGeneration.from_pretrained(checkpoint, use_safetensors=True)
+    model, processor = assemble(checkpoint)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     if not any(isinstance(module, MoELayer) for module in model.modules()):
         raise ValueError(f"checkpoint {os.fspath(checkpoint)!r} has no experts")
-    processor = AutoProcessor.from_pretrained(checkpoint)
+    if processor is None:
+        raise ValueError(f"checkpoint {os.fspath(checkpoint)!r} has no tokenizer")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # records that train nothing are still looked at
         dataset = StreamedConversations(list(files), list(images) or None, processor, template)

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cumo_model.checkpoints.assemble import describe
 from cumo_model.checkpoints.folders import new_directory, read_object
 from cumo_model.checkpoints.layout import original_names, own_layout
 from cumo_model.checkpoints.original_config import TOWER_FOLDER, is_original, to_original
 from cumo_model.checkpoints.shards import Shape, Shards, check_tensors, write_shards
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
-from cumo_model.processing.processor import has_tokenizer, processor_from
 
 SHARD_BYTES = 2 * 1000**3
 LAYOUTS = ("cumo", "original")
@@ -52,20 +52,11 @@ def convert(
     if not shard_bytes >= 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
     source = Path(source)
-    config_file = source / "config.json"
-    if not config_file.is_file():
-        raise ValueError(f"{source} has no config.json")
-    values = read_object(config_file)
-    if not is_original(values) and values.get("model_type") != CumoConfig.model_type:
-        raise ValueError(
-            f"{config_file} must be of model_type cumo, llava_mistral or llava_mixtral, "
-            f"got {values.get('model_type')!r}"
-        )
-    is_theirs = is_original(values)
+    config, processor = describe(source)
+    is_theirs = is_original(read_object(source / "config.json"))
     layout = layout or ("cumo" if is_theirs else "original")
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-    config = CumoConfig.from_pretrained(source)
     config.architectures = [CumoForConditionalGeneration.__name__]
     ours = own_layout(config)
     parts = {key: original_names(key, shape) for key, shape in ours.items()}
@@ -88,9 +79,7 @@ def convert(
     _check_disk(Path(target), needed)
     with new_directory(target) as work:
         if new_config is None:
-            if is_theirs and has_tokenizer(source):
-                processor = processor_from(source, config)
-                config.image_token_index = processor.image_token_id
+            if is_theirs and processor is not None:
                 processor.save_pretrained(work)
             config.save_pretrained(work)
         else:

@@ -6,20 +6,28 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
 from cumo_model.checkpoints.folders import read_object
 from cumo_model.checkpoints.layout import original_names
 from cumo_model.checkpoints.shards import Shards, check_tensors, read_bin
 from cumo_model.model.clip_moe import CumoVisionModel
-from cumo_model.model.config import CumoConfig
+from cumo_model.model.config import CumoConfig, CumoVisionConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.model.llm_moe import CumoMixtralModel
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 WHOLE_CLIP = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
-CLIPS = ("clip", "clip_vision_model")
+TOWERS = ("clip", "clip_vision_model", CumoVisionConfig.model_type)
 UNUSED = "post_layernorm."  # of a CLIP: the tower has none, so a folder may lack it
 
 
@@ -34,7 +42,7 @@ def from_parts(
     """Put a CLIP and a language model of transformers together; `upcycle` then makes experts of their MLPs.
 
     Args:
-        vision: folder of a CLIP (whole, or its vision model alone).
+        vision: folder of a CLIP (whole, or its vision model alone), or of a CumoVisionModel.
         text: folder of a mixtral or of a dense decoder (mistral, llama, ...).
         projector: `mm_projector.bin` of the original's stages, dense or with experts. None: a new one, dense.
         dtype: of all parameters; that of the language model's files unless given.
@@ -48,9 +56,10 @@ def from_parts(
         if not Path(folder, "config.json").is_file():
             raise ValueError(f"{name} must be a folder with a config.json, got {os.fspath(folder)!r}")
     kind = read_object(Path(vision, "config.json")).get("model_type")
-    if kind not in CLIPS:
-        raise ValueError(f"vision must be a folder of model_type {' or '.join(CLIPS)}, got {kind!r}")
-    tower_config = CLIPVisionConfig.from_pretrained(vision).to_dict()
+    if kind not in TOWERS:
+        raise ValueError(f"vision must be a folder of model_type {' or '.join(TOWERS)}, got {kind!r}")
+    is_ours = kind == CumoVisionConfig.model_type
+    tower_config = (CumoVisionConfig if is_ours else CLIPVisionConfig).from_pretrained(vision).to_dict()
     tower_config = {
         k: v for k, v in tower_config.items() if k not in ("model_type", "architectures", "dtype")
     }
@@ -59,7 +68,8 @@ def from_parts(
     tower = {} if clip is None else _original_tensors(clip, "vision_model.")
     tower = {name: value for name, value in tower.items() if not name.startswith(UNUSED)}
     experts = {int(key.split(".")[1]) for key in connector if key.startswith("experts.")}
-    tower_config["num_experts"] = len({m[1] for key in tower if (m := EXPERT.search(key))}) or 1
+    if clip is not None or not is_ours:
+        tower_config["num_experts"] = len({m[1] for key in tower if (m := EXPERT.search(key))}) or 1
     options = {
         "image_token_index": text_config.vocab_size,
         "projector_num_experts": len(experts) or 1,
@@ -78,7 +88,9 @@ def from_parts(
     with no_init_weights(), torch.device("meta"):  # the parts replace what this makes
         model = CumoForConditionalGeneration(config)
     model.model.language_model = language
-    if clip is None:
+    if clip is None and is_ours:
+        model.model.vision_tower = load_whole(CumoVisionModel, vision, dtype, use_safetensors=True)
+    elif clip is None:
         model.model.vision_tower = _tower(vision, config, dtype)
     else:
         model.model.vision_tower = CumoVisionModel._from_config(config.vision_config, dtype=dtype)
@@ -95,6 +107,8 @@ def from_parts(
     model.lm_head = _head(text, model, dtype)
     model.config.dtype = dtype
     model.tie_weights()
+    if Path(text, "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(text)
     return model.eval()
 
 
@@ -117,11 +131,19 @@ def load_whole(
     Raises:
         ValueError: a tensor of the model is missing in the folder, or has another shape there.
     """
-    model, info = kind.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what the loader would report in a page is one line below
+    try:
+        model, info = kind.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    finally:
+        logging.set_verbosity(verbosity)
     missing = [name for name in info["missing_keys"] if unused is None or not name.startswith(unused)]
-    wrong = [entry[0] for entry in info["mismatched_keys"]]
+    wrong = [
+        f"{name} is {tuple(found)}, config.json says {tuple(wanted)}"
+        for name, found, wanted in info["mismatched_keys"]
+    ]
     problems = [
         f"{len(names)} {what} ({', '.join(sorted(names)[:3])})"
         for what, names in (("missing", missing), ("of another shape", wrong))

@@ -167,3 +167,17 @@ def step0_difference(
         logits.append(model(**batch, use_cache=False).logits.float())
         model.train(was_training)
     return (logits[0] - logits[1]).abs().max().item()
+
+
+@torch.no_grad()
+def scratch_experts(
+    dense: CumoForConditionalGeneration, moe: CumoForConditionalGeneration, seed: int
+) -> None:
+    """Random experts in the new places, each from where nn.Linear starts; gates as upcycled."""
+    had = {name for name, module in dense.named_modules() if isinstance(module, MoELayer)}
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    for name, module in moe.named_modules():
+        if isinstance(module, MoELayer) and name not in had:
+            module.experts.reset_parameters()
+    torch.random.set_rng_state(state)

@@ -1,18 +1,13 @@
 """Upcycling from folder to folder: what `python -m cumo_model upcycle` does."""
 
 import os
-from pathlib import Path
 
 import torch
-from transformers import AutoProcessor
 
-from cumo_model.checkpoints.parts import from_parts, load_whole, parts_processor
-from cumo_model.checkpoints.folders import new_directory, read_object
-from cumo_model.checkpoints.original_config import is_original
+from cumo_model.checkpoints.assemble import assemble
+from cumo_model.checkpoints.folders import new_directory
 from cumo_model.checkpoints.upcycle import step0_difference, upcycle
-from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
-from cumo_model.processing.processor import has_tokenizer, processor_from
 
 
 def upcycle_checkpoint(
@@ -38,20 +33,10 @@ def upcycle_checkpoint(
         The largest difference of a logit at step 0, on random input.
 
     Raises:
-        ValueError: neither a checkpoint nor vision and text, nothing to do, or what `from_parts` and
-            `upcycle` refuse.
+        ValueError: nothing to do, or what `assemble` and `upcycle` refuse.
     """
-    if (checkpoint is None) == (vision is None or text is None):
-        raise ValueError("give either a checkpoint, or vision and text")
-    given = {"vision": vision, "text": text, "projector": projector, "clip": clip}
-    if checkpoint is not None and any(given.values()):
-        names = " and ".join(name for name, value in given.items() if value)
-        raise ValueError(f"give either a checkpoint, or vision and text; got a checkpoint and {names}")
     kind = None if dtype is None else getattr(torch, dtype)
-    if checkpoint is None:
-        dense, source = from_parts(vision, text, projector, kind, clip), Path(text)
-    else:
-        dense, source = load_checkpoint(checkpoint, kind or "auto"), Path(checkpoint)
+    dense, processor = assemble(checkpoint, vision, text, projector, clip, dtype=kind)
     has_experts = {
         "vision_experts": dense.config.vision_config.num_experts > 1,
         "projector_experts": dense.config.projector_num_experts > 1,
@@ -70,26 +55,10 @@ def upcycle_checkpoint(
     print(f"parameters: {counts[0]:,} -> {counts[1]:,}")
     print(f"step-0 difference: {difference:.3g} at most (logits up to {largest:.3g})")
     with new_directory(out) as work:
-        if (source / "processor_config.json").is_file():
-            AutoProcessor.from_pretrained(source).save_pretrained(work)
-        elif has_tokenizer(source):
-            make = parts_processor if checkpoint is None else processor_from
-            processor = make(source, moe.config)
-            moe.config.image_token_index = processor.image_token_id
+        if processor is not None:
             processor.save_pretrained(work)
         moe.save_pretrained(work)
     return difference
-
-
-def load_checkpoint(folder: str | os.PathLike, dtype: torch.dtype | str) -> CumoForConditionalGeneration:
-    """A CuMo in our layout or the original's, all of whose tensors are there; else a ValueError."""
-    values = read_object(Path(folder, "config.json"))
-    if values.get("model_type") != CumoConfig.model_type and not is_original(values):
-        raise ValueError(
-            f"{folder} must be a checkpoint of model_type cumo, llava_mistral or llava_mixtral, "
-            f"got {values.get('model_type')!r}"
-        )
-    return load_whole(CumoForConditionalGeneration, folder, dtype)
 
 
 def probe(model: CumoForConditionalGeneration, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -114,10 +114,9 @@ def run_row(run, row_name: str, seed: int) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from cumo_model.analysis.experts import load_entropy
-    from cumo_model.checkpoints.upcycle import upcycle
+    from cumo_model.checkpoints.upcycle import scratch_experts, upcycle
     from cumo_model.demo.evaluate import Examiner
     from cumo_model.demo.task import read_json, write_json
-    from cumo_model.training.start import scratch_experts
     from cumo_model.training.train import read_history, train
 
     row, settings = ROWS[row_name], run.settings

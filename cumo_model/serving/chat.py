@@ -1,17 +1,13 @@
 """Talk to a checkpoint about a picture."""
 
-import json
 import os
 import sys
-from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, TextStreamer
-from transformers.utils import logging
+from transformers import TextStreamer
 
-from cumo_model.checkpoints.original_config import is_original
-from cumo_model.model.config import CumoConfig
+from cumo_model.checkpoints.assemble import assemble
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.processing.conversation import chat_template, reserved_marker, tokenize_prompt
 from cumo_model.processing.processor import load_image
@@ -27,37 +23,13 @@ def load(checkpoint: str | os.PathLike, device: torch.device | None = None):
     Raises:
         ValueError: the folder is missing or not a whole checkpoint; the message says what is wrong with it.
     """
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        raise ValueError(f"checkpoint {str(folder)!r} is not a folder")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"checkpoint {str(folder)!r} has no config.json")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what the loader would report in a page is one line below
     try:
-        values = json.loads((folder / "config.json").read_text())
-        if values.get("model_type") != CumoConfig.model_type and not is_original(values):
-            raise ValueError(f"its config.json describes a {values.get('model_type')!r} model")
-        model, info = CumoForConditionalGeneration.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        processor = AutoProcessor.from_pretrained(folder)
+        model, processor = assemble(checkpoint)
     except Exception as error:  # whatever a damaged file makes the loaders raise, the user needs one line
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"checkpoint {str(folder)!r} cannot be loaded: {reason[0] if reason else error!r}"
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-    if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"checkpoint {str(folder)!r} lacks {len(info['missing_keys'])} tensors: {some}, ...")
-    if info["mismatched_keys"]:
-        name, found, wanted = min(info["mismatched_keys"])
-        raise ValueError(
-            f"checkpoint {str(folder)!r} has {len(info['mismatched_keys'])} tensors of another shape than "
-            f"its config.json says: {name} must be {tuple(wanted)}, got {tuple(found)}"
-        )
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be loaded: {reason}") from error
+    if processor is None:
+        raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be loaded: it has no tokenizer")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), processor
 

@@ -292,7 +292,7 @@ def test_convert_is_a_command_that_says_what_is_wrong(tmp_path, capsys):
     assert "writing: 100%" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 1
     assert "exists already" in capsys.readouterr().err
-    for source, words in (("nothing", "has no config.json"), ("ours", "layout must be one of")):
+    for source, words in (("nothing", "is not a folder"), ("ours", "layout must be one of")):
         arguments = ["convert", str(tmp_path / source), str(tmp_path / "x"), "--layout", "cumo"]
         if source == "nothing":
             assert main(arguments) == 1

@@ -269,8 +269,8 @@ def test_upcycle_refuses_a_checkpoint_that_is_foreign_or_lacks_tensors(parts, tm
     drop(tmp_path / "dense", "layers.0.mlp.fc1")
     for folder, words in (
         ("dense", "dense does not hold what its config.json promises"),
-        ("clip", "must be a checkpoint of model_type cumo, llava_mistral or llava_mixtral, got 'clip_vision"),
-        ("nowhere", "config.json does not exist"),
+        ("clip", "must be of model_type cumo, llava_mistral or llava_mixtral, got 'clip_vision"),
+        ("nowhere", "is not a folder"),
     ):
         assert main(["upcycle", "--checkpoint", str(tmp_path / folder), "--out", str(tmp_path / "x")]) == 1
         assert words in capsys.readouterr().err

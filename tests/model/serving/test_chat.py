@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_named(checkpoint, picture, capsys, damage, word
 
 def test_a_checkpoint_of_something_else_is_refused_before_a_model_is_built(checkpoint):
     (checkpoint / "config.json").write_text('{"model_type": "clip_vision_model"}')
-    with pytest.raises(ValueError, match=r"its config.json describes a 'clip_vision_model' model"):
+    with pytest.raises(ValueError, match=r"must be of model_type cumo, .*, got 'clip_vision_model'"):
         load(checkpoint)
 
 
@@ -158,7 +158,7 @@ def test_tensors_of_another_shape_are_named(checkpoint, capsys):
     tensors = load_file(path)
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].contiguous()
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 tensors of another shape .*: lm_head.weight must be "):
+    with pytest.raises(ValueError, match=r"1 of another shape \(lm_head.weight is \(\d+, 24\), config"):
         load(checkpoint)
     assert "REPORT" not in "".join(capsys.readouterr())
 
@@ -176,7 +176,7 @@ def test_missing_tensors_are_named(checkpoint):
     tensors = load_file(path)
     del tensors["lm_head.weight"]
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 tensors: lm_head.weight"):
+    with pytest.raises(ValueError, match=r"1 missing \(lm_head.weight\)"):
         load(checkpoint)
 
 

@@ -125,7 +125,7 @@ def test_three_stages_hand_over_and_stage_three_starts_again(folder):
     three = write_recipe(folder, "three", model__start=str(folder / "two" / "model"), trainer__max_steps=2)
     result = run_recipe(load_recipe(three))
     assert CumoForConditionalGeneration.from_pretrained(result).config.vision_config.num_experts == 4
-    with pytest.raises(ValueError, match=r"model\.vision_experts must be 4, what .* has already, got 8"):
+    with pytest.raises(ValueError, match=r"model: vision_experts must be 4, what .* has already, got 8"):
         start_model(load_recipe(three, ["model.vision_experts=8"]).model, load_recipe(three).data)
     with pytest.raises(ValueError, match="run with another stage: choose another output_dir"):
         run_recipe(load_recipe(three, ["stage.learning_rate=1"]))
