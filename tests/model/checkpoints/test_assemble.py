@@ -1,0 +1,199 @@
+"""assemble: every starting point leads to a model and a processor that agree with each other."""
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, MistralConfig, MistralForCausalLM
+
+from cumo_model import CumoForConditionalGeneration, CumoVisionModel, MoELayer, convert
+from cumo_model.checkpoints.assemble import assemble, describe
+from cumo_model.checkpoints.upcycle_checkpoint import probe, upcycle_checkpoint
+from cumo_model.demo.tokenizer import train_tokenizer
+from cumo_model.serving.chat import load
+from cumo_model.training.recipe import DataSection, ModelSection
+from cumo_model.training.start import start_model
+from tests.model import original
+from tests.rounding import assert_same_formula
+
+TEXT = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "vocab_size": 320, "max_position_embeddings": 128}  # fmt: skip
+EXPERTS = {"vision_experts": 4, "projector_experts": 4, "text_experts": 4}
+STARTS = (
+    "ours",
+    "ours without processor",
+    "released",
+    "parts",
+    "parts, our tower",
+    "parts, mm_projector.bin",
+)
+
+
+@pytest.fixture
+def tokenizer():
+    return train_tokenizer(["what is it?", "a red apple"] * 20, 320)
+
+
+@pytest.fixture
+def start(tmp_path, tiny_model, tokenizer):
+    """Factory: name of STARTS -> keywords of `assemble`; all are dense."""
+
+    def parts(vision):
+        vision.save_pretrained(tmp_path / "vision")
+        MistralForCausalLM(MistralConfig(**TEXT)).save_pretrained(tmp_path / "text")
+        tokenizer.save_pretrained(tmp_path / "text")
+        return {"vision": tmp_path / "vision", "text": tmp_path / "text"}
+
+    def make(name):
+        clip = CLIPVisionModel(CLIPVisionConfig(**original.CLIP_CONFIG))
+        if name == "released":
+            original.write(tmp_path / "start", clip_smoe=False, mlp_smoe=False)
+            tokenizer.save_pretrained(tmp_path / "start")
+        elif name.startswith("ours"):
+            model = tiny_model(vision_experts=1, projector_num_experts=1, text_options={"vocab_size": 320})
+            model.save_pretrained(tmp_path / "start")
+            tokenizer.save_pretrained(tmp_path / "start")
+            if name == "ours":
+                assemble(tmp_path / "start")[1].save_pretrained(tmp_path / "start")
+        elif name == "parts, our tower":
+            config = tiny_model(vision_experts=1).config.vision_config
+            return parts(CumoVisionModel(config))
+        elif name == "parts, mm_projector.bin":
+            connector = {k: v for k, v in original.tensors(mlp_smoe=False).items() if "mm_projector" in k}
+            torch.save(connector, tmp_path / "mm_projector.bin")
+            return parts(clip) | {"projector": tmp_path / "mm_projector.bin", "scales": (1, 3)}
+        else:
+            return parts(clip)
+        return {"checkpoint": tmp_path / "start"}
+
+    return make
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
+@pytest.mark.parametrize("experts", [None, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("name", STARTS)
+def test_every_start_gives_a_model_and_a_processor_that_agree(start, tokenizer, name, experts):
+    model, processor = assemble(**start(name), experts=experts, template="mistral_instruct")
+    assert type(model) is CumoForConditionalGeneration and not model.training
+    wanted = tokenizer.convert_tokens_to_ids("<image>")
+    assert processor.image_token_id == model.config.image_token_index == wanted
+    assert len(layers(model)) == (0 if experts is None else 3 + 1 + 2)
+    picture = processor(images=[torch.zeros(3, 12, 12)], text="<image>", return_tensors="pt")
+    assert (picture["input_ids"] == wanted).sum() == model.config.image_seq_length
+    assert model(**picture).logits.isfinite().all()
+
+
+@pytest.mark.usefixtures("fp64")
+@pytest.mark.parametrize("name", STARTS)
+def test_experts_copy_the_dense_model(start, name):
+    where = start(name)
+    dense, _ = assemble(**where, seed=3)
+    moe, _ = assemble(**where, seed=3, experts=EXPERTS)
+    batch = probe(dense)
+    assert_same_formula(moe(**batch).logits, dense(**batch).logits)
+    scratch, _ = assemble(**where, seed=3, experts=EXPERTS, scratch=True)
+    with pytest.raises(AssertionError, match=r"is off by \d"):  # more than rounding
+        assert_same_formula(scratch(**batch).logits, dense(**batch).logits)
+
+
+@pytest.mark.parametrize("name", ["ours", "released", "parts"])
+def test_training_upcycling_conversion_and_chat_take_the_same_image_token(start, tmp_path, tokenizer, name):
+    where = {key: str(path) for key, path in start(name).items()}
+    wanted = tokenizer.convert_tokens_to_ids("<image>")
+    section = {"start": where.get("checkpoint"), "vision": where.get("vision"), "language": where.get("text")}
+    model, processor = start_model(ModelSection(**section), DataSection())
+    assert (model.config.image_token_index, processor.image_token_id) == (wanted, wanted)
+    upcycle_checkpoint(tmp_path / "moe", **where)
+    folders = [tmp_path / "moe"]
+    if name == "released":
+        folders.append(convert(tmp_path / "start", tmp_path / "converted", progress=False))
+    for folder in folders:
+        model, processor = load(folder)
+        assert (model.config.image_token_index, processor.image_token_id) == (wanted, wanted)
+        config, described = describe(folder)
+        assert (config.image_token_index, described.image_token_id) == (wanted, wanted)
+
+
+def test_a_place_keeps_as_many_experts_as_it_has(start, tmp_path):
+    model, processor = assemble(**start("ours"), experts={**EXPERTS, "text_experts": 0})
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "moe")
+    again, _ = assemble(tmp_path / "moe", experts=EXPERTS)
+    assert len(layers(again)) == 6 and again.config.text_config.model_type == "mixtral"
+    values = again.state_dict()
+    kept = {key: value for key, value in model.state_dict().items() if "language_model" not in key}
+    assert all(torch.equal(value, values[key]) for key, value in kept.items())
+    with pytest.raises(ValueError, match=r"vision_experts must be 4, what .*moe has already, got 8"):
+        assemble(tmp_path / "moe", experts={"vision_experts": 8})
+
+
+def test_the_processor_is_the_checkpoints_own_unless_asked_otherwise(start, tmp_path):
+    where = start("ours")
+    assemble(**where, template="vicuna_v1", aspect="square")[1].save_pretrained(tmp_path / "start")
+    kept = assemble(**where)[1]
+    assert kept.image_processor.image_aspect_ratio == "square"
+    other = assemble(**where, template="mistral_instruct")[1]
+    assert other.chat_template != kept.chat_template
+    with pytest.raises(ValueError, match="aspect must be pad or square, got 'wide'"):
+        assemble(**where, aspect="wide")
+
+
+def test_the_seed_decides_and_the_global_generator_stays(start):
+    where = start("parts")
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    one, two, other = (assemble(**where, experts=EXPERTS, seed=seed)[0].state_dict() for seed in (5, 5, 6))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    differ = {key for key, value in one.items() if not torch.equal(value, other[key])}
+    assert {key for key in one if key.endswith("gate.weight")} <= differ
+    assert any("multi_modal_projector" in key for key in differ)
+    assert not any("vision_tower" in key and "gate" not in key for key in differ)
+
+
+def test_quantised_loading_is_refused_where_experts_or_parts_are_made(start, tmp_path):
+    with pytest.raises(ValueError, match="quantize must be None for parts"):
+        assemble(**start("parts"), quantize=4)
+    with pytest.raises(ValueError, match="quantize must be 4 or 8, got 3"):
+        assemble(**start("ours"), quantize=3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_checkpoint(start, bits):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    where = start("ours")
+    model, processor = assemble(**where, quantize=bits, dtype=torch.bfloat16)
+    kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
+    language = [m for n, m in model.named_modules() if isinstance(m, kind)]
+    assert len(language) == 2 * 7 and not isinstance(model.lm_head, kind)
+    assert processor.image_token_id == model.config.image_token_index
+    with pytest.raises(ValueError, match="quantize must be None where experts are made"):
+        assemble(**where, quantize=bits, dtype=torch.bfloat16, experts=EXPERTS)
+
+
+def test_a_model_without_tokenizer_has_no_processor(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "start")
+    model, processor = assemble(tmp_path / "start")
+    assert processor is None and model.config.image_token_index == 60
+    with pytest.raises(ValueError, match="cannot be loaded: it has no tokenizer"):
+        load(tmp_path / "start")
+    with pytest.raises(
+        ValueError, match=r"model.tokenizer must be a folder with a tokenizer: .*start has none"
+    ):
+        start_model(ModelSection(start=str(tmp_path / "start")), DataSection())
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({}, "give either a checkpoint, or vision and text; got neither"),
+        ({"text": "x"}, "give either a checkpoint, or vision and text; got text"),
+        ({"checkpoint": "x", "clip": "y"}, "got a checkpoint and clip"),
+        ({"checkpoint": "x", "scales": (1,)}, "got a checkpoint and scales"),
+        ({"checkpoint": "nowhere"}, "checkpoint must be a folder, got 'nowhere'"),
+    ],
+)
+def test_a_start_that_is_none_or_two_is_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        assemble(**given)
