@@ -88,11 +88,11 @@ def test_every_start_gives_a_model_and_a_processor_that_agree(start, tokenizer, 
 @pytest.mark.parametrize("name", STARTS)
 def test_experts_copy_the_dense_model(start, name):
     where = start(name)
-    dense, _ = assemble(**where, seed=3)
-    moe, _ = assemble(**where, seed=3, experts=EXPERTS)
+    dense, _ = assemble(**where, seed=3, dtype=torch.float64)
+    moe, _ = assemble(**where, seed=3, dtype=torch.float64, experts=EXPERTS)
     batch = probe(dense)
     assert_same_formula(moe(**batch).logits, dense(**batch).logits)
-    scratch, _ = assemble(**where, seed=3, experts=EXPERTS, scratch=True)
+    scratch, _ = assemble(**where, seed=3, dtype=torch.float64, experts=EXPERTS, scratch=True)
     with pytest.raises(AssertionError, match=r"is off by \d"):  # more than rounding
         assert_same_formula(scratch(**batch).logits, dense(**batch).logits)
 
