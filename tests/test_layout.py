@@ -229,7 +229,7 @@ def cycle(package: str) -> list[str]:
     return sorted(arrows)
 
 
-@pytest.mark.parametrize("package", ["cumo_model", "benchmarks"])
+@pytest.mark.parametrize("package", ["cumo_kernels", "cumo_model", "benchmarks"])
 def test_no_circle(package):
     assert cycle(package) == []
 

@@ -104,7 +104,9 @@ def test_cuda_refuses_a_gpu_it_was_not_built_for(monkeypatch):
 STALE = """
 import torch, types
 import cumo_kernels
-from cumo_kernels import dispatch, hardware, measured, proofs, use_backend, verified
+from cumo_kernels import dispatch, use_backend
+from cumo_kernels.tiles import hardware, measured
+from cumo_kernels.verification import proofs, verified
 
 cumo_kernels.route(torch.zeros(2, 4), 2)
 torch.cuda.is_available = lambda: True

@@ -27,7 +27,7 @@ KERNELS = {
 }
 SURVEY = r"""
 import json, re, sys
-from cumo_kernels import codegen
+from cumo_kernels.tiles import codegen
 
 gpu, names, layers = json.loads(sys.argv[1])
 found = []

@@ -25,7 +25,9 @@ SWITCHES = (*verdicts.SWITCHES, "CUMO_BACKEND", "CUMO_SELF_CHECK", "LOCAL_RANK")
 
 CALLER = """
 import json, sys, torch
-from cumo_kernels import dispatch, extension, hardware, proofs
+from cumo_kernels import dispatch, extension
+from cumo_kernels.tiles import hardware
+from cumo_kernels.verification import proofs
 
 proofs.HEAD_START = 120.0  # of a local rank 0 that has not imported anything yet
 x = torch.zeros(33, 32)
@@ -144,7 +146,7 @@ def test_whoever_asks_takes_the_check_along(tmp_path, number):
     """A caller that ends while it waits leaves nothing behind on the GPU."""
     code = f"""
 import signal
-from cumo_kernels import proofs
+from cumo_kernels.verification import proofs
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 proofs.command = lambda: {[sys.executable, "-c", WATCHED]!r}
 print("asking", flush=True)

@@ -245,7 +245,12 @@ def test_a_damaged_file_is_said_and_proves_nothing(tmp_path, text):
 
 
 def test_the_hash_is_of_names_and_bytes(tmp_path):
-    for name in ("cumo_kernels/backends/triton/a.py", "cumo_kernels/ops/b.py", "csrc/c.cu"):
+    for name in (
+        "cumo_kernels/backends/triton/a.py",
+        "cumo_kernels/ops/b.py",
+        "cumo_kernels/tiles/c",
+        "csrc/c.cu",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"1\n")
     hashed = lambda backend: verified.source_of.__wrapped__(backend, tmp_path)
