@@ -13,6 +13,7 @@ warn_of_untested()
 
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.dispatch import explain, use_backend
+from cumo_kernels.moved import keep_old_paths
 from cumo_kernels.ops import activate, combine, expert_mlp, grouped_gemm, permute, route, routing_from_topk
 from cumo_kernels.types import RouterStats, Routing
 
@@ -20,6 +21,13 @@ try:
     __version__ = metadata.version("cumo")
 except metadata.PackageNotFoundError:  # a checkout on the path that was never installed
     __version__ = "0+uninstalled"
+
+keep_old_paths(
+    "cumo_kernels",
+    tiles="candidates codegen hardware measured problems tune tuning",
+    verification="cases fuzz guards proofs rounding selfcheck=self_check shards verdict_file verdicts "
+    "verified verify",
+)
 
 __all__ = [
     "ACTIVATIONS",

@@ -5,6 +5,7 @@ under the name "cumo" (`experts_implementation="cumo"`).
 """
 
 import cumo_kernels.integrations.transformers  # noqa: F401
+from cumo_kernels.moved import keep_old_paths
 from cumo_model.checkpoints import original  # noqa: F401
 from cumo_model.checkpoints.convert import convert
 from cumo_model.checkpoints.layout import original_layout
@@ -18,6 +19,19 @@ from cumo_model.model.losses import load_balancing_loss, router_z_loss
 from cumo_model.model.moe import MoELayer, RoutingRecord, record_routing
 from cumo_model.model.quantize import quantize_experts
 from cumo_model.processing.processor import CumoImageProcessor, CumoProcessor, build_processor
+
+# but for cumo_model.upcycle: its old module would hide the function of that name
+keep_old_paths(
+    "cumo_model",
+    model="clip_moe compat config cumo llm_moe losses merge=image_tokens mlp_moe moe quantize vision=pyramid",
+    processing="conversation sentencepieces templates",
+    checkpoints="checkpoint=convert files=folders layout original_config parts patch shards "
+    "tool=upcycle_checkpoint",
+    training="adapters=lora flops monitor parallel recipe recover spread=expert_checkpoints start trainer "
+    "zero=deepspeed",
+    analysis="experts plots",
+    serving="chat",
+)
 
 __all__ = [
     "CumoConfig",

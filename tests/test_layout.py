@@ -20,7 +20,7 @@ MAX_LINES = 500
 # Who may import whom among our own modules: the first row whose pattern fits a module is its row. "a" means
 # the module a itself (for a package: its public names), "a.*" everything below, "." the module's own package.
 KERNELS, TILES, VERIFICATION = "cumo_kernels", "cumo_kernels.tiles", "cumo_kernels.verification"
-LEAVES = ("activations", "backends", "extension", "files", "types", "versions")  # of cumo_kernels
+LEAVES = ("activations", "backends", "extension", "files", "moved", "types", "versions")  # of cumo_kernels
 ARROWS = {
     **{f"{KERNELS}.{leaf}": () for leaf in LEAVES},
     f"{KERNELS}.extension": (f"{KERNELS}._C",),
@@ -90,6 +90,7 @@ ARROWS = {
     KERNELS: (
         f"{KERNELS}.activations",
         f"{KERNELS}.dispatch",
+        f"{KERNELS}.moved",
         f"{KERNELS}.ops*",  # ops.grouped_gemm is a module and, in the package's names, its function
         f"{KERNELS}.types",
         f"{KERNELS}.versions",
@@ -98,7 +99,7 @@ ARROWS = {
     "cumo_model.training.monitor": ("cumo_model.*", f"{TILES}.hardware"),
     "cumo_model.model.image_tokens": ("cumo_model.*", f"{KERNELS}.hostsync"),
     "cumo_model.demo.packages": ("cumo_model.*", f"{KERNELS}.files"),
-    "cumo_model": ("cumo_model.*", KERNELS, f"{KERNELS}.integrations.transformers"),
+    "cumo_model": ("cumo_model.*", KERNELS, f"{KERNELS}.integrations.transformers", f"{KERNELS}.moved"),
     "cumo_model*": (
         "cumo_model",
         "cumo_model.*",

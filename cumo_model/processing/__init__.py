@@ -1,1 +1,23 @@
 """Pictures and prompts to tensors: image processor, tokenizer, conversation templates."""
+
+from cumo_model.processing.processor import (
+    CumoImageProcessor,
+    CumoProcessor,
+    build_processor,
+    image_seq_length,
+    load_image,
+    load_tokenizer,
+    processor_for,
+    processor_from,
+)
+
+__all__ = [
+    "CumoImageProcessor",
+    "CumoProcessor",
+    "build_processor",
+    "image_seq_length",
+    "load_image",
+    "load_tokenizer",
+    "processor_for",
+    "processor_from",
+]
