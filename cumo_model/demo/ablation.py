@@ -17,7 +17,7 @@ from pathlib import Path
 from cumo_model.demo.questions import make_dataset
 from cumo_model.demo.run import claim, locked, run_tasks
 from cumo_model.demo.settings import Settings, quick
-from cumo_model.train import Schedule
+from cumo_model.training.train import Schedule
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,11 @@ def run_row(run, row_name: str, seed: int) -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from cumo_model.analysis.experts import load_entropy
+    from cumo_model.checkpoints.upcycle import scratch_experts, upcycle
     from cumo_model.demo.evaluate import Examiner
     from cumo_model.demo.task import read_json, write_json
-    from cumo_model.experts import load_entropy
-    from cumo_model.start import scratch_experts
-    from cumo_model.train import read_history, train
-    from cumo_model.upcycle import upcycle
+    from cumo_model.training.train import read_history, train
 
     row, settings = ROWS[row_name], run.settings
     model = run.load("pft" if row.stage2 else "pretrain")

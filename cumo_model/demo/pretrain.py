@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import MistralForCausalLM
 
-from cumo_model.clip_moe import CumoVisionModel
-from cumo_model.cumo import language_loss
+from cumo_model.checkpoints.folders import new_directory
 from cumo_model.data import ConversationDataset
 from cumo_model.demo.settings import Settings
-from cumo_model.files import new_directory
-from cumo_model.train import Losses, fit, sample_indices, write_history
+from cumo_model.model.clip_moe import CumoVisionModel
+from cumo_model.model.cumo import language_loss
+from cumo_model.training.train import Losses, fit, sample_indices, write_history
 
 
 class Contrast(nn.Module):

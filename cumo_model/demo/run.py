@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cumo_model.demo.questions import make_dataset
 from cumo_model.demo.settings import Settings, quick
-from cumo_model.train import Interrupted
+from cumo_model.training.train import Interrupted
 
 PHASES = (  # tasks that run side by side, and how many threads each one has
     ("vision", "text"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import MistralConfig
 
-from cumo_model.config import CumoConfig, CumoVisionConfig
-from cumo_model.train import PARTS, Schedule, Stage
+from cumo_model.model.config import CumoConfig, CumoVisionConfig
+from cumo_model.training.train import PARTS, Schedule, Stage
 
 TEMPLATE = "mistral_instruct"  # without the system text: 45 tokens that would say the same in every sample
 

@@ -14,16 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, MistralForCausalLM
 from transformers.utils import logging
 
-from cumo_model.clip_moe import CumoVisionModel
-from cumo_model.cumo import CumoForConditionalGeneration
+from cumo_model.analysis.experts import load_entropy
+from cumo_model.checkpoints.upcycle import step0_difference, upcycle
 from cumo_model.data import ConversationDataset
 from cumo_model.demo.evaluate import Examiner
 from cumo_model.demo.pretrain import pretrain_text, pretrain_vision
 from cumo_model.demo.settings import TEMPLATE, Settings, load_settings
-from cumo_model.experts import load_entropy
-from cumo_model.processing import build_processor
-from cumo_model.train import Interrupted, sample_indices, train
-from cumo_model.upcycle import step0_difference, upcycle
+from cumo_model.model.clip_moe import CumoVisionModel
+from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.processing.processor import build_processor
+from cumo_model.training.train import Interrupted, sample_indices, train
 
 AGAIN = "delete it, and the same command makes it again"
 STAGE_DATA = {
