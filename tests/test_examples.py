@@ -45,6 +45,13 @@ def run(name: str, *words: str) -> str:
     return done.stdout
 
 
+def in_process(name: str, *words: str, monkeypatch) -> None:
+    """The script on a CPU, in this process, which has imported what it needs."""
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    runpy.run_path(str(FOLDER / name), run_name="__main__")
+
+
 def numbers(pattern: str, text: str) -> list[float]:
     return [float(found) for found in re.findall(pattern, text)]
 
@@ -101,11 +108,42 @@ def test_mixtral_experts_times_nothing_that_is_wrong(monkeypatch, capsys):
     right = ALL_EXPERTS_FUNCTIONS["cumo"]
     wrong = lambda *inputs: right(*inputs) * (1 + 1e-4)
     monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "cumo", wrong)
-    monkeypatch.setattr(sys, "argv", ["mixtral_experts.py", "--tokens", "32", "--runs", "1"])
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match="less exact"):
-        runpy.run_path(str(FOLDER / "mixtral_experts.py"), run_name="__main__")
+        in_process("mixtral_experts.py", "--tokens", "32", "--runs", "1", monkeypatch=monkeypatch)
     assert " ms" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> str:
+    """A Mixtral of three layers with a tokenizer, as users have them, only smaller."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, vocab_size=300)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([], 300, special_tokens=["<s>"])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(tmp_path / "mixtral")
+    return str(tmp_path / "mixtral")
+
+
+def test_mixtral_experts_of_ones_own(checkpoint, monkeypatch, capsys):
+    words = ["--model", checkpoint, "--layers", "2", "--tokens", "32", "--runs", "1"]
+    in_process("mixtral_experts.py", *words, monkeypatch=monkeypatch)
+    assert re.search(r"^cumo \S+ ms, grouped_mm \S+ ms", capsys.readouterr().out, re.M)
+
+
+def test_lora_on_a_mixtral_of_ones_own(checkpoint, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    (tmp_path / "notes.txt").write_text("experts all the way down " * 10)
+    words = ["--model", checkpoint, "--text", str(tmp_path / "notes.txt"), "--out", str(tmp_path / "adapter")]
+    in_process("lora_experts.py", *words, "--steps", "5", monkeypatch=monkeypatch)
+    out = capsys.readouterr().out
+    losses = numbers(r"step +\d+ +loss (\S+)", out)
+    assert losses[-1] < losses[0] and "same logits True" in out
+    kept = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert kept["base_model_name_or_path"] == checkpoint
 
 
 @pytest.mark.slow
