@@ -5,15 +5,13 @@ import importlib.util
 import itertools
 import os
 import re
-import shutil
-import subprocess
 import sys
 import tomllib
-import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests import latest
 
@@ -168,41 +166,49 @@ def test_architectures_that_cannot_be_compiled_for_are_left_out(machine, monkeyp
     assert setup.refusal() is None
 
 
-def test_the_wheel_holds_both_packages(tmp_path):
-    """Built from a copy, without network, torch or csrc, as pip does it."""
-    for needed in ("setuptools", "wheel", "pip"):
-        pytest.importorskip(needed)
-    source, out = tmp_path / "source", tmp_path / "out"
-    source.mkdir()
-    for name in ("cumo_kernels", "cumo_model"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "MANIFEST.in"):
-        shutil.copy(ROOT / name, source)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(out),
-        ".",
-    ]
-    done = subprocess.run(
-        command, cwd=source, capture_output=True, text=True, env=os.environ | {"CUMO_BUILD": "0"}
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_citation_is_of_this_version():
+    """Keys that the format (1.2.0) wants, and what else the tree says of itself."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
+    assert citation["message"] and citation["title"] and citation["authors"]
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+    (paper,) = citation["references"]
+    assert paper["type"] == "conference-paper" and "arXiv:2405.05949" in str(paper["identifiers"])
+    for author in paper["authors"]:
+        assert set(author) == {"given-names", "family-names"}
 
-    (wheel,) = out.glob("cumo-*.whl")
-    assert wheel.name == f"cumo-{PROJECT['version']}-py3-none-any.whl"
-    names = set(zipfile.ZipFile(wheel).namelist())
-    ours = {
-        path.relative_to(source).as_posix()
-        for top in ("cumo_kernels", "cumo_model")
-        for path in (source / top).rglob("*")
-        if path.suffix in (".py", ".json")
-    }
-    assert ours <= names
-    assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
+
+def test_github_runs_what_everybody_runs():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert set(workflow[True]) >= {"push", "pull_request"}  # YAML reads the key `on` as true
+    (job,) = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    (python,) = [step["with"] for step in job["steps"] if "setup-python" in step.get("uses", "")]
+    minor = int(python["python-version"].split(".")[1])
+    assert minor >= int(PROJECT["requires-python"].removeprefix(">=3."))
+    assert set(ROOT.glob(python["cache-dependency-path"])) == {latest.PINS, latest.LATEST}
+    assert job["timeout-minutes"] == 120
+    assert workflow["concurrency"]["cancel-in-progress"] is True
+
+
+def test_a_bug_report_asks_for_explain_and_verify():
+    folder = ROOT / ".github/ISSUE_TEMPLATE"
+    form, config = (yaml.safe_load((folder / name).read_text()) for name in ("bug.yml", "config.yml"))
+    assert set(config) <= {"blank_issues_enabled", "contact_links"}
+    assert form["name"] and form["description"]
+    assert len({field["id"] for field in form["body"]}) == len(form["body"])
+    required = [f["attributes"]["label"] for f in form["body"] if f.get("validations", {}).get("required")]
+    commands = [label for label in required if label.startswith("python -m cumo_kernels")]
+    assert commands == ["python -m cumo_kernels explain", "python -m cumo_kernels verify"]
+    assert "Versions" in required
+    front_door = importlib.import_module("cumo_kernels.__main__").main
+    # every option that the form names exists
+    for command in commands:
+        text = next(
+            f["attributes"]["description"] for f in form["body"] if f["attributes"]["label"] == command
+        )
+        with pytest.raises(SystemExit) as ended:
+            front_door([command.split()[-1], *re.findall(r"`(--few|--tiny)`", text), "--help"])
+        assert ended.value.code == 0
