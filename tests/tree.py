@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/design.md"
 BEGIN, END = "<!-- tree: python -m tests.tree --write -->", "<!-- end of tree -->"
 SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp")
-COLUMN, WIDTH = 28, 104
+COLUMN, WIDTH = 28, 96
 
 # top folder -> what it is, where it has no docstring of its own
 TOPS = {
