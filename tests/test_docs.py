@@ -1,5 +1,6 @@
 """README and docs/: short where it must be, every link and name resolves, the tree is that of the folders."""
 
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
+from cumo_model.training import recipe
 from tests import tree
 from tests.test_layout import ROOMS, ROOT
 
@@ -19,7 +22,7 @@ PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 LINKED = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{page}" for page in PAGES)]
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-LINE = 124
+LINE, CODE = 124, 100
 
 
 def prose(text: str) -> str:
@@ -38,6 +41,8 @@ def test_readme_is_read_in_a_minute():
 def test_lines_are_short(page):
     lines = (ROOT / page).read_text().splitlines()
     assert [line for line in lines if len(line) > LINE and not line.startswith("|")] == []
+    code = "".join(code for _, code in FENCE.findall((ROOT / page).read_text())).splitlines()
+    assert [line for line in code if len(line) > CODE] == []
 
 
 def in_nav(entries: list) -> list[str]:
@@ -94,6 +99,32 @@ def test_what_the_api_pages_name_can_be_imported(identifier):
 def test_the_api_pages_name_every_public_name(package):
     named = {identifier.rpartition(".")[2] for identifier in IDENTIFIERS if identifier.startswith(package)}
     assert set(importlib.import_module(package).__all__) <= named
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}" for page in PAGES)])
+def test_every_variable_named_is_one(page):
+    """Of the environment, as the sources read it."""
+    named = set(re.findall(r"\bCUMO_[A-Z_]+\b", (ROOT / page).read_text()))
+    files = [ROOT / "setup.py", *(ROOT / "cumo_kernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    assert named <= set(re.findall(r"\bCUMO_[A-Z_]+\b", "".join(file.read_text() for file in files)))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_field_of_a_recipe_is_one(page):
+    spans = prose((DOCS / page).read_text()).split("`")[1::2]
+    fields = [span for span in spans if re.match(r"(model|data|stage|trainer)\.[a-z]\w*(=|$)", span)]
+    sections = recipe.Recipe("runs/x")
+    for field in fields:
+        section, name = re.match(r"(\w+)\.(\w+)", field).groups()
+        if section == "trainer":
+            assert name in {f.name for f in dataclasses.fields(TrainingArguments)}, field
+        else:
+            assert hasattr(getattr(sections, section), name), field
+
+
+def test_every_shipped_recipe_has_a_line():
+    named = re.findall(r"`((?:demo|mistral-7b|mixtral-8x7b)/\w+)`", (DOCS / "training.md").read_text())
+    assert sorted(set(named)) == recipe.shipped_recipes()
 
 
 def test_the_tree_is_that_of_the_folders():

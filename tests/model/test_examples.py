@@ -1,7 +1,8 @@
 """Every example of README.md and docs/, page by page, in a folder that holds what the examples name.
 
 Python blocks run in their order, and so do the lines of bash blocks. A block below
-`<!-- not run: reason -->` is only parsed: its Python is compiled, its commands go through the programs' own parsers.
+`<!-- not run: reason -->` is only parsed: its Python is compiled, its commands go through the parsers of the
+programs themselves.
 """
 
 import dataclasses
