@@ -5,6 +5,7 @@
 #                   make gpu does so by itself where there is no .venv and torch, triton, transformers, pytest are
 #   VENV_LATEST=DIR environment of make test-latest; another PYTHON needs another one
 #   BUDGET=SECONDS  what make gpu may take, instead of what its parts have
+#   VENV_DOCS=DIR   environment of make docs: mkdocs alone, no torch
 #   WORKERS=N       test processes, one torch thread each
 #   VENV_GPU=DIR    environment of make gpu-artifacts: with the Python, torch and triton of the GPU's machine
 
@@ -20,13 +21,14 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 VENV_LATEST ?= .venv-latest
 VENV_GPU ?= .venv-gpu
+VENV_DOCS ?= .venv-docs
 WORKERS ?= 2
 ARGS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-ci test-latest latest lint format bench peers gpu gpu-artifacts clean
+.PHONY: help setup demo test test-all test-ci test-latest latest lint format docs bench peers gpu gpu-artifacts clean
 .DEFAULT_GOAL := help
 
 ifeq ($(VENV),system)
@@ -61,6 +63,7 @@ help:
 	@echo "make test-latest  the tests with the newest torch, Triton and transformers, in an environment of its own"
 	@echo "make latest   write constraints-latest.txt, what those are today"
 	@echo "make lint     ruff check and ruff format --check                       (make format repairs)"
+	@echo "make docs     README's pages and the API as a site, in build/site; any warning is an error"
 	@echo "make bench    speed on this machine, each row behind a correctness gate"
 	@echo "make peers    fetch other implementations to compare with, for make bench on a GPU"
 	@echo "make gpu      prove and measure on this machine's CUDA device, 440 seconds    (ARGS=\"--part tune\": then tune, 320;"
@@ -127,6 +130,20 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
+
+# the docstrings are read, nothing is imported: the environment has no torch
+$(VENV_DOCS)/.installed: PY := $(VENV_DOCS)/bin/python
+$(VENV_DOCS)/.installed: LOG := $(VENV_DOCS)/setup.log
+$(VENV_DOCS)/.installed: pyproject.toml $(CONSTRAINTS)
+	@echo "setup: $(VENV_DOCS)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV_DOCS)
+	@: > $(LOG)
+	@$(call install,$$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'))
+	@touch $@
+
+# the variable silences an announcement of mkdocs-material about MkDocs 2
+docs: $(VENV_DOCS)/.installed
+	@PATH="$(abspath $(VENV_DOCS))/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/python -m mkdocs build --strict $(ARGS)
 
 bench: $(READY)
 	@$(PY) -m benchmarks $(ARGS)

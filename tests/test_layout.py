@@ -1,11 +1,10 @@
-"""The shape of the tree: who may import whom, the same stem everywhere, short files, an honest README.
+"""The shape of the tree: who may import whom, the same stem everywhere, short files.
 
-The tables below are the architecture. When the tree changes, they and CONTRIBUTING.md change with it.
+The tables below are the architecture. When the tree changes, they change with it, and so do
+docs/design.md and CONTRIBUTING.md.
 """
 
 import ast
-import itertools
-import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -305,50 +304,3 @@ def test_every_op_belongs_to_a_stem():
 def test_files_are_short():
     lengths = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
-
-
-def tree_paths(tree: str) -> Iterator[str]:
-    """Paths named by an indented tree.
-
-    A line is `name name ...  clause`, two spaces apart; `{a,b}` expands, and `<word>` or `*` stands for any
-    name. Deeper lines belong to the last folder, a name that ends in /.
-    """
-    folders: list[tuple[int, str]] = []
-    for line in tree.splitlines():
-        names = re.match(r"[\s│├└─]*", line).end()
-        if names == len(line):
-            continue
-        while folders and folders[-1][0] >= names:
-            folders.pop()
-        parent = folders[-1][1] if folders else ""
-        entries = re.split(r"\s{2,}|\s+#", line[names:], maxsplit=1)[0].split()
-        for entry in itertools.chain.from_iterable(map(expand, entries)):
-            yield parent + entry
-        if entries[-1].endswith("/"):
-            folders.append((names, parent + entries[-1]))
-
-
-def expand(entry: str) -> list[str]:
-    match = re.fullmatch(r"(.*)\{(.+)\}(.*)", re.sub(r"<\w+>", "*", entry))
-    if match is None:
-        return [re.sub(r"<\w+>", "*", entry)]
-    return [match[1] + word + match[3] for word in match[2].split(",")]
-
-
-def test_readme_tree_names_only_what_exists():
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("README.md is not written yet")
-    blocks = re.findall(r"^```\w*\n(.*?)^```", readme.read_text(), flags=re.MULTILINE | re.DOTALL)
-    trees = [block for block in blocks if re.search(r"^\S*cumo_kernels/(\s|$)", block, flags=re.MULTILINE)]
-    assert len(trees) == 1, (
-        "README.md must have one tree: a code block with a line that begins with cumo_kernels/"
-    )
-    paths = list(tree_paths(trees[0]))
-    assert len(paths) > 10
-    assert [path for path in paths if not list(ROOT.glob(path))] == []
-
-
-def test_tree_parser():
-    tree = "a/        things\n  b.py c.py   two files\n  d/\n    x_{p,q}.cu  kernels\ne.md\n"
-    assert list(tree_paths(tree)) == ["a/", "a/b.py", "a/c.py", "a/d/", "a/d/x_p.cu", "a/d/x_q.cu", "e.md"]

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def from_parts(
     projector: str | os.PathLike | None = None,
     dtype: torch.dtype | None = None,
     clip: str | os.PathLike | None = None,
-    **options,
+    **options: Any,
 ) -> CumoForConditionalGeneration:
     """Put a CLIP and a language model of transformers together; `upcycle` then makes experts of their MLPs.
 

@@ -43,11 +43,14 @@ def upcycle(
 
     Args:
         dense: the model to start from; untouched.
-        vision_experts, projector_experts: experts of every tower layer, and of the connector.
+        vision_experts: experts of every tower layer.
+        projector_experts: experts of the connector.
         text_experts: experts of every language model layer; a mistral becomes a mixtral.
         top_k: experts per token of the places that change.
         seed: of the gates, U(-1/sqrt(in), 1/sqrt(in)), and of noise and drop.
-        vision_top_k, projector_top_k, text_top_k: another `top_k` for one place.
+        vision_top_k: another `top_k` for the tower.
+        projector_top_k: another `top_k` for the connector.
+        text_top_k: another `top_k` for the language model.
         noise: deviation of normal noise on every expert's weights, in deviations of the weight itself.
         drop: share of inner units that every expert draws anew; biases keep their values.
 

@@ -46,7 +46,7 @@ class CumoVisionConfig(CLIPVisionConfig):
 class CumoConfig(PreTrainedConfig):
     """Vision tower, connector and language model.
 
-    Args:
+    Attributes:
         vision_config: CumoVisionConfig or its dict.
         text_config: configuration or dict with `model_type`: mixtral, or any dense decoder of transformers.
         projector_num_experts: experts of the connector; 1 is a dense two-layer MLP.
@@ -58,7 +58,8 @@ class CumoConfig(PreTrainedConfig):
             parameter, image_newline.
         image_grid_pinpoints: [[height, width], ...] of the grids of tiles that anyres chooses from, multiples
             of the tower's image_size. None: every picture is one tile, or comes tile by tile.
-        balance_loss_coef, router_z_loss_coef: weights of the auxiliary losses in training.
+        balance_loss_coef: weight of the balance losses in training.
+        router_z_loss_coef: weight of the router z-losses in training.
         compat: "cumo" repeats the original's rounding in routers and experts; None is more exact and faster.
         original: config.json of the original's checkpoint this one was read from, for the way back.
     """

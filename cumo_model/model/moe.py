@@ -137,13 +137,16 @@ class MoELayer(nn.Module):
     """Top-k routed experts.
 
     Args:
-        hidden_size, intermediate_size: H and I.
-        num_experts, top_k: E and K.
+        hidden_size: H.
+        intermediate_size: I.
+        num_experts: E.
+        top_k: K.
         activation: name in `cumo_kernels.ACTIVATIONS`; a gated one makes gated experts.
         output_size: O; H unless given.
         bias: whether the experts have biases; the gate has none.
         compat: rounding of the original: in the router, see `cumo_kernels.route`, and in the experts.
-        place, layer: what `record_routing` calls this layer.
+        place: what `record_routing` calls this layer, with `layer`.
+        layer: its number there.
     """
 
     def __init__(

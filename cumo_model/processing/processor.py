@@ -171,7 +171,7 @@ AutoProcessor.register(CumoConfig, CumoProcessor)
 
 
 def build_processor(
-    tokenizer,
+    tokenizer: PreTrainedTokenizerFast,
     image_size: int,
     patch_size: int,
     vision_feature_select_strategy: str = "default",
