@@ -240,7 +240,7 @@ def test_every_class_reads_the_original_layout_or_says_that_it_does_not(tmp_path
         found = model.state_dict()
         assert found.keys() == wanted.state_dict().keys()
         assert all(torch.equal(value, found[name]) for name, value in wanted.state_dict().items())
-    with pytest.raises(ValueError, match="must hold a tower alone, got a whole model"):
+    with pytest.raises(ValueError, match="must contain a vision tower only, got a whole model"):
         CumoVisionModel.from_pretrained(tmp_path)
     derived.save_pretrained(tmp_path / "saved")
     assert Shards(tmp_path / "saved").shapes.keys() == whole.state_dict().keys()
