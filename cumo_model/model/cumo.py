@@ -367,7 +367,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
             output_router_stats: also return, for each place with experts ("clip", "mlp", "llm"), mean_probs
                 and top1_density (L, G, E), mean_squared_logsumexp (L, G) and tokens_per_expert (L, E) of the
                 L layers that ran, detached.
-            **kwargs: passed on to the language model.
+            **kwargs (Any): passed on to the language model.
 
         Returns:
             CumoOutput with logits (B, S, V), or (B, kept positions, V) with `logits_to_keep`.

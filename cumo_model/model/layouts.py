@@ -37,7 +37,7 @@ def layout_of(values: dict[str, Any]) -> Layout | None:
     return next((layout for layout in LAYOUTS if kind in layout.model_types), None)
 
 
-def read_config(path: str | os.PathLike | None, **where) -> dict[str, Any]:
+def read_config(path: str | os.PathLike | None, **where: Any) -> dict[str, Any]:
     """Read config.json of a folder or a hub repository without translating it; {} if there is none.
 
     Args:

@@ -1,1 +1,1 @@
-"""Pictures and prompts to tensors: image processor, tokenizer, conversation templates."""
+"""Conversion of pictures and prompts to tensors: image processor, tokenizer, conversation templates."""
