@@ -368,7 +368,7 @@ def test_an_error_leaves_no_folder_and_a_killed_run_is_told_of(tmp_path):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
     (tmp_path / ".new-abcd1234").mkdir()
-    with pytest.warns(UserWarning, match=r"\.new-abcd1234 is what a run that was killed left"):
+    with pytest.warns(UserWarning, match=r"\.new-abcd1234 is left over from a killed run"):
         with new_directory(tmp_path / "new") as work:
             pass
     assert (tmp_path / "new").is_dir()

@@ -268,7 +268,7 @@ def test_upcycle_refuses_a_checkpoint_that_is_foreign_or_lacks_tensors(parts, tm
     from_parts(tmp_path / "clip", tmp_path / "text").save_pretrained(tmp_path / "dense")
     drop(tmp_path / "dense", "layers.0.mlp.fc1")
     for folder, words in (
-        ("dense", "dense does not hold what its config.json promises"),
+        ("dense", "dense does not match its config.json"),
         ("clip", "must be of model_type cumo, llava_mistral or llava_mixtral, got 'clip_vision"),
         ("nowhere", "is not a folder"),
     ):
