@@ -1,4 +1,4 @@
-"""The package as others meet it: one version, agreeing pins, working commands, a build that says why not."""
+"""Packaging: one version, consistent pins, working commands, and build errors with a reason."""
 
 import ast
 import importlib.util
@@ -51,7 +51,7 @@ def test_every_dependency_is_pinned_once():
 
 
 def test_every_import_is_a_dependency():
-    own = {"test", "dev"}  # what the tests and their authors need, and users do not
+    own = {"test", "dev"}  # needed by tests and developers only
     extras = [names for extra, names in PROJECT["optional-dependencies"].items() if extra not in own]
     needed = [*PROJECT["dependencies"], *itertools.chain(*extras)]
     names = {re.match(r"[\w-]+", requirement)[0] for requirement in needed}
@@ -81,7 +81,7 @@ def test_a_command_exists(script):
     assert callable(getattr(importlib.import_module(module), function))
 
 
-REASONS = {  # what is missing -> the words that say so
+REASONS = {  # what is missing -> part of the message
     "csrc": "csrc/bindings.cpp",
     "nvcc": "nvcc",
     "torch": "torch is not installed",
@@ -91,7 +91,7 @@ REASONS = {  # what is missing -> the words that say so
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """machine(missing) -> setup.py on a machine that could build, except for one thing."""
+    """Factory: machine(missing) loads setup.py on a simulated machine that lacks one build requirement."""
 
     def make(missing: str | None):
         setup = load_setup()
@@ -155,7 +155,7 @@ def test_an_extension_that_does_not_fit_torch_says_so(monkeypatch):
 
 
 def test_architectures_that_cannot_be_compiled_for_are_left_out(machine, monkeypatch):
-    """A container's environment lists GPUs that nobody asked these kernels to run on."""
+    """A container may set TORCH_CUDA_ARCH_LIST with GPUs that these kernels do not support."""
     setup = machine(None)
     choose = setup.settings().choose_architectures
     assert choose("8.0;9.0a;10.0;12.0+PTX") == ("8.0;9.0a;10.0;12.0+PTX", [])
@@ -169,7 +169,7 @@ def test_architectures_that_cannot_be_compiled_for_are_left_out(machine, monkeyp
 
 
 def test_the_wheel_holds_both_packages(tmp_path):
-    """Built from a copy, without network, torch or csrc, as pip does it."""
+    """Build a wheel with pip from a copy, without network, torch or csrc."""
     for needed in ("setuptools", "wheel", "pip"):
         pytest.importorskip(needed)
     source, out = tmp_path / "source", tmp_path / "out"

@@ -30,14 +30,8 @@ from cumo_model.training.flops import step_flops
 
 PLACES = ("mlp", "clip", "llm")
 LOSSES = ("language", *(f"{place}_{kind}" for place in PLACES for kind in ("balance", "z")))
-EXTRA = (
-    "slots",
-    "balance",
-    "z",
-    "calls",
-    "router_entropy",
-    "entropy_calls",
-)  # sums per layer, in addition to the load
+# sums per layer, in addition to the load
+EXTRA = ("slots", "balance", "z", "calls", "router_entropy", "entropy_calls")
 SUMS = ("_losses", "_loads", "_extra", "tokens", "images", "flops")  # state of a Monitor
 PARTS_OF = {"vision": "vision_tower", "projector": "multi_modal_projector", "language": ""}
 

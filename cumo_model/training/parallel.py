@@ -1,5 +1,4 @@
-"""Expert parallelism: the experts of a layer are distributed over processes; tokens are sent to them and
-back.
+"""Expert parallelism: the experts of a layer are distributed over processes, and tokens are sent to them.
 
     rank r of P owns experts [r * E/P, (r + 1) * E/P), as DTensors with Shard(0) on the mesh axis `experts`
 
@@ -96,7 +95,7 @@ class ParallelExperts(Experts):
         return combine(out, routing)
 
     def _compute(self, rows: Tensor, expert: Tensor) -> Tensor:
-        """Apply local experts `expert` (R,) to rows (R, H); the number of local experts marks a dropped row."""
+        """Apply local experts `expert` (R,) to rows (R, H); the number of experts marks a dropped row."""
         up, up_bias = self.up
         up, up_bias, down, down_bias = map(self._local, (up, up_bias, self.down_proj, self.down_proj_bias))
         weights = torch.ones(len(rows), 1, dtype=torch.float32, device=rows.device)

@@ -109,9 +109,8 @@ def _choose(run: Path) -> Path | None:
         every = "; ".join(f"{path.name}: {reason}" for path, reason in bad.items())
         raise ValueError(f"no checkpoint in {run} can be read ({every}): delete them to begin again")
     for path, reason in bad.items():
-        aside = path.with_name(
-            f"{DAMAGED}{path.name}"
-        )  # the run will save this step again under the same name
+        # the run will save this step again under the same name
+        aside = path.with_name(f"{DAMAGED}{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
         warnings.warn(
@@ -188,9 +187,8 @@ class AtomicCheckpoints(Trainer):
     save_failed: str | None = None  # why the last checkpoint could not be written
 
     def _run_epoch(self, **options):
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # the Trainer would check this only after another step
+        # the Trainer would check this only after another step
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(**options)
