@@ -4,13 +4,12 @@
 for tests that compare two whole computations (two models, two engines, a compiled and an eager step):
 
 - fp64: `assert_same_formula`. Rounding errors are 2^-29 times those of fp32. Results that differ by rounding
-only
-  agree in far more than half of their digits; results that differ in a formula, a term or a token do not.
-  Prefer this. Models compute norms, softmaxes and losses in fp32 even if their weights are fp64, except
+  only agree in far more than half of their digits; results that differ in a formula, a term or a token do
+  not. Prefer this. Models compute norms, softmaxes and losses in fp32 even if their weights are fp64, except
   inside `in_fp64`.
 - fp32: `rounding_of` estimates how much the results of a run change if all sums are computed in one chain,
-which is
-  the largest effect of another BLAS or another order of summation. `assert_same_sums` uses it as tolerance.
+  which is the largest effect of another BLAS or another order of summation. `assert_same_sums` uses it as
+  tolerance.
 - a small, known number of roundings: `assert_close_after`.
 - random numbers: `assert_spread`.
 

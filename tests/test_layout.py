@@ -162,7 +162,7 @@ def is_module(name: str) -> bool:
 
 
 def imports(module: str, source: str) -> Iterator[str]:
-    """All modules that `source` imports, also inside functions; `from package import module` gives the module."""
+    """All modules that `source` imports, also inside functions. A submodule counts instead of its package."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -57,25 +57,25 @@ def convert(
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
     source = Path(source)
     config, processor = describe(source)
-    is_theirs = is_original(read_object(source / "config.json"))
-    layout = layout or ("cumo" if is_theirs else "original")
+    is_released = is_original(read_object(source / "config.json"))
+    layout = layout or ("cumo" if is_released else "original")
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     config.architectures = [CumoForConditionalGeneration.__name__]
-    ours = own_layout(config)
-    parts = {key: original_names(key, shape) for key, shape in ours.items()}
-    theirs = {name: shape for names in parts.values() for name, shape in names.items()}
+    own = own_layout(config)
+    parts = {key: original_names(key, shape) for key, shape in own.items()}
+    released = {name: shape for names in parts.values() for name, shape in names.items()}
     new_config = to_original(config) if layout == "original" else None
     shards = Shards(source)
-    check_tensors(shards.shapes, theirs if is_theirs else ours, str(source))
+    check_tensors(shards.shapes, released if is_released else own, str(source))
 
-    if is_theirs and layout == "cumo":
+    if is_released and layout == "cumo":
         _check_stacks(shards, parts)
-    if is_theirs == (layout == "original"):
+    if is_released == (layout == "original"):
         plan = [(name, shape, lambda name=name: shards[name]) for name, shape in shards.shapes.items()]
-    elif is_theirs:
+    elif is_released:
         plan = [
-            (key, shape, lambda key=key: _join(shards, parts[key], ours[key])) for key, shape in ours.items()
+            (key, shape, lambda key=key: _join(shards, parts[key], own[key])) for key, shape in own.items()
         ]
     else:
         plan = list(_split(shards, parts))
@@ -83,12 +83,12 @@ def convert(
     _check_disk(Path(target), needed)
     with new_directory(target) as work:
         if new_config is None:
-            if is_theirs and processor is not None:
+            if is_released and processor is not None:
                 processor.save_pretrained(work)
             config.save_pretrained(work)
         else:
             _write_original_config(work, new_config, config)
-            check_tensors(dict(own_layout(CumoConfig.from_pretrained(work))), ours, "the original layout")
+            check_tensors(dict(own_layout(CumoConfig.from_pretrained(work))), own, "the original layout")
         write_shards(work, plan, lambda name: _dtype_of(shards, parts, name), shard_bytes, progress)
         for path in source.iterdir():
             if (

@@ -60,17 +60,17 @@ def original_names(key: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...
         key: name of the parameter.
         shape: its shape.
     """
-    ours, theirs = next((pair for pair in PREFIXES if key.startswith(pair[0])), ("", ""))
-    rest = key.removeprefix(ours)
-    place = theirs.split(".")[1] if theirs else ""
+    own, released = next((pair for pair in PREFIXES if key.startswith(pair[0])), ("", ""))
+    rest = key.removeprefix(own)
+    place = released.split(".")[1] if released else ""
     if match := re.fullmatch(r"(?:(.*\.)mlp\.)?experts\.(\w+)", rest):
         layer, name = match[1] or "", match[2]
         if place == "vision_tower":
-            halves, stem = (CLIP_EXPERT[name],), f"{theirs}{layer}experts"
+            halves, stem = (CLIP_EXPERT[name],), f"{released}{layer}experts"
         elif place == "mm_projector":
-            halves, stem = (PROJECTOR_EXPERT[name],), f"{theirs}experts"
+            halves, stem = (PROJECTOR_EXPERT[name],), f"{released}experts"
         else:
-            halves, stem = MIXTRAL_EXPERT[name], f"{theirs}{layer}block_sparse_moe.experts"
+            halves, stem = MIXTRAL_EXPERT[name], f"{released}{layer}block_sparse_moe.experts"
         part = (shape[1] // len(halves), *shape[2:])
         return {f"{stem}.{e}.{half}": part for e in range(shape[0]) for half in halves}
     if place == "vision_tower":
@@ -79,11 +79,11 @@ def original_names(key: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...
         rest = re.sub(r"^fc1\.", "0.", re.sub(r"^fc2\.", "2.", rest))
     else:
         rest = rest.replace(".mlp.gate.", ".block_sparse_moe.gate.")
-    return {theirs + rest: shape}
+    return {released + rest: shape}
 
 
-def _stacked(theirs: str, ours: str) -> WeightConverter:
-    return WeightConverter(source_patterns=theirs, target_patterns=ours, operations=[MergeModulelist(dim=0)])
+def _stacked(released: str, own: str) -> WeightConverter:
+    return WeightConverter(source_patterns=released, target_patterns=own, operations=[MergeModulelist(dim=0)])
 
 
 # The same table as rules for the loader of transformers, which has its own rules for Mixtral's experts.

@@ -141,7 +141,7 @@ def to_original(config) -> dict[str, Any]:
         ValueError: the released layout cannot describe this model.
     """
     text, vision = config.text_config, config.vision_config
-    model_type = next((ours for ours, theirs in TEXT_TYPE.items() if theirs == text.model_type), None)
+    model_type = next((released for released, own in TEXT_TYPE.items() if own == text.model_type), None)
     if model_type is None:
         raise ValueError(
             "text_config.model_type must be mistral or mixtral for the original layout, "

@@ -184,16 +184,16 @@ def _original_tensors(path: str | os.PathLike, place: str) -> dict[str, Tensor]:
 
 
 def _load(
-    module: nn.Module, tensors: dict[str, Tensor], ours: str, theirs: str, source: str | os.PathLike
+    module: nn.Module, tensors: dict[str, Tensor], own: str, released: str, source: str | os.PathLike
 ) -> None:
-    """Copy `tensors` into all parameters of a part; `ours` and `theirs` are its prefixes in both layouts."""
-    own, ours, theirs = dict(module.named_parameters()), f"model.{ours}", f"model.{theirs}"
-    parts = {name: original_names(f"{ours}{name}", tuple(p.shape)) for name, p in own.items()}
-    wanted = {k.removeprefix(theirs): shape for names in parts.values() for k, shape in names.items()}
+    """Copy `tensors` into all parameters of a part; `own` and `released` are its prefixes in both layouts."""
+    parameters, own, released = dict(module.named_parameters()), f"model.{own}", f"model.{released}"
+    parts = {name: original_names(f"{own}{name}", tuple(p.shape)) for name, p in parameters.items()}
+    wanted = {k.removeprefix(released): shape for names in parts.values() for k, shape in names.items()}
     check_tensors({name: tuple(value.shape) for name, value in tensors.items()}, wanted, os.fspath(source))
     with torch.no_grad():
-        for name, parameter in own.items():
-            pieces = [tensors[key.removeprefix(theirs)].flatten() for key in parts[name]]
+        for name, parameter in parameters.items():
+            pieces = [tensors[key.removeprefix(released)].flatten() for key in parts[name]]
             parameter.copy_(torch.cat(pieces).view(parameter.shape))
 
 

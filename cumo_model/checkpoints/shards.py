@@ -145,7 +145,7 @@ def check_tensors(found: dict[str, Shape], wanted: dict[str, Shape], source: str
         )
     if problems:
         raise ValueError(
-            f"{source} does not match its config.json: of {len(wanted)} tensors {'; '.join(problems)}"
+            f"{source} does not match config.json: of {len(wanted)} tensors {'; '.join(problems)}"
         )
 
 

@@ -111,8 +111,8 @@ class CumoConfig(PreTrainedConfig):
         """As in transformers. A config.json in another registered layout is translated."""
         values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if (layout := layout_of(values)) is not None:
-            ours = layout.config_values(values, pretrained_model_name_or_path)
-            values = {"model_type": cls.model_type, **ours}
+            fields = layout.config_values(values, pretrained_model_name_or_path)
+            values = {"model_type": cls.model_type, **fields}
         return values, kwargs
 
     def __post_init__(self, **kwargs):

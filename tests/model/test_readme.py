@@ -1,4 +1,4 @@
-"""Every example of README.md, in its order, in a folder that holds what the examples name."""
+"""Run all examples of README.md, in order, in a folder that contains the files they use."""
 
 import re
 import shlex
@@ -16,7 +16,7 @@ from cumo_model.demo.tokenizer import train_tokenizer
 from tests.model import original
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-# the recipes there want billions of weights; test_trainer.py and test_experts.py run them on small ones
+# those recipes need billions of weights; test_trainer.py and test_experts.py run them on small models
 README = re.sub(r"^## Train\n.*?(?=^## )", "", README, flags=re.MULTILINE | re.DOTALL)
 EXAMPLES = [
     (language, code)
