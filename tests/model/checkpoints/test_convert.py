@@ -402,9 +402,8 @@ def test_sigterm_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGTERM)
 
     original.write(tmp_path / "theirs")
-    before = signal.signal(
-        signal.SIGTERM, lambda *_: None
-    )  # so that a failing test does not end the test run
+    # so that a failing test does not end the test run
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
     monkeypatch.setattr(convert, "write_shards", write)
     try:
         assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 130
