@@ -55,7 +55,7 @@ def resolve(python: str, names: list[str], *options: str) -> dict[str, str]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(
-            f"latest: pip could not be asked for Python {python}; {LATEST.name} is not changed\n{done.stderr}"
+            f"latest: pip failed for Python {python}; {LATEST.name} is not changed\n{done.stderr}"
         )
     report = json.loads(done.stdout)
     found = {normal(row["metadata"]["name"]): row["metadata"]["version"] for row in report["install"]}

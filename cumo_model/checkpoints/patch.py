@@ -91,7 +91,7 @@ class _Forward:
         self.activation = GATED.get(name) if len(self.ups) == 2 else name
         if self.activation is None:
             raise ValueError(
-                f"the experts of {kind} must have an activation that cumo_kernels knows, "
+                f"the experts of {kind} must have an activation that cumo_kernels supports, "
                 f"got {type(first).__name__}"
             )
         self.shared: dict[tuple[str, str], SharedWeights] = {}

@@ -144,7 +144,7 @@ def _scan_tar(path: str) -> Iterator[Row]:
                 yield Row(number, number + 1, member.offset_data, member.size, value, reason, own)
             if members and _ends_early(file, members[-1]):
                 place = os.path.getsize(path)
-                reason = "the file ends before its archive does"
+                reason = "the archive is truncated"
                 yield Row(len(records), len(records) + 1, place, 0, None, reason)
     except tarfile.TarError as error:
         raise ValueError(f"{path}: is not an uncompressed tar file: {error}") from None
@@ -207,20 +207,20 @@ def _scan_list(path: str, data: mmap.mmap) -> Iterator[Row]:
         if data[place : place + 1] in (b"]", b""):
             if data[place : place + 1] == b"":
                 line += _newlines(data, counted, place)
-                yield Row(number, line, place, 0, None, "the file ends before its list does")
+                yield Row(number, line, place, 0, None, "the file ends inside the list")
             elif _SPACE.match(data, place + 1).end() < len(data):
                 line += _newlines(data, counted, place)
-                yield Row(number, line, place, 0, None, "the list ends here, and more follows")
+                yield Row(number, line, place, 0, None, "the file has more data after the end of the list")
             return
         line, counted = line + _newlines(data, counted, place), place
         if data[place : place + 1] == b"}":
-            yield Row(number, line, place, 1, None, "} closes nothing")
+            yield Row(number, line, place, 1, None, "unmatched }")
             number, place = number + 1, place + 1
             continue
         end = _element_end(data, place)
         value, reason = _parse(data[place : end or len(data)])
         if reason and end is None:
-            reason = "the file ends before this record does"
+            reason = "the file ends inside this record"
         yield Row(number, line, place, (end or len(data)) - place, value, reason)
         number += 1
         following = end if reason is None else _next_record(data, place + 1, end)
@@ -278,7 +278,7 @@ def record_problem(record: Any) -> str | None:
         return "the last question has no answer"
     for order, turn in enumerate(record["conversations"], 1):
         if _SURROGATE.search(turn["value"]):
-            return f"turn {order} holds half of a surrogate pair, which is no character"
+            return f"turn {order} holds half of a surrogate pair, which is not a character"
     if "image" in record:
         names = record["image"] if isinstance(record["image"], list) else [record["image"]]
         if not names or not all(isinstance(name, str) and name for name in names):

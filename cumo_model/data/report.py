@@ -42,7 +42,7 @@ def check_files(
                 bar.clear()
                 print(problem, flush=True)
                 fatal, warned = fatal + problem.fatal, warned + (not problem.fatal)
-        also = f", {warned} train nothing" if warned else ""
+        also = f", {warned} have no usable label" if warned else ""
         print(f"{file}: {count[0]} records, {fatal} cannot be used{also}", flush=True)
         unusable += fatal
     return unusable

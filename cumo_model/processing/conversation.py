@@ -103,7 +103,7 @@ def _render_caption(turns: Sequence[dict[str, str]], form: Template) -> tuple[st
     markers = turns[0]["value"].count(IMAGE_MARKER)
     if len(turns) > 2 or markers != 1:
         raise ValueError(
-            f"template plain wants one {IMAGE_MARKER} turn and one caption, "
+            f"template plain must have one {IMAGE_MARKER} turn and one caption, "
             f"got {len(turns)} turns, {markers} {IMAGE_MARKER} in the first: {_brief(turns)}"
         )
     if len(turns) == 1:

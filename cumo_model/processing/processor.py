@@ -336,6 +336,8 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     except FileNotFoundError:
         raise ValueError(f"image {os.fspath(path)!r} does not exist") from None
     except Image.UnidentifiedImageError:
-        raise ValueError(f"image {os.fspath(path)!r} is not a picture in a format Pillow knows") from None
+        raise ValueError(
+            f"image {os.fspath(path)!r} is not a picture in a format that Pillow supports"
+        ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {os.fspath(path)!r} cannot be read: {error}") from error

@@ -10,7 +10,7 @@ from transformers import TextStreamer
 from cumo_model.checkpoints.assemble import assemble
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.processing.conversation import chat_template, reserved_marker, tokenize_prompt
-from cumo_model.processing.processor import load_image
+from cumo_model.processing.processor import CumoProcessor, load_image
 from cumo_model.processing.templates import IMAGE_MARKER, TEMPLATES, get_template
 
 NEW_TOKENS = 64
@@ -41,7 +41,7 @@ def load(checkpoint: str | os.PathLike, device: torch.device | None = None):
 @torch.no_grad()
 def answer(
     model: CumoForConditionalGeneration,
-    processor,
+    processor: CumoProcessor,
     picture: Image.Image | None,
     turns: list[dict[str, str]],
     template: str,

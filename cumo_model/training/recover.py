@@ -107,14 +107,14 @@ def _choose(run: Path) -> Path | None:
         bad[path] = reason
     if bad and chosen is None:
         every = "; ".join(f"{path.name}: {reason}" for path, reason in bad.items())
-        raise ValueError(f"no checkpoint in {run} can be read ({every}): delete them to begin again")
+        raise ValueError(f"no checkpoint in {run} can be read ({every}): delete them to restart")
     for path, reason in bad.items():
         # the run will save this step again under the same name
         aside = path.with_name(f"{DAMAGED}{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
         warnings.warn(
-            f"{path} cannot be read ({reason}): this run goes on from {chosen.name}, the damaged one is kept "
+            f"{path} cannot be read ({reason}): this run resumes from {chosen.name}, the damaged one is kept "
             f"as {aside.name}",
             stacklevel=4,
         )
@@ -203,7 +203,7 @@ class AtomicCheckpoints(Trainer):
             return
         # a run cannot recover from such a checkpoint, and good ones would be deleted to keep it
         if everywhere(not _finite(p for p in self.model.parameters() if p.requires_grad)):
-            raise FloatingPointError(f"a weight is not finite at step {step}: no checkpoint is made of that")
+            raise FloatingPointError(f"a weight is not finite at step {step}: no checkpoint is written")
         first = self.is_world_process_zero()
         if first:
             shutil.rmtree(work, ignore_errors=True)

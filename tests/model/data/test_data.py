@@ -278,7 +278,7 @@ def test_a_template_that_does_not_fit_names_the_record(folder, processor):
     path = _write(folder, _good_records()[2:3] + _good_records()[:1])
     with pytest.raises(
         ValueError,
-        match=r"record 1 \(id 0\): template plain wants one <image> turn and one caption, got 4 turns",
+        match=r"record 1 \(id 0\): template plain must have one <image> turn and one caption, got 4 turns",
     ):
         ConversationDataset(path, folder, processor, template="plain")
     with pytest.raises(ValueError, match="template must be one of"):

@@ -215,9 +215,9 @@ def test_a_bracket_too_many_is_said_and_passed(tmp_path):
     """Manual edits cause these. No record before or after one is lost without a message, and reading ends."""
     path, (one, two) = tmp_path / "odd.json", (json.dumps(_text(n)) for n in (1, 2))
     for content, said, read in (
-        (f"[{one}}}, {two}]", ["} closes nothing"], [_text(1), _text(2)]),
-        (f"[}}}}{one}]", ["} closes nothing"] * 2, [_text(1)]),
-        (f"[{one}], {two}]", ["the list ends here, and more follows"], [_text(1)]),
+        (f"[{one}}}, {two}]", ["unmatched }"], [_text(1), _text(2)]),
+        (f"[}}}}{one}]", ["unmatched }"] * 2, [_text(1)]),
+        (f"[{one}], {two}]", ["the file has more data after the end of the list"], [_text(1)]),
         (f"[{one}]\n \n", [], [_text(1)]),
     ):
         path.write_text(content)
@@ -241,7 +241,7 @@ def test_torn_archives_byte_order_marks_and_long_numbers(tmp_path, pictures, cap
     for cut in (1024 + 100, 1024 + 512 + 10):  # within the second header, and within the second record
         (tmp_path / "torn.tar").write_bytes(whole[:cut])
         reasons = [problem.reason for problem in check(tmp_path / "torn.tar")]
-        assert any("file ends before its archive" in r or "unexpected end of data" in r for r in reasons)
+        assert any("archive is truncated" in r or "unexpected end of data" in r for r in reasons)
     (tmp_path / "noise.tar").write_bytes(b"\x01" * 700)
     files = [str(tmp_path / name) for name in ("gone.json", "noise.tar", "whole.tar")]
     assert main(["data", "check", *files]) == 1
@@ -282,7 +282,7 @@ def test_bad_records_stop_a_run_or_are_left_out(pictures, processor):
             StreamedConversations(path, pictures, processor, skip_bad=True, cache_dir=pictures / "index")
     with pytest.raises(ValueError, match=r"x\.jsonl:1: record 0 .* max_length 5 cuts through"):
         StreamedConversations(_jsonl(path, RECORDS), pictures, processor, max_length=5)
-    with pytest.raises(ValueError, match="template plain wants"):
+    with pytest.raises(ValueError, match="template plain must have"):
         StreamedConversations(_jsonl(path, RECORDS), pictures, processor, "plain")
 
 

@@ -222,7 +222,7 @@ def test_errors_name_template_tokenizer_and_prompt(demo):
     ):
         tokenize_conversation(TWO_ROUNDS, demo, "vicuna", 1)
     with pytest.raises(
-        ValueError, match="template plain wants one <image> turn and one caption, got 4 turns"
+        ValueError, match="template plain must have one <image> turn and one caption, got 4 turns"
     ):
         tokenize_conversation(TWO_ROUNDS, demo, "plain", 1)
     with pytest.raises(ValueError, match="a prompt must end with a human turn"):
