@@ -1,7 +1,8 @@
 """cumo_model: CuMo, a vision-language model with Mixture-of-Experts in tower, connector and language model.
 
-Importing registers the model with transformers' Auto classes, and our experts for everybody else's models
-under the name "cumo" (`experts_implementation="cumo"`).
+Importing this package registers the model with the Auto classes of transformers. It also registers the
+experts of cumo_kernels for all MoE models of transformers under the name "cumo"
+(`experts_implementation="cumo"`).
 """
 
 import cumo_kernels.integrations.transformers  # noqa: F401

@@ -1,6 +1,6 @@
-"""python -m cumo_model {demo,ablate,chat,data,train,experts,convert,upcycle}: the front door.
+"""Command line: python -m cumo_model {demo,ablate,chat,data,train,experts,convert,upcycle}.
 
-The work is in the library; errors come as one line.
+The commands call the library. Expected errors are printed in one line, without a traceback.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def _train(args: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"trained: {path}")
     if torch.distributed.is_initialized():
-        # threads of the process group that still run when Python ends abort the process
+        # process group threads that still run at exit would abort the process
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     return 0
@@ -104,95 +104,146 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    demo = commands.add_parser("demo", help="train a small CuMo through all three stages and question it")
+    demo = commands.add_parser("demo", help="train a small CuMo in all three stages and evaluate it")
     demo.add_argument(
-        "--quick", action="store_true", help="the same path in under two minutes; learns little"
+        "--quick", action="store_true", help="run all steps in under two minutes, with little training"
     )
-    demo.add_argument("--out", type=Path, help="folder of the run, resumed if it is there (runs/demo)")
+    demo.add_argument(
+        "--out", type=Path, help="folder of the run; an existing run is resumed (default: runs/demo)"
+    )
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
-    chat = commands.add_parser("chat", help="ask a checkpoint about a picture")
+    chat = commands.add_parser("chat", help="ask a checkpoint questions about a picture")
     chat.add_argument(
-        "--checkpoint", type=Path, required=True, help="folder with config, safetensors, processor"
+        "--checkpoint", type=Path, required=True, help="folder with config, safetensors and processor"
     )
-    chat.add_argument("--image", type=Path, help="the picture; without one only text is talked about")
-    chat.add_argument("--question", help="ask this and end; without it questions are read from the terminal")
+    chat.add_argument(
+        "--image", type=Path, help="file of the picture; without it the chat is about text only"
+    )
+    chat.add_argument(
+        "--question", help="answer this question and exit; without it questions are read from standard input"
+    )
     chat.add_argument(
         "--template",
-        help="how turns are written, such as mistral_instruct (the processor's)",
+        help="conversation template, such as mistral_instruct (default: that of the processor)",
     )
     chat.add_argument("--max-new-tokens", type=int, default=64)
     chat.set_defaults(run=_chat)
 
     train = commands.add_parser(
-        "train", help="run a recipe: one stage of training, resumed if it was cut off"
+        "train", help="run a recipe, which is one stage of training; an interrupted run is resumed"
     )
-    train.add_argument("--config", required=True, help="a YAML file, or a shipped recipe: mistral-7b/sft")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="stage.learning_rate=1e-5 ...")
+    train.add_argument(
+        "--config", required=True, help="a YAML file, or an included recipe such as mistral-7b/sft"
+    )
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="changes to the recipe, such as stage.learning_rate=1e-5",
+    )
     train.set_defaults(run=_train)
 
     experts = commands.add_parser(
-        "experts", help="draw which experts a checkpoint's tokens and patches go to"
+        "experts", help="measure and plot which experts the tokens and patches of a checkpoint use"
     )
     experts.add_argument("--checkpoint", type=Path, required=True)
-    experts.add_argument("--data", nargs="+", required=True, help="conversation files, or patterns of them")
-    experts.add_argument("--images", action="append", help="folder or .tar of the pictures")
-    experts.add_argument("--by", help="field of the records that names their sub-task; else each file is one")
+    experts.add_argument("--data", nargs="+", required=True, help="conversation files or file patterns")
+    experts.add_argument(
+        "--images", action="append", help="folder or .tar file of the pictures; may be repeated"
+    )
+    experts.add_argument(
+        "--by", help="field of the records that names their sub-task; by default each file is one sub-task"
+    )
     experts.add_argument("--template", default="mistral_instruct_system")
-    experts.add_argument("--limit", type=int, help="records of each sub-task")
+    experts.add_argument("--limit", type=int, help="maximum number of records per sub-task")
     experts.add_argument("--batch-size", type=int, default=8)
-    experts.add_argument("--picture", action="append", help="draw this picture's patches by expert")
-    experts.add_argument("--out", type=Path, required=True, help="a new folder")
+    experts.add_argument(
+        "--picture", action="append", help="plot the patches of this picture by expert; may be repeated"
+    )
+    experts.add_argument("--out", type=Path, required=True, help="new folder for the results")
     experts.set_defaults(run=_experts)
 
-    ablate = commands.add_parser("ablate", help="the paper's ablations on the demo's data, as a table")
-    ablate.add_argument("--out", type=Path, help="folder of the runs, resumed if it is there (runs/ablation)")
+    ablate = commands.add_parser(
+        "ablate", help="run the ablations of the paper on the data of the demo and print a table"
+    )
+    ablate.add_argument(
+        "--out", type=Path, help="folder of the runs; existing runs are resumed (default: runs/ablation)"
+    )
     ablate.add_argument("--seeds", type=int, default=3)
-    ablate.add_argument("--rows", nargs="+", help="run these rows only; the table has all that are done")
-    ablate.add_argument("--steps", type=int, help="of stage 3 (300)")
-    ablate.add_argument("--quick", action="store_true", help="a run that proves the path and learns little")
+    ablate.add_argument("--rows", nargs="+", help="run these rows only; the table contains all finished rows")
+    ablate.add_argument("--steps", type=int, help="steps of stage 3 (default: 300)")
+    ablate.add_argument(
+        "--quick", action="store_true", help="run all steps in a short time, with little training"
+    )
     ablate.set_defaults(run=_ablate)
 
-    data = commands.add_parser("data", help="look after training data").add_subparsers(
+    data = commands.add_parser("data", help="tools for training data").add_subparsers(
         dest="action", required=True
     )
-    check = data.add_parser("check", help="read conversation files whole and say what is wrong, line by line")
-    check.add_argument("files", nargs="+", help=".json, .jsonl or .tar, or patterns of them")
-    check.add_argument(
-        "--images", action="append", help="folder or .tar of the pictures; may be given several times"
+    check = data.add_parser(
+        "check", help="check conversation files completely and report each problem on one line"
     )
-    check.add_argument("--decode", action="store_true", help="decode every picture too")
-    check.add_argument("--template", default="mistral_instruct_system", help="that the records must fit")
+    check.add_argument("files", nargs="+", help=".json, .jsonl or .tar files, or file patterns")
+    check.add_argument(
+        "--images", action="append", help="folder or .tar file of the pictures; may be repeated"
+    )
+    check.add_argument("--decode", action="store_true", help="also decode every picture")
+    check.add_argument(
+        "--template", default="mistral_instruct_system", help="template that the records must fit"
+    )
     check.set_defaults(run=_check_data)
 
     convert = commands.add_parser(
-        "convert", help="a checkpoint from the layout of SHI-Labs/CuMo into ours, or back, bit for bit"
+        "convert",
+        help="convert a checkpoint between this project's layout and that of SHI-Labs/CuMo, bit for bit",
     )
     convert.add_argument("source", type=Path, help="folder with config.json and safetensors")
     convert.add_argument("target", type=Path, help="new folder")
-    convert.add_argument("--layout", choices=("cumo", "original"), help="of the target (the other one)")
-    convert.add_argument("--shard-gb", type=float, default=2.0, help="largest file, and memory needed (2)")
+    convert.add_argument(
+        "--layout",
+        choices=("cumo", "original"),
+        help="layout of the target (default: not that of the source)",
+    )
+    convert.add_argument(
+        "--shard-gb",
+        type=float,
+        default=2.0,
+        help="largest output file and memory needed, in GB (default: 2)",
+    )
     convert.set_defaults(run=_convert)
 
-    upcycle = commands.add_parser("upcycle", help="make experts of the MLPs of a dense model, and say step 0")
+    upcycle = commands.add_parser(
+        "upcycle", help="make experts of the MLPs of a dense model and print the step-0 difference"
+    )
     upcycle.add_argument(
-        "--checkpoint", type=Path, help="a CuMo, in our layout or the original's; or its parts:"
+        "--checkpoint", type=Path, help="folder of a CuMo in either layout; or give --vision and --text"
     )
     upcycle.add_argument("--vision", type=Path, help="folder of a CLIP")
-    upcycle.add_argument("--clip", type=Path, help="clip.bin, dense or with experts, for the CLIP's weights")
+    upcycle.add_argument(
+        "--clip", type=Path, help="clip.bin with the weights of the CLIP, dense or with experts"
+    )
     upcycle.add_argument("--text", type=Path, help="folder of a language model")
-    upcycle.add_argument("--projector", type=Path, help="mm_projector.bin (a new connector)")
+    upcycle.add_argument("--projector", type=Path, help="mm_projector.bin (default: a new connector)")
     upcycle.add_argument("--out", type=Path, required=True, help="new folder")
     for place, experts in (("vision", None), ("projector", None), ("text", 0)):
         usual = 0 if experts == 0 else "4 if it is dense"
-        text = f"experts of the {place} part ({usual}); 0 leaves it as it is"
+        text = f"experts of the {place} part (default: {usual}); 0 does not change it"
         upcycle.add_argument(f"--{place}-experts", type=int, default=experts, help=text)
-        upcycle.add_argument(f"--{place}-top-k", type=int, help="of this part alone")
-    upcycle.add_argument("--top-k", type=int, default=2, help="experts per token (2)")
-    upcycle.add_argument("--noise", type=float, default=0.0, help="in deviations of each weight (0)")
-    upcycle.add_argument("--drop", type=float, default=0.0, help="share of inner units drawn anew (0)")
-    upcycle.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(that of the files)")
+        upcycle.add_argument(f"--{place}-top-k", type=int, help="--top-k of this part")
+    upcycle.add_argument("--top-k", type=int, default=2, help="experts per token (default: 2)")
+    upcycle.add_argument(
+        "--noise", type=float, default=0.0, help="noise in standard deviations of each weight (default: 0)"
+    )
+    upcycle.add_argument(
+        "--drop", type=float, default=0.0, help="share of inner units to resample (default: 0)"
+    )
+    upcycle.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: that of the files)",
+    )
     upcycle.add_argument("--seed", type=int, default=0)
     upcycle.set_defaults(run=_upcycle)
     return parser
@@ -204,12 +255,12 @@ def _stop(number, frame):
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    # nothing here needs a hub: a name that is no folder is an error at once, not after a time-out
+    # no command needs the hub; offline, a wrong folder name is an error at once and not after a timeout
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     before = None
     if threading.current_thread() is threading.main_thread():
-        # what is half written is then cleared away, as after Ctrl-C; training handles both itself
+        # SIGTERM then removes unfinished files, as Ctrl-C does; training handles both signals itself
         before = signal.signal(signal.SIGTERM, _stop)
     try:
         return args.run(args)

@@ -1,13 +1,14 @@
-"""Fixtures every test shares: where it runs, with which numbers, and what uninitialised memory holds."""
+"""Fixtures of all tests: device, backend, dtype, random seed, and the content of uninitialised memory."""
 
 import importlib.machinery
 import os
 
-# before torch and transformers are imported: no test may wait for a hub, and cuBLAS reads this once
+# set before torch and transformers are imported: tests must not wait for the hub; cuBLAS reads its setting
+# once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# no test starts a self-check unless it is about them (tests/kernels/test_proofs.py)
+# self-checks are off in all tests except those of self-checks (tests/kernels/test_proofs.py)
 os.environ["CUMO_SELF_CHECK"] = "0"
 
 import random
@@ -28,7 +29,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 try:
     import hypothesis
 except ModuleNotFoundError:
-    # a bare GPU machine: the tests beside those of properties still run there
+    # for example on a GPU machine without it: only the property tests are skipped
     def skipped(*_, **__):
         @pytest.mark.skip(reason="hypothesis is not installed")
         def nothing():
@@ -37,14 +38,14 @@ except ModuleNotFoundError:
         return lambda test: nothing
 
     hypothesis = types.ModuleType("hypothesis")
-    hypothesis.__spec__ = importlib.machinery.ModuleSpec("hypothesis", None)  # others ask for it
+    hypothesis.__spec__ = importlib.machinery.ModuleSpec("hypothesis", None)  # other packages read it
     hypothesis.given = hypothesis.settings = skipped
     hypothesis.strategies = types.ModuleType("hypothesis.strategies")
     for name in ("booleans", "data", "integers", "lists", "sampled_from"):
         setattr(hypothesis.strategies, name, lambda *_, **__: None)
     sys.modules |= {"hypothesis": hypothesis, "hypothesis.strategies": hypothesis.strategies}
 else:
-    # the same examples on every machine; pytest-timeout is the only clock
+    # the same examples on every machine; time limits are set by pytest-timeout only
     hypothesis.settings.register_profile("cumo", deadline=None, derandomize=True)
     hypothesis.settings.load_profile("cumo")
 
@@ -53,7 +54,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_CUDA else 
 
 
 def refusal(backend: str, device: str) -> str | None:
-    """Why `backend` cannot run fp32 tensors on `device`, or None."""
+    """The reason why `backend` cannot run fp32 tensors on `device`, or None."""
     row = next(row for row in BACKENDS if row.name == backend)
     return row.refuse("permute", device, torch.float32)
 
@@ -69,7 +70,7 @@ def device(request) -> str:
 
 @pytest.fixture(params=[row.name for row in BACKENDS if runs_somewhere(row.name)])
 def backend(request, device) -> str:
-    """Every backend of this machine that runs on `device`; force it with `use_backend(backend)`."""
+    """Each backend of this machine that runs on `device`. Tests force it with `use_backend(backend)`."""
     reason = refusal(request.param, device)
     if reason is not None:
         pytest.skip(f"{request.param} on {device}: {reason}")
@@ -78,7 +79,7 @@ def backend(request, device) -> str:
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 def dtype(request) -> torch.dtype:
-    """Every dtype that every backend supports."""
+    """Each dtype that all backends support."""
     return request.param
 
 
@@ -91,7 +92,7 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def poison(request):
-    """Under tests/kernels, torch.empty holds NaN: a kernel that leaves a hole or reads one is seen."""
+    """Under tests/kernels, fill torch.empty with NaN, which reveals elements that a kernel does not write."""
     if Path(__file__).parent / "kernels" not in request.node.path.parents:
         yield
         return

@@ -1,4 +1,4 @@
-"""Write constraints-latest.txt: what pip would bring today, for every package of constraints.txt.
+"""Write constraints-latest.txt: the versions that pip would install today of all packages of constraints.txt.
 
 python -m tests.latest        make latest; takes a minute, installs nothing
 """
@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PINS, LATEST = ROOT / "constraints.txt", ROOT / "constraints-latest.txt"
 PYTHONS = ("3.11", "3.12", "3.13")
-FROM_SOURCE = "deepspeed"  # pip would have to build it to ask
-ALONE = "mistral-common"  # its own requirements hold others back, and `make setup` takes it without them
+FROM_SOURCE = "deepspeed"  # pip would have to build it to read its metadata
+ALONE = "mistral-common"  # its requirements limit other packages; `make setup` installs it without them
 HEAD = """\
 # What pip brought on {day} for Python {first} to {last}, of every package that constraints.txt pins:
 # written by `make latest`, used by `make test-latest`. cumo_kernels/versions.py names its torch, triton and
@@ -26,7 +26,7 @@ HEAD = """\
 
 
 def pins(file: Path = PINS) -> dict[str, str]:
-    """Package -> version in a file of constraints, in its order; where Pythons differ, the last one's."""
+    """Package -> version in a constraints file, in its order; for several markers, the last version."""
     lines = (line.split("#")[0].split(";")[0].strip() for line in file.read_text().splitlines())
     return dict(line.split("==") for line in lines if line)
 
@@ -40,7 +40,7 @@ def bare(requirement: str) -> str:
 
 
 def bounded(names: Iterable[str]) -> list[str]:
-    """The packages within the bounds that pyproject.toml has for them, as pip takes them."""
+    """Requirements of the packages for pip, with the bounds of pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     bounds = {normal(bare(text)): text.split(";")[0].strip() for text in asked if "<" in text}
@@ -48,14 +48,14 @@ def bounded(names: Iterable[str]) -> list[str]:
 
 
 def resolve(python: str, names: list[str], *options: str) -> dict[str, str]:
-    """Name, normalised -> the version that pip would install of each of `names` on this Python."""
+    """Normalised name -> version that pip would install of each of `names` on this Python."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", *options]
     command += ["--disable-pip-version-check", "--python-version", python, "--only-binary=:all:"]
     command += ["--target", "unused", "--report", "-", *names]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(
-            f"latest: pip could not be asked for Python {python}; {LATEST.name} is as it was\n{done.stderr}"
+            f"latest: pip failed for Python {python}; {LATEST.name} is not changed\n{done.stderr}"
         )
     report = json.loads(done.stdout)
     found = {normal(row["metadata"]["name"]): row["metadata"]["version"] for row in report["install"]}
@@ -63,7 +63,7 @@ def resolve(python: str, names: list[str], *options: str) -> dict[str, str]:
 
 
 def lines(resolved: dict[str, dict[str, str]], names: list[str]) -> list[str]:
-    """Constraints of `names`; a release that not every Python gets has a marker."""
+    """Constraints of `names`; a release that is not available for every Python has a marker."""
     rows = []
     for name in names:
         versions = {python: found[normal(name)] for python, found in resolved.items()}

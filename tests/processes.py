@@ -1,8 +1,8 @@
-"""Programs in processes of their own that have imported everything before they begin.
+"""Test programs in separate processes in which all imports are already done.
 
-A program of ours spends seven seconds on imports, and a test of training starts up to a dozen. `Forked` takes
-its processes from multiprocessing's fork server, which imports once and does nothing else. torchrun starts
-Python itself, so what is said of torchrun is tested with torchrun (tests/model/training/test_recover.py).
+A program of this project needs seven seconds for its imports, and a test of training starts up to twelve
+programs. `Forked` takes its processes from the fork server of multiprocessing, which imports everything
+once. torchrun starts Python itself, so tests of torchrun use torchrun (tests/model/training/test_recover.py).
 """
 
 import atexit
@@ -26,11 +26,11 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["peft", "cumo_model.training.trainer", "torch._dynamo", "torch.distributed.fsdp"]
 )
-GRACE_S = 10  # for the other ranks where one has failed
+GRACE_S = 10  # time for the other ranks to end after one has failed
 
 
 def _become(argv: Sequence[str], environment: dict[str, str], out: str) -> None:
-    """What `python ARGV` does behind its imports."""
+    """Run what `python ARGV` would run, in this process."""
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
@@ -59,12 +59,13 @@ def _free_port() -> int:
 
 
 class Forked:
-    """What tests use of `subprocess.Popen`, for one program, or for the ranks of one as torchrun starts them.
+    """A subset of `subprocess.Popen` for one program, or for all ranks of a program as torchrun starts them.
 
     Args:
-        argv: as behind `python`: a file, "-m" and a module or "-c" and code; then arguments.
-        out: file that standard output and standard error of all ranks go to.
-        ranks: how many processes; with more than one each finds the others by torch's variables.
+        argv: arguments of `python`: a file, or "-m" and a module, or "-c" and code; then the program's
+            arguments.
+        out: file for standard output and standard error of all ranks.
+        ranks: number of processes. If there are several, torch's environment variables are set for each.
     """
 
     def __init__(self, argv: Sequence[str], out: Path, ranks: int = 1):
@@ -87,7 +88,7 @@ class Forked:
 
     @property
     def returncode(self) -> int | None:
-        """None while one runs; else that of the first rank that failed, or 0."""
+        """None while a rank runs; then the code of the first rank that failed, or 0."""
         codes = [process.exitcode for process in self.ranks]
         return None if None in codes else next((code for code in codes if code), 0)
 
@@ -99,11 +100,11 @@ class Forked:
                 os.kill(process.pid, number)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """Everything that was printed, once all ranks have ended."""
+        """Wait until all ranks have ended and return everything they printed."""
         end = math.inf if timeout is None else time.monotonic() + timeout
         while self.returncode is None and time.monotonic() < end:
             multiprocessing.connection.wait([p.sentinel for p in self.ranks if p.exitcode is None], timeout=1)
-            if any(p.exitcode for p in self.ranks):  # the others may wait for it
+            if any(p.exitcode for p in self.ranks):  # the other ranks may wait for it
                 end = min(end, time.monotonic() + GRACE_S)
         if self.returncode is None:
             late = not any(p.exitcode for p in self.ranks)
@@ -119,13 +120,13 @@ RUNNING: list[Forked] = []
 
 
 def kill(process: subprocess.Popen | Forked) -> None:
-    """SIGKILL for all of a run: torchrun gives its workers sessions, so a group would not hold them."""
+    """Send SIGKILL to all processes of a run, also to torchrun's workers, which have their own sessions."""
     heads = [rank.pid for rank in process.ranks] if isinstance(process, Forked) else [process.pid]
     for head in heads:
         family = []
         with contextlib.suppress(psutil.NoSuchProcess):
             family = [psutil.Process(head), *psutil.Process(head).children(recursive=True)]
-        with contextlib.suppress(ProcessLookupError):  # each leads a group, which outlives it
+        with contextlib.suppress(ProcessLookupError):  # each leads a process group, which may outlive it
             os.killpg(head, signal.SIGKILL)
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -133,7 +134,7 @@ def kill(process: subprocess.Popen | Forked) -> None:
 
 
 def finish(process: subprocess.Popen | Forked, code: int = 0, seconds: float = 110) -> str:
-    """What it printed, once it has ended with `code`."""
+    """Wait for the end, check the exit code `code` and return what was printed."""
     try:
         out, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired as error:

@@ -1,4 +1,4 @@
-"""Small C++ programs of the tests, compiled by g++ into build/ on first use and when their source changes."""
+"""Small C++ programs for tests, compiled by g++ into build/ at first use and when their source changes."""
 
 import importlib.util
 import os
@@ -14,14 +14,14 @@ EMULATED = ("-DCUMO_EMULATE", "-Wno-unknown-pragmas")
 
 
 def missing() -> str | None:
-    """Why nothing can be compiled here, or None."""
+    """The reason why programs cannot be compiled on this machine, or None."""
     if COMPILER is None:
         return "there is no g++"
     return None if (extension.CSRC / "hopper.cu").exists() else "there is no csrc/"
 
 
 def build(name: str, *flags: str, csrc: bool = True) -> Path:
-    """The program of tests/kernels/host/<name>.cpp, which may include the headers beside it and csrc/."""
+    """Compile tests/kernels/host/<name>.cpp, which may include headers of its folder and of csrc/."""
     directory = extension.ROOT / "build/host"
     directory.mkdir(parents=True, exist_ok=True)
     program, source = directory / name, SOURCES / f"{name}.cpp"
@@ -30,7 +30,7 @@ def build(name: str, *flags: str, csrc: bool = True) -> Path:
     command = [COMPILER, "-std=c++17", *include, *flags, str(source), "-o", str(program)]
     wanted = extension.hash_of_files(parts, extension.ROOT, " ".join(command))
     stamp = program.with_suffix(".hash")
-    with extension._alone(directory):  # of several test processes one compiles, the others wait for it
+    with extension._alone(directory):  # one test process compiles, the others wait
         if not (program.exists() and stamp.exists() and stamp.read_text() == wanted):
             stamp.unlink(missing_ok=True)
             done = subprocess.run(command, capture_output=True, text=True)
@@ -40,7 +40,7 @@ def build(name: str, *flags: str, csrc: bool = True) -> Path:
 
 
 def run(program: Path, *arguments: str, given: str = "") -> list[str]:
-    """The lines that it prints, given that input."""
+    """Run a program with this input and return the lines that it prints."""
     done = subprocess.run([program, *arguments], input=given, capture_output=True, text=True, timeout=100)
     called = " ".join([program.name, *arguments])
     assert done.returncode == 0, f"{called} ended with {done.returncode}\n{done.stderr[-4000:]}"
@@ -48,7 +48,7 @@ def run(program: Path, *arguments: str, given: str = "") -> list[str]:
 
 
 def _folders(package: str) -> list[Path]:
-    """Of an installed package, which is not imported; of several that share a name, all."""
+    """Folders of an installed package, which is not imported; all of them for a namespace package."""
     spec = importlib.util.find_spec(package)
     return [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
 
@@ -59,14 +59,14 @@ def cutlass_headers() -> Path | None:
 
 
 def cuda_headers() -> tuple[Path, ...]:
-    """Folders that together hold cuda_runtime.h and CCCL: those of nvcc, else of packages of pip; or none."""
+    """Include folders with cuda_runtime.h and CCCL: those of nvcc, or of pip packages; empty if missing."""
     toolkits = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     if nvcc := shutil.which("nvcc"):
         listed = subprocess.run([nvcc, "--dryrun", "-E", "x.cu"], capture_output=True, text=True).stderr
-        # which may be a script, so nvcc itself is asked where it lives
+        # nvcc may be a wrapper script, so ask it for its own path
         toolkits[:0] = [line.split("=", 1)[1] for line in listed.splitlines() if line.startswith("#$ TOP=")]
     places = [Path(toolkit) / "include" for toolkit in toolkits if toolkit]
-    # triton has what torch's packages leave out, except CCCL
+    # triton has the headers that torch's packages lack, except CCCL
     places += [folder / "backends/nvidia/include" for folder in _folders("triton")]
     wheels = [include for folder in _folders("nvidia") for include in folder.glob("*/include")]
     below = [path for include in (*places, *wheels) for path in (include / "cccl", include)]

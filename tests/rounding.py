@@ -1,17 +1,19 @@
-"""How far two right ways to compute the same thing may be apart, with no number typed.
+"""Comparisons of two correct computations of the same result, with derived tolerances.
 
-`assert_as_accurate_as_torch` (cumo_kernels/testing.py) holds a kernel against a reference. Where a test has
-two whole computations instead (a model and its twin, two engines, a compiled step and a plain one), there is
+`assert_as_accurate_as_torch` (cumo_kernels/testing.py) compares a kernel with a reference. This module is
+for tests that compare two whole computations (two models, two engines, a compiled and an eager step):
 
-- fp64: `assert_same_formula`. Its roundings are 2^-29 of fp32's, so what differs in them alone agrees in far
-  more than half of the digits, and what differs in a formula, a term or a token does not. Prefer it. Models
-  compute norms, softmaxes and losses in fp32 whatever their weights are; inside `in_fp64` they do not.
-- fp32: `rounding_of` says how much the results of a run move if all its sums are made in one chain, which is
-  the worst that another BLAS or order does to them; `assert_same_sums` allows what two such runs may differ.
-- a few roundings that can be counted: `assert_close_after`.
-- numbers drawn at random: `assert_spread`.
+- fp64: `assert_same_formula`. Rounding errors are 2^-29 times those of fp32. Results that differ by rounding
+  only agree in far more than half of their digits; results that differ in a formula, a term or a token do
+  not. Prefer this. Models compute norms, softmaxes and losses in fp32 even if their weights are fp64, except
+  inside `in_fp64`.
+- fp32: `rounding_of` estimates how much the results of a run change if all sums are computed in one chain,
+  which is the largest effect of another BLAS or another order of summation. `assert_same_sums` uses it as
+  tolerance.
+- a small, known number of roundings: `assert_close_after`.
+- random numbers: `assert_spread`.
 
-Bitwise equality is for what makes the same calls on the same shapes.
+Use bitwise equality only for the same calls on the same shapes.
 """
 
 import math
@@ -25,13 +27,13 @@ from torch.overrides import TorchFunctionMode
 from cumo_kernels.testing import assert_as_accurate_as_torch
 from cumo_kernels.verification.rounding import UnsplitSums
 
-ROUNDS = 3  # draws of the roundings, of which the largest counts
+ROUNDS = 3  # random draws of the rounding errors; the largest is used
 
 Results = Tensor | float | Sequence | Mapping | None
 
 
 def _named(results: Results) -> dict[str, Tensor]:
-    """Tensors and numbers in mappings and sequences, by their path; None is an empty tensor."""
+    """Flatten mappings and sequences of tensors and numbers to path -> tensor; None is an empty tensor."""
     if isinstance(results, Tensor):
         return {"": results.detach()}
     if results is None:
@@ -57,28 +59,30 @@ def _largest(t: Tensor) -> float:
 
 
 def _hold(name: str, error: float, allowed: float, what: str) -> None:
-    # infinities allow nothing, and a NaN is never small
+    # an infinite or NaN error always fails
     assert error <= allowed < math.inf, f"{name or 'it'} is off by {error:.3e}, {what} allow {allowed:.3e}"
 
 
 def assert_same_formula(got: Results, wanted: Results) -> None:
-    """Computed in fp64, and equal to half of its digits, beside the largest element of each tensor.
+    """Check that results computed in fp64 agree in half of their digits, relative to each tensor's largest
+    element.
 
     Args:
-        got, wanted: tensors or numbers, or mappings or sequences of such; None where there is none.
+        got: tensors or numbers, or mappings or sequences of them; None for an absent value.
+        wanted: as `got`.
     """
     half = math.sqrt(torch.finfo(torch.float64).eps)
     for kind in (got, wanted):
         for name, value in _named(kind).items():
             assert not value.is_floating_point() or value.dtype == torch.float64 or not value.numel(), (
-                f"{name or 'it'} was computed in {value.dtype}: it has not the digits for this comparison"
+                f"{name or 'it'} was computed in {value.dtype}, which has too few digits for this comparison"
             )
     for name, mine, other in _pairs(got, wanted):
         _hold(name, _largest(mine - other), half * _largest(other), "half of fp64's digits")
 
 
 class _Wide(TorchFunctionMode):
-    """What asks for fp32 gets fp64."""
+    """Replaces fp32 by fp64 in calls of torch."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -97,7 +101,7 @@ class _Wide(TorchFunctionMode):
 
 @contextmanager
 def in_fp64() -> Iterator[None]:
-    """Inside, on this thread, tensors and models are made in fp64, and what casts to fp32 stays in fp64."""
+    """On this thread, create tensors and models in fp64, and keep fp64 where code converts to fp32."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -110,12 +114,14 @@ def in_fp64() -> Iterator[None]:
 def assert_close_after(
     roundings: int, got: Results, wanted: Results, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Equal but for so many roundings in `dtype`, each by half an eps of the largest element at most.
+    """Check that results agree up to a number of roundings, each at most half an eps of the largest element.
 
     Args:
-        roundings: that `got` and `wanted` together have behind them, and whose results are no larger than
-            the largest of `wanted`: say in a comment which they are.
-        got, wanted: as in `assert_same_formula`.
+        roundings: number of roundings in `got` and `wanted` together. Each rounded value must be at most as
+            large as the largest element of `wanted`. A comment at the call must list these roundings.
+        got: as in `assert_same_formula`.
+        wanted: as in `assert_same_formula`.
+        dtype: dtype of the roundings.
     """
     for name, mine, other in _pairs(got, wanted):
         allowed = roundings * torch.finfo(dtype).eps / 2 * _largest(other)
@@ -123,16 +129,16 @@ def assert_close_after(
 
 
 def assert_spread(drawn: Tensor, std: float) -> None:
-    """Normal draws' standard deviation, to three of its errors; uniform draws' is better known than that."""
+    """Check the standard deviation of random numbers, to three standard errors of a normal sample."""
     found, error = float(drawn.detach().std()), 1 / math.sqrt(2 * drawn.numel())
     assert abs(found / std - 1) <= 3 * error, (found, std, error)
 
 
 def rounding_of(run: Callable[[], Results], seed: int = 0) -> dict[str, float]:
-    """What unsplit sums in fp32 do to each result of `run`, at most.
+    """Estimate the largest change of each result of `run` by unsplit sums in fp32.
 
     Args:
-        run: computes results anew from the same inputs on this thread, backward included, in fp32.
+        run: recomputes the results from the same inputs on this thread, backward included, in fp32.
     """
     plain, moved = run(), {}
     for draw in range(ROUNDS):
@@ -145,11 +151,12 @@ def rounding_of(run: Callable[[], Results], seed: int = 0) -> dict[str, float]:
 
 
 def assert_same_sums(got: Results, wanted: Results, rounding: Mapping[str, float]) -> None:
-    """Each side may be off by twice what unsplit sums do to it, and by one rounding of the result.
+    """Check that results agree up to twice the effect of unsplit sums on each side and one rounding.
 
     Args:
-        got, wanted: as in `assert_same_formula`, in fp32.
-        rounding: of `rounding_of`, for a run with the results `wanted`.
+        got: as in `assert_same_formula`, in fp32.
+        wanted: as in `assert_same_formula`, in fp32.
+        rounding: output of `rounding_of` for a run with the results `wanted`.
     """
     for name, mine, other in _pairs(got, wanted):
         allowed = 4 * rounding[name] + torch.finfo(torch.float32).eps * _largest(other)
@@ -157,9 +164,10 @@ def assert_same_sums(got: Results, wanted: Results, rounding: Mapping[str, float
 
 
 def assert_outputs_of_fp32(op: Callable, reference: Callable, dtype: torch.dtype, *inputs: Tensor) -> None:
-    """What an op computes in fp32 from inputs in `dtype` is as accurate as what torch does; no gradients.
+    """Check that fp32 outputs of an op with inputs in `dtype` are as accurate as those of torch; no
+    gradients.
 
-    For statistics: from 16-bit inputs the accuracy rule would take 16-bit outputs.
+    Used for statistics, because the accuracy rule assumes 16-bit outputs for 16-bit inputs.
     """
     narrow = lambda *wide: op(*(t.to(dtype) for t in wide))
     with torch.no_grad():

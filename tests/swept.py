@@ -1,11 +1,11 @@
-"""Whether `make test-all` has passed on the kernels as they are.
+"""Record whether `make test-all` has passed for the current kernels.
 
-    python -m tests.swept                  ends with 0 if it has, with 1 if not
-    python -m tests.swept --print          the hash of the files that decide it
-    python -m tests.swept --record HASH    says that it has passed, if that is still their hash
+    python -m tests.swept                  exit code 0 if it has passed, 1 if not
+    python -m tests.swept --print          print the hash of the files that affect the result
+    python -m tests.swept --record HASH    record that it has passed, if the hash has not changed
 
-`make test-all` takes the hash before it begins and, where all of it passed, records it in tests/swept.txt:
-commit that file.
+`make test-all` computes the hash before it starts. If all tests pass, it records the hash in
+tests/swept.txt; commit that file.
 """
 
 import os
@@ -23,7 +23,7 @@ DECIDE = (
     "tests/benchmarks/test_gpu_rehearsal.py", "tests/conftest.py", "tests/rounding.py", "constraints.txt",
     "pyproject.toml", "setup.py",
 )  # fmt: skip
-# what makes a run another one than `make test-all` of this tree
+# variables with which a run differs from `make test-all` of this tree
 SWITCHES = ("PYTEST_ADDOPTS", "CUMO_BACKEND", "CUMO_BATCH_INVARIANT", "CUMO_EMULATE", "TRITON_INTERPRET")
 
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["--record"]:
         switched = [name for name in SWITCHES if os.environ.get(name)]
         if argv[1:] != [found] or switched:
-            print(f"not recorded: {', '.join(switched) or 'files changed on the way'}", file=sys.stderr)
+            print(f"not recorded: {', '.join(switched) or 'files changed during the run'}", file=sys.stderr)
             return 1
         RECORD.write_text(f"{found}\n")
         return 0

@@ -1,4 +1,4 @@
-"""Both ends of the releases that cumo runs with: where they are written down, what is said of newer ones."""
+"""Oldest and newest supported releases: all places that state them agree; the warning at import."""
 
 import re
 import subprocess
@@ -35,7 +35,7 @@ def test_every_python_is_named_alike():
 
 
 def test_the_warning_comes_before_what_a_new_release_may_break(tmp_path):
-    """A torch of the future, in which what we import of it is gone."""
+    """A future torch, from which a name that this project imports has been removed."""
     (tmp_path / "torch-9.9.dist-info").mkdir()
     (tmp_path / "torch-9.9.dist-info/METADATA").write_text(
         "Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n"
@@ -58,7 +58,7 @@ def test_latest_stays_within_our_bounds_and_says_what_pip_says(monkeypatch):
     assert re.fullmatch(r"transformers>=[\d.]+,<\d+", latest.bounded(["pillow", "transformers"])[1])
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
-    with pytest.raises(SystemExit, match=r"(?s)is as it was\n.*No matching distribution found for pillow"):
+    with pytest.raises(SystemExit, match=r"(?s)is not changed\n.*No matching distribution found for pillow"):
         latest.resolve("3.12", ["pillow"])
 
 

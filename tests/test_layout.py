@@ -1,7 +1,6 @@
-"""The shape of the tree: who may import whom, the same stem everywhere, short files.
+"""Structure of the tree: allowed imports, the files of each kernel stem, file lengths.
 
-The tables below are the architecture. When the tree changes, they change with it, and so do
-docs/design.md and CONTRIBUTING.md.
+The tables below define the architecture. When the tree changes, update them, docs/design.md and CONTRIBUTING.md.
 """
 
 import ast
@@ -16,8 +15,9 @@ TOP = ("cumo_kernels", "cumo_model", "benchmarks", "examples", "tests")
 STEMS = ("routing", "permutation", "grouped_gemm", "activation", "experts")
 MAX_LINES = 500
 
-# Who may import whom among our own modules: the first row whose pattern fits a module is its row. "a" means
-# the module a itself (for a package: its public names), "a.*" everything below, "." the module's own package.
+# Allowed imports among the project's modules: the first row whose pattern matches a module applies. "a"
+# means the module a itself (for a package: its public names), "a.*" all modules below it, "." the module's
+# own package.
 KERNELS, TILES, VERIFICATION = "cumo_kernels", "cumo_kernels.tiles", "cumo_kernels.verification"
 LEAVES = ("activations", "backends", "extension", "files", "moved", "types", "versions")  # of cumo_kernels
 ARROWS = {
@@ -25,7 +25,7 @@ ARROWS = {
     f"{KERNELS}.extension": (f"{KERNELS}._C",),
     f"{KERNELS}.tracing": (),
     f"{KERNELS}.hostsync": (f"{KERNELS}.tracing",),
-    # tiles: what a GPU is, which tiles it runs with, what was measured on it
+    # tiles: properties of GPUs, their tile sizes, and measured choices
     TILES: (),
     f"{TILES}.hardware": (),
     f"{TILES}.tuning": (f"{TILES}.hardware", f"{KERNELS}.files"),
@@ -36,7 +36,7 @@ ARROWS = {
         f"{KERNELS}.tracing",
     ),
     f"{TILES}.*": (f"{TILES}.*", f"{KERNELS}.backends.triton*"),  # tools: tune, codegen
-    # verification: what dispatch asks comes first, the programs that find it out last
+    # verification: first the results that dispatch reads, then the programs that produce them
     VERIFICATION: (),
     f"{VERIFICATION}.verified": (
         f"{TILES}.hardware",
@@ -71,7 +71,7 @@ ARROWS = {
     f"{KERNELS}.backends.reference*": (".", f"{KERNELS}.activations", f"{KERNELS}.types"),
     f"{KERNELS}.backends.torch*": (
         ".",
-        f"{KERNELS}.backends.reference*",  # what asks the host nothing there is used as it is
+        f"{KERNELS}.backends.reference*",  # it uses the functions that need no host synchronisation
         f"{KERNELS}.activations",
         f"{KERNELS}.hostsync",
         f"{KERNELS}.types",
@@ -90,11 +90,11 @@ ARROWS = {
         f"{KERNELS}.activations",
         f"{KERNELS}.dispatch",
         f"{KERNELS}.moved",
-        f"{KERNELS}.ops*",  # ops.grouped_gemm is a module and, in the package's names, its function
+        f"{KERNELS}.ops*",  # ops.grouped_gemm is a module; in the package the name is its function
         f"{KERNELS}.types",
         f"{KERNELS}.versions",
     ),
-    f"{KERNELS}.*": (KERNELS, f"{KERNELS}.*"),  # the front door and its subcommands
+    f"{KERNELS}.*": (KERNELS, f"{KERNELS}.*"),  # the command line and its subcommands
     "cumo_model.training.monitor": ("cumo_model.*", f"{TILES}.hardware"),
     "cumo_model.model.image_tokens": ("cumo_model.*", f"{KERNELS}.hostsync"),
     "cumo_model.demo.packages": ("cumo_model.*", f"{KERNELS}.files"),
@@ -126,7 +126,7 @@ ARROWS = {
     "tests*": ("tests.*", "cumo_model", "cumo_model.*", KERNELS, f"{KERNELS}.*"),
 }
 
-# A room of cumo_model -> the rooms it stands on: it imports these, itself, and what these stand on.
+# A room of cumo_model -> the rooms it uses. It may import these, itself, and the rooms that these use.
 ROOMS = {
     "model": (),
     "processing": ("model",),
@@ -139,7 +139,7 @@ ROOMS = {
     "__main__": ("demo",),
 }
 
-# Heavy or optional packages stay where they belong; benchmarks and tests may use anything.
+# Heavy or optional packages may be imported only in these modules; benchmarks and tests may import anything.
 FOREIGN = {
     "triton": ("cumo_kernels.backends.triton*", "cumo_kernels.tiles.codegen", "cumo_kernels.tiles.tuning"),
     "transformers": ("cumo_kernels.integrations*", "cumo_model*"),
@@ -162,7 +162,7 @@ def is_module(name: str) -> bool:
 
 
 def imports(module: str, source: str) -> Iterator[str]:
-    """Every module that `source` imports, at any depth; `from package import submodule` is the submodule."""
+    """All modules that `source` imports, also inside functions. A submodule counts instead of its package."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -182,7 +182,7 @@ def package_of(module: str) -> str:
 
 
 def forbidden(module: str, source: str) -> list[str]:
-    """The arrows of one file that the tables above do not have."""
+    """The imports of one file that the tables above do not allow."""
     allowed = next((row for pattern, row in ARROWS.items() if fnmatch(module, pattern)), None)
     if allowed is None:
         return [f"{module} is in no row of ARROWS"]
@@ -209,12 +209,12 @@ def room(module: str) -> str:
 
 
 def below(name: str) -> set[str]:
-    """The room itself and every room it stands on."""
+    """The room itself and all rooms it uses, directly or indirectly."""
     return {name}.union(*map(below, ROOMS[name]))
 
 
 def cycle(package: str) -> list[str]:
-    """Modules of a package that import each other in a circle, also where a function imports."""
+    """Modules of a package with a circular import, imports inside functions included."""
     is_file = lambda name: name in FILES and FILES[name].name != "__init__.py"
     arrows = {
         name: {
@@ -281,7 +281,7 @@ def backends() -> list[str]:
 
 
 def places(stem: str) -> list[str]:
-    """Every file that a kernel stem must have; a place that the tree does not have yet demands nothing."""
+    """All files that a kernel stem must have, in the folders that exist."""
     paths = [f"cumo_kernels/ops/{stem}.py", f"tests/kernels/test_{stem}.py"]
     paths += [f"cumo_kernels/backends/{backend}/{stem}.py" for backend in backends()]
     paths += [f"csrc/{stem}.cu"] if (ROOT / "csrc").is_dir() else []

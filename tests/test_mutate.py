@@ -1,4 +1,4 @@
-"""The faults of tests/mutate.py still fit the code they are to be planted in; planting them takes an hour."""
+"""The faults of tests/mutate.py still match the code; running them takes an hour and is done separately."""
 
 import pytest
 

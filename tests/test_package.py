@@ -1,4 +1,4 @@
-"""The package as others meet it: one version, agreeing pins, working commands, a build that says why not."""
+"""Packaging: one version, consistent pins, working commands, and build errors with a reason."""
 
 import ast
 import importlib.util
@@ -79,7 +79,7 @@ def test_a_command_exists(script):
     assert callable(getattr(importlib.import_module(module), function))
 
 
-REASONS = {  # what is missing -> the words that say so
+REASONS = {  # what is missing -> part of the message
     "csrc": "csrc/bindings.cpp",
     "nvcc": "nvcc",
     "torch": "torch is not installed",
@@ -89,7 +89,7 @@ REASONS = {  # what is missing -> the words that say so
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """machine(missing) -> setup.py on a machine that could build, except for one thing."""
+    """Factory: machine(missing) loads setup.py on a simulated machine that lacks one build requirement."""
 
     def make(missing: str | None):
         setup = load_setup()
@@ -153,7 +153,7 @@ def test_an_extension_that_does_not_fit_torch_says_so(monkeypatch):
 
 
 def test_architectures_that_cannot_be_compiled_for_are_left_out(machine, monkeypatch):
-    """A container's environment lists GPUs that nobody asked these kernels to run on."""
+    """A container may set TORCH_CUDA_ARCH_LIST with GPUs that these kernels do not support."""
     setup = machine(None)
     choose = setup.settings().choose_architectures
     assert choose("8.0;9.0a;10.0;12.0+PTX") == ("8.0;9.0a;10.0;12.0+PTX", [])

@@ -1,4 +1,4 @@
-"""The comparisons of whole computations: another order of the sums passes, another computation does not."""
+"""Tests of tests/rounding.py: another order of summation passes, another computation fails."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def network(dtype=torch.float32):
 
 
 def results(x, up, down, lost=0, backwards=False):
-    """Output and gradients of two layers, their sums in halves; or without the first terms."""
+    """Output and gradients of two layers, with sums split in halves, or without their first terms."""
     leaves = [t.clone().requires_grad_() for t in (x, up, down)]
     x, up, down = leaves
     order = [slice(128, None), slice(lost, 128)] if backwards else [slice(lost, 128), slice(128, None)]

@@ -1,4 +1,4 @@
-"""The record of the sweeps: what it covers, and when it is not believed."""
+"""Tests of tests/swept.py: the files that the hash covers, and when a record is invalid."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_every_file_that_marks_a_sweep_decides_the_hash():
 
 
 def test_a_record_holds_until_a_file_changes(tree, capsys):
-    assert swept.main([]) == 1  # nothing was swept
+    assert swept.main([]) == 1  # no record exists
     assert swept.main(["--record", printed(capsys)]) == 0
     assert swept.main([]) == 0
     (tree / "csrc" / "kernel.cu").write_text("two")

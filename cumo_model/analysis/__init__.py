@@ -1,1 +1,1 @@
-"""Which experts tokens and patches go to, measured and drawn."""
+"""Analysis of routing: measure and plot which experts tokens and patches use."""

@@ -1,4 +1,4 @@
-"""Where a model's tokens go: expert load per layer and per kind of record, and which expert each patch chose.
+"""Analysis of routing: expert load per layer and kind of record, and the first-choice expert of each patch.
 
 python -m cumo_model experts --checkpoint DIR --data FILE --images DIR --by kind
 """
@@ -23,21 +23,21 @@ from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.model.moe import MoELayer, record_routing
 from cumo_model.model.pyramid import crop_counts, merge_chessboard
 
-Load = dict[str, dict[str, list[list[float]]]]  # place -> kind -> per layer, each expert's share
+Load = dict[str, dict[str, list[list[float]]]]  # place -> kind -> layer -> share of each expert
 
 
 @torch.no_grad()
 def expert_load(
     model: CumoForConditionalGeneration, batches: Iterable[tuple[str, dict[str, Tensor]]]
 ) -> Load:
-    """Share of the routed slots that each expert gets; padding counts nowhere.
+    """Measure the share of routed slots (token, choice) of each expert; padding is not counted.
 
     Args:
-        model: run in evaluation mode.
-        batches: (kind, batch with input_ids, attention_mask and, if there are pictures, pixel_values).
+        model: runs in evaluation mode; its mode is restored afterwards.
+        batches: pairs (kind, batch). A batch has input_ids, attention_mask and, with pictures, pixel_values.
 
     Returns:
-        Place -> kind -> per layer, each expert's share; places without experts are absent.
+        Place -> kind -> layer -> share of each expert. Places without experts are absent.
     """
     slots: dict = defaultdict(lambda: defaultdict(dict))
     was_training = model.training
@@ -65,17 +65,17 @@ def expert_load(
 
 
 def load_entropy(load: Mapping[str, list[list[float]]]) -> float:
-    """Mean over layers of the entropy of the expert load over all kinds, 1 when even, 0 when collapsed."""
+    """Normalised entropy of the expert load of all kinds, averaged over layers: 1 uniform, 0 collapsed."""
     shares = torch.tensor(list(load.values())).mean(0)  # (layers, E)
     entropy = torch.special.entr(shares).sum(1) / torch.log(torch.tensor(float(shares.shape[1])))
     return float(entropy.mean())
 
 
 def specialisation(load: Mapping[str, list[list[float]]]) -> float:
-    """How far kinds of record differ in the experts they use.
+    """How much the kinds of records differ in the experts they use.
 
-    The mean over layers and pairs of kinds of the total variation distance of their shares: 0 when all are
-    alike, 1 when no two share an expert.
+    This is the total variation distance of the expert shares, averaged over layers and pairs of kinds: 0 if
+    all kinds have the same shares, 1 if no two kinds share an expert.
     """
     shares = torch.tensor(list(load.values()))  # (kinds, layers, E)
     if len(shares) < 2:
@@ -91,11 +91,12 @@ def patch_experts(
     """First-choice expert of each patch of one picture.
 
     Args:
+        model: switched to evaluation mode.
         pixel_values: (1, 3, s, s).
 
     Returns:
-        (place, layer, scale) -> square of expert ids; the tower sees a scale of k as k x k tiles, put
-        together here. The connector has one square, of scale 1.
+        (place, layer, scale) -> square map of expert ids. In the tower, the k x k tiles of scale k are
+        joined to one map. The connector has one map, with scale 1.
     """
     with record_routing() as records:
         model.eval().get_image_features(pixel_values.to(model.device))
@@ -116,7 +117,7 @@ def patch_experts(
 
 
 def kinds_of(dataset: StreamedConversations, by: str | None, limit: int | None) -> dict[str, list[int]]:
-    """Record numbers by the value of a field, or by file where `by` is None; at most `limit` of each."""
+    """Record numbers grouped by the field `by`, or by file if it is None; at most `limit` per group."""
     found: dict[str, list[int]] = defaultdict(list)
     for number in range(len(dataset)):
         file = dataset.file_of(number)
@@ -155,13 +156,24 @@ def report_experts(
     batch_size: int = 8,
     pictures: Sequence[str] = (),
 ) -> dict:
-    """Measure, draw and write: load.json, load.png, and patches-NAME.png of each of `pictures`.
+    """Measure the routing of a checkpoint; write load.json, load.png and patches-NAME.png per picture.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        files: names or patterns of conversation files.
+        images: folders or .tar files of their pictures.
+        out: new folder for the results.
+        by: field of the records that gives their kind; None: each file is one kind.
+        template: name of the conversation template.
+        limit: maximum number of records per kind.
+        batch_size: records per forward pass.
+        pictures: files of pictures whose patches are plotted by expert.
 
     Returns:
-        What load.json holds: load, entropy and specialisation by place, and records by kind.
+        The content of load.json: load, entropy and specialisation by place, and records by kind.
 
     Raises:
-        ValueError: the checkpoint has no experts, or something cannot be read.
+        ValueError: the checkpoint has no experts or no tokenizer, or a file cannot be read.
     """
     from cumo_model.analysis import plots
     from cumo_model.processing.processor import load_image
@@ -173,7 +185,7 @@ def report_experts(
     if processor is None:
         raise ValueError(f"checkpoint {os.fspath(checkpoint)!r} has no tokenizer")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # records that train nothing are still looked at
+        warnings.simplefilter("ignore")  # records without labels are analysed too
         dataset = StreamedConversations(list(files), list(images) or None, processor, template)
     kinds = kinds_of(dataset, by, limit)
     load = expert_load(model, _batches(dataset, kinds, batch_size))

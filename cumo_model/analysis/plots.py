@@ -1,4 +1,4 @@
-"""Pictures of experts: load per layer and kind of record, patches by chosen expert."""
+"""Plots of routing: expert load per layer and kind of record, and patches by first-choice expert."""
 
 from pathlib import Path
 
@@ -17,6 +17,7 @@ PLACES = {"clip": "CLIP-MoE", "mlp": "MLP-MoE", "llm": "LLM-MoE"}
 
 
 def save(figure, path: Path) -> None:
+    """Write a figure as PNG atomically and close it."""
     part = path.with_name(f".{path.name}.part")
     figure.savefig(part, dpi=130, format="png")
     plt.close(figure)
@@ -24,7 +25,7 @@ def save(figure, path: Path) -> None:
 
 
 def plot_expert_load(load: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
-    """`load`: place -> kind of question -> per layer the share of each expert; stacked bars."""
+    """Plot stacked bars of `load`, place -> kind of record -> layer -> share of each expert."""
     kinds = list(next(iter(load.values())))
     figure, axes = plt.subplots(
         len(kinds),
@@ -56,8 +57,7 @@ def plot_expert_load(load: dict[str, dict[str, list[list[float]]]], path: Path) 
 
 
 def plot_patches(picture: np.ndarray, experts: dict[tuple[str, int, int], np.ndarray], path: Path) -> None:
-    """One picture (s, s, 3) and, per layer and scale, the same with each patch tinted by its first-choice
-    expert."""
+    """Plot a picture (s, s, 3) and, per layer and scale, its patches tinted by first-choice expert."""
     num_experts = 1 + max(int(chosen.max()) for chosen in experts.values())
     colours = plt.get_cmap("tab10")(range(num_experts))[:, :3]
     columns = min(9, 1 + len(experts))

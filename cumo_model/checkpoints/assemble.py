@@ -1,12 +1,13 @@
-"""One way to a model: model and processor from any starting point. Training, upcycling, conversion and chat
-begin here.
+"""Loading of a model and its processor from any starting point. Training, upcycling and chat use `assemble`.
 
-A starting point is a checkpoint in our layout or the released one, or parts that others trained. The image
-token of the model is set from the processor's tokenizer in one place, `describe`.
+A starting point is a checkpoint in this project's layout or in the released one, or a set of pretrained
+parts. `describe` reads config and processor only; conversion uses it. Both set the model's image token from
+the tokenizer of the processor.
 """
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoProcessor, BitsAndBytesConfig
@@ -45,31 +46,37 @@ def assemble(
     template: str | None = None,
     aspect: str | None = None,
     seed: int = 0,
-    **options,
+    **options: Any,
 ) -> tuple[CumoForConditionalGeneration, CumoProcessor | None]:
-    """Model and processor from a checkpoint, or from a tower, a language model and a connector.
+    """Load model and processor from a checkpoint, or from a vision tower, a language model and a connector.
 
     Args:
-        checkpoint: folder of a CuMo in our layout or the released one, dense or with experts; or its parts:
-        vision, text, projector, clip: as in `from_parts`.
-        tokenizer: folder of the tokenizer where it is not with `text`.
-        experts: keywords of `upcycle`. A place that has as many experts already keeps them.
-        scratch: new experts begin with random weights instead of copies.
-        dtype: of the weights; that of the files unless given.
-        quantize: 4 or 8 bits through bitsandbytes, of a checkpoint that needs no new experts.
-        attn_implementation: of transformers.
-        template: name of the chat template; the checkpoint's own unless given, for parts DEFAULT_TEMPLATE.
-        aspect: "pad" or "square"; the checkpoint's own unless given.
-        seed: of new gates, experts and connector. The global generator is left as it was.
-        options: fields of CumoConfig, for parts: `scales`, `compat`.
+        checkpoint: folder of a CuMo in this project's or the released layout, dense or with experts. Give
+            either this or `vision` and `text`.
+        vision: as in `from_parts`.
+        text: as in `from_parts`.
+        projector: as in `from_parts`.
+        clip: as in `from_parts`.
+        tokenizer: folder of the tokenizer, if it is not in `text`.
+        experts: keyword arguments of `upcycle`. A place that already has the requested number of experts
+            keeps them.
+        scratch: initialise new experts with random weights instead of copies.
+        dtype: dtype of the weights; by default that of the files.
+        quantize: 4 or 8 bits with bitsandbytes, for a checkpoint that needs no new experts.
+        attn_implementation: as in transformers.
+        template: name of the chat template; by default that of the checkpoint, and DEFAULT_TEMPLATE for
+            parts.
+        aspect: "pad" or "square"; by default that of the checkpoint.
+        seed: seed of new gates, experts and connector. The state of the global generator is restored.
+        **options: fields of CumoConfig for a model made of parts, such as `scales` and `compat`.
 
     Returns:
-        The model on the CPU in evaluation mode (quantised: where bitsandbytes wants it), and its processor;
-        None where the files have no tokenizer.
+        The model in evaluation mode, on the CPU (if quantised: on the device bitsandbytes uses), and its
+        processor, None if the files contain no tokenizer.
 
     Raises:
-        ValueError: no or several starting points, a folder that is missing, damaged or of another kind,
-            tensors that are missing or of another shape, or experts that do not fit what is there.
+        ValueError: there is no starting point or more than one; a folder is missing, damaged or of another
+            kind; tensors are missing or have another shape; or the requested experts do not fit the model.
     """
     given = {"vision": vision, "text": text, "projector": projector, "clip": clip, "tokenizer": tokenizer}
     named = [name for name, value in given.items() if value is not None]
@@ -88,13 +95,13 @@ def assemble(
             config, processor = describe(checkpoint)
             options = {} if quantize is None else {"quantization_config": _quantization(quantize, dtype)}
             if layout_of(read_object(Path(checkpoint, "config.json"))) is None:
-                options["use_safetensors"] = True  # reading the released layout checks .bin files
+                options["use_safetensors"] = True  # .bin files are checked in the released layout only
             if attn_implementation is not None:
                 options["attn_implementation"] = attn_implementation
             model = load_whole(CumoForConditionalGeneration, checkpoint, dtype or "auto", **options)
         else:
             if quantize is not None:
-                raise ValueError("quantize must be None for parts: save what they make, then quantise that")
+                raise ValueError("quantize must be None for parts: save the assembled model, quantise that")
             model = from_parts(vision, text, projector, dtype, clip, **options)
             if attn_implementation is not None:
                 model.set_attn_implementation(attn_implementation)
@@ -114,14 +121,17 @@ def assemble(
 
 
 def describe(checkpoint: str | os.PathLike) -> tuple[CumoConfig, CumoProcessor | None]:
-    """Config and processor of a checkpoint in either layout, without its weights.
+    """Read config and processor of a checkpoint in either layout, without its weights.
+
+    Args:
+        checkpoint: folder of the checkpoint.
 
     Returns:
-        The config, whose image token is that of the processor's tokenizer; the processor, None if the folder
-        has no tokenizer.
+        The config, with the image token of the processor's tokenizer; the processor, None if the folder has
+        no tokenizer.
 
     Raises:
-        ValueError: the folder is none, or its config.json is missing, damaged or of another model.
+        ValueError: `checkpoint` is not a folder, or its config.json is missing, damaged or of another model.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -147,7 +157,7 @@ def describe(checkpoint: str | os.PathLike) -> tuple[CumoConfig, CumoProcessor |
 
 
 def _set_processor(processor: CumoProcessor, config: CumoConfig, template: str, aspect: str) -> CumoProcessor:
-    """The same tokenizer and picture statistics with another template and way to make pictures square."""
+    """A processor with the same tokenizer and normalisation, and with another template and aspect ratio."""
     vision = config.vision_config
     again = build_processor(
         processor.tokenizer,
@@ -171,8 +181,10 @@ def _with_experts(
     seed: int,
     quantize: int | None,
 ) -> CumoForConditionalGeneration:
-    """Experts in the places asked for. A place that has as many already keeps them: a stage that makes
-    experts can begin with its own result."""
+    """Add experts in the requested places. A place that already has the requested number keeps its experts.
+
+    So a stage that adds experts can also start from its own result.
+    """
     text = model.config.text_config
     found = {
         "vision_experts": model.config.vision_config.num_experts,
@@ -188,7 +200,7 @@ def _with_experts(
     if not any(wanted[name] > 1 for name in PLACES):
         return model
     if quantize is not None:
-        raise ValueError("quantize must be None where experts are made: save the model, then quantise that")
+        raise ValueError("quantize must be None if experts are added: save the model, then quantise that")
     moe = upcycle(model, **wanted, seed=seed)
     if scratch:
         scratch_experts(model, moe, seed)
@@ -198,7 +210,7 @@ def _with_experts(
 def _quantization(bits: int, dtype: torch.dtype | None) -> BitsAndBytesConfig:
     if bits not in (4, 8):
         raise ValueError(f"quantize must be 4 or 8, got {bits}")
-    # routers and what is not the language model stay whole
+    # routers and all modules outside the language model are not quantised
     kept = ["gate", "lm_head", "model.vision_tower", "model.multi_modal_projector"]
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)

@@ -1,7 +1,7 @@
-"""Checkpoint files between our layout and that of the released SHI-Labs/CuMo checkpoints.
+"""Conversion of checkpoints between this project's layout and that of the released SHI-Labs/CuMo checkpoints.
 
-A tensor is copied from shard to shard, never a whole model: one output shard is in memory at a time. Before
-anything is written, the names and shapes of the source are held against what its config.json promises.
+Tensors are copied one by one, and one output shard at a time is in memory. Before anything is written, the
+names and shapes of the source are compared with those that its config.json requires.
 """
 
 import json
@@ -35,43 +35,47 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> Path:
-    """Copy a checkpoint into the other layout, bit for bit.
+    """Convert a checkpoint to the other layout; all values stay bit-identical.
 
     Args:
-        source: folder with config.json and safetensors shards, or `.bin` files that hold nothing but tensors.
-        target: new folder; appears in one move. Tokenizer files and the like are copied along.
-        layout: "cumo" or "original"; the other one than the source's unless given.
-        shard_bytes: largest output file, but for a tensor that alone is larger; about the memory it takes.
-        progress: show a bar.
+        source: folder with config.json and safetensors shards, or `.bin` files that contain only tensors.
+        target: new folder, created atomically. Other files, such as those of a tokenizer, are copied too.
+        layout: layout of the target, "cumo" or "original"; by default the other one than that of the source.
+        shard_bytes: largest size of an output file in bytes, unless a single tensor is larger. It is also
+            about the memory needed.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The path of `target`.
 
     Raises:
-        ValueError: names or shapes are not those of config.json, experts of one place differ in dtype, a
-            file is damaged or pickles more than tensors, the disk is too small,
-            the model has no form in the original layout, or `target` is there already.
+        ValueError: names or shapes do not match config.json; experts of one layer differ in dtype; a file is
+            damaged or contains more than tensors; the disk is too small; the released layout cannot describe
+            the model; or `target` exists already.
     """
     if not shard_bytes >= 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
     source = Path(source)
     config, processor = describe(source)
-    is_theirs = is_original(read_object(source / "config.json"))
-    layout = layout or ("cumo" if is_theirs else "original")
+    is_released = is_original(read_object(source / "config.json"))
+    layout = layout or ("cumo" if is_released else "original")
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     config.architectures = [CumoForConditionalGeneration.__name__]
-    ours = own_layout(config)
-    parts = {key: original_names(key, shape) for key, shape in ours.items()}
-    theirs = {name: shape for names in parts.values() for name, shape in names.items()}
+    own = own_layout(config)
+    parts = {key: original_names(key, shape) for key, shape in own.items()}
+    released = {name: shape for names in parts.values() for name, shape in names.items()}
     new_config = to_original(config) if layout == "original" else None
     shards = Shards(source)
-    check_tensors(shards.shapes, theirs if is_theirs else ours, str(source))
+    check_tensors(shards.shapes, released if is_released else own, str(source))
 
-    if is_theirs and layout == "cumo":
+    if is_released and layout == "cumo":
         _check_stacks(shards, parts)
-    if is_theirs == (layout == "original"):
+    if is_released == (layout == "original"):
         plan = [(name, shape, lambda name=name: shards[name]) for name, shape in shards.shapes.items()]
-    elif is_theirs:
+    elif is_released:
         plan = [
-            (key, shape, lambda key=key: _join(shards, parts[key], ours[key])) for key, shape in ours.items()
+            (key, shape, lambda key=key: _join(shards, parts[key], own[key])) for key, shape in own.items()
         ]
     else:
         plan = list(_split(shards, parts))
@@ -79,12 +83,12 @@ def convert(
     _check_disk(Path(target), needed)
     with new_directory(target) as work:
         if new_config is None:
-            if is_theirs and processor is not None:
+            if is_released and processor is not None:
                 processor.save_pretrained(work)
             config.save_pretrained(work)
         else:
             _write_original_config(work, new_config, config)
-            check_tensors(dict(own_layout(CumoConfig.from_pretrained(work))), ours, "the original layout")
+            check_tensors(dict(own_layout(CumoConfig.from_pretrained(work))), own, "the original layout")
         write_shards(work, plan, lambda name: _dtype_of(shards, parts, name), shard_bytes, progress)
         for path in source.iterdir():
             if (
@@ -105,7 +109,7 @@ def _check_disk(target: Path, needed: int) -> None:
 
 
 def _check_stacks(shards: Shards, parts: dict[str, dict[str, Shape]]) -> None:
-    """What is stacked must be of one dtype: in any other the bits would change."""
+    """Check that tensors to be stacked have one dtype, because a conversion would change their values."""
     for names in parts.values():
         first, *others = names
         for name in others:
@@ -125,7 +129,7 @@ def _dtype_of(shards: Shards, parts: dict[str, dict[str, Shape]], name: str) -> 
 
 
 def _join(shards: Shards, names: dict[str, Shape], shape: Shape) -> Tensor:
-    """Their parts, in order, as our tensor."""
+    """Concatenate tensors of the released layout to one stacked tensor."""
     if len(names) == 1:
         return shards[next(iter(names))].reshape(shape)
     tensor, position = None, 0
@@ -141,7 +145,7 @@ def _join(shards: Shards, names: dict[str, Shape], shape: Shape) -> Tensor:
 def _split(
     shards: Shards, parts: dict[str, dict[str, Shape]]
 ) -> Iterator[tuple[str, Shape, Callable[[], Tensor]]]:
-    """Our tensors as their parts; a file's tensor is read once for all of them."""
+    """Split stacked tensors into those of the released layout; each stacked tensor is read once."""
     held: dict[str, Tensor] = {}
 
     def part(key: str, begin: int, shape: Shape) -> Tensor:

@@ -1,5 +1,4 @@
-"""JSON files that hold an object; folders that appear in one move, so that nobody reads half of one; what a
-model on disk is known by."""
+"""File helpers: JSON objects, folders that are created atomically, and fingerprints of models on disk."""
 
 import contextlib
 import glob
@@ -15,7 +14,11 @@ from typing import Any, BinaryIO
 
 
 def read_object(path: str | os.PathLike) -> dict[str, Any]:
-    """A JSON file that holds an object; ValueError names the file that is missing, damaged or holds more."""
+    """Read a JSON file that contains an object.
+
+    Raises:
+        ValueError: the file is missing or damaged, or contains no object; the message names it.
+    """
     try:
         values = json.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -29,10 +32,13 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` at the end of the `with`; an error leaves nothing.
+    """Create a folder atomically.
+
+    Yields a temporary folder beside `path`. At the end of the `with` block it is renamed to `path`; after an
+    error it is deleted.
 
     Raises:
-        ValueError: `path` exists and is not an empty folder; it is left as it is.
+        ValueError: `path` exists and is not an empty folder; it is not changed.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -40,7 +46,8 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}-" + "?" * 8):
         warnings.warn(
-            f"{stale} is what a run that was killed left (or one still writes): delete it", stacklevel=3
+            f"{stale} is left over from a killed run (or still being written): delete it if no run uses it",
+            stacklevel=3,
         )
     work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
@@ -52,14 +59,15 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-PROBES, PROBE = 8, 1024  # of a tensor, and bytes of each
+PROBES, PROBE = 8, 1024  # samples per tensor, and bytes per sample
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def fingerprint(folder: str | os.PathLike) -> str:
-    """A digest of a model's config.json and of pieces of each of its tensors, or of a single file.
+    """A digest of a model's config.json and of samples of each of its tensors, or of a single file.
 
-    Training changes it, copying does not, and a large model takes a moment.
+    Training changes the digest, copying does not. It reads at most PROBES * PROBE bytes of a tensor, so that
+    it is fast for large models.
     """
     digest = hashlib.sha256()
     folder = Path(folder)
@@ -77,7 +85,7 @@ def fingerprint(folder: str | os.PathLike) -> str:
 
 
 def _pieces(path: Path, file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Where to look into a file: the tensors of a safetensors file, any other as one."""
+    """Byte ranges to sample: per tensor in a safetensors file, over the whole of any other file."""
     size = path.stat().st_size
     spans = [(0, size)]
     if path.suffix == ".safetensors":
@@ -88,7 +96,7 @@ def _pieces(path: Path, file: BinaryIO) -> Iterator[tuple[int, int]]:
             spans = [(start + begin, start + end) for begin, end in offsets]
             yield 0, start
         except (ValueError, AttributeError, KeyError, TypeError):
-            pass  # damaged: who loads it says so
+            pass  # damaged; the loader reports it
     for begin, end in spans:
         if end - begin <= PROBES * PROBE:
             yield begin, end

@@ -1,8 +1,9 @@
-"""Names and shapes in a checkpoint: ours, those of the released SHI-Labs/CuMo ones, and the table between.
+"""Names and shapes of tensors in this project's layout and in the released SHI-Labs/CuMo layout.
 
-Ours stack the experts of a layer in one tensor; theirs are one tensor per expert and, in Mixtral, per half
-of the gated projection. Dense places follow the checkpoints of stages 1 and 2. Their parts of one of our
-tensors, in the order of the table, are its memory from front to back.
+This project's layout stacks the experts of a layer in one tensor. The released layout has one tensor per
+expert and, in Mixtral, per half of the gated projection. Dense places have the names used in the checkpoints
+of stages 1 and 2. The released tensors that correspond to one stacked tensor, flattened and concatenated in
+the order of the table, are its content.
 """
 
 import re
@@ -13,7 +14,7 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter, We
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
 
-PREFIXES = (  # ours -> theirs
+PREFIXES = (  # this project's layout -> released layout
     ("model.vision_tower.", "model.vision_tower.vision_model."),
     ("model.multi_modal_projector.mlp.", "model.mm_projector."),
     ("model.language_model.", "model."),
@@ -26,7 +27,7 @@ MIXTRAL_EXPERT = {"gate_up_proj": ("w1.weight", "w3.weight"), "down_proj": ("w2.
 
 
 def own_layout(config: CumoConfig) -> dict[str, tuple[int, ...]]:
-    """What a model of this config holds in our layout, name -> shape; built on the meta device."""
+    """Tensor names and shapes of a model with this config in this project's layout."""
     with torch.device("meta"):
         model = CumoForConditionalGeneration(config)
     layout = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -36,7 +37,14 @@ def own_layout(config: CumoConfig) -> dict[str, tuple[int, ...]]:
 
 
 def original_layout(config: CumoConfig) -> dict[str, tuple[int, ...]]:
-    """What a model of this config holds in the original layout, name -> shape."""
+    """Tensor names and shapes of a model in the layout of the released SHI-Labs/CuMo checkpoints.
+
+    Args:
+        config: configuration of the model.
+
+    Returns:
+        Name -> shape.
+    """
     layout: dict[str, tuple[int, ...]] = {}
     for key, shape in own_layout(config).items():
         layout.update(original_names(key, shape))
@@ -44,21 +52,25 @@ def original_layout(config: CumoConfig) -> dict[str, tuple[int, ...]]:
 
 
 def original_names(key: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """One parameter of ours, by name and shape -> the names and shapes that hold it in the original layout.
+    """Names and shapes in the released layout that correspond to one parameter of this project's layout.
 
-    Experts in ascending order; the two halves of a gated projection are gate (w1), then up (w3).
+    Experts are in ascending order. The halves of a gated projection are gate (w1), then up (w3).
+
+    Args:
+        key: name of the parameter.
+        shape: its shape.
     """
-    ours, theirs = next((pair for pair in PREFIXES if key.startswith(pair[0])), ("", ""))
-    rest = key.removeprefix(ours)
-    place = theirs.split(".")[1] if theirs else ""
+    own, released = next((pair for pair in PREFIXES if key.startswith(pair[0])), ("", ""))
+    rest = key.removeprefix(own)
+    place = released.split(".")[1] if released else ""
     if match := re.fullmatch(r"(?:(.*\.)mlp\.)?experts\.(\w+)", rest):
         layer, name = match[1] or "", match[2]
         if place == "vision_tower":
-            halves, stem = (CLIP_EXPERT[name],), f"{theirs}{layer}experts"
+            halves, stem = (CLIP_EXPERT[name],), f"{released}{layer}experts"
         elif place == "mm_projector":
-            halves, stem = (PROJECTOR_EXPERT[name],), f"{theirs}experts"
+            halves, stem = (PROJECTOR_EXPERT[name],), f"{released}experts"
         else:
-            halves, stem = MIXTRAL_EXPERT[name], f"{theirs}{layer}block_sparse_moe.experts"
+            halves, stem = MIXTRAL_EXPERT[name], f"{released}{layer}block_sparse_moe.experts"
         part = (shape[1] // len(halves), *shape[2:])
         return {f"{stem}.{e}.{half}": part for e in range(shape[0]) for half in halves}
     if place == "vision_tower":
@@ -67,15 +79,15 @@ def original_names(key: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...
         rest = re.sub(r"^fc1\.", "0.", re.sub(r"^fc2\.", "2.", rest))
     else:
         rest = rest.replace(".mlp.gate.", ".block_sparse_moe.gate.")
-    return {theirs + rest: shape}
+    return {released + rest: shape}
 
 
-def _stacked(theirs: str, ours: str) -> WeightConverter:
-    return WeightConverter(source_patterns=theirs, target_patterns=ours, operations=[MergeModulelist(dim=0)])
+def _stacked(released: str, own: str) -> WeightConverter:
+    return WeightConverter(source_patterns=released, target_patterns=own, operations=[MergeModulelist(dim=0)])
 
 
-# The same table as rules for transformers' loader, which reads Mixtral's experts by rules of its own.
-# Biases come last: its patterns know no end of a word.
+# The same table as rules for the loader of transformers, which has its own rules for Mixtral's experts.
+# Biases come last, because a pattern also matches the beginning of a longer name.
 LOADING_RULES = [
     WeightRenaming(r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
     WeightRenaming(r"(vision_tower\.encoder\.layers\.\d+)\.gate\.", r"\1.mlp.gate."),

@@ -1,4 +1,4 @@
-"""The layout of the released SHI-Labs/CuMo checkpoints, as `from_pretrained` reads it."""
+"""Support of `from_pretrained` for the layout of the released SHI-Labs/CuMo checkpoints."""
 
 import os
 from pathlib import Path
@@ -17,27 +17,31 @@ from cumo_model.processing.templates import IMAGE_MARKER
 
 logger = logging.get_logger(__name__)
 
-# While a checkpoint in the original layout is read, the model's class is one of this name, derived from the
-# class asked for: transformers finds its rules by class name.
+# transformers finds loading rules by class name. While a released checkpoint is loaded, the model has a
+# subclass of the requested class with this name.
 LOADER = "OriginalCumoLoader"
 
 
 class OriginalLayout:
+    """The released layout, for `cumo_model.model.layouts`."""
+
     model_types = tuple(TEXT_TYPE)
 
     config_values = staticmethod(from_original)
 
     def is_loader(self, cls: type) -> bool:
+        """Whether `cls` is a subclass made by `load`."""
         return cls.__name__ == LOADER
 
     def load(self, cls: type, path: str | os.PathLike, *args, **kwargs):
-        """As in transformers.
+        """Load a checkpoint in the released layout; arguments as in transformers.
 
         Raises:
-            ValueError: the folder lacks tensors, or holds others, or a harmful pickle.
+            ValueError: tensors are missing, unexpected or of another shape, or a file contains more than
+                tensors.
         """
         folder = Path(path, kwargs.get("subfolder", ""))
-        if folder.is_dir():  # of a hub's files transformers names what is missing, after loading
+        if folder.is_dir():  # for files of the hub, transformers reports missing tensors
             wanted = original_layout(CumoConfig.from_pretrained(folder))
             check_tensors(Shards(folder).shapes, wanted, str(folder))
         wants_info = kwargs.pop("output_loading_info", False)
@@ -45,26 +49,27 @@ class OriginalLayout:
         model, info = loader.from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model.__class__ = cls
         model.config.image_token_index = _image_token(folder, model.config.image_token_index)
-        model._weight_conversions = None  # from here on it is saved in our layout
+        model._weight_conversions = None  # so that the model is saved in this project's layout
         return (model, info) if wants_info else model
 
 
 def _image_token(folder: Path, default: int) -> int:
-    """Id of `<image>` in a folder's tokenizer, which may have one or be of another size than the vocabulary;
-    `default` without a tokenizer, or with one that cannot be read."""
+    """Id of `<image>` in the tokenizer of a folder.
+
+    The tokenizer may already contain `<image>`, and its size may differ from the vocabulary. Returns
+    `default` if there is no tokenizer, or it cannot be read.
+    """
     if not has_tokenizer(folder):
         return default
     try:
         return load_tokenizer(folder).convert_tokens_to_ids(IMAGE_MARKER)
-    except Exception as error:  # whatever a tokenizer's files make its loader raise, the weights are whole
-        logger.warning(
-            f"{folder}: image tokens are taken to be {default}, its tokenizer is damaged ({error})"
-        )
+    except Exception as error:  # a damaged tokenizer can raise any exception; the weights are still valid
+        logger.warning(f"{folder}: the tokenizer is damaged ({error}), {default} is used as image token")
         return default
 
 
 def _register_config(model_type: str) -> None:
-    """AutoConfig on a checkpoint in the original layout gives a CumoConfig."""
+    """Make AutoConfig return a CumoConfig for a checkpoint in the released layout."""
 
     class OriginalConfig(CumoConfig):
         @classmethod

@@ -1,7 +1,8 @@
-"""config.json of the released checkpoints (`llava_mistral`, `llava_mixtral`) to ours and back.
+"""Conversion between CumoConfig and config.json of released checkpoints (`llava_mistral`, `llava_mixtral`).
 
-Theirs is the language model's config with the multimodal keys beside; the tower's sizes are only named, by a
-CLIP of the hub or a folder. Ours keeps theirs whole in `original`, so that nothing is lost on the way back.
+A released config.json is the config of the language model with additional multimodal keys. It names the
+vision tower (a CLIP of the hub or a folder) but does not contain its sizes. CumoConfig keeps the whole
+released config.json in `original`, so that the conversion back loses nothing.
 """
 
 import ast
@@ -17,13 +18,14 @@ ARCHITECTURE = {
     "llava_mistral": "LlavaMistralForCausalLM",
     "llava_mixtral": "LlavaMixtralForCausalLM",
 }
-TOWERS = {  # what config.json of these says; the original reads it from the hub
+TOWERS = {  # config values of these CLIP models, which the original code reads from the hub
     "openai/clip-vit-large-patch14-336": {},
     "openai/clip-vit-large-patch14": {"image_size": 224},
 }
-TOWER_FOLDER = "vision_tower"  # of an exported checkpoint whose tower has no name
-RUN_TIME = ("training", "local_rank", "transformers_version")  # leaked into their files
-NOT_MODELLED = (  # written for a model that comes from nowhere else, and read by nothing of ours
+TOWER_FOLDER = "vision_tower"  # in an exported checkpoint whose tower is not a known CLIP
+# keys of the released files that do not describe the model
+RUN_TIME = ("training", "local_rank", "transformers_version")
+NOT_MODELLED = (  # kept from `original`, otherwise written with a default; CumoConfig does not use them
     "mm_vision_select_layer", "num_layers", "dropout", "image_aspect_ratio",
     "tokenizer_padding_side", "tokenizer_model_max_length", "mm_use_im_start_end", "mm_use_im_patch_token",
     "use_mm_proj",
@@ -40,18 +42,19 @@ MULTIMODAL = (
 
 
 def is_original(values: dict[str, Any]) -> bool:
+    """Whether a config.json is in the released layout."""
     return values.get("model_type") in TEXT_TYPE
 
 
 def from_original(values: dict[str, Any], folder: str | os.PathLike | None = None) -> dict[str, Any]:
-    """Their config.json as keywords of CumoConfig.
+    """Translate a released config.json to keyword arguments of CumoConfig.
 
     Args:
-        values: what config.json holds.
-        folder: the checkpoint, beside which a tower named by a relative path may lie.
+        values: content of config.json.
+        folder: folder of the checkpoint; a relative path of the tower is also searched here.
 
     Raises:
-        ValueError: it asks for a part that CuMo's published models do not have.
+        ValueError: config.json describes a part that no published CuMo model has.
     """
     if not is_original(values):
         raise ValueError(f"model_type must be one of {sorted(TEXT_TYPE)}, got {values.get('model_type')!r}")
@@ -89,10 +92,10 @@ def from_original(values: dict[str, Any], folder: str | os.PathLike | None = Non
         "vision_config": _tower(values, folder) | (moe or {"num_experts": 1}),
         "projector_num_experts": experts if is_moe else 1,
         **({"projector_num_experts_per_tok": selected} if is_moe else {}),
-        "scales": [1, *scales[1:]],  # the original never applies its first scale
-        "vision_feature_layer": -2,  # the original stores mm_vision_select_layer and never reads it
+        "scales": [1, *scales[1:]],  # the original code never applies its first scale
+        "vision_feature_layer": -2,  # the original code never reads mm_vision_select_layer
         "vision_feature_select_strategy": "default" if feature == "patch" else "full",
-        # ours writes the id of its `<image>`; theirs has a marker outside of any tokenizer
+        # this project writes the id of `<image>`; the original code uses a marker outside the tokenizer
         "image_token_index": values.get("image_token_index") or values["vocab_size"],
         "patch_merge_type": values.get("mm_patch_merge_type") or "flat",
         "image_grid_pinpoints": _pinpoints(values),
@@ -104,7 +107,7 @@ def from_original(values: dict[str, Any], folder: str | os.PathLike | None = Non
 
 
 def _pinpoints(values: dict[str, Any]) -> list[list[int]] | None:
-    """Theirs are (width, height), in a list or written as one; ours [height, width], and only for anyres."""
+    """[height, width] pairs from (width, height) pairs, a list or its text; None unless anyres is used."""
     found = values.get("image_grid_pinpoints")
     if values.get("image_aspect_ratio") != "anyres" or not found:
         return None
@@ -132,13 +135,13 @@ def _tower(values: dict[str, Any], folder: str | os.PathLike | None) -> dict[str
 
 
 def to_original(config) -> dict[str, Any]:
-    """A CumoConfig as their config.json.
+    """Translate a CumoConfig to a config.json in the released layout.
 
     Raises:
-        ValueError: the original has no such model.
+        ValueError: the released layout cannot describe this model.
     """
     text, vision = config.text_config, config.vision_config
-    model_type = next((ours for ours, theirs in TEXT_TYPE.items() if theirs == text.model_type), None)
+    model_type = next((released for released, own in TEXT_TYPE.items() if own == text.model_type), None)
     if model_type is None:
         raise ValueError(
             "text_config.model_type must be mistral or mixtral for the original layout, "
@@ -201,7 +204,7 @@ def to_original(config) -> dict[str, Any]:
         before["image_aspect_ratio"] = flat["image_aspect_ratio"] = "anyres"
     if config.dtype is not None:
         flat["torch_dtype"] = str(config.dtype).removeprefix("torch.")
-    # this model decides about what it models; what it does not stays as they had it
+    # values of this model come first; keys that CumoConfig does not use keep their values from `original`
     return flat | {key: value for key, value in before.items() if key not in flat or key in NOT_MODELLED}
 
 

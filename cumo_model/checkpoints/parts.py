@@ -1,4 +1,4 @@
-"""A dense CuMo from parts that others trained: a CLIP, a language model, a connector of stage 1 or 2."""
+"""Assembly of a dense CuMo from pretrained parts: a CLIP, a language model, a connector of stage 1 or 2."""
 
 import os
 import re
@@ -29,7 +29,7 @@ from cumo_model.model.llm_moe import CumoMixtralModel
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 WHOLE_CLIP = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 TOWERS = ("clip", "clip_vision_model", CumoVisionConfig.model_type)
-UNUSED = "post_layernorm."  # of a CLIP: the tower has none, so a folder may lack it
+UNUSED = "post_layernorm."  # of CLIP; the vision tower does not use it, so it may be missing
 
 
 def from_parts(
@@ -40,18 +40,23 @@ def from_parts(
     clip: str | os.PathLike | None = None,
     **options: Any,
 ) -> CumoForConditionalGeneration:
-    """Put a CLIP and a language model of transformers together; `upcycle` then makes experts of their MLPs.
+    """Assemble a CLIP and a language model of transformers; `upcycle` can then make experts of their MLPs.
 
     Args:
-        vision: folder of a CLIP (whole, or its vision model alone), or of a CumoVisionModel.
+        vision: folder of a CLIP (the whole model or its vision model only), or of a CumoVisionModel.
         text: folder of a mixtral or of a dense decoder (mistral, llama, ...).
-        projector: `mm_projector.bin` of the original's stages, dense or with experts. None: a new one, dense.
-        dtype: of all parameters; that of the language model's files unless given.
-        clip: `clip.bin` of the original's stages, dense or with experts, instead of the weights in `vision`.
-        options: further fields of CumoConfig, such as `scales`.
+        projector: `mm_projector.bin` written by a stage of the original code, dense or with experts. None: a
+            new dense connector.
+        dtype: dtype of all parameters; by default that of the language model's files.
+        clip: `clip.bin` written by a stage of the original code, dense or with experts. It replaces the
+            weights in `vision`.
+        **options: further fields of CumoConfig, such as `scales`.
+
+    Returns:
+        The model on the CPU in evaluation mode.
 
     Raises:
-        ValueError: a file is missing or damaged, or its tensors do not fit the others.
+        ValueError: a file is missing or damaged, or its tensors do not fit the other parts.
     """
     for name, folder in (("vision", vision), ("text", text)):
         if not Path(folder, "config.json").is_file():
@@ -86,7 +91,7 @@ def from_parts(
     language = load_whole(language_class, text, dtype or "auto")
     dtype = dtype or language.dtype
     config.text_config = language.config
-    with no_init_weights(), torch.device("meta"):  # the parts replace what this makes
+    with no_init_weights(), torch.device("meta"):  # the parts replace these modules
         model = CumoForConditionalGeneration(config)
     model.model.language_model = language
     if clip is None and is_ours:
@@ -118,22 +123,22 @@ def load_whole(
     folder: str | os.PathLike,
     dtype: torch.dtype | str,
     unused: str | None = None,
-    **options,
+    **options: Any,
 ) -> PreTrainedModel:
-    """`from_pretrained` that starts nothing at random.
+    """`from_pretrained` that raises an error for missing tensors instead of initialising them randomly.
 
     Args:
-        kind: the model's class.
-        folder: with config.json and the tensors.
+        kind: class of the model.
+        folder: contains config.json and the tensors.
         dtype: as in transformers.
-        unused: beginning of the names that may be missing.
-        options: further keywords of from_pretrained.
+        unused: prefix of tensor names that may be missing.
+        **options: further keyword arguments of from_pretrained.
 
     Raises:
         ValueError: a tensor of the model is missing in the folder, or has another shape there.
     """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what the loader would report in a page is one line below
+    logging.set_verbosity_error()  # the error below replaces the long report of the loader
     try:
         model, info = kind.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -152,7 +157,7 @@ def load_whole(
     ]
     if problems:
         raise ValueError(
-            f"{folder} does not hold what its config.json promises: of {len(model.state_dict())} tensors "
+            f"{folder} does not match its config.json: of {len(model.state_dict())} tensors "
             f"{'; '.join(problems)}"
         )
     return model
@@ -169,7 +174,7 @@ def _tower(folder: str | os.PathLike, config: CumoConfig, dtype: torch.dtype) ->
 
 
 def _original_tensors(path: str | os.PathLike, place: str) -> dict[str, Tensor]:
-    """Name behind `place` -> tensor; what a whole CLIP holds besides its tower is left out."""
+    """Tensors by the part of their name after `place`; other tensors of a whole CLIP are left out."""
     tensors = read_bin(path)
     found = {name.split(place, 1)[1]: value for name, value in tensors.items() if place in name}
     others = [name for name in tensors if place not in name and not name.startswith(WHOLE_CLIP)]
@@ -179,16 +184,16 @@ def _original_tensors(path: str | os.PathLike, place: str) -> dict[str, Tensor]:
 
 
 def _load(
-    module: nn.Module, tensors: dict[str, Tensor], ours: str, theirs: str, source: str | os.PathLike
+    module: nn.Module, tensors: dict[str, Tensor], own: str, released: str, source: str | os.PathLike
 ) -> None:
-    """Fill a part of the model, all of it, from tensors with the original's names behind `theirs`."""
-    own, ours, theirs = dict(module.named_parameters()), f"model.{ours}", f"model.{theirs}"
-    parts = {name: original_names(f"{ours}{name}", tuple(p.shape)) for name, p in own.items()}
-    wanted = {k.removeprefix(theirs): shape for names in parts.values() for k, shape in names.items()}
+    """Copy `tensors` into all parameters of a part; `own` and `released` are its prefixes in both layouts."""
+    parameters, own, released = dict(module.named_parameters()), f"model.{own}", f"model.{released}"
+    parts = {name: original_names(f"{own}{name}", tuple(p.shape)) for name, p in parameters.items()}
+    wanted = {k.removeprefix(released): shape for names in parts.values() for k, shape in names.items()}
     check_tensors({name: tuple(value.shape) for name, value in tensors.items()}, wanted, os.fspath(source))
     with torch.no_grad():
-        for name, parameter in own.items():
-            pieces = [tensors[key.removeprefix(theirs)].flatten() for key in parts[name]]
+        for name, parameter in parameters.items():
+            pieces = [tensors[key.removeprefix(released)].flatten() for key in parts[name]]
             parameter.copy_(torch.cat(pieces).view(parameter.shape))
 
 

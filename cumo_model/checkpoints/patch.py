@@ -1,10 +1,10 @@
-"""Our kernels inside the original CuMo code: one line in a training script that is there already.
+"""Use of cumo_kernels in the original CuMo code, with one line in an existing training script:
 
-    model = patch_original(model)        # after the script has built it (and patched its Mixtral)
+    model = patch_original(model)        # after the script has built the model (and patched its Mixtral)
 
-The modules and their parameters stay, with names, optimizers and checkpoints; only the forward of each sparse
-layer changes. The weights of a layer's experts move into one tensor that the kernels read, of which the
-original's parameters become parts, so neither side holds a copy.
+Modules, parameters, their names, optimizers and checkpoints do not change. Only the forward of each sparse
+layer is replaced. The weights of the experts of a layer are stored in one tensor, which the kernels read.
+The parameters of the original become views of this tensor, so no weight is stored twice.
 """
 
 import functools
@@ -21,7 +21,8 @@ from cumo_model.model.moe import note_routing
 
 log = logging.getLogger(__name__)
 
-LINEARS = {  # class of a sparse layer -> in each of its experts: first linear layer, second, activation
+# class of a sparse layer -> first linear layer, second linear layer and activation of its experts
+LINEARS = {
     "CLIPEncoderMoELayer": (("fc1",), "fc2", "activation_fn"),
     "MLPMoE": (("0",), "2", "1"),
     "MixtralSparseMoeBlock": (("w1", "w3"), "w2", "act_fn"),
@@ -30,7 +31,7 @@ PLACE = {"CLIPEncoderMoELayer": "clip", "MLPMoE": "mlp", "MixtralSparseMoeBlock"
 
 
 class _Whole(torch.autograd.Function):
-    """The tensor whose consecutive rows the parts are; its gradient goes to the parts, row by row."""
+    """Returns the tensor whose consecutive rows are the parts; backward splits its gradient among them."""
 
     @staticmethod
     def forward(ctx, whole: Tensor, *parts: Tensor) -> Tensor:
@@ -45,10 +46,10 @@ class _Whole(torch.autograd.Function):
 
 
 class SharedWeights:
-    """E parameters (or E pairs, joined on rows) of the original as one (E, ...) tensor without a copy.
+    """E parameters (or E pairs, concatenated on rows) of the original as one (E, ...) tensor without a copy.
 
-    When something moved the parameters (a device, a dtype, an optimizer that flattens them), they are stacked
-    anew in every forward: right, but a copy.
+    If the parameters are later moved (by a change of device or dtype, or by an optimizer that flattens
+    them), they are stacked again in each forward. The result is the same, but each forward makes a copy.
     """
 
     def __init__(self, parts: Sequence[nn.Parameter], num_experts: int):
@@ -65,15 +66,15 @@ class SharedWeights:
     def __call__(self, parts: Sequence[nn.Parameter]) -> Tensor:
         if self.whole is not None and [part.data_ptr() for part in parts] == self.places:
             return _Whole.apply(self.whole, *parts)
-        self.whole = None  # whatever it was, the parameters have left it
+        self.whole = None  # the parameters are no longer views of it
         return torch.cat(list(parts)).unflatten(0, (self.num_experts, -1))
 
 
 class _Forward:
-    """The forward of one sparse layer of the original, on our kernels.
+    """The forward of one sparse layer of the original model, computed with cumo_kernels.
 
-    Holds the layer and nothing of its weights but what `shared` names: a deep copy or an unpickled layer has
-    parameters of its own, and shares them anew when it first runs.
+    It stores the layer, and tensors of weights only in `shared`, which is not copied or pickled. A deep copy
+    or an unpickled layer has its own parameters; it fills `shared` when it first runs.
     """
 
     def __init__(self, layer: nn.Module, index: int, compat: str | None):
@@ -81,7 +82,7 @@ class _Forward:
         kind = type(layer).__name__
         self.ups, self.down, act = LINEARS[kind]
         self.compat = compat if compat is None or kind != "MixtralSparseMoeBlock" else "cumo_llm"
-        # the original's training replaces the forward of each Mixtral block: by one that returns both losses
+        # the original training code replaces the forward of Mixtral blocks by one that returns both losses
         self.original = vars(layer).get("forward")
         if reason := self.foreign():
             raise ValueError(f"the experts of {kind} must be made of plain nn.Linear, got {reason}")
@@ -90,7 +91,7 @@ class _Forward:
         self.activation = GATED.get(name) if len(self.ups) == 2 else name
         if self.activation is None:
             raise ValueError(
-                f"the experts of {kind} must have an activation that cumo_kernels knows, "
+                f"the experts of {kind} must have an activation that cumo_kernels supports, "
                 f"got {type(first).__name__}"
             )
         self.shared: dict[tuple[str, str], SharedWeights] = {}
@@ -100,7 +101,7 @@ class _Forward:
         return vars(self) | {"shared": {}}
 
     def foreign(self) -> str | None:
-        """A linear layer of the experts that is none any more, such as one of LoRA; or None."""
+        """Describe the first linear layer of the experts that is no plain nn.Linear (LoRA), or None."""
         for number, expert in enumerate(self.layer.experts):
             for path in (*self.ups, self.down):
                 found = expert.get_submodule(path)
@@ -134,7 +135,7 @@ class _Forward:
         return FORWARDS[type(self.layer).__name__](self, x)
 
     def compute(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (..., H) -> output (..., O), balance loss, z loss, router logits (T, E)."""
+        """x (..., H) -> output (..., O), balance loss, z-loss, router logits (T, E)."""
         layer, kind = self.layer, type(self.layer).__name__
         rows = x.reshape(-1, x.shape[-1])
         logits = layer.gate(rows)
@@ -177,23 +178,26 @@ FORWARDS = {
 
 
 def patch_original(model: nn.Module, compat: str | None = None) -> nn.Module:
-    """Let the sparse layers of an original CuMo model compute with cumo_kernels, in place.
+    """Make the sparse layers of an original CuMo model compute with cumo_kernels, in place.
 
-    Found by class name: CLIPEncoderMoELayer, MLPMoE, and MixtralSparseMoeBlock with a module per expert. They
-    go on returning what they returned: output, balance loss, z loss (a Mixtral block that the original's
-    training has not patched: output, router logits). The losses are fp32. A layer whose experts later get
-    other modules than nn.Linear, as LoRA does, computes as before the patch and says so in the log.
+    The layers are found by class name: CLIPEncoderMoELayer, MLPMoE, and MixtralSparseMoeBlock with one
+    module per expert. Their return values do not change: output, balance loss and z-loss, or output and
+    router logits for a Mixtral block that the original training code has not patched. The losses are fp32.
+    If modules of the experts are later replaced by other classes than nn.Linear, as LoRA does, the layer
+    computes as before the patch and logs a warning.
 
     Args:
-        model: the original's model, or any module that holds such layers. Patching twice changes nothing.
-        compat: "cumo" rounds in the routers as the original does, None keeps them in fp32.
+        model: a model of the original code, or any module that contains such layers. Patching a second time
+            has no effect.
+        compat: "cumo" rounds in the routers as the original code does; None computes them in fp32.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: there is nothing to patch, a parameter is not all there (ZeRO-3 has sharded it: patch
-            before), an expert is not made of plain nn.Linear (LoRA, quantised), or an activation is unknown.
+        ValueError: the model has no such layer; a parameter is empty because ZeRO-3 has sharded it (patch
+            before sharding); an expert is not made of plain nn.Linear (LoRA, quantised); or an activation is
+            unknown.
     """
     if compat not in (None, "cumo"):
         raise ValueError(f"compat must be None or 'cumo', got {compat!r}")
@@ -219,6 +223,6 @@ def patch_original(model: nn.Module, compat: str | None = None) -> nn.Module:
             )
         layer.forward = _Forward(layer, counts[kind], compat)
         layer.is_patched_by_cumo = True
-        layer._z3_leaf = True  # DeepSpeed ZeRO-3 then gathers the experts for this module, not for their own
+        layer._z3_leaf = True  # DeepSpeed ZeRO-3 then gathers the experts' parameters for this module
         counts[kind] += 1
     return model

@@ -1,4 +1,4 @@
-"""Files of tensors: read by name without unpickling, checked by name and shape, written in shards."""
+"""Tensor files: read by name without unpickling, check names and shapes, write shards."""
 
 import json
 import os
@@ -22,10 +22,12 @@ Shape = tuple[int, ...]
 
 
 class Shards:
-    """The tensors of a folder by name: `model*.safetensors`, or `pytorch_model*.bin` read without unpickling.
+    """The tensors of a folder by name, from `model*.safetensors` or from `pytorch_model*.bin`.
+
+    `.bin` files are read without unpickling other objects than tensors.
 
     Raises:
-        ValueError: no such file, a damaged one, or one that holds more than tensors; the message names it.
+        ValueError: a file is missing or damaged, or contains more than tensors; the message names it.
     """
 
     def __init__(self, folder: str | os.PathLike, names: tuple[str, ...] = (WEIGHTS, PICKLES)):
@@ -102,16 +104,16 @@ def _read_safetensors(path: Path):
 
 
 def read_bin(path: str | os.PathLike) -> dict[str, Tensor]:
-    """A pickled file of tensors, mapped, without running what else a pickle may hold.
+    """Read a pickled file of tensors, memory-mapped, without running code from the pickle.
 
     Raises:
-        ValueError: it is damaged or holds more than tensors.
+        ValueError: the file is damaged or contains more than tensors.
     """
     try:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except Exception as error:  # pickles fail in many ways; the user needs one line
+    except Exception as error:  # a damaged pickle can raise any exception; report it in one line
         reason = str(error).strip().splitlines()
         raise ValueError(
             f"{path} is refused: it is damaged or holds more than tensors "
@@ -123,7 +125,11 @@ def read_bin(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def check_tensors(found: dict[str, Shape], wanted: dict[str, Shape], source: str) -> None:
-    """ValueError that counts and names what is missing, unexpected or of another shape."""
+    """Compare names and shapes of tensors with the expected ones.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of another shape; the message counts and names them.
+    """
     problems = []
     for what, names in (
         ("missing", wanted.keys() - found.keys()),
@@ -139,8 +145,7 @@ def check_tensors(found: dict[str, Shape], wanted: dict[str, Shape], source: str
         )
     if problems:
         raise ValueError(
-            f"{source} does not hold what its config.json promises: of {len(wanted)} tensors "
-            f"{'; '.join(problems)}"
+            f"{source} does not match config.json: of {len(wanted)} tensors {'; '.join(problems)}"
         )
 
 
@@ -151,7 +156,7 @@ def write_shards(
     shard_bytes: int,
     progress: bool,
 ) -> None:
-    """Write tensors in order, at most `shard_bytes` to a file, with the index that transformers reads."""
+    """Write tensors in order, at most `shard_bytes` per file, with an index for transformers."""
     files: list[list[tuple[str, Callable[[], Tensor]]]] = [[]]
     size = total = 0
     for name, shape, read in plan:

@@ -1,9 +1,10 @@
-"""Co-upcycling: a dense model becomes a Mixture-of-Experts model that computes the same function.
+"""Co-upcycling (CuMo, arXiv 2405.05949): make a Mixture-of-Experts model of a dense model.
 
-Every expert is a bit-identical copy of the dense MLP and only the gates are new. Weights of the chosen
-experts sum to 1, so at step 0 the outputs are those of the dense model up to rounding. Two ways to tell
-experts apart from the start give that up: noise, and drop-upcycling (arXiv 2502.19261), which draws a share
-of every expert's inner units anew from the mean and deviation of the weights they replace.
+Each expert is a bit-identical copy of the dense MLP; only the gates are new. The weights of a token's
+experts sum to 1, so at step 0 the outputs equal those of the dense model up to rounding. Two options make
+the experts differ from the start, so that the outputs differ too: noise, and drop-upcycling (arXiv
+2502.19261). Drop-upcycling resamples a share of the inner units of each expert from a normal distribution
+with the mean and standard deviation of the weights it replaces.
 """
 
 import copy
@@ -39,24 +40,28 @@ def upcycle(
     noise: float = 0.0,
     drop: float = 0.0,
 ) -> CumoForConditionalGeneration:
-    """A new model with experts in the places asked for; 0 or 1 experts leave a place as it is.
+    """Make a new model with experts in the requested places; with 0 or 1 experts a place does not change.
 
     Args:
-        dense: the model to start from; untouched.
-        vision_experts: experts of every tower layer.
+        dense: the model to start from; it is not changed.
+        vision_experts: experts of each layer of the vision tower.
         projector_experts: experts of the connector.
-        text_experts: experts of every language model layer; a mistral becomes a mixtral.
-        top_k: experts per token of the places that change.
-        seed: of the gates, U(-1/sqrt(in), 1/sqrt(in)), and of noise and drop.
-        vision_top_k: another `top_k` for the tower.
-        projector_top_k: another `top_k` for the connector.
-        text_top_k: another `top_k` for the language model.
-        noise: deviation of normal noise on every expert's weights, in deviations of the weight itself.
-        drop: share of inner units that every expert draws anew; biases keep their values.
+        text_experts: experts of each layer of the language model; a mistral becomes a mixtral.
+        top_k: experts per token in the places that change.
+        seed: seed of the gates, which are drawn from U(-1/sqrt(in), 1/sqrt(in)), and of `noise` and `drop`.
+        vision_top_k: `top_k` of the vision tower.
+        projector_top_k: `top_k` of the connector.
+        text_top_k: `top_k` of the language model.
+        noise: standard deviation of normal noise added to the weights of each expert, in units of the
+            standard deviation of the weight.
+        drop: share of inner units that are resampled in each expert, in [0, 1]; biases keep their values.
+
+    Returns:
+        The new model, with dtype, device and training mode of `dense`.
 
     Raises:
-        ValueError: a place asked for has experts already (with 0 they stay as they are), the language model
-            is not a mistral, or a number is out of range.
+        ValueError: a requested place has experts already (0 keeps them), the language model is not a
+            mistral, or a number is out of range.
     """
     if not 0 <= noise < math.inf or not 0 <= drop <= 1:
         raise ValueError(
@@ -127,7 +132,8 @@ def _copy_weights(
             module.gate.weight.copy_(drawn)
             parts = SOURCE_OF if module.experts.up_name == "up_proj" else GATED_SOURCE_OF
             for key, weight in module.experts.named_parameters():
-                weight.copy_(torch.cat([source[f"{name}.{part}"] for part in parts[key]]))  # to every expert
+                # broadcast to all experts
+                weight.copy_(torch.cat([source[f"{name}.{part}"] for part in parts[key]]))
             if drop:
                 _redraw_units(module, drop, generator)
             if noise:
@@ -145,7 +151,7 @@ def _normal(shape: tuple[int, ...], std: Tensor, generator: torch.Generator) -> 
 
 
 def _redraw_units(layer: MoELayer, drop: float, generator: torch.Generator) -> None:
-    """Drop-upcycling of one layer: each expert draws floor(drop * I) inner units of its own anew."""
+    """Drop-upcycling of one layer: resample floor(drop * I) inner units of each expert, chosen per expert."""
     up, down = layer.experts.up[0], layer.experts.down_proj
     width = down.shape[2]
     for e in range(len(up)):
@@ -162,7 +168,18 @@ def _redraw_units(layer: MoELayer, drop: float, generator: torch.Generator) -> N
 def step0_difference(
     dense: CumoForConditionalGeneration, moe: CumoForConditionalGeneration, batch: dict[str, Tensor]
 ) -> float:
-    """Largest absolute difference between the two models' logits on a batch, both in evaluation mode."""
+    """Largest absolute difference between the logits of two models on one batch.
+
+    Both models run in evaluation mode; their mode is restored afterwards.
+
+    Args:
+        dense: the model before upcycling.
+        moe: the model after upcycling.
+        batch: keyword arguments of `forward`, without labels.
+
+    Returns:
+        The largest absolute difference, in fp32.
+    """
     logits = []
     for model in (dense, moe):
         was_training = model.training
@@ -176,7 +193,7 @@ def step0_difference(
 def scratch_experts(
     dense: CumoForConditionalGeneration, moe: CumoForConditionalGeneration, seed: int
 ) -> None:
-    """Random experts in the new places, each from where nn.Linear starts; gates as upcycled."""
+    """Initialise the experts of the new places randomly, as nn.Linear does; gates are not changed."""
     had = {name for name, module in dense.named_modules() if isinstance(module, MoELayer)}
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)

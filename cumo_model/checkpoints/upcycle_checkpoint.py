@@ -1,6 +1,7 @@
-"""Upcycling from folder to folder: what `python -m cumo_model upcycle` does."""
+"""Upcycling of a checkpoint on disk, the command `python -m cumo_model upcycle`."""
 
 import os
+from typing import Any
 
 import torch
 
@@ -18,22 +19,27 @@ def upcycle_checkpoint(
     projector: str | os.PathLike | None = None,
     dtype: str | None = None,
     clip: str | os.PathLike | None = None,
-    **options,
+    **options: Any,
 ) -> float:
-    """Load a dense model, make experts, print the step-0 difference, save.
+    """Load a dense model, upcycle it, print the step-0 difference, and save the result.
 
     Args:
-        out: new folder, appears in one move: config, safetensors, and a processor if there is a tokenizer.
-        checkpoint: a CuMo in our layout or the original's; or
-        vision, text, projector, clip: its parts, as in `from_parts`.
-        dtype: name of a float dtype, that of the files unless given.
-        options: of `upcycle`; vision_experts and projector_experts None are 4 where the place is dense.
+        out: new folder, created atomically, with config, safetensors, and a processor if there is a
+            tokenizer.
+        checkpoint: a CuMo in this project's or the released layout. Give either this or `vision` and `text`.
+        vision: as in `from_parts`.
+        text: as in `from_parts`.
+        projector: as in `from_parts`.
+        dtype: name of a float dtype; by default that of the files.
+        clip: as in `from_parts`.
+        **options: keyword arguments of `upcycle`. If vision_experts or projector_experts is None, a dense
+            place gets 4 experts.
 
     Returns:
-        The largest difference of a logit at step 0, on random input.
+        The largest absolute difference of a logit at step 0, on random input.
 
     Raises:
-        ValueError: nothing to do, or what `assemble` and `upcycle` refuse.
+        ValueError: there is nothing to upcycle, or `assemble` or `upcycle` raises it.
     """
     kind = None if dtype is None else getattr(torch, dtype)
     dense, processor = assemble(checkpoint, vision, text, projector, clip, dtype=kind)
@@ -46,8 +52,8 @@ def upcycle_checkpoint(
             options[place] = 0 if sparse else 4
     if not any(options.get(place, 0) > 1 for place in (*has_experts, "text_experts")):
         raise ValueError(
-            "there is nothing to upcycle: tower and connector have experts already, or 0 leaves them, and "
-            f"text_experts is {options.get('text_experts', 0)}; such a checkpoint trains on as it is"
+            "there is nothing to upcycle: tower and connector have experts already, or 0 keeps them dense, "
+            f"and text_experts is {options.get('text_experts', 0)}; such a checkpoint can be trained as it is"
         )
     moe = upcycle(dense, **options)
     difference, largest = step0_difference(dense, moe, batch := probe(dense)), _largest_logit(dense, batch)
@@ -62,7 +68,7 @@ def upcycle_checkpoint(
 
 
 def probe(model: CumoForConditionalGeneration, seed: int = 0) -> dict[str, torch.Tensor]:
-    """One row of a random picture and 16 random tokens."""
+    """A batch of one row: a random picture followed by 16 random tokens."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
     vision = config.vision_config
     ids = torch.randint(config.text_config.vocab_size, (1, 16), generator=generator)

@@ -1,4 +1,4 @@
-"""Conversations with pictures: check, tokenise, group, pack, batch."""
+"""Training data: check, tokenise, group, pack and batch conversations with pictures."""
 
 from cumo_model.data.batches import Collator, collate, collate_packed
 from cumo_model.data.conversations import ConversationDataset

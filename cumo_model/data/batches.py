@@ -1,9 +1,9 @@
-"""Samples to batches: padded rows, or packed rows in which every conversation is on its own.
+"""Batches of samples: padded rows, or packed rows in which conversations do not attend to each other.
 
-A packed row is several conversations end to end. `position_ids` begin again at 0 in each, which is how the
-attention masks and rotary embeddings of transformers (varlen flash attention too) keep them apart, and no
-`attention_mask` is given. Pictures stay apart by themselves: tower and connector see (pictures, 3, s, s), so
-that their losses are per picture or crop, packed or not.
+A packed row is a concatenation of conversations. `position_ids` restart at 0 in each conversation, and there
+is no `attention_mask`. transformers derives the block-diagonal attention mask and the rotary embeddings from
+these positions, also for varlen flash attention. Packing does not change the processing of pictures: tower
+and connector get (pictures, 3, s, s), so their losses are per picture or per crop in both cases.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ Sample = dict[
 
 
 def pad(samples: Sequence[tuple[Tensor, Tensor]], pad_id: int) -> dict[str, Tensor]:
-    """(ids, labels) pairs -> input_ids, labels, attention_mask (B, N) int64, padded on the right."""
+    """Pad (ids, labels) pairs on the right: input_ids, labels and attention_mask, each (B, N) int64."""
     if not samples:
         raise ValueError("a batch must hold at least one sample, got none")
     shape = (len(samples), max(len(ids) for ids, _ in samples))
@@ -40,15 +40,15 @@ def _with_pictures(batch: dict[str, Tensor], samples: Sequence[Sample]) -> dict[
 
 
 def collate(samples: Sequence[Sample], pad_id: int) -> dict[str, Tensor]:
-    """Pad on the right and stack.
+    """Pad samples on the right and stack them.
 
     Args:
         samples: B items of a data set of conversations.
-        pad_id: written behind the shorter ones.
+        pad_id: token id of the padding.
 
     Returns:
-        input_ids (B, N) int64, labels (B, N) int64 with -100 behind, attention_mask (B, N) int64 (1 on real
-        tokens), and, if any sample has a picture, pixel_values (pictures, 3, s, s) fp32 in the order of their
+        input_ids (B, N) int64; labels (B, N) int64, -100 on padding; attention_mask (B, N) int64, 1 on real
+        tokens; and, if any sample has a picture, pixel_values (pictures, 3, s, s) fp32 in the order of the
         markers.
     """
     batch = pad([(sample["input_ids"], sample["labels"]) for sample in samples], pad_id)
@@ -56,12 +56,16 @@ def collate(samples: Sequence[Sample], pad_id: int) -> dict[str, Tensor]:
 
 
 def collate_packed(rows: Sequence[Sequence[Sample]], pad_id: int) -> dict[str, Tensor]:
-    """Concatenate the samples of each row; pad on the right.
+    """Concatenate the samples of each row and pad the rows on the right.
+
+    Args:
+        rows: B rows, each with at least one sample.
+        pad_id: token id of the padding.
 
     Returns:
-        input_ids, labels, position_ids (B, N) int64, and pixel_values as in `collate`. The first label of
-        every sample is -100, so that no sample is predicted from the one before. Padding has position 0 and
-        attends to itself.
+        input_ids, labels, position_ids, each (B, N) int64, and pixel_values as in `collate`. The first label
+        of each sample is -100, so that it is not predicted from the previous sample. Padding has position 0
+        and attends to itself.
     """
     if not rows or not all(rows):
         raise ValueError("every packed row must hold at least one sample")
@@ -79,10 +83,10 @@ def collate_packed(rows: Sequence[Sequence[Sample]], pad_id: int) -> dict[str, T
 
 
 class Collator:
-    """What the data loader calls: rows of `Units` -> the model's arguments.
+    """The collate function of the data loader: rows of `Units` -> arguments of the model.
 
-    A row is None where a rank without pictures must still run the tower, because another rank does in the
-    same step; the batch then gets one grey picture that no marker stands for (`num_dummy_images`).
+    A row is None if this rank has no picture in a step in which another rank has one: all ranks must run the
+    tower. The batch then gets one grey picture without placeholders (`num_dummy_images`).
     """
 
     def __init__(
@@ -95,8 +99,12 @@ class Collator:
     ):
         """
         Args:
-            dummy_images: one grey picture per text-only sample, as the original runs them (compat).
-            needs_image: a grey picture where there is none at all, for training only what sees pictures.
+            pad_id: token id of the padding.
+            image_size: side of a grey picture in pixels.
+            packed: whether rows are packed (`collate_packed`) or single samples (`collate`).
+            dummy_images: add one grey picture per text-only sample, as the original code does (compat).
+            needs_image: add a grey picture to a batch without pictures; needed if only the tower or the
+                connector is trained.
         """
         self.pad_id, self.image_size = pad_id, image_size
         self.packed, self.dummy_images, self.needs_image = packed, dummy_images, needs_image

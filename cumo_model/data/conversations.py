@@ -1,10 +1,9 @@
-"""A conversation file in memory: tokenised once, each picture decoded once. For small sets; `streamed` has
-the large ones.
+"""Data set over one conversation file, completely in memory, for small sets. `streamed` is for large ones.
 
     [{"id": ..., "image": "path under image_root", "conversations": [{"from": "human", "value":
     "<image>\n..."}, {"from": "gpt", ...}]}]
 
-With several pictures `image` is a list, in the order of the markers.
+If a record has several pictures, `image` is a list in the order of the markers.
 """
 
 import os
@@ -22,31 +21,32 @@ from cumo_model.processing.conversation import (
     IMAGE_MARKER,
     tokenize_conversations,
 )
-from cumo_model.processing.processor import image_seq_length
+from cumo_model.processing.processor import CumoProcessor, image_seq_length
 from cumo_model.processing.templates import get_template
 
 
 class ConversationDataset(Dataset):
-    """Conversations as token ids, labels and normalised pixels.
+    """Data set of conversations as token ids, labels and normalised pixels.
 
-    Text is tokenised once, here; a picture is decoded at its first use and then kept as uint8.
+    The text is tokenised once, on construction. A picture is decoded at its first use and then kept as uint8.
     """
 
     def __init__(
         self,
         json_path: str | os.PathLike,
         image_root: str | os.PathLike,
-        processor,
+        processor: CumoProcessor,
         template: str = "mistral_instruct",
         max_length: int | None = None,
     ):
-        """
+        """Read, check and tokenise the file.
+
         Args:
             json_path: LLaVA-format file.
-            image_root: folder its image paths are relative to.
-            processor: from `build_processor`.
+            image_root: folder to which the image paths are relative.
+            processor: as made by `build_processor`.
             template: a name of templates.TEMPLATES.
-            max_length: ids and labels are cut here; None leaves them whole.
+            max_length: ids and labels are truncated to this many tokens; None: not truncated.
 
         Raises:
             ValueError: the file, a record or a picture's path is not usable; the message names the file, the
@@ -79,7 +79,7 @@ class ConversationDataset(Dataset):
         tokens = image_seq_length(processor)
         conversations = [record["conversations"] for record in self.records]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # reserved markers were named above
+            warnings.simplefilter("ignore")  # reserved markers are reported above
             samples = tokenize_conversations(conversations, processor.tokenizer, template, tokens)
         if max_length is None:
             return samples
@@ -96,8 +96,7 @@ class ConversationDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | None]:
-        """input_ids (N,) int64, labels (N,) int64, pixel_values (pictures, 3, s, s) fp32 or None for text
-        alone."""
+        """input_ids and labels (N,) int64; pixel_values (pictures, 3, s, s) fp32 or None without pictures."""
         ids, labels = self.samples[index]
         pixels = self.pixels(index)
         return {
@@ -107,8 +106,10 @@ class ConversationDataset(Dataset):
         }
 
     def pixels(self, index: int) -> Tensor | None:
-        """The pictures of a record as the tower's input before normalisation, (pictures, 3, s, s) uint8, from
-        RAM after the first time; None for text alone."""
+        """The pictures of a record before normalisation, (pictures, 3, s, s) uint8; None without pictures.
+
+        They are decoded once and then kept in memory.
+        """
         names = picture_names(self.records[index])
         for name in names:
             if name not in self._pixels:
@@ -120,11 +121,11 @@ class ConversationDataset(Dataset):
         return torch.stack([self._pixels[name] for name in names]) if names else None
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """(..., 3, s, s) uint8 -> fp32 as the image processor scales and normalises."""
+        """Scale and normalise as the image processor does: (..., 3, s, s) uint8 -> fp32."""
         return self.reader.normalise(pixels)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The batch `collate` makes of these records, with one normalisation for all of its pictures."""
+        """The batch that `collate` would make of these records; normalises all pictures in one operation."""
         pictures = [picture for index in indices if (picture := self.pixels(index)) is not None]
         batch = pad([self.samples[index] for index in indices], self.pad_id)
         if pictures:

@@ -1,4 +1,4 @@
-"""Pictures by name, from folders and uncompressed tar shards, read in place."""
+"""Access to pictures by name, in folders and uncompressed tar shards; shards are not unpacked."""
 
 import io
 import os
@@ -17,14 +17,18 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 class Pictures:
-    """Where a data set's pictures are.
+    """The pictures of a data set.
 
-    A root is a folder, a .tar file, or a pattern of .tar files; with several, the first that has a name has
-    its picture.
+    A root is a folder, a .tar file, or a pattern of .tar files. If several roots contain a name, the first
+    .tar file with that name is used, or else the first folder.
     """
 
     def __init__(self, roots: str | os.PathLike | Sequence[str | os.PathLike]):
-        """
+        """Index the .tar files.
+
+        Args:
+            roots: one root or several.
+
         Raises:
             ValueError: a .tar file is missing, compressed or damaged.
         """
@@ -66,7 +70,7 @@ class Pictures:
         return None
 
     def problem(self, name: str, decode: bool = False) -> str | None:
-        """Why there is no picture of that name, or None."""
+        """The reason why there is no picture with this name, or None."""
         if os.path.isabs(name) or ".." in Path(name).parts:
             return f"image {name!r} must lie under image_root {self._named}"
         if name not in self._members and self._file(name) is None:
@@ -79,10 +83,10 @@ class Pictures:
         return None
 
     def load(self, name: str) -> Image.Image:
-        """Decode a whole picture as RGB.
+        """Decode a picture completely, as RGB.
 
         Raises:
-            ValueError: it is missing, is no picture, or is cut off; the message names it.
+            ValueError: the picture is missing, truncated or not a picture; the message names it.
         """
         if name not in self._members:
             return load_image(self._file(name) or os.path.join(*self.folders[:1], name))
@@ -98,7 +102,7 @@ class Pictures:
 
 
 class PixelReader:
-    """Pictures as the tower's input: the image processor's padding, resizing, cropping and normalisation."""
+    """Converts pictures to the tower's input with the image processor: pad, resize, crop, normalise."""
 
     def __init__(self, image_processor):
         self.image_processor = image_processor
@@ -111,10 +115,11 @@ class PixelReader:
 
     @property
     def side(self) -> int:
+        """Side of the output in pixels."""
         return self.image_processor.crop_size["height"]
 
     def pixels(self, picture: Image.Image) -> Tensor:
-        """(3, s, s) uint8, before normalisation."""
+        """A picture as (3, s, s) uint8, before normalisation."""
         if picture.size == (self.side, self.side):  # padding, resizing and cropping change nothing
             return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
         done = self.image_processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")[
@@ -123,5 +128,5 @@ class PixelReader:
         return torch.from_numpy(np.ascontiguousarray(done).astype(np.uint8))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """(..., 3, s, s) uint8 -> fp32 as the image processor scales and normalises."""
+        """Scale and normalise as the image processor does: (..., 3, s, s) uint8 -> fp32."""
         return pixels.to(torch.float32).mul_(self._scale).add_(self._shift)

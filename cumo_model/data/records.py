@@ -1,7 +1,7 @@
-"""Conversation files, one record at a time: LLaVA JSON lists, JSON lines, .json members of tar shards.
+"""Readers of conversation files: LLaVA JSON lists, JSON lines, and .json members of tar shards.
 
-`scan` reads a file of any size in the memory of one record and goes on behind a record that is broken;
-`check` says everything that is wrong with a file.
+`scan` reads one record at a time, so a file of any size needs the memory of one record. It continues after a
+broken record. `check` reports all problems of a file.
 """
 
 import json
@@ -22,14 +22,23 @@ from cumo_model.processing.templates import get_template
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a conversation file."""
+    """One problem of a conversation file.
+
+    Attributes:
+        file: name of the file.
+        record: position in the file, from 0. None: the problem concerns the file itself.
+        id: the record's id, or None.
+        reason: description of the problem.
+        fatal: False if the record can be loaded, but none of its labels are trained on.
+        line: line on which the record begins, from 1.
+    """
 
     file: str
-    record: int | None  # position in the file from 0; None: the file itself
+    record: int | None
     id: Any
     reason: str
-    fatal: bool = True  # False: the record loads, but none of its labels are trained on
-    line: int | None = None  # from 1, where the record begins
+    fatal: bool = True
+    line: int | None = None
 
     def __str__(self) -> str:
         if self.record is None:
@@ -41,25 +50,35 @@ class Problem:
 
 @dataclass(frozen=True)
 class Row:
-    """A record where it stands; `value` is None and `reason` says why when it cannot be read."""
+    """A record and its place in the file.
+
+    Attributes:
+        number: position in the file, from 0.
+        line: line on which the record begins, from 1.
+        offset: position in the file in bytes.
+        length: length in bytes.
+        value: the parsed record; None if it cannot be read.
+        reason: the reason why it cannot be read, or None.
+        beside: names of the picture members that belong to a record of a tar shard which names no picture.
+    """
 
     number: int
     line: int
-    offset: int  # bytes
+    offset: int
     length: int
     value: Any
     reason: str | None = None
-    beside: tuple[str, ...] = ()  # the pictures beside it in a tar shard, where it names none
+    beside: tuple[str, ...] = ()
 
 
 def scan(path: str | os.PathLike) -> Iterator[Row]:
-    """Yield every record of a .json list, a .jsonl file or a .tar shard, broken ones with the reason.
+    """Yield each record of a .json list, a .jsonl file or a .tar shard; a broken record has a `reason`.
 
-    In a shard a record is a member `name.json`. Where it names no picture, its pictures are the members
-    `name.jpg`, or several `name.0.jpg`, `name.1.jpg` in the order of their names (or .png ...).
+    In a shard a record is a member `name.json`. If the record names no picture, its pictures are the member
+    `name.jpg`, or the members `name.0.jpg`, `name.1.jpg`, ... in the order of their names (also .png etc.).
 
     Raises:
-        ValueError: the file itself cannot be used; the message begins with its name.
+        ValueError: the file cannot be read; the message begins with its name.
     """
     path = os.fspath(path)
     if not os.path.exists(path):
@@ -81,7 +100,7 @@ def scan(path: str | os.PathLike) -> Iterator[Row]:
 
 
 def read_row(path: str, offset: int, length: int) -> Any:
-    """The record `scan` found there."""
+    """Read the record that `scan` found at this offset and length, in bytes."""
     with open(path, "rb") as file:
         file.seek(offset)
         return json.loads(file.read(length).decode("utf-8-sig"))
@@ -96,7 +115,7 @@ def _parse(data: bytes) -> tuple[Any, str | None]:
         return None, f"is not JSON: {error.msg} at its line {error.lineno}, column {error.colno}"
     except RecursionError:
         return None, "is nested too deeply"
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # for example an integer with thousands of digits
         return None, f"is not JSON that Python reads: {error}"
 
 
@@ -125,14 +144,14 @@ def _scan_tar(path: str) -> Iterator[Row]:
                 yield Row(number, number + 1, member.offset_data, member.size, value, reason, own)
             if members and _ends_early(file, members[-1]):
                 place = os.path.getsize(path)
-                reason = "the file ends before its archive does"
+                reason = "the archive is truncated"
                 yield Row(len(records), len(records) + 1, place, 0, None, reason)
     except tarfile.TarError as error:
         raise ValueError(f"{path}: is not an uncompressed tar file: {error}") from None
 
 
 def _ends_early(file, last: tarfile.TarInfo) -> bool:
-    """Whether more should follow the last member that tarfile found: it takes a torn end for the end."""
+    """Whether the archive is truncated after the last member, which tarfile does not report."""
     end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     file.seek(0, os.SEEK_END)
     if file.tell() < last.offset_data + last.size:
@@ -142,7 +161,7 @@ def _ends_early(file, last: tarfile.TarInfo) -> bool:
 
 
 def _pictures_beside(members: list[tarfile.TarInfo], records: set[str]) -> dict[str, tuple[str, ...]]:
-    """Picture members by the record whose name theirs begins with, up to a dot; the longest name counts."""
+    """Picture members by record: the record with the longest name that begins the member's, up to a dot."""
     found: dict[str, list[str]] = {}
     for member in members:
         name, suffix = os.path.splitext(member.name)
@@ -160,18 +179,18 @@ def _natural(name: str) -> list:
 
 
 def with_pictures(record: dict, names: Sequence[str]) -> dict:
-    """The record with these pictures as its own."""
+    """A copy of the record with these picture names; the record itself if there are none."""
     return {**record, "image": names[0] if len(names) == 1 else list(names)} if names else record
 
 
 def picture_names(record: dict) -> list[str]:
-    """The pictures of a record that `record_problem` has nothing against, in the order of their markers."""
+    """Picture names of a valid record (see `record_problem`), in the order of their markers."""
     image = record.get("image", [])
     return [image] if isinstance(image, str) else list(image)
 
 
 _SPACE = re.compile(rb"[\s,]*")
-# a string ends at its line's end, so that a missing quote damages one line and not the rest of the file
+# a string ends at the end of its line, so that a missing quote damages one line only
 _TOKEN = re.compile(rb'"(?:[^"\\\n]|\\.)*"|[\[\]{},]')
 _RECORD = re.compile(rb'\{\s*"(?:id|image|conversations)"')
 
@@ -188,20 +207,20 @@ def _scan_list(path: str, data: mmap.mmap) -> Iterator[Row]:
         if data[place : place + 1] in (b"]", b""):
             if data[place : place + 1] == b"":
                 line += _newlines(data, counted, place)
-                yield Row(number, line, place, 0, None, "the file ends before its list does")
+                yield Row(number, line, place, 0, None, "the file ends inside the list")
             elif _SPACE.match(data, place + 1).end() < len(data):
                 line += _newlines(data, counted, place)
-                yield Row(number, line, place, 0, None, "the list ends here, and more follows")
+                yield Row(number, line, place, 0, None, "the file has more data after the end of the list")
             return
         line, counted = line + _newlines(data, counted, place), place
         if data[place : place + 1] == b"}":
-            yield Row(number, line, place, 1, None, "} closes nothing")
+            yield Row(number, line, place, 1, None, "unmatched }")
             number, place = number + 1, place + 1
             continue
         end = _element_end(data, place)
         value, reason = _parse(data[place : end or len(data)])
         if reason and end is None:
-            reason = "the file ends before this record does"
+            reason = "the file ends inside this record"
         yield Row(number, line, place, (end or len(data)) - place, value, reason)
         number += 1
         following = end if reason is None else _next_record(data, place + 1, end)
@@ -215,7 +234,7 @@ def _newlines(data: mmap.mmap, start: int, end: int) -> int:
 
 
 def _element_end(data: mmap.mmap, start: int) -> int | None:
-    """Where the list element that begins at `start` ends; None if the file ends first."""
+    """End of the list element that begins at `start`; None if the file ends first."""
     depth = 0
     for token in _TOKEN.finditer(data, start):
         mark = token.group()
@@ -232,7 +251,7 @@ def _element_end(data: mmap.mmap, start: int) -> int | None:
 
 
 def _next_record(data: mmap.mmap, start: int, end: int | None) -> int | None:
-    """The next place behind a broken record from which a record can be read."""
+    """The next position after a broken record at which a record can be read."""
     for candidate in _RECORD.finditer(data, start):
         if end is not None and candidate.start() > end:
             return end
@@ -243,11 +262,11 @@ def _next_record(data: mmap.mmap, start: int, end: int | None) -> int | None:
     return end
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write it, no tokenizer reads it
+_SURROGATE = re.compile("[\ud800-\udfff]")  # valid in JSON, but not accepted by tokenizers
 
 
 def record_problem(record: Any) -> str | None:
-    """Why a record is no conversation with one `<image>` marker for each of its pictures, or None."""
+    """The reason why a record is not a conversation with one `<image>` marker per picture, or None."""
     if not isinstance(record, dict):
         return f"must be an object with conversations, got {type(record).__name__}"
     if "conversations" not in record:
@@ -259,7 +278,7 @@ def record_problem(record: Any) -> str | None:
         return "the last question has no answer"
     for order, turn in enumerate(record["conversations"], 1):
         if _SURROGATE.search(turn["value"]):
-            return f"turn {order} holds half of a surrogate pair, which is no character"
+            return f"turn {order} holds half of a surrogate pair, which is not a character"
     if "image" in record:
         names = record["image"] if isinstance(record["image"], list) else [record["image"]]
         if not names or not all(isinstance(name, str) and name for name in names):
@@ -276,7 +295,7 @@ def record_problem(record: Any) -> str | None:
 def row_problems(
     row: Row, path: str, pictures: Pictures | None, decode: bool, template: str
 ) -> list[Problem]:
-    """What is wrong with one record of `scan`."""
+    """The problems of one record of `scan`; at most one is returned."""
     name = row.value.get("id") if isinstance(row.value, dict) else None
     reason = row.reason or record_problem(row.value)
     if reason is None and pictures is not None:
@@ -304,14 +323,14 @@ def check(
     count: list[int] | None = None,
     template: str = "mistral_instruct_system",
 ) -> Iterator[Problem]:
-    """Yield every problem of a conversation file, in order; nothing when it is fine.
+    """Yield every problem of a conversation file, in order.
 
     Args:
-        path: a file `scan` reads.
-        image_root: what `Pictures` takes; None leaves the pictures unchecked.
-        decode: decode each picture too, which finds cut-off and foreign files.
-        count: its first element is set to the number of records read so far.
-        template: whose marks no turn should hold.
+        path: a file that `scan` can read.
+        image_root: as in `Pictures`; None: pictures are not checked.
+        decode: also decode each picture, which finds truncated files and files that are not pictures.
+        count: the first element is set to the number of records read so far.
+        template: name of the template whose separators must not occur inside a turn.
     """
     get_template(template)
     name, count = os.fspath(path), [0] if count is None else count
@@ -328,10 +347,12 @@ def check(
 
 
 def record_files(patterns: str | os.PathLike | list) -> list[str]:
-    """Files named by one pattern or several (`*` and `?` as in a shell), each sorted, without repetition.
+    """Files that match one or several patterns (`*` and `?` as in a shell).
+
+    The files of each pattern are sorted. A file that matches several patterns is listed once.
 
     Raises:
-        ValueError: a pattern fits no file.
+        ValueError: a pattern matches no file.
     """
     found: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str | os.PathLike) else patterns:

@@ -1,4 +1,4 @@
-"""python -m cumo_model data check FILE...: everything that is wrong with conversation files, line by line."""
+"""python -m cumo_model data check FILE...: report all problems of conversation files, one per line."""
 
 import os
 import sys
@@ -17,8 +17,14 @@ def check_files(
 ) -> int:
     """Print each problem and a summary of each file.
 
+    Args:
+        files: names or patterns of conversation files.
+        image_root: folders or .tar files of the pictures; None: only those of a .tar shard are checked.
+        decode: also decode each picture.
+        template: as in `records.check`.
+
     Returns:
-        How many records cannot be used; a file that cannot be read counts as one.
+        Number of records that cannot be used; a file that cannot be read counts as one.
     """
     unusable, found = 0, []
     for pattern in files:
@@ -36,7 +42,7 @@ def check_files(
                 bar.clear()
                 print(problem, flush=True)
                 fatal, warned = fatal + problem.fatal, warned + (not problem.fatal)
-        also = f", {warned} train nothing" if warned else ""
+        also = f", {warned} have no usable label" if warned else ""
         print(f"{file}: {count[0]} records, {fatal} cannot be used{also}", flush=True)
         unusable += fatal
     return unusable

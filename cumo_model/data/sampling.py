@@ -1,9 +1,9 @@
-"""Which samples a micro-batch holds: functions of (lengths, seed, epoch, rank) and nothing else.
+"""Sampling: which samples are in a micro-batch, as a function of (lengths, seed, epoch, rank) only.
 
-A *unit* is what one row of a batch holds: one sample, or several that were packed. A *step* is what all ranks
-do between two optimizer updates: world * accumulation * batch_size units. As in LLaVA's trainer, units of one
-kind (with a picture, text alone) and of like length go into the same step, steps come in random order, and
-what is left of each kind is joined in the last one.
+A *unit* is the content of one row of a batch: one sample, or several packed samples. A *step* is the work of
+all ranks between two optimizer updates: world * accumulation * batch_size units. As in LLaVA's trainer, a
+step contains units of one kind (with a picture, or text only) and of similar length. The steps come in
+random order. The remaining units of both kinds form the last step.
 """
 
 from bisect import bisect_left, insort
@@ -15,24 +15,29 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 GROUPINGS = ("modality_length", "length", "none")
-DUMMY = -1  # in a micro-batch: run the tower for a grey picture, another rank has real ones
+DUMMY = -1  # in a micro-batch: run the tower on a grey picture, because another rank has real ones
 
 
 def plan_packs(
     lengths: Sequence[int], has_image: Sequence[bool], max_length: int, seed: int = 0, window: int = 8192
 ) -> list[list[int]]:
-    """Put samples together into rows of at most `max_length` tokens.
+    """Pack samples into rows of at most `max_length` tokens.
 
-    Best fit, longest first, within windows of a random order, samples with and without pictures apart.
+    The samples are put in random order and divided into windows. In each window they are packed by best fit,
+    longest first. Samples with and without pictures are packed separately.
 
     Args:
-        lengths: tokens of each sample; longer ones than `max_length` are refused.
-        has_image: of each sample.
+        lengths: tokens of each sample.
+        has_image: whether each sample has a picture.
         max_length: tokens of a row.
-        window: samples looked at together; more waste less and take longer.
+        seed: seed of the random order.
+        window: samples per window. A larger window wastes fewer tokens and takes longer.
 
     Returns:
-        Lists of sample numbers; every sample is in exactly one.
+        Lists of sample numbers; each sample is in exactly one list.
+
+    Raises:
+        ValueError: a sample is longer than `max_length`.
     """
     lengths = np.asarray(lengths)
     if len(lengths) and lengths.max() > max_length:
@@ -69,7 +74,7 @@ def _best_fit(members: list[int], lengths: np.ndarray, max_length: int) -> list[
 
 
 class Units(Dataset):
-    """A data set seen as rows of a batch: item u is the list of samples of unit u."""
+    """A view of a data set as units: item u is the list of the samples of unit u."""
 
     def __init__(self, dataset: Dataset, units: Sequence[Sequence[int]]):
         self.dataset, self.units = dataset, units
@@ -82,10 +87,10 @@ class Units(Dataset):
 
 
 class StepSampler(Sampler[list[int]]):
-    """Micro-batches of unit numbers for one rank: every epoch another order, the same in every run.
+    """Yields micro-batches of unit numbers for one rank. The order depends on the epoch and is reproducible.
 
-    The length is the same in all epochs and on all ranks: units are repeated from the front of the order
-    until the last step of the epoch is full.
+    The length is the same in all epochs and on all ranks: the last step of an epoch is filled with units from
+    the beginning of the order.
     """
 
     def __init__(
@@ -109,6 +114,7 @@ class StepSampler(Sampler[list[int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Select the epoch, which determines the order."""
         self.epoch = epoch
 
     @property
@@ -130,7 +136,7 @@ class StepSampler(Sampler[list[int]]):
             kinds = [shuffled[self.has_image[shuffled]], shuffled[~self.has_image[shuffled]]]
         steps, left = [], []
         for members in kinds:
-            # megabatches of many steps: like lengths meet, and the order stays random
+            # sort by length inside megabatches of 50 steps, so that the overall order stays random
             full = len(members) // size * size
             for start in range(0, full, 50 * size):
                 part = members[start : min(start + 50 * size, full)]
@@ -152,7 +158,7 @@ class StepSampler(Sampler[list[int]]):
         for step in self._steps():
             for start in range(0, len(step), wide):
                 units = step[start : start + wide]
-                # ranks take turns in order of length, so that none waits long for another
+                # units sorted by length are dealt to the ranks in turn, so that ranks have similar work
                 mine = units[self.rank :: self.world].tolist()
                 if self.world > 1 and self.has_image[units].any() and not self.has_image[mine].any():
                     mine.append(DUMMY)

@@ -1,7 +1,7 @@
-"""Conversation files of any size: an index in memory, records and pictures read when they are needed.
+"""Data set over conversation files of any size: the index is in memory, records and pictures stay on disk.
 
-The index holds, for each record, where it stands and how many tokens it has (21 bytes); it is built once,
-with every record checked and tokenised, and kept in `cache_dir`.
+The index has 21 bytes per record: its position in the file and its number of tokens. All records are checked
+and tokenised once, when the index is built. The index is kept in `cache_dir`.
 """
 
 import hashlib
@@ -35,43 +35,43 @@ from cumo_model.processing.conversation import (
     tokenize_conversation,
     tokenize_conversations,
 )
-from cumo_model.processing.processor import image_seq_length
+from cumo_model.processing.processor import CumoProcessor, image_seq_length
 from cumo_model.processing.templates import get_template
 
-CHUNK = 1024  # records tokenised in one call
+CHUNK = 1024  # records per tokenizer call
 INDEX_FORMAT = 3
 
 
 class StreamedConversations(Dataset):
-    """LLaVA-format conversations in .json, .jsonl and .tar files.
+    """Data set of LLaVA-format conversations in .json, .jsonl and .tar files.
 
-    Items are those of `ConversationDataset`: input_ids and labels (N,) int64, pixel_values
-    (pictures, 3, s, s) fp32 or None. `lengths` (tokens) and `has_image` of every record are known without
-    reading it.
+    Items are as in `ConversationDataset`: input_ids and labels (N,) int64, pixel_values (pictures, 3, s, s)
+    fp32 or None. `lengths` (in tokens) and `has_image` of all records are available without reading files.
     """
 
     def __init__(
         self,
         files: str | os.PathLike | Sequence[str | os.PathLike],
         image_root: str | os.PathLike | Sequence[str | os.PathLike] | None,
-        processor,
+        processor: CumoProcessor,
         template: str = "mistral_instruct_system",
         max_length: int | None = None,
         cache_dir: str | os.PathLike | None = None,
         skip_bad: bool = False,
     ):
-        """
+        """Build the index, or load it from `cache_dir`.
+
         Args:
-            files: names or patterns of record files, read in that order.
-            image_root: what `Pictures` takes; None: each picture lies in its record's own .tar shard.
-            processor: from `build_processor`.
+            files: names or patterns of record files, read in this order.
+            image_root: as in `Pictures`; None: each picture is in the .tar shard of its record.
+            processor: as made by `build_processor`.
             template: a name of templates.TEMPLATES.
-            max_length: ids and labels are cut here; None leaves them whole.
-            cache_dir: keeps the index from one run to the next.
-            skip_bad: leave out records that cannot be trained on, with one warning, instead of refusing.
+            max_length: ids and labels are truncated to this many tokens; None: not truncated.
+            cache_dir: folder in which the index is stored for later runs; None: it is not stored.
+            skip_bad: skip records that cannot be trained on, with one warning, instead of raising an error.
 
         Raises:
-            ValueError: a file or, unless `skip_bad`, a record cannot be used.
+            ValueError: a file cannot be used, or a record cannot be used and `skip_bad` is False.
         """
         get_template(template)
         self.files = record_files(list(files) if isinstance(files, list | tuple) else files)
@@ -92,7 +92,7 @@ class StreamedConversations(Dataset):
         self._beside: dict[int, list[str]] = dict(zip(index["beside_places"].tolist(), names, strict=True))
 
     def identity(self) -> str:
-        """A digest of what the samples are: files, template, tokenizer and cuts, not where they lie."""
+        """A digest of file names and sizes, template, tokenizer and max_length, independent of the folder."""
         what = [
             [[os.path.basename(file), os.path.getsize(file)] for file in self.files],
             self.template,
@@ -114,11 +114,13 @@ class StreamedConversations(Dataset):
             index = load_file(path)
             if len(index["bad"]):
                 text = index["bad"].tobytes().decode()
-                warnings.warn(f"{text}; found when {path} was made, delete it to look again", stacklevel=4)
+                warnings.warn(f"{text}; found when {path} was made, delete it to check again", stacklevel=4)
             return index
         index = self._build_index(skip_bad)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # nodes may share process numbers
+        part = path.with_name(
+            f".{path.name}.{uuid.uuid4().hex}.part"
+        )  # process ids are not unique across nodes
         save_file(index, part)
         os.replace(part, path)
         return index
@@ -172,11 +174,11 @@ class StreamedConversations(Dataset):
             columns["has_image"].append("image" in row.value)
 
     def _count(self, rows: list[Row], file: str) -> list[tuple[int, Problem | None]]:
-        """Tokens of each record after the cut, or why the template or the cut does not fit it."""
+        """Tokens of each record after truncation, or the reason why template or max_length do not fit it."""
 
         def tokenise(turns: list) -> list:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # reserved markers are problems already
+                warnings.simplefilter("ignore")  # reserved markers are already reported as problems
                 return tokenize_conversations(
                     turns, self.processor.tokenizer, self.template, self.tokens_per_image
                 )
@@ -204,10 +206,11 @@ class StreamedConversations(Dataset):
         return len(self.lengths)
 
     def file_of(self, index: int) -> str:
+        """Name of the file that contains this record."""
         return self.files[self._file[index]]
 
     def record(self, index: int) -> dict:
-        """The record as the file has it; in a shard with the pictures beside it."""
+        """The record as in the file; in a tar shard, with the names of its picture members."""
         file = self.files[self._file[index]]
         value = read_row(file, int(self._offset[index]), int(self._length[index]))
         return with_pictures(value, self._beside.get(index, ()))

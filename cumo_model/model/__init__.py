@@ -1,1 +1,1 @@
-"""The model: configuration, MoE layer, losses, tower, connector, language model. Stands on cumo_kernels."""
+"""The model: configuration, MoE layer, losses, vision tower, connector and language model."""

@@ -1,7 +1,7 @@
-"""CLIP vision tower whose MLPs are Mixture-of-Experts: transformers' CLIP with only `mlp` replaced.
+"""CLIP vision tower with Mixture-of-Experts MLPs: transformers' CLIP in which only `mlp` is replaced.
 
-Balance statistics are per crop, class token included. The tower has no final layer norm: CuMo reads a state
-before it, and its checkpoints lack it.
+The balance loss uses statistics per crop; the class token is included. The tower has no final layer norm,
+because CuMo uses an earlier hidden state and its checkpoints do not contain that norm.
 """
 
 import torch
@@ -19,11 +19,11 @@ from cumo_model.model.moe import MoEHostMixin, MoELayer
 ACTIVATION_OF = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
-}  # transformers' names where they differ
+}  # transformers' name -> name in cumo_kernels, where they differ
 
 
 class CumoVisionEncoderLayer(CLIPEncoderLayer):
-    """Pre-norm attention and MLP; the MLP is an MoELayer when the config has experts."""
+    """Pre-norm attention and MLP. The MLP is an MoELayer if the config has more than one expert."""
 
     def __init__(self, config: CumoVisionConfig, layer_idx: int):
         super().__init__(config)
@@ -40,7 +40,7 @@ class CumoVisionEncoderLayer(CLIPEncoderLayer):
             )
 
     def forward(self, hidden_states: Tensor, router_only: bool = False) -> Tensor:
-        """(N, n, H) -> (N, n, H). `router_only` skips the experts: only the router's statistics count."""
+        """(N, n, H) -> (N, n, H). With `router_only` only the router runs, for its statistics."""
         attended, _ = self.self_attn(self.layer_norm1(hidden_states))
         hidden_states = hidden_states + attended
         x = self.layer_norm2(hidden_states)
@@ -48,11 +48,13 @@ class CumoVisionEncoderLayer(CLIPEncoderLayer):
             return hidden_states + self.mlp(x)
         if router_only:
             self.mlp.route(x, groups=x.shape[0])
-            return hidden_states.view_as(hidden_states)  # made after the router, so met before it in backward
+            return hidden_states.view_as(hidden_states)  # created after the router: backward visits it first
         return hidden_states + self.mlp(x, groups=x.shape[0])
 
 
 class CumoVisionEncoder(nn.Module):
+    """The stack of encoder layers."""
+
     def __init__(self, config: CumoVisionConfig):
         super().__init__()
         self.layers = nn.ModuleList(
@@ -61,7 +63,7 @@ class CumoVisionEncoder(nn.Module):
 
 
 class _ZeroGradientEdge(torch.autograd.Function):
-    """x as it is; in backward `other`, of the same shape, gets a gradient of zeros."""
+    """Returns x unchanged. In backward `other`, of the same shape, gets a gradient of zeros."""
 
     @staticmethod
     def forward(ctx, x: Tensor, other: Tensor) -> Tensor:
@@ -73,6 +75,8 @@ class _ZeroGradientEdge(torch.autograd.Function):
 
 
 class CumoVisionModel(MoEHostMixin, CLIPPreTrainedModel):
+    """CLIP vision tower with dense or Mixture-of-Experts MLPs, without the final layer norm."""
+
     config: CumoVisionConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -82,24 +86,25 @@ class CumoVisionModel(MoEHostMixin, CLIPPreTrainedModel):
     def __init__(self, config: CumoVisionConfig):
         super().__init__(config)
         self.embeddings = CLIPVisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # CLIP's own spelling
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # spelled as in CLIP
         self.encoder = CumoVisionEncoder(config)
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers, from a folder of a tower alone.
+        """Load a vision tower as transformers does, from a folder that contains only the tower.
 
         Raises:
-            ValueError: the folder holds a whole CuMo, whose tower has other names there.
+            ValueError: the folder contains a whole CuMo model, in which the tower's parameters have other
+                names.
         """
         path = pretrained_model_name_or_path
         values = read_config(path, **kwargs)
         kind = values.get("model_type")
         if kind == CumoConfig.model_type or layout_of(values) is not None:
             raise ValueError(
-                f"{path} must hold a tower alone, got a whole model ({kind}): take `.model.vision_tower` of "
-                "CumoForConditionalGeneration.from_pretrained"
+                f"{path} must contain a vision tower only, got a whole model ({kind}): use "
+                "`.model.vision_tower` of CumoForConditionalGeneration.from_pretrained"
             )
         return super().from_pretrained(path, *args, **kwargs)
 
@@ -123,14 +128,15 @@ class CumoVisionModel(MoEHostMixin, CLIPPreTrainedModel):
         all_routers: bool = False,
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
-        """Encode crops, each on its own.
+        """Encode N crops independently.
 
         Args:
-            pixel_values: (N, 3, s, s), s the config's image_size.
-            feature_layer: which of the num_hidden_layers + 1 hidden states to return; later ones do not run.
-            all_routers: run every layer's router, as the auxiliary losses want it. The last layer then runs
+            pixel_values: (N, 3, s, s); s is the config's image_size.
+            feature_layer: index of the hidden state to return, out of num_hidden_layers + 1. Layers after it
+                do not run.
+            all_routers: run the router of every layer, as the auxiliary losses require. The last layer runs
                 without its experts if only its router is needed.
-            output_hidden_states: return all hidden states as well, running every layer.
+            output_hidden_states: also return all hidden states; every layer runs.
 
         Returns:
             last_hidden_state (N, 1 + patches, H), the selected state; hidden_states, a tuple or None.
@@ -150,7 +156,8 @@ class CumoVisionModel(MoEHostMixin, CLIPPreTrainedModel):
             if output_hidden_states:
                 states.append(hidden_states)
         if state is not hidden_states and not output_hidden_states:
-            # FSDP gathers a layer for backward when its output gets a gradient; the last layer's goes nowhere
+            # FSDP gathers a layer for backward when its output gets a gradient; the last layer's output gets
+            # none
             state = _ZeroGradientEdge.apply(state, hidden_states)
         return BaseModelOutput(
             last_hidden_state=state, hidden_states=tuple(states) if output_hidden_states else None

@@ -1,4 +1,4 @@
-"""What differs between the releases of transformers that we run with, each with when it can go."""
+"""Differences between the supported transformers releases. Each entry states when it can be removed."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -7,13 +7,14 @@ from functools import wraps
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# transformers 5.24 renamed the argument and the output `past_key_values` to `cache`: until we ask for 5.24
+# transformers 5.24 renamed the argument and output `past_key_values` to `cache`. Remove once 5.24 is
+# required.
 CACHE = next(f.name for f in fields(CausalLMOutputWithPast) if f.name in ("cache", "past_key_values"))
 CACHE_NAMES = ("cache", "past_key_values")
 
 
 def _cache_under(name: str) -> Callable[[Callable], Callable]:
-    """-> decorator for methods: the cache may come under either name, and goes on under `name`."""
+    """Decorator for methods: accepts the cache under either name and passes it on as `name`."""
 
     def decorate(method: Callable) -> Callable:
         @wraps(method)
@@ -31,28 +32,28 @@ def _cache_under(name: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
-either_cache_name = _cache_under("cache")  # for our own methods, which have an argument `cache`
-this_cache_name = _cache_under(CACHE)  # for those of transformers
+either_cache_name = _cache_under("cache")  # for this project's methods, whose argument is `cache`
+this_cache_name = _cache_under(CACHE)  # for methods of transformers
 
 
 def cache_of(outputs) -> dict:
-    """The cache in an output of transformers, under this release's name, to hand on."""
+    """The cache of a transformers output as a keyword argument, under this release's name."""
     return {CACHE: getattr(outputs, CACHE)}
 
 
-# transformers 5.24 renamed gradient_checkpointing to activation_checkpointing, in methods and
-# TrainingArguments, and warns of the older names, which go in 6: until we ask for 5.24
+# transformers 5.24 renamed gradient_checkpointing to activation_checkpointing in methods and
+# TrainingArguments. It warns about the old names and will remove them in 6. Remove when 5.24 is required.
 OLDER, NEWER = "gradient_checkpointing", "activation_checkpointing"
 CHECKPOINTING = NEWER if hasattr(PreTrainedModel, f"{NEWER}_enable") else OLDER
 
 
 def enable_checkpointing(model: PreTrainedModel, options: dict, **more) -> None:
-    """transformers' own, under this release's name."""
+    """Call transformers' method that enables activation checkpointing, under this release's name."""
     getattr(PreTrainedModel, f"{CHECKPOINTING}_enable")(model, options, **more)
 
 
 class EitherCheckpointing:
-    """A model's `activation_checkpointing_enable` and `_disable` go by their older names too."""
+    """Gives a model both the old and the new names of the activation checkpointing methods."""
 
     if CHECKPOINTING == OLDER:
 
@@ -64,10 +65,10 @@ class EitherCheckpointing:
 
 
 def checkpointing_arguments(given: dict) -> dict:
-    """TrainingArguments `given` with those of checkpointing under this release's names.
+    """Rename the checkpointing arguments in `given`, keywords of TrainingArguments, to this release's names.
 
     Raises:
-        ValueError: both names of one, with different values.
+        ValueError: both names of one argument are given, with different values.
     """
     renamed = dict(given)
     for suffix in ("", "_kwargs"):

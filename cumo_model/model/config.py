@@ -1,4 +1,4 @@
-"""Configurations: the vision tower, and the whole model. The defaults are CuMo Mistral-7B."""
+"""Configurations of the vision tower and of the whole model. The defaults describe CuMo Mistral-7B."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from cumo_model.model.compat import CACHE_NAMES
 from cumo_model.model.image_tokens import PictureLayout
 from cumo_model.model.layouts import layout_of
 
-MISTRAL_7B = {  # Instruct-v0.2, where it differs from MistralConfig()
+MISTRAL_7B = {  # values of Mistral-7B-Instruct-v0.2 that differ from the defaults of MistralConfig
     "model_type": "mistral",
     "rms_norm_eps": 1e-5,
     "sliding_window": None,
@@ -21,7 +21,15 @@ MISTRAL_7B = {  # Instruct-v0.2, where it differs from MistralConfig()
 
 @strict
 class CumoVisionConfig(CLIPVisionConfig):
-    """CLIP vision tower whose MLPs may be Mixture-of-Experts; by default ViT-L/14-336, 2 of 4 experts."""
+    """Configuration of a CLIP vision tower with dense or Mixture-of-Experts MLPs.
+
+    The default is ViT-L/14-336 with 4 experts, 2 of them active per token.
+
+    Attributes:
+        num_experts: experts per layer; 1 gives CLIP's dense MLP.
+        num_experts_per_tok: experts that each token uses.
+        compat: set by CumoConfig.
+    """
 
     model_type = "cumo_vision_model"
     base_config_key = "vision_config"
@@ -33,9 +41,9 @@ class CumoVisionConfig(CLIPVisionConfig):
     num_attention_heads: int = 16
     image_size: int = 336
     patch_size: int = 14
-    num_experts: int = 4  # 1 is CLIP's dense MLP
+    num_experts: int = 4
     num_experts_per_tok: int = 2
-    compat: Literal["cumo"] | None = None  # set by CumoConfig
+    compat: Literal["cumo"] | None = None
 
     def __post_init__(self, **kwargs):
         check_experts("vision_config.num_experts", self.num_experts, self.num_experts_per_tok)
@@ -44,24 +52,29 @@ class CumoVisionConfig(CLIPVisionConfig):
 
 @strict
 class CumoConfig(PreTrainedConfig):
-    """Vision tower, connector and language model.
+    """Configuration of a CuMo model: vision tower, connector and language model.
 
     Attributes:
         vision_config: CumoVisionConfig or its dict.
         text_config: configuration or dict with `model_type`: mixtral, or any dense decoder of transformers.
-        projector_num_experts: experts of the connector; 1 is a dense two-layer MLP.
-        scales: integer factors at which the tower sees the image; features are joined on channels, in order.
+        projector_num_experts: experts of the connector; 1 gives a dense two-layer MLP.
+        projector_num_experts_per_tok: experts of the connector that each token uses.
+        scales: integer factors by which the image is enlarged before it enters the tower. The features of all
+            scales are concatenated on the channel axis, in this order.
         vision_feature_layer: index into the tower's num_hidden_layers + 1 hidden states.
         vision_feature_select_strategy: "default" drops the class token, "full" keeps it (scales [1] only).
-        image_token_index: id of the placeholders in `input_ids`; may lie outside the vocabulary.
-        patch_merge_type: how a picture's tiles become tokens, see image_tokens.py; "spatial_unpad" adds a
-            parameter, image_newline.
-        image_grid_pinpoints: [[height, width], ...] of the grids of tiles that anyres chooses from, multiples
-            of the tower's image_size. None: every picture is one tile, or comes tile by tile.
-        balance_loss_coef: weight of the balance losses in training.
-        router_z_loss_coef: weight of the router z-losses in training.
-        compat: "cumo" repeats the original's rounding in routers and experts; None is more exact and faster.
-        original: config.json of the original's checkpoint this one was read from, for the way back.
+        image_token_index: id of the placeholders in `input_ids`; may be outside the vocabulary.
+        patch_merge_type: how the tiles of a picture become tokens, see image_tokens.py. "spatial_unpad" adds
+            the parameter image_newline.
+        image_grid_pinpoints: [[height, width], ...] in pixels, the tile grids that anyres chooses from;
+            multiples of the tower's image_size. None: each picture is one tile, or is passed as tiles.
+        balance_loss_coef: weight of the load balancing loss in training.
+        router_z_loss_coef: weight of the router z-loss in training.
+        compat: "cumo" reproduces the rounding of the original code in routers and experts. None is more
+            accurate and faster.
+        tie_word_embeddings: whether lm_head shares the embedding's weight.
+        original: config.json of the released-layout checkpoint this config was read from. It is used when the
+            model is converted back to that layout.
     """
 
     model_type = "cumo"
@@ -95,11 +108,11 @@ class CumoConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As in transformers; config.json of another layout is translated."""
+        """As in transformers. A config.json in another registered layout is translated."""
         values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if (layout := layout_of(values)) is not None:
-            ours = layout.config_values(values, pretrained_model_name_or_path)
-            values = {"model_type": cls.model_type, **ours}
+            fields = layout.config_values(values, pretrained_model_name_or_path)
+            values = {"model_type": cls.model_type, **fields}
         return values, kwargs
 
     def __post_init__(self, **kwargs):
@@ -113,7 +126,7 @@ class CumoConfig(PreTrainedConfig):
             text = dict(self.text_config or MISTRAL_7B)
             self.text_config = CONFIG_MAPPING[text.pop("model_type", "mistral")](**text)
         self.vision_config.compat = self.compat
-        # the text model's own flag decides: lm_head lives here, outside of it
+        # lm_head belongs to this model, but the text model's flag also applies
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.scales = tuple(self.scales)
         self._check()
@@ -143,13 +156,13 @@ class CumoConfig(PreTrainedConfig):
 
     @property
     def image_seq_length(self) -> int:
-        """Visual tokens per tile: the number of placeholders that stand for it in `input_ids`, but for what
-        `patch_merge_type` takes away or adds."""
+        """Image tokens per tile, before `patch_merge_type` removes or adds any."""
         num_patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
         return num_patches + (self.vision_feature_select_strategy == "full")
 
     @property
     def picture_layout(self) -> PictureLayout:
+        """How pictures are cut into tiles and arranged as tokens."""
         side = self.vision_config.image_size
         grid = side // self.vision_config.patch_size
         pinpoints = self.image_grid_pinpoints

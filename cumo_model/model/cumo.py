@@ -1,9 +1,12 @@
-"""CumoModel and CumoForConditionalGeneration: image -> tower -> connector -> language model.
+"""CumoModel and CumoForConditionalGeneration: image -> vision tower -> connector -> language model.
+
+The training loss is
 
     total = language + balance_loss_coef * sum(balance) + router_z_loss_coef * sum(z)
 
-over the places that are Mixture-of-Experts, in training only. The language model's own terms count only if
-tower or connector have experts too: without them the original trains Mixtral on the language loss alone.
+The sums run over the places with experts: tower, connector and language model. The terms of the language
+model are added only if tower or connector have experts too. Otherwise only the language loss is used,
+because the original code trains such a Mixtral without them. In evaluation only the language loss is used.
 """
 
 from collections.abc import Sequence
@@ -43,19 +46,25 @@ from cumo_model.model.moe import MoEHostMixin, RoutingRecord, record_routing
 from cumo_model.model.pyramid import crop_counts, image_pyramid, merge_scales
 from cumo_model.model.quantize import are_experts_quantized
 
-PLACES = ("mlp", "clip", "llm")  # the order in which the original adds their losses
+PLACES = ("mlp", "clip", "llm")  # the order in which the original code adds their losses
 
 
 @dataclass
 class CumoModelOutput(BaseModelOutputWithPast):
+    """Output of `CumoModel`: that of a decoder, and the image features."""
+
     image_hidden_states: Tensor | None = None  # (tiles, image_seq_length, H) after the connector
 
 
 @dataclass
 class CumoOutput(CausalLMOutputWithPast):
-    """`loss_parts`: terms of `loss`, unweighted and detached: language, and {clip,mlp,llm}_{balance,z}.
+    """Output of `CumoForConditionalGeneration`.
 
-    `router_stats`, on request: for each place, its layers' RouterStats stacked and the tokens per expert.
+    Attributes:
+        image_hidden_states: (tiles, image_seq_length, H), the image features after the connector.
+        loss_parts: terms of `loss` without their weights, detached: language and {clip,mlp,llm}_{balance,z}.
+        router_stats: for each place, the stacked RouterStats of its layers and the tokens per expert. None
+            unless requested.
     """
 
     image_hidden_states: Tensor | None = None
@@ -64,6 +73,8 @@ class CumoOutput(CausalLMOutputWithPast):
 
 
 class CumoPreTrainedModel(MoEHostMixin, EitherCheckpointing, PreTrainedModel):
+    """Base class: initialisation, loading and activation checkpointing of both CuMo models."""
+
     config: CumoConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -84,7 +95,7 @@ class CumoPreTrainedModel(MoEHostMixin, EitherCheckpointing, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers, from a folder in our layout or in one that is registered (layouts.py)."""
+        """Load as transformers does; the checkpoint may have any registered layout (layouts.py)."""
         path = pretrained_model_name_or_path
         layout = layout_of(read_config(path, **kwargs))
         if layout is None or layout.is_loader(cls):
@@ -92,6 +103,7 @@ class CumoPreTrainedModel(MoEHostMixin, EitherCheckpointing, PreTrainedModel):
         return layout.load(cls, path, *args, **kwargs)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs) -> None:
+        """As in transformers; ValueError if use_reentrant is True."""
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if options["use_reentrant"]:
             raise ValueError(
@@ -102,9 +114,11 @@ class CumoPreTrainedModel(MoEHostMixin, EitherCheckpointing, PreTrainedModel):
 
 
 class CumoModel(CumoPreTrainedModel):
+    """Vision tower, connector and language model without the language model head."""
+
     def __init__(self, config: CumoConfig):
         super().__init__(config)
-        config.vision_config.compat = config.compat  # which may be set after the config was made
+        config.vision_config.compat = config.compat  # compat may be set after the config was created
         self.vision_tower = CumoVisionModel(config.vision_config)
         self.multi_modal_projector = CumoProjector(config)
         self.language_model = build_language_model(config.text_config, config.compat)
@@ -115,7 +129,18 @@ class CumoModel(CumoPreTrainedModel):
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, all_routers: bool = False) -> Tensor:
-        """Tiles (N, 3, s, s) -> (N, image_seq_length, text's H); `all_routers` as in the tower's forward."""
+        """Image features after the connector.
+
+        Args:
+            pixel_values: (N, 3, s, s), N tiles; s is the tower's image_size.
+            all_routers: as in `CumoVisionModel.forward`.
+
+        Returns:
+            (N, image_seq_length, H), H the hidden size of the language model.
+
+        Raises:
+            ValueError: `pixel_values` has another shape.
+        """
         config, vision = self.config, self.config.vision_config
         wanted = (vision.num_channels, vision.image_size, vision.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != wanted:
@@ -140,10 +165,10 @@ class CumoModel(CumoPreTrainedModel):
         all_routers: bool,
         num_dummy_images: int,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, S) -> embeddings (B, S, H) with the pictures' features at their placeholders; the features."""
+        """Embeddings (B, S, H) with the image features at the placeholders, and the features of all tiles."""
         embed_tokens = self.get_input_embeddings()
         if pixel_values is None and continues and (input_ids.shape[1] == 1 or torch.compiler.is_compiling()):
-            return embed_tokens(input_ids), None  # the next token; a further turn is looked through
+            return embed_tokens(input_ids), None  # decoding one token; a further turn is checked below
         token, layout = self.config.image_token_index, self.config.picture_layout
         is_image = input_ids == token
         if pixel_values is None:
@@ -158,7 +183,7 @@ class CumoModel(CumoPreTrainedModel):
             )
         what = "images" if image_sizes is None else "pictures"
         check_placeholders(is_image, token, [layout.tokens(size) for size in sizes], image_lengths, what)
-        # the placeholder may lie outside the vocabulary
+        # the placeholder id may be outside the vocabulary
         embeds = embed_tokens(input_ids.masked_fill(is_image, 0))
         features = self.get_image_features(pixel_values, all_routers)
         used = features[:num_tiles]
@@ -194,9 +219,9 @@ class CumoModel(CumoPreTrainedModel):
     ) -> CumoModelOutput:
         """As `CumoForConditionalGeneration.forward`, without head and loss.
 
-        The last `num_dummy_images` of pixel_values run through tower and connector, and into their losses,
-        but stand nowhere in the text: the original does so for every row without an image, and ranks of one
-        sharded model must run the same modules.
+        The last `num_dummy_images` of pixel_values have no placeholders in the text. They run through tower
+        and connector and count in the router losses. They serve two purposes: the original code adds one for
+        every row without an image, and all ranks of a sharded model must run the same modules.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given, got both or neither")
@@ -213,10 +238,10 @@ class CumoModel(CumoPreTrainedModel):
                 num_dummy_images,
             )
             if self.training and attention_mask is not None and attention_mask.shape == input_ids.shape:
-                # padding counts in Mixtral's router losses, and the original pads with zero vectors
+                # padding counts in Mixtral's router losses; the original code pads with zero vectors
                 inputs_embeds = inputs_embeds * attention_mask[:, :, None].to(inputs_embeds.dtype)
         elif pixel_values is not None:
-            raise ValueError("pixel_values must come with input_ids, whose image tokens say where they go")
+            raise ValueError("pixel_values must come with input_ids, whose image tokens mark their positions")
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -235,9 +260,11 @@ class CumoModel(CumoPreTrainedModel):
 
 
 class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
+    """CuMo with a language model head, for training and generation."""
+
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    # the Trainer divides by the accumulation steps itself, for the auxiliary losses too
+    # so the Trainer divides the whole loss, auxiliary losses included, by the accumulation steps
     accepts_loss_kwargs = False
 
     def __init__(self, config: CumoConfig):
@@ -249,13 +276,13 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
     generate = this_cache_name(GenerationMixin.generate)
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """As in transformers, in the layout of this model's own state_dict.
+        """Save as transformers does, with the names and shapes of this model's state_dict.
 
-        Stacked experts on disk load through `load_state_dict` too, which is how the Trainer resumes.
-        `save_original_format=True` writes Mixtral's experts one by one.
+        Experts are saved as stacked tensors, so that `load_state_dict` can read them; the Trainer resumes
+        this way. `save_original_format=True` writes one tensor per expert of Mixtral.
 
         Raises:
-            ValueError: the experts are quantised, which no loader could read back.
+            ValueError: the experts are quantised; no loader could read such a checkpoint.
         """
         if are_experts_quantized(self):
             raise ValueError("save_pretrained must come before quantize_experts, got experts in 4 bits")
@@ -264,6 +291,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         )
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """As `CumoModel.get_image_features`."""
         return self.model.get_image_features(pixel_values)
 
     def _expand_inputs_for_generation(
@@ -273,7 +301,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         **kwargs,
     ):
-        """Copies of a row for beams or samples take all of the row's pictures along, in order."""
+        """Repeat each row for beams or samples, together with all pictures of the row, in order."""
         names = ("pixel_values", "image_sizes", "image_lengths")
         images = {key: value for key in names if (value := kwargs.pop(key, None)) is not None}
         pixels = as_tiles(images.get("pixel_values"))
@@ -314,30 +342,38 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         output_router_stats: bool = False,
         **kwargs,
     ) -> CumoOutput:
-        """Logits, and with `labels` the loss.
+        """Compute logits and, if `labels` are given, the loss.
 
         Args:
-            input_ids: (B, S) int64; image_seq_length tokens image_token_index stand for each tile, in order
-                (for each picture `config.picture_layout.tokens(size)`).
-            pixel_values: (number of tiles, 3, s, s), also as (B, tiles, 3, s, s) or a list of pictures,
-                (3, s, s) or (tiles, 3, s, s) each.
-            image_sizes: (number of pictures, 2) integers, height and width of pictures that anyres has cut
-                into tiles, for `patch_merge_type`. None: every tile is a picture.
-            image_lengths: (number of pictures,) integers: how many of each one's tokens `input_ids` has, the
-                first ones; 0 for one that only counts in the router losses, as the original's dummies of
-                rows without a picture. None: all of them.
-            attention_mask: (B, S), 0 on padding, left or right.
-            cache: of transformers, also called past_key_values.
-            labels: (B, S) int64, -100 where no token is to be predicted; image tokens never are.
-            logits_to_keep: how many last positions, or which, get logits; 0 is all, as labels need.
-            skip_logits: with labels, run the head only where a token is to be predicted and return no logits:
-                the same loss for a fraction of the head's time and memory.
-            output_router_stats: return, for each place with experts ("clip", "mlp", "llm"), mean_probs and
-                top1_density (L, G, E), mean_squared_logsumexp (L, G) and tokens_per_expert (L, E) of its L
-                layers that ran, without gradients.
+            input_ids: (B, S) int64. Each picture is represented by `config.picture_layout.tokens(size)`
+                placeholders (id image_token_index), in order: image_seq_length per tile for "flat".
+            pixel_values: (number of tiles, 3, s, s), or (B, tiles, 3, s, s), or a list of pictures of shape
+                (3, s, s) or (tiles, 3, s, s).
+            image_sizes: (number of pictures, 2) integers: height and width in pixels of the pictures that
+                anyres has cut into tiles, needed by `patch_merge_type`. None: each tile is one picture.
+            image_lengths: (number of pictures,) integers: how many placeholders `input_ids` has for each
+                picture; they take its first tokens. 0 for a picture that counts in the router losses only,
+                like the dummy images of the original code. None: all tokens of each picture.
+            attention_mask: (B, S), 0 on padding, which may be left or right.
+            position_ids: (B, S) int64, as in transformers.
+            cache: key-value cache of transformers; also accepted as past_key_values.
+            inputs_embeds: (B, S, H), instead of `input_ids`; without pictures.
+            labels: (B, S) int64, -100 where no token is predicted. Image tokens are never predicted.
+            use_cache: as in transformers; by default True in evaluation and False in training.
+            logits_to_keep: number of last positions, or indices of the positions, that get logits. 0: all
+                positions, as `labels` require.
+            skip_logits: with `labels`, run the head only at positions that predict a token, and return no
+                logits. The loss is the same; the head needs less time and memory.
+            output_router_stats: also return, for each place with experts ("clip", "mlp", "llm"), mean_probs
+                and top1_density (L, G, E), mean_squared_logsumexp (L, G) and tokens_per_expert (L, E) of the
+                L layers that ran, detached.
+            **kwargs (Any): passed on to the language model.
+
+        Returns:
+            CumoOutput with logits (B, S, V), or (B, kept positions, V) with `logits_to_keep`.
 
         Raises:
-            ValueError: placeholders and images do not match, or a shape does not fit.
+            ValueError: placeholders and pictures do not match, or an argument has a wrong shape.
         """
         pixel_values = as_tiles(pixel_values)
         with_aux = self.training and labels is not None and self._has_expert_losses()
@@ -355,7 +391,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
                 all_routers=with_aux,
                 **kwargs,
             )
-        if labels is not None:  # nobody predicts a picture, and its id may lie outside the vocabulary
+        if labels is not None:  # image tokens are not predicted, and their id may be outside the vocabulary
             labels = labels.masked_fill(labels == self.config.image_token_index, -100)
         hidden_states = outputs.last_hidden_state
         loss, logits, loss_parts = None, None, None
@@ -383,7 +419,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         )
 
     def _loss_without_logits(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
-        """`language_loss` of (B, S, H) states, whose head runs on the rows before a label only."""
+        """`language_loss` of hidden states (B, S, H); the head runs only where a token is predicted."""
         _check_labels(labels, hidden_states)
         targets = labels[:, 1:]
         predicts = targets != -100
@@ -427,19 +463,19 @@ def _stacked_stats(records: list[RoutingRecord]) -> dict[str, dict[str, Tensor]]
 
 
 def language_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy over the tokens to predict; position t predicts labels[:, t + 1].
+    """Mean cross entropy over the predicted tokens; position t predicts labels[:, t + 1].
 
     Args:
-        logits: (B, S, V), cast to fp32.
-        labels: (B, S) int64, -100 is ignored.
+        logits: (B, S, V), converted to fp32.
+        labels: (B, S) int64; -100 is ignored.
 
     Returns:
-        Scalar fp32; 0 if there is no token to predict.
+        Scalar fp32; 0 if no token is predicted.
     """
     _check_labels(labels, logits)
     targets = nn.functional.pad(
         labels[:, 1:], (0, 1), value=-100
-    ).flatten()  # shifting labels spares a copy of logits
+    ).flatten()  # shifting the labels avoids a copy of the logits
     total = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
     return total / (targets != -100).sum().clamp(min=1)
 

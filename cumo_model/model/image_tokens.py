@@ -1,15 +1,15 @@
-"""Pictures in the text: how many tokens each has, in which order, and which places of a row they take.
+"""Image tokens in the text: how many tokens a picture has, their order, and their positions in a row.
 
-A picture is one tile of the tower's size or, with anyres, the whole picture as one tile and then a grid of
-tiles. Its tokens, by `patch_merge_type`:
+A picture is an input image. Without anyres it is one tile of the tower's input size. With anyres it is the
+whole image as one tile, followed by a grid of tiles. `patch_merge_type` sets the order of its tokens:
 
-    flat            tile after tile
-    spatial         the whole picture's, then those of the grid as one image, row by row
-    spatial_unpad   as spatial, without the rows or columns that lie wholly in the padding around the picture,
-                    and with the model's image_newline after every row; after all of a picture of one tile
+    flat            the tokens of one tile after another
+    spatial         the tokens of the whole image, then those of the grid as one image, row by row
+    spatial_unpad   as spatial, but without the rows or columns that show only padding, and with the model's
+                    image_newline after each row (for a picture of one tile: once, at the end)
 
-The merges are LLaVA-1.6's (its blog post of January 2024); the original CuMo carries them and cannot reach
-them.
+The merge types are those of LLaVA-1.6 (blog post of January 2024). The original CuMo contains the code but
+never runs it.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,15 @@ Size = tuple[int, int]  # height and width of a picture in pixels
 
 @dataclass(frozen=True)
 class PictureLayout:
-    """side: of a tile in pixels; grid: patches along it; tile_tokens: tokens of a tile; pinpoints: (height,
-    width) of the grids of tiles that anyres chooses from. A picture's `size` is None if it is one tile."""
+    """How pictures become tiles and tokens. In all methods `size` is None for a picture of one tile.
+
+    Attributes:
+        side: side of a tile in pixels.
+        grid: patches along a side of a tile.
+        tile_tokens: tokens of a tile.
+        merge: one of MERGES.
+        pinpoints: (height, width) in pixels of the tile grids that anyres chooses from.
+    """
 
     side: int
     grid: int
@@ -37,12 +44,12 @@ class PictureLayout:
     pinpoints: Sequence[Size] | None = None
 
     def tiles(self, size: Size | None) -> int:
-        """Tiles of a picture, the whole one among them."""
+        """Number of tiles of a picture, the tile of the whole image included."""
         rows, columns = self._shape(size)
         return 1 if size is None else 1 + rows * columns
 
     def tokens(self, size: Size | None) -> int:
-        """Tokens of a picture."""
+        """Number of tokens of a picture."""
         if self.merge != "spatial_unpad":
             return self.tiles(size) * self.tile_tokens
         if size is None:
@@ -51,7 +58,7 @@ class PictureLayout:
         return self.tile_tokens + (rows.stop - rows.start) * (columns.stop - columns.start + 1)
 
     def arrange(self, features: Tensor, size: Size | None, newline: Tensor | None) -> Tensor:
-        """(tiles, tile_tokens, H) -> (tokens, H)."""
+        """Arrange the features of one picture as tokens: (tiles, tile_tokens, H) -> (tokens, H)."""
         if self.merge == "flat":
             return features.flatten(0, 1)
         whole, width = features[0], features.shape[-1]
@@ -77,7 +84,7 @@ class PictureLayout:
         return height // self.side, width // self.side
 
     def _kept(self, size: Size) -> tuple[slice, slice]:
-        """Rows and columns of the grid's patches that show the picture, which lies centred in it."""
+        """Rows and columns of grid patches that show the picture, which is centred in the grid."""
         rows, columns = (self.grid * tiles for tiles in self._shape(size))
         height, width = size
         if width / height > columns / rows:
@@ -88,10 +95,13 @@ class PictureLayout:
 
 
 def as_tiles(pixel_values: Tensor | Sequence[Tensor] | None) -> Tensor | None:
-    """(N, 3, s, s) from that, (B, tiles, 3, s, s), or a list of pictures (3, s, s) or (tiles, 3, s, s).
+    """Convert the accepted forms of pixel_values to one tensor of tiles (N, 3, s, s).
+
+    Args:
+        pixel_values: (N, 3, s, s), (B, tiles, 3, s, s), or a list of (3, s, s) or (tiles, 3, s, s) tensors.
 
     Raises:
-        ValueError: another shape, or pictures of several sizes.
+        ValueError: an element has another shape, or tiles differ in size.
     """
     if pixel_values is None:
         return None
@@ -118,9 +128,9 @@ def _assert_on_device(holds: Tensor, words: str) -> None:
 
 
 def _are_whole(is_image: Tensor, wanted: list[int], lengths: Tensor | None) -> Tensor:
-    """() bool: what `check_placeholders` asks for, without a look at any value."""
+    """The condition of `check_placeholders` as a bool tensor of shape (), without host synchronisation."""
     most = torch.tensor(wanted, dtype=torch.long, device=is_image.device)
-    begun = is_image.sum(1).cumsum(0)  # tokens up to the end of each row
+    begun = is_image.sum(1).cumsum(0)  # image tokens up to the end of each row
     if lengths is not None:
         lengths = lengths.to(is_image.device)
         return ((lengths >= 0) & (lengths <= most)).all() & (begun[-1] == lengths.sum())
@@ -129,7 +139,7 @@ def _are_whole(is_image: Tensor, wanted: list[int], lengths: Tensor | None) -> T
 
 
 def check_no_placeholders(is_image: Tensor, token: int) -> None:
-    """No row holds a picture's token where no picture came; as `check_placeholders`."""
+    """Check that no row has image tokens when no picture is given. Errors are as in `check_placeholders`."""
     if not values_at_hand(is_image):
         _assert_on_device(~is_image.any(), f"pixel_values must come with image tokens (id {token})")
     elif tokens := int(is_image.sum()):
@@ -141,18 +151,21 @@ def check_no_placeholders(is_image: Tensor, token: int) -> None:
 def check_placeholders(
     is_image: Tensor, token: int, wanted: list[int], lengths: Tensor | None, what: str = "images"
 ) -> None:
-    """Every row holds whole pictures, and together they hold all of them; or as much as `lengths` says.
+    """Check that each row has the tokens of complete pictures, and that all rows together have all pictures.
+
+    With `lengths` the check is instead that each length is between 0 and the tokens of its picture, and that
+    the lengths sum to the number of image tokens.
 
     Args:
-        is_image: (B, S) bool.
-        token: its id, for messages.
-        wanted: tokens of each picture.
-        lengths: how many of them `input_ids` has, None: all.
-        what: what pictures are called.
+        is_image: (B, S) bool, True at image tokens.
+        token: id of the image token, for messages.
+        wanted: number of tokens of each picture.
+        lengths: number of tokens of each picture in `input_ids`; None: all of them.
+        what: the word for pictures in messages.
 
     Raises:
-        ValueError: for CPU tensors, saying what is where. A GPU would have to wait for the host to look, so
-            there the device asserts the same, which a later call raises.
+        ValueError: the check fails, for CPU tensors. On a GPU this would need a host synchronisation. There
+            the same condition is a device assertion, which a later CUDA call raises.
     """
     if lengths is not None and (lengths.shape != (len(wanted),) or lengths.is_floating_point()):
         raise ValueError(
@@ -199,6 +212,11 @@ def check_placeholders(
 
 
 def pictures_per_row(row_tokens: Tensor, lengths: Tensor) -> list[int]:
-    """Image tokens of each row and of each picture, in order -> pictures that end in each row."""
+    """Number of pictures whose last token is in each row.
+
+    Args:
+        row_tokens: (B,) image tokens of each row.
+        lengths: (number of pictures,) image tokens of each picture, in order.
+    """
     ends = torch.searchsorted(lengths.cumsum(0), row_tokens.cumsum(0), right=True)
     return ends.diff(prepend=ends.new_zeros(1)).tolist()

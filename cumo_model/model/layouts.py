@@ -1,7 +1,7 @@
-"""Checkpoints in another layout than our own: whoever reads one registers it here.
+"""Registry of checkpoint layouts other than this project's own.
 
-Model code knows one layout, that of its state_dict. `cumo_model.checkpoints.original` registers the layout of
-the released checkpoints when cumo_model is imported.
+Model code handles one layout only, that of its state_dict. `cumo_model.checkpoints.original` registers the
+layout of the released checkpoints when cumo_model is imported.
 """
 
 import os
@@ -12,39 +12,43 @@ from transformers import PreTrainedConfig
 
 
 class Layout(Protocol):
-    model_types: Sequence[str]  # in its config.json
+    """What a registered layout must provide."""
+
+    model_types: Sequence[str]  # values of model_type in its config.json
 
     def config_values(
         self, values: dict[str, Any], folder: str | os.PathLike | None = None
     ) -> dict[str, Any]:
-        """Its config.json as keywords of CumoConfig."""
+        """Translate config.json of this layout to keyword arguments of CumoConfig."""
 
     def is_loader(self, cls: type) -> bool:
-        """Whether `cls` is what `load` itself calls `from_pretrained` of."""
+        """Whether `cls` is the class on which `load` itself calls `from_pretrained`."""
 
     def load(self, cls: type, path: str | os.PathLike, *args, **kwargs):
-        """What `cls.from_pretrained(path, *args, **kwargs)` returns for a checkpoint in this layout."""
+        """Load a checkpoint of this layout, as `cls.from_pretrained(path, *args, **kwargs)` would."""
 
 
 LAYOUTS: list[Layout] = []
 
 
 def layout_of(values: dict[str, Any]) -> Layout | None:
-    """The layout of a config.json; None for our own and for those nobody registered."""
+    """The registered layout of a config.json. None for this project's layout and for unregistered ones."""
     kind = values.get("model_type")
     return next((layout for layout in LAYOUTS if kind in layout.model_types), None)
 
 
-def read_config(path: str | os.PathLike | None, **where) -> dict[str, Any]:
-    """config.json of a folder or of the hub, as it is there; {} without one.
+def read_config(path: str | os.PathLike | None, **where: Any) -> dict[str, Any]:
+    """Read config.json of a folder or a hub repository without translating it; {} if there is none.
 
     Args:
-        where: keywords of `from_pretrained`; revision, subfolder, cache_dir and token count.
+        path: folder or hub name; None gives {}.
+        **where: keyword arguments of `from_pretrained`. Only revision, subfolder, cache_dir and token are
+            used.
     """
     if path is None:
         return {}
     known = {key: where[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in where}
     try:
         return PreTrainedConfig.get_config_dict(path, **known)[0]
-    except OSError:  # a folder of adapters or of a processor, or an error that transformers words
+    except OSError:  # a folder of adapters or of a processor, or an error that transformers reports later
         return {}

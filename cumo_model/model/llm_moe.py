@@ -1,6 +1,6 @@
-"""The language model: a dense decoder of transformers as it is, or Mixtral with MoELayer as its sparse block.
+"""The language model: an unchanged dense decoder of transformers, or Mixtral with MoELayer as sparse block.
 
-Balance statistics are over all tokens of the micro-batch, padding included.
+The balance loss uses statistics over all tokens of the micro-batch, padding included.
 """
 
 import torch
@@ -29,7 +29,7 @@ GATED_ACTIVATION_OF = {
 
 
 class CumoMixtralDecoderLayer(MixtralDecoderLayer):
-    """Mixtral's layer; its sparse block has the same parameter names and is an MoELayer."""
+    """Mixtral's decoder layer with an MoELayer as sparse block. Parameter names are those of Mixtral."""
 
     def __init__(self, config: MixtralConfig, layer_idx: int, compat: str | None):
         super().__init__(config, layer_idx)
@@ -52,8 +52,10 @@ class CumoMixtralDecoderLayer(MixtralDecoderLayer):
 
 
 class CumoMixtralModel(MoEHostMixin, MixtralModel):
+    """Mixtral's decoder without its head, built of CumoMixtralDecoderLayer."""
+
     _no_split_modules = ["CumoMixtralDecoderLayer"]
-    # transformers finds router logits by its router's class, which is not here: record_routing() has them
+    # transformers finds router logits by its router's class, which is not used here; use record_routing()
     _can_record_outputs = {k: v for k, v in MixtralModel._can_record_outputs.items() if k != "router_logits"}
 
     def __init__(self, config: MixtralConfig, compat: str | None = None):
@@ -79,21 +81,21 @@ class CumoMixtralModel(MoEHostMixin, MixtralModel):
                 init.normal_(weight, std=self.config.initializer_range)
 
 
-# a class outside transformers gets no conversion of per-expert checkpoints unless it is registered
+# transformers converts per-expert checkpoints of an external class only if it is registered
 register_checkpoint_conversion_mapping(
     CumoMixtralModel.__name__, get_checkpoint_conversion_mapping("mixtral"), overwrite=True
 )
 
 
 def build_language_model(text_config: PreTrainedConfig, compat: str | None = None) -> PreTrainedModel:
-    """The decoder without its head.
+    """Build the decoder without its head.
 
     Args:
-        text_config: mixtral, or any dense decoder of transformers.
-        compat: "cumo" rounds as the original does in Mixtral.
+        text_config: configuration of mixtral or of any dense decoder of transformers.
+        compat: "cumo" reproduces the rounding of the original code in Mixtral.
 
     Raises:
-        ValueError: another kind of sparse model: its experts would run outside of cumo_kernels.
+        ValueError: text_config is another sparse model, whose experts cumo_kernels would not run.
     """
     if text_config.model_type == "mixtral":
         return CumoMixtralModel(text_config, compat="cumo_llm" if compat else None)

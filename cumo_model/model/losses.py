@@ -1,12 +1,13 @@
-"""The two auxiliary losses as CuMo defines them, and how they average over layers and scales.
+"""The two auxiliary losses of CuMo, and their averages over layers and scales.
 
 For one call of one layer, over G groups of tokens (crops, images, or the whole batch):
 
     balance = E * mean_g sum_e density[g, e] * probs[g, e]      1 when uniform, E when collapsed
     z       = mean_g mean_{t in g} logsumexp(logits[t])^2
 
-density counts first choices only and carries no gradient; probs is the mean softmax probability. Both
-statistics come with every `Routing`.
+density is the share of tokens whose first choice is expert e; it carries no gradient. probs is the mean
+softmax probability. Both are part of every `Routing`. Sources: the load balancing loss of Switch Transformer
+(arXiv 2101.03961) and the router z-loss of ST-MoE (arXiv 2202.08906), as used by CuMo (arXiv 2405.05949).
 """
 
 from collections.abc import Sequence
@@ -23,25 +24,41 @@ def _balance(mean_probs: Tensor, top1_density: Tensor) -> Tensor:
 
 
 def load_balancing_loss(stats: RouterStats | tuple[Tensor, Tensor]) -> Tensor:
-    """RouterStats, or (mean_probs, top1_density), both (G, E) -> scalar fp32."""
+    """Load balancing loss: the mean over the groups of E * sum_e density[g, e] * probs[g, e].
+
+    Args:
+        stats: RouterStats, or the pair (mean_probs, top1_density), both (G, E) fp32.
+
+    Returns:
+        Scalar fp32, differentiable in mean_probs; 1 for uniform routing, E if one expert gets all tokens.
+    """
     mean_probs, density = (stats.mean_probs, stats.top1_density) if isinstance(stats, RouterStats) else stats
     return _balance(mean_probs, density).mean()
 
 
 def router_z_loss(stats: RouterStats) -> Tensor:
-    """Mean over the groups of the mean squared logsumexp -> scalar fp32."""
+    """Router z-loss: the mean over the groups of the mean squared logsumexp of the router logits.
+
+    Args:
+        stats: RouterStats of G groups.
+
+    Returns:
+        Scalar fp32, differentiable.
+    """
     return stats.mean_squared_logsumexp.mean()
 
 
 def place_losses(
     layers: Sequence[RouterStats], group_counts: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Balance and z-loss of one place: mean over its layers, and over scales if there are several.
+    """Balance loss and z-loss of one place (tower, connector or language model).
+
+    Each is the mean over the layers of the place, and over the scales if there are several.
 
     Args:
-        layers: statistics of each layer, all of the same G groups and E experts.
-        group_counts: groups of each scale, in order, summing to G. Scales weigh the same, however many groups
-            they have. None: one scale.
+        layers: statistics of each layer, all with the same G groups and E experts.
+        group_counts: number of groups of each scale, in order; they sum to G. Each scale has the same weight,
+            independent of its number of groups. None: one scale.
 
     Returns:
         (balance, z), scalars fp32, differentiable.

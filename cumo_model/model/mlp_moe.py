@@ -1,4 +1,4 @@
-"""The connector between tower and language model: a two-layer GELU MLP, dense or Mixture-of-Experts."""
+"""The connector of vision tower and language model: a two-layer GELU MLP, dense or Mixture-of-Experts."""
 
 from torch import Tensor, nn
 
@@ -7,6 +7,8 @@ from cumo_model.model.moe import MoELayer
 
 
 class DenseMLP(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
     def __init__(self, input_size: int, output_size: int):
         super().__init__()
         self.fc1 = nn.Linear(input_size, output_size)
@@ -21,7 +23,10 @@ class DenseMLP(nn.Module):
 
 
 class CumoProjector(nn.Module):
-    """(B, n, scales * vision hidden) -> (B, n, text hidden); no residual. Statistics are per image."""
+    """The connector: (B, n, len(scales) * vision hidden) -> (B, n, text hidden).
+
+    It has no residual connection. Router statistics are per image.
+    """
 
     def __init__(self, config: CumoConfig):
         super().__init__()
@@ -43,7 +48,7 @@ class CumoProjector(nn.Module):
             self.mlp = DenseMLP(self.input_size, output_size)
 
     def reset_parameters(self) -> None:
-        """Where nn.Linear starts, as in the original, not the N(0, 0.02) of transformers."""
+        """Initialise as nn.Linear does, like the original code; transformers would use N(0, 0.02)."""
         self.mlp.reset_parameters()
 
     def forward(self, features: Tensor) -> Tensor:

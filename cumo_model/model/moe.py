@@ -1,4 +1,4 @@
-"""MoELayer: gate, routing and experts. Tower, connector and language model all use this one class.
+"""MoELayer: gate, routing and experts. Vision tower, connector and language model all use this class.
 
     logits = gate(x)                                            x (T, H) -> (T, E)
     out[t] = sum_k w[t, k] * expert[idx[t, k]](x[t])            cumo_kernels: route, expert_mlp
@@ -19,7 +19,15 @@ from cumo_kernels import ACTIVATIONS, Routing, expert_mlp, grouped_gemm, route
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    place: str  # "clip" | "mlp" | "llm"
+    """The routing of one MoE layer in one forward pass.
+
+    Attributes:
+        place: "clip" (vision tower), "mlp" (connector) or "llm" (language model).
+        layer: index of the layer within its place.
+        routing: the layer's routing plan and its statistics.
+    """
+
+    place: str
     layer: int
     routing: Routing
 
@@ -29,21 +37,21 @@ _recorders: list[list[RoutingRecord]] = []
 
 @contextmanager
 def record_routing() -> Iterator[list[RoutingRecord]]:
-    """Collect the routing of every MoE layer that runs inside the `with`, in order of execution.
+    """Record the routing of every MoE layer that runs inside the `with` block, in order of execution.
 
-    The recomputation of a checkpointed layer during backward is not a second run and is not recorded.
+    When activation checkpointing recomputes a layer during backward, the layer is not recorded again.
     """
     records: list[RoutingRecord] = []
     _recorders.append(records)
     try:
         yield records
     finally:
-        # by identity: two empty recordings are equal lists
+        # by identity, because two empty lists compare equal
         del _recorders[next(i for i, active in enumerate(_recorders) if active is records)]
 
 
 def note_routing(place: str, layer: int, routing: Routing) -> None:
-    """Give one layer's routing to every `record_routing` that is open."""
+    """Append the routing of one layer to the list of every active `record_routing`."""
     if _recorders and not _in_backward():
         record = RoutingRecord(place, layer, routing)
         for records in _recorders:
@@ -55,27 +63,28 @@ def _in_backward() -> bool:
 
 
 class MoEHostMixin:
-    """What a transformers model says of itself when its experts are MoELayers."""
+    """Overrides for transformers models whose experts are MoELayers."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return False  # cumo_kernels dispatches, not transformers
+        return False  # cumo_kernels selects the implementation, not transformers
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # transformers skips modules without parameters of their own in code from outside, and with them the
-        # initialisation of every block; that is for code whose _init_weights ignores what was loaded
+        # For custom code transformers skips modules without direct parameters, and so the initialisation of
+        # every block. That rule is for classes whose _init_weights would overwrite loaded weights.
         super()._initialize_weights(module, is_custom_code=False)
 
 
 class Gate(nn.Linear):
-    """The router's linear layer. A class of its own, because quantisers replace nn.Linear itself."""
+    """The router's linear layer. A subclass, because quantisers replace modules of class nn.Linear."""
 
 
 class Experts(nn.Module):
-    """E two-layer MLPs with stacked weights, under the parameter names of transformers v5.
+    """E two-layer MLPs with stacked weights; parameter names are those of transformers v5.
 
-    up_proj (E, I, H), or gate_up_proj (E, 2I, H) with the gate rows first when gated; down_proj (E, O, I).
-    With bias also up_proj_bias (E, I) or gate_up_proj_bias (E, 2I), and down_proj_bias (E, O).
+    The weights are up_proj (E, I, H) and down_proj (E, O, I). Gated experts have gate_up_proj (E, 2I, H)
+    instead of up_proj, with the gate rows first. The biases, if any, are up_proj_bias (E, I) or
+    gate_up_proj_bias (E, 2I), and down_proj_bias (E, O).
     """
 
     def __init__(
@@ -102,23 +111,24 @@ class Experts(nn.Module):
 
     @property
     def up(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the first layer, under whichever name they have."""
+        """Weight and bias of the first layer, gated or not."""
         return getattr(self, self.up_name), getattr(self, f"{self.up_name}_bias")
 
     def reset_parameters(self) -> None:
-        """What E separate nn.Linear pairs would start from."""
+        """Initialise as E separate pairs of nn.Linear."""
         layers = (self.up, (self.down_proj, self.down_proj_bias))
         for (weight, bias), fan_in in zip(layers, self.fan_in, strict=True):
-            bound = 1 / math.sqrt(fan_in)  # not of the weight's shape: ZeRO-3 keeps weights elsewhere
+            bound = 1 / math.sqrt(fan_in)  # not read from the weight, which is empty under ZeRO-3
             nn.init.uniform_(weight, -bound, bound)
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
 
     def forward(self, x: Tensor, routing: Routing, compat: str | None = None) -> Tensor:
-        """x (T, H) -> (T, O). The kernel runs inside this call: FSDP and ZeRO-3 gather parameters for it.
+        """Apply each token's experts: x (T, H) -> (T, O).
 
-        With `compat` every step is rounded to the dtype of x, as in the original (cumo_spec.md 2.4), and what
-        the experts return is added in the order of the experts; that is slow.
+        The kernels run inside this call, because FSDP and ZeRO-3 gather the parameters for its duration.
+        With `compat` each step is rounded to the dtype of x, as in the original code (cumo_spec.md 2.4), and
+        the outputs of a token's experts are added in the order of the experts. This is slow.
         """
         up_proj, up_bias = self.up
         if compat is not None:
@@ -134,19 +144,23 @@ class Experts(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """Top-k routed experts.
+    """Mixture-of-Experts layer with top-k routing.
 
     Args:
-        hidden_size: H.
-        intermediate_size: I.
+        hidden_size: H, input features.
+        intermediate_size: I, features between the two layers of an expert.
         num_experts: E.
-        top_k: K.
-        activation: name in `cumo_kernels.ACTIVATIONS`; a gated one makes gated experts.
-        output_size: O; H unless given.
-        bias: whether the experts have biases; the gate has none.
-        compat: rounding of the original: in the router, see `cumo_kernels.route`, and in the experts.
-        place: what `record_routing` calls this layer, with `layer`.
-        layer: its number there.
+        top_k: K, experts per token.
+        activation: a name in `cumo_kernels.ACTIVATIONS`. A gated activation gives gated experts.
+        output_size: O, output features; H by default.
+        bias: whether the experts have biases. The gate has none.
+        compat: reproduce the rounding of the original code in the router (see `cumo_kernels.route`) and in
+            the experts.
+        place: name under which `record_routing` records this layer.
+        layer: index under which `record_routing` records this layer.
+
+    Raises:
+        ValueError: `activation` is unknown, or `top_k` is not between 1 and E.
     """
 
     def __init__(
@@ -176,20 +190,32 @@ class MoELayer(nn.Module):
         self.reset_gate()
 
     def reset_parameters(self) -> None:
+        """Initialise experts and gate."""
         self.experts.reset_parameters()
         self.reset_gate()
 
     def reset_gate(self) -> None:
-        """U(-1/sqrt(H), 1/sqrt(H)), where the original's gates start, upcycled or not."""
+        """Initialise the gate from U(-1/sqrt(H), 1/sqrt(H)), as the original code does, upcycled or not."""
         bound = 1 / math.sqrt(self.hidden_size)
         nn.init.uniform_(self.gate.weight, -bound, bound)
 
     def route(self, x: Tensor, groups: int = 1) -> Routing:
-        """x (..., H) as T tokens -> their plan, with statistics over `groups` equal runs of tokens."""
+        """Route tokens to experts.
+
+        Args:
+            x: (..., H), taken as T tokens.
+            groups: number of equal consecutive groups of tokens for which statistics are computed.
+
+        Returns:
+            The routing plan with its statistics.
+
+        Raises:
+            ValueError: the last dimension of `x` is not H.
+        """
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must be (..., {self.hidden_size}), got {tuple(x.shape)}")
         rows, gate = x.reshape(-1, self.hidden_size), self.gate
-        # a gate that is watched, wrapped or rounded as in the original computes its own logits
+        # a gate with hooks, a wrapped gate or a compat gate must compute its logits itself
         if (
             type(gate) is Gate
             and self.compat is None
@@ -202,7 +228,7 @@ class MoELayer(nn.Module):
         return routing
 
     def forward(self, x: Tensor, groups: int = 1) -> Tensor:
-        """x (..., H) -> (..., O); `groups` as in `route`."""
+        """Apply the layer: x (..., H) -> (..., O). `groups` as in `route`."""
         routing = self.route(x, groups)
         out = self.experts(x.reshape(-1, self.hidden_size), routing, self.compat)
         return out.view(*x.shape[:-1], out.shape[-1])

@@ -1,8 +1,8 @@
-"""S2: one tower sees the image at several scales; every scale ends up on the same token grid.
+"""S2 (arXiv 2403.13043): the tower encodes the image at several scales; all scales share one token grid.
 
-A scale of k means the image enlarged k times and cut into k * k tiles of the tower's size; the tiles'
-features are put back together and averaged k x k. Tiles of a batch are ordered tile-major:
-tile (i, j) of image b is row (i * k + j) * B + b.
+At scale k the image is enlarged k times and cut into k * k tiles of the tower's input size. The features of
+the tiles are joined to one map and averaged over k x k cells. The tiles of a batch are stored in tile-major
+order: tile (i, j) of image b is row (i * k + j) * B + b.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def split_chessboard(x: Tensor, num_split: int) -> Tensor:
-    """(B, C, H, W) -> (num_split^2 * B, C, H / num_split, W / num_split), tile-major."""
+    """Cut into tiles: (B, C, H, W) -> (num_split^2 * B, C, H / num_split, W / num_split), tile-major."""
     B, C, H, W = x.shape
     if H % num_split or W % num_split:
         raise ValueError(f"x must have sides divisible by num_split {num_split}, got {tuple(x.shape)}")
@@ -32,9 +32,10 @@ def merge_chessboard(x: Tensor, num_split: int) -> Tensor:
 
 
 def image_pyramid(images: Tensor, scales: Sequence[int]) -> Tensor:
-    """(B, C, s, s) -> (N, C, s, s): the crops of every scale, scale after scale, `crop_counts` each.
+    """Make the crops of every scale: (B, C, s, s) -> (N, C, s, s), in the order of `scales`.
 
-    Enlarging is bicubic without antialias, in fp32, rounded to the images' dtype.
+    `crop_counts` gives the number of crops of each scale. Images are enlarged in fp32 with bicubic
+    interpolation, without antialiasing, and rounded to the images' dtype.
     """
     crops = []
     for scale in scales:
@@ -50,19 +51,19 @@ def image_pyramid(images: Tensor, scales: Sequence[int]) -> Tensor:
 
 
 def crop_counts(num_images: int, scales: Sequence[int]) -> list[int]:
-    """Crops of each scale."""
+    """Number of crops of each scale."""
     return [num_images * scale**2 for scale in scales]
 
 
 def merge_scales(features: Tensor, scales: Sequence[int], grid: int) -> Tensor:
-    """Patch features of all crops, (N, grid * grid, C) -> (B, grid * grid, len(scales) * C)."""
+    """Merge patch features of all crops: (N, grid * grid, C) -> (B, grid * grid, len(scales) * C)."""
     num_images = features.shape[0] // sum(scale**2 for scale in scales)
     merged = []
     for scale, part in zip(scales, features.split(crop_counts(num_images, scales)), strict=True):
         if scale > 1:
             maps = part.transpose(1, 2).unflatten(2, (grid, grid))
             board = merge_chessboard(maps, scale)
-            # every cell is the mean of scale x scale patches: area interpolation of an integer factor
+            # each cell is the mean of scale x scale patches: area interpolation by an integer factor
             pooled = nn.functional.avg_pool2d(board.float(), scale).to(part.dtype)
             part = pooled.flatten(2).transpose(1, 2)
         merged.append(part)

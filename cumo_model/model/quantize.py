@@ -1,10 +1,10 @@
-"""Stacked experts in 4 bits through bitsandbytes, whose own loading knows nothing but nn.Linear.
+"""4-bit quantisation of stacked experts with bitsandbytes, whose own loader quantises only nn.Linear.
 
     model = from_pretrained(path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))   # attention
     quantize_experts(model)                                                                    # experts
 
-A layer's experts are expanded to the model's dtype while the layer runs, one layer at a time. Gates and
-biases keep their precision: a wrong expert costs more than a rough one.
+The experts of a layer are dequantised to the model's dtype while that layer runs. Gates and biases keep their
+precision, because a rounding error in a gate can select another expert.
 """
 
 from typing import Literal
@@ -22,23 +22,24 @@ def quantize_experts(
     compress_statistics: bool = True,
     device: torch.device | str | None = None,
 ) -> nn.Module:
-    """Replace the weights of all experts of tower, connector and language model by 4-bit ones, in place.
+    """Quantise the weights of all experts of tower, connector and language model to 4 bits, in place.
 
-    They are frozen; LoRA may go onto the linear layers, its `target_parameters` do not find them. The model
-    can no longer be saved: save it before, or an adapter alone.
+    The quantised weights are frozen. LoRA can be applied to the linear layers, but not to the quantised
+    experts through `target_parameters`. The quantised model cannot be saved: save it before, or save
+    adapters only.
 
     Args:
-        model: a CuMo, or any module that holds MoELayers.
-        quant_type: bitsandbytes' table of values.
-        compress_statistics: quantise the scales too.
-        device: where each weight goes before it is quantised; the rest of the model is moved by the caller.
-            None: where it is.
+        model: a CuMo model, or any module that contains MoELayers.
+        quant_type: 4-bit data type of bitsandbytes.
+        compress_statistics: also quantise the scales (double quantisation).
+        device: device to which each weight is moved before it is quantised. The caller moves the rest of the
+            model. None: weights stay on their device.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: there are no experts, another `quant_type`, or bitsandbytes is not installed.
+        ValueError: the model has no experts, `quant_type` is unknown, or bitsandbytes is not installed.
     """
     if quant_type not in ("nf4", "fp4"):
         raise ValueError(f"quant_type must be nf4 or fp4, got {quant_type!r}")
@@ -62,4 +63,5 @@ def quantize_experts(
 
 
 def are_experts_quantized(model: nn.Module) -> bool:
+    """Whether any MoELayer of `model` has quantised experts."""
     return any(is_parametrized(module.experts) for module in model.modules() if isinstance(module, MoELayer))

@@ -1,4 +1,4 @@
-"""Pictures and prompts to tensors: image processor, tokenizer, conversation templates."""
+"""Conversion of pictures and prompts to tensors: image processor, tokenizer, conversation templates."""
 
 from cumo_model.processing.processor import (
     CumoImageProcessor,

@@ -1,18 +1,22 @@
-"""Conversations to token ids: the templates CuMo was trained with, and which positions the loss sees.
+"""Conversion of conversations to token ids and labels, with the templates that CuMo was trained with.
 
     plain                    {image}{caption}\\n
     mistral_instruct         <s>[INST] {question} [/INST] {answer} </s>[INST] ...
     mistral_instruct_system  the same, with <<SYS>> and the Vicuna sentence pair before the first question
 
-and those that CuMo inherits from LLaVA (`templates`). The loss sees the caption and its newline (plain has no
-`</s>`), or each answer and what ends it: `</s>`, `###` or `<|im_end|>`. One BOS always comes first; Mistral's
-templates also write `<s>`, so theirs have two. A turn's one image marker moves to its front as `<image>\\n`,
-several stay where they are. The text is tokenised in chunks between markers, each chunk on its own, and every
-marker becomes `image_seq_length` image tokens. Where a tokenizer makes a token of the blank before `</s>`
-(Mistral's SentencePiece does), that token is trained on too.
+Further templates are inherited from LLaVA (`templates`).
 
-LLaVA's own masks differ for two families that CuMo never used: with `###` it also trains on each turn's first
-mark, and with `<|im_end|>` it leaves out that mark.
+Labels: the loss covers the caption and its newline (plain has no `</s>`), or each answer and its end mark
+(`</s>`, `###` or `<|im_end|>`). If the tokenizer makes a separate token of the space before `</s>`, as
+Mistral's SentencePiece does, that token is trained on too.
+
+Tokens: one BOS always comes first. Mistral's templates also write `<s>`, so they start with two. If a turn
+has exactly one image marker, it is moved to the start of the turn as `<image>\\n`; several markers keep their
+places. The text is split at the markers, each part is tokenised separately, and each marker becomes
+`image_seq_length` image tokens.
+
+LLaVA's masks differ for two template families that CuMo never used: with `###` LLaVA also trains on the first
+mark of each turn, and with `<|im_end|>` it does not train on that mark.
 """
 
 import warnings
@@ -21,16 +25,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from cumo_model.processing.templates import IMAGE_MARKER, Template, get_template
 
 IGNORE_INDEX = -100
-ROLES = ("human", "gpt")  # alternate, human first
+ROLES = ("human", "gpt")  # in turn, human first
 
 
 def turn_problem(turns: Any) -> str | None:
-    """Why `turns` is not a conversation [{"from": "human" | "gpt", "value": str}, ...], human first and
-    alternating; or None."""
+    """The reason why `turns` is not a valid conversation, or None.
+
+    A conversation is [{"from": "human" | "gpt", "value": str}, ...], alternating, human first.
+    """
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         return f"conversations must be a non-empty list of turns, got {_brief(turns)}"
     for number, turn in enumerate(turns, 1):
@@ -57,13 +64,14 @@ def render(
     """Write turns as text.
 
     Args:
-        turns: alternating human and gpt turns; a last human turn without an answer makes a prompt.
+        turns: alternating human and gpt turns. If the last turn is a human turn, the text is a prompt.
         template: a name of templates.TEMPLATES.
-        bos, eos: how the tokenizer writes its two tokens.
+        bos: the tokenizer's BOS token as text.
+        eos: the tokenizer's EOS token as text.
 
     Returns:
-        The text without the tokenizer's own BOS, image markers still in it, and the (start, end) character
-        spans the loss sees.
+        The text, with image markers and without the tokenizer's own BOS, and the (start, end) character spans
+        that the loss covers.
 
     Raises:
         ValueError: unknown template, or turns that do not form a conversation.
@@ -95,7 +103,7 @@ def _render_caption(turns: Sequence[dict[str, str]], form: Template) -> tuple[st
     markers = turns[0]["value"].count(IMAGE_MARKER)
     if len(turns) > 2 or markers != 1:
         raise ValueError(
-            f"template plain wants one {IMAGE_MARKER} turn and one caption, "
+            f"template plain must have one {IMAGE_MARKER} turn and one caption, "
             f"got {len(turns)} turns, {markers} {IMAGE_MARKER} in the first: {_brief(turns)}"
         )
     if len(turns) == 1:
@@ -111,28 +119,34 @@ def _with_markers(value: str, form: Template) -> str:
 
 
 def tokenize_conversation(
-    turns: Sequence[dict[str, str]], tokenizer, template: str, image_seq_length: int
+    turns: Sequence[dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    image_seq_length: int,
 ) -> tuple[Tensor, Tensor]:
-    """Token ids of one conversation and the labels of its loss.
+    """Tokenise one conversation and make the labels of its loss.
 
     Args:
-        turns: alternating human and gpt turns, human first; values may hold `<image>`.
-        tokenizer: a fast transformers tokenizer that knows `<image>` as one token.
+        turns: alternating human and gpt turns, human first; values may contain `<image>`.
+        tokenizer: a fast transformers tokenizer with `<image>` as one token.
         template: a name of TEMPLATES.
         image_seq_length: image tokens per marker.
 
     Returns:
-        ids (N,) and labels (N,), both int64; labels are -100 outside the answers. If a turn holds a reserved
-        marker of the template ("[/INST]", "</s>"), which cannot be told apart from it, all labels are -100
-        and there is a warning.
+        ids (N,) and labels (N,), both int64; labels are -100 outside the answers. If a turn contains a
+        reserved marker of the template ("[/INST]", "</s>"), the end of the turn is ambiguous. All labels are
+        then -100, and a warning is issued.
     """
     return tokenize_conversations([turns], tokenizer, template, image_seq_length)[0]
 
 
 def tokenize_conversations(
-    conversations: Sequence[Sequence[dict[str, str]]], tokenizer, template: str, image_seq_length: int
+    conversations: Sequence[Sequence[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    image_seq_length: int,
 ) -> list[tuple[Tensor, Tensor]]:
-    """`tokenize_conversation` for many, in one call of the tokenizer (some twenty times faster)."""
+    """`tokenize_conversation` for many conversations in one tokenizer call (about twenty times faster)."""
     tokens_of = {"bos": getattr(tokenizer, "bos_token", None), "eos": getattr(tokenizer, "eos_token", None)}
     own = {name: token for name, token in tokens_of.items() if token}
     rendered = [render(turns, template, **own) for turns in conversations]
@@ -170,19 +184,24 @@ def tokenize_conversations(
 
 
 def tokenize_prompt(
-    turns: Sequence[dict[str, str]], tokenizer, template: str, image_seq_length: int
+    turns: Sequence[dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    image_seq_length: int,
 ) -> Tensor:
-    """Token ids (N,) int64 of turns that end with a question, up to where the answer begins."""
+    """Tokenise a prompt: ids (N,) int64 of turns that end with a question, up to the start of the answer."""
     if not turns or turns[-1].get("from") != "human":
         raise ValueError(f"a prompt must end with a human turn, got {_brief(turns)}")
     return tokenize_conversation(turns, tokenizer, template, image_seq_length)[0]
 
 
 def chat_template(template: str) -> str:
-    """The same grammar as a transformers chat template (Jinja); apply it with `tokenize=True`, which adds no
-    further BOS. A leading system message takes the place of the template's own system text, and a last user
-    message is a prompt: what comes before an answer is written behind it. Plain has no place for a system
-    message, and of a user's message it takes the images alone."""
+    """Write a template as a transformers chat template (Jinja).
+
+    Apply it with `tokenize=True`, which adds no second BOS. A leading system message replaces the system
+    text of the template. If the last message is from the user, the result is a prompt and ends with the text
+    that precedes an answer. Plain accepts no system message and uses only the images of a user message.
+    """
     form = get_template(template)
     if not form.instruct:
         return (
@@ -204,7 +223,7 @@ def chat_template(template: str) -> str:
         f"{{% else %}}{_jinja_string(form.again)}{{% endif %}}"
     )
     content, marks = "message['content']", f"replace({IMAGE_MARKER!r}, {form.picture!r})"
-    # a lone marker inside a text moves to its front, as in `render`
+    # a single marker moves to the start of the text, as in `render`
     front = f"({IMAGE_MARKER + chr(10)!r} + {content}.replace({IMAGE_MARKER!r}, '').strip()).strip()"
     question = (
         f"{{% if {content} is not string %}}{_jinja_parts('image', form.picture + chr(10))}{_JINJA_TEXT}"
@@ -226,7 +245,7 @@ def chat_template(template: str) -> str:
 
 
 def _jinja_string(text: str) -> str:
-    """Written as Jinja's own strings, since it would trim a line break of the template itself."""
+    """`text` as Jinja string expressions, because Jinja would remove a newline at the end of a template."""
     pieces = []
     for start, piece in enumerate(text.split("<s>")):
         pieces += ["bos_token"] * (start > 0)
@@ -236,7 +255,7 @@ def _jinja_string(text: str) -> str:
 
 
 def _jinja_parts(kind: str, written: str) -> str:
-    """Write `written` for every content part of that type (content may also be plain text: no parts)."""
+    """Jinja code that writes `written` for each content part of this type; plain text has no parts."""
     loop = f"{{% for part in message['content'] if part['type'] == '{kind}' %}}"
     return (
         f"{{% if message['content'] is not string %}}{loop}{{{{ {written!r} }}}}{{% endfor %}}{{% endif %}}"
@@ -252,21 +271,21 @@ _JINJA_TEXT = (
 def _special_ids(tokenizer, with_image: bool) -> tuple[int, int]:
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            "tokenizer must be a fast one (it tells where each token lies in the text), "
+            "tokenizer must be a fast one, which gives the offsets of tokens in the text, "
             f"got {type(tokenizer).__name__}"
         )
     if tokenizer.bos_token_id is None:
         raise ValueError("tokenizer must have a bos_token, got none")
     image = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
     if with_image and (image is None or image == tokenizer.unk_token_id):
-        raise ValueError(f"tokenizer must know {IMAGE_MARKER} as one token: add it as a special token")
+        raise ValueError(f"tokenizer must have {IMAGE_MARKER} as one token: add it as a special token")
     return tokenizer.bos_token_id, image
 
 
 def _labels(
     ids: list[int], places: list[tuple[int, int]], spans: list[tuple[int, int]], offset: int
 ) -> list[int]:
-    """A token is trained on when it lies inside an answer's span; spans and places are in text order."""
+    """Labels of one text part: a token inside a span is a target. Spans and places are in text order."""
     labels, span = [], iter(spans)
     start, end = next(span, (1 << 60, 1 << 60))
     for token, (left, right) in zip(ids, places, strict=True):
@@ -277,7 +296,7 @@ def _labels(
 
 
 def reserved_marker(turns: Sequence[dict[str, str]], template: str) -> str | None:
-    """What the template puts between turns and one of `turns` holds, or None."""
+    """The first separator of the template that occurs inside one of `turns`, or None."""
     marks = get_template(template).reserved
     return next((mark for turn in turns for mark in marks if mark in turn["value"]), None)
 

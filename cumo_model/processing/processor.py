@@ -1,4 +1,4 @@
-"""Pictures and prompts to tensors: transformers' LLaVA processor with CuMo's choices."""
+"""Conversion of pictures and prompts to tensors: transformers' LLaVA processor with the settings of CuMo."""
 
 import os
 from pathlib import Path
@@ -41,12 +41,17 @@ class CumoImageProcessorKwargs(LlavaNextImageProcessorKwargs, total=False):
 
 
 class CumoImageProcessor(LlavaNextImageProcessorPil):
-    """Pictures of any sizes -> pixel_values (tiles, 3, s, s); image_sizes, (height, width) of each picture.
+    """Image processor: pictures of any size -> pixel_values (tiles, 3, s, s) and image_sizes.
 
-    `image_aspect_ratio`: "pad" to a square with the mean colour, as CuMo's later stages; "square" cuts off
-    what the shorter side does not fill, as its first; "anyres" gives the whole picture, then the tiles of the
-    best of `image_grid_pinpoints`, into which it is fitted on black. Then bicubic (Pillow's, as CuMo), 1/255,
-    CLIP's mean and deviation.
+    image_sizes is the (height, width) of each picture in pixels. `image_aspect_ratio` has three values:
+
+        pad      pad to a square with the mean colour, as in the later stages of CuMo
+        square   crop the longer side to a square, as in the first stage of CuMo
+        anyres   the whole picture as one tile, then the tiles of the best grid of `image_grid_pinpoints`; the
+                 picture is resized to fit the grid, and the rest of the grid is black
+
+    Tiles are then resized (bicubic, by Pillow, as in CuMo), scaled by 1/255 and normalised with the mean and
+    standard deviation of CLIP.
     """
 
     model_input_names = ["pixel_values"]
@@ -71,7 +76,7 @@ class CumoImageProcessor(LlavaNextImageProcessorPil):
                     image, image_grid_pinpoints, (side, side), side, kwargs["resample"]
                 )
             tiles += cut
-        # int(255 * mean) around the picture, at the floor of half the difference
+        # the padding has colour int(255 * mean); its offset is half the difference, rounded down
         out = LlavaImageProcessorPil._preprocess(self, tiles, do_pad=image_aspect_ratio == "pad", **kwargs)
         sizes = [image.shape[-2:] for image in images]
         out.update(BatchFeature({"image_sizes": sizes}, tensor_type=kwargs.get("return_tensors")))
@@ -79,9 +84,9 @@ class CumoImageProcessor(LlavaNextImageProcessorPil):
 
 
 class CumoProcessor(LlavaProcessor):
-    """Tokenizer and CumoImageProcessor in one; an `<image>` becomes the placeholders of all of its tiles.
+    """Tokenizer and CumoImageProcessor; each `<image>` becomes the placeholders of all tiles of its picture.
 
-    `patch_merge_type` is the model's: see merge.py.
+    `patch_merge_type` must be that of the model, see `CumoConfig` and cumo_model/model/image_tokens.py.
     """
 
     def __init__(
@@ -110,17 +115,18 @@ class CumoProcessor(LlavaProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; a checkpoint in the original layout has none: `processor_from` makes it."""
+        """As in transformers. For a checkpoint in the released layout, `processor_from` is used."""
         path = pretrained_model_name_or_path
         try:
             layout = layout_of(read_config(path))
-        except ValueError:  # a config.json that is damaged: a processor may be whole beside it
+        except ValueError:  # config.json is damaged; the processor's own files may still be readable
             layout = None
         if layout is not None and not Path(path, "processor_config.json").is_file():
             return processor_from(path, CumoConfig.from_pretrained(path))
         return super().from_pretrained(path, *args, **kwargs)
 
     def validate_inputs(self, images=None, text=None, *args, **kwargs):
+        """As in transformers; the number of pictures must also be the number of image markers in `text`."""
         if text is not None:
             texts = [text] if isinstance(text, str) else text
             markers = sum(part.count(self.image_token) for part in texts)
@@ -133,19 +139,20 @@ class CumoProcessor(LlavaProcessor):
         super().validate_inputs(images, text, *args, **kwargs)
 
     def picture_layout(self, image_grid_pinpoints: list | None = None) -> PictureLayout:
-        """Tiles and tokens of a picture of any size, as the model has them."""
+        """The number and order of tiles and tokens of a picture, as in the model."""
         side = self.image_processor.crop_size["height"]
         pinpoints = image_grid_pinpoints or self.image_processor.image_grid_pinpoints
         tokens = _tile_tokens(self)
         return PictureLayout(side, side // self.patch_size, tokens, self.patch_merge_type, pinpoints)
 
     def is_tiled(self, image_aspect_ratio: str | None = None, **kwargs) -> bool:
-        """Whether pictures are cut into tiles, by the image processor's way or the one given instead."""
+        """Whether pictures are cut into tiles. The default is the aspect ratio of the image processor."""
         return (image_aspect_ratio or self.image_processor.image_aspect_ratio) == "anyres"
 
     def replace_image_token(
         self, image_inputs: dict, image_idx: int, image_grid_pinpoints=None, **kwargs
     ) -> str:
+        """The placeholders of one picture."""
         size = tuple(map(int, image_inputs["image_sizes"][image_idx])) if self.is_tiled(**kwargs) else None
         return self.image_token * self.picture_layout(image_grid_pinpoints).tokens(size)
 
@@ -156,7 +163,7 @@ class CumoProcessor(LlavaProcessor):
         return processed, replacements
 
     def _get_num_multimodal_tokens(self, image_sizes=None, image_grid_pinpoints=None, **kwargs):
-        """transformers' question how many tokens and tiles pictures of these (height, width) have."""
+        """Number of tokens and tiles of pictures with these (height, width); called by transformers."""
         found = super()._get_num_multimodal_tokens(image_sizes)
         if image_sizes is not None:
             layout, is_tiled = self.picture_layout(image_grid_pinpoints), self.is_tiled(**kwargs)
@@ -180,20 +187,23 @@ def build_processor(
     patch_merge_type: str = "flat",
     **options: Any,
 ) -> CumoProcessor:
-    """A processor for a tower of these sizes.
+    """Build the processor for a vision tower of the given sizes.
 
     Args:
-        tokenizer: knows `<image>` as one token.
+        tokenizer: a fast tokenizer with `<image>` as one token.
         image_size: side of the tower's input in pixels.
         patch_size: side of a patch in pixels.
         vision_feature_select_strategy: "default" drops the tower's class token, "full" keeps it.
         template: a name of templates.TEMPLATES, for `apply_chat_template`.
-        image_aspect_ratio: see CumoImageProcessor.
-        patch_merge_type: the model's, see CumoConfig.
-        options: `image_grid_pinpoints`, for "anyres": [[height, width], ...], multiples of image_size.
+        image_aspect_ratio: "pad", "square" or "anyres", see CumoImageProcessor.
+        patch_merge_type: that of the model, see CumoConfig.
+        **options: `image_grid_pinpoints` for "anyres": [[height, width], ...], multiples of image_size.
 
     Returns:
-        A processor that `save_pretrained` and `AutoProcessor.from_pretrained` know.
+        A processor that supports `save_pretrained` and `AutoProcessor.from_pretrained`.
+
+    Raises:
+        ValueError: an argument has an unknown value, or the sizes do not fit each other.
     """
     if image_size <= 0 or patch_size <= 0 or image_size % patch_size:
         raise ValueError(
@@ -226,17 +236,18 @@ def build_processor(
 
 
 def has_tokenizer(folder: str | os.PathLike) -> bool:
+    """Whether a folder contains the files of a tokenizer."""
     return any(Path(folder, name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
 def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder, padding on the right, with `<image>` as a token behind its vocabulary."""
+    """Load the tokenizer of a folder, with padding on the right; `<image>` is added after its vocabulary."""
     found = AutoTokenizer.from_pretrained(folder, use_fast=True)
     backend, model = found.backend_tokenizer, Path(folder, "tokenizer.model")
     if model.is_file() and not Path(folder, "tokenizer.json").is_file():
         backend = like_sentencepiece(backend, model)
-    # transformers' LlamaTokenizer forgets in saving that a text after a special token begins with a blank;
-    # the plain class keeps the tokenizer as it is
+    # LlamaTokenizer of transformers does not save that text after a special token begins with a space;
+    # PreTrainedTokenizerFast saves the tokenizer unchanged
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=found.bos_token,
@@ -253,19 +264,21 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
 def processor_from(
     folder: str | os.PathLike, config: CumoConfig, template: str = DEFAULT_TEMPLATE
 ) -> CumoProcessor:
-    """The processor of a model, from the tokenizer files of a folder that need not be a processor's: a
-    language model's, or a checkpoint's in the original layout. `<image>` is a token behind the vocabulary.
+    """Build the processor of a model from the tokenizer files of a folder.
+
+    The folder may be that of a language model, or of a checkpoint in the released layout. `<image>` is added
+    as a token after the vocabulary.
 
     Args:
-        folder: with tokenizer.json or tokenizer.model.
-        config: sizes of the model and its way with pictures.
-        template: name of a chat template; by default that of CuMo's later stages.
+        folder: contains tokenizer.json or tokenizer.model.
+        config: configuration of the model; gives the sizes and the treatment of pictures.
+        template: name of a chat template; by default that of the later stages of CuMo.
     """
     return processor_for(config, load_tokenizer(folder), template)
 
 
 def processor_for(config: CumoConfig, tokenizer, template: str = DEFAULT_TEMPLATE) -> CumoProcessor:
-    """The processor of a model: its sizes, its way with pictures, and the chat template of that name."""
+    """Build the processor of a model with this configuration, tokenizer and chat template."""
     vision, pinpoints = config.vision_config, config.image_grid_pinpoints
     ratio = (config.original or {}).get("image_aspect_ratio", "pad")
     if pinpoints is not None:
@@ -274,7 +287,7 @@ def processor_for(config: CumoConfig, tokenizer, template: str = DEFAULT_TEMPLAT
         raise ValueError(
             "image_grid_pinpoints must be in config.json with image_aspect_ratio anyres, got none"
         )
-    elif ratio not in ASPECT_RATIOS:  # whatever else theirs says, it cuts
+    elif ratio not in ASPECT_RATIOS:  # for any other value the original code crops
         ratio = "square"
     return build_processor(
         tokenizer,
@@ -289,17 +302,18 @@ def processor_for(config: CumoConfig, tokenizer, template: str = DEFAULT_TEMPLAT
 
 
 def image_seq_length(processor: LlavaProcessor) -> int:
-    """Image tokens that stand for one picture.
+    """Number of image tokens per picture.
 
     Raises:
-        ValueError: with anyres that depends on the picture's size; training data have one tile a picture.
+        ValueError: with anyres the number depends on the size of the picture. Training data use one tile per
+            picture.
     """
     if not isinstance(processor, CumoProcessor):
         return _tile_tokens(processor)
     if processor.is_tiled():
         raise ValueError(
-            "image_aspect_ratio must be pad or square where all pictures have as many tokens, as in training "
-            "data, got 'anyres'"
+            "image_aspect_ratio must be pad or square where all pictures need the same number of tokens, as "
+            "in training data, got 'anyres'"
         )
     return processor.picture_layout().tokens(None)
 
@@ -311,10 +325,10 @@ def _tile_tokens(processor: LlavaProcessor) -> int:
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
-    """Decode a whole picture as RGB.
+    """Decode a picture completely, as RGB.
 
     Raises:
-        ValueError: the file is missing, is not a picture, or is cut off; the message names it.
+        ValueError: the file is missing, truncated or not a picture; the message names it.
     """
     try:
         with Image.open(path) as image:
@@ -322,6 +336,8 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     except FileNotFoundError:
         raise ValueError(f"image {os.fspath(path)!r} does not exist") from None
     except Image.UnidentifiedImageError:
-        raise ValueError(f"image {os.fspath(path)!r} is not a picture in a format Pillow knows") from None
+        raise ValueError(
+            f"image {os.fspath(path)!r} is not a picture in a format that Pillow supports"
+        ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {os.fspath(path)!r} cannot be read: {error}") from error

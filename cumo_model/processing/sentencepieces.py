@@ -1,8 +1,8 @@
-"""A fast tokenizer that reads as its SentencePiece model does, blanks included.
+"""A fast tokenizer that gives the same ids as its SentencePiece model, also for runs of spaces.
 
-transformers 5 makes merges of a `tokenizer.model` in the order of its ids; SentencePiece merges by score, and
-Mistral's runs of blanks have low ids and the lowest scores. It also puts no blank before a text that begins
-with one. Both change ids wherever two blanks meet.
+transformers 5 orders the merges of a `tokenizer.model` by id, SentencePiece by score. In Mistral's model,
+runs of spaces have low ids but the lowest scores. transformers 5 also adds no space before a text that
+begins with one. Both differences change the ids of texts with two consecutive spaces.
 """
 
 import json
@@ -14,7 +14,14 @@ BLANK = "▁"
 
 
 def like_sentencepiece(backend: Tokenizer, model: Path) -> Tokenizer:
-    """`backend`, which transformers made of the BPE in `model`, with the ids of SentencePiece itself.
+    """Change `backend` so that it gives the ids of SentencePiece.
+
+    Args:
+        backend: the tokenizer that transformers made of the BPE model.
+        model: the file tokenizer.model.
+
+    Returns:
+        A new tokenizer, or `backend` itself if it is not a BPE tokenizer.
 
     Raises:
         ValueError: the package sentencepiece is missing.

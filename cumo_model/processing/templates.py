@@ -1,9 +1,9 @@
-"""Conversation templates: those of CuMo's stages and those it inherits from LLaVA, as data.
+"""Conversation templates as data: those of the CuMo stages and those inherited from LLaVA.
 
     opening frame[0] SYSTEM frame[1]  first QUESTION reply  lead ANSWER end  again QUESTION reply  ...
 
-The loss sees `lead ANSWER end`: what the model has to write. Without a system text there is no frame. Plain
-is a caption behind its picture, and nothing else.
+The loss covers `lead ANSWER end`, the text that the model generates. Without a system text the frame is
+omitted. The template plain consists of the picture followed by its caption.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _CHAT = "A chat between a curious {} and an artificial intelligence assistant. "
 _POLITE = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
 _USER = _CHAT.format("user") + _POLITE.format("user")
 _HUMAN = _CHAT.format("human") + _POLITE.format("human")
-_TAGGED = (  # no blank between its last two sentences, as in LLaVA
+_TAGGED = (  # no space between the last two sentences, as in LLaVA
     _CHAT.format("user")
     + "The assistant is able to understand the visual content that the user provides, and assist the user "
     "with a variety of tasks using natural language."
@@ -39,7 +39,7 @@ _MPT = (
 
 @dataclass(frozen=True)
 class Template:
-    """How turns become text; `<s>` and `</s>` stand for the tokenizer's own two tokens."""
+    """How turns are written as text. `<s>` and `</s>` stand for the tokenizer's BOS and EOS tokens."""
 
     name: str
     system: str = ""
@@ -50,9 +50,9 @@ class Template:
     reply: str = ""
     lead: str = ""
     end: str = ""
-    picture: str = IMAGE_MARKER  # what is written for a picture
-    reserved: tuple[str, ...] = ()  # inside a turn they would be read as the end of it
-    instruct: bool = True  # False: caption only, whatever the human turn says is dropped
+    picture: str = IMAGE_MARKER  # the text of an image marker
+    reserved: tuple[str, ...] = ()  # separators that must not occur inside a turn
+    instruct: bool = True  # False: caption only; the text of the human turn is dropped
 
 
 def _llama_2(name: str, system: str, bos: str, later_bos: str) -> Template:
@@ -118,7 +118,7 @@ TEMPLATES = {
     template.name: template
     for template in (
         Template("plain", end="\n", instruct=False),
-        # a literal <s> stands before the first question only, behind the tokenizer's own
+        # a literal <s> precedes the first question only, in addition to the tokenizer's BOS
         _llama_2("mistral_instruct", "", "<s>", ""),
         _llama_2("mistral_instruct_system", _USER, "<s>", ""),
         _llama_2("llama_2", _LLAMA, "", "<s>"),
@@ -132,7 +132,7 @@ TEMPLATES = {
         _chatml("chatml_direct", "Answer the questions."),
     )
 }
-# the other names that LLaVA's scripts use; its vicuna_v0 differs by a worked example in prompts only
+# other names in LLaVA's scripts; its vicuna_v0 differs only in prompts, which contain an example conversation
 ALIASES = {
     "v0_plain": "plain",
     "v0": "llava_v0",
@@ -145,7 +145,11 @@ ALIASES = {
 
 
 def get_template(name: str) -> Template:
-    """The template of that name or alias; ValueError lists the known ones."""
+    """The template with this name or alias.
+
+    Raises:
+        ValueError: the name is unknown; the message lists the known names.
+    """
     found = TEMPLATES.get(ALIASES.get(name, name))
     if found is None:
         raise ValueError(f"template must be one of {', '.join((*TEMPLATES, *ALIASES))}, got {name!r}")

@@ -1,1 +1,1 @@
-"""Talk to a checkpoint."""
+"""Interactive use of a checkpoint."""

@@ -1,4 +1,4 @@
-"""Talk to a checkpoint about a picture."""
+"""Chat with a checkpoint about a picture, the command `python -m cumo_model chat`."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from transformers import TextStreamer
 from cumo_model.checkpoints.assemble import assemble
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.processing.conversation import chat_template, reserved_marker, tokenize_prompt
-from cumo_model.processing.processor import load_image
+from cumo_model.processing.processor import CumoProcessor, load_image
 from cumo_model.processing.templates import IMAGE_MARKER, TEMPLATES, get_template
 
 NEW_TOKENS = 64
@@ -18,14 +18,18 @@ DEFAULT = "mistral_instruct"
 
 
 def load(checkpoint: str | os.PathLike, device: torch.device | None = None):
-    """(model, processor) from a folder in our layout or in that of the released checkpoints.
+    """Load (model, processor) from a checkpoint in this project's or the released layout.
+
+    Args:
+        checkpoint: folder of the checkpoint, with a tokenizer.
+        device: device of the model; by default the GPU if there is one.
 
     Raises:
-        ValueError: the folder is missing or not a whole checkpoint; the message says what is wrong with it.
+        ValueError: the folder is missing or not a complete checkpoint; the message gives the reason.
     """
     try:
         model, processor = assemble(checkpoint)
-    except Exception as error:  # whatever a damaged file makes the loaders raise, the user needs one line
+    except Exception as error:  # a damaged file can raise any exception; report it in one line
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be loaded: {reason}") from error
     if processor is None:
@@ -37,14 +41,24 @@ def load(checkpoint: str | os.PathLike, device: torch.device | None = None):
 @torch.no_grad()
 def answer(
     model: CumoForConditionalGeneration,
-    processor,
+    processor: CumoProcessor,
     picture: Image.Image | None,
     turns: list[dict[str, str]],
     template: str,
     max_new_tokens: int = NEW_TOKENS,
     streamer: TextStreamer | None = None,
 ) -> str:
-    """Greedy answer to the last of `turns` ([{"from": "human" | "gpt", "value": str}, ...])."""
+    """Generate the answer to the last turn by greedy decoding.
+
+    Args:
+        model: the model, in evaluation mode.
+        processor: the processor of the model.
+        picture: the picture of the `<image>` marker in `turns`, or None.
+        turns: [{"from": "human" | "gpt", "value": str}, ...]; the last turn is a question.
+        template: name of the conversation template.
+        max_new_tokens: maximum length of the answer in tokens.
+        streamer: receives the tokens as they are generated.
+    """
     inputs, tokens = {}, 0
     if picture is not None:
         inputs = processor(images=picture, text=IMAGE_MARKER, return_tensors="pt")
@@ -69,9 +83,17 @@ def chat(
     template: str | None = None,
     max_new_tokens: int = NEW_TOKENS,
 ) -> None:
-    """Ask one question, or read questions from the terminal until an empty line; the conversation is kept.
+    """Answer one question, or questions from standard input until an empty line, as one conversation.
 
-    `template` is that of the checkpoint's processor unless given.
+    Args:
+        checkpoint: folder of the checkpoint.
+        image: file of the picture; None for a conversation about text only.
+        question: the question; None: read questions from standard input.
+        template: name of an instruct template; by default that of the checkpoint's processor.
+        max_new_tokens: maximum length of each answer in tokens.
+
+    Raises:
+        ValueError: the checkpoint, the picture, the template or the question cannot be used.
     """
     if template is not None and not get_template(template).instruct:
         raise ValueError(f"template must be an instruct template, got {template!r}")
@@ -94,13 +116,13 @@ def chat(
 
 
 def own_template(processor) -> str:
-    """The instruct template whose chat template the processor has; `DEFAULT` if it has none of ours."""
+    """Name of the template that matches the processor's chat template; `DEFAULT` if none matches."""
     known = (name for name, form in TEMPLATES.items() if form.instruct)
     return next((name for name in known if chat_template(name) == processor.chat_template), DEFAULT)
 
 
 def _unaskable(text: str, template: str) -> str | None:
-    """Why `text` cannot be a turn, or None."""
+    """The reason why `text` cannot be a turn, or None."""
     if IMAGE_MARKER in text:
         return f"must not hold {IMAGE_MARKER}: --image gives the picture"
     if found := reserved_marker([{"value": text}], template):
@@ -110,7 +132,7 @@ def _unaskable(text: str, template: str) -> str | None:
 
 def _typed():
     if sys.stdin.isatty():
-        print("ask about the picture; an empty line ends")
+        print("ask about the picture; an empty line ends the conversation")
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()

@@ -1,1 +1,1 @@
-"""Stages of training: recipes, the Trainer, recovery, engines."""
+"""Training: recipes, the Trainer, recovery of interrupted runs, and engines (DDP, FSDP2, DeepSpeed)."""

@@ -1,7 +1,9 @@
-"""DeepSpeed beside the Trainer: its process group on CPUs, and where a stage begins with weights in parts.
+"""DeepSpeed support for the Trainer: its process group on CPUs, and the start of a stage with sharded
+weights.
 
-Under ZeRO-3 each weight is spread over the processes as it is loaded, and quantised ones are packed, so that
-nobody can make experts of them. One process does so first, on a whole model, and leaves a checkpoint for all.
+ZeRO-3 shards each weight over the processes while it is loaded, and quantised weights are packed. Experts
+cannot be made of such weights. So one process first makes the model with experts, unsharded, and saves it as
+a checkpoint that all processes load.
 """
 
 import dataclasses
@@ -18,11 +20,12 @@ from cumo_model.training.recipe import ModelSection, Recipe
 from cumo_model.training.recover import everywhere
 from cumo_model.training.start import start_model
 
-START = ".start"  # in a run's folder, until the run is finished
+START = ".start"  # folder of that checkpoint in a run's folder; deleted when the run is finished
 
 
 def require_deepspeed() -> None:
-    """
+    """Check that the package deepspeed is installed.
+
     Raises:
         ValueError: the package is missing.
     """
@@ -33,7 +36,7 @@ def require_deepspeed() -> None:
 
 
 def join_processes(args: TrainingArguments) -> None:
-    """DeepSpeed's process group where transformers makes torch's alone: on CPUs."""
+    """Initialise DeepSpeed's process group on CPUs, where transformers initialises only that of torch."""
     if args.deepspeed and args.use_cpu:
         import deepspeed
 
@@ -42,7 +45,7 @@ def join_processes(args: TrainingArguments) -> None:
 
 @contextmanager
 def whole_weights(args: TrainingArguments) -> Iterator[None]:
-    """Models loaded inside are whole on this process."""
+    """Models loaded inside the `with` block are not sharded."""
     if not args.deepspeed:
         yield
         return
@@ -54,7 +57,7 @@ def whole_weights(args: TrainingArguments) -> Iterator[None]:
 
 
 def begin(recipe: Recipe, args: TrainingArguments):
-    """`start_model`, whatever the engine."""
+    """Load the first model of a stage, as `start_model`, for any engine."""
     wanted = recipe.model
     spread = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
     made_of = (wanted.language, wanted.vision_experts, wanted.projector_experts, wanted.text_experts)
@@ -69,7 +72,7 @@ def begin(recipe: Recipe, args: TrainingArguments):
                     model.save_pretrained(work)
                     processor.save_pretrained(work)
                 del model
-        except Exception as error:  # the others wait below
+        except Exception as error:  # the other processes wait below
             failed = error
     if everywhere(failed is not None):
         raise failed or ValueError("another process could not make the model of this stage")
@@ -77,7 +80,7 @@ def begin(recipe: Recipe, args: TrainingArguments):
 
 
 def first_model(recipe: Recipe) -> ModelSection:
-    """Where the stage's first model is: as the recipe says, or what `begin` left."""
+    """The model section of the stage's first model: from the recipe, or the checkpoint saved by `begin`."""
     folder = Path(recipe.output_dir) / START
     if not folder.is_dir():
         return recipe.model
@@ -93,5 +96,5 @@ def first_model(recipe: Recipe) -> ModelSection:
 
 
 def clear(recipe: Recipe) -> None:
-    """Take away what `begin` left."""
+    """Delete the checkpoint saved by `begin`."""
     shutil.rmtree(Path(recipe.output_dir) / START, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""A Trainer whose experts are spread over processes: gradients, checkpoints, resume of DTensors beside DDP.
+"""A Trainer for expert parallelism: gradients, checkpoints and resume of DTensors together with DDP or FSDP2.
 
-A checkpoint holds whole tensors, so that any number of processes can go on from it.
+A checkpoint contains unsharded tensors, so that training can resume with any number of processes.
 """
 
 import os
@@ -25,18 +25,21 @@ from cumo_model.training.parallel import ParallelExperts, expert_mesh, expert_pa
 from cumo_model.training.recover import AtomicCheckpoints
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-# a parameter that no step has used yet, as the tower's last layer, has no optimizer state
+# a parameter without gradients so far, such as those of the tower's last layer, has no optimizer state
 _SOME = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
 def spread_experts(
     model: nn.Module, number: int, device: torch.device, with_fsdp: bool, exchange: str = "exact"
 ) -> None:
-    """Experts over `number` processes each, and over the rest of them by FSDP2.
+    """Distribute the experts over groups of `number` processes, and with FSDP2 over the groups.
 
     Args:
-        exchange: of `expert_parallel`.
-        with_fsdp: whether the rest of the model is sharded so too.
+        model: the model; changed in place.
+        number: processes per group.
+        device: device of this process.
+        with_fsdp: whether the rest of the model is also sharded with FSDP2.
+        exchange: as in `expert_parallel`.
     """
     mesh = expert_mesh(number, device.type)
     model.to(device)
@@ -46,21 +49,22 @@ def spread_experts(
 
 
 def _settled(state):
-    """Nested dicts with every tensor that a collective still owes waited for."""
+    """Wait for all pending collectives in nested dicts of tensors."""
     if isinstance(state, dict):
         return {key: _settled(value) for key, value in state.items()}
     return state.wait() if isinstance(state, AsyncCollectiveTensor) else state
 
 
 class SpreadCheckpoints(AtomicCheckpoints):
-    """Saves and loads what `spread_experts` made, and FSDP2 on CPUs; else the Trainer's own ways do."""
+    """Saves and loads models of `spread_experts`, and FSDP2 on CPUs; other models as the Trainer does."""
 
     _fsdp_on_cpu = False
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
-            # accelerate shards on accelerators only and would quietly use DDP; FSDP2 itself runs on gloo
+            # accelerate uses FSDP2 on accelerators only and falls back to DDP silently; FSDP2 itself
+            # supports gloo
             plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             state = self.accelerator.state
             state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
@@ -97,7 +101,8 @@ class SpreadCheckpoints(AtomicCheckpoints):
         set_model_state_dict(self.model, state, options=_WHOLE)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        # the Trainer asks torch.load for "cpu:0" when there are several processes, a place it does not know
+        # with several processes the Trainer calls torch.load with the device "cpu:0", which it does not
+        # support
         several_cpus = self.accelerator.distributed_type == DistributedType.MULTI_CPU
         if checkpoint is None or not (self._is_spread or several_cpus):
             return super()._load_optimizer_and_scheduler(checkpoint)
@@ -115,4 +120,5 @@ class SpreadCheckpoints(AtomicCheckpoints):
 
 
 def is_spread(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is distributed over processes (a DTensor)."""
     return isinstance(parameter, DTensor)

@@ -1,7 +1,9 @@
-"""FLOPs of a training step, for MFU: matrix products only, 2 per multiply and add, attention as full squares.
+"""FLOPs of a training step, used for MFU (model FLOPs utilisation).
 
-A part that trains costs three forward passes, one that only passes gradients on costs two, one before all
-that trains costs one. Recomputation under checkpointing is not counted.
+Only matrix products are counted, with 2 FLOPs per multiply-add; attention is counted without the causal
+mask. A trained part costs three times its forward pass, a frozen part that passes gradients on costs two,
+and a frozen part before all trained parts costs one. Recomputation by activation checkpointing is not
+counted.
 """
 
 from collections.abc import Collection
@@ -13,8 +15,9 @@ def text_flops(config: CumoConfig, tokens: int, width: int, predicted: int) -> f
     """Forward FLOPs of the language model.
 
     Args:
-        tokens: in the batch, padding included.
-        width: of its rows, what each token is compared with in attention.
+        config: configuration of the model.
+        tokens: tokens of the batch, padding included.
+        width: tokens per row, the number of keys per query in attention.
         predicted: tokens that get logits.
     """
     text = config.text_config
@@ -31,8 +34,7 @@ def text_flops(config: CumoConfig, tokens: int, width: int, predicted: int) -> f
 
 
 def vision_flops(config: CumoConfig, with_routers: bool) -> float:
-    """Forward FLOPs of the tower for one image, all scales. `with_routers`: the last layer runs for its
-    router."""
+    """Forward FLOPs of the tower for one image at all scales; `with_routers` adds the last layer's router."""
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     hidden, tokens = vision.hidden_size, patches + 1
@@ -64,8 +66,14 @@ def step_flops(
 ) -> float:
     """Forward and backward FLOPs of one batch.
 
-    `trains` names the parts whose weights get gradients. Under LoRA the language model is none of them, and
-    the adapters' own small products are left out.
+    Args:
+        config: configuration of the model.
+        trains: parts whose weights get gradients. With LoRA the language model is not among them; the
+            products of the adapters are not counted.
+        tokens: tokens of the batch, padding included.
+        width: tokens per row.
+        predicted: tokens that get logits.
+        images: images of the batch.
     """
     vision = 3 if "vision" in trains else 1
     projector = 3 if "projector" in trains else (2 if vision == 3 else 1)

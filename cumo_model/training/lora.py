@@ -1,8 +1,8 @@
-"""LoRA stages: adapters by peft, what trains whole beside them, and the whole model that comes of both.
+"""LoRA stages: adapters of peft, parts that are trained without adapters, and the merged model.
 
-peft saves adapters alone; connector and tower may train beside them, as in LLaVA, so a checkpoint has a file
-of these too. What a finished stage leaves is one model again, adapters merged into whole weights, which the
-next stage can begin with.
+Connector and tower may be trained fully together with the adapters, as in LLaVA. peft saves adapters only,
+so a checkpoint has an additional file with these parameters. A finished stage saves one model with the
+adapters merged into its weights, from which the next stage can start.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from cumo_model.training.recipe import ModelSection, Recipe, StageSection
 from cumo_model.training.start import start_model
 
 BESIDE = "beside_adapters.safetensors"
-ADAPTER = "lora_"  # in the name of every parameter that is peft's
+ADAPTER = "lora_"  # part of the name of every parameter of peft
 
 
 def with_lora(model: nn.Module, stage: StageSection) -> nn.Module:
-    """The model with adapters that train; the rest of the stage's parts but the language model train whole.
+    """Add trainable adapters. Parts of the stage other than the language model are trained fully.
 
     Raises:
         ValueError: the package peft is missing.
@@ -51,11 +51,12 @@ def with_lora(model: nn.Module, stage: StageSection) -> nn.Module:
 
 
 def has_adapters(model: nn.Module) -> bool:
+    """Whether `model` is wrapped by peft."""
     return hasattr(model, "peft_config")
 
 
 def save_beside(model: nn.Module, state: dict[str, Tensor] | None, folder: str | os.PathLike) -> None:
-    """Write what trains and is no adapter; `state` is the whole state dict where weights are spread."""
+    """Save trained parameters that are no adapters; `state` is the full state dict if weights are sharded."""
     names = [name for name, p in model.named_parameters() if p.requires_grad and ADAPTER not in name]
     state = model.state_dict() if state is None else state
     if names:
@@ -64,7 +65,7 @@ def save_beside(model: nn.Module, state: dict[str, Tensor] | None, folder: str |
 
 @torch.no_grad()
 def load_beside(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Read what `save_beside` wrote, if it did."""
+    """Load the file of `save_beside`, if there is one."""
     if not Path(folder, BESIDE).is_file():
         return
     parameters = dict(model.named_parameters())
@@ -73,7 +74,7 @@ def load_beside(model: nn.Module, folder: str | os.PathLike) -> None:
 
 
 def merged(recipe: Recipe, begin_with: ModelSection, folder: str | os.PathLike) -> nn.Module:
-    """The stage's first model in whole weights, with the adapters and parameters of `folder` in it."""
+    """The unquantised first model of the stage, merged with the adapters and parameters of `folder`."""
     from peft import PeftModel
 
     model, _ = start_model(dataclasses.replace(begin_with, quantize=None), recipe.data)

@@ -1,12 +1,13 @@
-"""What training does, seen from inside: losses by part, experts by layer, gradients, speed, memory.
+"""Training metrics: losses by part, expert statistics by layer, gradient norms, speed and memory.
 
-Sums stay on the device and are read once per log. Means by part and place go into the Trainer's log and
-history; names with a slash (`experts/clip.03/load_entropy`) go to the reporters (TensorBoard, W&B) alone,
-since a big model has hundreds.
+Sums are kept on the device and read once per log. Means by part and place are written to the Trainer's log
+and history. Metrics with a slash in the name (`experts/clip.03/load_entropy`) are sent only to the reporters
+(TensorBoard, W&B), because a large model has hundreds of them.
 
-    load_entropy     entropy of the share of slots per expert: 1 when even, 0 when one has all
-    router_entropy   mean entropy of a token's softmax, on the same scale
-    zero_experts     experts without a slot;  dropped: share of slots no expert took
+    load_entropy     normalised entropy of the share of slots per expert: 1 if uniform, 0 if one has all
+    router_entropy   normalised entropy of the router's softmax, mean over tokens
+    zero_experts     number of experts without a slot
+    dropped          share of slots that no expert computes
 """
 
 import math
@@ -29,22 +30,23 @@ from cumo_model.training.flops import step_flops
 
 PLACES = ("mlp", "clip", "llm")
 LOSSES = ("language", *(f"{place}_{kind}" for place in PLACES for kind in ("balance", "z")))
-EXTRA = ("slots", "balance", "z", "calls", "router_entropy", "entropy_calls")  # beside the load of a layer
-SUMS = ("_losses", "_loads", "_extra", "tokens", "images", "flops")  # of a Monitor
+# sums per layer, in addition to the load
+EXTRA = ("slots", "balance", "z", "calls", "router_entropy", "entropy_calls")
+SUMS = ("_losses", "_loads", "_extra", "tokens", "images", "flops")  # state of a Monitor
 PARTS_OF = {"vision": "vision_tower", "projector": "multi_modal_projector", "language": ""}
 
 
 class Monitor:
-    """Collects while the model runs; `read` empties it.
+    """Collects metrics while the model runs. `read` returns them and resets the sums.
 
     Args:
-        model: with or without MoELayers; also wrapped by peft.
-        trains: parts whose gradients are taken, for FLOPs.
+        model: a model with or without MoELayers; may be wrapped by peft.
+        trains: parts that are trained, for the count of FLOPs.
     """
 
     def __init__(self, model: nn.Module, trains: Collection[str] = tuple(PARTS_OF)):
         self.config, self.trains = getattr(model, "config", None), trains
-        self.layers: dict[str, int] = {}  # "clip.03" -> experts, in a fixed order on every process
+        self.layers: dict[str, int] = {}  # "clip.03" -> number of experts, in the same order on all processes
         self._inside = False
         for module in model.modules():
             if isinstance(module, MoELayer):
@@ -54,6 +56,7 @@ class Monitor:
         self.reset()
 
     def reset(self) -> None:
+        """Set all sums to zero."""
         self._losses: dict[str, tuple[Tensor, int]] = {}
         self._loads: dict[str, Tensor] = {}
         self._extra: dict[str, dict[str, Tensor | float]] = {name: {} for name in self.layers}
@@ -61,11 +64,12 @@ class Monitor:
         self.images, self.flops, self.since = 0, 0.0, time.monotonic()
 
     def state_dict(self) -> dict:
-        """What was added up since the last `read`."""
+        """The sums since the last `read`."""
         elapsed = time.monotonic() - self.since
         return {name: getattr(self, name) for name in SUMS} | {"elapsed": elapsed}
 
     def load_state_dict(self, state: dict) -> None:
+        """Restore the sums of `state_dict`."""
         for name in SUMS:
             setattr(self, name, state[name])
         self.since = time.monotonic() - state["elapsed"]
@@ -85,7 +89,7 @@ class Monitor:
 
     @contextmanager
     def watching(self, batch: dict, training: bool) -> Iterator[None]:
-        """Around a forward pass of training."""
+        """Collect metrics of one forward pass inside the `with` block, if `training`."""
         if not training:
             yield
             return
@@ -107,7 +111,7 @@ class Monitor:
         )
         self.images += images
         if self.config is not None:
-            predicted = ids.numel()  # an upper bound that needs no look at the labels
+            predicted = ids.numel()  # an upper bound that does not depend on the labels
             self.flops += step_flops(self.config, self.trains, ids.numel(), ids.shape[1], predicted, images)
 
     @torch.no_grad()
@@ -123,17 +127,18 @@ class Monitor:
             self._add(name, "z", router_z_loss(routing.stats).detach())
 
     def add_losses(self, parts: dict[str, Tensor]) -> None:
+        """Add the terms of the loss of one forward pass."""
         for name, value in parts.items():
             total, count = self._losses.get(name, (0, 0))
             self._losses[name] = (total + value.detach().float(), count + 1)
 
     def read(self) -> dict[str, float]:
-        """Everything since the last call, over all processes; one wait for the device.
+        """Metrics since the last call, over all processes. Needs one host synchronisation.
 
         Returns:
-            Parts of the loss by name, means over layers by place (`clip_load_entropy` ...), tokens and
-            images per second, MFU where the peak of the device is known, memory in GiB; and by layer under
-            `experts/`.
+            Terms of the loss by name, means over layers by place (`clip_load_entropy` ...), tokens and images
+            per second, MFU if the peak performance of the device is known, memory in GiB, and metrics by
+            layer under `experts/`.
         """
         row: list[Tensor | float] = [self.tokens, self.images, self.flops]
         for name in LOSSES:
@@ -143,7 +148,7 @@ class Monitor:
             row += list(load) if load is not None else [0.0] * experts
             row += [self._extra[name].get(key, 0.0) for key in EXTRA]
         device = next((v.device for v in row if isinstance(v, Tensor)), torch.device("cpu"))
-        # fp64: token and FLOP counts pass 2^24 within one log
+        # fp64: token and FLOP counts exceed 2^24 within one log
         flat = torch.stack([torch.as_tensor(v, device=device, dtype=torch.float64) for v in row])
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             if dist.get_backend() == "nccl":
@@ -199,7 +204,7 @@ class Monitor:
 
 
 def layer_facts(load: list[float], slots: float) -> dict[str, float]:
-    """How evenly `load` (slots per expert) is spread; `slots` counts dropped ones too."""
+    """Metrics of one layer from `load` (slots per expert) and `slots`, the slots including dropped ones."""
     total = sum(load)
     shares = [count / total for count in load if count > 0 and total]
     scale = math.log(len(load)) if len(load) > 1 else 1.0
@@ -213,7 +218,7 @@ def layer_facts(load: list[float], slots: float) -> dict[str, float]:
 
 @torch.no_grad()
 def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """L2 norms of the gradients of tower, connector, language model, and of all gates."""
+    """L2 norms of the gradients of tower, connector and language model, and of all gates."""
     squares: dict[str, list[Tensor]] = {name: [] for name in (*PARTS_OF, "gates")}
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
@@ -228,9 +233,9 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
 
 class MonitorCallback(TrainerCallback):
-    """Gradient norms by part in the steps that are logged, and what only the reporters get.
+    """Computes gradient norms by part in logged steps, and adds the metrics for the reporters to the log.
 
-    It must come before the reporters: they see what it adds.
+    It must be registered before the reporters.
     """
 
     def __init__(self, monitor: Monitor):
@@ -241,7 +246,7 @@ class MonitorCallback(TrainerCallback):
         self.detail = {}
 
     def metrics(self) -> dict[str, float]:
-        """What goes into the history; the rest waits for the reporters."""
+        """Metrics for the history; those for the reporters are kept until `on_log`."""
         found = self.monitor.read()
         self.detail = {name: value for name, value in found.items() if "/" in name}
         return {name: value for name, value in found.items() if "/" not in name} | self.norms
@@ -256,7 +261,7 @@ class MonitorCallback(TrainerCallback):
 
 
 class ShortProgress(ProgressCallback):
-    """The Trainer's bar with one line a log: names without a slash."""
+    """The Trainer's progress bar, showing a few metrics of the last log."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:

@@ -1,16 +1,19 @@
-"""Expert parallelism: the experts of a layer spread over processes, tokens sent to them and back.
+"""Expert parallelism: the experts of a layer are distributed over processes, and tokens are sent to them.
 
-    rank r of P owns experts [r * E/P, (r + 1) * E/P), as DTensors with Shard(0) on the `experts` axis of a
-    mesh slots, sorted by expert --all-to-all--> owners --expert_mlp--> --all-to-all back--> combine
+    rank r of P owns experts [r * E/P, (r + 1) * E/P), as DTensors with Shard(0) on the mesh axis `experts`
 
-Each process has its own tokens, so the axis is one of data parallelism too: all other parameters are
-replicated or sharded over it as usual. A weight's gradient is divided by P here, so that averaging the rest
-of the model over processes (DDP, FSDP2) leaves every parameter with the gradient of the mean loss.
+    slots, sorted by expert --all-to-all--> owners --expert_mlp--> --all-to-all back--> combine
 
-Two ways to exchange rows. "exact" sends what there is; the host must know the sizes, which costs one wait for
-the device per layer. "padded" gives every pair of processes room for the most slots any of them has, and
-needs no wait, for P times the memory; surplus rows are dropped slots, which no expert computes. The processes
-agree on that number by a CPU tensor, so a GPU's group must serve both: backend "cpu:gloo,cuda:nccl".
+Each process has its own tokens, so the axis is also one of data parallelism: all other parameters are
+replicated or sharded over it as usual. The gradients of the experts' weights are divided by P. If the
+gradients of the rest of the model are averaged over processes (DDP, FSDP2), every parameter then has the
+gradient of the mean loss.
+
+There are two ways to exchange rows. "exact" sends only the rows that exist; the host must know their number,
+which costs one host synchronisation per layer. "padded" reserves, for every pair of processes, space for the
+largest number of slots on any process. It needs no host synchronisation, but P times the memory. Unused rows
+are dropped slots, which no expert computes. The processes agree on the number of slots with a CPU tensor, so
+on GPUs the process group needs the backend "cpu:gloo,cuda:nccl".
 """
 
 import torch
@@ -27,7 +30,7 @@ EXCHANGES = ("exact", "padded")
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to their processes; the adjoint sends gradients back the same way."""
+    """Send rows to their processes; backward sends the gradients back."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, send: list[int] | None, receive: list[int] | None, group) -> Tensor:
@@ -42,6 +45,8 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _ScaledGradient(torch.autograd.Function):
+    """Returns x unchanged; backward multiplies the gradient by a factor."""
+
     @staticmethod
     def forward(ctx, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
@@ -53,9 +58,9 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 class ParallelExperts(Experts):
-    """`Experts` of which this process has a share; made of one by `expert_parallel`.
+    """`Experts` whose parameters are sharded over processes; `expert_parallel` makes it of an `Experts`.
 
-    Its parameters are DTensors of the whole (E, ...) shape, and `load_state_dict` takes whole tensors.
+    Its parameters are DTensors with the global shape (E, ...). `load_state_dict` accepts unsharded tensors.
     """
 
     mesh: DeviceMesh
@@ -68,24 +73,29 @@ class ParallelExperts(Experts):
         return _ScaledGradient.apply(local, 1 / self.mesh.size())
 
     def forward(self, x: Tensor, routing: Routing, compat: str | None = None) -> Tensor:
-        """x (T, H), this process's tokens, with their plan over all E experts -> (T, O).
+        """Apply the experts to the tokens of this process: x (T, H) -> (T, O).
+
+        Args:
+            x: (T, H), the tokens of this process.
+            routing: their routing plan over all E experts.
+            compat: must be None.
 
         Raises:
-            ValueError: `compat` is set: rows come back from other processes, not rounded step by step.
+            ValueError: `compat` is set; the exchange of rows does not support the rounding of each step.
         """
         if compat is not None:
             raise ValueError(f"compat must be None where experts are spread over processes, got {compat!r}")
-        # autocast covers expert_mlp; rows travel in its dtype
+        # autocast applies to expert_mlp; rows are sent in the dtype of x
         rows = permute(x, routing)  # (S, H), sorted by expert and so by owner
         shares = routing.tokens_per_expert.view(self.mesh.size(), -1)
         group = self.mesh.get_group()
-        theirs = torch.empty_like(shares)  # [p, e]: rows that process p has for our expert e
+        theirs = torch.empty_like(shares)  # [p, e]: rows of process p for local expert e
         dist.all_to_all_single(theirs, shares.contiguous(), group=group)
         out = (self._exact if self.exchange == "exact" else self._padded)(rows, shares, theirs, group)
         return combine(out, routing)
 
     def _compute(self, rows: Tensor, expert: Tensor) -> Tensor:
-        """rows (R, H) through the local experts `expert` (R,); the number of local experts drops a row."""
+        """Apply local experts `expert` (R,) to rows (R, H); the number of experts marks a dropped row."""
         up, up_bias = self.up
         up, up_bias, down, down_bias = map(self._local, (up, up_bias, self.down_proj, self.down_proj_bias))
         weights = torch.ones(len(rows), 1, dtype=torch.float32, device=rows.device)
@@ -95,7 +105,7 @@ class ParallelExperts(Experts):
         return expert_mlp(rows, plan, up, down, up_bias, down_bias, self.activation)
 
     def _exact(self, rows: Tensor, shares: Tensor, theirs: Tensor, group) -> Tensor:
-        sizes = torch.stack([shares.sum(1), theirs.sum(1)]).tolist()  # the one wait for the device
+        sizes = torch.stack([shares.sum(1), theirs.sum(1)]).tolist()  # the host synchronisation
         send, receive = sizes
         dropped = rows.shape[0] - sum(send)
         arrived = _AllToAll.apply(rows[: sum(send)], send, receive, group)
@@ -109,7 +119,7 @@ class ParallelExperts(Experts):
         most = torch.tensor([slots])
         dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
         room = int(most)
-        ends = shares.sum(1).cumsum(0)  # (P,): where each owner's rows end
+        ends = shares.sum(1).cumsum(0)  # (P,): end of each owner's rows
         position = torch.arange(slots, device=rows.device)
         owner = torch.searchsorted(ends, position, right=True).clamp(max=processes - 1)
         place = owner * room + position - (ends - shares.sum(1))[owner]
@@ -130,17 +140,18 @@ class ParallelExperts(Experts):
 
 
 def shard(whole: Tensor, mesh: DeviceMesh) -> DTensor:
-    """This process's rows of a tensor that every process has, as a DTensor."""
+    """Shard a tensor that all processes have: a DTensor with the rows of this process."""
     share = whole.chunk(mesh.size())[mesh.get_local_rank()]
     return DTensor.from_local(share.detach().clone(), mesh, [Shard(0)], run_check=False)
 
 
 def expert_mesh(expert_parallel: int, device_type: str = "cpu") -> DeviceMesh:
-    """All processes as a mesh ("data", "experts"), the experts axis `expert_parallel` long and innermost,
-    where links are fastest.
+    """Arrange all processes as a mesh ("data", "experts").
+
+    The experts axis has `expert_parallel` processes. It is the innermost axis, whose links are fastest.
 
     Raises:
-        ValueError: the processes cannot be split so.
+        ValueError: `expert_parallel` does not divide the number of processes.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     if expert_parallel < 1 or world % expert_parallel:
@@ -150,18 +161,18 @@ def expert_mesh(expert_parallel: int, device_type: str = "cpu") -> DeviceMesh:
 
 
 def expert_parallel(model: nn.Module, mesh: DeviceMesh, exchange: str = "exact") -> list[str]:
-    """Spread the experts of every MoELayer of a model that all processes have alike, in place.
+    """Distribute the experts of every MoELayer of a model over processes, in place.
 
     Args:
         model: the same weights on every process.
-        mesh: one-dimensional, the processes that share the experts: `expert_mesh(n)["experts"]`.
+        mesh: one-dimensional mesh of the processes that share the experts: `expert_mesh(n)["experts"]`.
         exchange: "exact" or "padded".
 
     Returns:
-        Names of the parameters that are now DTensors. DDP is told to leave them alone.
+        Names of the parameters that are now DTensors. They are marked as ignored by DDP.
 
     Raises:
-        ValueError: a layer's experts do not divide over the processes.
+        ValueError: the number of experts of a layer is not a multiple of the number of processes.
     """
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
@@ -184,9 +195,10 @@ def expert_parallel(model: nn.Module, mesh: DeviceMesh, exchange: str = "exact")
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh) -> None:
-    """FSDP2 for spread experts, over the "data" axis.
+    """Shard distributed experts with FSDP2 over the "data" axis.
 
-    To be called before `fully_shard` of what contains them, which then covers all else over all processes.
+    Call this before `fully_shard` of the modules that contain them; that call then shards the other
+    parameters over all processes.
     """
     for module in model.modules():
         if isinstance(module, ParallelExperts):
@@ -194,5 +206,5 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A DTensor gathered from all processes (all must call), anything else as it is."""
+    """Gather a DTensor from all processes, which must all call this; return other tensors unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

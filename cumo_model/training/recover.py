@@ -1,8 +1,9 @@
-"""Runs that can be cut off anywhere: checkpoints that appear in one move, stops on request, automatic resume.
+"""Recovery of interrupted runs: atomic checkpoints, stop on a signal, automatic resume.
 
-A checkpoint is a folder `checkpoint-N`. It is written as `.saving/checkpoint-N`, flushed to the disk and
-renamed, so whatever bears the name was whole then; older ones go only afterwards. What became of it since, on
-a failing disk or by somebody's copying, is looked at before a run goes on from it.
+A checkpoint is a folder `checkpoint-N`. It is written as `.saving/checkpoint-N`, flushed to disk and
+renamed, so a folder with that name was complete when it was created. Older checkpoints are deleted only
+afterwards. A checkpoint may be damaged later, by a failing disk or an incomplete copy, so it is checked
+before a run resumes from it.
 """
 
 import contextlib
@@ -29,13 +30,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from cumo_model.checkpoints.folders import read_object
 
 SAVING = ".saving"
-SIZES = "files.json"  # in a checkpoint: its files and their bytes
-DAMAGED = "damaged-"  # before the name of a checkpoint that cannot be read
+SIZES = "files.json"  # file in a checkpoint: names and sizes of its files in bytes
+DAMAGED = "damaged-"  # prefix for a checkpoint that cannot be read
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     found = {}
     for path in Path(folder).glob("checkpoint-*"):
         number = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -45,11 +46,13 @@ def checkpoints(folder: str | os.PathLike) -> list[Path]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be gone on from, None where nothing is seen: files that are missing or cut off,
-    headers that are none. No tensor is read, so this takes a moment at any size."""
+    """The reason why a checkpoint cannot be resumed from, or None if no damage is found.
+
+    It finds missing and truncated files and invalid headers. No tensor is read, so it is fast for any size.
+    """
     try:
         read_object(checkpoint / TRAINER_STATE_NAME)
-        sizes = checkpoint / SIZES  # the Trainer's own checkpoints have none
+        sizes = checkpoint / SIZES  # checkpoints written by the plain Trainer have no such file
         for name, size in (read_object(sizes) if sizes.is_file() else {}).items():
             found = (checkpoint / name).stat().st_size
             if found != size:
@@ -71,17 +74,19 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def last_sound(folder: str | os.PathLike) -> Path | None:
-    """The newest checkpoint of a run that can be read, None where a run has none yet; the same on all
-    processes, all of which must call. A newer one that cannot be read is warned of and put aside.
+    """The newest readable checkpoint of a run, or None if the run has no checkpoint.
+
+    All processes must call this; all get the same result. Newer checkpoints that cannot be read are renamed,
+    with a warning.
 
     Raises:
-        ValueError: there are checkpoints, and none can be read.
+        ValueError: there are checkpoints, but none can be read.
     """
     answer: list = [None, None]
     if not _together() or dist.get_rank() == 0:
         try:
             answer = [_choose(Path(folder)), None]
-        except (ValueError, OSError) as error:  # the others wait below
+        except (ValueError, OSError) as error:  # the other processes wait below
             answer = [None, str(error)]
     if _together():
         dist.broadcast_object_list(answer, device=_device_of_messages())
@@ -102,13 +107,14 @@ def _choose(run: Path) -> Path | None:
         bad[path] = reason
     if bad and chosen is None:
         every = "; ".join(f"{path.name}: {reason}" for path, reason in bad.items())
-        raise ValueError(f"no checkpoint in {run} can be read ({every}): delete them to begin again")
+        raise ValueError(f"no checkpoint in {run} can be read ({every}): delete them to restart")
     for path, reason in bad.items():
-        aside = path.with_name(f"{DAMAGED}{path.name}")  # its place is needed when that step comes again
+        # the run will save this step again under the same name
+        aside = path.with_name(f"{DAMAGED}{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
         warnings.warn(
-            f"{path} cannot be read ({reason}): this run goes on from {chosen.name}, the damaged one is kept "
+            f"{path} cannot be read ({reason}): this run resumes from {chosen.name}, the damaged one is kept "
             f"as {aside.name}",
             stacklevel=4,
         )
@@ -132,7 +138,7 @@ def _write_sizes(folder: Path) -> None:
 def _is_no_room(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in NO_ROOM
-    # safetensors and torch say it in words
+    # safetensors and torch report it only in the message
     words = (
         "No space left",
         "File too large",
@@ -162,7 +168,7 @@ def everywhere(value: bool) -> bool:
 
 
 def _finite(parameters: Iterable[torch.Tensor]) -> bool:
-    """Whether this process's shares of all parameters are numbers; one wait for the device."""
+    """Whether all local parameter values are finite. Needs one host synchronisation."""
     shares = (p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in parameters)
     largest = [torch.linalg.vector_norm(share, math.inf).float() for share in shares if share.numel()]
     return not largest or math.isfinite(torch.stack(largest).max().item())
@@ -174,14 +180,15 @@ def _barrier() -> None:
 
 
 class AtomicCheckpoints(Trainer):
-    """A Trainer whose checkpoints are whole or not there, and which goes on when the disk is full."""
+    """A Trainer that writes checkpoints atomically and continues training if the disk is full."""
 
     _saving_to: str | None = None
-    _no_room: str | None = None  # what this process could not write of the checkpoint in work
+    _no_room: str | None = None  # error of this process while writing the current checkpoint
     save_failed: str | None = None  # why the last checkpoint could not be written
 
     def _run_epoch(self, **options):
-        if self.state.global_step >= self.state.max_steps:  # the Trainer would look only after one step more
+        # the Trainer would check this only after another step
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(**options)
@@ -194,14 +201,14 @@ class AtomicCheckpoints(Trainer):
         final, work = run / f"checkpoint-{step}", run / SAVING
         if (final / TRAINER_STATE_NAME).is_file():
             return
-        # whoever goes on from such a checkpoint never trains again, and the good ones would go for it
+        # a run cannot recover from such a checkpoint, and good ones would be deleted to keep it
         if everywhere(not _finite(p for p in self.model.parameters() if p.requires_grad)):
-            raise FloatingPointError(f"a weight is not finite at step {step}: no checkpoint is made of that")
+            raise FloatingPointError(f"a weight is not finite at step {step}: no checkpoint is written")
         first = self.is_world_process_zero()
         if first:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-        # before anybody starts: a process that fails halfway would leave the others waiting for it
+        # checked before any process writes: if one failed halfway, the others would wait for it
         reason = self._room_problem(run) if first else None
         if everywhere(reason is not None):
             self._report(reason, work)
@@ -212,7 +219,7 @@ class AtomicCheckpoints(Trainer):
             with self._room_may_end():
                 super()._save_checkpoint(model, trial)
             failed = everywhere(self._no_room is not None)
-            if first and not failed:  # all have written
+            if first and not failed:  # all processes have written
                 with self._room_may_end():
                     self._publish(work / final.name, final)
             failed = everywhere(failed or self._no_room is not None)
@@ -225,8 +232,11 @@ class AtomicCheckpoints(Trainer):
 
     @contextlib.contextmanager
     def _room_may_end(self) -> Iterator[None]:
-        """Around what this process alone writes: where room ends in the middle of a checkpoint, that one is
-        given up once all processes are through. They would wait for who left before the next gathering."""
+        """Record an error of a full disk instead of raising it, around writes of this process alone.
+
+        The checkpoint is abandoned after all processes have finished. If this process raised the error at
+        once, the others would wait for it in the next collective.
+        """
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -242,7 +252,7 @@ class AtomicCheckpoints(Trainer):
         _write_sizes(written)
         for path in [*written.rglob("*"), written]:
             _flush(path)
-        shutil.rmtree(final, ignore_errors=True)  # half of one, of somebody's copying
+        shutil.rmtree(final, ignore_errors=True)  # an incomplete copy
         os.replace(written, final)
         _flush(final.parent)
         shutil.rmtree(written.parent, ignore_errors=True)
@@ -269,9 +279,9 @@ class AtomicCheckpoints(Trainer):
 
 
 class StopRequests(TrainerCallback):
-    """SIGTERM or SIGINT: finish the step, save, stop.
+    """On SIGTERM or SIGINT: finish the step, save a checkpoint and stop.
 
-    All processes stop at the same step; a second signal acts as usual.
+    All processes stop at the same step. A second signal has its usual effect.
     """
 
     def __init__(self):

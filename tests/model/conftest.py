@@ -1,4 +1,4 @@
-"""The tiny model of the model tests: every part of the big ones, a few thousand parameters."""
+"""Fixtures of the model tests: a tiny model with all parts of a large one and a few thousand parameters."""
 
 import json
 import multiprocessing.forkserver
@@ -16,17 +16,19 @@ IMAGE_TOKEN = 60  # outside the vocabulary of 50, as in the released checkpoints
 
 @pytest.fixture(scope="session")
 def mistral_model() -> Path:
-    """Mistral-7B-v0.1's SentencePiece model, from the wheel mistral-common that `make setup` lays beside
-    the environment: inside it transformers would import the package and want its dependencies."""
+    """Mistral-7B-v0.1's SentencePiece model, from the wheel mistral-common.
+
+    `make setup` unpacks the wheel outside the environment, because transformers would otherwise import the
+    package and require its dependencies."""
     model = Path(sys.prefix) / "mistral-common" / "mistral_common" / "data" / "tokenizer.model.v1"
     if not model.is_file():
-        pytest.skip(f"no Mistral tokenizer at {model}: `make setup` brings it")
+        pytest.skip(f"no Mistral tokenizer at {model}: `make setup` installs it")
     return model
 
 
 @pytest.fixture(scope="session")
 def mistral(mistral_model, tmp_path_factory):
-    """Mistral's tokenizer as a folder with its tokenizer.model gives it, and that model in SentencePiece."""
+    """Mistral's tokenizer, loaded from a folder with tokenizer.model, and SentencePiece's processor of it."""
     import sentencepiece
 
     from cumo_model.processing.processor import load_tokenizer
@@ -40,21 +42,21 @@ def mistral(mistral_model, tmp_path_factory):
 
 @pytest.fixture
 def fp64():
-    """The test computes in fp64, all that asks for fp32 included: for `assert_same_formula`."""
+    """Compute the test in fp64, also where code asks for fp32, for `assert_same_formula`."""
     with in_fp64():
         yield
 
 
 @pytest.fixture(autouse=True, scope="session")
 def fork_server():
-    """Before a test changes the environment, which imports of the server read."""
+    """Start the fork server before a test changes environment variables, which its imports read."""
     if "tests.processes" in sys.modules:
         multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(autouse=True)
 def no_process_left():
-    """A test that fails between the start and the end of a process takes it along."""
+    """Kill processes that a failed test has left running."""
     yield
     if processes := sys.modules.get("tests.processes"):
         processes.leave_none_behind()
@@ -62,7 +64,7 @@ def no_process_left():
 
 @pytest.fixture
 def tiny_config():
-    """Factory: `text` is a model_type, other keywords go to CumoConfig; images are 12 x 12, 9 tokens each."""
+    """Factory: `text` is a model_type, other keywords go to CumoConfig. Images: 12 x 12 pixels, 9 tokens."""
 
     def make(text="mistral", vision_experts=4, vision=(), text_options=(), **options) -> CumoConfig:
         vision_config = {
@@ -95,7 +97,7 @@ def tiny_config():
 
 @pytest.fixture
 def tiny_model(tiny_config):
-    """Factory with the keywords of `tiny_config`; weights are large, so that routers have opinions."""
+    """Factory with the keywords of `tiny_config`. Large weights make router probabilities differ."""
 
     def make(**options) -> CumoForConditionalGeneration:
         model = CumoForConditionalGeneration(tiny_config(**options))
@@ -110,7 +112,7 @@ def tiny_model(tiny_config):
 
 @pytest.fixture
 def tiny_batch():
-    """Factory: two rows of 20 tokens with one image each, the last six tokens to be predicted."""
+    """Factory: two rows of 20 tokens with one image each; the last six tokens have labels."""
 
     def make(images=2, dtype=torch.float32) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""Gradients of a model as `tests.rounding` compares them."""
+"""Gradients of a model in the form that `tests.rounding` compares."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,17 +9,18 @@ BIAS = ".k_proj.bias"
 
 
 def gradients(model: nn.Module, found: Sequence[Tensor | None] | None = None) -> dict[str, Tensor | None]:
-    """By name: those at the parameters, or `found`, in the order of the parameters."""
+    """Gradients by parameter name; `found`, if given, lists them in the order of the parameters."""
     named = list(model.named_parameters())
     grads = [parameter.grad for _, parameter in named] if found is None else found
     return beside_weights({name: grad for (name, _), grad in zip(named, grads, strict=True)})
 
 
 def beside_weights(named: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """The gradient of a key's bias as one more column of its weight's; or what training made of both.
+    """Join the tensor of each key projection's bias to that of its weight, as an additional column.
 
-    It moves all scores of a query alike, so its gradient is rounding and nothing else, for which there is no
-    measure in itself.
+    The bias shifts all scores of a query equally, so its exact gradient is zero and its computed gradient is
+    only rounding error. It can be compared only relative to the weight. Works for gradients and for trained
+    parameters.
     """
     out = dict(named)
     for name in [name for name in named if name.endswith(BIAS)]:

@@ -1,7 +1,7 @@
-"""The original CuMo as plain functions of its own tensors: cumo_spec.md sections 1, 2 and 5.
+"""The original CuMo as plain functions of checkpoint tensors, after cumo_spec.md sections 1, 2 and 5.
 
-`tensors` makes a tiny checkpoint with the names of section 5; `run` computes what the original computes from
-them. Every operation is in the dtype of the tensors, in the original's order.
+`tensors` makes a tiny checkpoint with the names of section 5. `run` computes the outputs of the original
+code from it. Operations are in the order of the original code, in the dtype of the tensors.
 """
 
 import json
@@ -24,7 +24,7 @@ P = "model.mm_projector."
 
 
 def shapes(kind="mistral", clip_smoe=True, mlp_smoe=True):
-    """name -> shape of a tiny `llava_mistral` or `llava_mixtral` checkpoint."""
+    """Name -> shape of a tiny `llava_mistral` or `llava_mixtral` checkpoint."""
     out = {
         V + "embeddings.class_embedding": (H,),
         V + "embeddings.patch_embedding.weight": (H, 3, PATCH, PATCH),
@@ -68,7 +68,7 @@ def shapes(kind="mistral", clip_smoe=True, mlp_smoe=True):
 
 
 def tensors(dtype=torch.float32, std=0.3, **options):
-    """name -> random tensor; norms start near 1."""
+    """Name -> random tensor; the weights of norms are near 1."""
     generator = torch.Generator().manual_seed(5)
     out = {}
     for name, shape in shapes(**options).items():
@@ -106,7 +106,7 @@ CLIP_CONFIG = {
 
 
 def write(folder, values=None, shards=2, pickled=False, **options):
-    """A checkpoint folder in the original layout; -> its tensors."""
+    """Write a checkpoint folder in the released layout and return its tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     dtype = options.pop("dtype", torch.float32)
     std = options.pop("std", 0.3)
@@ -130,7 +130,7 @@ def write(folder, values=None, shards=2, pickled=False, **options):
 
 
 def moe(x, logits, experts, width, per_crop=True):
-    """2.1 (per_crop: softmax rounded to x's dtype before top-k) or 2.2; x (N, n, .), logits (N, n, E)."""
+    """MoE layer of section 2.1 (per_crop: softmax rounded to x's dtype before top-k) or 2.2; x (N, n, .)."""
     num = logits.shape[-1]
     z = torch.logsumexp(logits, -1).square().mean()
     p = F.softmax(logits, -1, dtype=torch.promote_types(torch.float32, x.dtype))
@@ -140,7 +140,7 @@ def moe(x, logits, experts, width, per_crop=True):
     balance = (p.mean(-2) * first).mean() * num**2
     weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
     rows, chosen, weights = x.flatten(0, 1), chosen.flatten(0, 1), weights.flatten(0, 1)
-    out = rows.new_zeros(len(rows), width)  # crop by crop in the original, which plays no part in the numbers
+    out = rows.new_zeros(len(rows), width)  # the original computes crop by crop, with the same result
     for e, expert in enumerate(experts):
         token, nth = torch.where(chosen == e)
         out = out.index_add(0, token, weights[token, nth, None] * expert(rows[token]))
@@ -148,7 +148,7 @@ def moe(x, logits, experts, width, per_crop=True):
 
 
 def tower(w, pixels, smoe):
-    """(N, 3, s, s) -> the state before the last block (N, 1 + patches, H), balance, z: means over layers."""
+    """(N, 3, s, s) -> state before the last block (N, 1 + patches, H), balance and z averaged over layers."""
     N = len(pixels)
     x = F.conv2d(pixels, w[V + "embeddings.patch_embedding.weight"], stride=PATCH).flatten(2).transpose(1, 2)
     x = torch.cat([w[V + "embeddings.class_embedding"].expand(N, 1, -1), x], 1)
@@ -239,7 +239,7 @@ def rotate(x, positions):
 
 
 def decoder(w, x, mask, positions, kind):
-    """(B, S, C) -> logits, and the losses of the language model, one pair per layer."""
+    """(B, S, C) -> logits, and the router losses of the language model, one pair per layer."""
     B, S, losses = *x.shape[:2], []
     allowed = mask[:, None, None].bool() & torch.ones(S, S, dtype=torch.bool).tril()
     for layer in range(DEPTH):
@@ -277,9 +277,9 @@ def decoder(w, x, mask, positions, kind):
 
 
 def run(w, rows, labels, pixels, kind="mistral", clip_smoe=True, mlp_smoe=True, max_length=4096):
-    """Training forward of section 1.6 on rows of ids, in which IMAGE stands for an image.
+    """Training forward of section 1.6 on rows of ids, in which IMAGE marks an image.
 
-    A row without an image takes a dummy one with it (1.8): `pixels` has one image per row at least.
+    A row without an image has a dummy image (1.8), so `pixels` has at least one image per row.
 
     Returns:
         loss, its parts, logits (B, S, V) of the padded rows, and the mask of real positions.

@@ -1,4 +1,4 @@
-"""The tower against plain PyTorch and transformers' CLIP; which layers run, and which get gradients."""
+"""The vision tower compared with plain PyTorch and transformers' CLIP; layers that run and get gradients."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def attention(x, p, name, num_heads=2):
 
 
 def moe(x, p, name):
-    """Literal: one token of one crop after the other -> output, balance loss, z loss."""
+    """Literal loop over crops and tokens -> output, balance loss, z-loss."""
     gate = p[f"{name}.gate.weight"]
     up, up_bias, down, down_bias = (
         p[f"{name}.experts.{part}"] for part in ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
@@ -75,7 +75,7 @@ def moe(x, p, name):
 
 
 def literal_tower(pixels, p, num_layers=3):
-    """-> hidden_states[-2], and both losses as means over all layers, the last one included."""
+    """Returns hidden_states[-2] and both losses averaged over all layers, the last one included."""
     patches = torch.nn.functional.conv2d(pixels, p["embeddings.patch_embedding.weight"], stride=4)
     x = patches.flatten(2).transpose(1, 2)
     x = torch.cat([p["embeddings.class_embedding"].expand(len(x), 1, -1), x], 1)
@@ -100,13 +100,13 @@ def test_tower_losses_and_gradients_are_the_loops(attention):
     assert [(r.place, r.layer) for r in records] == [("clip", 0), ("clip", 1), ("clip", 2)]
     got = (state, *place_losses([r.routing.stats for r in records]))
 
-    truth = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    wanted = literal_tower(pixels, truth)
+    copies = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    wanted = literal_tower(pixels, copies)
     upstream = torch.randn(wanted[0].shape)
     for outputs in (got, wanted):
         ((outputs[0] * upstream).mean() + outputs[1] + 3 * outputs[2]).backward()
     assert_same_formula(got, wanted)
-    assert_same_formula(gradients(model), gradients(model, [p.grad for p in truth.values()]))
+    assert_same_formula(gradients(model), gradients(model, [p.grad for p in copies.values()]))
     dead = {name for name, p in model.named_parameters() if p.grad is None}
     assert dead and all(name.startswith("encoder.layers.2.mlp.experts") for name in dead)
 
@@ -126,7 +126,7 @@ def test_dense_tower_is_transformers_clip(layer):
 
 
 def run_count(model, **options):
-    """How often each layer's attention and each layer's experts ran."""
+    """Counts the calls of each layer's attention and of each layer's experts."""
     attended, expert = [0] * 3, [0] * 3
     handles = []
     for i, layer in enumerate(model.encoder.layers):
@@ -165,7 +165,7 @@ def test_only_what_is_needed_runs(num_experts, options, attended, expert):
 
 
 def test_last_layer_learns_from_the_losses_alone():
-    """cumo_spec.md 1.2: its norms, attention and gate get gradient only from the losses, its experts none."""
+    """cumo_spec.md 1.2: norms, attention and gate get gradients from the router losses only, experts none."""
     model = tower()
     with record_routing() as records:
         state = model(torch.randn(2, 3, 12, 12), feature_layer=-2, all_routers=True).last_hidden_state

@@ -1,4 +1,4 @@
-"""The whole model: total loss from literal router losses, image merge, generation, training, bad input."""
+"""The whole model: total loss compared with literal losses, image merge, generation, training, errors."""
 
 import copy
 
@@ -18,7 +18,7 @@ from tests.rounding import assert_same_formula, assert_same_sums, in_fp64, round
 
 
 def gate_logits(model, batch):
-    """Run the model; -> its output and the logits of every gate, by module name."""
+    """Run the model; returns its output and the logits of each gate by module name."""
     logits, handles = {}, []
     for name, module in model.named_modules():
         if isinstance(module, MoELayer):
@@ -49,7 +49,7 @@ def mean(losses):
 
 
 def literal_parts(logits, scales, images, patches):
-    """cumo_spec.md 2.3: layers, then scales; the connector per image; the language model over everything."""
+    """cumo_spec.md 2.3: mean over layers, then scales; connector per image; text over all tokens."""
     crops = patches + 1
     tower = [value for name, value in logits.items() if "vision_tower" in name]
     scale_losses, begin = [], 0
@@ -105,7 +105,7 @@ def test_total_is_the_specs(tiny_model, tiny_batch, text, vision_experts, projec
 
 @pytest.mark.usefixtures("fp64")
 def test_one_call_is_the_originals_pass_per_scale(tiny_model):
-    """All crops of both scales in one tower call give each scale's own statistics."""
+    """One tower call with the crops of both scales gives the statistics of each scale."""
     model = tiny_model().train()
     pixels = torch.randn(2, 3, 12, 12)
     with record_routing() as together:
@@ -206,7 +206,7 @@ def process_group():
 
 @pytest.mark.usefixtures("fp64")
 def test_layers_sharded_by_fsdp_give_the_same_gradients(tiny_model, tiny_batch, process_group):
-    """Even the last tower layer, whose parameters are wanted in backward though its output is not."""
+    """Includes the last tower layer: backward needs its parameters although its output is not used."""
     model, batch = tiny_model(text="mixtral").train(), tiny_batch()
     model(**batch).loss.backward()
     wanted = gradients(model)
@@ -242,7 +242,7 @@ def test_compiles_without_a_break(tiny_model, tiny_batch):
 
 
 def test_features_take_the_places_of_their_markers(tiny_model, tiny_batch):
-    """Two images in row 0 and one in row 1; each set of nine markers gets the next image, in order."""
+    """Two images in row 0 and one in row 1; each group of nine placeholders gets the next image, in order."""
     model = tiny_model().eval()
     embed = model.get_input_embeddings()
     input_ids = torch.randint(3, 50, (2, 24))
@@ -415,7 +415,7 @@ def test_trainer_resumes_every_tensor(tiny_model, tiny_batch, tmp_path):
         assert torch.equal(value, twin.state_dict()[name]), name
 
 
-# what is refused
+# errors
 
 
 @pytest.mark.parametrize(

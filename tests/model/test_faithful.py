@@ -1,4 +1,4 @@
-"""The whole model against the original's formulas, from one checkpoint, for every output and gradient."""
+"""The whole model compared with the formulas of the original code: all outputs and gradients."""
 
 import pytest
 import torch
@@ -19,9 +19,10 @@ MODELS = [  # kind, clip_smoe, mlp_smoe, length at which rows are cut
 
 
 def batch(max_length=None):
-    """Rows as the original has them and as we do: an image and text, text alone, two images.
+    """The same rows as input of the original code and of CumoModel: image and text, text only, two images.
 
-    Row 1 is text alone: the original feeds it a dummy image. `max_length` cuts after the images are in.
+    For row 1, text only, the original code uses a dummy image. `max_length` truncates rows after the images
+    are inserted.
     """
     generator = torch.Generator().manual_seed(2)
 
@@ -39,7 +40,7 @@ def batch(max_length=None):
         row[: len(row) - 4] = -100
         row[row == original.IMAGE] = -100
     pixels = torch.randn(4, 3, original.SIZE, original.SIZE, generator=generator)
-    pixels[1] = 0  # the dummy
+    pixels[1] = 0  # the dummy image
     patches = original.GRID**2
     ids, targets, lengths = [], [], []
     for row, wanted in zip(rows, labels, strict=True):
@@ -68,7 +69,7 @@ def batch(max_length=None):
 
 
 def run(function, inputs):
-    """Outputs, and the gradients at all inputs, under 1 at the loss and random ones at the logits."""
+    """Outputs and input gradients; the upstream gradient is 1 for the loss and random for the logits."""
     leaves = [t.clone().requires_grad_() for t in inputs]
     loss, logits = function(*leaves)
     upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9)).to(logits)
@@ -76,12 +77,12 @@ def run(function, inputs):
     return [loss.detach(), logits.detach(), *grads]
 
 
-def relative_errors(found, truth, names):
-    """Root mean square error of each tensor over its size; None, or zeros, must be so in both."""
+def relative_errors(found, exact, names):
+    """Relative root mean square error of each tensor; None or zero tensors must be the same in both."""
     errors = {}
-    for name, a, b in zip(names, found, truth, strict=True):
+    for name, a, b in zip(names, found, exact, strict=True):
         assert (a is None or not a.any()) == (b is None or not b.any()), name
-        # a key's bias moves all scores of a query alike: its gradient is rounding and nothing else
+        # the bias of a key shifts all scores of a query equally: its gradient is only rounding error
         if b is not None and b.any() and not name.endswith("k_proj.bias"):
             errors[name] = (a.double() - b).norm() / b.norm()
     return errors
@@ -120,7 +121,7 @@ def test_outputs_losses_and_every_gradient_are_the_formulas(tmp_path, kind, clip
         return loss, logits[real]
 
     wide = [t.double() for t in (pixels, *tensors.values())]
-    ours_32, theirs_32, truth = (
+    ours_32, theirs_32, exact = (
         run(function, inputs)
         for function, inputs in (
             (op, [pixels, *tensors.values()]),
@@ -132,10 +133,10 @@ def test_outputs_losses_and_every_gradient_are_the_formulas(tmp_path, kind, clip
         with torch.autograd.set_multithreading_enabled(False):
             chains = run(reference, wide)
     labels_of = ["loss", "logits", "pixels", *names]
-    errors, theirs, unsplit = (relative_errors(e, truth, labels_of) for e in (ours_32, theirs_32, chains))
-    # the rule of cumo_kernels/testing.py, which does not depend on how well this machine's BLAS adds
+    errors, theirs, unsplit = (relative_errors(e, exact, labels_of) for e in (ours_32, theirs_32, chains))
+    # the rule of cumo_kernels/testing.py, which does not depend on the BLAS of this machine
     allowed = {name: max(theirs[name], unsplit[name]) for name in theirs}
-    # rounding grows alike in all of them, so that together they say more than one by one
+    # rounding errors have similar size in all tensors, so their sum is a more precise measure
     total, limit = (torch.stack([*e.values()]).square().mean().sqrt() for e in (errors, allowed))
     worst = max(errors, key=errors.get)
     assert total <= 2 * limit, f"off by {total:.1e}, the formulas in fp32 by {limit:.1e}; most in {worst}"
@@ -155,7 +156,7 @@ def test_the_parts_of_the_loss_are_the_formulas(tmp_path):
 
 @pytest.mark.parametrize("place", ["clip", "mlp", "llm"])
 def test_compat_repeats_the_originals_rounding_bit_for_bit(place):
-    """bf16: the bits of the formulas rounded step by step; without compat other bits, closer to fp64."""
+    """bf16: bitwise equal to formulas rounded step by step; without compat different, and closer to fp64."""
     F = torch.nn.functional
     activation = {"clip": "quick_gelu", "mlp": "gelu", "llm": "swiglu"}[place]
     bias, width, E = place != "llm", 24 if place == "mlp" else 32, 5 if place == "llm" else 4
@@ -191,6 +192,6 @@ def test_compat_repeats_the_originals_rounding_bit_for_bit(place):
         assert torch.equal(layer(x, groups=6).view(-1, width), wanted)
         layer.compat = None
         plain = layer(x, groups=6).view(-1, width)
-        truth = formulas(x.double())
+        exact = formulas(x.double())
     assert not torch.equal(plain, wanted)
-    assert (plain - truth).square().mean() < (wanted - truth).square().mean()
+    assert (plain - exact).square().mean() < (wanted - exact).square().mean()

@@ -1,4 +1,4 @@
-"""Generation as users of transformers know it: batches, several images, caches, beams, streaming."""
+"""Generation with the interface of transformers: batches, several images, caches, beams, streaming."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ OPTIONS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 
 
 def rows(images, lengths):
-    """Rows with that many images each: left-padded ids, their mask, each row alone, and its pixels."""
+    """Rows with the given numbers of images: left-padded ids, mask, each row separately, and its pixels."""
     generator = torch.Generator().manual_seed(4)
     alone, pixels = [], []
     for count, length in zip(images, lengths, strict=True):
@@ -65,7 +65,7 @@ def test_streaming_gives_the_text_piece_by_piece(tiny_model):
 
 
 def test_static_cache_step_compiles_without_a_break(tiny_model):
-    """What generate compiles on a GPU: one decoding step with a static cache."""
+    """generate compiles this on a GPU: one decoding step with a static cache."""
     from transformers import StaticCache
 
     model = tiny_model(text="mixtral", text_options={"num_hidden_layers": 1, "max_position_embeddings": 64})
@@ -101,6 +101,6 @@ def test_router_statistics_on_request(tiny_model, tiny_batch):
         assert found["mean_probs"].shape == found["top1_density"].shape == (L, G, 4)
         assert found["mean_squared_logsumexp"].shape == (L, G)
         assert found["tokens_per_expert"].sum(1).tolist() == [2 * tokens[place]] * L
-        # each of the four shares is rounded, and each of three additions
+        # four rounded shares and three rounded additions
         assert_close_after(4, found["top1_density"].sum(-1), torch.ones(L, G))
         assert not found["mean_probs"].requires_grad

@@ -1,4 +1,4 @@
-"""A whole training step makes a GPU wait for the host nowhere but in transformers' own masks."""
+"""A training step needs no host synchronisation, except in the attention masks of transformers."""
 
 import copy
 from contextlib import nullcontext
@@ -12,7 +12,7 @@ from cumo_kernels import hostsync, use_backend
 from cumo_kernels.hostsync import HostSync, no_host_sync
 from cumo_model.model.image_tokens import check_no_placeholders, check_placeholders
 
-# it looks whether a padding mask is all ones, to hand attention none; not while a graph is traced
+# it checks whether a padding mask is all ones, except while a graph is traced
 MASKS = "transformers.masking_utils"
 
 
@@ -35,7 +35,7 @@ def test_a_training_step_of_cumo(tiny_model, tiny_batch, text):
     model = tiny_model(text=text).train()
     run = step(model, tiny_batch())
     with use_backend("torch"):
-        before = run()  # optimizer states and caches are made once
+        before = run()  # optimizer states and caches are created once
         with no_host_sync(MASKS):
             loss = run()
     assert loss.isfinite() and loss < before
@@ -59,7 +59,7 @@ def test_a_training_step_of_mixtral_with_our_experts():
             run()
         with no_host_sync(MASKS):
             loss = steps["cumo"]()
-            with pytest.raises(HostSync):  # its own loop asks which experts have tokens
+            with pytest.raises(HostSync):  # its loop reads which experts have tokens
                 steps["eager"]()
     assert loss.isfinite()
 
@@ -71,7 +71,7 @@ def test_a_training_step_of_mixtral_with_our_experts():
         ([8, 0], [4, 4], None, True),
         ([3, 5], [3, 5], None, True),
         ([0, 0], [], None, True),
-        ([6, 2], [4, 4], None, False),  # as many in all, and a picture in two rows
+        ([6, 2], [4, 4], None, False),  # the same total, but one picture extends over two rows
         ([4, 0], [4, 4], None, False),
         ([4, 4], [], None, False),
         ([3, 2], [4, 4], [3, 2], True),

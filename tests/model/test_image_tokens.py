@@ -1,4 +1,4 @@
-"""Anyres: pictures of several tiles, put together as LLaVA-1.6 does, from the picture to the answer."""
+"""Anyres: pictures of several tiles, merged as in LLaVA-1.6, from the processor to generation."""
 
 import copy
 import json
@@ -27,7 +27,13 @@ from cumo_model.processing.processor import image_seq_length
 from tests.model import original
 from tests.rounding import assert_same_formula, assert_spread
 
-PINPOINTS = [[12, 24], [24, 12], [24, 24], [36, 12], [12, 36]]  # of tiles of 12 pixels, 3 x 3 patches each
+PINPOINTS = [
+    [12, 24],
+    [24, 12],
+    [24, 24],
+    [36, 12],
+    [12, 36],
+]  # tiles have 12 pixels, 3 x 3 patches
 SIZES = [(12, 12), (20, 31), (31, 20), (7, 60), (60, 7), (24, 24), (13, 12), (100, 99)]
 
 
@@ -91,7 +97,7 @@ def tokenizer():
 
 @pytest.fixture
 def anyres(tiny_model, tokenizer):
-    """Factory: merge -> model and processor that belong together."""
+    """Factory: merge -> a model and its processor."""
 
     def make(merge, **options):
         model = tiny_model(
@@ -117,7 +123,7 @@ def anyres(tiny_model, tokenizer):
 
 @pytest.mark.parametrize("merge", MERGES)
 def test_pictures_of_any_sizes_several_to_a_prompt_reach_their_places(anyres, merge):
-    """The model on the processor's batch is the language model on features put together by hand."""
+    """The model on the processor's batch equals the language model on manually merged features."""
     model, processor = anyres(merge)
     pictures = [picture(size, i) for i, size in enumerate([(20, 31), (60, 7), (12, 12)])]
     text = ["<image>what <image>is it?", "a <image>red apple"]
@@ -204,7 +210,7 @@ def test_the_newline_learns_and_is_kept(anyres, tmp_path):
 
 
 def test_training_data_have_one_tile_a_picture(anyres, tokenizer):
-    """What reads them asks for the one number of tokens that every picture has."""
+    """Data sets need the same number of tokens for each picture."""
     with pytest.raises(ValueError, match=r"image_aspect_ratio must be pad or square .* got 'anyres'"):
         image_seq_length(anyres("flat")[1])
     assert image_seq_length(build_processor(tokenizer, 12, 4, patch_merge_type="spatial_unpad")) == 10
@@ -221,7 +227,7 @@ def test_a_new_newline_has_the_size_of_a_token(tiny_config):
 
 @pytest.mark.parametrize("written", ["text", "list"])
 def test_the_original_layout_keeps_anyres_both_ways(tmp_path, tokenizer, written):
-    """Their pinpoints are (width, height); a wide picture must go onto a wide grid."""
+    """Released pinpoints are (width, height); a wide picture must use a wide grid."""
     values = original.tensors() | {"model.image_newline": torch.randn(24)}
     original.write(tmp_path / "theirs", values)
     path = tmp_path / "theirs/config.json"
@@ -314,7 +320,7 @@ def test_what_does_not_fit_is_named(anyres, tiny_config, tiny_model, tiny_batch)
 
 @pytest.mark.usefixtures("fp64")
 def test_lengths_cut_a_picture_of_tiles(anyres):
-    """As the original cuts rows after the pictures are in."""
+    """The original code also truncates rows after the pictures are inserted."""
     model, processor = anyres("spatial_unpad")
     batch = processor(images=[picture((20, 31))], text="<image>", return_tensors="pt")
     full = model(**batch).logits

@@ -1,4 +1,4 @@
-"""CumoForConditionalGeneration as users of transformers call it: options, further turns, careless labels."""
+"""CumoForConditionalGeneration with the interface of transformers: options, later turns, labels on images."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_image_tokens_in_labels_count_for_nothing(tiny_model, tiny_batch, skip_l
 
 def test_pixels_forgotten_in_a_further_turn_are_missed(tiny_model, tiny_batch):
     batch = tiny_batch()
-    model = tiny_model(image_token_index=2).eval()  # inside the vocabulary: it has an embedding
+    model = tiny_model(image_token_index=2).eval()  # inside the vocabulary, so it has an embedding
     ids = batch["input_ids"].masked_fill(batch["input_ids"] == 60, 2)
     options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
     first = model.generate(ids, pixel_values=batch["pixel_values"], return_dict_in_generate=True, **options)

@@ -1,4 +1,4 @@
-"""Mixtral with MoELayer against transformers' Mixtral and a literal loop; checkpoints; what is refused."""
+"""Mixtral with MoELayer compared with transformers' Mixtral and with a literal loop; checkpoints; errors."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def mixtral_config(**options) -> MixtralConfig:
 
 
 def literal(x, gate, gate_up, down):
-    """x (B, S, H): one group of all tokens -> output, balance loss, z loss."""
+    """x (B, S, H), all tokens as one group -> output, balance loss, z-loss."""
     tokens, E = x.flatten(0, 1), gate.shape[0]
     T = len(tokens)
     rows, first, probs, z = [], [0] * E, 0, 0

@@ -1,4 +1,4 @@
-"""The two losses on statistics with known answers, and their averages over layers and scales."""
+"""The two router losses on statistics with known results, and their averages over layers and scales."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_collapse_costs_the_number_of_experts():
 
 
 def test_density_counts_first_choices_only():
-    """Tokens that agree on the second expert but not on the first are balanced."""
+    """Tokens with the same second choice and different first choices are balanced."""
     logits = torch.full((4, 5), -9.0)
     logits[torch.arange(4), torch.arange(4)] = 2.0
     logits[:, 4] = 1.0
@@ -30,7 +30,7 @@ def test_density_counts_first_choices_only():
 
 
 def test_groups_are_averaged_after_the_product():
-    """Two crops, each collapsed onto its own expert: balanced over the batch, collapsed per crop."""
+    """Two crops, each collapsed to another expert: balanced over the batch, collapsed per crop."""
     logits = 50 * torch.eye(2).repeat_interleave(4, 0)
     assert load_balancing_loss(route(logits, 1, groups=2).stats) == 2
     assert load_balancing_loss(route(logits, 1, groups=1).stats) == 1
@@ -62,7 +62,7 @@ def test_losses_are_fp32_scalars():
 
 
 def test_layers_then_scales_are_averaged():
-    """Mean over layers within a scale, then the plain mean of the scales: 2 crops weigh as much as 18."""
+    """Mean over layers within a scale, then unweighted mean over scales: 2 crops have the weight of 18."""
     counts = [2, 18, 8]
 
     def op(mean_probs, density, z):

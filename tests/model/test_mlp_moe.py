@@ -1,4 +1,4 @@
-"""The connector against a literal loop and against two nn.Linear; bad input."""
+"""The connector compared with a literal loop and with two nn.Linear; errors."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from cumo_model.model.mlp_moe import CumoProjector
 
 
 def literal(x, gate, up, up_bias, down, down_bias):
-    """x (B, n, H): every image is its own group -> output, balance loss, z loss."""
+    """x (B, n, H), each image as a group -> output, balance loss, z-loss."""
     (B, n, _), E = x.shape, gate.shape[0]
     out, balance, z = [], 0, 0
     for image in x:

@@ -1,5 +1,4 @@
-"""One step of a recipe in every mode that a CPU has: precision, compilation, optimisers, quantised adapters,
-reporters."""
+"""Training steps in the modes available on a CPU: precision, compilation, optimizers, QLoRA, reporters."""
 
 import itertools
 import json
@@ -23,7 +22,7 @@ def folder(tmp_path, tiny_config):
 
 
 def run(folder, name, **options):
-    """Loss and gradient norm of each of two steps, the second of which is at the full rate."""
+    """Loss and gradient norm of two steps; the second has the full learning rate."""
     options = {"trainer__max_steps": 2, "trainer__warmup_steps": 0, "model__text_experts": 0, **options}
     result = run_recipe(load_recipe(write_recipe(folder, name, **options)))
     entries = json.loads((result / "trainer_state.json").read_text())["log_history"]
@@ -32,16 +31,16 @@ def run(folder, name, **options):
 
 @pytest.fixture
 def wanted(folder):
-    """In fp64, as what is compared with it."""
+    """The expected values, in fp64 like the values compared with them."""
     with in_fp64():
         return run(folder, "plain", model__dtype="float64")[0]
 
 
 def test_bf16_computes_in_bf16_beside_fp32_weights(folder):
-    """Other than fp32, and by no more than its rounding makes of a loss.
+    """The loss differs from that of fp32, but by no more than the rounding error of bf16.
 
-    A token's loss is a logit less the log of a sum of such, all smaller than it: half a step of bf16 for the
-    rounding of a logit, and as much for the roundings before it.
+    The loss of a token is a logit minus a logsumexp of logits. The tolerance is half a step of bf16 for the
+    rounding of a logit, and the same for the roundings before it.
     """
     wanted, _ = run(folder, "plain")
     found, result = run(folder, "bf16", trainer__bf16=True)
@@ -65,7 +64,7 @@ def test_fp16_and_tf32_without_a_gpu(folder):
 @pytest.mark.usefixtures("fp64")
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd"])
 def test_other_optimizers(folder, wanted, optimizer):
-    """The first loss is the model's; the second is that optimizer's doing, AdamW's the fused one's."""
+    """The first loss does not depend on the optimizer; the second does. Both AdamW implementations agree."""
     found, _ = run(folder, optimizer, trainer__optim=optimizer, model__dtype="float64")
     assert found[0] == wanted[0]
     if optimizer == "adamw_torch":
@@ -89,25 +88,26 @@ def test_8_bit_adam(folder):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_compiled(folder):
-    """Every operation of ours is traced; `aot_eager` computes what it traced without another compiler."""
+    """All operations of cumo_kernels are traced; `aot_eager` runs the traced graph without a compiler."""
     options = {"trainer__torch_compile": True, "trainer__torch_compile_backend": "aot_eager"}
     names = itertools.count()
 
-    def series(**options):  # of losses, and of norms: one measure for all steps
+    def series(**options):  # losses and norms as one tensor each, so that all steps have one tolerance
         return torch.tensor(run(folder, f"run-{next(names)}", **options)[0], dtype=torch.float64).unbind(1)
 
     assert_same_sums(series(**options), series(), rounding_of(series))
 
 
-# in units of a row's or block's largest weight: int8 has 254 steps, NF4's widest is from -1 to -0.696
+# relative to the largest weight of a row or block: int8 has 254 steps, the widest of NF4 is from -1 to -0.696
 WIDEST_STEP = {4: 0.304, 8: 1 / 127}
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_qlora_on_a_model_with_new_experts(folder, bits):
-    """Experts are made of whole weights, then the language model is quantised and adapters alone train.
+    """Experts are made from unquantised weights; then the language model is quantised and only adapters are
+    trained.
 
-    Quantised weights are the whole model's to a step, and it computes what they say.
+    Quantised weights equal the original ones up to one quantisation step, and the model computes with them.
     """
     bnb = pytest.importorskip("bitsandbytes")
     options = {
@@ -154,7 +154,7 @@ def test_wandb_offline_gets_every_layer(folder, monkeypatch):
     run(folder, "reported", trainer__report_to="wandb")
     import wandb
 
-    wandb.teardown()  # ends the process that writes
+    wandb.teardown()  # ends the writer process
     (log,) = folder.rglob("run-*.wandb")
     written = log.read_bytes()
     for name in (b"experts/clip.01/load_entropy", b"mlp_balance", b"grad_norm_gates", b"tokens_per_second"):

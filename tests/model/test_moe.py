@@ -1,4 +1,4 @@
-"""MoELayer in the shapes of the three places against a literal loop; what the recorder sees; bad input."""
+"""MoELayer in the shapes of all three places compared with a literal loop; record_routing; errors."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def llm_expert(x, e, gate_up, down):
 
 
 def loop(x, gate, weights, expert, top_k):
-    """cumo_spec.md 2.1, letter by letter: x (N, n, H) -> outputs (N, n, O), L_b, L_z."""
+    """cumo_spec.md 2.1, literally: x (N, n, H) -> outputs (N, n, O), L_b, L_z."""
     N, n, _ = x.shape
     E = gate.shape[0]
     rows, balance, z_loss = [], 0, 0
@@ -52,7 +52,7 @@ def loop(x, gate, weights, expert, top_k):
     return torch.stack(rows).unflatten(0, (N, n)), balance, z_loss
 
 
-PLACES = [  # layer, its expert, shape of x, groups: what one balance loss averages over
+PLACES = [  # layer, its expert, shape of x, groups over which the balance loss is averaged
     pytest.param(MoELayer(10, 12, 4, 2, "quick_gelu"), clip_expert, (3, 5, 10), 3, id="clip-per-crop"),
     pytest.param(MoELayer(8, 6, 4, 2, "gelu", output_size=6), mlp_expert, (2, 7, 8), 2, id="mlp-per-image"),
     pytest.param(MoELayer(6, 9, 8, 2, "swiglu", bias=False), llm_expert, (2, 6, 6), 1, id="llm-whole-batch"),
@@ -80,7 +80,7 @@ def test_output_losses_and_every_gradient_are_the_loops(layer, expert, shape, gr
 
 @pytest.mark.parametrize("num_groups", [1, 3])
 def test_compat_cumo_rounds_where_the_original_does(num_groups):
-    """Everything after the fp32 softmax is bf16; ties among rounded probabilities make this visible."""
+    """All values after the fp32 softmax are bf16; ties among rounded probabilities reveal this."""
     layer = MoELayer(16, 8, 4, 2, "quick_gelu", compat="cumo").bfloat16()
     x = torch.randn(3, 100, 16, dtype=torch.bfloat16)
     routing = layer.route(x, groups=num_groups)
@@ -139,7 +139,7 @@ def test_parameters_have_the_names_of_transformers():
 def test_gates_start_where_the_originals_do():
     bound = 64**-0.5
     gate = MoELayer(64, 8, 32, 2, "gelu").gate.weight
-    # of 2048 draws one is in the last hundredth, but for odds of 0.99 ** 2048
+    # one of 2048 draws is in the last hundredth, except with probability 0.99 ** 2048
     assert gate.abs().max() <= bound and gate.abs().max() > 0.99 * bound
 
 
@@ -199,7 +199,7 @@ def test_bad_input_is_named(make, message):
 
 @pytest.mark.usefixtures("fp64")
 def test_a_watched_gate_computes_what_the_router_does(monkeypatch):
-    """The gate's product belongs to the router unless somebody watches the gate: same results, same FLOPs."""
+    """The router computes the gate's product unless the gate has hooks: same results, same FLOPs."""
     layer, x = MoELayer(12, 16, 4, 2, "gelu"), torch.randn(5, 12)
     results, given = [], []
 

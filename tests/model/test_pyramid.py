@@ -1,4 +1,4 @@
-"""S2 against cumo_spec.md 1.3: bicubic pyramid, tile order, pooling, channel order."""
+"""S2 compared with cumo_spec.md 1.3: bicubic pyramid, tile order, pooling, channel order."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Expert load and patch maps: against the plain definition, and the command on a checkpoint of any scales."""
+"""Expert load and patch maps compared with their definitions; the command on checkpoints with any scales."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.rounding import assert_close_after, assert_same_formula
 
 
 def test_a_patch_map_is_what_the_gate_chose(tiny_model):
-    """Two scales: the map of scale 3 is the nine tiles put together, each tile routed on its own."""
+    """Two scales: the map of scale 3 joins nine tiles, each of which is routed separately."""
     model = tiny_model(scales=(1, 3)).eval()
     pixels = torch.randn(1, 3, 12, 12)
     found = patch_experts(model, pixels)
@@ -46,7 +46,7 @@ def test_load_counts_slots_without_padding(tiny_model, tiny_batch):
     for place, kinds in load.items():
         assert kinds["all"] == apart[place]["all"]
         for shares in kinds["all"]:
-            assert_close_after(1, sum(shares), 1)  # each share is rounded once, the sum is Python's
+            assert_close_after(1, sum(shares), 1)  # each share is rounded once to fp32, the sum is fp64
 
 
 def test_specialisation_is_none_when_alike_and_one_when_apart():
@@ -79,7 +79,7 @@ def test_the_command_draws_any_checkpoint(tmp_path, tiny_config, capsys):
 
 def test_layer_facts():
     even = layer_facts([5, 5, 5, 5], 20)
-    # two logarithms, each an ulp off at most, three additions, a quotient
+    # two logarithms with an error of at most one ulp each, three additions, one division
     assert_close_after(8, even.pop("load_entropy"), 1, torch.float64)
     assert even == {"max_load": 0.25, "zero_experts": 0, "dropped": 0}
     one = layer_facts([8, 0, 0, 0], 32)
@@ -88,7 +88,7 @@ def test_layer_facts():
 
 @pytest.mark.usefixtures("fp64")
 def test_the_monitor_reads_what_the_model_did(tiny_model, tiny_batch):
-    """Loss parts, load, and the entropy of every gate's softmax against the plain formula."""
+    """Loss terms, load, and the entropy of each gate's softmax compared with the formula."""
     model, batch = tiny_model(text="mixtral").train(), tiny_batch()
     monitor, logits = Monitor(model), []
     model.model.multi_modal_projector.mlp.gate.register_forward_hook(lambda m, a, out: logits.append(out))

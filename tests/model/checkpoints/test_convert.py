@@ -1,4 +1,4 @@
-"""Files: what a saved model holds, and the key tables of the released ones (cumo_spec.md section 5)."""
+"""Checkpoint files: content of a saved model, key tables of released checkpoints (cumo_spec.md section 5)."""
 
 import json
 import os
@@ -205,7 +205,7 @@ def test_original_to_ours_and_back_is_bit_exact(tmp_path, options):
         if key not in ("training", "local_rank", "mm_vision_tower"):
             assert back[key] == value, key
     assert back["training"] is False
-    # and the copy is read as the first was
+    # the converted copy loads like the source
     again = CumoForConditionalGeneration.from_pretrained(tmp_path / "back").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in direct.state_dict().items())
 
@@ -221,7 +221,7 @@ def test_a_model_of_ours_survives_the_original_layout(tiny_model, tiny_batch, tm
     batch = tiny_batch()
     assert again.config.image_token_index == 60
     assert torch.equal(again(**batch).logits, model(**tiny_batch()).logits)
-    again.save_pretrained(tmp_path / "saved")  # ours from here on
+    again.save_pretrained(tmp_path / "saved")  # in this project's layout
     assert Shards(tmp_path / "saved").shapes.keys() == model.state_dict().keys()
 
 
@@ -240,7 +240,7 @@ def test_every_class_reads_the_original_layout_or_says_that_it_does_not(tmp_path
         found = model.state_dict()
         assert found.keys() == wanted.state_dict().keys()
         assert all(torch.equal(value, found[name]) for name, value in wanted.state_dict().items())
-    with pytest.raises(ValueError, match="must hold a tower alone, got a whole model"):
+    with pytest.raises(ValueError, match="must contain a vision tower only, got a whole model"):
         CumoVisionModel.from_pretrained(tmp_path)
     derived.save_pretrained(tmp_path / "saved")
     assert Shards(tmp_path / "saved").shapes.keys() == whole.state_dict().keys()
@@ -317,7 +317,7 @@ convert(sys.argv[2], sys.argv[3], shard_bytes=8_000_000, progress=False)
 
 
 def test_converting_takes_the_memory_of_a_shard_not_of_the_model(tmp_path):
-    """80 MB in files of 8 through a process that may allocate 40 MB more than it starts with."""
+    """Converts 80 MB in shards of 8 MB in a process that may allocate only 40 MB more than at its start."""
     config = CumoConfig(
         vision_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                        "num_attention_heads": 2, "image_size": 12, "patch_size": 4},
@@ -368,7 +368,7 @@ def test_an_error_leaves_no_folder_and_a_killed_run_is_told_of(tmp_path):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
     (tmp_path / ".new-abcd1234").mkdir()
-    with pytest.warns(UserWarning, match=r"\.new-abcd1234 is what a run that was killed left"):
+    with pytest.warns(UserWarning, match=r"\.new-abcd1234 is left over from a killed run"):
         with new_directory(tmp_path / "new") as work:
             pass
     assert (tmp_path / "new").is_dir()
@@ -382,7 +382,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
         patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         assert main(arguments) == 1
     assert "GB free, got 0.0 GB" in capsys.readouterr().err
-    # and one that fills up while it is written on: a limit on the size of files says so in the same way
+    # a disk that becomes full during writing, simulated by a limit on file sizes, which gives the same error
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "from cumo_model.__main__ import main; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
@@ -402,7 +402,8 @@ def test_sigterm_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGTERM)
 
     original.write(tmp_path / "theirs")
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # so that a red test does not end the run
+    # so that a failing test does not end the test run
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
     monkeypatch.setattr(convert, "write_shards", write)
     try:
         assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 130

@@ -1,4 +1,4 @@
-"""A dense CuMo from a CLIP, a language model and mm_projector.bin; the upcycle command."""
+"""Assembly of a dense CuMo from a CLIP, a language model and mm_projector.bin; the upcycle command."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def parts(tmp_path):
 
 
 def step_0(out):
-    """What the command prints: the largest difference of a logit at step 0, and the largest logit."""
+    """Values printed by the command: the largest difference of a logit at step 0, and the largest logit."""
     said = out.split("step-0 difference: ")[1].split()
     return float(said[0]), float(said[-1].rstrip(")"))
 
@@ -64,7 +64,7 @@ def test_the_parts_compute_what_they_did(parts, tmp_path, kind):
     model = from_parts(tmp_path / "clip", tmp_path / "text", tmp_path / "mm_projector.bin", scales=(1,) * 2)
     batch = probe(model)
     states = clip(batch["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
-    x = torch.cat([states, states], -1)  # two scales of 1: the sizes of mm_projector.bin ask for two
+    x = torch.cat([states, states], -1)  # two scales of 1, because mm_projector.bin has the size for two
     x = torch.nn.functional.linear(x, *(connector[f"model.mm_projector.0.{p}"] for p in ("weight", "bias")))
     x = torch.nn.functional.gelu(x)
     x = torch.nn.functional.linear(x, *(connector[f"model.mm_projector.2.{p}"] for p in ("weight", "bias")))
@@ -89,7 +89,7 @@ def test_a_connector_with_experts_is_taken_as_it_is(parts, tmp_path):
 
 @pytest.mark.parametrize("smoe", [False, True], ids=["stage-2", "stage-3"])
 def test_the_tower_of_a_clip_bin_dense_or_with_experts(parts, tmp_path, smoe):
-    """The original restarts from no clip.bin that has experts."""
+    """The original code cannot start from a clip.bin with experts."""
     parts(smoe=smoe)
     tensors = original.tensors(clip_smoe=smoe)
     start = "model.vision_tower."
@@ -110,7 +110,7 @@ def test_the_tower_of_a_clip_bin_dense_or_with_experts(parts, tmp_path, smoe):
             assert torch.equal(found[name], value), name
     del tower["vision_model.pre_layrnorm.bias"]
     torch.save(tower, tmp_path / "clip.bin")
-    with pytest.raises(ValueError, match=r"clip.bin does not hold .* 1 missing \(pre_layrnorm.bias"):
+    with pytest.raises(ValueError, match=r"clip.bin does not match .* 1 missing \(pre_layrnorm.bias"):
         from_parts(*sources, clip=tmp_path / "clip.bin")
     torch.save({"model.norm.weight": torch.ones(2)}, tmp_path / "clip.bin")
     with pytest.raises(ValueError, match=r"clip.bin must hold vision_model tensors, got \['model.norm"):
@@ -142,7 +142,7 @@ def test_upcycle_command_makes_experts_everywhere_and_says_step_0(parts, tmp_pat
     assert (text.model_type, text.num_local_experts, text.num_experts_per_tok) == ("mixtral", 8, 3)
     processor = AutoProcessor.from_pretrained(tmp_path / "moe")
     assert processor.image_token_id == model.config.image_token_index
-    # from a checkpoint that has experts already: the places named by 0 stay, and training goes on
+    # from a checkpoint with experts: places given as 0 do not change, and the model can be trained
     again = ["upcycle", "--checkpoint", str(tmp_path / "moe"), "--out", str(tmp_path / "more")]
     assert main(again) == 1
     assert "there is nothing to upcycle: tower and connector have experts" in capsys.readouterr().err
@@ -156,7 +156,7 @@ def test_upcycle_command_makes_experts_everywhere_and_says_step_0(parts, tmp_pat
 
 @pytest.mark.parametrize("experts", [4, 8])
 def test_the_released_layout_gets_experts_in_its_dense_language_model(tmp_path, capsys, experts):
-    """CLIP-MoE and MLP-MoE stay bit for bit, and Mistral becomes 4x or 8x: the ablation without code."""
+    """CLIP-MoE and MLP-MoE stay bit-identical, and Mistral gets 4 or 8 experts: an ablation without code."""
     original.write(tmp_path / "theirs", std=0.1, dtype=torch.bfloat16)
     paths = ["--checkpoint", str(tmp_path / "theirs"), "--out", str(tmp_path / "moe")]
     assert main(["upcycle", *paths, "--text-experts", str(experts)]) == 0
@@ -182,7 +182,7 @@ def test_noise_and_drop_tell_experts_apart_and_the_difference_shows_it(parts, tm
     for name, extra in (("noise", ["--noise", "0.1"]), ("drop", ["--drop", "0.5"])):
         assert main(["upcycle", *paths, "--out", str(tmp_path / name), *extra]) == 0
         difference, largest = step_0(capsys.readouterr().out)
-        with pytest.raises(AssertionError, match=r"is off by \d"):  # more than rounding
+        with pytest.raises(AssertionError, match=r"is off by \d"):  # larger than rounding
             assert_same_formula(largest + difference, largest)
     dense = from_parts(*(tmp_path / part for part in ("clip", "text"))).state_dict()
     at = "model.vision_tower.encoder.layers.1.mlp."
@@ -196,7 +196,7 @@ def test_noise_and_drop_tell_experts_apart_and_the_difference_shows_it(parts, tm
     down = CumoForConditionalGeneration.from_pretrained(tmp_path / "noise").state_dict()
     down, source_down = down[f"{at}experts.down_proj"], dense[f"{at}fc2.weight"]
     assert_spread(down - source_down, 0.1 * source_down.std())
-    kept = (dropped == source).all(-1)  # whole units stay or go, half of them in every expert
+    kept = (dropped == source).all(-1)  # whole units are kept or resampled, half of them in each expert
     assert kept.sum(-1).tolist() == [24] * 4 and not torch.equal(kept[0], kept[1])
     assert_spread(dropped[~kept], source.std())
 
@@ -222,7 +222,7 @@ def test_parts_that_do_not_fit_are_named(parts, tmp_path):
     parts()
     with pytest.raises(ValueError, match=r"vision must be a folder with a config.json, got .*nowhere"):
         from_parts(tmp_path / "nowhere", tmp_path / "text")
-    with pytest.raises(ValueError, match=r"mm_projector.bin does not hold .* 1 of another shape \(0.weight"):
+    with pytest.raises(ValueError, match=r"mm_projector.bin does not match .* 1 of another shape \(0.weight"):
         from_parts(tmp_path / "clip", tmp_path / "text", tmp_path / "mm_projector.bin", scales=(1,))
     torch.save({"lm_head.weight": torch.zeros(2)}, tmp_path / "other.bin")
     with pytest.raises(ValueError, match=r"other.bin must hold mm_projector tensors"):
@@ -233,7 +233,7 @@ def test_parts_that_do_not_fit_are_named(parts, tmp_path):
 
 
 def drop(folder, *words):
-    """Take the tensors with one of these words in their names out of a folder's file."""
+    """Remove the tensors with one of these words in their names from the file of a folder."""
     path = folder / "model.safetensors"
     kept = {k: v for k, v in load_file(path).items() if not any(word in k for word in words)}
     save_file(kept, path, metadata={"format": "pt"})
@@ -247,9 +247,9 @@ def drop(folder, *words):
 def test_parts_that_lack_tensors_are_refused(parts, tmp_path, folder, name, count):
     parts()
     drop(tmp_path / folder, "post_layernorm.")
-    from_parts(tmp_path / "clip", tmp_path / "text")  # the tower has no such norm
+    from_parts(tmp_path / "clip", tmp_path / "text")  # the tower does not use this norm
     drop(tmp_path / folder, name)
-    with pytest.raises(ValueError, match=rf"{folder} does not hold .* {count} missing \(.*{name}"):
+    with pytest.raises(ValueError, match=rf"{folder} does not match .* {count} missing \(.*{name}"):
         from_parts(tmp_path / "clip", tmp_path / "text")
 
 
@@ -259,7 +259,7 @@ def test_parts_of_another_shape_or_kind_are_refused(parts, tmp_path):
         from_parts(tmp_path / "text", tmp_path / "text")
     path = tmp_path / "text/model.safetensors"
     save_file(load_file(path) | {"model.norm.weight": torch.ones(23)}, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"text does not hold .* 1 of another shape \(norm.weight"):
+    with pytest.raises(ValueError, match=r"text does not match .* 1 of another shape \(norm.weight"):
         from_parts(tmp_path / "clip", tmp_path / "text")
 
 
@@ -268,7 +268,7 @@ def test_upcycle_refuses_a_checkpoint_that_is_foreign_or_lacks_tensors(parts, tm
     from_parts(tmp_path / "clip", tmp_path / "text").save_pretrained(tmp_path / "dense")
     drop(tmp_path / "dense", "layers.0.mlp.fc1")
     for folder, words in (
-        ("dense", "dense does not hold what its config.json promises"),
+        ("dense", "dense does not match its config.json"),
         ("clip", "must be of model_type cumo, llava_mistral or llava_mixtral, got 'clip_vision"),
         ("nowhere", "is not a folder"),
     ):

@@ -1,4 +1,4 @@
-"""patch_original: layers with the interface of the original's, before and after one line."""
+"""patch_original: layers with the interface of the original code, before and after the patch."""
 
 import copy
 import logging
@@ -90,7 +90,7 @@ class MixtralSparseMoeBlock(nn.Module):
         self.top_k, self.num_experts = 2, 5
         self.gate = nn.Linear(16, 5, bias=False)
         self.experts = nn.ModuleList(MixtralBLockSparseTop2MLP() for _ in range(5))
-        if with_losses:  # as the original's training does
+        if with_losses:  # as the original training code does
             self.forward = lambda hidden_states: self.run(hidden_states, True)
 
     def run(self, hidden_states, with_losses):
@@ -123,7 +123,7 @@ def test_patched_layers_return_and_learn_what_they_did(kind, moved):
     ours = LAYERS[kind]()
     ours.load_state_dict(theirs.state_dict())
     assert patch_original(ours) is ours
-    if moved:  # every parameter gets storage of its own, as .to(device) gives it
+    if moved:  # each parameter gets its own storage, as with .to(device)
         for parameter in ours.parameters():
             parameter.data = parameter.data.clone()
     names = [name for name, _ in theirs.named_parameters()]
@@ -157,7 +157,7 @@ def test_parameters_are_shared_not_copied_and_keep_their_names(tmp_path):
     x = torch.randn(2, 5, 16)
     first = layer(x)[0]
     first.square().sum().backward()
-    optimizer.step()  # an optimizer made before the patch moves what the kernels read
+    optimizer.step()  # an optimizer created before the patch updates the weights that the kernels read
     second = layer(x)[0]
     assert not torch.equal(first, second)
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_an_expert_without_tokens_has_a_gradient_of_zeros():
     assert layer.experts[1][0].weight.grad.abs().sum() > 0
 
 
-# the lambda that stands for the original's own patch of Mixtral cannot be pickled
+# the lambda that replaces the original's patch of Mixtral cannot be pickled
 @pytest.mark.parametrize(
     "kind, how",
     [(kind, how) for kind in LAYERS for how in ("deepcopy", "file") if (kind, how) != ("llm", "file")],

@@ -1,4 +1,4 @@
-"""Co-upcycling: same function at step 0, identical experts, seeded gates, untouched source."""
+"""Co-upcycling: same function at step 0, identical experts, seeded gates, unchanged source model."""
 
 import copy
 
@@ -74,7 +74,7 @@ def test_gates_are_seeded_uniform_and_all_different(dense):
     first, same, other = (upcycle(dense, seed=seed) for seed in (1, 1, 2))
     for name, layer in layers(first).items():
         gate, bound = layer.gate.weight, layer.hidden_size**-0.5
-        # of 96 draws or more one is in the last tenth, but for odds of 0.9 ** 96
+        # one of at least 96 draws is in the last tenth, except with probability 0.9 ** 96
         assert gate.abs().max() <= bound and gate.abs().max() > 0.9 * bound
         assert torch.equal(gate, layers(same)[name].gate.weight)
         assert not torch.equal(gate, layers(other)[name].gate.weight)

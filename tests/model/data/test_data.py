@@ -1,5 +1,4 @@
-"""data: validation names file, record and reason; samples and batches are what the processor and the
-templates say."""
+"""Data sets: errors name file, record and reason; samples and batches agree with processor and templates."""
 
 import json
 import shutil
@@ -73,12 +72,12 @@ def test_items_are_tokens_labels_and_the_processors_pixels(dataset, processor):
             assert item["pixel_values"] is None
             continue
         image = load_image(PICTURES / record["image"])
-        truth = processor(images=image, text="<image>", return_tensors="pt")["pixel_values"]
+        expected = processor(images=image, text="<image>", return_tensors="pt")["pixel_values"]
         assert item["pixel_values"].dtype == torch.float32
-        # six roundings of the processor's (test_processing.py) and seven of scale, shift, product and sum, of
-        # numbers that are 1 / deviation at most
+        # six roundings in the processor (test_processor.py) and seven of scale, shift, product and sum; the
+        # values are at most 1 / deviation
         rounding = 13 * torch.finfo(torch.float32).eps / 2 / min(processor.image_processor.image_std)
-        assert (item["pixel_values"] - truth).abs().max() <= rounding
+        assert (item["pixel_values"] - expected).abs().max() <= rounding
 
 
 def test_the_loss_sees_exactly_the_answers(dataset, processor):
@@ -114,10 +113,10 @@ def test_collate_pads_right_and_keeps_image_order(dataset):
 
 @pytest.mark.parametrize("indices", [[0], [1], [4, 1, 2, 0], [0, 0]])
 def test_batch_equals_collate(dataset, indices):
-    truth = collate([dataset[index] for index in indices], dataset.pad_id)
+    expected = collate([dataset[index] for index in indices], dataset.pad_id)
     got = dataset.batch(indices)
-    assert got.keys() == truth.keys()
-    assert all(torch.equal(got[name], truth[name]) for name in truth)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def test_text_alone_has_no_pixel_values(dataset):
@@ -279,7 +278,7 @@ def test_a_template_that_does_not_fit_names_the_record(folder, processor):
     path = _write(folder, _good_records()[2:3] + _good_records()[:1])
     with pytest.raises(
         ValueError,
-        match=r"record 1 \(id 0\): template plain wants one <image> turn and one caption, got 4 turns",
+        match=r"record 1 \(id 0\): template plain must have one <image> turn and one caption, got 4 turns",
     ):
         ConversationDataset(path, folder, processor, template="plain")
     with pytest.raises(ValueError, match="template must be one of"):

@@ -1,4 +1,4 @@
-"""Data at scale: files that are scanned not loaded, shards, damaged records, packs, steps."""
+"""Large data sets: streamed files, shards, damaged records, packing, sampling."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def _same(one, other):
 
 
 def _shard(path, records, folder):
-    """A webdataset shard: N.json and, for records with an image, N.png."""
+    """Write a webdataset shard: N.json and, for records with an image, N.png."""
     with tarfile.open(path, "w") as tar:
         for number, record in enumerate(records):
             content = {key: value for key, value in record.items() if key != "image"}
@@ -103,7 +103,7 @@ def test_every_form_of_file_gives_the_same_samples(pictures, processor, indent):
         "webdataset": (pictures / "web.tar", None),
     }
     for name, (files, root) in sources.items():
-        for _ in range(2):  # the second time from the index on disk
+        for _ in range(2):  # the second time with the index from disk
             found = StreamedConversations(
                 files, root, processor, "mistral_instruct", cache_dir=pictures / "c"
             )
@@ -126,7 +126,7 @@ def _several(names):
 
 
 def test_several_pictures_of_a_record_in_every_form(pictures, processor, tiny_model):
-    """A list, lines, and shards with the pictures beside the record, more than ten of them in their order."""
+    """JSON list, JSON lines, and shards with picture members; more than ten pictures, in order."""
     names = ["red.png", "blue.png", "green.png"]
     many = {
         "id": "many",
@@ -212,12 +212,12 @@ def test_a_broken_list_is_read_to_its_end(tmp_path):
 
 
 def test_a_bracket_too_many_is_said_and_passed(tmp_path):
-    """Hand-made edits leave these; no record before or behind one is lost in silence, and reading ends."""
+    """Manual edits cause these. No record before or after one is lost without a message, and reading ends."""
     path, (one, two) = tmp_path / "odd.json", (json.dumps(_text(n)) for n in (1, 2))
     for content, said, read in (
-        (f"[{one}}}, {two}]", ["} closes nothing"], [_text(1), _text(2)]),
-        (f"[}}}}{one}]", ["} closes nothing"] * 2, [_text(1)]),
-        (f"[{one}], {two}]", ["the list ends here, and more follows"], [_text(1)]),
+        (f"[{one}}}, {two}]", ["unmatched }"], [_text(1), _text(2)]),
+        (f"[}}}}{one}]", ["unmatched }"] * 2, [_text(1)]),
+        (f"[{one}], {two}]", ["the file has more data after the end of the list"], [_text(1)]),
         (f"[{one}]\n \n", [], [_text(1)]),
     ):
         path.write_text(content)
@@ -227,7 +227,7 @@ def test_a_bracket_too_many_is_said_and_passed(tmp_path):
 
 
 def test_torn_archives_byte_order_marks_and_long_numbers(tmp_path, pictures, capsys):
-    """Each is one problem of one record or file, and everything else is read."""
+    """Each is reported as one problem of one record or file; everything else is read."""
     good = json.dumps(_text(1))
     (tmp_path / "long.jsonl").write_text(f'{good}\n{{"id": {"9" * 6000}}}\n{good}\n')
     assert [problem.line for problem in check(tmp_path / "long.jsonl")] == [2]
@@ -238,10 +238,10 @@ def test_torn_archives_byte_order_marks_and_long_numbers(tmp_path, pictures, cap
         assert [row.value for row in scan(tmp_path / name)] == [_text(1)]
     whole = _shard(tmp_path / "whole.tar", [_text(1), _text(2)], pictures).read_bytes()
     assert list(check(tmp_path / "whole.tar")) == []
-    for cut in (1024 + 100, 1024 + 512 + 10):  # in the second header, in the second record
+    for cut in (1024 + 100, 1024 + 512 + 10):  # within the second header, and within the second record
         (tmp_path / "torn.tar").write_bytes(whole[:cut])
         reasons = [problem.reason for problem in check(tmp_path / "torn.tar")]
-        assert any("file ends before its archive" in r or "unexpected end of data" in r for r in reasons)
+        assert any("archive is truncated" in r or "unexpected end of data" in r for r in reasons)
     (tmp_path / "noise.tar").write_bytes(b"\x01" * 700)
     files = [str(tmp_path / name) for name in ("gone.json", "noise.tar", "whole.tar")]
     assert main(["data", "check", *files]) == 1
@@ -277,12 +277,12 @@ def test_bad_records_stop_a_run_or_are_left_out(pictures, processor):
     with pytest.warns(UserWarning, match="has no conversations"):
         found = StreamedConversations(path, pictures, processor, skip_bad=True)
     assert [found.record(i)["id"] for i in range(len(found))] == ["red", "green"]
-    for said in ("such records\\)$", "such records\\); found when .*index-.*, delete it to look again"):
-        with pytest.warns(UserWarning, match=said):  # what is left out is said by every run
+    for said in ("such records\\)$", "such records\\); found when .*index-.*, delete it to check again"):
+        with pytest.warns(UserWarning, match=said):  # every run warns about skipped records
             StreamedConversations(path, pictures, processor, skip_bad=True, cache_dir=pictures / "index")
     with pytest.raises(ValueError, match=r"x\.jsonl:1: record 0 .* max_length 5 cuts through"):
         StreamedConversations(_jsonl(path, RECORDS), pictures, processor, max_length=5)
-    with pytest.raises(ValueError, match="template plain wants"):
+    with pytest.raises(ValueError, match="template plain must have"):
         StreamedConversations(_jsonl(path, RECORDS), pictures, processor, "plain")
 
 
@@ -309,7 +309,7 @@ def test_an_epoch_has_every_unit_and_ranks_share_the_work(grouping, world):
     for together in zip(*ranks, strict=True):
         real = [unit for batch in together for unit in batch if unit >= 0]
         assert all(sum(unit >= 0 for unit in batch) == 4 for batch in together)
-        # where one rank runs the tower, all do
+        # if one rank runs the tower, all ranks do
         assert len({any(unit < 0 or PICTURED[unit] for unit in batch) for batch in together}) == 1
         mixed += len(set(PICTURED[real].tolist())) > 1
     assert grouping != "modality_length" or mixed <= 4
@@ -340,8 +340,9 @@ def small(pictures, processor):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("text", ["mistral", "mixtral"])
 def test_a_packed_batch_computes_what_the_padded_one_does(tiny_config, small, processor, attention, text):
-    """Loss, its parts per picture and crop, every gradient, in fp64; the router statistics of the language
-    model count padding and so differ."""
+    """Loss, its terms per picture and crop, and all gradients, in fp64.
+
+    Router statistics of the language model differ, because they include padding."""
     from cumo_model import CumoForConditionalGeneration
 
     tokenizer = processor.tokenizer

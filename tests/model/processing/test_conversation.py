@@ -1,5 +1,4 @@
-"""conversation: token ids and label masks of every template, with the real Mistral tokenizer and with the
-demo's."""
+"""Token ids and label masks of the CuMo templates, with Mistral's tokenizer and with that of the demo."""
 
 import json
 import warnings
@@ -40,7 +39,7 @@ def demo():
 
 
 def _kept(tokenizer, labels):
-    """The runs of tokens the loss sees."""
+    """The sequences of tokens that the loss covers."""
     runs, last = [], IGNORE_INDEX
     for label in labels.tolist():
         if label != IGNORE_INDEX:
@@ -58,21 +57,21 @@ def test_two_rounds_match_sentencepiece(mistral, template):
     system = TEMPLATES[template].system
     opening = "[INST] " + (f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else "")
     ids, labels = tokenize_conversation(TWO_ROUNDS, tokenizer, template, IMAGE_TOKENS)
-    # SentencePiece never sees specials: it encodes the text between them, each stretch with its own prefix
-    # blank
+    # special tokens are not passed to SentencePiece: it encodes each text between them with its own prefix
+    # space
     before = [1, 1, *encode(opening)]
     expected = before + [image] * IMAGE_TOKENS + encode("\nWhat is it? [/INST] a red apple ") + [2]
     expected += [*encode("[INST] Which colour? [/INST] red "), 2]
     assert ids.tolist() == expected
-    assert len(before) == (45 if system else 6)  # 45: counted on the original
-    assert expected[len(before) + IMAGE_TOKENS :][:2] == [28705, 13]  # a blank, then the newline
+    assert len(before) == (45 if system else 6)  # 45: measured with the original code
+    assert expected[len(before) + IMAGE_TOKENS :][:2] == [28705, 13]  # a space, then the newline
     assert _kept(tokenizer, labels) == [["▁a", "▁red", "▁apple", "▁", "</s>"], ["▁red", "▁", "</s>"]]
     kept = labels != IGNORE_INDEX
     assert torch.equal(labels[kept], ids[kept])
 
 
 def test_the_processor_of_released_weights_gives_these_ids(mistral_model, tmp_path):
-    """From tokenizer files alone: `<image>` behind the vocabulary, double BOS, the blank before </s>."""
+    """From tokenizer files only: `<image>` after the vocabulary, two BOS, the space before </s>."""
     (tmp_path / "tokenizer.model").write_bytes(mistral_model.read_bytes())
     settings = {
         "tokenizer_class": "LlamaTokenizer",
@@ -223,7 +222,7 @@ def test_errors_name_template_tokenizer_and_prompt(demo):
     ):
         tokenize_conversation(TWO_ROUNDS, demo, "vicuna", 1)
     with pytest.raises(
-        ValueError, match="template plain wants one <image> turn and one caption, got 4 turns"
+        ValueError, match="template plain must have one <image> turn and one caption, got 4 turns"
     ):
         tokenize_conversation(TWO_ROUNDS, demo, "plain", 1)
     with pytest.raises(ValueError, match="a prompt must end with a human turn"):

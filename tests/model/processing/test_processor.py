@@ -1,5 +1,4 @@
-"""processing: the stock processor does what CuMo's preprocessing does, and pictures that cannot be read are
-named."""
+"""The processor compared with the preprocessing of the original code; errors for unreadable pictures."""
 
 import io
 from pathlib import Path
@@ -29,8 +28,8 @@ from tests.model import original
 PICTURES = Path(__file__).parents[2] / "fixtures" / "emoji"
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
-# of an fp32 pixel: 1 / 255 and its product, the mean and the difference, the deviation and the quotient; none
-# of these numbers is larger than what 1 / STD makes of 1
+# roundings of an fp32 pixel: 1 / 255 and its product, the mean and the difference, the deviation and the
+# quotient; no value is larger than 1 / STD
 ROUNDING = 6 * np.finfo(np.float32).eps / 2 / STD.min()
 
 
@@ -40,7 +39,7 @@ def tokenizer():
 
 
 def _by_hand(image: Image.Image, size: int) -> np.ndarray:
-    """Pad with (122, 116, 104) at the floor of half the difference, bicubic, scale, normalise: (3, s, s)."""
+    """Pad with (122, 116, 104), offset rounded down, resize bicubic, scale and normalise: (3, s, s)."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), (122, 116, 104))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -53,9 +52,9 @@ def _by_hand(image: Image.Image, size: int) -> np.ndarray:
 def test_pixels_match_the_original_steps(tokenizer, name, size):
     image = load_image(PICTURES / name)
     got = build_processor(tokenizer, size, 8).image_processor(image, return_tensors="np")["pixel_values"][0]
-    truth = _by_hand(image, size)
+    expected = _by_hand(image, size)
     assert got.shape == (3, size, size)
-    assert np.abs(got - truth).max() <= ROUNDING  # both start from the same bytes
+    assert np.abs(got - expected).max() <= ROUNDING  # both use the same uint8 values
 
 
 @pytest.mark.parametrize("template", ["mistral_instruct", "mistral_instruct_system"])
@@ -119,7 +118,7 @@ def test_pictures_of_different_sizes_and_several_in_one_prompt(tokenizer):
 
 
 def test_anyres_is_the_whole_picture_and_its_tiles(tokenizer):
-    """As LLaVA's anyres: fit into the best grid on black, cut row by row; the whole picture comes first."""
+    """As in LLaVA's anyres: the whole picture, then the tiles of the best grid on black, row by row."""
     processor = build_processor(
         tokenizer, 48, 8, image_aspect_ratio="anyres", image_grid_pinpoints=[[48, 96], [96, 48], [96, 96]]
     )
@@ -145,7 +144,7 @@ def test_square_cuts_and_other_words_are_refused(tokenizer):
     image.paste((0, 0, 255), (24, 0, 72, 48))
     pixels = processor.image_processor(image, return_tensors="np")["pixel_values"][0]
     blue = ((np.array([0, 0, 1.0]) - MEAN) / STD)[:, None, None]
-    assert np.abs(pixels[:, :, 4:-4] - blue).max() <= ROUNDING  # the red sides are gone
+    assert np.abs(pixels[:, :, 4:-4] - blue).max() <= ROUNDING  # the red sides are cropped
     with pytest.raises(ValueError, match=r"image_aspect_ratio must be one of .* got 'stretch'"):
         build_processor(tokenizer, 48, 8, image_aspect_ratio="stretch")
     with pytest.raises(ValueError, match=r"image_aspect_ratio must be one of .* got 'stretch'"):
@@ -247,7 +246,7 @@ def test_messages_out_of_order_are_refused(tokenizer, roles):
 
 
 def test_plain_chats_are_captions(tokenizer):
-    """Stage 1's grammar: the image, the caption, a line break; no text of the user, no other role."""
+    """The format of stage 1: image, caption, newline; without text of the user and other roles."""
     processor = build_processor(tokenizer, 48, 8, template="plain")
     image = load_image(PICTURES / "penguin-square.png")
     asked = [{"type": "image", "image": image}, {"type": "text", "text": "what is it?"}]

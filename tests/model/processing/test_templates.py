@@ -1,5 +1,4 @@
-"""Every template against its text written out by hand, and against SentencePiece's ids; « » enclose what the
-loss sees."""
+"""All templates compared with literal texts and SentencePiece's ids; « » mark what the loss covers."""
 
 import re
 
@@ -119,7 +118,7 @@ def test_text_and_what_the_loss_sees(name):
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_ids_and_labels_are_sentencepieces(mistral, name):
-    """BOS, then each stretch between special tokens and markers as SentencePiece encodes it alone."""
+    """BOS, then each text between special tokens and markers as SentencePiece encodes it separately."""
     tokenizer, pieces = mistral
     image, special = tokenizer.convert_tokens_to_ids("<image>"), {"<s>": 1, "</s>": 2}
     ids, labels, seen = [1], [IGNORE_INDEX], False
@@ -135,7 +134,7 @@ def test_ids_and_labels_are_sentencepieces(mistral, name):
             marks = [m.start() - n for n, m in enumerate(re.finditer("[«»]", stretch))]
             sees = [seen ^ (sum(mark <= place for mark in marks) % 2 == 1) for place in range(len(clean))]
             for piece in pieces.encode(clean, return_type="proto").pieces:
-                # whole tokens only; the blank that SentencePiece puts before a stretch has no width
+                # whole tokens only; the space that SentencePiece adds before a text has no width
                 inside = piece.end > piece.begin and all(sees[piece.begin : piece.end])
                 ids.append(piece.id)
                 labels.append(piece.id if inside else IGNORE_INDEX)
@@ -164,7 +163,7 @@ def test_blanks_are_sentencepieces(mistral):
 
 
 def test_a_picture_alone_keeps_both_blanks(mistral):
-    """Two ids that LLaVA's slow tokenizer gives: a chunk's own first blank, and the one before [/INST]."""
+    """Two ids, as with LLaVA's slow tokenizer: the prefix space of the text and the space before [/INST]."""
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a cat"}]
     tokenizer, _ = mistral
     ids, _ = tokenize_conversation(turns, tokenizer, "mistral_instruct", 1)

@@ -1,4 +1,4 @@
-"""The front door: answers, and one clear line for whatever is wrong with what it was given."""
+"""The chat command: answers, and a one-line error for every kind of invalid input."""
 
 import shutil
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_chat_prints_the_models_answer(checkpoint, picture, capsys):
 
 
 def test_the_released_layout_chats_with_its_own_template(tmp_path, picture, capsys, monkeypatch):
-    """Straight from the folder, whose tokenizer here has an `<image>` inside its vocabulary."""
+    """Loaded directly from a folder whose tokenizer has `<image>` inside its vocabulary."""
     tokenizer = train_tokenizer(["what is it? a red apple"] * 4, 300)
     monkeypatch.setattr(original, "VOCAB", len(tokenizer))
     original.write(tmp_path / "theirs")

@@ -46,7 +46,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder):
     for name in steps[:2]:
         shutil.copytree(whole.parent / name, folder / "cut" / name)
     cut(folder / "cut" / "checkpoint-4" / "model.safetensors")
-    wanted = r"checkpoint-4 cannot be read \(model.safetensors has .* bytes .*goes on from checkpoint-2"
+    wanted = r"checkpoint-4 cannot be read \(model.safetensors has .* bytes .*resumes from checkpoint-2"
     with pytest.warns(UserWarning, match=wanted):
         run_recipe(recipe)
     same_result(whole.parent, folder / "cut")
