@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         from safetensors import SafetensorError
 
-        from cumo_model.train import Interrupted
+        from cumo_model.recover import Interrupted
 
         if not isinstance(error, Interrupted | SafetensorError | EOFError | pickle.UnpicklingError):
             raise

@@ -20,9 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from cumo_kernels import hardware
+from cumo_model.config import CumoConfig
 from cumo_model.flops import step_flops
 from cumo_model.losses import load_balancing_loss, router_z_loss
 from cumo_model.moe import MoELayer, RoutingRecord, record_routing
@@ -58,17 +60,19 @@ class Monitor:
         self._loads: dict[str, Tensor] = {}
         self._extra: dict[str, dict[str, Tensor | float]] = {name: {} for name in self.layers}
         self.tokens: Tensor | int = 0
-        self.images, self.flops, self.since = 0, 0.0, time.monotonic()
+        self.images, self.flops = 0, 0.0
+        self.since, self.cpu_since = time.monotonic(), time.process_time()
 
     def state_dict(self) -> dict:
         """What was added up since the last `read`."""
-        elapsed = time.monotonic() - self.since
-        return {name: getattr(self, name) for name in SUMS} | {"elapsed": elapsed}
+        elapsed = {"elapsed": time.monotonic() - self.since, "cpu": time.process_time() - self.cpu_since}
+        return {name: getattr(self, name) for name in SUMS} | elapsed
 
     def load_state_dict(self, state: dict) -> None:
         for name in SUMS:
             setattr(self, name, state[name])
         self.since = time.monotonic() - state["elapsed"]
+        self.cpu_since = time.process_time() - state["cpu"]
 
     def _watch_gate(self, name: str):
         def watch(module, args, logits: Tensor) -> None:
@@ -106,7 +110,7 @@ class Monitor:
             batch["attention_mask"].sum() if "attention_mask" in batch else ids.numel()
         )
         self.images += images
-        if self.config is not None:
+        if isinstance(self.config, CumoConfig):
             predicted = ids.numel()  # an upper bound that needs no look at the labels
             self.flops += step_flops(self.config, self.trains, ids.numel(), ids.shape[1], predicted, images)
 
@@ -131,11 +135,13 @@ class Monitor:
         """Everything since the last call, over all processes; one wait for the device.
 
         Returns:
-            Parts of the loss by name, means over layers by place (`clip_load_entropy` ...), tokens and
-            images per second, MFU where the peak of the device is known, memory in GiB; and by layer under
-            `experts/`.
+            Parts of the loss by name, means over layers by place (`clip_load_entropy` ...), `tokens`,
+            `wall_seconds` and `cpu_seconds` (of all training processes, not of those that load data), tokens
+            and images per second, MFU where the peak of the device is known, memory in GiB; and by layer
+            under `experts/`.
         """
-        row: list[Tensor | float] = [self.tokens, self.images, self.flops]
+        cpu = time.process_time() - self.cpu_since
+        row: list[Tensor | float] = [self.tokens, self.images, self.flops, cpu]
         for name in LOSSES:
             row += self._losses.get(name, (0.0, 0))
         for name, experts in self.layers.items():
@@ -150,7 +156,9 @@ class Monitor:
                 flat = flat.cuda()
             dist.all_reduce(flat)
         values, seconds = iter(flat.tolist()), time.monotonic() - self.since
-        found = self._speed(next(values), next(values), next(values), seconds)
+        tokens, images, flops, cpu = (next(values) for _ in range(4))
+        found = {"tokens": tokens, "wall_seconds": seconds, "cpu_seconds": cpu}
+        found |= self._speed(tokens, images, flops, seconds)
         for name in LOSSES:
             total, count = next(values), next(values)
             if count:
@@ -228,7 +236,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
 
 class MonitorCallback(TrainerCallback):
-    """Gradient norms by part in the steps that are logged, and what only the reporters get.
+    """What only the reporters get, and for a CuMo gradient norms by part in the steps that are logged.
 
     It must come before the reporters: they see what it adds.
     """
@@ -251,15 +259,37 @@ class MonitorCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         every = max(1, int(state.logging_steps or 1))
-        if (state.global_step + 1) % every == 0:
+        if isinstance(self.monitor.config, CumoConfig) and (state.global_step + 1) % every == 0:
             self.norms = gradient_norms(model)
 
 
 class ShortProgress(ProgressCallback):
-    """The Trainer's bar with one line a log: names without a slash."""
+    """The Trainer's bar with one line a log.
+
+    Args:
+        label: in front of the bar.
+        position: line of the terminal, where several runs share it.
+    """
+
+    SHOWN = ("loss", "language", "grad_norm", "learning_rate", "tokens_per_second")
+
+    def __init__(self, label: str | None = None, position: int | None = None):
+        super().__init__()
+        self.label, self.position = label, position
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=self.label,
+                position=self.position,
+                dynamic_ncols=True,
+                mininterval=0.3 if sys.stderr.isatty() else 20,
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:
-            shown = ("loss", "language", "grad_norm", "learning_rate", "tokens_per_second")
-            text = " ".join(f"{name}={logs[name]:.4g}" for name in shown if name in (logs or {}))
+            text = " ".join(f"{name}={logs[name]:.4g}" for name in self.SHOWN if name in (logs or {}))
             self.training_bar.set_postfix_str(text, refresh=False)

@@ -34,6 +34,10 @@ DAMAGED = "damaged-"  # before the name of a checkpoint that cannot be read
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class Interrupted(Exception):
+    """The run was asked to stop; its progress is saved."""
+
+
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     found = {}

@@ -125,7 +125,7 @@ class StreamedConversations(Dataset):
         bad: list[Problem] = []
         for number, file in enumerate(self.files):
             waiting: list[Row] = []
-            rows = tqdm(scan(file), desc=f"reading {os.path.basename(file)}", unit=" records", mininterval=2)
+            rows = tqdm(scan(file), desc=f"reading {os.path.basename(file)}", unit=" records", delay=2)
             for row in rows:
                 problems = row_problems(row, file, self.pictures, False, self.template)
                 fatal = [problem for problem in problems if problem.fatal]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from cumo_model import CumoForConditionalGeneration, spread, trainer
 from cumo_model.recipe import load_recipe
 from cumo_model.recover import checkpoints
-from cumo_model.train import Interrupted
+from cumo_model.recover import Interrupted
 from cumo_model.trainer import build_trainer, run_recipe, training_arguments
 from tests.model.gradients import beside_weights
 from tests.model.test_recover import CLOSELY, LOGGED, STEP, StopAt, losses, same_result, start

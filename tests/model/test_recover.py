@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from cumo_model.recipe import load_recipe
 from cumo_model.recover import checkpoints
-from cumo_model.train import Interrupted
+from cumo_model.recover import Interrupted
 from cumo_model.trainer import build_trainer, run_recipe
 from tests.model.training import write_data, write_model, write_recipe
 from tests.processes import Forked, finish, kill

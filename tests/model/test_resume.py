@@ -12,7 +12,7 @@ from cumo_model.__main__ import main
 from cumo_model.files import fingerprint
 from cumo_model.recipe import load_recipe
 from cumo_model.recover import checkpoints, damage
-from cumo_model.train import Interrupted
+from cumo_model.recover import Interrupted
 from cumo_model.trainer import run_recipe
 from tests.model.test_recover import StopAt, losses, same_result, start, wait_for
 from tests.model.training import write_data, write_model, write_recipe
