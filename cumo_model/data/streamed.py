@@ -125,7 +125,8 @@ class StreamedConversations(Dataset):
         bad: list[Problem] = []
         for number, file in enumerate(self.files):
             waiting: list[Row] = []
-            rows = tqdm(scan(file), desc=f"reading {os.path.basename(file)}", unit=" records", delay=2)
+            said = f"reading {os.path.basename(file)}"
+            rows = tqdm(scan(file), desc=said, unit=" records", mininterval=2, delay=20)  # what is long
             for row in rows:
                 problems = row_problems(row, file, self.pictures, False, self.template)
                 fatal = [problem for problem in problems if problem.fatal]
