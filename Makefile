@@ -133,9 +133,9 @@ bench: $(READY)
 
 # other people's kernels, for benchmarks only: beside the environment, about 170 MB, of which most is cutlass-dsl
 peers: $(INSTALLED)
-	@$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target .peers -r benchmarks/peers.txt
+	@$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target .peers -r benchmarks/peers/wheels.txt
 	@$(PY) -m pip install --disable-pip-version-check -q --no-deps --ignore-requires-python --upgrade \
-		--target .peers/sources -r benchmarks/peers_sources.txt
+		--target .peers/sources -r benchmarks/peers/sources.txt
 
 # it builds the extension itself, as one of its steps
 gpu: $(INSTALLED)

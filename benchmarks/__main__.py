@@ -22,7 +22,7 @@ FILES = (
 def load(name: str) -> ModuleType | str:
     """bench_<name>, or the reason, said aloud, where a package that it needs is missing."""
     try:
-        return importlib.import_module(f"benchmarks.bench_{name}")
+        return importlib.import_module(f"benchmarks.cases.bench_{name}")
     except ImportError as error:
         print(f"bench_{name}: left out: {error}", file=sys.stderr)
         return str(error)

@@ -1,4 +1,4 @@
-"""python -m benchmarks.choose: from timings to cumo_kernels/measured.json, which `auto` looks at.
+"""python -m benchmarks.choose: from timings to cumo_kernels/tiles/measured.json, which `auto` looks at.
 
 An entry is one case whose backends were timed in turns within one run; of several runs the last counts.
 """
@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import record
+from benchmarks.cases.shapes import SHAPES, Shape
 from benchmarks.record import Row
-from benchmarks.shapes import SHAPES, Shape
-from cumo_kernels import dispatch, hardware, measured
-from cumo_kernels.problems import DTYPES
+from cumo_kernels import dispatch
+from cumo_kernels.tiles import hardware, measured
+from cumo_kernels.tiles.problems import DTYPES
 
 # benchmark -> the ops it speaks for, each with the shape of its first tensor
 OPS: dict[str, dict[str, Callable[[Shape], tuple[int, int]]]] = {

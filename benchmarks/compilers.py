@@ -2,8 +2,9 @@
 
     python -m benchmarks.compilers --other .venv-latest/bin/python --write benchmarks/results/compilers.md
 
-Compiled for a GPU that need not be here, as `cumo_kernels.codegen` does, by this Python and by `--other`,
-whose environment has the other Triton; both read the tree that this is started in. Nothing is timed.
+Compiled for a GPU that need not be here, as `cumo_kernels.tiles.codegen` does, by this Python and by
+`--other`, whose environment has the other Triton; both read the tree that this is started in. Nothing is
+timed.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 import triton
 
-from cumo_kernels import codegen, hardware
+from cumo_kernels.tiles import codegen, hardware
 
 TOKENS = {"clip": 4616, "mlp": 2304, "llm": 8192}  # one batch of each of CuMo's layers
 COLUMNS = {
@@ -103,7 +104,7 @@ def table(first: dict, second: dict, gpu: str, dtype: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compilers", description=__doc__)
     parser.add_argument("--other", help="Python of an environment with the other Triton")
-    parser.add_argument("--gpu", default="nvidia_h100", help="a name in cumo_kernels/hardware.py")
+    parser.add_argument("--gpu", default="nvidia_h100", help="a name in cumo_kernels/tiles/hardware.py")
     parser.add_argument("--dtype", default="bf16", choices=tuple(codegen.DTYPES))
     parser.add_argument("--shape", nargs="+", default=list(TOKENS), choices=tuple(TOKENS))
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import record, timing
+from benchmarks.cases.shapes import SHAPES, Shape, tiny
 from benchmarks.record import Gap, Row, is_fault
-from benchmarks.shapes import SHAPES, Shape, tiny
 from benchmarks.steps import captured, peak_bytes, room, said, saved_bytes, steps_of, watching
-from cumo_kernels import dispatch, hardware, use_backend
-from cumo_kernels.problems import DTYPES
+from cumo_kernels import dispatch, use_backend
 from cumo_kernels.testing import PATTERNS, Yardstick
-from cumo_kernels.verify import is_lost
+from cumo_kernels.tiles import hardware
+from cumo_kernels.tiles.problems import DTYPES
+from cumo_kernels.verification.verify import is_lost
 
 MODES = ("forward", "backward", "both")
 LAYER = "expert_mlp"

@@ -83,8 +83,9 @@ def _value(arg) -> object:
 
 def make_calls(gated: bool) -> dict[str, Callable[[], object]]:
     """Calls by name; the layer is router and experts, with biases where it is not gated."""
-    from cumo_kernels import dispatch, expert_mlp, hardware, route, testing
+    from cumo_kernels import dispatch, expert_mlp, route, testing
     from cumo_kernels.ops import checks, routing
+    from cumo_kernels.tiles import hardware
 
     hardware._assumed = hardware.find("nvidia_h100")
     dispatch.BACKENDS = (dispatch.Backend("triton", lambda *_: None),)
@@ -143,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=500)
     args = parser.parse_args(argv)
     if torch.cuda.is_available():
-        parser.error("this machine has a GPU: python -m benchmarks.bench_overhead measures it whole")
+        parser.error("this machine has a GPU: python -m benchmarks.cases.bench_overhead measures it whole")
     torch.set_num_threads(1)
     stub, notes = load_stub(), use_stub()
     print("| call | experts | launches | us |\n|---|---|---|---|")

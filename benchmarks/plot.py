@@ -21,7 +21,7 @@ except ModuleNotFoundError:  # a bare GPU machine: the tables are written there,
 
 from benchmarks import record
 from benchmarks.record import Gap, Row
-from cumo_kernels import hardware
+from cumo_kernels.tiles import hardware
 
 BASE = "cumo-original"  # speed-ups are against the original's eager loop
 MODES = {"forward": "forward", "backward": "backward", "both": "forward and backward"}
@@ -354,14 +354,14 @@ def _triton(rows: list[Row], machine: str, shape: str, dtype: str, mode: str) ->
 
 
 def predictions(folder: Path, rows: list[Row]) -> list[str]:
-    """What `benchmarks.predict` computed, layer by layer, beside the measurements of the same GPU, if any."""
+    """What `benchmarks.predictions` computed by layer, beside the measurements of the same GPU, if any."""
     lines = []
     for path in sorted(folder.glob("*.csv")):
         found = list(csv.DictReader(path.read_text().splitlines()))
         gpu, dtype = found[0]["gpu"], found[0]["dtype"]
         lines += [
             f"\n## Predicted for {gpu}, {dtype}: not measured\n",
-            "Computed by `python -m benchmarks.predict` from the Triton backend's compiled kernels: tiles,",
+            "Computed by `python -m benchmarks.predictions` from the compiled Triton kernels: tiles,",
             "waves, registers and shared memory against the data sheet; no latency, caches, epilogues. First",
             "the GEMMs of the layer, then what router, sorting and weighted sum move at full bandwidth.\n",
             "| layer | forward ms | of roofline | forward + backward ms | of roofline | worst GEMM "
@@ -431,7 +431,7 @@ def report(results: Path = record.RESULTS) -> Path:
                 lines += [f"![{name.removesuffix('.png')}](results/{machine}/{name})"]
         lines += table(mine)
         lines += not_timed([gap for gap in gaps if gap.machine == machine], mine)
-    lines += predictions(results.parent / "predicted", rows)
+    lines += predictions(results.parent / "predictions" / "predicted", rows)
     path = results.parent / "REPORT.md"
     _write(path, lambda name: Path(name).write_text("\n".join(lines) + "\n"))
     return path

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from cumo_kernels import hardware, verified
 from cumo_kernels.files import write_whole
+from cumo_kernels.tiles import hardware
+from cumo_kernels.verification import verified
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

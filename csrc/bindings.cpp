@@ -36,7 +36,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int kCopyFrom = 2048;
 
-// CUMO_PDL: programmatic dependent launch, which nobody has measured yet. CUMO_BATCH_INVARIANT: cumo_kernels/tuning.py.
+// CUMO_PDL: programmatic dependent launch, which nobody has measured yet. CUMO_BATCH_INVARIANT: cumo_kernels/tiles/tuning.py.
 bool is_on(const char* name) {
   const char* wish = std::getenv(name);
   return wish && std::string(wish) == "1";

@@ -24,7 +24,7 @@ struct Plan {
 constexpr int kPlanRows = 128, kPlanWide = 256, kPlanNarrow = 128;
 constexpr int kMinSteps = 8;  // a shorter sum would spend its time filling and draining the pipeline
 
-// As many partial sums as can run at once and have work to do: the rule of cumo_kernels/tuning.py.
+// As many partial sums as can run at once and have work to do: the rule of cumo_kernels/tiles/tuning.py.
 inline int count_splits(int64_t tiles, int64_t steps, int64_t places) {
   int count = 1;
   while (2 * count * tiles <= places && steps >= int64_t{2} * count * kMinSteps) count *= 2;

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
-from cumo_kernels import __version__, explained, selfcheck, tune, verify
+from cumo_kernels import __version__, explained
 from cumo_kernels.dispatch import OPS
+from cumo_kernels.tiles import tune
+from cumo_kernels.verification import self_check, verify
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="an object for each op and backend")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     verify.add_arguments(commands.add_parser("verify", help="check every op and backend of this machine"))
-    selfcheck.add_arguments(
+    self_check.add_arguments(
         commands.add_parser("self-check", help="check the default backends on this GPU, once")
     )
     commands.add_parser("bench", add_help=False, help="measure speed; options: bench --help")
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if words[:1] == ["bench"]:
         return _bench(words[1:])
     args = parser.parse_args(words)
-    if (command := {"tune": tune, "verify": verify, "self-check": selfcheck}.get(args.command)) is not None:
+    if (command := {"tune": tune, "verify": verify, "self-check": self_check}.get(args.command)) is not None:
         return command.main(args)
     try:
         x = torch.empty(args.rows, args.columns, dtype=DTYPES[args.dtype], device=args.device)

@@ -18,9 +18,11 @@ from functools import cache
 
 import torch
 
-from cumo_kernels import extension, measured, proofs
-from cumo_kernels.hardware import INTERPRETER, gpu_of
+from cumo_kernels import extension
+from cumo_kernels.tiles import measured
+from cumo_kernels.tiles.hardware import INTERPRETER, gpu_of
 from cumo_kernels.tracing import constant
+from cumo_kernels.verification import proofs
 
 OPS = {  # op -> stem: the module of that name in every backend folder implements the op
     "route": "routing",

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 
 import torch
 
-from cumo_kernels import dispatch, verified
-from cumo_kernels.hardware import gpu_of
+from cumo_kernels import dispatch
+from cumo_kernels.tiles.hardware import gpu_of
+from cumo_kernels.verification import verified
 
 
 def machine(device: torch.device) -> str:

@@ -5,17 +5,19 @@ under the name "cumo" (`experts_implementation="cumo"`).
 """
 
 import cumo_kernels.integrations.transformers  # noqa: F401
-from cumo_model.checkpoint import convert, original_layout
-from cumo_model.clip_moe import CumoVisionModel
-from cumo_model.config import CumoConfig, CumoVisionConfig
-from cumo_model.cumo import CumoForConditionalGeneration, CumoModel, CumoOutput
-from cumo_model.losses import load_balancing_loss, router_z_loss
-from cumo_model.moe import MoELayer, RoutingRecord, record_routing
-from cumo_model.parts import from_parts
-from cumo_model.patch import patch_original
-from cumo_model.processing import CumoImageProcessor, CumoProcessor, build_processor
-from cumo_model.quantize import quantize_experts
-from cumo_model.upcycle import step0_difference, upcycle
+from cumo_model.checkpoints import original  # noqa: F401
+from cumo_model.checkpoints.convert import convert
+from cumo_model.checkpoints.layout import original_layout
+from cumo_model.checkpoints.parts import from_parts
+from cumo_model.checkpoints.patch import patch_original
+from cumo_model.checkpoints.upcycle import step0_difference, upcycle
+from cumo_model.model.clip_moe import CumoVisionModel
+from cumo_model.model.config import CumoConfig, CumoVisionConfig
+from cumo_model.model.cumo import CumoForConditionalGeneration, CumoModel, CumoOutput
+from cumo_model.model.losses import load_balancing_loss, router_z_loss
+from cumo_model.model.moe import MoELayer, RoutingRecord, record_routing
+from cumo_model.model.quantize import quantize_experts
+from cumo_model.processing.processor import CumoImageProcessor, CumoProcessor, build_processor
 
 __all__ = [
     "CumoConfig",

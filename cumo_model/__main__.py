@@ -20,7 +20,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from cumo_model.chat import chat
+    from cumo_model.serving.chat import chat
 
     chat(args.checkpoint, args.image, args.question, args.template, args.max_new_tokens)
     return 0
@@ -29,8 +29,8 @@ def _chat(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
-    from cumo_model.recipe import load_recipe
-    from cumo_model.trainer import run_recipe
+    from cumo_model.training.recipe import load_recipe
+    from cumo_model.training.trainer import run_recipe
 
     recipe = load_recipe(args.config, args.overrides)
     path = run_recipe(recipe)
@@ -44,7 +44,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _experts(args: argparse.Namespace) -> int:
-    from cumo_model.experts import report_experts
+    from cumo_model.analysis.experts import report_experts
 
     found = report_experts(
         args.checkpoint,
@@ -78,7 +78,7 @@ def _check_data(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from cumo_model.checkpoint import convert
+    from cumo_model.checkpoints.convert import convert
 
     if not 0 < args.shard_gb < float("inf"):
         raise ValueError(f"--shard-gb must be positive, got {args.shard_gb}")
@@ -87,7 +87,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _upcycle(args: argparse.Namespace) -> int:
-    from cumo_model.tool import upcycle_checkpoint
+    from cumo_model.checkpoints.upcycle_checkpoint import upcycle_checkpoint
 
     numbers = ("vision_experts", "projector_experts", "text_experts", "top_k", "vision_top_k",
                "projector_top_k", "text_top_k", "noise", "drop", "seed")  # fmt: skip
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         from safetensors import SafetensorError
 
-        from cumo_model.recover import Interrupted
+        from cumo_model.training.recover import Interrupted
 
         if not isinstance(error, Interrupted | SafetensorError | EOFError | pickle.UnpicklingError):
             raise

@@ -245,7 +245,7 @@ FAULTS = (
           "    finally:\n        _swap(mode)", "    finally:\n        pass", "launch"),
     Fault("what a capture meets first loaded by its launch", TRITON + "launch.py",
           "compiled._init_handles()", "pass", "launch"),
-    Fault("fp16's dH in pairs, which spill", "cumo_kernels/tuning.py",
+    Fault("fp16's dH in pairs, which spill", "cumo_kernels/tiles/tuning.py",
           "paired = problem.dtype == torch.bfloat16 and", "paired =", "tuning"),
     Fault("a kernel that starts early and does not wait", TRITON + "common.py",
           "            cuda.gdc_wait()\n", "", "pdl"),

@@ -2,7 +2,7 @@
 
 A program of ours spends seven seconds on imports, and a test of training starts up to a dozen. `Forked` takes
 its processes from multiprocessing's fork server, which imports once and does nothing else. torchrun starts
-Python itself, so what is said of torchrun is tested with torchrun (tests/model/test_recover.py).
+Python itself, so what is said of torchrun is tested with torchrun (tests/model/training/test_recover.py).
 """
 
 import atexit
@@ -23,7 +23,9 @@ from pathlib import Path
 import psutil
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["peft", "cumo_model.trainer", "torch._dynamo", "torch.distributed.fsdp"])
+SERVER.set_forkserver_preload(
+    ["peft", "cumo_model.training.trainer", "torch._dynamo", "torch.distributed.fsdp"]
+)
 GRACE_S = 10  # for the other ranks where one has failed
 
 

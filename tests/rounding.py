@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cumo_kernels.rounding import UnsplitSums
 from cumo_kernels.testing import assert_as_accurate_as_torch
+from cumo_kernels.verification.rounding import UnsplitSums
 
 ROUNDS = 3  # draws of the roundings, of which the largest counts
 

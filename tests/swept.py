@@ -18,7 +18,7 @@ from cumo_kernels.extension import hash_of_files
 ROOT = Path(__file__).parents[1]
 RECORD = Path(__file__).with_suffix(".txt")
 DECIDE = (
-    "csrc/*", "cumo_kernels/**/*.py", "cumo_kernels/configs/*.json", "benchmarks/**/*.py",
+    "csrc/*", "cumo_kernels/**/*.py", "cumo_kernels/tiles/configs/*.json", "benchmarks/**/*.py",
     "tests/kernels/*.py",
     "tests/benchmarks/test_gpu_rehearsal.py", "tests/conftest.py", "tests/rounding.py", "constraints.txt",
     "pyproject.toml", "setup.py",

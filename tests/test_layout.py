@@ -19,145 +19,132 @@ MAX_LINES = 500
 
 # Who may import whom among our own modules: the first row whose pattern fits a module is its row. "a" means
 # the module a itself (for a package: its public names), "a.*" everything below, "." the module's own package.
+KERNELS, TILES, VERIFICATION = "cumo_kernels", "cumo_kernels.tiles", "cumo_kernels.verification"
+LEAVES = ("activations", "backends", "extension", "files", "types", "versions")  # of cumo_kernels
 ARROWS = {
-    "cumo_kernels.types": (),
-    "cumo_kernels.activations": (),
-    "cumo_kernels.hardware": (),
-    "cumo_kernels.hostsync": ("cumo_kernels.tracing",),
-    "cumo_kernels.tracing": (),
-    "cumo_kernels.versions": (),
-    "cumo_kernels.files": (),
-    "cumo_kernels.tuning": ("cumo_kernels.files", "cumo_kernels.hardware"),
-    "cumo_kernels.extension": ("cumo_kernels._C",),
-    "cumo_kernels.measured": (
-        "cumo_kernels.files",
-        "cumo_kernels.hardware",
-        "cumo_kernels.tracing",
-        "cumo_kernels.tuning",
+    **{f"{KERNELS}.{leaf}": () for leaf in LEAVES},
+    f"{KERNELS}.extension": (f"{KERNELS}._C",),
+    f"{KERNELS}.tracing": (),
+    f"{KERNELS}.hostsync": (f"{KERNELS}.tracing",),
+    # tiles: what a GPU is, which tiles it runs with, what was measured on it
+    TILES: (),
+    f"{TILES}.hardware": (),
+    f"{TILES}.tuning": (f"{TILES}.hardware", f"{KERNELS}.files"),
+    f"{TILES}.measured": (
+        f"{TILES}.hardware",
+        f"{TILES}.tuning",
+        f"{KERNELS}.files",
+        f"{KERNELS}.tracing",
     ),
-    "cumo_kernels.verified": (
-        "cumo_kernels.extension",
-        "cumo_kernels.hardware",
-        "cumo_kernels.measured",
-        "cumo_kernels.versions",
+    f"{TILES}.*": (f"{TILES}.*", f"{KERNELS}.backends.triton*"),  # tools: tune, codegen
+    # verification: what dispatch asks comes first, the programs that find it out last
+    VERIFICATION: (),
+    f"{VERIFICATION}.verified": (
+        f"{TILES}.hardware",
+        f"{TILES}.measured",
+        f"{KERNELS}.extension",
+        f"{KERNELS}.versions",
     ),
-    "cumo_kernels.verdict_file": ("cumo_kernels.files",),
-    "cumo_kernels.proofs": (
-        "cumo_kernels.extension",
-        "cumo_kernels.hardware",
-        "cumo_kernels.verdict_file",
-        "cumo_kernels.verified",
+    f"{VERIFICATION}.verdict_file": (f"{KERNELS}.files",),
+    f"{VERIFICATION}.proofs": (
+        f"{VERIFICATION}.verdict_file",
+        f"{VERIFICATION}.verified",
+        f"{TILES}.hardware",
+        f"{KERNELS}.extension",
     ),
-    "cumo_kernels.dispatch": (
-        "cumo_kernels.extension",
-        "cumo_kernels.hardware",
-        "cumo_kernels.measured",
-        "cumo_kernels.proofs",
-        "cumo_kernels.tracing",
+    f"{VERIFICATION}.rounding": (f"{KERNELS}.tracing",),
+    f"{VERIFICATION}.accuracy": (f"{VERIFICATION}.rounding", f"{KERNELS}.ops*", f"{KERNELS}.types"),
+    f"{VERIFICATION}.*": (KERNELS, f"{KERNELS}.*"),
+    f"{KERNELS}.dispatch": (
+        f"{TILES}.hardware",
+        f"{TILES}.measured",
+        f"{VERIFICATION}.proofs",
+        f"{KERNELS}.extension",
+        f"{KERNELS}.tracing",
     ),
-    "cumo_kernels.ops*": (
-        "cumo_kernels.ops.*",
-        "cumo_kernels.activations",
-        "cumo_kernels.dispatch",
-        "cumo_kernels.hostsync",
-        "cumo_kernels.types",
+    f"{KERNELS}.ops*": (
+        f"{KERNELS}.ops.*",
+        f"{KERNELS}.activations",
+        f"{KERNELS}.dispatch",
+        f"{KERNELS}.hostsync",
+        f"{KERNELS}.types",
     ),
-    "cumo_kernels.backends": (),
-    "cumo_kernels.backends.reference*": (".", "cumo_kernels.activations", "cumo_kernels.types"),
-    "cumo_kernels.backends.torch*": (
+    f"{KERNELS}.backends.reference*": (".", f"{KERNELS}.activations", f"{KERNELS}.types"),
+    f"{KERNELS}.backends.torch*": (
         ".",
-        "cumo_kernels.backends.reference*",  # what asks the host nothing there is used as it is
-        "cumo_kernels.activations",
-        "cumo_kernels.hostsync",
-        "cumo_kernels.types",
+        f"{KERNELS}.backends.reference*",  # what asks the host nothing there is used as it is
+        f"{KERNELS}.activations",
+        f"{KERNELS}.hostsync",
+        f"{KERNELS}.types",
     ),
-    "cumo_kernels.backends.triton*": (
+    f"{KERNELS}.backends.triton*": (
         ".",
-        "cumo_kernels.activations",
-        "cumo_kernels.hardware",
-        "cumo_kernels.tuning",
-        "cumo_kernels.types",
+        f"{KERNELS}.activations",
+        f"{TILES}.hardware",
+        f"{TILES}.tuning",
+        f"{KERNELS}.types",
     ),
-    "cumo_kernels.backends.cuda*": (".", "cumo_kernels.extension"),
-    "cumo_kernels.testing": ("cumo_kernels.ops*", "cumo_kernels.rounding", "cumo_kernels.types"),
-    "cumo_kernels.rounding": ("cumo_kernels.tracing",),
-    "cumo_kernels.integrations*": ("cumo_kernels", "cumo_kernels.ops*", "cumo_kernels.types"),
-    "cumo_kernels": (
-        "cumo_kernels.activations",
-        "cumo_kernels.dispatch",
-        "cumo_kernels.ops*",  # ops.grouped_gemm is a module and, in the package's names, its function
-        "cumo_kernels.types",
-        "cumo_kernels.versions",
+    f"{KERNELS}.backends.cuda*": (".", f"{KERNELS}.extension"),
+    f"{KERNELS}.testing": (f"{VERIFICATION}.accuracy",),
+    f"{KERNELS}.integrations*": (KERNELS, f"{KERNELS}.ops*", f"{KERNELS}.types"),
+    KERNELS: (
+        f"{KERNELS}.activations",
+        f"{KERNELS}.dispatch",
+        f"{KERNELS}.ops*",  # ops.grouped_gemm is a module and, in the package's names, its function
+        f"{KERNELS}.types",
+        f"{KERNELS}.versions",
     ),
-    "cumo_kernels.*": ("cumo_kernels", "cumo_kernels.*"),  # the front door and its subcommands
-    "cumo_model.monitor": ("cumo_model.*", "cumo_kernels.hardware"),
-    "cumo_model.merge": ("cumo_model.*", "cumo_kernels.hostsync"),
-    "cumo_model.demo.packages": ("cumo_model.*", "cumo_kernels.files"),
-    "cumo_model": ("cumo_model.*", "cumo_kernels", "cumo_kernels.integrations.transformers"),
+    f"{KERNELS}.*": (KERNELS, f"{KERNELS}.*"),  # the front door and its subcommands
+    "cumo_model.training.monitor": ("cumo_model.*", f"{TILES}.hardware"),
+    "cumo_model.model.image_tokens": ("cumo_model.*", f"{KERNELS}.hostsync"),
+    "cumo_model.demo.packages": ("cumo_model.*", f"{KERNELS}.files"),
+    "cumo_model": ("cumo_model.*", KERNELS, f"{KERNELS}.integrations.transformers"),
     "cumo_model*": (
         "cumo_model",
         "cumo_model.*",
-        "cumo_kernels",
-        "cumo_kernels.integrations.transformers",
-        "cumo_kernels.types",
+        KERNELS,
+        f"{KERNELS}.integrations.transformers",
+        f"{KERNELS}.types",
     ),
     "benchmarks*": (
         "benchmarks",
         "benchmarks.*",
         "cumo_model",
         "cumo_model.*",
-        "cumo_kernels",
-        "cumo_kernels.*",
+        KERNELS,
+        f"{KERNELS}.*",
     ),
     "tests.benchmarks*": (
         "benchmarks",
         "benchmarks.*",
-        "cumo_kernels",
-        "cumo_kernels.*",
+        KERNELS,
+        f"{KERNELS}.*",
         "tests.benchmarks.*",
         "tests.rounding",
     ),
-    "tests*": ("tests.*", "cumo_model", "cumo_model.*", "cumo_kernels", "cumo_kernels.*"),
+    "tests*": ("tests.*", "cumo_model", "cumo_model.*", KERNELS, f"{KERNELS}.*"),
 }
 
-# Inside cumo_model a module imports only modules of earlier rows (or of its own row's package).
-LAYERS = (
-    (
-        "compat",
-        "config",
-        "original_config",
-        "merge",
-        "layout",
-        "shards",
-        "losses",
-        "vision",
-        "templates",
-        "sentencepieces",
-        "conversation",
-        "processing",
-        "files",
-    ),
-    ("moe", "data"),
-    ("clip_moe", "mlp_moe", "llm_moe", "patch", "quantize"),
-    ("cumo",),
-    ("upcycle", "checkpoint", "parts"),
-    ("chat", "tool", "flops", "plots"),
-    ("recipe", "recover", "monitor", "experts", "parallel"),
-    ("start", "spread"),
-    ("zero", "adapters"),
-    ("stage",),
-    ("trainer",),
-    ("demo",),
-    ("__main__",),
-)
+# A room of cumo_model -> the rooms it stands on: it imports these, itself, and what these stand on.
+ROOMS = {
+    "model": (),
+    "processing": ("model",),
+    "data": ("processing",),
+    "checkpoints": ("processing",),
+    "training": ("data", "checkpoints"),
+    "analysis": ("data", "checkpoints"),
+    "serving": ("checkpoints",),
+    "demo": ("training", "analysis", "serving"),
+    "__main__": ("demo",),
+}
 
 # Heavy or optional packages stay where they belong; benchmarks and tests may use anything.
 FOREIGN = {
-    "triton": ("cumo_kernels.backends.triton*", "cumo_kernels.codegen", "cumo_kernels.tuning"),
+    "triton": ("cumo_kernels.backends.triton*", "cumo_kernels.tiles.codegen", "cumo_kernels.tiles.tuning"),
     "transformers": ("cumo_kernels.integrations*", "cumo_model*"),
-    "matplotlib": ("cumo_model.demo*", "cumo_model.plots"),
+    "matplotlib": ("cumo_model.demo*", "cumo_model.analysis.plots"),
     "resvg_py": ("cumo_model.demo*",),
-    "bitsandbytes": ("cumo_model.quantize",),
+    "bitsandbytes": ("cumo_model.model.quantize",),
 }
 
 
@@ -210,15 +197,41 @@ def forbidden(module: str, source: str) -> list[str]:
         inside = "." in allowed and (target == own or target.startswith(f"{own}."))
         if not inside and not any(fnmatch(target, pattern) for pattern in allowed):
             found.append(f"{module} -> {target}")
-        if root == "cumo_model" and module.startswith("cumo_model.") and layer(target) > layer(module):
-            found.append(f"{module} -> {target} (a later layer)")
+        if module.startswith("cumo_model.") and target.startswith("cumo_model."):
+            if (wanted := room(target)) not in below(room(module)):
+                found.append(f"{module} -> {target} ({wanted} is not below {room(module)})")
     return found
 
 
-def layer(module: str) -> int:
-    """Row of LAYERS; the package itself and modules outside it come last, so everybody notices."""
-    part = module.split(".")[1] if "." in module else ""
-    return next((i for i, row in enumerate(LAYERS) if part in row), len(LAYERS))
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def below(name: str) -> set[str]:
+    """The room itself and every room it stands on."""
+    return {name}.union(*map(below, ROOMS[name]))
+
+
+def cycle(package: str) -> list[str]:
+    """Modules of a package that import each other in a circle, also where a function imports."""
+    is_file = lambda name: name in FILES and FILES[name].name != "__init__.py"
+    arrows = {
+        name: {
+            target
+            for target in imports(name, path.read_text())
+            if target in FILES and FILES[target].name != "__init__.py"
+        }
+        for name, path in FILES.items()
+        if name.startswith(f"{package}.") and is_file(name)
+    }
+    while free := {name for name, targets in arrows.items() if not targets & arrows.keys()}:
+        arrows = {name: targets for name, targets in arrows.items() if name not in free}
+    return sorted(arrows)
+
+
+@pytest.mark.parametrize("package", ["cumo_model", "benchmarks"])
+def test_no_circle(package):
+    assert cycle(package) == []
 
 
 @pytest.mark.parametrize("module", FILES)
@@ -243,9 +256,22 @@ def test_a_forbidden_arrow_is_seen(module, line):
     assert len(forbidden(module, line)) == 1
 
 
-def test_every_model_module_has_a_layer():
+def test_every_model_module_lies_in_a_room():
     modules = {name.split(".")[1] for name in FILES if name.startswith("cumo_model.")}
-    assert modules <= set(itertools.chain(*LAYERS))
+    assert modules == set(ROOMS)
+
+
+@pytest.mark.parametrize(
+    "module, line",
+    [
+        ("cumo_model.model.config", "from cumo_model.checkpoints.original_config import from_original"),
+        ("cumo_model.model.cumo", "def f():\n    from cumo_model.processing.processor import load_tokenizer"),
+        ("cumo_model.data.records", "from cumo_model.training.recipe import Recipe"),
+        ("cumo_model.serving.chat", "from cumo_model.demo.run import run_demo"),
+    ],
+)
+def test_a_room_imports_no_room_above_it(module, line):
+    assert len(forbidden(module, line)) == 1
 
 
 def backends() -> list[str]:
@@ -257,7 +283,7 @@ def places(stem: str) -> list[str]:
     paths = [f"cumo_kernels/ops/{stem}.py", f"tests/kernels/test_{stem}.py"]
     paths += [f"cumo_kernels/backends/{backend}/{stem}.py" for backend in backends()]
     paths += [f"csrc/{stem}.cu"] if (ROOT / "csrc").is_dir() else []
-    paths += [f"benchmarks/bench_{stem}.py"] if (ROOT / "benchmarks").is_dir() else []
+    paths += [f"benchmarks/cases/bench_{stem}.py"] if (ROOT / "benchmarks").is_dir() else []
     return paths
 
 

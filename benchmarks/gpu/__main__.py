@@ -15,7 +15,7 @@ from benchmarks.gpu import summary
 from benchmarks.gpu.artifacts import FOLDER
 from benchmarks.gpu.engine import ROOT, Step, run, unproven
 from benchmarks.gpu.plan import BUDGET, PARTS, Place, listing, plan
-from cumo_kernels import verified
+from cumo_kernels.verification import verified
 
 REHEARSAL = 600.0  # seconds; it is to take under 360 on two cores
 
@@ -26,9 +26,9 @@ def pack(place: Place) -> None:
     names = (
         "benchmarks/results",
         "benchmarks/REPORT.md",
-        "cumo_kernels/configs",
-        "cumo_kernels/measured.json",
-        "cumo_kernels/verified.json",
+        "cumo_kernels/tiles/configs",
+        "cumo_kernels/tiles/measured.json",
+        "cumo_kernels/verification/verified.json",
     )
     with tarfile.open(part, "w:gz") as tar:
         for name in names:

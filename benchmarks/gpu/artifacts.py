@@ -39,16 +39,18 @@ from triton.runtime import build as triton_build
 from triton.runtime import cache as triton_cache
 
 from benchmarks.gpu import libraries
-from cumo_kernels import cases, codegen, dispatch, hardware, verified
-from cumo_kernels.hardware import Gpu
+from cumo_kernels import dispatch
 from cumo_kernels.ops import checks, routing
-from cumo_kernels.problems import DTYPES
-from cumo_kernels.verified import ROOT
+from cumo_kernels.tiles import codegen, hardware
+from cumo_kernels.tiles.hardware import Gpu
+from cumo_kernels.tiles.problems import DTYPES
+from cumo_kernels.verification import cases, verified
+from cumo_kernels.verification.verified import ROOT
 
 FOLDER = ROOT / "build" / "gpu-artifacts"
 GPU, ARCHITECTURE = "nvidia_h100", "9.0a"
 LIMIT = 60 * 2**20  # bytes of a package
-# those of FIRST["cuda"] in benchmarks/shapes.py, a batch of crops, four images, a decode step of one token
+# those of FIRST["cuda"] in cases/shapes.py, a batch of crops, four images, a decode step of one token
 LAYERS = (
     ("clip", 5770), ("clip", 577), ("llm", 8192), ("mlp", 4608), ("llm", 16),
     ("clip", 23080), ("mlp", 2304), ("llm", 1),
@@ -273,7 +275,9 @@ def _build_extension() -> Path:
 
 def _asked(gpu: Gpu) -> str:
     """Hash of what decides which kernels are asked for, beside their sources: tile sizes and cases."""
-    files = (ROOT / "cumo_kernels" / name for name in (f"configs/{gpu.name}.json", "cases.py"))
+    files = (
+        ROOT / "cumo_kernels" / name for name in (f"tiles/configs/{gpu.name}.json", "verification/cases.py")
+    )
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
@@ -426,7 +430,9 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("build", "compile"):
             command.add_argument("--workers", type=int, default=os.cpu_count() or 1)
         if name != "take":
-            command.add_argument("--gpu", default=GPU, help="a name in cumo_kernels/hardware.py, or this")
+            command.add_argument(
+                "--gpu", default=GPU, help="a name in cumo_kernels/tiles/hardware.py, or this"
+            )
         if name not in ("take", "try"):
             command.add_argument("--few", action="store_true", help="a handful of kernels, to try the way")
             command.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="default: all")

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import timing
-from benchmarks.bench_experts import setup
-from benchmarks.shapes import SHAPES, tiny
+from benchmarks.cases.bench_experts import setup
+from benchmarks.cases.shapes import SHAPES, tiny
 from benchmarks.steps import steps_of
 from cumo_kernels import routing_from_topk, use_backend
 from cumo_kernels.testing import make_routing

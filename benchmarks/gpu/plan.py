@@ -18,7 +18,7 @@ from cumo_kernels import extension
 
 PARTS = ("prove", "tune")
 BUDGET = {"prove": 440.0, "tune": 320.0}
-# issue G2's targets; names of benchmarks/shapes.py
+# issue G2's targets; names of benchmarks/cases/shapes.py
 LAYERS = (
     "clip-batch4", "clip-1-crop", "mixtral-train", "connector-4", "mixtral-decode16", "mixtral-decode1",
 )  # fmt: skip
@@ -196,7 +196,7 @@ def _prove(place: Place) -> list[Step]:
     python, switches = sys.executable, _switches(place)
     sanitizer = find_tool("compute-sanitizer")
     need = lambda: None if sanitizer or place.rehearses else "compute-sanitizer is not installed"
-    proofs = str(place.tree / "cumo_kernels" / "verified.json")
+    proofs = str(place.tree / "cumo_kernels" / "verification" / "verified.json")
     record = ("--record", proofs) if place.rehearses else ("--record",)
     kernels = (python, "-m", "benchmarks.gpu.kernels", "--device", place.device,
                "--lines", str(place.out / "kernels.jsonl"))  # fmt: skip
@@ -225,7 +225,7 @@ def _tune(place: Place) -> list[Step]:
     python, switches = sys.executable, _switches(place)
     tune = (python, "-m", "cumo_kernels", "tune")
     if place.rehearses:
-        configs = place.tree / "cumo_kernels" / "configs"
+        configs = place.tree / "cumo_kernels" / "tiles" / "configs"
         tune += ("--device", "cpu", "--few", "--workers", "1", "--configs", str(configs))
     # as at a first call on a GPU that verified.json does not know; it tries most of what smoke does
     check = (python, "-m", "cumo_kernels", "self-check", "--again", "--device", place.device)
@@ -250,7 +250,7 @@ def _tune(place: Place) -> list[Step]:
 
 def _close(place: Place) -> list[Step]:
     python = sys.executable
-    table = place.tree / "cumo_kernels" / "measured.json"
+    table = place.tree / "cumo_kernels" / "tiles" / "measured.json"
     choose = (python, "-m", "benchmarks.choose", "--results", str(place.results), "--out", str(table))
     choose += ("--rehearse",) if place.rehearses else ()
     report = (python, "-m", "benchmarks.plot", "--results", str(place.results))

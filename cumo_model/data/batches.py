@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cumo_model.conversation import IGNORE_INDEX
+from cumo_model.processing.conversation import IGNORE_INDEX
 
 Sample = dict[
     str, Tensor | None

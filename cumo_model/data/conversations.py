@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cumo_model.conversation import (
-    IMAGE_MARKER,
-    tokenize_conversations,
-)
 from cumo_model.data.batches import pad
 from cumo_model.data.pictures import Pictures, PixelReader
 from cumo_model.data.records import picture_names, row_problems, scan
-from cumo_model.processing import image_seq_length
-from cumo_model.templates import get_template
+from cumo_model.processing.conversation import (
+    IMAGE_MARKER,
+    tokenize_conversations,
+)
+from cumo_model.processing.processor import image_seq_length
+from cumo_model.processing.templates import get_template
 
 
 class ConversationDataset(Dataset):

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cumo_model.conversation import IMAGE_MARKER, render, reserved_marker, turn_problem
 from cumo_model.data.pictures import PICTURE_SUFFIXES, Pictures
-from cumo_model.templates import get_template
+from cumo_model.processing.conversation import IMAGE_MARKER, render, reserved_marker, turn_problem
+from cumo_model.processing.templates import get_template
 
 
 @dataclass(frozen=True)

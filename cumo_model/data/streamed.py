@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from cumo_model.conversation import IMAGE_MARKER, tokenize_conversation, tokenize_conversations
 from cumo_model.data.pictures import Pictures, PixelReader
 from cumo_model.data.records import (
     Problem,
@@ -31,8 +30,13 @@ from cumo_model.data.records import (
     scan,
     with_pictures,
 )
-from cumo_model.processing import image_seq_length
-from cumo_model.templates import get_template
+from cumo_model.processing.conversation import (
+    IMAGE_MARKER,
+    tokenize_conversation,
+    tokenize_conversations,
+)
+from cumo_model.processing.processor import image_seq_length
+from cumo_model.processing.templates import get_template
 
 CHUNK = 1024  # records tokenised in one call
 INDEX_FORMAT = 3

@@ -13,17 +13,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cumo_model.cumo import CumoForConditionalGeneration
+from cumo_model.analysis.experts import load_entropy
 from cumo_model.demo.evaluate import Examiner
 from cumo_model.demo.folder import RESULT, Run, load_model, stage_recipe, write_json
 from cumo_model.demo.processes import claim, cores, locked, named, run_tasks
 from cumo_model.demo.questions import make_dataset
 from cumo_model.demo.settings import QUICK, TEMPLATE, Settings, load_settings
 from cumo_model.demo.stages import flops_of_step
-from cumo_model.experts import load_entropy
-from cumo_model.recipe import Recipe
-from cumo_model.stage import read_history
-from cumo_model.start import start_model
+from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.training.recipe import Recipe
+from cumo_model.training.stage import read_history
+from cumo_model.training.start import start_model
 
 STEPS = 300  # of stage 3
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cumo_model.conversation import tokenize_conversation, tokenize_prompt
-from cumo_model.cumo import CumoForConditionalGeneration
+from cumo_model.analysis.experts import Load, expert_load
 from cumo_model.data import ConversationDataset
-from cumo_model.experts import Load, expert_load
+from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.processing.conversation import tokenize_conversation, tokenize_prompt
 
 BATCH = 64
 CHOICE_KINDS = ("name", "kind")  # asked as a choice too; the others have too few answers to say more by it

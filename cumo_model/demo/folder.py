@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, TrainerCallback
 
-from cumo_model.cumo import CumoForConditionalGeneration
 from cumo_model.data import ConversationDataset, StepSampler
 from cumo_model.demo.settings import TEMPLATE, Settings, load_settings
-from cumo_model.monitor import ShortProgress
-from cumo_model.processing import build_processor
-from cumo_model.recipe import Recipe, load_recipe
-from cumo_model.recover import checkpoints
-from cumo_model.stage import RESULT
-from cumo_model.trainer import run_recipe
+from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.processing.processor import build_processor
+from cumo_model.training.monitor import ShortProgress
+from cumo_model.training.recipe import Recipe, load_recipe
+from cumo_model.training.recover import checkpoints
+from cumo_model.training.stage import RESULT
+from cumo_model.training.trainer import run_recipe
 
 AGAIN = "delete it, and the same command makes it again"
 SHIPPED_FOLDER = "runs/demo"  # where the shipped recipes have the demo

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 
-from cumo_model.plots import PLACES, save
+from cumo_model.analysis.plots import PLACES, save
 
 
 def _smooth(values: list[float], window: int) -> np.ndarray:

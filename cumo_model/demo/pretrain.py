@@ -2,7 +2,7 @@
 
 The vision tower learns to tell which of a batch's texts (name and keywords) belongs to which picture; the
 language model learns the facts about the training concepts, without pictures. Both are trained as every other
-stage is (`cumo_model.stage`), with models, data and losses of their own.
+stage is (`cumo_model.training.stage`), with models, data and losses of their own.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import MistralForCausalLM, set_seed
 
-from cumo_model.clip_moe import CumoVisionModel
-from cumo_model.conversation import IGNORE_INDEX
 from cumo_model.data import ConversationDataset
 from cumo_model.data.batches import pad
 from cumo_model.demo.settings import Settings
-from cumo_model.monitor import Monitor
-from cumo_model.recipe import Recipe
-from cumo_model.stage import DATA_FILE, StageTrainer, claim
-from cumo_model.trainer import training_arguments
+from cumo_model.model.clip_moe import CumoVisionModel
+from cumo_model.processing.conversation import IGNORE_INDEX
+from cumo_model.training.monitor import Monitor
+from cumo_model.training.recipe import Recipe
+from cumo_model.training.stage import DATA_FILE, StageTrainer, claim
+from cumo_model.training.trainer import training_arguments
 
 
 class Contrast(nn.Module):

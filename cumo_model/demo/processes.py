@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cumo_model.demo.settings import Settings, plain
-from cumo_model.recover import Interrupted
+from cumo_model.training.recover import Interrupted
 
 # glibc returns big blocks to the system at every free and pays page faults for them at every step; keeping
 # them made a CPU training step of the experts a quarter faster

@@ -34,11 +34,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from cumo_model.conversation import tokenize_conversations
+from cumo_model.checkpoints.folders import new_directory
 from cumo_model.demo import emoji, packages
 from cumo_model.demo.emoji import COLOURS, Drawing
 from cumo_model.demo.tokenizer import train_tokenizer
-from cumo_model.files import new_directory
+from cumo_model.processing.conversation import tokenize_conversations
 
 QUESTIONS = {  # kind of question -> its words
     "name": "what is it?",

@@ -9,14 +9,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cumo_model.chat import answer, load
+from cumo_model.analysis.experts import patch_experts
+from cumo_model.analysis.plots import PLACES, plot_expert_load, plot_patches
 from cumo_model.demo.folder import RESULT, read_json
 from cumo_model.demo.plots import plot_losses
 from cumo_model.demo.settings import TEMPLATE, Settings
-from cumo_model.experts import patch_experts
-from cumo_model.plots import PLACES, plot_expert_load, plot_patches
-from cumo_model.processing import load_image
-from cumo_model.stage import read_history
+from cumo_model.processing.processor import load_image
+from cumo_model.serving.chat import answer, load
+from cumo_model.training.stage import read_history
 
 STAGES = {  # folder -> title of its curve
     "vision": "stage 0: vision tower (contrastive)",

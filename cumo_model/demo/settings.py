@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import MistralConfig
 
-from cumo_model.config import CumoVisionConfig
+from cumo_model.model.config import CumoVisionConfig
 
 TEMPLATE = "mistral_instruct"  # of stages 2 and 3 and of every question after them
 QUICK = {  # stage -> steps, batch

@@ -6,15 +6,15 @@ import sys
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cumo_model.cumo import CumoForConditionalGeneration
+from cumo_model.analysis.experts import load_entropy
+from cumo_model.checkpoints.upcycle import step0_difference
 from cumo_model.demo.evaluate import Examiner
 from cumo_model.demo.folder import Run, write_json
 from cumo_model.demo.pretrain import build_text, build_vision
 from cumo_model.demo.settings import TEMPLATE
-from cumo_model.experts import load_entropy
-from cumo_model.stage import run_stage
-from cumo_model.start import start_model
-from cumo_model.upcycle import step0_difference
+from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.training.stage import run_stage
+from cumo_model.training.start import start_model
 
 
 def vision(run: Run) -> None:

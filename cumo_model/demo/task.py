@@ -13,7 +13,7 @@ from transformers.utils import logging
 from cumo_model.demo.ablation import run_row
 from cumo_model.demo.folder import Run
 from cumo_model.demo.stages import TASKS
-from cumo_model.recover import Interrupted
+from cumo_model.training.recover import Interrupted
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import silu
 
-from benchmarks.eager import activate
-from benchmarks.shapes import Shape
+from benchmarks.cases.eager import activate
+from benchmarks.cases.shapes import Shape
 
 CLIP = Shape("small", 24, 32, 48, 40, 4, 2, "quick_gelu", True, groups=2)
 SHAPES = {

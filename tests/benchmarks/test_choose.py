@@ -8,8 +8,9 @@ import torch
 
 from benchmarks import choose, record
 from benchmarks.__main__ import FILES, load
-from benchmarks.shapes import SHAPES
-from cumo_kernels import dispatch, explain, hardware, measured
+from benchmarks.cases.shapes import SHAPES
+from cumo_kernels import dispatch, explain
+from cumo_kernels.tiles import hardware, measured
 
 
 def row(**changes) -> record.Row:

@@ -14,7 +14,8 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.gpu import artifacts as artifacts
-from cumo_kernels import hardware, verified
+from cumo_kernels.tiles import hardware
+from cumo_kernels.verification import verified
 
 ROOT = Path(__file__).parents[2]
 HOPPER = hardware.find(artifacts.GPU)

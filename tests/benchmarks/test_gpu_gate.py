@@ -16,7 +16,7 @@ from benchmarks.gpu import __main__ as gate
 from benchmarks.gpu import engine
 from benchmarks.gpu.engine import Outcome, Step
 from benchmarks.gpu.plan import Place
-from cumo_kernels import verified
+from cumo_kernels.verification import verified
 
 
 def python(code: str, name="step", **options) -> Step:
@@ -122,19 +122,19 @@ def test_what_is_known_is_on_disk_before_the_next_step(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     summary, log, packed = (tmp_path / name for name in ("summary.md", "log.txt", "results.tgz"))
     tree = Place("cpu", tmp_path).tree
-    first = f"import pathlib; p = pathlib.Path({str(tree)!r}) / 'cumo_kernels/configs/gpu.json'\n"
+    first = f"import pathlib; p = pathlib.Path({str(tree)!r}) / 'cumo_kernels/tiles/configs/gpu.json'\n"
     first += "p.parent.mkdir(parents=True); p.write_text('{}'); print('words')"
     look = (
         "import tarfile\n"
         f"print(open({str(summary)!r}).read().count('| first | ok |'), 'words' in open({str(log)!r}).read(),"
-        f"'cumo_kernels/configs/gpu.json' in tarfile.open({str(packed)!r}).getnames())"
+        f"'cumo_kernels/tiles/configs/gpu.json' in tarfile.open({str(packed)!r}).getnames())"
     )
     monkeypatch.setattr(gate, "plan", lambda part, place: [python(first, "first"), python(look, "second")])
     assert gate.main(["--rehearse", "--out", str(tmp_path)]) == 0
     assert "| second | ok | 0 | 1 True True |" in summary.read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"summary.md", "log.txt", "results.tgz"}
     with tarfile.open(packed) as tar:
-        assert "cumo_kernels/configs/gpu.json" in tar.getnames()
+        assert "cumo_kernels/tiles/configs/gpu.json" in tar.getnames()
 
 
 def test_a_required_step_must_have_run_to_its_end(tmp_path, monkeypatch, capsys):

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
+from benchmarks.cases.shapes import SHAPES
 from benchmarks.gpu import __main__ as gate
 from benchmarks.gpu import engine, kernels, plan
 from benchmarks.gpu.engine import ROOT
 from benchmarks.gpu.plan import BUDGET, PARTS, Place
-from benchmarks.shapes import SHAPES
 from cumo_kernels import extension
 
 # the sizes of a rehearsal stand for all of them

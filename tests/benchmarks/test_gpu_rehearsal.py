@@ -12,7 +12,8 @@ import pytest
 from benchmarks.gpu import __main__ as gate
 from benchmarks.gpu.engine import Step
 from benchmarks.gpu.plan import PARTS, Place, plan
-from cumo_kernels import cases, dispatch
+from cumo_kernels import dispatch
+from cumo_kernels.verification import cases
 
 # one fault for one op of the interpreted Triton backend, in every process of the gate
 PLANTED = """
@@ -51,7 +52,7 @@ def lose(verify):
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    after = {"cumo_kernels.dispatch": plant, "cumo_kernels.verify": lose}
+    after = {"cumo_kernels.dispatch": plant, "cumo_kernels.verification.verify": lose}
 
     def find_spec(self, name, path=None, target=None):
         if name not in self.after:
@@ -163,7 +164,9 @@ def test_the_whole_plan_runs_on_a_cpu(tmp_path, capsys, alone):
     assert {path.name for path in tmp_path.iterdir()} == files
     with tarfile.open(tmp_path / "results.tgz") as tar:
         packed = tar.getnames()
-    assert {"benchmarks/REPORT.md", "cumo_kernels/configs/interpreter.json"} <= set(packed)
-    assert "cumo_kernels/measured.json" in packed and "cumo_kernels/verified.json" in packed
+    assert {"benchmarks/REPORT.md", "cumo_kernels/tiles/configs/interpreter.json"} <= set(packed)
+    assert (
+        "cumo_kernels/tiles/measured.json" in packed and "cumo_kernels/verification/verified.json" in packed
+    )
     assert [name for name in packed if re.fullmatch(r"benchmarks/results/cpu_\w+/expert_mlp\.csv", name)]
     assert os.environ.get("TRITON_INTERPRET") is None  # steps have their switches to themselves

@@ -10,8 +10,8 @@ from benchmarks.gpu import summary
 from benchmarks.gpu.engine import Outcome
 from benchmarks.gpu.plan import LAYERS, PARTS, Place, plan
 from benchmarks.record import Row
-from cumo_kernels.verdicts import Result
-from cumo_kernels.verify import _report
+from cumo_kernels.verification.verdicts import Result
+from cumo_kernels.verification.verify import _report
 
 HEAD = "# NVIDIA H100 80GB HBM3, torch 2.11.0, commit 0123456789, 2026-11-28 02:31 UTC, part prove, 440 s"
 PLAIN = Row(

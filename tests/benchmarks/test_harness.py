@@ -12,7 +12,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from benchmarks import (
+from benchmarks import harness, plot, record, timing
+from benchmarks.__main__ import FILES, load
+from benchmarks.__main__ import main as bench
+from benchmarks.cases import (
     bench_activation,
     bench_experts,
     bench_grouped_gemm,
@@ -22,17 +25,11 @@ from benchmarks import (
     bench_permutation,
     bench_routing,
     bench_scaling,
-    harness,
-    peers,
-    plot,
-    record,
     shapes,
-    timing,
 )
-from benchmarks.__main__ import FILES, load
-from benchmarks.__main__ import main as bench
+from benchmarks.cases.shapes import SHAPES, Shape
 from benchmarks.harness import Case, Workload
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.peers import table
 from cumo_kernels import dispatch
 from cumo_kernels.__main__ import main as front_door
 
@@ -90,7 +87,7 @@ def test_whole_models_run_with_the_originals_loop():
     workload = bench_model.setup(tower, torch.float32, "cpu", "uniform")
     verdict = harness.gate({"loop": workload.peers["cumo-original"]}, workload, "cpu")["loop"]
     assert (verdict.refusal, verdict.backward_refusal) == (None, None) and verdict.error < 2
-    assert set(workload.peers) | set(workload.gaps) == {peer.name for peer in peers.PEERS}
+    assert set(workload.peers) | set(workload.gaps) == {peer.name for peer in table.PEERS}
 
 
 def test_whole_models_are_what_their_rows_say():
@@ -379,7 +376,7 @@ def test_every_op_has_its_roofline(tmp_path, monkeypatch):
 def test_the_committed_report_is_what_the_committed_rows_say(monkeypatch, tmp_path):
     """python -m benchmarks.plot makes it anew; the pictures are taken as they are."""
     folder = record.RESULTS.parent
-    for name in ("results", "predicted"):
+    for name in ("results", "predictions/predicted"):
         shutil.copytree(folder / name, tmp_path / name)
     there = lambda rows, path: path if path.exists() else None
     monkeypatch.setattr(plot, "PICTURES", dict.fromkeys(plot.PICTURES, there))
@@ -398,8 +395,8 @@ def test_the_report_names_every_version_it_has_rows_of(tmp_path):
 
 
 def test_every_peer_is_there_or_has_a_reason():
-    runnable, gaps = peers.available(SMALL, torch.float32, "cpu")
-    names = {peer.name for peer in peers.PEERS}
+    runnable, gaps = table.available(SMALL, torch.float32, "cpu")
+    names = {peer.name for peer in table.PEERS}
     assert {"quack", "sonic-moe", "liger", "scattermoe", "triton_kernels", "moe-ops"} < names
     assert {"transformer-engine", "liger-cute", "dist-moe", "lightmoe"} < names
     assert {peer.name for peer in runnable} | set(gaps) == names and all(gaps.values())
@@ -412,7 +409,7 @@ def test_every_peer_of_a_layer_has_a_row_or_a_stated_gap(file):
     rows, gaps = harness.measure(file.OP, file.setup, case, "cpu", "run", 0, ["reference"], lambda line: None)
     timed, stated = {row.variant for row in rows}, [gap.variant for gap in gaps]
     assert len(stated) == len(set(stated)) and not timed & set(stated)
-    assert {peer.name for peer in peers.PEERS} <= timed | set(stated)
+    assert {peer.name for peer in table.PEERS} <= timed | set(stated)
     assert all(gap.reason and gap.mode == "all" for gap in gaps)
 
 

@@ -20,13 +20,14 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from benchmarks import bench_experts, peer_parallel, peer_quack, peer_transformers, peers, shapes
-from benchmarks.eager import activate
+from benchmarks.cases import bench_experts, shapes
+from benchmarks.cases.eager import activate
+from benchmarks.peers import expert_parallel, quack_gemm, table, transformers_experts
 from cumo_kernels.testing import assert_as_accurate_as_torch, make_routing
 from tests.benchmarks.stand_ins import CLIP, SHAPES, STAND_INS, Quack
 from tests.rounding import assert_same_formula, assert_same_sums, rounding_of
 
-BY_NAME = {peer.name: peer for peer in peers.PEERS}
+BY_NAME = {peer.name: peer for peer in table.PEERS}
 SOURCES = {  # what cannot be imported here: where a wheel has it
     "GroupedLinear.__init__": "transformer_engine/pytorch/module/grouped_linear.py",
     "GroupedLinear.forward": "transformer_engine/pytorch/module/grouped_linear.py",
@@ -52,10 +53,10 @@ def quack(monkeypatch):
 
 def real(name):
     """The package itself if `make peers` has fetched it or it is installed, or a skip that says why not."""
-    if peers.FETCHED.is_dir():
-        site.addsitedir(str(peers.FETCHED))
+    if table.FETCHED.is_dir():
+        site.addsitedir(str(table.FETCHED))
     try:
-        peers._prepare(name)
+        table._prepare(name)
         return importlib.import_module(name)
     except Exception as error:  # whatever somebody else's package raises
         pytest.skip(f"{name} cannot be imported: {type(error).__name__}: {error}")
@@ -141,7 +142,7 @@ def test_quacks_activations_are_these(ours, theirs):
     z = torch.linspace(-6, 6, 241, dtype=torch.float64, requires_grad=True)
     wanted, upstream = activate(z, ours), torch.linspace(1, 2, 241, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(wanted, z, upstream)
-    assert peer_quack.ACTIVATIONS[ours] == theirs
+    assert quack_gemm.ACTIVATIONS[ours] == theirs
     assert_same_formula(on_the_cpu(package.act_fn_map[theirs])(z), wanted)
     found = on_the_cpu(package.dact_fn_map[theirs])(z, upstream)
     assert_same_formula(list(found), [gradient, wanted])
@@ -183,8 +184,8 @@ def test_sonic_gets_our_plan_and_our_weights_as_views(monkeypatch):
 def stand_in(peer, monkeypatch):
     """-> the modules put in place of the peer's, and the list that gets every call."""
     calls = []
-    monkeypatch.setattr(peer_parallel, "_group", lambda: "of one")  # that of NCCL needs a GPU
-    peer_parallel._reserve.cache_clear()
+    monkeypatch.setattr(expert_parallel, "_group", lambda: "of one")  # that of NCCL needs a GPU
+    expert_parallel._reserve.cache_clear()
     modules = STAND_INS[peer][0](calls)
     for path, content in modules.items():
         module = types.ModuleType(path)
@@ -231,7 +232,7 @@ def signature_of(peer, function):
 
 def source_of(path):
     """A file of a fetched wheel, or a skip."""
-    found = [place / path for place in (peers.FETCHED, peers.FETCHED / "sources") if (place / path).is_file()]
+    found = [place / path for place in (table.FETCHED, table.FETCHED / "sources") if (place / path).is_file()]
     if not found:
         pytest.skip(f"there is no {path}: make peers fetches it")
     return found[0].read_text()
@@ -264,7 +265,7 @@ def declared(path, name):
 def test_this_triton_has_the_name_that_triton_kernels_wants(monkeypatch):
     target_info = pytest.importorskip("triton.language.target_info")
     monkeypatch.delattr(target_info, "is_hip_gfx1250", raising=False)
-    peers._prepare("triton_kernels.matmul")
+    table._prepare("triton_kernels.matmul")
     assert not target_info.is_hip_gfx1250()
 
 
@@ -308,11 +309,11 @@ def test_transformers_implementations_are_the_layer(name, shape):
 def test_weights_copied_for_every_slot_must_fit(monkeypatch):
     shape = SQUARE["clip"]
     peer = replace(BY_NAME["transformers-batched_mm"], module=None)
-    wanted = peer_transformers.copied_bytes(shape, torch.bfloat16)
+    wanted = transformers_experts.copied_bytes(shape, torch.bfloat16)
     rows, (H, I) = shape.T * shape.K, (shape.H, shape.I)
     assert wanted == 2 * 2 * rows * (I * H + I + H * I + H)  # a copy and its gradient, two bytes each
     for room, reason in ((wanted, None), (wanted - 1, "it needs 0 GiB, and there are 0 for it")):
-        monkeypatch.setattr(peers, "room", lambda device, room=room: room)
+        monkeypatch.setattr(table, "room", lambda device, room=room: room)
         assert peer.refuse(shape, torch.bfloat16, "cpu") == reason
     monkeypatch.undo()
     quarter = shapes.SHAPES["mixtral-quarter"]
@@ -334,7 +335,7 @@ def test_weights_copied_for_every_slot_must_fit(monkeypatch):
 def test_a_gpu_that_a_peer_is_not_made_for_is_its_reason(monkeypatch, here, reasons):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: here)
-    for peer in peers.PEERS:
+    for peer in table.PEERS:
         reason = replace(peer, module=None, needs=None).refuse(SHAPES["mixtral"], torch.bfloat16, "cuda")
         if peer.name in reasons:
             found = f"this GPU has {here[0]}.{here[1]}"
@@ -374,5 +375,5 @@ def test_what_a_peer_cannot_do_is_a_reason():
 def test_a_missing_package_is_a_gap_with_its_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "quack.gemm_interface", None)
     monkeypatch.setitem(sys.modules, "quack", None)
-    _, gaps = peers.available(CLIP, torch.bfloat16, "cuda")
+    _, gaps = table.available(CLIP, torch.bfloat16, "cuda")
     assert gaps["quack"].startswith("quack.gemm_interface cannot be imported (ModuleNotFoundError")

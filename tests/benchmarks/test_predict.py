@@ -11,11 +11,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import predict, predict_cuda, predict_ops
-from benchmarks.shapes import SHAPES
-from cumo_kernels import codegen, hardware, problems, tuning
-from cumo_kernels.hardware import KIB
-from cumo_kernels.tuning import Config, Problem
+from benchmarks.cases.shapes import SHAPES
+from benchmarks.predictions import cuda_kernels, layers, other_ops
+from cumo_kernels.tiles import codegen, hardware, problems, tuning
+from cumo_kernels.tiles.hardware import KIB
+from cumo_kernels.tiles.tuning import Config, Problem
 
 H100 = hardware.find("nvidia_h100")
 GEMM = Problem("gemm", torch.bfloat16, 1154, 4096, 1024, 4)
@@ -33,23 +33,23 @@ TILE = Config(128, 256, 64, num_warps=8, num_stages=4)
     ],
 )
 def test_blocks_per_sm(registers, shared, warps, blocks):
-    assert predict.blocks_per_sm(H100, registers, shared, warps) == blocks
+    assert layers.blocks_per_sm(H100, registers, shared, warps) == blocks
 
 
 def test_tiles_of_one_clip_crop():
     # 288.5 rows an expert fill 3 row tiles of 128; 16 column tiles
-    tiles, use = predict.tile_count(GEMM, TILE)
+    tiles, use = layers.tile_count(GEMM, TILE)
     assert tiles == 4 * 3 * 16 and use == 288.5 / 384
-    tiles, use = predict.tile_count(replace(GEMM, kind="weight_grad"), TILE)
+    tiles, use = layers.tile_count(replace(GEMM, kind="weight_grad"), TILE)
     assert tiles == 4 * 16 * 16 and use == 288.5 / 384
     # two tokens meet two of four experts
-    assert predict.tile_count(replace(GEMM, rows=2), TILE)[0] == 2 * 16
+    assert layers.tile_count(replace(GEMM, rows=2), TILE)[0] == 2 * 16
 
 
 def test_two_blocks_share_the_tensor_cores_of_one_multiprocessor():
     report = codegen.bare(SimpleNamespace(fn=SimpleNamespace(__name__="gemm")), None, H100, {})
     report.registers, report.num_warps = 255, 4
-    row = lambda blocks: predict.predict(
+    row = lambda blocks: layers.predict(
         SHAPES["clip-1-crop"],
         "up",
         GEMM,
@@ -63,8 +63,8 @@ def test_two_blocks_share_the_tensor_cores_of_one_multiprocessor():
 
 
 def test_cost():
-    assert predict.cost(GEMM) == (2 * 1154 * 4096 * 1024, 2 * (1154 * 5120 + 4 * 4096 * 1024))
-    flops, bytes_ = predict.cost(replace(GEMM, gated=True, rows=1))
+    assert layers.cost(GEMM) == (2 * 1154 * 4096 * 1024, 2 * (1154 * 5120 + 4 * 4096 * 1024))
+    flops, bytes_ = layers.cost(replace(GEMM, gated=True, rows=1))
     assert flops == 2 * 8192 * 1024 and bytes_ == 2 * (8192 + 1024 + 8192 * 1024)
 
 
@@ -75,7 +75,7 @@ def test_programs_of_a_launch_are_counted_whatever_the_form_of_the_grid(monkeypa
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, **kwargs: seen.append(kwargs))
     kernel = object.__new__(JITFunction)
     kernel.arg_names = ["n", "BLOCK"]
-    with predict_ops.grids() as programs:
+    with other_ops.grids() as programs:
         JITFunction.run(kernel, 100, grid=(3, 4), warmup=False)
         JITFunction.run(kernel, 100, grid=lambda meta: (meta["n"] // meta["BLOCK"], 2), BLOCK=25)
     assert programs == [12, 8] and len(seen) == 2
@@ -85,24 +85,24 @@ def test_a_reviewer_sees_what_got_worse():
     head = "shape,dtype,gemm,tile,stack,ms\n"
     old = head + "a,bf16,up,t1,0,1.0\na,bf16,down,t1,0,1.0\na,bf16,x,t1,0,1.0\nb,bf16,up,t1,0,1.0\n"
     new = head + "a,bf16,up,t2,0,1.2\na,bf16,down,t1,16,0.9\na,bf16,x,t1,0,0.9\n"
-    slower, spills, gone = predict.worse(old, new)
+    slower, spills, gone = layers.worse(old, new)
     assert "a bf16 up: predicted 1.0 -> 1.2 ms (t1 -> t2)" == slower
     assert spills == "a bf16 down: 0 -> 16 bytes of stack" and gone == "b bf16 up: no longer there"
-    assert predict.worse(old, old) == []
+    assert layers.worse(old, old) == []
 
 
 def test_committed_predictions_are_of_todays_tiles():
-    """Without compiling: `python -m benchmarks.predict` writes the files anew."""
-    paths = sorted(predict.FOLDER.glob("*.csv"))
+    """Without compiling: `python -m benchmarks.predictions` writes the files anew."""
+    paths = sorted(layers.FOLDER.glob("*.csv"))
     assert paths
     for path in paths:
         for line in csv.DictReader(path.read_text().splitlines()):
-            if line["gemm"] not in predict.GEMMS:
+            if line["gemm"] not in layers.GEMMS:
                 continue
             shape, dtype = SHAPES[line["shape"]], problems.DTYPES[line["dtype"]]
             has_tma = hardware.find(line["gpu"]).has_tma
-            layer = problems.layer_problems(predict.family(shape), shape.T, dtype, has_tma)
-            problem = dict(zip(predict.GEMMS, layer, strict=True))[line["gemm"]]
+            layer = problems.layer_problems(layers.family(shape), shape.T, dtype, has_tma)
+            problem = dict(zip(layers.GEMMS, layer, strict=True))[line["gemm"]]
             config = tuning.get_config(problem, hardware.find(line["gpu"]))
             tile = f"m{config.BLOCK_M} n{config.BLOCK_N} k{config.BLOCK_K} "
             assert line["tile"].startswith(tile), f"{path.name}: {line['shape']} {line['gemm']}"
@@ -125,19 +125,19 @@ def test_a_compiled_file_tells_of_its_kernels(tmp_path, capsys, monkeypatch):
     source, binary = tmp_path / "k.cu", tmp_path / "k.o"
     source.write_text(KERNELS)
     subprocess.run(["nvcc", "-arch=sm_90a", "-c", source, "-o", binary], check=True)
-    plain, scale = predict_cuda.survey(binary, predict.blocks_per_sm, predict.instruction_mix)
+    plain, scale = cuda_kernels.survey(binary, layers.blocks_per_sm, layers.instruction_mix)
     assert (plain.kernel, scale.kernel) == ("plain_kernel", "scale_kernel<float>")
     assert (plain.architecture, plain.gpu) == ("sm_90a", "nvidia_h100")
     assert (plain.threads, scale.threads, scale.static_shared, scale.stack) == (1024, 256, 256, 0)
     assert (plain.blocks_per_sm, scale.blocks_per_sm) == (2, 8)  # of 64 warps
     counts = dict(item.split(":") for item in scale.mix.split())
     assert int(counts["global"]) == 3 and int(counts["waiting"]) == 1 and int(counts["tensor"]) == 0
-    monkeypatch.setattr(predict, "FOLDER", tmp_path)
-    assert predict.main(["--extension", str(binary)]) == 0
-    assert predict.main(["--extension", str(binary), "--check"]) == 0
+    monkeypatch.setattr(layers, "FOLDER", tmp_path)
+    assert layers.main(["--extension", str(binary)]) == 0
+    assert layers.main(["--extension", str(binary), "--check"]) == 0
     path = tmp_path / "cuda/extension.csv"
     path.write_text(path.read_text().replace(",256,8,", ",256,9,").replace("plain_kernel", "old_kernel"))
-    assert predict.main(["--extension", str(binary), "--check"]) == 1
+    assert layers.main(["--extension", str(binary), "--check"]) == 1
     out = capsys.readouterr().out
     assert "sm_90a old_kernel: no longer there" in out
     assert "sm_90a scale_kernel<float>: blocks per sm 9 -> 8" in out
@@ -147,10 +147,10 @@ def test_a_compiled_file_tells_of_its_kernels(tmp_path, capsys, monkeypatch):
 @pytest.mark.timeout(600)
 def test_one_layer_compiled_for_a_gpu_that_is_not_here(monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    both = predict.survey(H100, [SHAPES["clip-1-crop"]], "bf16")
+    both = layers.survey(H100, [SHAPES["clip-1-crop"]], "bf16")
     rows, ops = both[:6], {row.gemm: row for row in both[6:]}
-    assert [row.gemm for row in rows] == list(predict.GEMMS)
-    assert set(ops) == {name for name, *_ in predict_ops.ALIGNED.values()} and len(both) == 6 + len(ops)
+    assert [row.gemm for row in rows] == list(layers.GEMMS)
+    assert set(ops) == {name for name, *_ in other_ops.ALIGNED.values()} and len(both) == 6 + len(ops)
     combine = ops["combine"]  # rows of two slots read, one written, and an index and a weight for each slot
     moved = 577 * (3 * 1024 * 2 + 2 * 8)
     assert combine.ms == combine.floor_ms == moved / H100.gb_per_s / 1e6

@@ -12,11 +12,12 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from benchmarks import bench_activation, harness, plot, record, timing
+from benchmarks import harness, plot, record, timing
 from benchmarks.__main__ import load
+from benchmarks.cases import bench_activation
+from benchmarks.cases.shapes import SHAPES, Shape
 from benchmarks.harness import Case
-from benchmarks.shapes import SHAPES, Shape
-from cumo_kernels import hardware
+from cumo_kernels.tiles import hardware
 
 SMALL = Shape("small", 24, 32, 48, 32, 4, 2, "quick_gelu", True, groups=2)
 
@@ -179,9 +180,10 @@ HANGS = """
 import sys, time, types
 from dataclasses import replace
 import argparse, torch
-from benchmarks import bench_activation, harness
+from benchmarks import harness
+from benchmarks.cases import bench_activation
 from benchmarks.harness import Case
-from benchmarks.shapes import Shape
+from benchmarks.cases.shapes import Shape
 
 def hang(x):
     time.sleep(60)
@@ -247,7 +249,7 @@ def test_the_floor_of_the_notes_is_not_the_roofline_of_the_report(tmp_path):
     """One word for one thing: the report has the data sheet's roofline, the notes say how theirs relates."""
     row = a_row(machine="nvidia_h100", timer="eager", share_of_floor=0.5)
     record.append([row], tmp_path / "results")
-    shutil.copytree(record.RESULTS.parent / "predicted", tmp_path / "predicted")
+    shutil.copytree(record.RESULTS.parent / "predictions/predicted", tmp_path / "predictions/predicted")
     text = plot.report(tmp_path / "results").read_text()
     assert "50% of roofline" in text and "| of roofline |" in text and "floor" not in text.lower()
     head = " ".join((record.RESULTS.parent / "NOTES.md").read_text().partition("\n## ")[0].split())

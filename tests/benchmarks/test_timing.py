@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_activation, bench_overhead, harness, plot, record, timing
+from benchmarks import harness, plot, record, timing
+from benchmarks.cases import bench_activation, bench_overhead
+from benchmarks.cases.shapes import Shape
 from benchmarks.harness import Case
-from benchmarks.shapes import Shape
 from benchmarks.steps import captured
 
 SMALL = Shape("small", 24, 32, 48, 32, 4, 2, "quick_gelu", True, groups=2)

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cumo_kernels
 from cumo_kernels.backends import reference
-from cumo_kernels.rounding import UnsplitSums
 from cumo_kernels.testing import Yardstick, make_routing
+from cumo_kernels.verification.rounding import UnsplitSums
 from tests.rounding import assert_same_formula
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.runtime.jit import JITFunction
 
-from cumo_kernels import codegen, hardware, problems, tuning, versions
+from cumo_kernels import versions
 from cumo_kernels.backends.triton import (
     activation,
     bias_grad,
@@ -29,6 +29,7 @@ from cumo_kernels.backends.triton import (
 )
 from cumo_kernels.backends.triton.grad_hidden import launch_grad_hidden
 from cumo_kernels.backends.triton.grouped_gemm import launch_gemm
+from cumo_kernels.tiles import codegen, hardware, problems, tuning
 
 MODULES = (
     activation, bias_grad, experts, grad_hidden, grouped_gemm, permutation, routing, sorting, tiles,

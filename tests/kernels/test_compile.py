@@ -9,23 +9,14 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cumo_kernels import (
-    activate,
-    combine,
-    dispatch,
-    expert_mlp,
-    grouped_gemm,
-    hardware,
-    measured,
-    permute,
-    route,
-)
+from cumo_kernels import activate, combine, dispatch, expert_mlp, grouped_gemm, permute, route
 from cumo_kernels.ops.activation import _activate
 from cumo_kernels.ops.experts import _expert_mlp, _expert_mlp_backward
 from cumo_kernels.ops.grouped_gemm import _grouped_gemm, _grouped_gemm_weight_grad
 from cumo_kernels.ops.permutation import _combine, _permute
 from cumo_kernels.ops.routing import _route, _sort_by_expert
 from cumo_kernels.testing import make_routing
+from cumo_kernels.tiles import hardware, measured
 from tests.rounding import assert_same_formula
 
 T, H, I, O, E, K = 12, 6, 8, 5, 4, 2

@@ -10,7 +10,7 @@ import pytest
 from cumo_kernels import extension
 
 pytest.importorskip("triton")
-from cumo_kernels.codegen import CUOBJDUMP
+from cumo_kernels.tiles.codegen import CUOBJDUMP
 
 BUILT = sorted((extension.ROOT / "cumo_kernels").glob("_C*.so"))
 pytestmark = pytest.mark.skipif(not BUILT, reason="cumo_kernels._C is not built")

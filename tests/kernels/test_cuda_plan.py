@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cumo_kernels
-from cumo_kernels import extension, hardware, tuning, use_backend
+from cumo_kernels import extension, use_backend
 from cumo_kernels.backends import reference
 from cumo_kernels.testing import assert_as_accurate_as_torch, make_routing
+from cumo_kernels.tiles import hardware, tuning
 from tests.rounding import assert_outputs_of_fp32
 
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
@@ -401,7 +402,7 @@ def test_every_share_of_a_long_gate_counts(module, dtype, num_experts):
     x, gate = (torch.randint(-1, 2, (n, 2248), device=HERE).to(dtype) for n in (37, num_experts))
     more = (None, 1, 2, True)
     assert torch.equal(module.route(x, gate, *more)[1], reference.route(x, gate, *more)[1])
-    # whole numbers also where sums are made to err (cumo_kernels/rounding.py)
+    # whole numbers also where sums are made to err (cumo_kernels/verification/rounding.py)
     truth = lambda x, gate: reference.route((x @ gate.T).round(), None, *more)[::2]
     assert_outputs_of_fp32(lambda *inputs: module.route(*inputs, *more)[::2], truth, dtype, x, gate)
 

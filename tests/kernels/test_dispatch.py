@@ -14,9 +14,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cumo_kernels
-from cumo_kernels import dispatch, explain, extension, hardware, measured, use_backend
+from cumo_kernels import dispatch, explain, extension, use_backend
 from cumo_kernels.__main__ import main
 from cumo_kernels.dispatch import BACKENDS, OPS
+from cumo_kernels.tiles import hardware, measured
 
 
 def run(code, cwd=None, **environment):

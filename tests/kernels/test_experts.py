@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cumo_kernels import ACTIVATIONS, expert_mlp, route, routing_from_topk, tuning, use_backend
+from cumo_kernels import ACTIVATIONS, expert_mlp, route, routing_from_topk, use_backend
 from cumo_kernels.backends import reference
 from cumo_kernels.testing import PATTERNS, assert_as_accurate_as_torch, make_routing
+from cumo_kernels.tiles import tuning
 from tests.rounding import assert_same_formula
 
 SHAPES = [  # num_tokens, hidden_size, intermediate_size, output_size, num_experts, top_k

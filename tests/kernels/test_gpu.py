@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from cumo_kernels import cases
-from cumo_kernels.verify import backends_of, check, excused
+from cumo_kernels.verification import cases
+from cumo_kernels.verification.verify import backends_of, check, excused
 
 pytestmark = pytest.mark.gpu
 NAMES = backends_of("cuda")[0] if torch.cuda.is_available() else ["none"]

@@ -16,10 +16,10 @@ from triton.backends import nvidia
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from cumo_kernels import codegen, tuning
 from cumo_kernels.backends.triton import capture
 from cumo_kernels.backends.triton import launch as launching
 from cumo_kernels.backends.triton.launch import Launch, can_describe, describe, planned, settle
+from cumo_kernels.tiles import codegen, tuning
 
 
 class Parameter:
@@ -277,7 +277,7 @@ def test_an_option_that_triton_does_not_take_is_not_asked_for(caplog):
 
 @compiling
 def test_what_this_triton_compiles_describes_every_argument():
-    from cumo_kernels import codegen
+    from cumo_kernels.tiles import codegen
 
     seen = []
 

@@ -1,6 +1,6 @@
 """What a choice makes of proofs and self-checks: asked once, kept, shared, refused with a reason.
 
-CPU tensors stand for a GPU's, and answers for checks: the checks themselves are in test_selfcheck.py.
+CPU tensors stand for a GPU's, and answers for checks: the checks themselves are in test_self_check.py.
 """
 
 import json
@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cumo_kernels import dispatch, explain, hardware, permute, proofs, verdict_file, verdicts, verified
+from cumo_kernels import dispatch, explain, permute
 from cumo_kernels.__main__ import main
 from cumo_kernels.testing import make_routing
+from cumo_kernels.tiles import hardware
+from cumo_kernels.verification import proofs, verdict_file, verdicts, verified
 
 SWITCHES = (*verdicts.SWITCHES, "CUMO_BACKEND", "CUMO_SELF_CHECK", "LOCAL_RANK")
 X = torch.zeros(4, 4)

@@ -163,7 +163,7 @@ def test_gate_in_every_dtype(backend, device, dtype, num_tokens, hidden_size, nu
     forward, backward = (dispatch.implementation(backend, op) for op in ("route", "route_backward"))
 
     def truth(x, gate):
-        logits = x @ gate.T  # whole also where sums are made to err (cumo_kernels/rounding.py)
+        logits = x @ gate.T  # whole also where sums are made to err (cumo_kernels/verification/rounding.py)
         return reference.route(logits + (logits.round() - logits).detach(), None, *more)[::2]
 
     found = forward(x, gate, *more)

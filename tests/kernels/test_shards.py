@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cumo_kernels import cases, shards, verify
 from cumo_kernels.__main__ import main
-from cumo_kernels.cases import Case
-from cumo_kernels.shards import Job, Shards, bytes_of, last_words
+from cumo_kernels.verification import cases, shards, verify
+from cumo_kernels.verification.cases import Case
+from cumo_kernels.verification.shards import Job, Shards, bytes_of, last_words
 
 PLANTED = """
 import os, time, torch
@@ -57,7 +57,7 @@ def command(monkeypatch, tmp_path):
         path = tmp_path / "planted.py"
         path.write_text(program)
         monkeypatch.setattr(shards, "command", lambda: [sys.executable, str(path)])
-        monkeypatch.setenv("PYTHONPATH", str(Path(shards.__file__).parents[1]))
+        monkeypatch.setenv("PYTHONPATH", str(Path(shards.__file__).parents[2]))
 
     return replace
 

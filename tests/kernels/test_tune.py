@@ -12,12 +12,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cumo_kernels import problems, tune, tuning
 from cumo_kernels.__main__ import main
-from cumo_kernels.candidates import listed
 from cumo_kernels.extension import ROOT
-from cumo_kernels.hardware import GPUS, find
-from cumo_kernels.tuning import Config, Entry, Problem
+from cumo_kernels.tiles import problems, tune, tuning
+from cumo_kernels.tiles.candidates import listed
+from cumo_kernels.tiles.hardware import GPUS, find
+from cumo_kernels.tiles.tuning import Config, Entry, Problem
 
 BF16 = torch.bfloat16
 PROBLEM = Problem("gemm", BF16, 9216, 4096, 1024, 4, gathered=True)

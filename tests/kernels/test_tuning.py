@@ -10,12 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cumo_kernels import expert_mlp, grouped_gemm, problems, routing_from_topk, tune, tuning, use_backend
+from cumo_kernels import expert_mlp, grouped_gemm, routing_from_topk, use_backend
 from cumo_kernels.__main__ import main
 from cumo_kernels.backends import reference
-from cumo_kernels.hardware import GPUS, INTERPRETER, KIB, assume, find, gpu_of, match
 from cumo_kernels.testing import assert_as_accurate_as_torch, make_routing
-from cumo_kernels.tuning import Config, Entry, Problem
+from cumo_kernels.tiles import problems, tune, tuning
+from cumo_kernels.tiles.hardware import GPUS, INTERPRETER, KIB, assume, find, gpu_of, match
+from cumo_kernels.tiles.tuning import Config, Entry, Problem
 
 SOURCE = tuning.CONFIGS
 SHIPPED = sorted(path.stem for path in SOURCE.glob("*.json"))

@@ -8,22 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cumo_kernels import (
-    cases,
-    dispatch,
-    explain,
-    extension,
-    hardware,
-    measured,
-    permute,
-    proofs,
-    verdicts,
-    verified,
-    verify,
-)
+from cumo_kernels import dispatch, explain, extension, permute
 from cumo_kernels.__main__ import main
 from cumo_kernels.testing import make_routing
-from cumo_kernels.verdicts import Result
+from cumo_kernels.tiles import hardware, measured
+from cumo_kernels.verification import cases, proofs, verdicts, verified, verify
+from cumo_kernels.verification.verdicts import Result
 
 H100, H200 = hardware.find("nvidia_h100"), hardware.find("nvidia_h200")
 X = types.SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, ndim=2, shape=(4, 4))
@@ -261,7 +251,7 @@ def test_the_hash_is_of_names_and_bytes(tmp_path):
     hashed = lambda backend: verified.source_of.__wrapped__(backend, tmp_path)
     triton, cuda = hashed("triton"), hashed("cuda")
     assert len(triton) == len(cuda) == 16 and triton != cuda
-    (tmp_path / "cumo_kernels/tune.py").write_text("x")
+    (tmp_path / "cumo_kernels/tiles/tune.py").write_text("x")
     assert (hashed("triton"), hashed("cuda")) == (triton, cuda)
     (tmp_path / "csrc/c.cu").write_bytes(b"1\r\n")
     assert hashed("triton") == triton and hashed("cuda") != cuda

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cumo_kernels import cases, dispatch, verdicts, verify
+from cumo_kernels import dispatch
 from cumo_kernels.__main__ import main
-from cumo_kernels.cases import FAMILIES, OPS, Case, all_cases, parse
 from cumo_kernels.testing import Yardstick
-from cumo_kernels.verify import check
+from cumo_kernels.verification import cases, verdicts, verify
+from cumo_kernels.verification.cases import FAMILIES, OPS, Case, all_cases, parse
+from cumo_kernels.verification.verify import check
 
 COMBINE = Case("combine", T=12, H=16)
 

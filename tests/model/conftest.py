@@ -29,7 +29,7 @@ def mistral(mistral_model, tmp_path_factory):
     """Mistral's tokenizer as a folder with its tokenizer.model gives it, and that model in SentencePiece."""
     import sentencepiece
 
-    from cumo_model.processing import load_tokenizer
+    from cumo_model.processing.processor import load_tokenizer
 
     folder = tmp_path_factory.mktemp("mistral")
     (folder / "tokenizer.model").write_bytes(mistral_model.read_bytes())

@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from cumo_model import CumoVisionConfig, CumoVisionModel, record_routing
-from cumo_model.losses import place_losses
+from cumo_model.model.losses import place_losses
 from tests.model.gradients import gradients
 from tests.rounding import assert_same_formula, assert_spread
 

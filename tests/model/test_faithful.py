@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from cumo_kernels.rounding import UnsplitSums
+from cumo_kernels.verification.rounding import UnsplitSums
 from cumo_model import CumoForConditionalGeneration, MoELayer
-from cumo_model.layout import original_names
+from cumo_model.checkpoints.layout import original_names
 from tests.model import original
 from tests.rounding import assert_same_formula
 

@@ -10,7 +10,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import cumo_kernels.integrations.transformers  # noqa: F401  registers "cumo"
 from cumo_kernels import hostsync, use_backend
 from cumo_kernels.hostsync import HostSync, no_host_sync
-from cumo_model.merge import check_no_placeholders, check_placeholders
+from cumo_model.model.image_tokens import check_no_placeholders, check_placeholders
 
 # it looks whether a padding mask is all ones, to hand attention none; not while a graph is traced
 MASKS = "transformers.masking_utils"

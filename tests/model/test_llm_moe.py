@@ -9,7 +9,7 @@ from transformers import LlamaConfig, MistralConfig, MixtralConfig, MixtralModel
 
 from cumo_kernels.testing import assert_as_accurate_as_torch
 from cumo_model import MoELayer, load_balancing_loss, record_routing, router_z_loss
-from cumo_model.llm_moe import CumoMixtralModel, build_language_model
+from cumo_model.model.llm_moe import CumoMixtralModel, build_language_model
 from tests.rounding import assert_spread
 
 SIZES = {

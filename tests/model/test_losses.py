@@ -6,7 +6,7 @@ import torch
 from cumo_kernels import RouterStats, route
 from cumo_kernels.testing import assert_as_accurate_as_torch
 from cumo_model import load_balancing_loss, router_z_loss
-from cumo_model.losses import place_losses
+from cumo_model.model.losses import place_losses
 from tests.rounding import assert_same_formula
 
 

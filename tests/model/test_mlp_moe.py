@@ -7,7 +7,7 @@ from torch.nn.functional import gelu
 
 from cumo_kernels.testing import assert_as_accurate_as_torch
 from cumo_model import load_balancing_loss, record_routing, router_z_loss
-from cumo_model.mlp_moe import CumoProjector
+from cumo_model.model.mlp_moe import CumoProjector
 
 
 def literal(x, gate, up, up_bias, down, down_bias):

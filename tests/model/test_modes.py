@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from cumo_model import CumoForConditionalGeneration
-from cumo_model.recipe import load_recipe
-from cumo_model.trainer import build_trainer, run_recipe, training_arguments
-from tests.model.training import write_data, write_model, write_recipe
+from cumo_model.training.recipe import load_recipe
+from cumo_model.training.trainer import build_trainer, run_recipe, training_arguments
+from tests.model.training.small_runs import write_data, write_model, write_recipe
 from tests.rounding import assert_close_after, assert_same_formula, assert_same_sums, in_fp64, rounding_of
 
 

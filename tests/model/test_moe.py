@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cumo_kernels import route
 from cumo_kernels.testing import assert_as_accurate_as_torch
-from cumo_model import MoELayer, load_balancing_loss, moe, record_routing, router_z_loss
+from cumo_model import MoELayer, load_balancing_loss, record_routing, router_z_loss
+from cumo_model.model import moe
 from tests.rounding import assert_same_formula
 
 

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels import tuning
 from cumo_kernels.backends.triton.common import narrow, wait_for_earlier
 from cumo_kernels.backends.triton.launch import Launch, cdiv, planned
 from cumo_kernels.backends.triton.tiles import sum_rows
+from cumo_kernels.tiles import tuning
 
 
 @triton.jit

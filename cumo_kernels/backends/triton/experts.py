@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels import tuning
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.backends.triton.bias_grad import launch_bias_grad
 from cumo_kernels.backends.triton.common import act, narrow, only_if, wait_for_earlier
@@ -36,6 +35,7 @@ from cumo_kernels.backends.triton.launch import (
 )
 from cumo_kernels.backends.triton.permutation import combine, permute
 from cumo_kernels.backends.triton.weight_grad import launch_weight_grad
+from cumo_kernels.tiles import tuning
 
 
 @triton.jit

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels import tuning
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.backends.triton.common import act_and_grad, dot, input_precision, narrow, wait_for_earlier
 from cumo_kernels.backends.triton.launch import Launch, can_describe, cdiv, describe, next_power_of_2, planned
@@ -25,6 +24,7 @@ from cumo_kernels.backends.triton.tiles import (
     load_weight,
     upper_bound,
 )
+from cumo_kernels.tiles import tuning
 
 HIDDEN_SUMS = 16  # this epilogue holds z, act and act' beside every sum it finishes
 

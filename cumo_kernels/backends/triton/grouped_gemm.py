@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels import tuning
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.backends.triton.common import act, dot, input_precision, narrow, only_if, wait_for_earlier
 from cumo_kernels.backends.triton.launch import (
@@ -38,6 +37,7 @@ from cumo_kernels.backends.triton.tiles import (
     upper_bound,
 )
 from cumo_kernels.backends.triton.weight_grad import launch_weight_grad
+from cumo_kernels.tiles import tuning
 
 
 @triton.jit

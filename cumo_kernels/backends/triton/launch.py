@@ -24,9 +24,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cumo_kernels import tuning
 from cumo_kernels.backends.triton import capture
 from cumo_kernels.backends.triton.common import PDL
+from cumo_kernels.tiles import tuning
 
 log = logging.getLogger(__name__)
 # multiplications and additions are fused, as in Triton 3.6, whose default that is: 3.10 will have another

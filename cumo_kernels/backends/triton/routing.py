@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels import tuning
 from cumo_kernels.backends.triton.common import (
     dot,
     input_precision,
@@ -45,7 +44,8 @@ from cumo_kernels.backends.triton.logits import (
 )
 from cumo_kernels.backends.triton.sorting import sort_by_expert
 from cumo_kernels.backends.triton.tiles import sum_rows
-from cumo_kernels.hardware import KIB, Gpu, gpu_of
+from cumo_kernels.tiles import tuning
+from cumo_kernels.tiles.hardware import KIB, Gpu, gpu_of
 
 __all__ = ["route", "route_backward", "sort_by_expert"]
 

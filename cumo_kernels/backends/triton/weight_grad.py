@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels import tuning
 from cumo_kernels.backends.triton.common import dot, input_precision, narrow, wait_for_earlier
 from cumo_kernels.backends.triton.launch import Launch, can_describe, cdiv, describe, planned
 from cumo_kernels.backends.triton.tiles import grouped_order, halves, sum_rows
+from cumo_kernels.tiles import tuning
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Other people's kernels, as variants of our cases."""

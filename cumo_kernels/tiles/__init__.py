@@ -1,0 +1,1 @@
+"""Which tile sizes a GEMM runs with on which GPU, and what was measured there."""

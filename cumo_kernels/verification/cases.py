@@ -1,0 +1,434 @@
+"""Cases: calls of the public ops as data, shared by checks, the search for failures and the command line.
+
+A case is written as it is read: `expert_mlp T=57 H=49 activation=swiglu dtype=bf16`; what is left out has
+the default of `Case`. `build` makes the call, its plain counterpart and the inputs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from cumo_kernels import ops
+from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.backends import reference
+from cumo_kernels.tiles.problems import DTYPES
+from cumo_kernels.types import Routing
+from cumo_kernels.verification.accuracy import PATTERNS, make_routing
+
+LAYOUTS = ("contiguous", "transposed", "strided", "shifted")
+OPS = ("expert_mlp", "route", "grouped_gemm", "permute", "combine", "activate")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. Letters as in cumo_kernels/types.py; an op ignores what it has no use for.
+
+    route takes logits, or with `gated` hidden states and a gate; grouped_gemm has weights (E, I, H) and with
+    `gated` takes its rows in token order; pattern "dropped" is "uniform" with a third of the slots dropped.
+    The logits of an `exact` gated route are exact in every dtype, in whatever order they are summed. `ragged`
+    groups are of any length, and a token may be in none.
+    """
+
+    op: str
+    T: int = 40
+    H: int = 32
+    I: int = 24
+    O: int = 16
+    E: int = 4
+    K: int = 2
+    activation: str = "quick_gelu"
+    bias: bool = True
+    gated: bool = False
+    exact: bool = False
+    memory: str = "preact"
+    groups: int = 1
+    ragged: bool = False
+    pattern: str = "uniform"
+    layout: str = "contiguous"  # of the rows that go in
+    dtype: str = "fp32"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        words = [self.op]
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                words.append(f"{field.name}={int(value) if isinstance(value, bool) else value}")
+        return " ".join(words)
+
+    @property
+    def problem(self) -> str | None:
+        """Why this is no call, or None."""
+        for name, known in (
+            ("op", OPS),
+            ("activation", ACTIVATIONS),
+            ("memory", ops.experts.MEMORY_PLANS),
+            ("pattern", (*PATTERNS, "dropped")),
+            ("layout", LAYOUTS),
+            ("dtype", DTYPES),
+        ):
+            if getattr(self, name) not in known:
+                return f"{name} must be one of {list(known)}, got {getattr(self, name)!r}"
+        for name in ("H", "I", "O", "E", "K", "groups"):
+            if getattr(self, name) < 1:
+                return f"{name} must be at least 1, got {getattr(self, name)}"
+        if self.T < 0:
+            return f"T must be at least 0, got {self.T}"
+        if self.K > self.E:
+            return f"K must be at most E = {self.E}, got {self.K}"
+        if self.T % self.groups:
+            return f"groups must divide T = {self.T}, got {self.groups}"
+        return None
+
+
+def parse(text: str) -> Case:
+    """The case that `str` wrote.
+
+    Raises:
+        ValueError: a word, a name or a value does not fit.
+    """
+    op, *words = text.split() or [""]
+    kinds = {field.name: field.type for field in fields(Case)}
+    given = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in kinds or name == "op" or not value:
+            raise ValueError(f"a case is 'op name=value ...' with names {list(kinds)[1:]}, got {word!r}")
+        try:
+            given[name] = {int: int, bool: lambda v: bool(int(v)), str: str}[kinds[name]](value)
+        except ValueError:
+            raise ValueError(f"{name} must be a number, got {value!r}") from None
+    case = Case(op, **given)
+    if case.problem is not None:
+        raise ValueError(case.problem)
+    return case
+
+
+@dataclass(frozen=True)
+class Call:
+    """A case, ready to run; `run` and `truth` take `inputs`."""
+
+    run: Callable[..., Tensor | tuple[Tensor, ...]]  # through the public op
+    truth: Callable[..., Tensor | tuple[Tensor, ...]]  # plain PyTorch
+    inputs: tuple[Tensor, ...]
+    integers: Callable[..., tuple[Tensor, ...]] | None = None  # what must be exact, from the public op
+    true_integers: tuple[Tensor, ...] = ()
+    reroute: Callable[[], None] | None = None  # another routing from now on, in the same memory
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The values of `x` (rows, columns) in another place in memory, differentiably."""
+    if layout == "transposed":
+        return x.T.contiguous().T
+    if layout == "strided":
+        return torch.nn.functional.pad(x, (0, 3))[:, : x.shape[1]]
+    if layout == "shifted":  # one element past an aligned address
+        return torch.nn.functional.pad(x.flatten(), (1, 0))[1:].view(x.shape)
+    return x
+
+
+def _routing(case: Case, device: str) -> Routing:
+    if case.pattern != "dropped":
+        return make_routing(case.pattern, case.T, case.E, case.K, device, case.seed)
+    plan = make_routing("uniform", case.T, case.E, case.K, device, case.seed)
+    generator = torch.Generator().manual_seed(case.seed)
+    drop = (torch.rand(case.T, case.K, generator=generator) < 1 / 3).to(device)
+    indices = torch.where(drop, case.E, plan.topk_indices)
+    return ops.routing_from_topk(plan.topk_weights, indices, case.E)
+
+
+def _plan(routing: Routing) -> tuple[Tensor, ...]:
+    return (
+        routing.tokens_per_expert,
+        routing.expert_offsets,
+        routing.permutation,
+        routing.inverse_permutation,
+    )
+
+
+def _reroute(case: Case, routing: Routing, device: str) -> None:
+    """Overwrite `routing` with one that sends the tokens elsewhere."""
+    pattern = "skewed" if case.pattern == "one_expert" else "one_expert"
+    other = make_routing(pattern, case.T, case.E, case.K, device, case.seed + 1)
+    routing.topk_indices.copy_(other.topk_indices)
+    for old, new in zip(_plan(routing), _plan(other), strict=True):
+        old.copy_(new)
+
+
+def build(case: Case, device: str = "cpu") -> Call:
+    """The call of `case`, on random inputs that its seed fixes.
+
+    Raises:
+        ValueError: `case` has a problem.
+    """
+    if case.problem is not None:
+        raise ValueError(case.problem)
+    generator = torch.Generator().manual_seed(case.seed)
+    dtype = DTYPES[case.dtype]
+    draw = lambda *size: torch.randn(*size, generator=generator).to(device, dtype)
+    T, H, I, O, E, K = case.T, case.H, case.I, case.O, case.E, case.K
+    width = I * (1 + ACTIVATIONS[case.activation].is_gated)
+    place = lambda x: laid_out(x, case.layout)
+
+    if case.op == "activate":
+        name = case.activation
+        return Call(
+            lambda x: ops.activate(place(x), name), lambda x: reference.activate(x, name), (draw(T, width),)
+        )
+    if case.op == "route":
+        return _build_route(case, device, draw, generator)
+
+    routing = _routing(case, device)
+    indices, inverse, offsets = routing.topk_indices, routing.inverse_permutation, routing.expert_offsets
+    permutation = routing.permutation
+    integers = lambda *_: _plan(ops.routing_from_topk(routing.topk_weights, indices, E))
+    exact = {
+        "integers": integers,
+        "true_integers": reference.sort_by_expert(indices, E),
+        "reroute": lambda: _reroute(case, routing, device),
+    }
+    if case.op == "permute":
+        return Call(
+            lambda x: ops.permute(place(x), routing),
+            lambda x: reference.permute(x, permutation, inverse, K),
+            (draw(T, H),),
+            **exact,
+        )
+    if case.op == "combine":
+        return Call(
+            lambda rows, w: ops.combine(place(rows), ops.routing_from_topk(w, indices, E)),
+            lambda rows, w: reference.combine(rows, w, inverse, K),
+            (draw(T * K, H), routing.topk_weights),
+            **exact,
+        )
+    biases = (draw(E, width),) if case.bias else ()
+    up = draw(E, width, H) / H**0.5
+    if case.op == "grouped_gemm":
+        plan = (permutation, inverse) if case.gated else (None, None)
+        return Call(
+            lambda x, w, b=None: ops.grouped_gemm(
+                place(x), w, offsets, bias=b, gather=routing if case.gated else None,
+                activation=case.activation,
+            ),
+            lambda x, w, b=None: reference.grouped_gemm(x, w, offsets, b, *plan, K, case.activation)[0],
+            (draw(T if case.gated else T * K, H), up, *biases),
+            **exact,
+        )  # fmt: skip
+    if case.bias:
+        biases += (draw(E, O),)
+    return Call(
+        lambda x, w, up, down, *b: ops.expert_mlp(
+            place(x), ops.routing_from_topk(w, indices, E), up, down, *b,
+            activation=case.activation, memory=case.memory,
+        ),
+        lambda x, w, up, down, *b: reference.expert_mlp(
+            x, w, permutation, inverse, offsets, up, down, *(b or (None, None)), case.activation, "none"
+        )[0],
+        (draw(T, H), routing.topk_weights, up, draw(E, O, I) / I**0.5, *biases),
+        **exact,
+    )  # fmt: skip
+
+
+EXACT_TERMS = 250  # of a logit: bf16 holds every integer up to 256
+EXACT_UNIT = 1 / 8  # what each of them is, so that the softmax of a few hundred is no step
+
+
+def _exact_inputs(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens (T, H) of -1, 0 and 1 and a gate (E, H) of -1/8 and 1/8, in fp32.
+
+    At most EXACT_TERMS products of a token and an expert are not zero, so all partial sums are multiples of
+    EXACT_UNIT that bf16 holds, also after the yardstick's random signs. Every column has its share: of any
+    `apart` consecutive tokens one is not zero there.
+    """
+    apart = -(-case.H // EXACT_TERMS)
+    turns = torch.randperm(case.H, generator=generator) + torch.arange(case.T)[:, None]
+    sign = lambda *size: torch.randint(2, size, generator=generator) * 2.0 - 1
+    return sign(case.T, case.H) * (turns % apart == 0), sign(case.E, case.H) * EXACT_UNIT
+
+
+def _exact_logits(x: Tensor, gate: Tensor) -> Tensor:
+    """x @ gate.T for such inputs, also where sums are made to err (rounding.py): these do not.
+
+    An error in the logits, be it ever so small, would decide between equal ones and so excuse any weight.
+    """
+    logits = x @ gate.T
+    nearest = (logits.detach() / EXACT_UNIT).round() * EXACT_UNIT
+    return logits + (nearest - logits.detach())
+
+
+def _build_route(case: Case, device: str, draw: Callable[..., Tensor], generator: torch.Generator) -> Call:
+    """Weights and statistics; a gate's logits must be `exact`, or their rounding decides who is chosen."""
+    groups, offsets = case.groups, None
+    if case.ragged:
+        ends = torch.randint(case.T + 1, (groups + 1,), generator=generator, dtype=torch.int32)
+        groups = offsets = ends.sort().values.to(device)
+    args = (offsets, case.groups, case.K, True)
+    place = lambda x: laid_out(x, case.layout)
+
+    def found(x: Tensor, *gate: Tensor) -> Routing:
+        return ops.route(place(x), case.K, *gate, groups=groups)
+
+    def run(x: Tensor, *gate: Tensor) -> tuple[Tensor, ...]:
+        routing = found(x, *gate)
+        return routing.topk_weights, routing.stats.mean_probs, routing.stats.mean_squared_logsumexp
+
+    if case.gated and not case.exact:
+        inputs = (draw(case.T, case.H), draw(case.E, case.H) / case.H**0.5)
+        return Call(run, lambda x, w: reference.route(x, w, *args)[::2], inputs)
+    if case.gated:
+        logits_of = _exact_logits
+        inputs = tuple(t.to(device, DTYPES[case.dtype]) for t in _exact_inputs(case, generator))
+    else:
+        logits_of, inputs = (lambda x: x), (draw(case.T, case.E),)
+    indices = reference.route(logits_of(*inputs), None, *args)[1]
+    return Call(
+        run,
+        lambda *inputs: reference.route(logits_of(*inputs), None, *args)[::2],
+        inputs,
+        integers=lambda *inputs: (found(*inputs).topk_indices, *_plan(found(*inputs))),
+        true_integers=(indices, *reference.sort_by_expert(indices, case.E)),
+    )
+
+
+MATMULS = ("expert_mlp", "grouped_gemm")
+ACTIVATED = (*MATMULS, "activate")
+# every op meets every family, or those of its "ops"; any other value replaces the default of `Case`
+FAMILIES: dict[str, dict] = {
+    "plain": {},
+    "no-token": {"T": 0},
+    "one-token": {"T": 1},
+    "odd-tails": {"T": 57, "H": 97, "I": 34, "O": 35, "E": 7, "K": 3},
+    "top_k-equals-experts": {"T": 24, "K": 4},
+    "one-expert": {"T": 33, "E": 1, "K": 1},
+    "many-experts": {"T": 64, "E": 64, "K": 8},
+    "skewed": {"T": 96, "pattern": "skewed"},
+    "empty-experts": {"T": 30, "pattern": "empty"},
+    "all-to-one": {"T": 48, "pattern": "one_expert"},
+    "dropped-slots": {"T": 41, "pattern": "dropped"},
+    "swiglu-no-bias": {"activation": "swiglu", "bias": False, "memory": "x"},
+    "gelu-all": {"T": 57, "activation": "gelu", "memory": "all"},
+    "ragged-groups": {"ops": ("route",), "T": 57, "groups": 3, "ragged": True},
+    "geglu-gathered": {"T": 57, "activation": "geglu", "gated": True, "groups": 3},
+    "transposed": {"layout": "transposed"},
+    "strided": {"layout": "strided"},
+    "shifted": {"layout": "shifted"},
+    "several-tiles": {"T": 300, "H": 128, "I": 160, "O": 96},
+    "relu": {"ops": ACTIVATED, "activation": "relu"},
+    "silu": {"ops": ACTIVATED, "activation": "silu"},
+    "gelu-tanh": {"ops": ACTIVATED, "activation": "gelu_tanh"},
+    "geglu-tanh": {"ops": ACTIVATED, "activation": "geglu_tanh"},
+}
+ROUTER = {"ops": ("route",), "gated": True, "exact": True, "T": 300, "H": 1024}
+SORTED = {"T": 2308, "H": 512, "I": 640, "O": 384}  # slots enough that both backends copy rows in their order
+DECODE = {"ops": ("expert_mlp",), "E": 8, "activation": "swiglu", "bias": False}
+ALIGNED: dict[str, dict] = {  # small, and yet what TMA and wgmma take
+    "aligned": {"T": 300, "H": 512, "I": 640, "O": 384},
+    "aligned-swiglu": {
+        "T": 300, "H": 512, "I": 640, "O": 512, "E": 8, "activation": "swiglu", "bias": False,
+    },
+    "aligned-router": ROUTER | {"H": 512},
+    "aligned-sorted": SORTED | {"ops": MATMULS},
+    "aligned-decode-1": DECODE | {"T": 1, "H": 512, "I": 1024, "O": 512},
+    "aligned-decode-16": DECODE | {"T": 16, "H": 512, "I": 1024, "O": 512},
+}  # fmt: skip
+GPU_FAMILIES: dict[str, dict] = ALIGNED | {
+    "clip-crop": {"T": 577, "H": 1024, "I": 4096, "O": 1024},
+    "clip-long": {"T": 4616, "H": 1024, "I": 4096, "O": 1024},
+    "clip-skewed": {"T": 4616, "H": 1024, "I": 4096, "O": 1024, "pattern": "skewed"},
+    "connector": {"T": 576, "H": 2048, "I": 4096, "O": 4096, "activation": "gelu"},
+    # with fewer tokens the weights of slots would be few enough for several draws, 45 GB of fp64 gradients
+    "mixtral-32": {
+        "T": 32, "H": 4096, "I": 3584, "O": 4096, "E": 8, "activation": "swiglu", "bias": False,
+    },
+    # with as few tokens as these the yardstick has up to eight draws, 9 GB
+    "decode-1": DECODE | {"T": 1, "H": 1024, "I": 2048, "O": 1024},
+    "decode-16": DECODE | {"T": 16, "H": 1024, "I": 2048, "O": 1024},
+    "sorted-dropped": SORTED | {"T": 2400, "pattern": "dropped"},
+    "sorted-dropped-swiglu": SORTED | {
+        "ops": MATMULS, "T": 2400, "E": 8, "activation": "swiglu", "memory": "x", "pattern": "dropped",
+    },
+    "256-experts": {"ops": ("route", "permute", "combine", *MATMULS), "T": 96, "E": 256, "K": 8},
+    "memory-x": SORTED | {"ops": ("expert_mlp",), "T": 600, "memory": "x"},
+    "memory-all": SORTED | {"ops": ("expert_mlp",), "T": 600, "memory": "all"},
+    "gated-router": ROUTER,
+    "gated-router-16": ROUTER | {"T": 16},
+    "gated-router-rounded": ROUTER | {"exact": False},  # in fp32: whether products are fp32's
+    "gated-router-groups": ROUTER | {"T": 320, "groups": 5},
+    "gated-router-ragged": ROUTER | {"T": 320, "groups": 5, "ragged": True},
+    "gated-router-8": ROUTER | {"H": 4096, "E": 8},
+    "gated-router-8-16": ROUTER | {"T": 16, "H": 4096, "E": 8},
+    "gated-router-64": ROUTER | {"H": 512, "E": 64, "K": 8},
+    "gated-router-64-16": ROUTER | {"T": 16, "H": 512, "E": 64, "K": 8},
+}  # fmt: skip
+# what Triton's interpreter, a second or so a call, is given unasked: one awkward family, not every path
+FEW: dict[str, dict] = {
+    "awkward": {
+        "T": 57, "H": 97, "I": 34, "O": 35, "E": 7, "K": 3, "activation": "geglu", "gated": True, "groups": 3,
+        "ragged": True, "pattern": "dropped", "layout": "strided",
+    },
+    "awkward-gelu": {
+        "T": 57, "H": 97, "I": 34, "O": 35, "E": 7, "K": 3, "activation": "gelu", "groups": 3,
+        "pattern": "dropped", "layout": "strided",
+    },
+}  # fmt: skip
+
+# for rehearsals: tokens enough that no draw of few elements is repeated
+TINY: dict[str, dict] = {"tiny": {"T": 33, "H": 32, "I": 32, "O": 48, "E": 3}}
+
+
+def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[str, ...] = OPS):
+    """Yields (family, case). Families that an op cannot tell apart give it one case.
+
+    Ops take turns, so that whatever time there is sees all of them.
+    """
+    seen = set()
+    for family, values in families.items():
+        values = dict(values)
+        ops_of_family = values.pop("ops", OPS)
+        for dtype in dtypes:
+            for op in names:
+                if op not in ops_of_family:
+                    continue
+                case = Case(op, **values, dtype=dtype)
+                if dtype != "fp32":  # rounded logits tie, and fp64's do not: no yardstick
+                    case = replace(case, exact=True)
+                case = used(case)
+                if case not in seen:
+                    seen.add(case)
+                    yield family, case
+
+
+def survey(
+    device: str, few: bool, dtypes: tuple[str, ...], names: tuple[str, ...], tiny: bool = False
+) -> list[tuple[str, Case]]:
+    """All (family, case) for a device; on a GPU what matters most comes first: aligned sizes, and bf16."""
+    if tiny:
+        return list(all_cases(TINY, dtypes, names))
+    if device != "cuda":
+        return list(all_cases(FEW if few else FAMILIES, dtypes, names))
+    if few:
+        return list(all_cases(ALIGNED | FEW, dtypes, names))
+    rank = lambda entry: (entry[0] not in ALIGNED) + (entry[1].dtype != "bf16")
+    return sorted(all_cases(ALIGNED | FAMILIES | GPU_FAMILIES, dtypes, names), key=rank)
+
+
+USES = {
+    "route": ("T", "H", "E", "K", "gated", "exact", "groups", "ragged", "layout"),
+    "permute": ("T", "H", "E", "K", "pattern", "layout"),
+    "combine": ("T", "H", "E", "K", "pattern", "layout"),
+    "grouped_gemm": ("T", "H", "I", "E", "K", "activation", "bias", "gated", "pattern", "layout"),
+    "activate": ("T", "I", "activation", "layout"),
+    "expert_mlp": (
+        "T", "H", "I", "O", "E", "K", "activation", "bias", "memory", "pattern", "layout",
+    ),
+}  # fmt: skip
+
+
+def used(case: Case) -> Case:
+    """`case` with everything its op ignores at the default."""
+    keep = (*USES[case.op], "op", "dtype", "seed")
+    if case.op == "route" and not case.gated:
+        keep = tuple(name for name in keep if name not in ("H", "exact"))
+    return replace(case, **{f.name: f.default for f in fields(case) if f.name not in keep})

@@ -1,0 +1,70 @@
+"""Random cases for `verify --fuzz`, and the way from one that fails to the simplest that does."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+
+from cumo_kernels.verification import cases
+from cumo_kernels.verification.cases import Case
+
+
+def draw(
+    generator: random.Random, dtypes: tuple[str, ...], big: bool, names: tuple[str, ...] = cases.OPS
+) -> Case:
+    """A random case; half of its fields keep to small or ordinary values."""
+    rand, choice = generator.randint, generator.choice
+    size = lambda top: choice((1, 2, 8, 16, 32, 64, rand(1, top), rand(1, top)))
+    experts = choice((1, 2, 4, 4, 8, rand(1, 16), 64))
+    groups = choice((1, 1, 2, 3))
+    dtype = choice(dtypes)
+    op = choice(names)
+    case = Case(
+        op,
+        T=groups * choice((0, 1, rand(2, 9), rand(10, 80), rand(10, 3000 if big else 150))),
+        H=size(520 if big else 130),
+        I=size(300 if big else 100),
+        O=size(300 if big else 100),
+        E=experts,
+        K=rand(1, min(experts, 8)),
+        activation=choice(sorted(cases.ACTIVATIONS)),
+        bias=choice((True, False)),
+        gated=choice((True, False)) and not (op == "route" and dtype != "fp32"),
+        memory=choice(("x", "preact", "all")),
+        groups=groups,
+        pattern=choice((*cases.PATTERNS, "dropped")),
+        layout=choice(cases.LAYOUTS),
+        dtype=dtype,
+        seed=rand(0, 999_999),
+    )
+    return cases.used(case)
+
+
+def smaller(case: Case, name: str) -> Iterator[Case]:
+    """`case` with a simpler value of one field, the boldest first."""
+    value = getattr(case, name)
+    if isinstance(value, bool | str):
+        steps = [getattr(Case(case.op), name)]
+    else:
+        least = 0 if name in ("T", "seed") else 1
+        steps = [step for step in (least, value // 2, value - 1) if least <= step < value]
+    for step in dict.fromkeys(steps):
+        other = cases.used(replace(case, **{name: step}))
+        if other != case and other.problem is None:
+            yield other
+
+
+def shrink(case: Case, fails: Callable[[Case], bool], seconds: float = 90) -> Case:
+    """The simplest case found in `seconds` that still `fails`."""
+    stop = time.monotonic() + seconds
+    improved = True
+    while improved:
+        improved = False
+        for row in fields(case)[1:]:
+            for other in smaller(case, row.name):
+                if time.monotonic() > stop:
+                    return case
+                if fails(other):
+                    case, improved = other, True
+                    break
+    return case

@@ -1,0 +1,337 @@
+"""Cases of verify over several processes, so that a crash, a hang or a lost device costs its case alone.
+
+The parent hands every worker one case at a time: a JSON line in, two out, the first before the case begins.
+What kills a worker is that case's failure, and a new process goes on. A worker runs one backend only. Cases
+whose memory together would not fit into the GPU's wait for each other; what ran out of memory all the same is
+tried once more with the GPU to itself.
+"""
+
+import contextlib
+import faulthandler
+import json
+import math
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.verification.accuracy import ROUNDS, SMALL
+from cumo_kernels.verification.cases import Case, parse
+from cumo_kernels.verification.proofs import command
+
+START = 180.0  # seconds until a worker must have imported what it needs
+GRACE = 30.0  # seconds that a worker's own watchdog is given before the parent kills it
+WRAP_UP = 5.0  # seconds that cases under way have when the time for all is over
+LINGER = 5.0  # seconds that a killed worker is given: one that waits inside a driver may never end
+TRIES = 3  # workers of a backend that may end before their first case, in a row
+CONTEXT = 3 << 28  # bytes of the GPU that a process has before its first tensor
+SHARE = 0.8  # of the GPU's memory, what is asked for
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED", "signal SIGKILL")
+NO_PROCESS = "no process for"
+LATE = "killed after its time"
+LACKING = ("Failed to find C compiler", "No space left on device", "Read-only file system")
+
+
+@dataclass(frozen=True)
+class Job:
+    backend: str
+    family: str
+    case: Case
+
+
+def _out_of_memory(failures: Iterable[str]) -> bool:
+    return any(word in reason for reason in failures for word in OUT_OF_MEMORY)
+
+
+def of_the_machine(failures: Iterable[str]) -> bool:
+    """Whether a case failed for what this machine lacks, which says nothing about the backend."""
+    lacks = lambda reason: reason.startswith(NO_PROCESS) or any(word in reason for word in LACKING)
+    return _out_of_memory(failures) or any(map(lacks, failures))
+
+
+def bytes_of(case: Case) -> int:
+    """About what checking `case` takes at its peak: fp64 copies of inputs, gradients and what lies between.
+
+    Two for each of the yardstick's draws stay.
+    """
+    width = case.I * (1 + ACTIVATIONS[case.activation].is_gated)
+    slots = case.T * case.K
+    rows = {
+        "expert_mlp": case.T * (case.H + case.O) + slots * (case.H + 2 * width + case.O),
+        "grouped_gemm": slots * (case.H + 2 * width),
+        "route": case.T * (case.H * case.gated + 2 * case.E),
+        "activate": 2 * case.T * width,
+    }.get(case.op, 2 * slots * case.H)
+    weights = {
+        "expert_mlp": case.E * (width * case.H + case.O * case.I),
+        "grouped_gemm": case.E * width * case.H,
+    }.get(case.op, 0)
+    smallest = {"expert_mlp": slots, "combine": slots, "route": case.E}.get(case.op, SMALL)
+    draws = ROUNDS if smallest < SMALL else 1
+    return 8 * (weights + rows) * (6 + 2 * draws)
+
+
+def room(workers: int, device: str) -> float:
+    """Bytes that the cases under way may take together."""
+    if device != "cuda":
+        return math.inf
+    return SHARE * torch.cuda.get_device_properties(0).total_memory - workers * CONTEXT
+
+
+def serve(check: Callable[[Job], dict], device: str, seconds: float) -> None:
+    """A worker's life: read a case, announce it, check it, say what came out; until there are no more."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whoever prints does so among the last words
+    say = lambda **line: print(json.dumps(line), file=answers)
+    check(Job("reference", "", Case("activate", T=1)))  # imports and the device's context are no case's time
+    say(ready=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        say(begin=asked["case"])
+        if seconds:
+            faulthandler.dump_traceback_later(seconds, exit=True)
+        result = check(Job(asked["backend"], asked["family"], parse(asked["case"])))
+        if device == "cuda" and not result["lost"]:
+            torch.cuda.empty_cache()
+        faulthandler.cancel_dump_traceback_later()
+        say(result=result)
+        if result["lost"]:
+            os._exit(3)
+    os._exit(0)  # a device in whatever state is not tidied up
+
+
+@dataclass(eq=False)
+class Worker:
+    backend: str
+    device: str
+    seconds: float  # of one case
+    threads: int
+    process: subprocess.Popen = field(init=False)
+    job: Job | None = None
+    begun: bool = False
+    ready: bool = False
+    late: bool = False
+    deadline: float = field(default_factory=lambda: time.monotonic() + START)
+    text: bytes = b""
+
+    def __post_init__(self):
+        self.errors = tempfile.TemporaryFile()
+        words = ["verify", "--serve", self.backend, "--device", self.device]
+        environment = {"OMP_NUM_THREADS": str(self.threads), **os.environ}
+        environment.pop("CUMO_BACKEND", None)
+        self.process = subprocess.Popen(
+            [*command(), *words, "--case-seconds", str(self.seconds)], env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+        )  # fmt: skip
+
+    def take(self, job: Job) -> None:
+        self.job, self.begun = job, False
+        self.deadline = time.monotonic() + (self.seconds + GRACE if self.seconds else math.inf)
+        line = {"backend": job.backend, "family": job.family, "case": str(job.case)}
+        with contextlib.suppress(BrokenPipeError):  # reading from it will show that it has ended
+            self.process.stdin.write(json.dumps(line).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def read(self) -> list[dict] | None:
+        """The lines that have come; None at the end."""
+        part = os.read(self.process.stdout.fileno(), 1 << 16)
+        *lines, self.text = (self.text + part).split(b"\n")
+        return [json.loads(line) for line in lines] if part else None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.late, self.deadline = True, time.monotonic() + LINGER
+
+    def end(self) -> str:
+        """Stop, if it still runs -> how it ended and its last words."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            code = self.process.wait(0 if self.late else LINGER)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = -signal.SIGKILL
+        self.process.stdout.close()
+        size = self.errors.seek(0, os.SEEK_END)
+        self.errors.seek(max(0, size - 20_000))
+        words = self.errors.read().decode(errors="replace")
+        self.errors.close()
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if self.late:
+            how = LATE
+        return f"{how}: {last_words(words)}"
+
+
+def last_words(text: str) -> str:
+    """The end of what was printed; of a watchdog's stack its top, with the innermost calls."""
+    if (at := text.rfind("Timeout (")) >= 0:
+        # other threads come first: the one that checks is the last
+        head, *stacks = text[at:].split("\nThread ")
+        calls = [line.strip() for line in (stacks[-1] if stacks else head).splitlines() if "File" in line]
+        return f"{head.splitlines()[0]} in {'; '.join(calls[:4])}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " | ".join(lines[-6:])[-500:] or "without a word"
+
+
+class Shards:
+    """run(jobs) hands every result to `note`, in the order in which they come."""
+
+    def __init__(
+        self,
+        device: str,
+        workers: int,
+        case_seconds: float,
+        stop: float,
+        note: Callable[[dict], None],
+        log: Callable[[str], None],
+    ):
+        """`stop`: time.monotonic() after which no case begins; `WRAP_UP` later what still runs is ended."""
+        self.device, self.seconds, self.stop = device, case_seconds, stop
+        self.note, self.log = note, log
+        self.workers = workers
+        self.threads = max(1, (os.cpu_count() or 1) // workers)
+        self.room = room(workers, device)
+        self.running: list[Worker] = []
+        self.left: list[Job] = []
+        self.again: list[Job] = []
+        self.misses: dict[str, int] = {}
+        self.missing: list[str] = []
+        self.cut: list[Job] = []
+        self.done = 0
+
+    def run(self, jobs: Iterable[Job]) -> list[str]:
+        """-> sentences for what was not checked."""
+        self.left = list(jobs)
+        total = len(self.left)
+        try:
+            self._drain(total, retry=True)
+            if self.again:
+                self.log(f"out of memory beside others, now alone: {len(self.again)} cases")
+            skipped, self.left, self.workers, self.room = self.left, self.again, 1, math.inf
+            self._drain(total, retry=False)
+            self.left += skipped
+        finally:
+            for worker in self.running:
+                worker.kill()
+            for worker in self.running:
+                worker.end()
+        if self.left:
+            self.missing.append(f"{len(self.left)} of {total} cases: --budget was spent")
+        if self.cut:
+            names = ", ".join(f"{job.backend} {job.case}" for job in self.cut)
+            self.missing.append(
+                f"{len(self.cut)} of {total} cases were under way when --budget was spent: {names}"
+            )
+        return self.missing
+
+    def _drain(self, total: int, retry: bool) -> None:
+        while True:
+            over = time.monotonic() > self.stop
+            for worker in list(self.running):
+                if worker.ready and worker.job is None:
+                    self._employ(worker, over)
+                elif over and not worker.ready:
+                    worker.kill()
+                    self._dismiss(worker)
+                elif time.monotonic() > self.stop + WRAP_UP:
+                    self.cut.append(worker.job)
+                    worker.kill()
+                    self._dismiss(worker)
+            while not over and len(self.running) < self.workers and (backend := self._wanted()):
+                self.running.append(Worker(backend, self.device, self.seconds, self.threads))
+            if not self.running:
+                return
+            pipes = {worker.process.stdout: worker for worker in self.running}
+            for pipe in select.select(list(pipes), [], [], 0.5)[0]:
+                self._hear(pipes[pipe], total, retry)
+            for worker in list(self.running):
+                if time.monotonic() > worker.deadline and worker.late:
+                    self._bury(worker, total, retry)
+                elif time.monotonic() > worker.deadline:
+                    worker.kill()
+
+    def _wanted(self) -> str | None:
+        """The backend with most cases left for each worker it has; none where new ones find nothing to do."""
+        left: dict[str, int] = {}
+        for job in self.left:
+            left[job.backend] = left.get(job.backend, 0) + 1
+        has = lambda name: sum(worker.backend == name for worker in self.running)
+        coming = lambda name: sum(w.backend == name and w.job is None for w in self.running)
+        open_ = [name for name, number in left.items() if number > coming(name)]
+        return max(open_, key=lambda name: left[name] / (1 + has(name)), default=None)
+
+    def _employ(self, worker: Worker, over: bool) -> None:
+        mine = [job for job in self.left if job.backend == worker.backend]
+        if over or not mine:
+            self._dismiss(worker)
+            return
+        taken = [bytes_of(w.job.case) for w in self.running if w.job is not None]
+        fits = lambda job: not taken or sum(taken) + bytes_of(job.case) <= self.room
+        large = lambda size: size * self.workers > self.room
+        able = [job for job in mine if fits(job)]
+        # one large case is always under way: left for the end, they would wait for each other
+        first = [] if any(map(large, taken)) else [job for job in able if large(bytes_of(job.case))]
+        if able:
+            job = (first or able)[0]
+            self.left.remove(job)
+            worker.take(job)
+
+    def _hear(self, worker: Worker, total: int, retry: bool) -> None:
+        lines = worker.read()
+        for line in lines or ():
+            if "ready" in line:
+                worker.ready, worker.deadline = True, math.inf
+            elif "begin" in line:
+                worker.begun, self.misses[worker.backend] = True, 0
+                self.log(f"-> {worker.backend} {line['begin']}")
+            else:
+                job, worker.job, worker.deadline = worker.job, None, math.inf
+                self._finish(job, line["result"], total, retry)
+        if lines is None:
+            self._bury(worker, total, retry)
+
+    def _bury(self, worker: Worker, total: int, retry: bool) -> None:
+        words = self._dismiss(worker)
+        if worker.job is not None and worker.begun:
+            reason = f"its process ended, {words}"
+            self._finish(worker.job, self._failure(worker.job, reason), total, retry)
+        elif worker.job is not None:
+            self.left.insert(0, worker.job)
+        if not worker.begun:
+            self._miss(worker.backend, words)
+
+    def _miss(self, backend: str, words: str) -> None:
+        """A worker ended before its first case began; after several nobody tries again."""
+        self.misses[backend] = self.misses.get(backend, 0) + 1
+        mine = [job for job in self.left if job.backend == backend]
+        if self.misses[backend] >= TRIES and mine:
+            self.left = [job for job in self.left if job.backend != backend]
+            self.note(self._failure(mine[0], f"{NO_PROCESS} {backend} starts, {words}"))
+            self.missing.append(f"{len(mine) - 1} cases of {backend}: no process for it starts")
+
+    def _finish(self, job: Job, result: dict, total: int, retry: bool) -> None:
+        if retry and _out_of_memory(result["failures"]):
+            self.again.append(job)
+            return
+        self.note(result)
+        self.done += 1
+        if self.done % 50 == 0:
+            self.log(f"{self.done} of {total} cases")
+
+    def _failure(self, job: Job, reason: str) -> dict:
+        return {
+            "case": str(job.case), "backend": job.backend, "device": self.device, "family": job.family,
+            "failures": [reason],
+        }  # fmt: skip
+
+    def _dismiss(self, worker: Worker) -> str:
+        self.running.remove(worker)
+        return worker.end()

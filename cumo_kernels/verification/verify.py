@@ -1,0 +1,447 @@
+"""python -m cumo_kernels verify: every op, backend and dtype of this machine against fp64.
+
+The rule for errors is that of accuracy.py. Besides, on every case: results repeat bit for bit,
+also on memory full of NaN; nothing is read or written outside of the tensors; integers are exact; on a GPU
+nothing waits for the host, and a captured graph replays to the same bits.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cumo_kernels import dispatch, use_backend
+from cumo_kernels.files import write_whole
+from cumo_kernels.tiles.hardware import gpu_of
+from cumo_kernels.tiles.problems import DTYPES
+from cumo_kernels.verification import cases, verified
+from cumo_kernels.verification.accuracy import Yardstick
+from cumo_kernels.verification.cases import FEW, Call, Case, build, parse
+from cumo_kernels.verification.fuzz import draw, shrink
+from cumo_kernels.verification.guards import guarded_memory
+from cumo_kernels.verification.shards import Job, Shards, serve
+from cumo_kernels.verification.verdicts import Result, record, rehearses, switches, table
+
+REPEATS = 3
+NO_CACHE = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # with it nothing can be captured in a graph
+FLUSH = 5.0  # seconds between two states of the --json file
+
+
+def _outputs(call: Call, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    outs = call.run(*leaves)
+    return (outs,) if isinstance(outs, Tensor) else outs
+
+
+def _step(call: Call, leaves: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
+    """Outputs and gradients of one forward and backward pass."""
+    outs = _outputs(call, leaves)
+    found = torch.autograd.grad(outs, leaves, upstream, allow_unused=True)
+    return [*(o.detach() for o in outs), *(g for g in found if g is not None)]
+
+
+def _leaves(call: Call) -> tuple[list[Tensor], list[Tensor]]:
+    leaves = [t.detach().clone().requires_grad_() for t in call.inputs]
+    return leaves, [torch.randn_like(o) for o in _outputs(call, leaves)]
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _check_accuracy(call: Call, case: Case, result: Result) -> None:
+    yardstick = Yardstick(call.truth, call.inputs, case.seed)
+    result.guards = False
+    with guarded_memory():
+        found = yardstick.measure(call.run)
+    result.guards = True
+    result.failures += [row.reason for row in found if row.reason is not None]
+    result.output = max(row.ratio for row in found if row.name.startswith("output"))
+    gradients = [row for row in found if row.name.startswith("gradient")]
+    worst = max(gradients, key=lambda row: row.ratio)
+    result.gradient, result.worst_gradient = worst.ratio, worst.name
+
+
+def _check_integers(call: Call, result: Result) -> None:
+    if call.integers is not None:
+        found = call.integers(*call.inputs)
+        result.exact = _same([t.long() for t in found], [t.long() for t in call.true_integers])
+        if not result.exact:
+            result.failures.append("the routing plan differs from the reference's")
+
+
+def _check_repeats(call: Call, result: Result) -> None:
+    leaves, upstream = _leaves(call)
+    first = _step(call, leaves, upstream)
+    result.repeats = all(_same(first, _step(call, leaves, upstream)) for _ in range(REPEATS - 1))
+    if not result.repeats:
+        result.failures.append("repeats differ")
+    with guarded_memory():
+        if not _same(first, _step(call, leaves, upstream)):
+            result.guards = False
+            result.failures.append("the result depends on what uninitialised memory holds")
+
+
+def excused(case: Case, backend: str, device: str) -> bool:
+    """Whether `backend` says of itself that it waits for the host in such a case."""
+    return dispatch.asks_host(backend, case.op, torch.device(device), DTYPES[case.dtype]) is not None
+
+
+def _check_sync(call: Call, case: Case, result: Result) -> None:
+    leaves, upstream = _leaves(call)
+    _step(call, leaves, upstream)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _step(call, leaves, upstream)
+        result.sync_free = True
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        result.sync_free = False
+        if not excused(case, result.backend, result.device):
+            result.failures.append(f"waits for the host: {str(error).splitlines()[0]}")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _check_graph(call: Call, result: Result) -> None:
+    """Captured once, replayed on other values and another routing: the bits of an eager run on those."""
+    leaves, upstream = _leaves(call)
+    if NO_CACHE in os.environ:
+        return  # torch cannot capture without its allocator
+    if not result.sync_free:
+        result.graph = False  # a capture that waits for the host cannot succeed
+        return
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            _step(call, leaves, upstream)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _step(call, leaves, upstream)
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.copy_(leaf.flip(0))
+    if call.reroute is not None:
+        call.reroute()
+    graph.replay()
+    torch.cuda.synchronize()
+    result.graph = _same([t.clone() for t in captured], _step(call, leaves, upstream))
+    if not result.graph:
+        result.failures.append("a replayed graph gives other bits than an eager run")
+
+
+def is_lost(device: str) -> bool:
+    """Whether a kernel left the device in a state in which this process can run nothing on it."""
+    try:
+        return device == "cuda" and torch.ones(1, device="cuda").item() != 1
+    except RuntimeError:
+        return True
+
+
+def check(case: Case, backend: str, device: str, family: str = "") -> Result:
+    """Every check that applies; whatever is raised on the way is a failure with its text."""
+    result = Result(str(case), backend, device, family)
+    torch.manual_seed(case.seed)
+    try:
+        with use_backend(backend):
+            call = build(case, device)
+            _check_accuracy(call, case, result)
+            _check_integers(call, result)
+            _check_repeats(call, result)
+            if device == "cuda":
+                _check_sync(call, case, result)
+                _check_graph(call, result)
+    except Exception as error:
+        result.failures.append(f"{type(error).__name__}: {str(error).strip()[:500]}")
+        result.lost = is_lost(device)
+    return result
+
+
+def backends_of(device: str) -> tuple[list[str], list[str]]:
+    """-> names that run in some dtype of ours on `device`, and a sentence for each other one."""
+    names, missing = [], []
+    for row in dispatch.BACKENDS:
+        reason = row.refuse("expert_mlp", device, torch.float32)
+        if reason is None:
+            names.append(row.name)
+        else:
+            missing.append(f"{row.name} on {device}: {reason}")
+    return names, missing
+
+
+def fuzz(
+    backends: list[str],
+    dtypes: tuple[str, ...],
+    device: str,
+    seconds: float,
+    seed: int,
+    names: tuple[str, ...] = cases.OPS,
+) -> Iterator[Result]:
+    """Random cases until the time is up; a failure is shrunk before it is yielded, and ends the search."""
+    generator = random.Random(seed)
+    stop = time.monotonic() + seconds
+    while time.monotonic() < stop:
+        case = draw(generator, dtypes, device == "cuda", names)
+        for backend in backends:
+            result = check(case, backend, device, "fuzz")
+            if result.failures and not result.lost:
+                fails = lambda other, backend=backend: bool(check(other, backend, device).failures)
+                small = check(shrink(case, fails), backend, device, "fuzz")
+                if small.failures:
+                    result = small
+                else:  # what fails only now and then has failed all the same
+                    result.failures.append("not every time: the same case has passed since")
+            yield result
+            if result.failures:
+                return
+
+
+def elsewhere(options: list[str], switches: dict[str, str]) -> tuple[list[Result], list[str]]:
+    """Verify in a process of its own -> results, and sentences for what was not checked."""
+    command = [sys.executable, "-m", "cumo_kernels", "verify", "--json", "-", *options]
+    environment = {**os.environ, **switches}
+    environment.pop("CUMO_BACKEND", None)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        report = json.loads(done.stdout)
+        return [Result(**row) for row in report["results"]], report["not_checked"]
+    except (json.JSONDecodeError, KeyError):
+        words = " ".join([*(f"{name}={value}" for name, value in switches.items()), *options])
+        failure = f"a process of its own ended with {done.returncode} and no result: verify {words}"
+        device, backend = (options[options.index(name) + 1] for name in ("--device", "--backend"))
+        return [Result("expert_mlp", backend, device, failures=[failure])], []
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = [row.name for row in dispatch.BACKENDS]
+    parser.add_argument("--backend", choices=names, action="append", help="default: all that run here")
+    parser.add_argument("--op", choices=cases.OPS, action="append", help="default: all")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), action="append", help="default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--case", help="one case only, as a failure prints it")
+    parser.add_argument(
+        "--few", action="store_true", help="awkward shapes, and on a GPU aligned ones: not all"
+    )
+    parser.add_argument("--tiny", action="store_true", help="one small family: to rehearse")
+    parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="random cases until the time is up")
+    parser.add_argument("--seed", type=int, default=0, help="of --fuzz")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        help="seconds; no case begins after them, and with --workers none runs on for long",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: this one alone")
+    parser.add_argument(
+        "--case-seconds",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="with --workers: a case that takes longer has failed; 0: none, default %(default)g",
+    )
+    parser.add_argument(
+        "--record",
+        nargs="?",
+        const=str(verified.PATH),
+        metavar="FILE",
+        help="put what passed whole on this GPU into verified.json; to rehearse, with --tiny on a CPU, FILE",
+    )
+    parser.add_argument("--serve", metavar="BACKEND", help=argparse.SUPPRESS)  # be a worker of --workers
+    parser.add_argument("--begin", type=int, default=0, help=argparse.SUPPRESS)  # with this case of all
+    parser.add_argument(
+        "--no-interpreter", action="store_true", help="leave Triton out where there is no GPU"
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write every case's result, as they come one a line to FILE.lines; - is the screen, alone",
+    )
+
+
+def _survey(
+    args: argparse.Namespace, backends: list[str], device: str, note: Callable[[Result], None], log: Callable
+) -> list[str]:
+    """Every case of the families -> sentences for those that were not checked."""
+    dtypes, names = tuple(args.dtype or DTYPES), tuple(args.op or cases.OPS)
+    todo = cases.survey(device, args.few, dtypes, names, args.tiny)
+    begin = time.monotonic()
+    if args.workers is not None:
+        take = lambda row: note(Result(**row))
+        shards = Shards(device, args.workers, args.case_seconds, begin + args.budget, take, log)
+        return shards.run(Job(backend, family, case) for family, case in todo for backend in backends)
+    for i, (family, case) in enumerate(todo[args.begin :], args.begin):
+        left = args.budget - (time.monotonic() - begin)
+        if left <= 0:
+            return [f"{len(todo) - i} of {len(todo)} cases: --budget was spent"]
+        for at, backend in enumerate(backends, 1):
+            result = check(case, backend, device, family)
+            note(result)
+            if result.lost:
+                log(f"the device is lost: the other {len(todo) - i - 1} cases run in a new process")
+                words = ["--device", device, "--begin", str(i + 1)]
+                words += [f"--{name}" for name in ("few", "tiny") if getattr(args, name)]
+                words += [] if left == math.inf else ["--budget", str(left)]
+                for option, values in (("--backend", backends), ("--dtype", dtypes), ("--op", names)):
+                    words += [word for value in values for word in (option, value)]
+                results, missing = elsewhere(words, {}) if i + 1 < len(todo) else ([], [])
+                for other in results:
+                    note(other)
+                skipped = [f"{name} {case}: the device was lost before" for name in backends[at:]]
+                return skipped + [line for line in missing if "budget" in line or "lost" in line]
+        if (i + 1) % 50 == 0:
+            log(f"{i + 1} of {len(todo)} cases")
+    return []
+
+
+def _check_options(args: argparse.Namespace, device: str) -> None:
+    alone = [f"--{name}" for name in ("case", "fuzz") if getattr(args, name)]
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {args.workers}")
+    if args.workers is not None and alone:
+        raise ValueError(f"--workers must go with all families, got {alone[0]}")
+    if args.case_seconds < 0:
+        raise ValueError(f"--case-seconds must be at least 0, got {args.case_seconds:g}")
+    if args.record and not rehearses(args, device):
+        others = [
+            *alone,
+            *(["--few"] if args.few else []),
+            *(["--tiny"] if args.tiny else []),
+            *(["--begin"] if args.begin else []),
+        ]
+        others += verified.other_code()
+        others += [f"{NO_CACHE}={os.environ[NO_CACHE]}"] if NO_CACHE in os.environ else []
+        if device != "cuda" or others:
+            got = others[0] if others else f"--device {device}"
+            raise ValueError(f"--record must go with all families on a CUDA device, got {got}")
+        verified.check_known(gpu_of(torch.device("cuda")))
+
+
+def _run(args: argparse.Namespace, note: Callable[[Result], None], log: Callable[[str], None]) -> list[str]:
+    """Hand every result to `note` -> sentences for what was not checked."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device on this machine")
+    _check_options(args, device)
+    runnable, missing = backends_of(device)
+    refused = [name for name in args.backend or () if name not in runnable]
+    interpret = device == "cpu" and "triton" not in runnable and not args.no_interpreter
+    interpret = interpret and not dispatch._TRITON_MISSING and (not args.backend or "triton" in args.backend)
+    backends = [name for name in args.backend or runnable if name in runnable]
+    if not backends and not interpret:
+        raise ValueError(f"--backend {', '.join(refused)} does not run here: {'; '.join(missing)}")
+    passed_on: list[str] = []
+    if args.case:
+        passed_on = ["--case", args.case]
+        for backend in backends:
+            note(check(parse(args.case), backend, device))
+    elif args.fuzz:
+        passed_on = ["--fuzz", str(args.fuzz), "--seed", str(args.seed)]
+        number = 0
+        dtypes, names = tuple(args.dtype or DTYPES), tuple(args.op or cases.OPS)
+        for result in fuzz(backends, dtypes, device, args.fuzz, args.seed, names) if backends else ():
+            note(result)
+            number += 1
+        log(f"{number} random cases from seed {args.seed}")
+    else:
+        missing += _survey(args, backends, device, note, log)
+    if interpret:
+        asked = args.backend and "triton" in args.backend and not args.few
+        passed_on += passed_on or ([] if asked else ["--few"])
+        few = "--few" in passed_on
+        passed_on += [word for op in args.op or () for word in ("--op", op)]
+        # the interpreter cuts fp32 to bf16 where a GPU rounds
+        passed_on += [word for dtype in args.dtype or ("fp32", "fp16") for word in ("--dtype", dtype)]
+        log("triton in the interpreter (a process of its own, a second or so a case)")
+        options = ["--backend", "triton", "--device", "cpu", *passed_on]
+        for result in elsewhere(options, {"TRITON_INTERPRET": "1"})[0]:
+            note(result)
+        missing = [m for m in missing if not m.startswith("triton ")]
+        less = f", of {len(FEW)} awkward families (--backend triton: of all)" if few else ""
+        less += "" if args.dtype else ", without bf16"
+        missing.append(f"triton on a GPU: only its arithmetic was checked, in the interpreter{less}")
+    if device != "cuda":
+        missing.append("sync-free and graph: they need a CUDA device")
+    return missing
+
+
+def _report(results: list[Result], missing: list[str], begin: float) -> dict:
+    return {
+        "seconds": round(time.monotonic() - begin, 1),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "switches": switches(),
+        "failed": sum(bool(result.failures) for result in results),
+        "not_checked": missing,
+        "results": [asdict(result) for result in results],
+    }
+
+
+def _write(report: dict, path: str) -> None:
+    write_whole(Path(path), json.dumps(report, indent=1))
+
+
+def main(args: argparse.Namespace) -> int:
+    log = lambda line: print(line, file=sys.stderr, flush=True)
+    if args.serve:
+        checked = lambda job: asdict(check(job.case, job.backend, args.device, job.family))
+        serve(checked, args.device, args.case_seconds)
+    begin = written = time.monotonic()
+    results: list[Result] = []
+    path = None if args.json == "-" else args.json
+
+    def note(result: Result) -> None:
+        nonlocal written
+        results.append(result)
+        if path:  # whatever ends this process, each result is on file
+            with open(f"{path}.lines", "a" if len(results) > 1 else "w") as file:
+                print(json.dumps(asdict(result)), file=file)
+        if result.failures:
+            log(f"FAILED {result.backend} {result.case}: {result.failures[0]}")
+        # a run that is cut off leaves what it has found
+        if path and time.monotonic() - written > FLUSH:
+            _write(_report(results, ["the rest: this run has not ended"], begin), path)
+            written = time.monotonic()
+
+    try:
+        missing = _run(args, note, log)
+    except ValueError as error:
+        log(f"verify: {error}")
+        return 2
+    failed = [result for result in results if result.failures]
+    report = _report(results, missing, begin)
+    if args.json == "-":
+        print(json.dumps(report))
+    elif path:
+        _write(report, path)
+        Path(f"{path}.lines").unlink(missing_ok=True)
+    if args.record:
+        record(results, args, log)
+    if args.json == "-":
+        return 1 if failed or not results else 0
+    print(table(results))
+    print("output, gradient: the worst error in units of torch's own in that dtype, both against fp64")
+    for line in missing:
+        print(f"not checked: {line}")
+    for result in failed:
+        print(f"\nFAILED {result.backend}: {'; '.join(result.failures)}\n  {result.command}")
+    if not results:
+        print("verify: no case fits these arguments, so nothing was checked")
+        return 1
+    verdict = (
+        f"{len(failed)} of {len(results)} cases FAILED" if failed else f"all {len(results)} cases passed"
+    )
+    print(f"verify: {verdict} in {report['seconds']} s")
+    return 1 if failed else 0

@@ -1,0 +1,1 @@
+"""Which experts tokens and patches go to, measured and drawn."""

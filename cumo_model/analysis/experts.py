@@ -1,0 +1,196 @@
+"""Where a model's tokens go: expert load per layer and per kind of record, and which expert each patch chose.
+
+python -m cumo_model experts --checkpoint DIR --data FILE --images DIR --by kind
+"""
+
+import json
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cumo_model.checkpoints.assemble import assemble
+from cumo_model.checkpoints.folders import new_directory
+from cumo_model.data.batches import collate
+from cumo_model.data.streamed import StreamedConversations
+from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.model.moe import MoELayer, record_routing
+from cumo_model.model.pyramid import crop_counts, merge_chessboard
+
+Load = dict[str, dict[str, list[list[float]]]]  # place -> kind -> per layer, each expert's share
+
+
+@torch.no_grad()
+def expert_load(
+    model: CumoForConditionalGeneration, batches: Iterable[tuple[str, dict[str, Tensor]]]
+) -> Load:
+    """Share of the routed slots that each expert gets; padding counts nowhere.
+
+    Args:
+        model: run in evaluation mode.
+        batches: (kind, batch with input_ids, attention_mask and, if there are pictures, pixel_values).
+
+    Returns:
+        Place -> kind -> per layer, each expert's share; places without experts are absent.
+    """
+    slots: dict = defaultdict(lambda: defaultdict(dict))
+    was_training = model.training
+    model.eval()
+    for kind, batch in batches:
+        real = batch["attention_mask"].flatten().bool()
+        inputs = {n: v.to(model.device) for n, v in batch.items() if isinstance(v, Tensor) and n != "labels"}
+        with record_routing() as records:
+            model.model(**inputs, use_cache=False)
+        for record in records:
+            indices = record.routing.topk_indices.cpu()
+            if record.place == "llm":
+                indices = indices[real]
+            count = torch.bincount(indices.flatten(), minlength=record.routing.num_experts)
+            layers = slots[record.place][kind]
+            layers[record.layer] = layers.get(record.layer, 0) + count
+    model.train(was_training)
+    return {
+        place: {
+            kind: [(layers[i] / layers[i].sum()).tolist() for i in sorted(layers)]
+            for kind, layers in kinds.items()
+        }
+        for place, kinds in slots.items()
+    }
+
+
+def load_entropy(load: Mapping[str, list[list[float]]]) -> float:
+    """Mean over layers of the entropy of the expert load over all kinds, 1 when even, 0 when collapsed."""
+    shares = torch.tensor(list(load.values())).mean(0)  # (layers, E)
+    entropy = torch.special.entr(shares).sum(1) / torch.log(torch.tensor(float(shares.shape[1])))
+    return float(entropy.mean())
+
+
+def specialisation(load: Mapping[str, list[list[float]]]) -> float:
+    """How far kinds of record differ in the experts they use.
+
+    The mean over layers and pairs of kinds of the total variation distance of their shares: 0 when all are
+    alike, 1 when no two share an expert.
+    """
+    shares = torch.tensor(list(load.values()))  # (kinds, layers, E)
+    if len(shares) < 2:
+        return 0.0
+    distance = (shares[:, None] - shares[None]).abs().sum(-1) / 2
+    return float(distance.sum() / (len(shares) * (len(shares) - 1) * shares.shape[1]))
+
+
+@torch.no_grad()
+def patch_experts(
+    model: CumoForConditionalGeneration, pixel_values: Tensor
+) -> dict[tuple[str, int, int], Tensor]:
+    """First-choice expert of each patch of one picture.
+
+    Args:
+        pixel_values: (1, 3, s, s).
+
+    Returns:
+        (place, layer, scale) -> square of expert ids; the tower sees a scale of k as k x k tiles, put
+        together here. The connector has one square, of scale 1.
+    """
+    with record_routing() as records:
+        model.eval().get_image_features(pixel_values.to(model.device))
+    scales, found = model.config.scales, {}
+    for record in records:
+        first = record.routing.topk_indices[:, 0].cpu()
+        if record.place != "clip":
+            side = round(len(first) ** 0.5)
+            found[record.place, record.layer, 1] = first.view(side, side)
+            continue
+        counts = crop_counts(1, scales)
+        per_crop = first.view(sum(counts), -1)[:, 1:]  # without the class token
+        side = round(per_crop.shape[1] ** 0.5)
+        for scale, tiles in zip(scales, per_crop.split(counts), strict=True):
+            board = merge_chessboard(tiles.reshape(-1, 1, side, side), scale)
+            found[record.place, record.layer, scale] = board[0, 0]
+    return found
+
+
+def kinds_of(dataset: StreamedConversations, by: str | None, limit: int | None) -> dict[str, list[int]]:
+    """Record numbers by the value of a field, or by file where `by` is None; at most `limit` of each."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for number in range(len(dataset)):
+        file = dataset.file_of(number)
+        if by is None:
+            kind = Path(file).stem
+        else:
+            record = dataset.record(number)
+            if by not in record:
+                raise ValueError(
+                    f"by must be a field of every record, got {by!r}, which {record.get('id')!r} lacks"
+                )
+            kind = str(record[by])
+        if limit is None or len(found[kind]) < limit:
+            found[kind].append(number)
+    return dict(found)
+
+
+def _batches(dataset: StreamedConversations, kinds: dict[str, list[int]], size: int):
+    total = sum(map(len, kinds.values()))
+    with tqdm(total=total, desc="records", mininterval=1) as bar:
+        for kind, numbers in kinds.items():
+            for start in range(0, len(numbers), size):
+                part = numbers[start : start + size]
+                yield kind, collate([dataset[i] for i in part], dataset.pad_id)
+                bar.update(len(part))
+
+
+def report_experts(
+    checkpoint: str | os.PathLike,
+    files: Sequence[str],
+    images: Sequence[str],
+    out: str | os.PathLike,
+    by: str | None = None,
+    template: str = "mistral_instruct_system",
+    limit: int | None = None,
+    batch_size: int = 8,
+    pictures: Sequence[str] = (),
+) -> dict:
+    """Measure, draw and write: load.json, load.png, and patches-NAME.png of each of `pictures`.
+
+    Returns:
+        What load.json holds: load, entropy and specialisation by place, and records by kind.
+
+    Raises:
+        ValueError: the checkpoint has no experts, or something cannot be read.
+    """
+    from cumo_model.analysis import plots
+    from cumo_model.processing.processor import load_image
+
+    model, processor = assemble(checkpoint)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if not any(isinstance(module, MoELayer) for module in model.modules()):
+        raise ValueError(f"checkpoint {os.fspath(checkpoint)!r} has no experts")
+    if processor is None:
+        raise ValueError(f"checkpoint {os.fspath(checkpoint)!r} has no tokenizer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # records that train nothing are still looked at
+        dataset = StreamedConversations(list(files), list(images) or None, processor, template)
+    kinds = kinds_of(dataset, by, limit)
+    load = expert_load(model, _batches(dataset, kinds, batch_size))
+    found = {
+        "checkpoint": os.fspath(checkpoint),
+        "records": {kind: len(numbers) for kind, numbers in kinds.items()},
+        "load": load,
+        "entropy": {place: load_entropy(shares) for place, shares in load.items()},
+        "specialisation": {place: specialisation(shares) for place, shares in load.items()},
+    }
+    with new_directory(out) as work:
+        (work / "load.json").write_text(json.dumps(found, indent=1))
+        plots.plot_expert_load(load, work / "load.png")
+        for name in pictures:
+            picture = load_image(name)
+            pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+            chosen = {key: value.numpy() for key, value in patch_experts(model, pixels).items()}
+            shown = np.asarray(picture.resize(pixels.shape[-2:]))
+            plots.plot_patches(shown, chosen, work / f"patches-{Path(name).stem}.png")
+    return found

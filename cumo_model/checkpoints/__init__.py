@@ -1,0 +1,1 @@
+"""Models on disk: both layouts, conversion, assembly from parts, upcycling."""

@@ -1,0 +1,204 @@
+"""A dense CuMo from parts that others trained: a CLIP, a language model, a connector of stage 1 or 2."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.initialization import no_init_weights
+from transformers.utils import logging
+
+from cumo_model.checkpoints.folders import read_object
+from cumo_model.checkpoints.layout import original_names
+from cumo_model.checkpoints.shards import Shards, check_tensors, read_bin
+from cumo_model.model.clip_moe import CumoVisionModel
+from cumo_model.model.config import CumoConfig, CumoVisionConfig
+from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.model.llm_moe import CumoMixtralModel
+
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+WHOLE_CLIP = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+TOWERS = ("clip", "clip_vision_model", CumoVisionConfig.model_type)
+UNUSED = "post_layernorm."  # of a CLIP: the tower has none, so a folder may lack it
+
+
+def from_parts(
+    vision: str | os.PathLike,
+    text: str | os.PathLike,
+    projector: str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+    clip: str | os.PathLike | None = None,
+    **options,
+) -> CumoForConditionalGeneration:
+    """Put a CLIP and a language model of transformers together; `upcycle` then makes experts of their MLPs.
+
+    Args:
+        vision: folder of a CLIP (whole, or its vision model alone), or of a CumoVisionModel.
+        text: folder of a mixtral or of a dense decoder (mistral, llama, ...).
+        projector: `mm_projector.bin` of the original's stages, dense or with experts. None: a new one, dense.
+        dtype: of all parameters; that of the language model's files unless given.
+        clip: `clip.bin` of the original's stages, dense or with experts, instead of the weights in `vision`.
+        options: further fields of CumoConfig, such as `scales`.
+
+    Raises:
+        ValueError: a file is missing or damaged, or its tensors do not fit the others.
+    """
+    for name, folder in (("vision", vision), ("text", text)):
+        if not Path(folder, "config.json").is_file():
+            raise ValueError(f"{name} must be a folder with a config.json, got {os.fspath(folder)!r}")
+    kind = read_object(Path(vision, "config.json")).get("model_type")
+    if kind not in TOWERS:
+        raise ValueError(f"vision must be a folder of model_type {' or '.join(TOWERS)}, got {kind!r}")
+    is_ours = kind == CumoVisionConfig.model_type
+    tower_config = (CumoVisionConfig if is_ours else CLIPVisionConfig).from_pretrained(vision).to_dict()
+    tower_config = {
+        k: v for k, v in tower_config.items() if k not in ("model_type", "architectures", "dtype")
+    }
+    text_config = AutoConfig.from_pretrained(text)
+    connector = {} if projector is None else _original_tensors(projector, "mm_projector.")
+    tower = {} if clip is None else _original_tensors(clip, "vision_model.")
+    tower = {name: value for name, value in tower.items() if not name.startswith(UNUSED)}
+    experts = {int(key.split(".")[1]) for key in connector if key.startswith("experts.")}
+    if clip is not None or not is_ours:
+        tower_config["num_experts"] = len({m[1] for key in tower if (m := EXPERT.search(key))}) or 1
+    options = {
+        "image_token_index": text_config.vocab_size,
+        "projector_num_experts": len(experts) or 1,
+    } | options
+    config = CumoConfig(vision_config=tower_config, text_config=text_config, **options)
+    if text_config.model_type == "mixtral":
+        language_class = CumoMixtralModel
+    elif type(text_config) in MODEL_MAPPING:
+        language_class = MODEL_MAPPING[type(text_config)]
+    else:
+        raise ValueError(f"text must be a text model of transformers, got a {text_config.model_type}")
+
+    language = load_whole(language_class, text, dtype or "auto")
+    dtype = dtype or language.dtype
+    config.text_config = language.config
+    with no_init_weights(), torch.device("meta"):  # the parts replace what this makes
+        model = CumoForConditionalGeneration(config)
+    model.model.language_model = language
+    if clip is None and is_ours:
+        model.model.vision_tower = load_whole(CumoVisionModel, vision, dtype, use_safetensors=True)
+    elif clip is None:
+        model.model.vision_tower = _tower(vision, config, dtype)
+    else:
+        model.model.vision_tower = CumoVisionModel._from_config(config.vision_config, dtype=dtype)
+        _load(model.model.vision_tower, tower, "vision_tower.", "vision_tower.vision_model.", clip)
+    with torch.device("cpu"):
+        model.model.multi_modal_projector = type(model.model.multi_modal_projector)(config).to(dtype)
+        if model.model.image_newline is not None:
+            width = text_config.hidden_size
+            model.model.image_newline = nn.Parameter((torch.randn(width) / width**0.5).to(dtype))
+    if connector:
+        _load(
+            model.model.multi_modal_projector, connector, "multi_modal_projector.", "mm_projector.", projector
+        )
+    model.lm_head = _head(text, model, dtype)
+    model.config.dtype = dtype
+    model.tie_weights()
+    if Path(text, "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(text)
+    return model.eval()
+
+
+def load_whole(
+    kind: type,
+    folder: str | os.PathLike,
+    dtype: torch.dtype | str,
+    unused: str | None = None,
+    **options,
+) -> PreTrainedModel:
+    """`from_pretrained` that starts nothing at random.
+
+    Args:
+        kind: the model's class.
+        folder: with config.json and the tensors.
+        dtype: as in transformers.
+        unused: beginning of the names that may be missing.
+        options: further keywords of from_pretrained.
+
+    Raises:
+        ValueError: a tensor of the model is missing in the folder, or has another shape there.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what the loader would report in a page is one line below
+    try:
+        model, info = kind.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = [name for name in info["missing_keys"] if unused is None or not name.startswith(unused)]
+    wrong = [
+        f"{name} is {tuple(found)}, config.json says {tuple(wanted)}"
+        for name, found, wanted in info["mismatched_keys"]
+    ]
+    problems = [
+        f"{len(names)} {what} ({', '.join(sorted(names)[:3])})"
+        for what, names in (("missing", missing), ("of another shape", wrong))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"{folder} does not hold what its config.json promises: of {len(model.state_dict())} tensors "
+            f"{'; '.join(problems)}"
+        )
+    return model
+
+
+def _tower(folder: str | os.PathLike, config: CumoConfig, dtype: torch.dtype) -> CumoVisionModel:
+    source = load_whole(CLIPVisionModel, folder, dtype, unused=UNUSED).state_dict()
+    tower = CumoVisionModel._from_config(config.vision_config, dtype=dtype)
+    wanted = {name: tuple(value.shape) for name, value in tower.state_dict().items()}
+    found = {name: value for name, value in source.items() if not name.startswith(UNUSED)}
+    assert {name: tuple(value.shape) for name, value in found.items()} == wanted
+    tower.load_state_dict(found)
+    return tower
+
+
+def _original_tensors(path: str | os.PathLike, place: str) -> dict[str, Tensor]:
+    """Name behind `place` -> tensor; what a whole CLIP holds besides its tower is left out."""
+    tensors = read_bin(path)
+    found = {name.split(place, 1)[1]: value for name, value in tensors.items() if place in name}
+    others = [name for name in tensors if place not in name and not name.startswith(WHOLE_CLIP)]
+    if others or not found:
+        raise ValueError(f"{path} must hold {place.rstrip('.')} tensors, got {others[:1] or 'nothing'}")
+    return {name: value for name, value in found.items() if not name.endswith("position_ids")}
+
+
+def _load(
+    module: nn.Module, tensors: dict[str, Tensor], ours: str, theirs: str, source: str | os.PathLike
+) -> None:
+    """Fill a part of the model, all of it, from tensors with the original's names behind `theirs`."""
+    own, ours, theirs = dict(module.named_parameters()), f"model.{ours}", f"model.{theirs}"
+    parts = {name: original_names(f"{ours}{name}", tuple(p.shape)) for name, p in own.items()}
+    wanted = {k.removeprefix(theirs): shape for names in parts.values() for k, shape in names.items()}
+    check_tensors({name: tuple(value.shape) for name, value in tensors.items()}, wanted, os.fspath(source))
+    with torch.no_grad():
+        for name, parameter in own.items():
+            pieces = [tensors[key.removeprefix(theirs)].flatten() for key in parts[name]]
+            parameter.copy_(torch.cat(pieces).view(parameter.shape))
+
+
+def _head(text: str | os.PathLike, model: CumoForConditionalGeneration, dtype: torch.dtype) -> nn.Linear:
+    config = model.config.text_config
+    head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
+    if model.config.tie_word_embeddings:
+        head.weight = model.get_input_embeddings().weight
+        return head
+    shards = Shards(text)
+    if "lm_head.weight" not in shards.files:
+        raise ValueError(f"{text} has no lm_head.weight and config.json does not tie it to the embedding")
+    head.weight = nn.Parameter(shards["lm_head.weight"].to(dtype).clone())
+    return head

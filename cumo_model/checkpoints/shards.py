@@ -1,0 +1,191 @@
+"""Files of tensors: read by name without unpickling, checked by name and shape, written in shards."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from cumo_model.checkpoints.folders import read_object
+
+WEIGHTS, PICKLES = "model.safetensors", "pytorch_model.bin"
+
+Shape = tuple[int, ...]
+
+
+class Shards:
+    """The tensors of a folder by name: `model*.safetensors`, or `pytorch_model*.bin` read without unpickling.
+
+    Raises:
+        ValueError: no such file, a damaged one, or one that holds more than tensors; the message names it.
+    """
+
+    def __init__(self, folder: str | os.PathLike, names: tuple[str, ...] = (WEIGHTS, PICKLES)):
+        self.folder = Path(folder)
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._open: tuple[Path, Any] | None = None
+        for path in self._paths(names):
+            source = self._source(path)
+            for name in source.keys():
+                tensor = source.get_slice(name) if hasattr(source, "get_slice") else source[name]
+                is_tensor = isinstance(tensor, Tensor)
+                self.files[name] = path
+                self.shapes[name] = tuple(tensor.shape if is_tensor else tensor.get_shape())
+                kind = tensor.dtype if is_tensor else DTYPES.get(tensor.get_dtype())
+                if kind is None:
+                    raise ValueError(f"{name} of {path} must be of {list(DTYPES)}, got {tensor.get_dtype()}")
+                self.dtypes[name] = kind
+
+    def _paths(self, names: tuple[str, ...]) -> list[Path]:
+        for name in names:
+            stem, suffix = name.rsplit(".", 1)
+            index = self.folder / f"{name}.index.json"
+            if index.is_file():
+                weight_map = read_object(index).get("weight_map")
+                if not isinstance(weight_map, dict) or not weight_map:
+                    raise ValueError(
+                        f"{index} must have a weight_map of tensors and files, got {weight_map!r}"
+                    )
+                found = sorted(set(weight_map.values()))
+                paths = [self.folder / file for file in found]
+            else:
+                paths = sorted(self.folder.glob(f"{stem}*.{suffix}"))
+            missing = [path for path in paths if not path.is_file()]
+            if missing:
+                raise ValueError(f"{missing[0]} is missing: {index.name} names it")
+            if paths:
+                return paths
+        raise ValueError(f"{self.folder} holds neither {' nor '.join(names)}")
+
+    def _source(self, path: Path):
+        if self._open is None or self._open[0] != path:
+            self._open = None
+            self._open = (path, _read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path))
+        return self._open[1]
+
+    def __getitem__(self, name: str) -> Tensor:
+        source = self._source(self.files[name])
+        return source.get_tensor(name) if hasattr(source, "get_tensor") else source[name]
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _read_safetensors(path: Path):
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def read_bin(path: str | os.PathLike) -> dict[str, Tensor]:
+    """A pickled file of tensors, mapped, without running what else a pickle may hold.
+
+    Raises:
+        ValueError: it is damaged or holds more than tensors.
+    """
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except Exception as error:  # pickles fail in many ways; the user needs one line
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"{path} is refused: it is damaged or holds more than tensors "
+            f"({reason[0] if reason else error!r})"
+        ) from None
+    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+        raise ValueError(f"{path} is refused: it must hold tensors by name")
+    return values
+
+
+def check_tensors(found: dict[str, Shape], wanted: dict[str, Shape], source: str) -> None:
+    """ValueError that counts and names what is missing, unexpected or of another shape."""
+    problems = []
+    for what, names in (
+        ("missing", wanted.keys() - found.keys()),
+        ("not known", found.keys() - wanted.keys()),
+    ):
+        if names:
+            problems.append(f"{len(names)} {what} ({', '.join(sorted(names)[:3])})")
+    wrong = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
+    if wrong:
+        first = wrong[0]
+        problems.append(
+            f"{len(wrong)} of another shape ({first} is {found[first]}, config.json says {wanted[first]})"
+        )
+    if problems:
+        raise ValueError(
+            f"{source} does not hold what its config.json promises: of {len(wanted)} tensors "
+            f"{'; '.join(problems)}"
+        )
+
+
+def write_shards(
+    folder: Path,
+    plan: list[tuple[str, Shape, Callable[[], Tensor]]],
+    dtype_of: Callable[[str], torch.dtype],
+    shard_bytes: int,
+    progress: bool,
+) -> None:
+    """Write tensors in order, at most `shard_bytes` to a file, with the index that transformers reads."""
+    files: list[list[tuple[str, Callable[[], Tensor]]]] = [[]]
+    size = total = 0
+    for name, shape, read in plan:
+        nbytes = prod(shape) * dtype_of(name).itemsize
+        if files[-1] and size + nbytes > shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].append((name, read))
+        size, total = size + nbytes, total + nbytes
+    names = (
+        [WEIGHTS]
+        if len(files) == 1
+        else [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    )
+    bar = tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc="writing",
+        disable=not progress,
+        mininterval=0.3 if sys.stderr.isatty() else 20,
+    )
+    with bar:
+        for file, tensors in zip(names, files, strict=True):
+            shard = {}
+            for name, read in tensors:
+                shard[name] = read().contiguous()
+                bar.update(shard[name].nbytes)
+            try:
+                save_file(shard, folder / file, metadata={"format": "pt"})
+            except (SafetensorError, OSError) as error:  # such as a full disk
+                raise ValueError(f"{folder / file} cannot be written: {error}") from None
+            del shard
+    if len(files) > 1:
+        weight_map = {name: file for file, tensors in zip(names, files, strict=True) for name, _ in tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")

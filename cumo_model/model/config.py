@@ -1,0 +1,179 @@
+"""Configurations: the vision tower, and the whole model. The defaults are CuMo Mistral-7B."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPVisionConfig, PreTrainedConfig
+from transformers.models.auto import CONFIG_MAPPING, AutoConfig
+
+from cumo_model.model.compat import CACHE_NAMES
+from cumo_model.model.image_tokens import PictureLayout
+from cumo_model.model.layouts import layout_of
+
+MISTRAL_7B = {  # Instruct-v0.2, where it differs from MistralConfig()
+    "model_type": "mistral",
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+
+
+@strict
+class CumoVisionConfig(CLIPVisionConfig):
+    """CLIP vision tower whose MLPs may be Mixture-of-Experts; by default ViT-L/14-336, 2 of 4 experts."""
+
+    model_type = "cumo_vision_model"
+    base_config_key = "vision_config"
+    base_model_fsdp_plan = {"encoder.layers.*": "free_full_weight"}
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 336
+    patch_size: int = 14
+    num_experts: int = 4  # 1 is CLIP's dense MLP
+    num_experts_per_tok: int = 2
+    compat: Literal["cumo"] | None = None  # set by CumoConfig
+
+    def __post_init__(self, **kwargs):
+        check_experts("vision_config.num_experts", self.num_experts, self.num_experts_per_tok)
+        super().__post_init__(**kwargs)
+
+
+@strict
+class CumoConfig(PreTrainedConfig):
+    """Vision tower, connector and language model.
+
+    Args:
+        vision_config: CumoVisionConfig or its dict.
+        text_config: configuration or dict with `model_type`: mixtral, or any dense decoder of transformers.
+        projector_num_experts: experts of the connector; 1 is a dense two-layer MLP.
+        scales: integer factors at which the tower sees the image; features are joined on channels, in order.
+        vision_feature_layer: index into the tower's num_hidden_layers + 1 hidden states.
+        vision_feature_select_strategy: "default" drops the class token, "full" keeps it (scales [1] only).
+        image_token_index: id of the placeholders in `input_ids`; may lie outside the vocabulary.
+        patch_merge_type: how a picture's tiles become tokens, see image_tokens.py; "spatial_unpad" adds a
+            parameter, image_newline.
+        image_grid_pinpoints: [[height, width], ...] of the grids of tiles that anyres chooses from, multiples
+            of the tower's image_size. None: every picture is one tile, or comes tile by tile.
+        balance_loss_coef, router_z_loss_coef: weights of the auxiliary losses in training.
+        compat: "cumo" repeats the original's rounding in routers and experts; None is more exact and faster.
+        original: config.json of the original's checkpoint this one was read from, for the way back.
+    """
+
+    model_type = "cumo"
+    attribute_map = {"image_token_id": "image_token_index"}
+    sub_configs = {"text_config": AutoConfig, "vision_config": CumoVisionConfig}
+    base_model_fsdp_plan = {"multi_modal_projector": "free_full_weight"}
+    keys_to_ignore_at_inference = [
+        *CACHE_NAMES,
+        "loss_parts",
+        "router_stats",
+        "image_hidden_states",
+        "hidden_states",
+        "attentions",
+    ]
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    projector_num_experts: int = 4
+    projector_num_experts_per_tok: int = 2
+    scales: list[int] | tuple[int, ...] = (1, 3)
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    image_token_index: int = 32000
+    patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = "flat"
+    image_grid_pinpoints: list | None = None
+    balance_loss_coef: float = 0.1
+    router_z_loss_coef: float = 0.01
+    compat: Literal["cumo"] | None = None
+    tie_word_embeddings: bool = False
+    original: dict | None = None
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers; config.json of another layout is translated."""
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if (layout := layout_of(values)) is not None:
+            ours = layout.config_values(values, pretrained_model_name_or_path)
+            values = {"model_type": cls.model_type, **ours}
+        return values, kwargs
+
+    def __post_init__(self, **kwargs):
+        if self.vision_config is None or isinstance(self.vision_config, dict):
+            self.vision_config = CumoVisionConfig(**(self.vision_config or {}))
+        elif not isinstance(self.vision_config, CumoVisionConfig):
+            raise ValueError(
+                f"vision_config must be a CumoVisionConfig, got {type(self.vision_config).__name__}"
+            )
+        if self.text_config is None or isinstance(self.text_config, dict):
+            text = dict(self.text_config or MISTRAL_7B)
+            self.text_config = CONFIG_MAPPING[text.pop("model_type", "mistral")](**text)
+        self.vision_config.compat = self.compat
+        # the text model's own flag decides: lm_head lives here, outside of it
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        self.scales = tuple(self.scales)
+        self._check()
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        check_experts("projector_num_experts", self.projector_num_experts, self.projector_num_experts_per_tok)
+        if not self.scales or any(scale < 1 for scale in self.scales):
+            raise ValueError(f"scales must be one or more positive integers, got {list(self.scales)}")
+        if self.vision_feature_select_strategy == "full" and self.scales != (1,):
+            raise ValueError(
+                "vision_feature_select_strategy must be 'default' unless scales is [1], "
+                f"got 'full' with scales {list(self.scales)}"
+            )
+        if self.vision_feature_select_strategy == "full" and self.patch_merge_type != "flat":
+            raise ValueError(
+                "vision_feature_select_strategy must be 'default' unless patch_merge_type is 'flat', "
+                f"got 'full' with {self.patch_merge_type!r}"
+            )
+        check_pinpoints(self.image_grid_pinpoints, self.vision_config.image_size)
+        num_states = self.vision_config.num_hidden_layers + 1
+        if not -num_states <= self.vision_feature_layer < num_states:
+            raise ValueError(
+                f"vision_feature_layer must index the tower's {num_states} hidden states, "
+                f"got {self.vision_feature_layer}"
+            )
+
+    @property
+    def image_seq_length(self) -> int:
+        """Visual tokens per tile: the number of placeholders that stand for it in `input_ids`, but for what
+        `patch_merge_type` takes away or adds."""
+        num_patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        return num_patches + (self.vision_feature_select_strategy == "full")
+
+    @property
+    def picture_layout(self) -> PictureLayout:
+        side = self.vision_config.image_size
+        grid = side // self.vision_config.patch_size
+        pinpoints = self.image_grid_pinpoints
+        return PictureLayout(side, grid, self.image_seq_length, self.patch_merge_type, pinpoints)
+
+
+def check_experts(name: str, num_experts: int, top_k: int) -> None:
+    if num_experts < 1:
+        raise ValueError(f"{name} must be at least 1 (1 is dense), got {num_experts}")
+    if num_experts > 1 and not 1 <= top_k <= num_experts:
+        raise ValueError(f"{name}_per_tok must be between 1 and the {num_experts} experts, got {top_k}")
+
+
+def check_pinpoints(pinpoints: list | None, side: int) -> None:
+    if pinpoints is None:
+        return
+    pairs = [tuple(pair) if isinstance(pair, list | tuple) else (pair,) for pair in pinpoints]
+    if not pairs or any(
+        len(pair) != 2 or any(not isinstance(n, int) or n < side or n % side for n in pair) for pair in pairs
+    ):
+        raise ValueError(
+            f"image_grid_pinpoints must be [height, width] pairs, multiples of the image_size {side}, "
+            f"got {pinpoints}"
+        )
+
+
+AutoConfig.register(CumoVisionConfig.model_type, CumoVisionConfig)
+AutoConfig.register(CumoConfig.model_type, CumoConfig)

@@ -1,0 +1,1 @@
+"""Stages of training: recipes, the Trainer, recovery, engines."""

@@ -1,0 +1,247 @@
+"""Recipes: what one stage of training is, as YAML.
+
+    base: other.yaml          taken first, relative to this file; what follows overrides it, key by key
+    variant: paper            which of `variants` is applied, where sources disagree on figures
+    variants: {paper: {...}, script: {...}}
+    output_dir: runs/...
+    model: {...}              where the weights come from               (ModelSection)
+    data: {...}               what is trained on                        (DataSection)
+    stage: {...}              what trains, with which losses and rates  (StageSection)
+    trainer: {...}            any field of transformers.TrainingArguments
+
+`key=value` on the command line overrides, with dots into sections: `stage.learning_rate=1e-5 variant=script`.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cumo_model.training.parallel import EXCHANGES
+
+SHIPPED = Path(__file__).with_name("recipes")
+# may change between the runs of one training without making it another one
+FREE = ("trainer", "output_dir")
+PARTS = {  # what a stage may train -> its modules in CumoForConditionalGeneration
+    "vision": ("model.vision_tower",),
+    "projector": ("model.multi_modal_projector",),
+    "language": ("model.language_model", "lm_head"),
+}
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """`start` is a folder with a CuMo checkpoint, dense or not; or `vision` and `language` are folders with
+    a CLIP (or CuMo) tower and a causal language model, and the connector is new."""
+
+    start: str | None = None
+    vision: str | None = None
+    language: str | None = None
+    projector: str | None = None  # mm_projector.bin of the original's stages, for `vision` and `language`
+    tokenizer: str | None = None  # where it is not with `language`
+    scales: tuple[int, ...] = (1, 3)
+    vision_experts: int = 0  # a dense place gets so many copies; one that has as many is left as it is
+    projector_experts: int = 0
+    text_experts: int = 0
+    top_k: int = 2
+    scratch: bool = False  # new experts with random weights instead of copies
+    seed: int = 0  # of new gates and of a new connector
+    compat: str | None = None
+    dtype: str = "float32"  # of the weights; trainer.bf16 computes in bf16 beside fp32 weights
+    attn_implementation: str | None = None
+    quantize: int | None = None  # 4 or 8 bits, frozen, for QLoRA
+
+
+@dataclass(frozen=True)
+class DataSection:
+    files: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    template: str = "mistral_instruct_system"
+    aspect: str = "pad"  # "square" crops what is not square, as LLaVA's first stage does
+    max_length: int | None = None
+    grouping: str = "modality_length"
+    packing: bool = False  # rows of max_length tokens; a micro-batch counts rows then
+    skip_bad: bool = False
+    cache_dir: str | None = None  # of the index; beside output_dir if not given
+    dummy_images: bool = False  # the original's grey picture for every row without one
+
+
+@dataclass(frozen=True)
+class LoraSection:
+    r: int = 64
+    alpha: int = 16
+    dropout: float = 0.05
+    targets: Any = r"model\.language_model\..*(q|k|v|o|gate|up|down)_proj"  # names, or one pattern
+    target_parameters: tuple[str, ...] = ()  # stacked experts: experts.gate_up_proj, experts.down_proj ...
+
+    def __post_init__(self):
+        if self.target_parameters and self.dropout:
+            raise ValueError(
+                "stage.lora.dropout must be 0 with target_parameters, where peft has none, "
+                f"got {self.dropout}"
+            )
+
+
+@dataclass(frozen=True)
+class StageSection:
+    trains: tuple[str, ...] = tuple(PARTS)
+    batch_size: int = 256  # over all processes and accumulation steps
+    learning_rate: float = 2e-5
+    projector_learning_rate: float | None = None
+    balance_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
+    expert_parallel: int = 1  # processes that share the experts of a layer
+    expert_exchange: str = "exact"  # how tokens travel to them; "padded" waits for no device, for more memory
+    lora: LoraSection | None = None
+
+    def __post_init__(self):
+        if not self.trains or set(self.trains) - set(PARTS):
+            raise ValueError(f"stage.trains must name some of {sorted(PARTS)}, got {list(self.trains)}")
+        if self.expert_exchange not in EXCHANGES:
+            raise ValueError(
+                f"stage.expert_exchange must be one of {', '.join(EXCHANGES)}, got {self.expert_exchange!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    output_dir: str
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    stage: StageSection = field(default_factory=StageSection)
+    trainer: dict = field(default_factory=dict)
+    variant: str | None = None
+
+    def identity(self) -> dict:
+        """What makes a training this training; the rest may change when it goes on."""
+        seeds = [self.trainer.get(name) for name in ("seed", "data_seed")]  # of packs and order
+        values = {key: value for key, value in plain(self).items() if key not in FREE} | {"seed": seeds}
+        del values["stage"]["expert_exchange"]  # the same but for rounding
+        return values
+
+
+def plain(recipe: Recipe) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(
+        path.relative_to(SHIPPED).with_suffix("").as_posix()
+        for path in SHIPPED.rglob("*.yaml")
+        if not path.name.startswith("_") and path.parent != SHIPPED
+    )
+
+
+def load_recipe(config: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        config: a YAML file, or the name of a shipped one ("mistral-7b/sft").
+        overrides: `key=value` strings, values as in YAML.
+
+    Raises:
+        ValueError: the file or a key of it cannot be used; the message names it.
+    """
+    path = Path(config)
+    if not path.exists() and (SHIPPED / f"{config}.yaml").exists():
+        path = SHIPPED / f"{config}.yaml"
+    values = _read(path)
+    given = _parse_overrides(overrides)
+    variants, variant = values.pop("variants", {}), given.get("variant", values.get("variant"))
+    if variant is not None and variant not in variants:
+        known = ", ".join(variants) or "none: this recipe has no variants"
+        raise ValueError(f"variant must be one of {known}, got {variant!r}")
+    values = _merge(_merge(values, variants.get(variant) or {}), given)
+    return _build(Recipe, values, "")
+
+
+def _read(path: Path) -> dict:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        names = ", ".join(shipped_recipes())
+        raise ValueError(f"config {str(path)!r} does not exist, nor is it one of {names}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config {str(path)!r} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config {str(path)!r} must hold keys and values, got {type(values).__name__}")
+    base = values.pop("base", None)
+    return values if base is None else _merge(_read(path.parent / base), values)
+
+
+def _merge(under: dict, over: dict) -> dict:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict:
+    found: dict = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name:
+            raise ValueError(f"overrides must look like key=value, got {override!r}")
+        value: Any = yaml.safe_load(text) if text else None
+        for key in reversed(name.split(".")):
+            value = {key: value}
+        found = _merge(found, value)
+    return found
+
+
+def _build(kind: type, values: Any, place: str):
+    """A dataclass from a dict, with numbers as YAML leaves them (1e-3 is text to it)."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{place.rstrip('.') or 'config'} must hold keys and values, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{place}{unknown[0]} is not a key; there are {', '.join(fields)}")
+    missing = [n for n, f in fields.items() if n not in values and _required(f)]
+    if missing:
+        raise ValueError(f"{place}{missing[0]} must be given")
+    sections = {"model": ModelSection, "data": DataSection, "stage": StageSection, "lora": LoraSection}
+    built = {}
+    for name, value in values.items():
+        if name in sections and value is not None:
+            built[name] = _build(sections[name], value, f"{place}{name}.")
+        elif name == "trainer":
+            built[name] = {key: _number(item) for key, item in (value or {}).items()}
+        else:
+            built[name] = _typed(fields[name], value, place)
+    return kind(**built)
+
+
+def _required(f: dataclasses.Field) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _typed(f: dataclasses.Field, value: Any, place: str) -> Any:
+    wanted = str(f.type)
+    if "tuple" in wanted and value is not None:
+        return tuple(value) if isinstance(value, list | tuple) else (value,)
+    if value is None or f.type is Any:
+        return value
+    kinds = {"bool": bool, "int": int, "float": (int, float), "str": str}
+    names = [name.strip() for name in wanted.removeprefix("<class '").removesuffix("'>").split("|")]
+    value = _number(value) if "float" in names else value
+    allowed = tuple(kind for name in names if name in kinds for kind in [kinds[name]])
+    flat = tuple(k for kind in allowed for k in (kind if isinstance(kind, tuple) else (kind,)))
+    if (isinstance(value, bool) and bool not in flat) or (flat and not isinstance(value, flat)):
+        raise ValueError(f"{place}{f.name} must be of type {' | '.join(names)}, got {value!r}")
+    return value

@@ -1,0 +1,302 @@
+"""Runs that can be cut off anywhere: checkpoints that appear in one move, stops on request, automatic resume.
+
+A checkpoint is a folder `checkpoint-N`. It is written as `.saving/checkpoint-N`, flushed to the disk and
+renamed, so whatever bears the name was whole then; older ones go only afterwards. What became of it since, on
+a failing disk or by somebody's copying, is looked at before a run goes on from it.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import threading
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+
+from cumo_model.checkpoints.folders import read_object
+
+SAVING = ".saving"
+SIZES = "files.json"  # in a checkpoint: its files and their bytes
+DAMAGED = "damaged-"  # before the name of a checkpoint that cannot be read
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its progress is saved."""
+
+
+def checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = {}
+    for path in Path(folder).glob("checkpoint-*"):
+        number = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if number and (path / TRAINER_STATE_NAME).is_file():
+            found[int(number[1])] = path
+    return [found[step] for step in sorted(found)]
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be gone on from, None where nothing is seen: files that are missing or cut off,
+    headers that are none. No tensor is read, so this takes a moment at any size."""
+    try:
+        read_object(checkpoint / TRAINER_STATE_NAME)
+        sizes = checkpoint / SIZES  # the Trainer's own checkpoints have none
+        for name, size in (read_object(sizes) if sizes.is_file() else {}).items():
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found:,} bytes instead of {size:,}"
+        for path in sorted(checkpoint.rglob("*")):
+            name = path.relative_to(checkpoint)
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+                return f"{name} is not what torch.save writes"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename or checkpoint).name} is missing"
+    except SafetensorError as error:
+        return f"{name}: {error}"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def last_sound(folder: str | os.PathLike) -> Path | None:
+    """The newest checkpoint of a run that can be read, None where a run has none yet; the same on all
+    processes, all of which must call. A newer one that cannot be read is warned of and put aside.
+
+    Raises:
+        ValueError: there are checkpoints, and none can be read.
+    """
+    answer: list = [None, None]
+    if not _together() or dist.get_rank() == 0:
+        try:
+            answer = [_choose(Path(folder)), None]
+        except (ValueError, OSError) as error:  # the others wait below
+            answer = [None, str(error)]
+    if _together():
+        dist.broadcast_object_list(answer, device=_device_of_messages())
+    chosen, problem = answer
+    if problem is not None:
+        raise ValueError(problem)
+    return chosen
+
+
+def _choose(run: Path) -> Path | None:
+    found, bad = checkpoints(run)[::-1], {}
+    chosen = None
+    for path in found:
+        reason = damage(path)
+        if reason is None:
+            chosen = path
+            break
+        bad[path] = reason
+    if bad and chosen is None:
+        every = "; ".join(f"{path.name}: {reason}" for path, reason in bad.items())
+        raise ValueError(f"no checkpoint in {run} can be read ({every}): delete them to begin again")
+    for path, reason in bad.items():
+        aside = path.with_name(f"{DAMAGED}{path.name}")  # its place is needed when that step comes again
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        warnings.warn(
+            f"{path} cannot be read ({reason}): this run goes on from {chosen.name}, the damaged one is kept "
+            f"as {aside.name}",
+            stacklevel=4,
+        )
+    return chosen
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_sizes(folder: Path) -> None:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    (folder / SIZES).write_text(json.dumps(sizes, indent=1))
+
+
+def _is_no_room(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in NO_ROOM
+    # safetensors and torch say it in words
+    words = (
+        "No space left",
+        "File too large",
+        "os error 28",
+        "os error 27",
+        "PytorchStreamWriter",
+        "unexpected pos",
+    )
+    return isinstance(error, SafetensorError | RuntimeError) and any(word in str(error) for word in words)
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _device_of_messages() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def everywhere(value: bool) -> bool:
+    """Whether `value` is true on any process."""
+    if not _together():
+        return value
+    flag = torch.tensor(float(value), device=_device_of_messages())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _finite(parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether this process's shares of all parameters are numbers; one wait for the device."""
+    shares = (p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in parameters)
+    largest = [torch.linalg.vector_norm(share, math.inf).float() for share in shares if share.numel()]
+    return not largest or math.isfinite(torch.stack(largest).max().item())
+
+
+def _barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+class AtomicCheckpoints(Trainer):
+    """A Trainer whose checkpoints are whole or not there, and which goes on when the disk is full."""
+
+    _saving_to: str | None = None
+    _no_room: str | None = None  # what this process could not write of the checkpoint in work
+    save_failed: str | None = None  # why the last checkpoint could not be written
+
+    def _run_epoch(self, **options):
+        if self.state.global_step >= self.state.max_steps:  # the Trainer would look only after one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**options)
+
+    def _get_output_dir(self, trial):
+        return self._saving_to or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        run, step = Path(self.args.output_dir), self.state.global_step
+        final, work = run / f"checkpoint-{step}", run / SAVING
+        if (final / TRAINER_STATE_NAME).is_file():
+            return
+        # whoever goes on from such a checkpoint never trains again, and the good ones would go for it
+        if everywhere(not _finite(p for p in self.model.parameters() if p.requires_grad)):
+            raise FloatingPointError(f"a weight is not finite at step {step}: no checkpoint is made of that")
+        first = self.is_world_process_zero()
+        if first:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+        # before anybody starts: a process that fails halfway would leave the others waiting for it
+        reason = self._room_problem(run) if first else None
+        if everywhere(reason is not None):
+            self._report(reason, work)
+            return
+        _barrier()
+        self._saving_to, self._no_room = str(work), None
+        try:
+            with self._room_may_end():
+                super()._save_checkpoint(model, trial)
+            failed = everywhere(self._no_room is not None)
+            if first and not failed:  # all have written
+                with self._room_may_end():
+                    self._publish(work / final.name, final)
+            failed = everywhere(failed or self._no_room is not None)
+        finally:
+            self._saving_to = None
+        if failed:
+            self._report(self._no_room or "another process could not write", work)
+        else:
+            self.save_failed = None
+
+    @contextlib.contextmanager
+    def _room_may_end(self) -> Iterator[None]:
+        """Around what this process alone writes: where room ends in the middle of a checkpoint, that one is
+        given up once all processes are through. They would wait for who left before the next gathering."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self._saving_to is None or not _is_no_room(error):
+                raise
+            self._no_room = self._no_room or str(error)
+
+    def _save(self, output_dir=None, state_dict=None):
+        with self._room_may_end():
+            super()._save(output_dir, state_dict)
+
+    def _publish(self, written: Path, final: Path) -> None:
+        _write_sizes(written)
+        for path in [*written.rglob("*"), written]:
+            _flush(path)
+        shutil.rmtree(final, ignore_errors=True)  # half of one, of somebody's copying
+        os.replace(written, final)
+        _flush(final.parent)
+        shutil.rmtree(written.parent, ignore_errors=True)
+        self._keep_last(final.parent)
+
+    def _room_problem(self, run: Path) -> str | None:
+        last = checkpoints(run)
+        if not last:
+            return None
+        needed = sum(path.stat().st_size for path in last[-1].rglob("*") if path.is_file())
+        free = shutil.disk_usage(run).free
+        return f"{free:,} bytes are free in {run}, a checkpoint takes {needed:,}" if free < needed else None
+
+    def _report(self, reason: str | None, work: Path) -> None:
+        self.save_failed = reason or "no room"
+        if self.is_world_process_zero():
+            shutil.rmtree(work, ignore_errors=True)
+            warnings.warn(f"no checkpoint at step {self.state.global_step}: {self.save_failed}", stacklevel=3)
+
+    def _keep_last(self, run: Path) -> None:
+        limit = self.args.save_total_limit
+        for path in checkpoints(run)[: -limit if limit else 0]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class StopRequests(TrainerCallback):
+    """SIGTERM or SIGINT: finish the step, save, stop.
+
+    All processes stop at the same step; a second signal acts as usual.
+    """
+
+    def __init__(self):
+        self.asked = False
+        self.stopped = False
+        self._before: dict[int, object] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        self.asked = True
+        signal.signal(number, self._before[number])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if everywhere(self.asked) and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()

@@ -1,0 +1,62 @@
+"""The model and processor that a stage begins with."""
+
+import os
+
+import torch
+
+from cumo_model.checkpoints.assemble import assemble
+from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.processing.processor import CumoProcessor
+from cumo_model.training.recipe import DataSection, ModelSection
+
+
+def start_model(model: ModelSection, data: DataSection) -> tuple[CumoForConditionalGeneration, CumoProcessor]:
+    """The model and processor of a recipe, experts included.
+
+    Raises:
+        ValueError: a folder is missing or of another kind, or experts do not fit what is there.
+    """
+    if (model.start is None) == (model.vision is None or model.language is None):
+        raise ValueError("model must name start, or vision and language, got both or neither")
+    dtype = getattr(torch, model.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"model.dtype must be a float type of torch, got {model.dtype!r}")
+    for name in ("start", "vision", "language", "tokenizer"):
+        path = getattr(model, name)
+        if path is not None and not os.path.isdir(path):
+            raise ValueError(f"model.{name} must be a folder, got {path!r}, which is none")
+    parts = {}
+    if model.start is None:
+        parts = {
+            "vision": model.vision,
+            "text": model.language,
+            "projector": model.projector,
+            "tokenizer": model.tokenizer,
+            "scales": model.scales,
+            "compat": model.compat,
+        }
+    experts = {
+        "vision_experts": model.vision_experts,
+        "projector_experts": model.projector_experts,
+        "text_experts": model.text_experts,
+        "top_k": model.top_k,
+    }
+    try:
+        built, processor = assemble(
+            model.start,
+            **parts,
+            experts=experts,
+            scratch=model.scratch,
+            dtype=dtype,
+            quantize=model.quantize,
+            attn_implementation=model.attn_implementation,
+            template=data.template,
+            aspect=data.aspect,
+            seed=model.seed,
+        )
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
+    if processor is None:
+        where = model.tokenizer or model.language or model.start
+        raise ValueError(f"model.tokenizer must be a folder with a tokenizer: {where} has none")
+    return built, processor

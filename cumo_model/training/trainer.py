@@ -1,0 +1,240 @@
+"""transformers' Trainer for CuMo: losses by name, rates, adapters; and runs of recipes.
+
+What a step sees is a function of the recipe and the step, on however many processes: the global batch is the
+recipe's, and accumulation is what is left of it after processes and micro-batches.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import TrainingArguments, set_seed
+
+from cumo_model.data.batches import Collator
+from cumo_model.data.sampling import Units, plan_packs
+from cumo_model.data.streamed import StreamedConversations
+from cumo_model.model.compat import CHECKPOINTING, checkpointing_arguments
+from cumo_model.training.deepspeed import begin, first_model, join_processes, require_deepspeed, whole_weights
+from cumo_model.training.expert_checkpoints import is_spread, spread_experts
+from cumo_model.training.lora import has_adapters, load_beside, merged, save_beside, with_lora
+from cumo_model.training.monitor import Monitor
+from cumo_model.training.recipe import PARTS, SHIPPED, Recipe, StageSection
+from cumo_model.training.stage import DATA_FILE, StageTrainer, claim, run_stage
+
+
+class CumoTrainer(StageTrainer):
+    """A stage of a CuMo: parts of the loss in the log, a connector rate of its own, adapters.
+
+    Args:
+        stage: rates and what trains.
+        options: of StageTrainer.
+    """
+
+    forward_options = {"use_cache": False, "skip_logits": True}
+
+    def __init__(self, model, args: TrainingArguments, units: Units, stage: StageSection, **options):
+        self.stage = stage
+        whole = set(stage.trains) - ({"language"} if stage.lora is not None else set())
+        super().__init__(model, args, units, monitor=Monitor(model, whole), **options)
+
+    def create_optimizer(self, model=None):
+        own_rate = self.stage.projector_learning_rate
+        if self.optimizer is None and (own_rate is not None or self.stage.expert_parallel > 1):
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups: dict[tuple[bool, bool, bool], dict] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    # fused optimizers take plain tensors or DTensors in one group, not both
+                    key = ("multi_modal_projector" in name, name in decayed, is_spread(parameter))
+                    group = groups.setdefault(key, {"params": []})
+                    group["params"].append(parameter)
+            for (is_projector, decays, _), group in groups.items():
+                group["weight_decay"] = self.args.weight_decay if decays else 0.0
+                group["lr"] = own_rate if is_projector and own_rate is not None else options["lr"]
+            self.optimizer = kind(list(groups.values()), **options)
+        return super().create_optimizer(model)
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if has_adapters(self.model):
+            with self._room_may_end():
+                save_beside(self.model, state_dict, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if has_adapters(self.model):
+            load_beside(self.model, resume_from_checkpoint)
+
+    def write_result(self, work, folder, recipe):
+        """The trained model, adapters merged, and its processor."""
+        if not has_adapters(self.model):
+            super().write_result(work, folder, recipe)
+            return
+        with whole_weights(self.args):
+            merged(recipe, first_model(recipe), work).save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """TrainingArguments of a recipe on this machine.
+
+    Raises:
+        ValueError: a key is none of theirs, or the batch does not divide over the processes.
+    """
+    given, stage, world = (
+        checkpointing_arguments(recipe.trainer),
+        recipe.stage,
+        int(os.environ.get("WORLD_SIZE", 1)),
+    )
+    micro = int(given.pop("per_device_train_batch_size", 1))
+    if stage.batch_size % (micro * world):
+        raise ValueError(
+            f"stage.batch_size must be a multiple of {micro} (micro-batch) x {world} (processes), "
+            f"got {stage.batch_size}"
+        )
+    given.setdefault("learning_rate", stage.learning_rate)
+    for name in ("fsdp_config", "deepspeed"):
+        if isinstance(given.get(name), str):
+            given[name] = _engine_config(name, given[name])
+    if given.get("deepspeed"):
+        require_deepspeed()
+    if not torch.cuda.is_available():
+        given.pop("tf32", None)  # what only a GPU has is no reason to refuse a CPU
+        if given.get("fp16"):
+            raise ValueError(
+                "trainer.fp16 needs a GPU, a CPU would compute in fp32; trainer.bf16 runs on both"
+            )
+    if "fsdp_config" in given:
+        given.setdefault("fsdp", True)
+    if stage.expert_parallel > 1 and stage.expert_exchange == "padded" and torch.cuda.is_available():
+        if not given.get("use_cpu"):  # sizes are agreed on by CPU tensors, rows travel by NCCL
+            given.setdefault("ddp_backend", "cpu:gloo,cuda:nccl")
+    fixed = {
+        "output_dir": recipe.output_dir,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": stage.batch_size // (micro * world),
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,  # a loss that is no number ends the run
+        "label_names": ["labels"],
+    }
+    if given.get(CHECKPOINTING):  # the model refuses the other way
+        options = f"{CHECKPOINTING}_kwargs"
+        given[options] = {"use_reentrant": False, **(given.get(options) or {})}
+    defaults = {
+        "logging_steps": 1,
+        "save_total_limit": 2,
+        "save_strategy": "steps",
+        "report_to": "none",
+        "disable_tqdm": False,
+        "optim": "adamw_torch_fused",
+        "use_cpu": not torch.cuda.is_available(),
+        # a step of text alone leaves tower and connector without gradient
+        "ddp_find_unused_parameters": True,
+    }
+    environment = os.environ.get
+    if environment("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(
+        environment("TORCHELASTIC_MAX_RESTARTS", 0)
+    ):
+        warnings.warn(
+            "torch 2.11's torchrun gives restarted processes the store of those before, where they find "
+            "addresses of the dead: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun",
+            stacklevel=2,
+        )
+    try:
+        return TrainingArguments(**{**defaults, **given, **fixed})
+    except TypeError as error:
+        raise ValueError(f"trainer: {error}") from None
+
+
+def _engine_config(name: str, path: str) -> dict:
+    place = Path(path) if os.path.exists(path) else SHIPPED / path
+    try:
+        return json.loads(place.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"trainer.{name} {path!r} cannot be read: {error}") from None
+
+
+def freeze(model, stage: StageSection) -> None:
+    """Leave only what the stage trains with gradients."""
+    model.requires_grad_(False)
+    for part in stage.trains:
+        for name in PARTS[part]:
+            for parameter in model.get_submodule(name).parameters():
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(True)
+
+
+def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
+    """Model, data and Trainer of a recipe, ready to train."""
+    args = training_arguments(recipe)
+    set_seed(args.seed)
+    join_processes(args)
+    model, processor = begin(recipe, args)
+    stage, data = recipe.stage, recipe.data
+    model.config.balance_loss_coef = stage.balance_loss_coef
+    model.config.router_z_loss_coef = stage.router_z_loss_coef
+    cache = data.cache_dir or os.path.join(os.path.dirname(os.path.abspath(recipe.output_dir)), "index")
+    with args.main_process_first(desc="indexing the data"):
+        dataset = StreamedConversations(
+            list(data.files),
+            list(data.images) or None,
+            processor,
+            data.template,
+            data.max_length,
+            cache,
+            data.skip_bad,
+        )
+    claim(
+        Path(recipe.output_dir) / DATA_FILE, {"content of data": dataset.identity(), "records": len(dataset)}
+    )
+    units = [[i] for i in range(len(dataset))]
+    lengths, has_image = dataset.lengths, dataset.has_image
+    if data.packing:
+        if data.max_length is None:
+            raise ValueError("data.max_length must be given for data.packing, got None")
+        units = plan_packs(lengths, has_image, data.max_length, seed=args.seed)
+        has_image = np.array([has_image[unit].any() for unit in units])
+        lengths = np.array([lengths[unit].sum() for unit in units])
+    collator = Collator(
+        dataset.pad_id,
+        model.config.vision_config.image_size,
+        data.packing,
+        data.dummy_images,
+        needs_image="language" not in stage.trains and stage.lora is None,
+    )
+    freeze(model, stage)
+    if stage.lora is not None:
+        model = with_lora(model, stage)
+    if stage.expert_parallel > 1:
+        if stage.lora is not None or args.deepspeed:
+            raise ValueError("stage.expert_parallel must be 1 with lora or deepspeed")
+        if args.fp16:  # the Trainer's norm over both kinds of parameters does not know the loss's scale
+            raise ValueError("stage.expert_parallel must be 1 with trainer.fp16; it works with trainer.bf16")
+        spread_experts(model, stage.expert_parallel, args.device, bool(args.fsdp), stage.expert_exchange)
+    return CumoTrainer(
+        model,
+        args,
+        Units(dataset, units),
+        stage,
+        collator=collator,
+        lengths=lengths,
+        has_image=has_image,
+        grouping=data.grouping,
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+
+
+def run_recipe(recipe: Recipe, callbacks: Sequence = ()) -> Path:
+    """Train a CuMo as `run_stage` does.
+
+    Returns:
+        The folder with the trained model and its processor.
+    """
+    return run_stage(recipe, build_trainer, callbacks)

@@ -1,0 +1,130 @@
+"""Expert load and patch maps: against the plain definition, and the command on a checkpoint of any scales."""
+
+import json
+
+import pytest
+import torch
+
+from cumo_model.__main__ import main
+from cumo_model.analysis.experts import expert_load, patch_experts, specialisation
+from cumo_model.training.monitor import Monitor, gradient_norms, layer_facts
+from cumo_model.training.recipe import load_recipe
+from cumo_model.training.start import start_model
+from tests.model.training.small_runs import write_data, write_model, write_recipe
+from tests.rounding import assert_close_after, assert_same_formula
+
+
+def test_a_patch_map_is_what_the_gate_chose(tiny_model):
+    """Two scales: the map of scale 3 is the nine tiles put together, each tile routed on its own."""
+    model = tiny_model(scales=(1, 3)).eval()
+    pixels = torch.randn(1, 3, 12, 12)
+    found = patch_experts(model, pixels)
+    assert {key[0] for key in found} == {"clip", "mlp"}
+    shapes = {scale: tuple(found["clip", 0, scale].shape) for scale in (1, 3)}
+    assert shapes == {1: (3, 3), 3: (9, 9)} and found["mlp", 0, 1].shape == (3, 3)
+    large = torch.nn.functional.interpolate(pixels, size=(36, 36), mode="bicubic")
+    tower = model.model.vision_tower
+    for i, j in ((0, 0), (1, 2)):
+        tile = large[:, :, 12 * i : 12 * i + 12, 12 * j : 12 * j + 12]
+        layer = tower.encoder.layers[0]
+        x = tower.pre_layrnorm(tower.embeddings(tile))
+        x = layer.layer_norm2(x + layer.self_attn(layer.layer_norm1(x))[0])
+        chosen = layer.mlp.gate(x)[0, 1:].argmax(-1).view(3, 3)
+        assert torch.equal(found["clip", 0, 3][3 * i : 3 * i + 3, 3 * j : 3 * j + 3].long(), chosen)
+
+
+def test_load_counts_slots_without_padding(tiny_model, tiny_batch):
+    model = tiny_model(text="mixtral")
+    batch = tiny_batch()
+    batch["attention_mask"][1, 15:] = 0
+    short = {"input_ids": batch["input_ids"][1:, :15], "pixel_values": batch["pixel_values"][1:]}
+    short["attention_mask"] = torch.ones_like(short["input_ids"])
+    first = {name: value[:1] for name, value in batch.items()}
+    load = expert_load(model, [("all", batch)])
+    apart = expert_load(model, [("all", first), ("all", short)])
+    assert load.keys() == {"clip", "mlp", "llm"}
+    for place, kinds in load.items():
+        assert kinds["all"] == apart[place]["all"]
+        for shares in kinds["all"]:
+            assert_close_after(1, sum(shares), 1)  # each share is rounded once, the sum is Python's
+
+
+def test_specialisation_is_none_when_alike_and_one_when_apart():
+    assert specialisation({"a": [[0.5, 0.5]], "b": [[0.5, 0.5]]}) == 0
+    assert specialisation({"a": [[1.0, 0.0]], "b": [[0.0, 1.0]]}) == 1
+    assert specialisation({"a": [[1.0, 0.0], [0.5, 0.5]], "b": [[0.5, 0.5], [0.5, 0.5]]}) == 0.25
+    assert specialisation({"a": [[1.0, 0.0]]}) == 0
+
+
+def test_the_command_draws_any_checkpoint(tmp_path, tiny_config, capsys):
+    data = write_data(tmp_path)
+    write_model(tmp_path, tiny_config, scales=(1, 3))
+    recipe = load_recipe(write_recipe(tmp_path))
+    model, processor = start_model(recipe.model, recipe.data)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "moe")
+    arguments = ["experts", "--data", str(data), "--images", str(tmp_path), "--template", "mistral_instruct"]
+    picture = ["--picture", str(tmp_path / "red.png"), "--limit", "6", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--checkpoint", str(tmp_path / "moe"), *picture]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"load.json", "load.png", "patches-red.png"}
+    found = json.loads((tmp_path / "out" / "load.json").read_text())
+    assert found["records"] == {"colours": 6} and found["load"].keys() == {"clip", "mlp", "llm"}
+    assert main([*arguments, "--checkpoint", str(tmp_path / "start"), "--out", str(tmp_path / "o2")]) == 1
+    assert "has no experts" in capsys.readouterr().err
+    by = [*arguments, "--checkpoint", str(tmp_path / "moe"), "--out", str(tmp_path / "o3"), "--by", "image"]
+    assert main(by) == 1
+    assert "by must be a field of every record, got 'image'" in capsys.readouterr().err
+
+
+def test_layer_facts():
+    even = layer_facts([5, 5, 5, 5], 20)
+    # two logarithms, each an ulp off at most, three additions, a quotient
+    assert_close_after(8, even.pop("load_entropy"), 1, torch.float64)
+    assert even == {"max_load": 0.25, "zero_experts": 0, "dropped": 0}
+    one = layer_facts([8, 0, 0, 0], 32)
+    assert one == {"load_entropy": 0, "max_load": 1, "zero_experts": 3, "dropped": 0.75}
+
+
+@pytest.mark.usefixtures("fp64")
+def test_the_monitor_reads_what_the_model_did(tiny_model, tiny_batch):
+    """Loss parts, load, and the entropy of every gate's softmax against the plain formula."""
+    model, batch = tiny_model(text="mixtral").train(), tiny_batch()
+    monitor, logits = Monitor(model), []
+    model.model.multi_modal_projector.mlp.gate.register_forward_hook(lambda m, a, out: logits.append(out))
+    with monitor.watching(batch, training=True):
+        output = model(**batch, use_cache=False)
+    monitor.add_losses(output.loss_parts)
+    output.loss.backward()
+    norms = gradient_norms(model)
+    found = monitor.read()
+    for name, value in output.loss_parts.items():
+        assert found[name] == value.item()
+    probs = logits[0].softmax(-1)
+    entropy = -(probs * probs.log()).sum(-1).mean().item() / torch.log(torch.tensor(4.0)).item()
+    assert_same_formula(found["mlp_router_entropy"], entropy)
+    chosen = logits[0].topk(2).indices.flatten().bincount(minlength=4)
+    shares = [found[f"experts/mlp.00/load_{e}"] for e in range(4)]
+    assert shares == (chosen / chosen.sum()).tolist()
+    assert_same_formula(found["experts/mlp.00/balance"], output.loss_parts["mlp_balance"])
+    wanted = sum(
+        p.grad.pow(2).sum() for n, p in model.named_parameters() if "vision" in n and p.grad is not None
+    )
+    assert_same_formula(norms["grad_norm_vision"], wanted.sqrt())
+    assert "language" not in monitor.read()
+
+
+def test_reporters_get_every_layer_and_the_history_does_not(tmp_path, tiny_config):
+    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from cumo_model.training.trainer import run_recipe
+
+    write_data(tmp_path)
+    write_model(tmp_path, tiny_config)
+    recipe = write_recipe(tmp_path, trainer__max_steps=2, trainer__report_to="tensorboard")
+    run_recipe(load_recipe(recipe))
+    files = list(tmp_path.rglob("events.out.tfevents*"))
+    events = tensorboard.EventAccumulator(str(files[0].parent))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert any(tag.endswith("experts/llm.01/load_entropy") for tag in tags)
+    assert any(tag.endswith("language") for tag in tags)

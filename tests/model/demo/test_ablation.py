@@ -1,0 +1,132 @@
+"""The ablation's table and verdicts; the command itself is run by hand (README)."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+from cumo_model.training.train import Schedule, Stage
+from transformers import AutoProcessor
+
+from cumo_model import CumoForConditionalGeneration
+from cumo_model.data import ConversationDataset
+from cumo_model.demo import ablation
+from cumo_model.demo.ablation import CLAIMS, ROWS, run_ablation, run_row, scores_path, table, verdict
+from cumo_model.demo.run import claim
+from cumo_model.demo.settings import Settings, quick
+from cumo_model.demo.task import write_json
+from tests.model.training.small_runs import COLOURS, write_data, write_model
+
+
+def _row(choice, exact, flops=100, loss=0.5):
+    return {
+        "choice": choice,
+        "exact": exact,
+        "loss": [loss, loss + 0.1],
+        "flops": flops,
+        "parameters": 1_000_000,
+        "load_entropy": {"clip": 0.9} if flops > 100 else {},
+    }
+
+
+def test_rows_are_the_papers_ablations():
+    assert {name for claim in CLAIMS for name in claim[1:]} <= set(ROWS)
+    assert ROWS["clip"].vision == ROWS["clip"].projector == 4 and ROWS["clip"].top_k == 2
+    assert ROWS["top1"].top_k == 1 and ROWS["e8"].vision == 8 and not ROWS["no-stage2"].stage2
+    assert ROWS["clip-scratch"].scratch and not ROWS["no-losses"].losses
+
+
+def test_a_verdict_needs_a_t_test():
+    # differences of 4, 5 and 3 thirty-seconds, in numbers that floats have
+    mean, error, word = verdict([0.75, 0.8125, 0.78125], [0.625, 0.65625, 0.6875])
+    assert (mean, error, word) == (4 / 32, 1 / 32 / math.sqrt(3), "seen here too")
+    assert verdict([0.6, 0.61, 0.62], [0.7, 0.72, 0.71])[2] == "the opposite here"
+    assert verdict([0.7, 0.5], [0.6, 0.6])[2] == "not told apart"
+    assert verdict([0.64, 0.60, 0.62], [0.6, 0.6, 0.6])[2] == "not told apart"  # 1.7 errors, t is 4.3
+    assert math.isnan(verdict([0.7], [0.6])[1]) and verdict([0.7], [0.6])[2] == "not told apart"
+
+
+def test_the_table_has_mean_spread_cost_and_claims():
+    text = table({"dense": _row([0.5, 0.7], [0.4, 0.4]), "mlp": _row([0.6, 0.8], [0.5, 0.5], 120, 0.4)})
+    assert "| dense | 60.0 ± 14.1 | 40.0 ± 0.0 | 0.550 ± 0.071 | 1.00x | 1.0 M | - |" in text
+    assert "| + MLP-MoE, 2 of 4 | 70.0 ± 14.1 |" in text and "1.20x" in text and "clip 0.90" in text
+    assert "+10.0 ± 0.0: seen here too" in text and "-0.100 ± 0.000: seen here too" in text
+    assert len([line for line in text.splitlines() if "seen here" in line]) == 1
+
+
+def _write_scores(out, row, seed):
+    write_json(
+        scores_path(out, row, seed),
+        {
+            "exact": {"name": [seed, 4]},
+            "choice": {"name": [2, 4]},
+            "language_loss": 0.5,
+            "cpu_seconds": 1.0,
+            "parameters": 1_000_000,
+            "flops_per_step": 100,
+            "load_entropy": {},
+        },
+    )
+
+
+def test_the_table_keeps_the_rows_of_earlier_calls(tmp_path, monkeypatch, capsys):
+    """`--rows clip --seeds 1` after all of dense and mlp, while one run of clip-scratch is missing."""
+    out = tmp_path / "out"
+    claim(out, quick(Settings()))
+    (out / "rows").mkdir()
+    runs = [("dense", 0), ("dense", 1), ("mlp", 0), ("mlp", 1), ("clip", 0), ("clip-scratch", 1)]
+    for row, seed in runs:
+        _write_scores(out, row, seed)
+    asked = []
+    monkeypatch.setattr(ablation, "make_dataset", lambda *given, **options: None)
+    monkeypatch.setattr(ablation, "run_tasks", lambda out, tasks, cores: asked.extend(tasks))
+    assert run_ablation(out, 1, ["clip"], is_quick=True) == 0
+    assert not any(task.startswith("ablate") for task in asked)
+    result = json.loads((out / "results.json").read_text())
+    assert {name: len(row["choice"]) for name, row in result.items()} == {"dense": 2, "mlp": 2, "clip": 1}
+    text = (out / "table.md").read_text()
+    assert "1 to 2 seeds a row" in text and "CLIP-MoE on top" in text
+    run_ablation(out, 2, ["mlp"], is_quick=True)
+    assert set(json.loads((out / "results.json").read_text())) == {"dense", "mlp"}
+
+
+def test_a_row_killed_between_its_model_and_its_scores_gets_the_same_scores(tmp_path, tiny_config):
+    """The model that was left is loaded, not trained again."""
+    write_data(tmp_path, text_rows=0)
+    records = [json.loads(line) for line in (tmp_path / "colours.jsonl").read_text().splitlines()]
+    for record in records:
+        answer = record["id"]
+        record["conversations"][1]["value"] = answer
+        record |= {"kind": "name", "answer": answer, "choices": COLOURS[:4], "choices_same_kind": COLOURS[4:]}
+    for name in ("test_a.json", "train.json"):
+        (tmp_path / name).write_text(json.dumps(records))
+    write_json(tmp_path / "baselines.json", {"name": {"answer": "red"}})
+    write_model(tmp_path, tiny_config)
+    processor = AutoProcessor.from_pretrained(tmp_path / "start")
+    parts, template = ("vision", "projector", "language"), "mistral_instruct"
+    stage = Stage("sft", parts, template, Schedule(3, 4, 1e-2), 0.1, 0.01)
+    dataset = ConversationDataset(tmp_path / "train.json", tmp_path, processor, template)
+    run = SimpleNamespace(
+        settings=SimpleNamespace(stage=lambda name, ratio=1.0: stage, eval_limit=None),
+        folder=tmp_path,
+        data=tmp_path,
+        processor=processor,
+        options={},
+        load=lambda name: CumoForConditionalGeneration.from_pretrained(tmp_path / "start"),
+        dataset=lambda name: dataset,
+        batch=lambda name: dataset.batch([0, 1, 2, 3]),
+    )
+    (tmp_path / "rows").mkdir()
+    run_row(run, "clip", 1)
+    path = scores_path(tmp_path, "clip", 1)
+    first, model = path.read_text(), tmp_path / "rows" / "clip-1" / "model.safetensors"
+    stamp = model.stat().st_mtime_ns
+    path.unlink()
+    run_row(run, "clip", 1)
+    assert path.read_text() == first and model.stat().st_mtime_ns == stamp
+
+
+def test_unknown_rows_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"rows must be some of dense, mlp, .*, got \['x'\], 3"):
+        run_ablation(tmp_path / "out", rows=["x"])
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,250 @@
+"""The demo's examiner, pictures and settings; `make demo ARGS=--quick` runs the whole of it in CI."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cumo_model.training.train import PARTS
+from PIL import Image
+
+from cumo_model import CumoForConditionalGeneration
+from cumo_model.analysis.experts import load_entropy, patch_experts
+from cumo_model.analysis.plots import plot_expert_load, plot_patches
+from cumo_model.demo import run as demo_run
+from cumo_model.demo.evaluate import Examiner
+from cumo_model.demo.plots import plot_losses
+from cumo_model.demo.report import _accuracy_table, _fell
+from cumo_model.demo.settings import Settings, quick
+from cumo_model.demo.task import load_model, read_json
+from cumo_model.demo.tokenizer import train_tokenizer
+from cumo_model.model.moe import record_routing
+from cumo_model.processing.conversation import tokenize_prompt
+from cumo_model.processing.processor import build_processor
+from tests.rounding import assert_close_after
+
+WORDS = ["red", "green", "blue", "dark red"]
+
+
+@pytest.fixture
+def examiner(tiny_config, tmp_path):
+    """Three pictures, each asked for its name with four choices and for its kind."""
+    records = []
+    for i, name in enumerate(("red", "green", "dark red")):
+        Image.new("RGB", (12, 12), (60 * i, 90, 10)).save(tmp_path / f"{i}.png")
+        for kind in ("name", "kind"):
+            turns = [{"from": "human", "value": f"<image>\nwhat {kind}?"}, {"from": "gpt", "value": name}]
+            record = {"id": i, "image": f"{i}.png", "conversations": turns, "kind": kind, "answer": name}
+            records.append(record | {"choices": WORDS})
+    (tmp_path / "test.json").write_text(json.dumps(records))
+    tokenizer = train_tokenizer([f"what name? {' '.join(WORDS)} what kind?"] * 4, 300)
+    config = tiny_config(
+        text_options={"vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 0},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        scales=(1,),
+    )
+    model = CumoForConditionalGeneration(config)
+    processor = build_processor(tokenizer, 12, 4)
+    return Examiner(model, processor, tmp_path / "test.json", "mistral_instruct")
+
+
+def test_choice_is_the_likeliest_answer(examiner):
+    """Against the likelihood worked out token by token, one sequence at a time."""
+    picked = examiner.choices("choices")
+    assert picked.keys() == set(range(6))
+    tokenizer, model = examiner.tokenizer, examiner.model
+    for row, choice in picked.items():
+        scores = []
+        for word in WORDS:
+            turns = examiner.dataset.records[row]["conversations"][:1]
+            ids = tokenize_prompt(turns, tokenizer, "mistral_instruct", 9).tolist()
+            start, total = len(ids), 0.0
+            ids += tokenizer(f" {word} </s>", add_special_tokens=False)["input_ids"]
+            pixels = examiner.dataset[row]["pixel_values"]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0]
+            for position in range(start, len(ids)):
+                total += float(logits[position - 1].log_softmax(-1)[ids[position]])
+            scores.append(total)
+        assert choice == scores.index(max(scores))
+
+
+def test_exact_match_counts_equal_answers_only(examiner, monkeypatch):
+    said = {0: "red", 1: "redd", 2: "green", 3: "green", 4: "dark", 5: "dark red"}
+    monkeypatch.setattr(examiner, "answers", lambda: said)
+    monkeypatch.setattr(examiner, "choices", lambda field: {0: 0, 2: 0, 4: 3} if field == "choices" else {})
+    truth = [record["answer"] for record in examiner.dataset.records]
+    scores = examiner.scores({"name": truth[0], "kind": "none of them"})
+    assert scores["exact"] == {"name": [2, 3], "kind": [2, 3]}
+    assert scores["majority"]["name"][0] >= 1 and scores["majority"]["kind"] == [0, 3]
+    assert scores["choice"] == {"name": [2, 3]}
+
+
+def test_answers_in_a_padded_batch_equal_single_ones(examiner):
+    together = examiner.answers()
+    for row in examiner.rows:
+        alone = Examiner.__new__(Examiner)
+        alone.__dict__ = {**examiner.__dict__, "rows": [row]}
+        assert alone.answers()[row] == together[row]
+
+
+def test_expert_load_is_a_share_per_layer_and_ignores_padding(examiner):
+    load = examiner.expert_load()
+    assert load.keys() == {"clip", "mlp"} and load["clip"].keys() == {"name", "kind"}
+    assert (
+        len(load["clip"]["name"]) == 2 and len(load["mlp"]["kind"]) == 1
+    )  # the last tower layer does not run
+    for kinds in load.values():
+        for layers in kinds.values():
+            assert all(len(shares) == 4 for shares in layers)
+            # each share is rounded once, the sums are Python's
+            assert_close_after(1, [sum(shares) for shares in layers], [1] * len(layers))
+
+
+def test_the_exam_looks_at_the_picture(examiner):
+    """A tower that passes its picture on, asked about two: other pixels, other likelihoods."""
+    with torch.no_grad():
+        for name, parameter in examiner.model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.3)
+    samples = [examiner._answered(0, "red")] * 2
+    likelihoods = examiner._likelihood([0, 2], samples)
+    assert likelihoods[0] != likelihoods[1]
+    assert torch.equal(examiner._pixels([0]), examiner.dataset[0]["pixel_values"])
+
+
+def test_expert_load_of_the_language_model_leaves_padding_out(examiner, tiny_config):
+    """Tokens of the padding go to an expert too; counted, they would move its share."""
+    config = tiny_config(
+        text="mixtral",
+        text_options={"vocab_size": len(examiner.tokenizer), "eos_token_id": 2, "pad_token_id": 0},
+        image_token_index=examiner.model.config.image_token_index,
+        scales=(1,),
+    )
+    examiner.model = CumoForConditionalGeneration(config).eval()
+    found = examiner.expert_load()["llm"]
+    for kind in ("name", "kind"):
+        counts = 0
+        for row in [row for row in examiner.rows if examiner.dataset.records[row]["kind"] == kind]:
+            sample = examiner.dataset[row]
+            with torch.no_grad(), record_routing() as records:
+                examiner.model.model(input_ids=sample["input_ids"][None], pixel_values=sample["pixel_values"])
+            counts = counts + torch.stack(
+                [r.routing.topk_indices.flatten().bincount(minlength=4) for r in records if r.place == "llm"]
+            )
+        assert found[kind] == (counts / counts.sum(1, keepdim=True)).tolist()
+
+
+def test_the_table_has_each_model_in_its_column():
+    part = lambda right: {
+        "exact": {"name": [right, 10], "kind": [right, 10]},
+        "majority": {"name": [1, 10], "kind": [2, 10]},
+        "choice": {"name": [right, 10]},
+    }
+    table = _accuracy_table({"sft": {"test_a": part(9)}, "sft_plain": {"test_a": part(4)}}, "test_a", "")
+    cells = {column.header: list(column.cells) for column in table.columns}
+    assert all(cell.strip().startswith("90.0%") for cell in cells["MoE"])
+    assert all(cell.strip().startswith("40.0%") for cell in cells["dense twin"])
+    assert cells["majority answer"] == ["10.0%", "20.0%", "15.0%", "-"]
+
+
+def test_one_demo_at_a_time_and_a_task_keeps_the_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_run, "LOCK_SECONDS", 0)
+    with demo_run.locked(tmp_path):
+        child = subprocess.Popen(["sleep", "60"], close_fds=False)
+        with pytest.raises(ValueError, match="another demo is running in"), demo_run.locked(tmp_path):
+            pass
+    with pytest.raises(ValueError, match="another demo is running in"), demo_run.locked(tmp_path):
+        pass
+    child.kill()
+    child.wait()
+    with demo_run.locked(tmp_path):
+        pass
+
+
+def test_a_killed_demo_takes_its_tasks_along(tmp_path):
+    """The parent dies by SIGKILL as soon as the task exists, long before the task has imported torch."""
+    code = (
+        "import os, signal, subprocess, sys; from cumo_model.demo.run import _end_with_parent\n"
+        "child = subprocess.Popen(['sleep', '60'], start_new_session=True, preexec_fn=_end_with_parent)\n"
+        "print(child.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    task = Path("/proc", done.stdout.strip(), "cmdline")
+    deadline = time.monotonic() + 10
+    while task.exists() and task.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert done.returncode == -signal.SIGKILL and not (task.exists() and task.read_bytes())
+
+
+@pytest.mark.parametrize("content", ["{", "{}"])
+def test_a_damaged_file_of_a_run_is_named(tmp_path, content):
+    (tmp_path / "compute.json").write_text(content)
+    with pytest.raises(ValueError, match=r"compute.json is damaged .*: delete it, and the same command"):
+        read_json(tmp_path / "compute.json", "flops_ratio")
+
+
+def test_a_damaged_checkpoint_of_a_run_is_named(examiner, tmp_path):
+    folder = tmp_path / "pft"
+    examiner.model.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(
+        ValueError, match=r"pft is damaged .*: delete it, and the same command makes it again"
+    ):
+        load_model(CumoForConditionalGeneration, folder)
+
+
+def test_time_adds_up_over_calls(tmp_path):
+    for _ in range(2):
+        with demo_run._timed(tmp_path):
+            time.sleep(0.06)
+    assert 0.1 <= demo_run._seconds(tmp_path) < 5
+
+
+def test_a_loss_that_does_not_fall_is_seen():
+    falling, flat = [3.0, 2.5, 2.0, 1.5, 1.0], [2.0, 1.0, 3.0, 1.0, 2.0]
+    assert _fell({"series": {"loss": falling}}) and not _fell({"series": {"loss": flat}})
+    assert not _fell({"series": {"loss": falling, "language": flat}})
+    assert not _fell({"series": {"loss": [1.0, math.nan]}})
+
+
+def test_load_entropy():
+    # two logarithms, each an ulp off at most, a product and a quotient, the sum of four and the mean of two
+    assert_close_after(11, load_entropy({"a": [[0.25] * 4], "b": [[0.25] * 4]}), 1)
+    assert load_entropy({"a": [[1.0, 0, 0, 0]]}) == 0
+    assert_close_after(11, load_entropy({"a": [[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]]}), 0.25)
+
+
+def test_pictures_are_drawn(examiner, tmp_path):
+    history = {
+        "series": {"loss": [3.0, 2.0, 1.0], "language": [3.0, 2.0, 1.0], "clip_balance": [1.0, 1.1, 1.0]}
+    }
+    plot_losses({"stage": history}, tmp_path / "losses.png")
+    plot_expert_load(examiner.expert_load(), tmp_path / "load.png")
+    pixels = examiner.dataset[0]["pixel_values"]
+    experts = {key: value.numpy() for key, value in patch_experts(examiner.model, pixels).items()}
+    assert {value.shape for value in experts.values()} == {(3, 3)}
+    plot_patches(np.zeros((12, 12, 3), np.uint8), experts, tmp_path / "patches.png")
+    for name in ("losses", "load", "patches"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.width > 300 and len(np.unique(image.convert("L"))) > 5
+
+
+def test_settings_are_three_stages_and_a_twin_of_equal_compute():
+    settings = quick(Settings())
+    assert [settings.stage(name).trains for name in ("pretrain", "pft", "sft")] == [
+        ("projector",),
+        tuple(PARTS),
+        tuple(PARTS),
+    ]
+    assert (
+        settings.stage("sft").balance_loss_coef == 0.1 and settings.stage("sft_plain").balance_loss_coef == 0
+    )
+    assert settings.stage("sft_plain", 1.5).schedule.steps == round(1.5 * settings.sft.steps)

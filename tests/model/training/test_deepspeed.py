@@ -1,0 +1,111 @@
+"""DeepSpeed's ZeRO-2 and ZeRO-3 with the shipped configs: real steps on two processes, where it is installed.
+
+On CPUs it compiles a small operator the first time (minutes), and needs `ninja` and a C++ compiler for it.
+"""
+
+import importlib.util
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cumo_model.training.recipe import SHIPPED, load_recipe
+from cumo_model.training.recover import checkpoints
+from cumo_model.training.start import start_model
+from cumo_model.training.trainer import run_recipe, training_arguments
+from tests.model.training.small_runs import write_data, write_model, write_recipe
+from tests.model.training.test_recover import losses, start
+from tests.processes import finish
+from tests.rounding import assert_same_sums, rounding_of
+
+HERE = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not HERE, reason="the package deepspeed is not installed")
+OPTIONS = {"trainer__per_device_train_batch_size": 1, "trainer__max_steps": 4}
+SECONDS = 900  # the first run compiles
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_config):
+    write_model(tmp_path, tiny_config)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, stage", [("zero2", 2), ("zero3", 3), ("zero3_offload", 3)])
+def test_the_configs_are_what_transformers_fills_in(name, stage):
+    config = json.loads((SHIPPED / "engines" / f"{name}.json").read_text())
+    assert config["zero_optimization"]["stage"] == stage and config["gradient_clipping"] == "auto"
+    assert ("offload_param" in config["zero_optimization"]) == (name == "zero3_offload")
+    deepspeed = pytest.importorskip("deepspeed.runtime.zero.config")
+    zero = {k: v for k, v in config["zero_optimization"].items() if v != "auto"}
+    assert deepspeed.DeepSpeedZeroConfig(**zero).stage == stage
+
+
+@pytest.mark.skipif(HERE, reason="the package deepspeed is installed")
+def test_a_missing_deepspeed_is_named(folder):
+    recipe = load_recipe(write_recipe(folder, trainer__deepspeed="engines/zero3.json"))
+    with pytest.raises(ValueError, match=r"trainer\.deepspeed needs the package deepspeed, which is not"):
+        training_arguments(recipe)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.timeout(3 * SECONDS)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_trains_as_ddp_does_and_goes_on(folder, stage):
+    """Upcycling at the start, losses, norms, weights; then from the checkpoint in the middle, bit for bit.
+
+    Pictures in every step: DeepSpeed moves a parameter without gradient by its momentum, DDP leaves it.
+    """
+    write_data(folder, text_rows=0)
+    # at an epsilon of 1e-8 Adam moves a weight whose gradient is nearly 0 by the sign of its rounding
+    options, names = {**OPTIONS, "trainer__adam_epsilon": 1e-3}, itertools.count()
+    engine = {**options, "trainer__deepspeed": f"engines/zero{stage}.json"}
+    finish(start(write_recipe(folder, "ddp", **options), 2), seconds=SECONDS)
+    finish(start(write_recipe(folder, "zero", **engine), 2), seconds=SECONDS)
+
+    def result(name):
+        series = torch.tensor(losses(folder / name), dtype=torch.float64).unbind(
+            1
+        )  # one measure for all steps
+        return series, load_file(folder / name / "model" / "model.safetensors")
+
+    def alone():
+        run_recipe(load_recipe(write_recipe(folder, name := f"alone-{next(names)}", **options)))
+        return result(name)
+
+    found = losses(folder / "zero")
+    assert len(found) == 4
+    assert_same_sums(result("zero"), result("ddp"), rounding_of(alone))
+    assert not (folder / "zero" / ".start").exists()
+
+    recipe, run = write_recipe(folder, "again", **engine), folder / "again"
+    run.mkdir()
+    shutil.copytree(folder / "zero" / "checkpoint-2", run / "checkpoint-2")
+    finish(start(recipe, 2), seconds=SECONDS)
+    assert losses(run) == found and len(checkpoints(run)) == 2
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS)
+def test_idle_experts_hang_nobody_under_zero3(folder):
+    """Gates that leave the last experts idle everywhere, and steps of text alone: all steps are made.
+
+    Where each expert is a module of its own, ranks that route differently wait for each other's weights.
+    """
+    write_data(folder)
+    model, processor = start_model(*(lambda r: (r.model, r.data))(load_recipe(write_recipe(folder, "moe"))))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                parameter[1:] = 0
+    for part in (model, processor):
+        part.save_pretrained(folder / "idle")
+    options = {**OPTIONS, "model__start": str(folder / "idle"), "trainer__deepspeed": "engines/zero3.json"}
+    finish(start(write_recipe(folder, "zero", **options, stage__learning_rate=0.0), 2), seconds=SECONDS)
+    entries = json.loads((folder / "zero" / "model" / "trainer_state.json").read_text())["log_history"]
+    idle = [entry["mlp_zero_experts"] for entry in entries if "mlp_zero_experts" in entry]
+    assert len(losses(folder / "zero")) == 4 and idle and min(idle) >= 1

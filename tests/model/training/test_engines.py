@@ -1,0 +1,190 @@
+"""The same recipe on two processes under DDP, FSDP2 and expert parallelism; LoRA."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cumo_model import CumoForConditionalGeneration
+from cumo_model.training import expert_checkpoints, trainer
+from cumo_model.training.recipe import load_recipe
+from cumo_model.training.recover import Interrupted, checkpoints
+from cumo_model.training.trainer import build_trainer, run_recipe, training_arguments
+from tests.model.gradients import beside_weights
+from tests.model.training.small_runs import write_data, write_model, write_recipe
+from tests.model.training.test_recover import CLOSELY, LOGGED, STEP, StopAt, losses, same_result, start
+from tests.processes import finish
+from tests.rounding import assert_close_after, assert_same_formula, in_fp64
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_config):
+    write_data(tmp_path)
+    write_model(tmp_path, tiny_config)
+    return tmp_path
+
+
+OPTIONS = {"trainer__per_device_train_batch_size": 1, "trainer__max_steps": 4, "model__text_experts": 0}
+ENGINES = {
+    "fsdp": {"trainer__fsdp_config": "engines/fsdp2.json"},
+    "experts": {"stage__expert_parallel": 2},
+    "padded": {"stage__expert_parallel": 2, "stage__expert_exchange": "padded"},
+    "both": {"stage__expert_parallel": 2, "trainer__fsdp_config": "engines/fsdp2.json"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_engines_train_alike(folder):
+    """Losses and weights after four steps, checkpoints on the way, steps of text alone among them.
+
+    Experts with both ways to exchange tokens, which differ in the order of sums alone.
+    """
+    options = OPTIONS | CLOSELY
+    finish(start(write_recipe(folder, "ddp", **options), 2))
+    wanted, weights = losses(folder / "ddp"), load_file(folder / "ddp" / "model" / "model.safetensors")
+    for name, engine in ENGINES.items():
+        finish(start(write_recipe(folder, name, **options, **engine), 2))
+        assert_close_after(LOGGED, losses(folder / name), wanted)
+        found = load_file(folder / name / "model" / "model.safetensors")
+        assert_close_after(STEP, beside_weights(found), beside_weights(weights))
+        assert len(checkpoints(folder / name)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_experts_over_two_of_four_processes_train_alike(folder):
+    """Each expert is on two processes then, beside DDP: norms of gradients are over both axes."""
+    options = {**OPTIONS, **CLOSELY, "trainer__max_steps": 2}
+    run_recipe(load_recipe(write_recipe(folder, "one", **options)))
+    finish(start(write_recipe(folder, "four", **options, stage__expert_parallel=2), 4), seconds=250)
+    assert_close_after(LOGGED, losses(folder / "four"), losses(folder / "one"))
+
+
+def test_the_exchange_of_a_recipe_reaches_the_layers(folder, monkeypatch):
+    """And asks for a process group that serves CPU and GPU, where there is a GPU."""
+    options = {"stage__expert_parallel": 2, "trainer__per_device_train_batch_size": 1}
+    recipe = load_recipe(write_recipe(folder, **options, stage__expert_exchange="padded"))
+    seen = []
+    mesh = {"experts": "of two", "data": SimpleNamespace(size=lambda: 1)}
+    monkeypatch.setattr(expert_checkpoints, "expert_mesh", lambda number, kind: mesh)
+    monkeypatch.setattr(expert_checkpoints, "expert_parallel", lambda model, *given: seen.append(given))
+    build_trainer(recipe)
+    assert seen == [("of two", "padded")]
+    exact = load_recipe(write_recipe(folder, "exact", **options, trainer__use_cpu=False))
+    assert load_recipe(write_recipe(folder, **options)).identity() == recipe.identity()
+    monkeypatch.setattr(trainer, "TrainingArguments", lambda **given: given)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "ddp_backend" not in training_arguments(exact) and "ddp_backend" not in training_arguments(recipe)
+    padded = load_recipe(folder / "exact.yaml", ["stage.expert_exchange=padded"])
+    assert training_arguments(padded)["ddp_backend"] == "cpu:gloo,cuda:nccl"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_with_spread_experts_goes_on(folder):
+    """From a checkpoint of whole tensors, on as many processes: the same losses, bit for bit."""
+    options = {**OPTIONS, **ENGINES["experts"], "trainer__save_steps": 2}
+    finish(start(write_recipe(folder, "whole", **options), 2))
+    recipe = write_recipe(folder, "again", **options)
+    run = folder / "again"
+    run.mkdir()
+    (folder / "whole" / "checkpoint-2").rename(run / "checkpoint-2")
+    finish(start(recipe, 2))
+    assert losses(folder / "whole") == losses(run)
+
+
+def test_frozen_weights_under_lora_cost_no_gradient_of_theirs(folder):
+    """FLOPs against what torch counts, with adapters of rank 1 on the first layer's queries."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    pytest.importorskip("peft")
+    write_data(folder, text_rows=0)
+    lora = {"r": 1, "alpha": 1, "dropout": 0.0, "targets": r".*language_model\.layers\.0\..*q_proj"}
+    places = {f"model__{place}_experts": 0 for place in ("vision", "projector", "text")}
+    recipe = write_recipe(
+        folder, model__attn_implementation="eager", stage__lora=lora, stage__trains=["language"], **places
+    )
+    made = build_trainer(load_recipe(recipe))
+    batch = made.data_collator([made.train_dataset[0], made.train_dataset[1]])
+    made.monitor.reset()
+    with FlopCounterMode(display=False) as counter:
+        made.compute_loss(made.model.train(), batch).backward()
+    text, (rows, width) = made.model.config.text_config, batch["input_ids"].shape
+    tokens, hidden = rows * width, text.hidden_size
+    unpredicted = tokens - int((batch["labels"][:, 1:] != -100).sum())
+    # forward and backward: the head runs where a token is to be predicted, and counts everywhere
+    wanted = made.monitor.flops - 2 * 2 * unpredicted * hidden * text.vocab_size
+    # attention's two products, of which neither side is a weight, have two gradients, but in the first layer,
+    # where keys and values need none, nor do the inputs of its projections (values and keys have one head)
+    wanted += 2 * 2 * tokens * width * hidden - 2 * tokens * hidden * (hidden + 2 * hidden // 2)
+    # what nobody counts: the adapter (of its first matrix only the weight has a gradient), and the angles
+    wanted += 2 * tokens * hidden * (2 + 3)
+    wanted += sum(n for name, found in counter.get_flop_counts().items() if name.endswith("rotary_emb")
+                  for n in found.values())  # fmt: skip
+    assert counter.get_total_flops() == wanted
+
+
+def test_spread_experts_are_not_trained_in_fp16(folder, monkeypatch):
+    recipe = load_recipe(write_recipe(folder, stage__expert_parallel=2))
+    real = training_arguments
+
+    def fp16(recipe):
+        args = real(recipe)
+        object.__setattr__(args, "fp16", True)
+        return args
+
+    monkeypatch.setattr(trainer, "training_arguments", fp16)
+    with pytest.raises(ValueError, match=r"expert_parallel must be 1 with trainer\.fp16"):
+        build_trainer(recipe)
+
+
+def test_lora_trains_adapters_and_the_connector(folder):
+    peft = pytest.importorskip("peft")
+    lora = {"r": 4, "alpha": 8, "dropout": 0.0, "target_parameters": ["experts.gate_up_proj"]}
+    recipe = write_recipe(
+        folder, trainer__max_steps=2, stage__lora=lora, stage__trains=["projector", "language"]
+    )
+    made = build_trainer(load_recipe(recipe))
+    trained = {name for name, p in made.model.named_parameters() if p.requires_grad}
+    assert any("lora_A" in n and "self_attn.q_proj" in n for n in trained)
+    assert any("lora_A" in n and "experts" in n for n in trained)
+    assert any("multi_modal_projector" in n for n in trained)
+    assert not any("vision_tower" in n or ("language_model" in n and "lora_" not in n) for n in trained)
+    assert isinstance(made.model, peft.PeftModel)
+
+
+def test_a_lora_stage_stops_goes_on_and_leaves_a_whole_model(folder):
+    """The connector's own training, beside the adapters, is in checkpoints and in the result: the next stage
+    begins with what this one computed."""
+    pytest.importorskip("peft")
+    lora = {"r": 4, "alpha": 8, "dropout": 0.0, "target_parameters": ["experts.gate_up_proj"]}
+    options = {"stage__lora": lora, "stage__trains": ["projector", "language"], "trainer__max_steps": 4}
+    options["model__dtype"] = "float64"
+    whole = run_recipe(load_recipe(write_recipe(folder, "whole", **options)))
+    recipe = load_recipe(write_recipe(folder, "cut", **options, trainer__save_steps=100))
+    with pytest.raises(Interrupted, match="stopped at step 2"):
+        run_recipe(recipe, [StopAt(1).callback])
+    run_recipe(recipe)
+    same_result(folder / "whole", folder / "cut")
+
+    made = build_trainer(load_recipe(write_recipe(folder, "whole", **options)))
+    made._load_from_checkpoint(str(folder / "whole" / "checkpoint-4"))
+    batch = made.data_collator([made.train_dataset[0]])
+    model = CumoForConditionalGeneration.from_pretrained(whole).eval()
+    batch["pixel_values"] = batch["pixel_values"].double()
+    with in_fp64():
+        trained, merged = (one.eval()(**batch).logits for one in (made.model, model))
+    assert_same_formula(merged, trained)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    following = write_recipe(folder, "next", model__start=str(whole), trainer__max_steps=1)
+    assert run_recipe(load_recipe(following)).is_dir()
+
+
+def test_stacked_experts_are_one_parameter(folder):
+    """What an engine waits for is a parameter; none of ours belongs to one expert."""
+    made = build_trainer(load_recipe(write_recipe(folder)))
+    names = [name for name, p in made.model.named_parameters() if "experts" in name]
+    assert names and all(p.shape[0] == 4 for n, p in made.model.named_parameters() if "experts" in n)
+    assert torch.nn.ModuleList not in {type(m) for n, m in made.model.named_modules() if "experts" in n}

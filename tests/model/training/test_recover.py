@@ -1,0 +1,336 @@
+"""Training in real processes that are killed at random, asked to stop, run out of disk, or split in two."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from cumo_model.training.recipe import load_recipe
+from cumo_model.training.recover import Interrupted, checkpoints
+from cumo_model.training.trainer import build_trainer, run_recipe
+from tests.model.training.small_runs import write_data, write_model, write_recipe
+from tests.processes import Forked, finish, kill
+from tests.rounding import assert_close_after
+
+ROOT = Path(__file__).parents[3]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+# For runs whose sums have another order: in fp64, and with an epsilon as large as gradients are, as at 1e-8
+# Adam moves a weight whose gradient is nearly 0 by the sign of its rounding. Norms and losses are in fp32 in
+# every model, so that what is made of them may come out a step of fp32 away, which is two roundings.
+CLOSELY = {"model__dtype": "float64", "trainer__adam_epsilon": 1e-3}
+STEP = 2
+LOGGED = STEP + 3 + 3  # a logged loss is also the sum of four micro-batches', three additions on either side
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_config):
+    write_data(tmp_path)
+    write_model(tmp_path, tiny_config)
+    return tmp_path
+
+
+def start(recipe: Path, ranks: int = 1) -> Forked:
+    out = recipe.with_suffix(f".{time.monotonic_ns()}.txt")
+    train = ["-m", "cumo_model", "train", "--config", str(recipe)]
+    return Forked(train, out, ranks)
+
+
+def torchrun(recipe: Path, restarts: int = 0) -> subprocess.Popen:
+    """Two processes, as a user starts them."""
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    train = ["-m", "cumo_model", "train", "--config", str(recipe)]
+    return subprocess.Popen(
+        [sys.executable, *launch, f"--max-restarts={restarts}", *train],
+        cwd=ROOT,
+        # else torch 2.11's restarted processes find the addresses of the dead in their store
+        env=ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def losses(run: Path) -> list[tuple]:
+    entries = json.loads((run / "model" / "trainer_state.json").read_text())["log_history"]
+    return [(e["step"], e["loss"], e["grad_norm"], e["learning_rate"]) for e in entries if "loss" in e]
+
+
+def same_result(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    first, second = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def reached(run: Path, step: int) -> bool:
+    return any(int(path.name.split("-")[1]) >= step for path in checkpoints(run))
+
+
+def wait_for(condition, process: subprocess.Popen | Forked, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("processes, every", [(1, 4), (2, 5)])
+def test_killed_runs_end_bitwise_where_an_unharmed_one_does(folder, processes, every):
+    """SIGKILL for a run and all it started, at random moments behind the first checkpoints, which lie inside
+    epochs of three steps, the second one and a later one.
+
+    Dropout makes the random state count.
+    """
+    steps = {"trainer__max_steps": 12, "trainer__save_steps": every, "data__grouping": "modality_length"}
+    if processes == 2:
+        steps |= {"trainer__per_device_train_batch_size": 1, "model__text_experts": 0}
+    config = folder / "start" / "config.json"
+    content = json.loads(config.read_text())
+    content["text_config"]["attention_dropout"] = 0.2
+    config.write_text(json.dumps(content))
+    finish(start(write_recipe(folder, "whole", **steps), processes))
+    recipe, dice, kills = write_recipe(folder, "killed", **steps), random.Random(7), 0
+    for goal in (every, 2 * every):
+        process = start(recipe, processes)
+        wait_for(lambda: reached(folder / "killed", goal), process)  # noqa: B023
+        time.sleep(dice.random() * 0.3)
+        if process.poll() is None:
+            kill(process)
+            kills += 1
+        process.communicate()
+    assert kills, "the run was over before it could be killed"
+    finish(start(recipe, processes))
+    same_result(folder / "whole", folder / "killed")
+    assert not (folder / "killed" / ".saving").exists()
+    assert len(checkpoints(folder / "killed")) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_torchrun_restarts_after_a_worker_is_killed(folder):
+    """SIGKILL for one of two workers; torchrun starts both again, and they go on from the last checkpoint."""
+    steps = {"trainer__max_steps": 12, "trainer__save_steps": 3, "model__text_experts": 0}
+    steps["trainer__per_device_train_batch_size"] = 1
+    finish(start(write_recipe(folder, "whole", **steps), 2))
+    process = torchrun(write_recipe(folder, "killed", **steps), restarts=2)
+    wait_for(lambda: reached(folder / "killed", 3), process)
+    workers = [child for child in psutil.Process(process.pid).children() if "cumo_model" in child.cmdline()]
+    assert len(workers) == 2
+    workers[1].kill()
+    out = finish(process, seconds=200)
+    assert "SIGKILL" in out or "-9" in out
+    same_result(folder / "whole", folder / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_sigterm_saves_and_the_same_command_goes_on(folder):
+    steps = {"trainer__max_steps": 40, "trainer__save_steps": 8}
+    finish(start(write_recipe(folder, "whole", **steps)))
+    recipe = write_recipe(folder, "asked", **steps)
+    process = start(recipe)
+    wait_for(lambda: reached(folder / "asked", 8), process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "progress is saved" in out, out[-2000:]
+    finish(start(recipe))
+    same_result(folder / "whole", folder / "asked")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_sigterm_to_a_whole_group_saves_too(folder):
+    """As `timeout` or a batch system sends it: the processes that load data get it at the same time."""
+    loaders = {"trainer__dataloader_num_workers": 2, "trainer__dataloader_persistent_workers": True}
+    process = start(write_recipe(folder, "asked", trainer__max_steps=5000, trainer__save_steps=5, **loaders))
+    wait_for(lambda: reached(folder / "asked", 5), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "progress is saved" in out, out[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_one_process_goes_on_where_two_were(folder):
+    """As elastic torchrun does when a node is gone: the same global batches, so the same losses but for the
+    order of sums."""
+    steps = {"trainer__max_steps": 8, "model__text_experts": 0, "trainer__per_device_train_batch_size": 1}
+    steps |= CLOSELY
+    finish(start(write_recipe(folder, "two", **steps, trainer__save_total_limit=9), 2))
+    recipe, run = write_recipe(folder, "one", **steps), folder / "one"
+    run.mkdir()
+    shutil.copytree(folder / "two" / "checkpoint-4", run / "checkpoint-4")
+    finish(start(recipe))
+    assert [entry[0] for entry in losses(run)] == list(range(1, 9))
+    assert_close_after(LOGGED, losses(run), losses(folder / "two"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_sigterm_to_torchrun_stops_all_workers_at_one_step(folder):
+    options = {"trainer__max_steps": 5000, "trainer__save_steps": 5, "model__text_experts": 0}
+    run = folder / "asked"
+    process = torchrun(write_recipe(folder, "asked", trainer__per_device_train_batch_size=1, **options))
+    wait_for(lambda: reached(run, 5), process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=100)
+    # not by lines: two processes may write into one
+    steps = re.findall(r"stopped at step (\d+), progress is saved", out)
+    assert len(steps) == 2 and len(set(steps)) == 1, out[-2000:]
+    assert checkpoints(run)[-1].name == f"checkpoint-{steps[0]}"
+
+
+class SpoilAt(TrainerCallback):
+    """A weight that is no number behind this step, as one bad batch makes it."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            with torch.no_grad():
+                next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = float("nan")
+
+
+def test_no_checkpoint_is_made_of_weights_that_are_no_numbers(folder):
+    """The log is rarer than checkpoints and has seen nothing; the run goes on from the good one."""
+    recipe = load_recipe(write_recipe(folder, trainer__logging_steps=100))
+    with pytest.raises(FloatingPointError, match="a weight is not finite at step 4: no checkpoint"):
+        run_recipe(recipe, [SpoilAt(4)])
+    assert [path.name for path in checkpoints(recipe.output_dir)] == ["checkpoint-2"]
+    assert run_recipe(recipe).is_dir()
+
+
+class StopAt:
+    """What a signal does, at a known step."""
+
+    def __init__(self, step):
+        class Stop(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == step:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        self.callback = Stop()
+
+
+def test_a_stop_in_the_middle_of_an_epoch_changes_nothing(folder):
+    """In one process: stop after step 2 of an epoch of three, go on, compare; then the folder is done.
+
+    The run that is stopped has its data from two other processes.
+    """
+    workers = {"trainer__dataloader_num_workers": 2}
+    whole = run_recipe(load_recipe(write_recipe(folder, "whole")))
+    recipe = load_recipe(write_recipe(folder, "cut", trainer__save_steps=100, **workers))
+    with pytest.raises(Interrupted, match="stopped at step 2, progress is saved"):
+        run_recipe(recipe, [StopAt(1).callback])
+    assert [path.name for path in checkpoints(folder / "cut")] == ["checkpoint-2"]
+    run_recipe(recipe)
+    same_result(whole.parent, folder / "cut")
+    stamp = (folder / "cut" / "model").stat().st_mtime_ns
+    assert run_recipe(recipe) == folder / "cut" / "model"
+    assert (folder / "cut" / "model").stat().st_mtime_ns == stamp
+
+
+def test_a_stop_between_two_logs_changes_none_of_them(folder):
+    """The loss and its parts in the log are means over all steps since the last one, whoever made them."""
+    names, found = ("step", "loss", "language", "clip_balance", "clip_load_entropy"), []
+    options = {"trainer__logging_steps": 3, "trainer__save_steps": 100}
+    run_recipe(load_recipe(write_recipe(folder, "whole", **options)))
+    recipe = load_recipe(write_recipe(folder, "cut", **options))
+    with pytest.raises(Interrupted, match="stopped at step 2"):
+        run_recipe(recipe, [StopAt(1).callback])
+    run_recipe(recipe)
+    for name in ("whole", "cut"):
+        path = folder / name / "model" / "trainer_state.json"
+        entries = [e for e in json.loads(path.read_text())["log_history"] if "loss" in e]
+        found.append([[entry.get(key) for key in names] for entry in entries])
+    assert [entry[0] for entry in found[0]] == [3, 6] and found[0] == found[1]
+
+
+def test_other_data_or_another_order_are_another_run(folder):
+    recipe = write_recipe(folder, trainer__max_steps=4)
+    with pytest.raises(Interrupted):
+        run_recipe(load_recipe(recipe), [StopAt(1).callback])
+    with pytest.raises(ValueError, match="is a run with another seed: choose another output_dir"):
+        run_recipe(load_recipe(recipe, ["trainer.seed=4"]))
+    more = (folder / "colours.jsonl").read_text()
+    (folder / "colours.jsonl").write_text(f"{more}\n{more.splitlines()[0]}")
+    with pytest.raises(ValueError, match="is a run with another content of data, records: choose another"):
+        run_recipe(load_recipe(recipe))
+    (folder / "colours.jsonl").write_text(more)
+    assert run_recipe(load_recipe(recipe)).is_dir()
+    leftovers = [folder / "run" / name for name in (".start", ".model-work")]
+    for left in leftovers:  # of a run killed when all but this was done
+        left.mkdir()
+    run_recipe(load_recipe(recipe))
+    assert not any(left.exists() for left in leftovers)
+
+
+def test_a_run_cut_off_behind_its_last_step_makes_no_further_one(folder):
+    """Killed between the last checkpoint, in the middle of an epoch, and the result."""
+    five = {"trainer__max_steps": 5}
+    run_recipe(load_recipe(write_recipe(folder, "whole", **five)))
+    recipe = load_recipe(write_recipe(folder, "cut", **five))
+    shutil.copytree(folder / "whole" / "checkpoint-5", folder / "cut" / "checkpoint-5")
+    run_recipe(recipe)
+    assert [entry[0] for entry in losses(folder / "cut")] == [1, 2, 3, 4, 5]
+    same_result(folder / "whole", folder / "cut")
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(folder):
+    """The kernel refuses to write past a limit, as a full disk would; older checkpoints stay whole."""
+    recipe = load_recipe(write_recipe(folder, trainer__max_steps=6, trainer__save_steps=2))
+    trainer = build_trainer(recipe)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real, seen = trainer._save_checkpoint, []
+
+    def save(model, trial):
+        full = trainer.state.global_step == 4
+        if full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        try:
+            real(model, trial)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        seen.append((trainer.state.global_step, trainer.save_failed))
+
+    trainer._save_checkpoint = save
+    with pytest.warns(UserWarning, match="no checkpoint at step 4"):
+        trainer.train()
+    assert [step for step, failed in seen if failed] == [4] and trainer.state.global_step == 6
+    names = [path.name for path in checkpoints(recipe.output_dir)]
+    assert names == ["checkpoint-2", "checkpoint-6"]
+    assert not (Path(recipe.output_dir) / ".saving").exists()
+
+
+def test_a_checkpoint_that_would_not_fit_is_not_begun(folder, monkeypatch):
+    recipe = load_recipe(write_recipe(folder, trainer__max_steps=4, trainer__save_steps=2))
+    trainer = build_trainer(recipe)
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.warns(UserWarning, match="10 bytes are free"):
+        trainer.train()
+    assert [path.name for path in checkpoints(recipe.output_dir)] == ["checkpoint-2"]
+
+
+def test_half_a_checkpoint_is_none(folder):
+    (folder / "run" / "checkpoint-7").mkdir(parents=True)
+    (folder / "run" / "checkpoint-7" / "model.safetensors").write_bytes(b"half")
+    assert checkpoints(folder / "run") == []
+    run_recipe(load_recipe(write_recipe(folder, trainer__max_steps=7, trainer__save_steps=7)))
+    assert [path.name for path in checkpoints(folder / "run")] == ["checkpoint-7"]

@@ -1,0 +1,242 @@
+"""Recipes and the Trainer: figures, what trains, losses by name, hand-over from stage to stage."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from cumo_model import CumoForConditionalGeneration
+from cumo_model.__main__ import main
+from cumo_model.model.compat import checkpointing_arguments
+from cumo_model.training.flops import step_flops
+from cumo_model.training.recipe import load_recipe, shipped_recipes
+from cumo_model.training.start import start_model
+from cumo_model.training.trainer import build_trainer, run_recipe, training_arguments
+from tests.model.training.small_runs import write_data, write_model, write_recipe
+from tests.rounding import assert_close_after, assert_same_formula
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_config):
+    write_data(tmp_path)
+    write_model(tmp_path, tiny_config)
+    return tmp_path
+
+
+def history(path):
+    return json.loads((path / "trainer_state.json").read_text())["log_history"]
+
+
+PAPER = {  # cumo_spec.md section 4: batch, rate, longest row, template, what trains, coefficients, experts
+    "mistral-7b/pretrain": (256, 1e-3, 2048, "plain", ["projector"], 0, 0, 0),
+    "mistral-7b/pft": (128, 2e-6, 4096, "mistral_instruct_system", None, 0, 0, 0),
+    "mistral-7b/sft": (256, 4e-6, 4096, "mistral_instruct_system", None, 0.1, 0.01, 4),
+    "mixtral-8x7b/pretrain": (256, 1e-3, 2048, "plain", ["projector"], 0, 0, 0),
+    "mixtral-8x7b/pft": (128, 2e-6, 4096, "mistral_instruct_system", None, 0, 0, 0),
+    "mixtral-8x7b/sft": (256, 2e-6, 4096, "mistral_instruct_system", None, 0.1, 0.01, 4),
+}
+SCRIPTS = {  # batch on 8 GPUs
+    "mistral-7b/pft": (64, 2e-6),
+    "mistral-7b/sft": (64, 4e-6),
+    "mixtral-8x7b/pft": (64, 2e-6),
+    "mixtral-8x7b/sft": (32, 2e-6),
+}
+
+
+def test_the_recipes_have_the_papers_figures():
+    assert set(shipped_recipes()) == set(PAPER) | {"demo/pretrain", "demo/pft", "demo/sft"}
+    for name, (batch, rate, length, template, trains, balance, z, experts) in PAPER.items():
+        recipe = load_recipe(name)
+        stage, data = recipe.stage, recipe.data
+        assert (stage.batch_size, stage.learning_rate, data.max_length) == (batch, rate, length), name
+        assert (data.template, stage.balance_loss_coef, stage.router_z_loss_coef) == (template, balance, z)
+        assert list(stage.trains) == (trains or ["vision", "projector", "language"])
+        assert (recipe.model.vision_experts, recipe.model.projector_experts) == (experts, experts)
+        assert recipe.model.text_experts == 0
+        common = recipe.trainer
+        assert (common["num_train_epochs"], common["warmup_steps"], common["weight_decay"]) == (1, 0.03, 0)
+        assert (common["lr_scheduler_type"], common["adam_beta2"], common["bf16"]) == ("cosine", 0.999, True)
+        assert ("ddp_timeout" in common) == name.startswith("mixtral")
+        assert data.grouping == ("none" if trains else "modality_length")
+        assert data.aspect == ("square" if trains else "pad")
+    for name, figures in SCRIPTS.items():
+        stage = load_recipe(name, ["variant=script"]).stage
+        assert (stage.batch_size, stage.learning_rate) == figures
+    assert load_recipe("mistral-7b/sft", ["variant=paper_text"]).stage.learning_rate == 2e-6
+
+
+BAD_RECIPES = [
+    (["stage.learning_rte=1"], "stage.learning_rte is not a key; there are trains, batch_size"),
+    (["stage.learning_rate=fast"], "stage.learning_rate must be of type float, got 'fast'"),
+    (["stage.trains=[gate]"], r"stage.trains must name some of .*, got \['gate'\]"),
+    (["data=5"], "data must hold keys and values, got 5"),
+    (["variant=none"], "variant must be one of paper, paper_text, script, got 'none'"),
+    (["stage.lora={target_parameters: [experts.up_proj]}"], "stage.lora.dropout must be 0 with target_par"),
+    (["stage.expert_exchange=some"], "stage.expert_exchange must be one of exact, padded, got 'some'"),
+    (["stage.batch_size"], "overrides must look like key=value, got 'stage.batch_size'"),
+]
+
+
+@pytest.mark.parametrize("overrides, message", BAD_RECIPES)
+def test_a_bad_recipe_is_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe("mistral-7b/sft", overrides)
+
+
+def test_recipes_that_are_no_recipes_are_named(tmp_path):
+    with pytest.raises(ValueError, match="'nowhere' does not exist, nor is it one of demo/pft"):
+        load_recipe("nowhere")
+    (tmp_path / "x.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"x\.yaml' cannot be read"):
+        load_recipe(tmp_path / "x.yaml")
+    (tmp_path / "x.yaml").write_text("model: {start: a}")
+    with pytest.raises(ValueError, match="output_dir must be given"):
+        load_recipe(tmp_path / "x.yaml")
+    with pytest.raises(ValueError, match=r"trainer: .*no_such_field"):
+        training_arguments(load_recipe("mistral-7b/sft", ["trainer.no_such_field=1"]))
+    with pytest.raises(
+        ValueError, match=r"must be a multiple of 3 \(micro-batch\) x 1 \(processes\), got 256"
+    ):
+        training_arguments(load_recipe("mistral-7b/sft", ["trainer.per_device_train_batch_size=3"]))
+
+
+def test_three_stages_hand_over_and_stage_three_starts_again(folder):
+    """Connector alone, everything dense, everything with experts, and on from those experts."""
+    one = write_recipe(
+        folder, "one", stage__trains=["projector"], model__vision_experts=0, model__projector_experts=0,
+        model__text_experts=0, data__template="mistral_instruct", trainer__max_steps=2,
+    )  # fmt: skip
+    assert main(["train", "--config", str(one)]) == 0
+    start, trained = (load_file(folder / name / "model.safetensors") for name in ("start", "one/model"))
+    changed = {name for name in start if not torch.equal(start[name], trained[name])}
+    assert changed == {name for name in start if "multi_modal_projector" in name}
+    two = write_recipe(folder, "two", model__start=str(folder / "one" / "model"), trainer__max_steps=2)
+    assert main(["train", "--config", str(two), "trainer.logging_steps=1"]) == 0
+    entries = [entry for entry in history(folder / "two" / "model") if "loss" in entry]
+    assert len(entries) == 2
+    wanted = {"language", "clip_balance", "mlp_z", "llm_balance", "clip_load_entropy", "mlp_router_entropy"}
+    wanted |= {"llm_zero_experts", "grad_norm", "grad_norm_gates", "tokens_per_second", "memory_gib"}
+    logged = set().union(*entries)  # one of the two steps is text alone and has no tower
+    assert wanted <= logged and not any("/" in name for name in logged)
+    three = write_recipe(folder, "three", model__start=str(folder / "two" / "model"), trainer__max_steps=2)
+    result = run_recipe(load_recipe(three))
+    assert CumoForConditionalGeneration.from_pretrained(result).config.vision_config.num_experts == 4
+    with pytest.raises(ValueError, match=r"model: vision_experts must be 4, what .* has already, got 8"):
+        start_model(load_recipe(three, ["model.vision_experts=8"]).model, load_recipe(three).data)
+    with pytest.raises(ValueError, match="run with another stage: choose another output_dir"):
+        run_recipe(load_recipe(three, ["stage.learning_rate=1"]))
+
+
+def test_the_logged_loss_is_the_sum_of_its_parts(folder):
+    """Of pictures alone: a micro-batch of text has no parts of tower and connector to average."""
+    write_data(folder, text_rows=0)
+    run_recipe(load_recipe(write_recipe(folder, trainer__max_steps=2)))
+    entries = [entry for entry in history(folder / "run" / "model") if "loss" in entry]
+    assert len(entries) == 2
+    for entry in entries:
+        balance, z = (sum(entry[f"{p}_{kind}"] for p in ("clip", "mlp", "llm")) for kind in ("balance", "z"))
+        # of each of two micro-batches six coefficients, products and sums; the sum of the two, of the loss as
+        # of its seven parts
+        assert_close_after(26, entry["loss"], entry["language"] + 0.1 * balance + 0.01 * z)
+
+
+@pytest.mark.usefixtures("fp64")
+def test_accumulation_changes_nothing_but_rounding(folder):
+    """Same global batch of pictures as 1 x 4 and 4 x 1: the router's losses are not multiplied."""
+    norms = []
+    for name, micro in (("a", 4), ("b", 1)):
+        path = write_recipe(
+            folder, name, trainer__per_device_train_batch_size=micro, trainer__max_steps=1,
+            data__grouping="none", stage__balance_loss_coef=5.0, model__text_experts=0,
+            model__dtype="float64",
+        )  # fmt: skip
+        trainer = build_trainer(load_recipe(path))
+        only = [1, 3, 6]  # three tokens to predict in each: the mean of means is the mean
+        trainer.train_dataset.units = [trainer.train_dataset.units[u] for u in only]
+        trainer.lengths, trainer.has_image = trainer.lengths[only], trainer.has_image[only]
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm_gates"])
+    assert_same_formula(*norms)
+
+
+def test_rates_packing_and_precision(folder):
+    path = write_recipe(folder, trainer__max_steps=2, stage__projector_learning_rate=5e-2, trainer__bf16=True,
+                        data__packing=True, data__max_length=64)  # fmt: skip
+    trainer = build_trainer(load_recipe(path))
+    assert len(trainer.train_dataset) < 12 and max(trainer.lengths) <= 64
+    trainer.train()
+    rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {1e-3, 5e-2}
+    by_rate = {
+        g["initial_lr"]: sum(p.numel() for p in g["params"]) for g in trainer.optimizer.param_groups if True
+    }
+    assert by_rate[5e-2] < by_rate[1e-3]
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+def test_norms_of_parts_are_those_of_the_gradients_whatever_the_loss_is_scaled_by(folder, monkeypatch):
+    """fp16's scaler, on fp32 here, and no clipping."""
+
+    class Scaled(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):  # the model is prepared, for fp32
+            made.accelerator.native_amp = True
+            monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+
+    found = []
+    for name, scaler in (("plain", None), ("scaled", torch.amp.GradScaler("cpu", init_scale=1024.0))):
+        recipe = write_recipe(folder, name, trainer__max_steps=2, trainer__max_grad_norm=0.0)
+        made = build_trainer(load_recipe(recipe), [Scaled()] if scaler else [])
+        made.accelerator.scaler = scaler
+        made.train()
+        entries = [entry for entry in made.state.log_history if "loss" in entry]
+        found.append([{k: v for k, v in entry.items() if k.startswith("grad_norm")} for entry in entries])
+    assert len(found[0]) == 2 and "grad_norm_gates" in found[0][0]
+    assert found[0] == found[1]  # the scale is a power of two
+
+
+def test_checkpointing_gives_the_same_losses(folder):
+    found = []
+    for name, options in {
+        "plain": {"trainer__gradient_checkpointing": False},
+        "older-name": {"trainer__gradient_checkpointing": True},
+        "newer-name": {"trainer__activation_checkpointing": True, "trainer__gradient_checkpointing": True},
+    }.items():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*_checkpointing.* deprecated")
+            run_recipe(load_recipe(write_recipe(folder, name, trainer__max_steps=2, **options)))
+        entries = [entry for entry in history(folder / name / "model") if "loss" in entry]
+        found.append([(entry["loss"], entry["llm_load_entropy"]) for entry in entries])
+    assert found[0] == found[1] == found[2]
+
+
+def test_one_argument_under_two_names_is_refused_with_two_values():
+    both = {"gradient_checkpointing": True, "activation_checkpointing": False}
+    with pytest.raises(ValueError, match="one argument under two names, got False and True"):
+        checkpointing_arguments(both)
+
+
+def test_step_flops_are_what_torch_counts(tiny_model, tiny_batch):
+    """Forward of tower, connector and language model under torch's counter, with eager attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for text in ("mistral", "mixtral"):
+        model = tiny_model(text=text, scales=(1, 3)).train()
+        model.set_attn_implementation("eager")
+        batch = tiny_batch()
+        with FlopCounterMode(display=False) as counter:
+            model(**batch, use_cache=False)
+        # some releases of transformers make the angles, an outer product, by a matmul: nobody counts that
+        by_module = counter.get_flop_counts()
+        angles = sum(sum(found.values()) for name, found in by_module.items() if name.endswith("rotary_emb"))
+        counted = counter.get_total_flops() - angles
+        config, ids = model.config, batch["input_ids"]
+        ours = {
+            trains: step_flops(config, trains, ids.numel(), ids.shape[1], ids.numel(), 2)
+            for trains in (("vision", "projector", "language"), ("projector",))
+        }
+        assert ours["vision", "projector", "language"] == 3 * counted
+        assert counted < ours[("projector",)] < 3 * counted
