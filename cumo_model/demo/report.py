@@ -152,13 +152,13 @@ def _expert_table(history: dict, scores: dict) -> Table:
         "load entropy (1 = even)",
     ):
         table.add_column(column, justify="left" if column == "place" else "right")
-    for place, title in PLACES.items():
+    for place, entropy in scores["load_entropy"].items():
         cells = []
         for kind in ("balance", "z"):
             values = history["series"][f"{place}_{kind}"]
             window = max(1, len(values) // 20)
             cells += [f"{sum(v) / len(v):.3f}" for v in (values[:window], values[-window:])]
-        table.add_row(title, *cells, f"{scores['load_entropy'][place]:.3f}")
+        table.add_row(PLACES[place], *cells, f"{entropy:.3f}")
     return table
 
 
