@@ -43,7 +43,13 @@ class PointMonitor(Monitor):
 
 
 def toy_recipe(out: Path, **trainer) -> Recipe:
-    options = {"per_device_train_batch_size": 8, "max_steps": 7, "save_steps": 100, "use_cpu": True, "seed": 3}
+    options = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 7,
+        "save_steps": 100,
+        "use_cpu": True,
+        "seed": 3,
+    }
     stage = StageSection(batch_size=8, learning_rate=0.05)
     return Recipe(str(out), stage=stage, trainer={**options, "disable_tqdm": True, **trainer})
 
