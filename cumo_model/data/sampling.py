@@ -85,7 +85,7 @@ class Units(Dataset):
         rows = [None if unit == DUMMY else self.units[unit] for unit in units]
         wanted = [sample for row in rows if row is not None for sample in row]
         many = getattr(self.dataset, "__getitems__", None)
-        found = iter(many(wanted) if many else [self.dataset[sample] for sample in wanted])
+        found = iter(many(wanted) if many and wanted else [self.dataset[sample] for sample in wanted])
         return [None if row is None else [next(found) for _ in row] for row in rows]
 
 
