@@ -28,9 +28,9 @@ STAGES = {  # folder -> title of its curve
 }
 CHANCE = 0.25
 EQUAL_FLOPS = (
-    "Both made the same steps on the same data, so experts cost {ratio:.2f}x the FLOPs; with equal FLOPs the "
-    "dense model would make {ratio:.2f}x as many steps, which is not measured here: see "
-    "benchmarks/results/ablation.md"
+    "Both made the same steps on the same data, so experts cost {ratio:.2f}x the FLOPs. With equal FLOPs the "
+    "dense model makes {ratio:.2f}x as many steps, which is not measured here; where it was, the dense model "
+    "was ahead (benchmarks/results/ablation.md)."
 )
 
 
