@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, TrainerCallback
 
-from cumo_model.data import ConversationDataset, StepSampler
+from cumo_model.data import StepSampler, StreamedConversations, collate
 from cumo_model.demo.settings import TEMPLATE, Settings, load_settings
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.processing.processor import build_processor
@@ -107,13 +107,22 @@ class Run:
 
     def batch(self, stage: str) -> dict[str, torch.Tensor]:
         """The first batch of a stage."""
-        recipe = self.recipe(stage)
-        dataset = ConversationDataset(
-            recipe.data.files[0], recipe.data.images[0], self.processor, recipe.data.template
+        recipe, index = self.recipe(stage), self.folder / "index"  # where its training looks for it
+        data = StreamedConversations(
+            list(recipe.data.files),
+            list(recipe.data.images),
+            self.processor,
+            recipe.data.template,
+            cache_dir=index,
         )
-        number, size = len(dataset), recipe.stage.batch_size
-        sampler = StepSampler([1] * number, [True] * number, size, seed=self.settings.seed, grouping="none")
-        batch = dataset.batch(next(iter(sampler)))
+        sampler = StepSampler(
+            data.lengths,
+            data.has_image,
+            recipe.stage.batch_size,
+            seed=self.settings.seed,
+            grouping=recipe.data.grouping,
+        )
+        batch = collate([data[i] for i in next(iter(sampler))], data.pad_id)
         return {key: value.to(self.device) for key, value in batch.items()}
 
     def load(self, stage: str) -> CumoForConditionalGeneration:
