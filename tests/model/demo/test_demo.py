@@ -24,6 +24,7 @@ from cumo_model.demo.folder import RECIPES, load_model, read_json, stage_recipe
 from cumo_model.demo.plots import plot_losses
 from cumo_model.demo.report import _accuracy_table, _fell, _headline, _slowdown
 from cumo_model.demo.settings import Settings
+from cumo_model.demo.stages import TASKS
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.model.moe import record_routing
 from cumo_model.processing.conversation import tokenize_prompt
@@ -283,3 +284,8 @@ def test_a_folder_is_named_the_same_however_it_is_given(tmp_path, monkeypatch):
     given = ["runs/x", "./runs/x", tmp_path / "runs" / "x", "runs/y/../x"]
     assert {str(processes.named(out)) for out in given} == {"runs/x"}
     assert processes.named(tmp_path.parent / "z") == tmp_path.parent / "z"
+
+
+def test_every_task_of_a_phase_exists_and_says_when_it_is_done():
+    tasks = [task for phase in demo_run.PHASES for task in phase]
+    assert sorted(tasks) == sorted(demo_run.DONE_BY) == sorted(TASKS)
