@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         from safetensors import SafetensorError
 
-        from cumo_model.training.train import Interrupted
+        from cumo_model.training.recover import Interrupted
 
         if not isinstance(error, Interrupted | SafetensorError | EOFError | pickle.UnpicklingError):
             raise

@@ -83,7 +83,15 @@ class Units(Dataset):
         return len(self.units)
 
     def __getitem__(self, unit: int) -> list[dict[str, Tensor | None]] | None:
-        return None if unit == DUMMY else [self.dataset[sample] for sample in self.units[unit]]
+        return self.__getitems__([unit])[0]
+
+    def __getitems__(self, units: Sequence[int]) -> list[list[dict[str, Tensor | None]] | None]:
+        """The rows of a batch; the data set is asked once for all their samples where it can be."""
+        rows = [None if unit == DUMMY else self.units[unit] for unit in units]
+        wanted = [sample for row in rows if row is not None for sample in row]
+        many = getattr(self.dataset, "__getitems__", None)
+        found = iter(many(wanted) if many and wanted else [self.dataset[sample] for sample in wanted])
+        return [None if row is None else [next(found) for _ in row] for row in rows]
 
 
 class StepSampler(Sampler[list[int]]):

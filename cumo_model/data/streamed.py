@@ -30,11 +30,7 @@ from cumo_model.data.records import (
     scan,
     with_pictures,
 )
-from cumo_model.processing.conversation import (
-    IMAGE_MARKER,
-    tokenize_conversation,
-    tokenize_conversations,
-)
+from cumo_model.processing.conversation import IMAGE_MARKER, tokenize_conversations
 from cumo_model.processing.processor import CumoProcessor, image_seq_length
 from cumo_model.processing.templates import get_template
 
@@ -131,7 +127,8 @@ class StreamedConversations(Dataset):
         bad: list[Problem] = []
         for number, file in enumerate(self.files):
             waiting: list[Row] = []
-            rows = tqdm(scan(file), desc=f"reading {os.path.basename(file)}", unit=" records", mininterval=2)
+            said = f"reading {os.path.basename(file)}"
+            rows = tqdm(scan(file), desc=said, unit=" records", mininterval=2, delay=20)  # what is long
             for row in rows:
                 problems = row_problems(row, file, self.pictures, False, self.template)
                 fatal = [problem for problem in problems if problem.fatal]
@@ -216,19 +213,32 @@ class StreamedConversations(Dataset):
         return with_pictures(value, self._beside.get(index, ()))
 
     def __getitem__(self, index: int) -> dict[str, Tensor | None]:
-        record = self.record(index)
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor | None]]:
+        """The items of a batch, tokenised in one call."""
+        records = [self.record(index) for index in indices]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ids, labels = tokenize_conversation(
-                record["conversations"], self.processor.tokenizer, self.template, self.tokens_per_image
+            samples = tokenize_conversations(
+                [record["conversations"] for record in records],
+                self.processor.tokenizer,
+                self.template,
+                self.tokens_per_image,
             )
-        pixels = None
-        if names := picture_names(record):
-            try:
-                raw = torch.stack([self.reader.pixels(self.pictures.load(name)) for name in names])
-            except ValueError as error:
-                file = self.files[self._file[index]]
-                raise ValueError(f"{file}: record id {record.get('id')!r}: {error}") from error
-            pixels = self.reader.normalise(raw)
         cut = slice(self.max_length)
-        return {"input_ids": ids[cut], "labels": labels[cut], "pixel_values": pixels}
+        return [
+            {"input_ids": ids[cut], "labels": labels[cut], "pixel_values": self._pixels(index, record)}
+            for index, record, (ids, labels) in zip(indices, records, samples, strict=True)
+        ]
+
+    def _pixels(self, index: int, record: dict) -> Tensor | None:
+        names = picture_names(record)
+        if not names:
+            return None
+        try:
+            raw = torch.stack([self.reader.pixels(self.pictures.load(name)) for name in names])
+        except ValueError as error:
+            file = self.files[self._file[index]]
+            raise ValueError(f"{file}: record id {record.get('id')!r}: {error}") from error
+        return self.reader.normalise(raw)

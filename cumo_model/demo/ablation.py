@@ -4,7 +4,6 @@ Stages 0 to 2 are trained once; every row is a stage 3 of its own, with several 
 weights and the order of its data. The spread is that of stage 3 alone.
 """
 
-import dataclasses
 import itertools
 import json
 import math
@@ -14,10 +13,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from cumo_model.analysis.experts import load_entropy
+from cumo_model.demo.evaluate import Examiner
+from cumo_model.demo.folder import RESULT, Run, load_model, stage_recipe, write_json
+from cumo_model.demo.processes import claim, cores, locked, named, run_tasks
 from cumo_model.demo.questions import make_dataset
-from cumo_model.demo.run import claim, locked, run_tasks
-from cumo_model.demo.settings import Settings, quick
-from cumo_model.training.train import Schedule
+from cumo_model.demo.settings import QUICK, TEMPLATE, Settings, load_settings
+from cumo_model.demo.stages import flops_of_step
+from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.training.recipe import Recipe
+from cumo_model.training.stage import read_history
+from cumo_model.training.start import start_model
+
+STEPS = 300  # of stage 3
 
 
 @dataclass(frozen=True)
@@ -79,26 +87,24 @@ def run_ablation(
         ValueError: an unknown row, or `out_dir` holds something else.
         Interrupted: stopped on request; the same call goes on.
     """
-    out, start = Path(out_dir), time.monotonic()
+    out, start = named(out_dir), time.monotonic()
     names = list(rows or ROWS)
     unknown = sorted(set(names) - set(ROWS))
     if unknown or seeds < 1:
         raise ValueError(
             f"rows must be some of {', '.join(ROWS)}, and seeds at least 1, got {names}, {seeds}"
         )
-    settings = quick(Settings()) if is_quick else Settings(sft=Schedule(300, 32, 1.5e-3))
-    if steps is not None:
-        settings = dataclasses.replace(settings, sft=dataclasses.replace(settings.sft, steps=steps))
+    usual = QUICK["sft"][0] if is_quick else STEPS
+    settings = Settings(quick=is_quick, sft_steps=usual if steps is None else steps)
     claim(out, settings)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = {f"ablate:{name}:{seed}": scores_path(out, name, seed) for seed in range(seeds) for name in names}
     print(f"{len(jobs)} runs of stage 3 in {out}; Ctrl-C stops, the same command goes on", flush=True)
     with locked(out):
         make_dataset(out / "data", settings.image_size, seed=settings.seed, quick=is_quick)
         for phase in (("vision", "text"), ("dense",)):
-            done = {"vision": "vision", "text": "text", "dense": "compute.json"}
-            run_tasks(out, [task for task in phase if not (out / done[task]).exists()], cores)
-        run_tasks(out, [job for job, path in jobs.items() if not path.exists()], cores)
+            done = {"vision": "vision/model", "text": "text/model", "dense": "compute.json"}
+            run_tasks(out, [task for task in phase if not (out / done[task]).exists()], cores())
+        run_tasks(out, [job for job, path in jobs.items() if not path.exists()], cores())
     result = summary(out, seeds)
     write_table(out, result, time.monotonic() - start)
     return 0
@@ -108,49 +114,43 @@ def scores_path(out: Path, row: str, seed: int) -> Path:
     return out / "rows" / f"{row}-{seed}.json"
 
 
-def run_row(run, row_name: str, seed: int) -> None:
+def row_recipe(run: Run, name: str, seed: int) -> Recipe:
+    """Stage 3 of one row and seed: the demo's recipe with what the row changes."""
+    row = ROWS[name]
+    changes = {
+        "model__start": str(run.result("pft" if row.stage2 else "pretrain")),
+        "model__vision_experts": row.vision,
+        "model__projector_experts": row.projector,
+        "model__text_experts": row.text,
+        "model__top_k": row.top_k,
+        "model__scratch": row.scratch,
+        "model__seed": seed,
+        "trainer__seed": seed,
+    }
+    if not row.losses:
+        changes |= {"stage__balance_loss_coef": 0.0, "stage__router_z_loss_coef": 0.0}
+    return run.recipe("sft", output_dir=str(run.folder / "rows" / f"{name}-{seed}"), **changes)
+
+
+def run_row(run: Run, name: str, seed: int) -> None:
     """Stage 3 of one row and seed, and its scores; a task of demo.task."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from cumo_model.analysis.experts import load_entropy
-    from cumo_model.checkpoints.upcycle import scratch_experts, upcycle
-    from cumo_model.demo.evaluate import Examiner
-    from cumo_model.demo.task import read_json, write_json
-    from cumo_model.training.train import read_history, train
-
-    row, settings = ROWS[row_name], run.settings
-    model = run.load("pft" if row.stage2 else "pretrain")
-    if max(row.vision, row.projector, row.text):
-        dense = model
-        model = upcycle(dense, row.vision, row.projector, row.text, row.top_k, seed)
-        if row.scratch:
-            scratch_experts(dense, model, seed)
-    stage = settings.stage("sft" if row.losses else "sft_plain", 1.0)
-    stage = dataclasses.replace(stage, name=row_name)
-    model.train()
-    with FlopCounterMode(display=False) as counter:
-        model(**run.batch("sft"), use_cache=False, skip_logits=True).loss.backward()
-    model.zero_grad(set_to_none=True)
-    folder = run.folder / "rows" / f"{row_name}-{seed}"
-    torch.manual_seed(seed)
-    label = f"{row_name} {seed}"
-    trained = train(model, stage, run.dataset("sft"), folder, run.processor, seed, label=label, **run.options)
-    examiner = Examiner(
-        trained, run.processor, run.data / "test_a.json", settings.stage("sft").template, settings.eval_limit
-    )
-    majority = {kind: row.get("answer") for kind, row in read_json(run.data / "baselines.json").items()}
-    result = examiner.scores(majority)
-    history = read_history(folder)
+    recipe = row_recipe(run, name, seed)
+    flops = flops_of_step(start_model(recipe.model, recipe.data)[0].to(run.device), run.batch("sft"))
+    run.train(recipe, f"{name} {seed}")
+    result = Path(recipe.output_dir) / RESULT
+    trained = load_model(CumoForConditionalGeneration, result).to(run.device)
+    limit = run.settings.eval_limit
+    examiner = Examiner(trained, run.processor, run.data / "test_a.json", TEMPLATE, limit)
+    scores, history = examiner.scores(run.majority()), read_history(result)
     language = history["series"]["language"][-20:]
-    result |= {
-        "flops_per_step": counter.get_total_flops(),
+    scores |= {
+        "flops_per_step": flops,
         "parameters": trained.num_parameters(),
         "cpu_seconds": history["cpu_seconds"],
         "language_loss": sum(language) / len(language),
         "load_entropy": {place: load_entropy(load) for place, load in examiner.expert_load().items()},
     }
-    write_json(scores_path(run.folder, row_name, seed), result)
+    write_json(scores_path(run.folder, name, seed), scores)
 
 
 def summary(out: Path, seeds: int) -> dict:
@@ -231,12 +231,12 @@ def table(result: dict) -> str:
 def write_table(out: Path, result: dict, seconds: float) -> None:
     numbers = sorted({len(row["choice"]) for row in result.values()})
     seeds = " to ".join(str(number) for number in (numbers[:1] + numbers[-1:] if numbers[1:] else numbers))
-    settings = json.loads((out / "settings.json").read_text())
-    schedule = settings["sft"]
+    stage3 = stage_recipe(out, load_settings(out / "settings.json"), "sft")
+    steps, batch = stage3.trainer["max_steps"], stage3.stage.batch_size
     head = (
         "# Ablation of CuMo's stage 3 on the demo's data\n\n"
-        f"{seeds} seeds a row, {schedule['steps']} steps of {schedule['batch_size']}; mean ± standard "
-        "deviation over seeds, per cent, on unseen drawings.\nAll rows make the same number of steps, "
+        f"{seeds} seeds a row, {steps} steps of {batch}; mean ± standard deviation over seeds, "
+        "per cent, on unseen drawings.\nAll rows make the same number of steps, "
         "so those with experts cost more; stages 0 to 2 are shared,\nso the spread is that of stage 3 "
         "alone. Loss: the language model's in training, mean of the last 20 steps.\nClaims: paired "
         "difference ± standard error; a t-test at 5 % decides.\n\n"

@@ -15,7 +15,7 @@ def _smooth(values: list[float], window: int) -> np.ndarray:
 
 
 def plot_losses(histories: dict[str, dict], path: Path) -> None:
-    """`histories`: title -> what `fit` returned. Language losses, and the auxiliary ones beside them."""
+    """Language losses, and the auxiliary ones beside them. `histories`: title -> of `read_history`."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for title, history in histories.items():
         series = history["series"]

@@ -1,23 +1,31 @@
 """Stage 0: small stand-ins for the pre-trained towers that CuMo starts from, CLIP and Mistral.
 
 The vision tower learns to tell which of a batch's texts (name and keywords) belongs to which picture; the
-language model learns the facts about the training concepts, without pictures.
+language model learns the facts about the training concepts, without pictures. Both are trained as every other
+stage is (`cumo_model.training.stage`), with models, data and losses of their own.
 """
 
+import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import MistralForCausalLM
+from torch.utils.data import Dataset
+from transformers import MistralForCausalLM, set_seed
 
-from cumo_model.checkpoints.folders import new_directory
 from cumo_model.data import ConversationDataset
+from cumo_model.data.batches import pad
 from cumo_model.demo.settings import Settings
 from cumo_model.model.clip_moe import CumoVisionModel
-from cumo_model.model.cumo import language_loss
-from cumo_model.training.train import Losses, fit, sample_indices, write_history
+from cumo_model.processing.conversation import IGNORE_INDEX
+from cumo_model.training.monitor import Monitor
+from cumo_model.training.recipe import Recipe
+from cumo_model.training.stage import DATA_FILE, StageTrainer, claim
+from cumo_model.training.trainer import training_arguments
 
 
 class Contrast(nn.Module):
@@ -31,8 +39,16 @@ class Contrast(nn.Module):
         self.words = nn.EmbeddingBag(vocab_size, width, padding_idx=0)
         self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def forward(self, pixel_values: Tensor, words: Tensor, names: Tensor) -> Tensor:
-        """pixel_values (N, 3, s, s), words (N, W) token ids, names (N,) the concept's number -> loss."""
+    def forward(self, pixel_values: Tensor, words: Tensor, names: Tensor) -> dict[str, Tensor]:
+        """
+        Args:
+            pixel_values: (N, 3, s, s) float.
+            words: (N, W) int64 token ids, padded with 0.
+            names: (N,) int64, the concept's number.
+
+        Returns:
+            {"loss": scalar}.
+        """
         seen = self.norm(self.tower(pixel_values).last_hidden_state.mean(1))
         seen, read = (nn.functional.normalize(t, dim=-1) for t in (seen, self.words(words)))
         logits = self.scale.exp().clamp(max=100) * seen @ read.T
@@ -40,69 +56,120 @@ class Contrast(nn.Module):
         same = (names[:, None] == names) & ~torch.eye(len(names), dtype=torch.bool, device=names.device)
         logits = logits.masked_fill(same, -math.inf)
         target = torch.arange(len(names), device=names.device)
-        return (
-            nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)
-        ) / 2
+        both = (nn.functional.cross_entropy(rows, target) for rows in (logits, logits.T))
+        return {"loss": sum(both) / 2}
 
 
-def _pad(rows: list[list[int]], value: int) -> Tensor:
-    return nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
+class Pairs(Dataset):
+    """Pictures with words about each: (pixels (1, 3, s, s) uint8, token ids, the concept's number)."""
+
+    def __init__(self, pictures: ConversationDataset, about: Path, tokenizer):
+        known = {record["image"]: record for record in json.loads(about.read_text())}
+        records = [known[record["image"]] for record in pictures.records]
+        texts = [f"{record['name']} {' '.join(record['keywords'])}" for record in records]
+        self.pictures = pictures
+        self.words = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        number = {name: i for i, name in enumerate(dict.fromkeys(record["name"] for record in records))}
+        self.names = [number[record["name"]] for record in records]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, list[int], int]:
+        return self.pictures.pixels(index), self.words[index], self.names[index]
+
+    def collate(self, items: Sequence[tuple[Tensor, list[int], int]]) -> dict[str, Tensor]:
+        pixels, words, names = zip(*items, strict=True)
+        rows = [torch.tensor(row) for row in words]
+        return {
+            "pixel_values": self.pictures.normalise(torch.cat(pixels)),
+            "words": nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0),
+            "names": torch.tensor(names),
+        }
 
 
-def pretrain_vision(
-    settings: Settings, data: Path, out: Path, tokenizer, processor, device, **options
-) -> None:
-    """Train the tower on pictures and texts; `out` becomes a CumoVisionModel checkpoint."""
-    if out.exists():
-        return
-    pictures = ConversationDataset(data / "stage1_caption.json", data, processor, "plain")
-    about = {record["image"]: record for record in json.loads((data / "contrastive.json").read_text())}
-    records = [about[record["image"]] for record in pictures.records]
-    texts = [f"{record['name']} {' '.join(record['keywords'])}" for record in records]
-    words = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    number = {name: i for i, name in enumerate(dict.fromkeys(record["name"] for record in records))}
-    names = torch.tensor([number[record["name"]] for record in records])
-    torch.manual_seed(settings.seed)
-    model = Contrast(CumoVisionModel(settings.vision_config()), len(tokenizer)).to(device)
-    schedule = settings.vision
+class Lines(Dataset):
+    """Lines of text as (token ids, labels), both int64; the first token is predicted by none."""
 
-    def loss_at(step: int) -> Losses:
-        indices = sample_indices(step, schedule.batch_size, len(records), settings.seed)
-        pixels = pictures.normalise(torch.cat([pictures.pixels(i) for i in indices])).to(device)
-        loss = model(pixels, _pad([words[i] for i in indices], 0).to(device), names[indices].to(device))
-        return loss, {}, schedule.batch_size * (settings.image_size // settings.patch_size) ** 2
+    def __init__(self, path: Path, tokenizer):
+        self.pad_id = tokenizer.pad_token_id
+        rows = tokenizer(path.read_text().splitlines())["input_ids"]
+        self.ids = [torch.tensor([*row, tokenizer.eos_token_id]) for row in rows]
 
-    identity = {"what": "vision", "model": model.tower.config.to_dict(), "seed": settings.seed}
-    progress = out.with_name(f"{out.name}.progress.safetensors")
-    history = fit(model, loss_at, schedule, progress, identity, **options)
-    with new_directory(out) as work:
-        model.tower.save_pretrained(work)
-        write_history(work, history, identity)
-    progress.unlink(missing_ok=True)
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        ids = self.ids[index]
+        labels = ids.clone()
+        labels[0] = IGNORE_INDEX
+        return ids, labels
+
+    def collate(self, items: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        return pad(items, self.pad_id)
 
 
-def pretrain_text(settings: Settings, data: Path, out: Path, tokenizer, device, **options) -> None:
-    """Train the language model on lines of text; `out` becomes a MistralForCausalLM checkpoint."""
-    if out.exists():
-        return
-    lines = (data / "text.txt").read_text().splitlines()
-    eos = tokenizer.eos_token_id
-    ids = [[*row, eos] for row in tokenizer(lines)["input_ids"]]
-    torch.manual_seed(settings.seed)
-    model = MistralForCausalLM(settings.text_config(tokenizer)).to(device)
-    schedule = settings.text
+class PatchMonitor(Monitor):
+    """Counts a picture's patches for its tokens."""
 
-    def loss_at(step: int) -> Losses:
-        rows = [ids[i] for i in sample_indices(step, schedule.batch_size, len(ids), settings.seed)]
-        batch = _pad(rows, tokenizer.pad_token_id).to(device)
-        labels = _pad(rows, -100).to(device)
-        logits = model(batch, attention_mask=(labels != -100).long(), use_cache=False).logits
-        return language_loss(logits, labels), {}, sum(map(len, rows))
+    def __init__(self, model: nn.Module, patches: int):
+        super().__init__(model, ())
+        self.patches = patches
 
-    identity = {"what": "text", "model": model.config.to_dict(), "seed": settings.seed}
-    progress = out.with_name(f"{out.name}.progress.safetensors")
-    history = fit(model, loss_at, schedule, progress, identity, **options)
-    with new_directory(out) as work:
-        model.save_pretrained(work)
-        write_history(work, history, identity)
-    progress.unlink(missing_ok=True)
+    def _count(self, batch: dict) -> None:
+        images = len(batch["pixel_values"])
+        self.images, self.tokens = self.images + images, self.tokens + images * self.patches
+
+
+class VisionTrainer(StageTrainer):
+    def write_result(self, work, folder, recipe):
+        self.model.tower.save_pretrained(folder)
+
+
+class TextTrainer(StageTrainer):
+    forward_options = {"use_cache": False}
+
+
+def _claim_data(recipe: Recipe, number: int) -> None:
+    content = hashlib.sha256(Path(recipe.data.files[0]).read_bytes()).hexdigest()
+    claim(Path(recipe.output_dir) / DATA_FILE, {"content of data": content, "records": number})
+
+
+def build_vision(
+    recipe: Recipe, callbacks: Sequence, settings: Settings, tokenizer, processor
+) -> StageTrainer:
+    """The tower and its contrast; the data of a recipe's first file, with contrastive.json beside it."""
+    file, (images,) = Path(recipe.data.files[0]), recipe.data.images
+    pictures = ConversationDataset(file, images, processor, recipe.data.template)
+    data = Pairs(pictures, file.with_name("contrastive.json"), tokenizer)
+    _claim_data(recipe, len(data))
+    args = training_arguments(recipe)
+    set_seed(args.seed)
+    model = Contrast(CumoVisionModel(settings.vision_config()), len(tokenizer))
+    monitor = PatchMonitor(model, (settings.image_size // settings.patch_size) ** 2)
+    return _trainer(VisionTrainer, model, args, data, recipe, callbacks, monitor=monitor)
+
+
+def build_text(recipe: Recipe, callbacks: Sequence, settings: Settings, tokenizer) -> StageTrainer:
+    """The language model and the lines of a recipe's first file."""
+    data = Lines(Path(recipe.data.files[0]), tokenizer)
+    _claim_data(recipe, len(data))
+    args = training_arguments(recipe)
+    set_seed(args.seed)
+    model = MistralForCausalLM(settings.text_config(tokenizer))
+    return _trainer(TextTrainer, model, args, data, recipe, callbacks)
+
+
+def _trainer(kind, model, args, data, recipe: Recipe, callbacks: Sequence, **options) -> StageTrainer:
+    lengths, has_image = np.ones(len(data), np.int64), np.zeros(len(data), bool)
+    return kind(
+        model,
+        args,
+        data,
+        data.collate,
+        lengths,
+        has_image,
+        grouping=recipe.data.grouping,
+        callbacks=callbacks,
+        **options,
+    )

@@ -11,12 +11,12 @@ from rich.table import Table
 
 from cumo_model.analysis.experts import patch_experts
 from cumo_model.analysis.plots import PLACES, plot_expert_load, plot_patches
+from cumo_model.demo.folder import RESULT, read_json
 from cumo_model.demo.plots import plot_losses
 from cumo_model.demo.settings import TEMPLATE, Settings
-from cumo_model.demo.task import read_json
 from cumo_model.processing.processor import load_image
 from cumo_model.serving.chat import answer, load
-from cumo_model.training.train import read_history
+from cumo_model.training.stage import read_history
 
 STAGES = {  # folder -> title of its curve
     "vision": "stage 0: vision tower (contrastive)",
@@ -24,9 +24,14 @@ STAGES = {  # folder -> title of its curve
     "pretrain": "stage 1: connector",
     "pft": "stage 2: everything",
     "sft": "stage 3: MoE",
-    "sft_plain": "stage 3: dense twin",
+    "sft_dense": "stage 3: dense",
 }
 CHANCE = 0.25
+EQUAL_FLOPS = (
+    "Both made the same steps on the same data, so experts cost {ratio:.2f}x the FLOPs. With equal FLOPs the "
+    "dense model makes {ratio:.2f}x as many steps, which is not measured here; where it was, the dense model "
+    "was ahead (benchmarks/results/ablation.md)."
+)
 
 
 def report(out: Path, settings: Settings, seconds: float) -> None:
@@ -35,9 +40,9 @@ def report(out: Path, settings: Settings, seconds: float) -> None:
     Raises:
         RuntimeError: a stage's loss did not fall; raised last, so that there is something to look at.
     """
-    histories = {name: read_history(out / name) for name in STAGES}
+    histories = {name: read_history(out / name / RESULT) for name in STAGES}
     scores = {
-        name: read_json(out / f"scores-{name}.json", "test_a", "test_b") for name in ("sft", "sft_plain")
+        name: read_json(out / f"scores-{name}.json", "test_a", "test_b") for name in ("sft", "sft_dense")
     }
     compute = read_json(out / "compute.json", "flops_ratio", "step0_difference", "parameters")
 
@@ -46,29 +51,28 @@ def report(out: Path, settings: Settings, seconds: float) -> None:
     plot_losses({STAGES[name]: history for name, history in histories.items()}, pictures / "losses.png")
     plot_expert_load(scores["sft"]["expert_load"], pictures / "expert_load.png")
 
-    model, processor = load(out / "sft")
+    checkpoint = out / "sft" / RESULT
+    model, processor = load(checkpoint)
     _plot_patches(out, model, processor, pictures / "patches.png")
 
     console = Console(record=True, width=100)
-    console.print(_accuracy_table(scores, "test_a", "unseen drawings of known things (test A)"))
-    console.print(_accuracy_table(scores, "test_b", "things never seen (test B)"))
+    ratios = {"FLOPs of a step": compute["flops_ratio"], "CPU time of a step": _slowdown(histories)}
+    console.print(_accuracy_table(scores, "test_a", "unseen drawings of known things (test A)", ratios))
+    console.print(_accuracy_table(scores, "test_b", "things never seen (test B)", ratios))
+    console.print(EQUAL_FLOPS.format(ratio=compute["flops_ratio"]))
     console.print(_expert_table(histories["sft"], scores["sft"]))
-    console.print(_compute_table(histories, compute))
+    console.print(_compute_table(histories, compute, ratios))
     console.print(_answers_table(out, model, processor, settings.seed))
-    headline = _share(scores["sft"]["test_a"]["choice"]["name"])
-    exact, majority = (_total(scores["sft"]["test_a"][key]) for key in ("exact", "majority"))
+    again = scores["sft"]["reload_difference"]
+    said = "not compared: the run was stopped in between" if again is None else f"{again:.0e}"
     console.print(
-        f"step-0 difference of upcycling {compute['step0_difference']:.1e}; checkpoint {out / 'sft'} reloads "
-        f"to the same logits (difference {scores['sft']['reload_difference']:.0e})"
+        f"step-0 difference of upcycling {compute['step0_difference']:.1e}; difference of the logits after "
+        f"reloading {checkpoint} {said}"
     )
-    console.print(
-        f"headline: 4-way choice {headline:.1%} (chance 25 %), exact match {_share(exact):.1%} "
-        f"(majority {_share(majority):.1%}) on unseen drawings; "
-        f"{seconds / 60:.1f} minutes"
-    )
+    console.print(_headline(scores) + f"; {seconds / 60:.1f} minutes")
     console.print(
         f"pictures in {pictures}; ask it yourself:\n"
-        f"  python -m cumo_model chat --checkpoint {out / 'sft'} --image {_some_picture(out)}",
+        f"  python -m cumo_model chat --checkpoint {checkpoint} --image {_some_picture(out)}",
         soft_wrap=True,
     )
     part = out / ".report.txt.part"
@@ -99,11 +103,25 @@ def _cell(row: list[int]) -> str:
     return f"{share:6.1%} ±{spread:5.1%}"
 
 
-def _accuracy_table(scores: dict, part: str, title: str) -> Table:
+def _headline(scores: dict) -> str:
+    """MoE and dense on unseen drawings, in one line."""
+    found = {name: scores[name]["test_a"] for name in ("sft", "sft_dense")}
+    choice = [f"{_share(part['choice']['name']):.1%}" for part in found.values()]
+    exact = [f"{_share(_total(part['exact'])):.1%}" for part in found.values()]
+    majority = _share(_total(found["sft"]["majority"]))
+    return (
+        f"headline, on unseen drawings after the same steps: 4-way choice {choice[0]} with experts, "
+        f"{choice[1]} dense (chance {CHANCE:.0%}); exact match {exact[0]} and {exact[1]} "
+        f"(majority {majority:.1%})"
+    )
+
+
+def _accuracy_table(scores: dict, part: str, title: str, ratios: dict[str, float]) -> Table:
+    """Both models of stage 3 on one test; `ratios`: what of a step -> with experts over dense."""
     table = Table(title=title, title_justify="left")
-    for column in ("question", "asked", "MoE", "dense twin", "majority answer", "chance"):
+    for column in ("question", "asked", "MoE", "dense", "majority answer", "chance"):
         table.add_column(column, justify="left" if column == "question" else "right")
-    moe, dense = scores["sft"][part], scores["sft_plain"][part]
+    moe, dense = scores["sft"][part], scores["sft_dense"][part]
     for kind, row in moe["exact"].items():
         majority = f"{_share(moe['majority'][kind]):.1%}"
         table.add_row(f"exact: {kind}", str(row[1]), _cell(row), _cell(dense["exact"][kind]), majority, "-")
@@ -117,6 +135,9 @@ def _accuracy_table(scores: dict, part: str, title: str) -> Table:
             f"4-way choice: {kind}", str(row[1]), _cell(row), _cell(dense["choice"][kind]),
             "-", f"{CHANCE:.1%}", style=style,
         )  # fmt: skip
+    table.add_section()
+    for what, ratio in ratios.items():
+        table.add_row(what, "-", f"{ratio:.2f}x", "1.00x", "-", "-")
     return table
 
 
@@ -131,36 +152,38 @@ def _expert_table(history: dict, scores: dict) -> Table:
         "load entropy (1 = even)",
     ):
         table.add_column(column, justify="left" if column == "place" else "right")
-    for place, title in PLACES.items():
+    for place, entropy in scores["load_entropy"].items():
         cells = []
         for kind in ("balance", "z"):
             values = history["series"][f"{place}_{kind}"]
             window = max(1, len(values) // 20)
             cells += [f"{sum(v) / len(v):.3f}" for v in (values[:window], values[-window:])]
-        table.add_row(title, *cells, f"{scores['load_entropy'][place]:.3f}")
+        table.add_row(PLACES[place], *cells, f"{entropy:.3f}")
     return table
 
 
-def _compute_table(histories: dict, compute: dict) -> Table:
+def _slowdown(histories: dict) -> float:
+    """CPU time of a step of stage 3 with experts over that of a dense one."""
+    moe, dense = (histories[name]["cpu_seconds"] / histories[name]["steps"] for name in ("sft", "sft_dense"))
+    return moe / dense
+
+
+def _compute_table(histories: dict, compute: dict, ratios: dict[str, float]) -> Table:
     table = Table(title="compute", title_justify="left")
     for column in ("stage", "steps", "tokens", "CPU s", "tokens per wall s"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name, title in STAGES.items():
         history = histories[name]
-        tokens = sum(history["series"]["tokens"])
+        tokens = history["tokens"]
         table.add_row(
-            title, str(len(history["series"]["loss"])), f"{tokens:,}", f"{history['cpu_seconds']:.0f}",
+            title, str(history["steps"]), f"{tokens:,.0f}", f"{history['cpu_seconds']:.0f}",
             f"{tokens / history['wall_seconds']:,.0f}",
         )  # fmt: skip
-    per_step = {
-        name: histories[name]["cpu_seconds"] / len(histories[name]["series"]["loss"])
-        for name in ("sft", "sft_plain")
-    }
-    slowdown = per_step["sft"] / per_step["sft_plain"]
+    flops, time = ratios.values()
     table.caption = (
-        f"a MoE step has {compute['flops_ratio']:.2f}x the FLOPs of a dense one and took {slowdown:.2f}x its "
-        f"CPU time: {slowdown / compute['flops_ratio']:.2f}x what its FLOPs say; parameters "
-        f"{compute['parameters']['dense']:,} dense, {compute['parameters']['moe']:,} MoE"
+        f"a MoE step has {flops:.2f}x the FLOPs of a dense one and took {time:.2f}x its CPU time: "
+        f"{time / flops:.2f}x what its FLOPs say; parameters {compute['parameters']['dense']:,} dense, "
+        f"{compute['parameters']['moe']:,} MoE"
     )
     return table
 

@@ -1,4 +1,7 @@
-"""What the demo trains and for how long: one record, two sizes."""
+"""What the demo's recipes do not say: the sizes of its models, and how a quick run differs.
+
+What each stage trains, for how long and with which rates is in cumo_model/recipes/demo.
+"""
 
 import dataclasses
 import json
@@ -7,15 +10,23 @@ from pathlib import Path
 
 from transformers import MistralConfig
 
-from cumo_model.model.config import CumoConfig, CumoVisionConfig
-from cumo_model.training.train import PARTS, Schedule, Stage
+from cumo_model.model.config import CumoVisionConfig
 
-TEMPLATE = "mistral_instruct"  # without the system text: 45 tokens that would say the same in every sample
+TEMPLATE = "mistral_instruct"  # of stages 2 and 3 and of every question after them
+QUICK = {  # stage -> steps, batch
+    "vision": (20, 64),
+    "text": (40, 32),
+    "pretrain": (15, 32),
+    "pft": (30, 16),
+    "sft": (30, 16),
+    "sft_dense": (30, 16),
+}
+QUICK_QUESTIONS = 32  # of each kind
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A CuMo of some million parameters and a schedule for two CPU cores."""
+    """A CuMo of some million parameters."""
 
     image_size: int = 48
     patch_size: int = 8
@@ -23,16 +34,25 @@ class Settings:
     vision_layers: int = 5  # the last one serves only its router, as in CuMo
     text_width: int = 128
     text_layers: int = 2
-    num_experts: int = 4
-    top_k: int = 2
-    vision: Schedule = Schedule(180, 64, 1e-3, warmup_ratio=0.1)  # stand-in for CLIP's pre-training
-    text: Schedule = Schedule(200, 64, 2e-3, warmup_ratio=0.1)  # stand-in for Mistral's
-    pretrain: Schedule = Schedule(70, 64, 2e-3)
-    pft: Schedule = Schedule(300, 32, 1.5e-3)
-    sft: Schedule = Schedule(520, 32, 1.5e-3)  # the dense twin gets as many FLOPs
-    seed: int = 0
-    quick: bool = False
-    eval_limit: int | None = None  # questions of each kind
+    seed: int = 0  # of new weights and of the order of samples
+    quick: bool = False  # the same path in a fraction of the time; what it learns is only a start
+    sft_steps: int | None = None  # of stage 3, instead of its recipe's
+
+    @property
+    def eval_limit(self) -> int | None:
+        """Questions of each kind; None for all."""
+        return QUICK_QUESTIONS if self.quick else None
+
+    def changes(self, stage: str) -> dict:
+        """Keys of a stage's recipe that differ from what is shipped, with their values."""
+        changes: dict = {"trainer.seed": self.seed, "model.seed": self.seed}
+        if self.quick:
+            steps, batch = QUICK[stage]
+            changes |= {"trainer.max_steps": steps, "stage.batch_size": batch}
+            changes["trainer.per_device_train_batch_size"] = batch
+        if stage.startswith("sft") and self.sft_steps is not None:
+            changes["trainer.max_steps"] = self.sft_steps
+        return changes
 
     def vision_config(self) -> CumoVisionConfig:
         return CumoVisionConfig(
@@ -61,44 +81,10 @@ class Settings:
             pad_token_id=tokenizer.pad_token_id,
         )
 
-    def config(self, tokenizer, text_config=None) -> CumoConfig:
-        return CumoConfig(
-            vision_config=self.vision_config(),
-            text_config=text_config or self.text_config(tokenizer),
-            projector_num_experts=1,
-            scales=(1,),
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        )
-
-    def stage(self, name: str, flops_ratio: float = 1.0) -> Stage:
-        """The stages "pretrain", "pft", "sft"; "sft_plain" is the dense twin's.
-
-        `flops_ratio`: FLOPs of a step with experts over one without; the twin makes that many more steps.
-        """
-        if name == "pretrain":
-            return Stage(name, ("projector",), "plain", self.pretrain)
-        if name == "sft_plain":
-            schedule = dataclasses.replace(self.sft, steps=round(self.sft.steps * flops_ratio))
-            return Stage(name, tuple(PARTS), TEMPLATE, schedule)
-        coefs = (0.1, 0.01) if name == "sft" else (0.0, 0.0)
-        return Stage(name, tuple(PARTS), TEMPLATE, getattr(self, name), *coefs)
-
-
-def quick(settings: Settings) -> Settings:
-    """The same path in a fraction of the time; what it learns is only a start."""
-    return dataclasses.replace(
-        settings,
-        quick=True,
-        vision=Schedule(20, 64, 1e-3, warmup_ratio=0.1),
-        text=Schedule(40, 32, 2e-3, warmup_ratio=0.1),
-        pretrain=Schedule(15, 32, 2e-3),
-        pft=Schedule(30, 16, 1.5e-3),
-        sft=Schedule(30, 16, 1.5e-3),
-        eval_limit=32,
-    )
-
 
 def load_settings(path: Path) -> Settings:
-    values = json.loads(path.read_text())
-    schedules = {key: Schedule(**value) for key, value in values.items() if isinstance(value, dict)}
-    return Settings(**values | schedules)
+    return Settings(**json.loads(path.read_text()))
+
+
+def plain(settings: Settings) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(settings)))

@@ -21,9 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from cumo_kernels.tiles import hardware
+from cumo_model.model.config import CumoConfig
 from cumo_model.model.losses import load_balancing_loss, router_z_loss
 from cumo_model.model.moe import MoELayer, RoutingRecord, record_routing
 from cumo_model.training.flops import step_flops
@@ -61,18 +63,20 @@ class Monitor:
         self._loads: dict[str, Tensor] = {}
         self._extra: dict[str, dict[str, Tensor | float]] = {name: {} for name in self.layers}
         self.tokens: Tensor | int = 0
-        self.images, self.flops, self.since = 0, 0.0, time.monotonic()
+        self.images, self.flops = 0, 0.0
+        self.since, self.cpu_since = time.monotonic(), time.process_time()
 
     def state_dict(self) -> dict:
         """The sums since the last `read`."""
-        elapsed = time.monotonic() - self.since
-        return {name: getattr(self, name) for name in SUMS} | {"elapsed": elapsed}
+        elapsed = {"elapsed": time.monotonic() - self.since, "cpu": time.process_time() - self.cpu_since}
+        return {name: getattr(self, name) for name in SUMS} | elapsed
 
     def load_state_dict(self, state: dict) -> None:
         """Restore the sums of `state_dict`."""
         for name in SUMS:
             setattr(self, name, state[name])
         self.since = time.monotonic() - state["elapsed"]
+        self.cpu_since = time.process_time() - state["cpu"]
 
     def _watch_gate(self, name: str):
         def watch(module, args, logits: Tensor) -> None:
@@ -110,7 +114,7 @@ class Monitor:
             batch["attention_mask"].sum() if "attention_mask" in batch else ids.numel()
         )
         self.images += images
-        if self.config is not None:
+        if isinstance(self.config, CumoConfig):
             predicted = ids.numel()  # an upper bound that does not depend on the labels
             self.flops += step_flops(self.config, self.trains, ids.numel(), ids.shape[1], predicted, images)
 
@@ -136,11 +140,13 @@ class Monitor:
         """Metrics since the last call, over all processes. Needs one host synchronisation.
 
         Returns:
-            Terms of the loss by name, means over layers by place (`clip_load_entropy` ...), tokens and images
-            per second, MFU if the peak performance of the device is known, memory in GiB, and metrics by
-            layer under `experts/`.
+            Terms of the loss by name, means over layers by place (`clip_load_entropy` ...), `tokens`,
+            `wall_seconds` and `cpu_seconds` (of all training processes, without data loading workers), tokens
+            and images per second, MFU if the peak performance of the device is known, memory in GiB, and
+            metrics by layer under `experts/`.
         """
-        row: list[Tensor | float] = [self.tokens, self.images, self.flops]
+        cpu = time.process_time() - self.cpu_since
+        row: list[Tensor | float] = [self.tokens, self.images, self.flops, cpu]
         for name in LOSSES:
             row += self._losses.get(name, (0.0, 0))
         for name, experts in self.layers.items():
@@ -155,7 +161,9 @@ class Monitor:
                 flat = flat.cuda()
             dist.all_reduce(flat)
         values, seconds = iter(flat.tolist()), time.monotonic() - self.since
-        found = self._speed(next(values), next(values), next(values), seconds)
+        tokens, images, flops, cpu = (next(values) for _ in range(4))
+        found = {"tokens": tokens, "wall_seconds": seconds, "cpu_seconds": cpu}
+        found |= self._speed(tokens, images, flops, seconds)
         for name in LOSSES:
             total, count = next(values), next(values)
             if count:
@@ -233,7 +241,8 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
 
 class MonitorCallback(TrainerCallback):
-    """Computes gradient norms by part in logged steps, and adds the metrics for the reporters to the log.
+    """Computes gradient norms by part of a CuMo in logged steps, and adds the metrics for the reporters to the
+    log.
 
     It must be registered before the reporters.
     """
@@ -256,15 +265,37 @@ class MonitorCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         every = max(1, int(state.logging_steps or 1))
-        if (state.global_step + 1) % every == 0:
+        if isinstance(self.monitor.config, CumoConfig) and (state.global_step + 1) % every == 0:
             self.norms = gradient_norms(model)
 
 
 class ShortProgress(ProgressCallback):
-    """The Trainer's progress bar, showing a few metrics of the last log."""
+    """The Trainer's progress bar, with a few metrics of the last log.
+
+    Args:
+        label: text before the bar.
+        position: line of the terminal, if several runs share it.
+    """
+
+    SHOWN = ("loss", "language", "grad_norm", "learning_rate", "tokens_per_second")
+
+    def __init__(self, label: str | None = None, position: int | None = None):
+        super().__init__()
+        self.label, self.position = label, position
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=self.label,
+                position=self.position,
+                dynamic_ncols=True,
+                mininterval=0.3 if sys.stderr.isatty() else 20,
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:
-            shown = ("loss", "language", "grad_norm", "learning_rate", "tokens_per_second")
-            text = " ".join(f"{name}={logs[name]:.4g}" for name in shown if name in (logs or {}))
+            text = " ".join(f"{name}={logs[name]:.4g}" for name in self.SHOWN if name in (logs or {}))
             self.training_bar.set_postfix_str(text, refresh=False)

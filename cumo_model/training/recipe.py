@@ -23,11 +23,15 @@ from typing import Any
 import yaml
 
 from cumo_model.training.parallel import EXCHANGES
-from cumo_model.training.train import PARTS
 
 SHIPPED = Path(__file__).with_name("recipes")
 # may change between the runs of one training without making it another one
 FREE = ("trainer", "output_dir")
+PARTS = {  # what a stage may train -> its modules in CumoForConditionalGeneration
+    "vision": ("model.vision_tower",),
+    "projector": ("model.multi_modal_projector",),
+    "language": ("model.language_model", "lm_head"),
+}
 
 
 @dataclass(frozen=True)

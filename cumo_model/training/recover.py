@@ -35,6 +35,10 @@ DAMAGED = "damaged-"  # prefix for a checkpoint that cannot be read
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class Interrupted(Exception):
+    """The run was asked to stop; its progress is saved."""
+
+
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = {}

@@ -1,4 +1,4 @@
-"""transformers' Trainer for CuMo: its data order, losses by name, rates and recovery; and runs of recipes.
+"""transformers' Trainer for CuMo: losses by name, rates, adapters; and runs of recipes.
 
 What a step sees is a function of the recipe and the step, on however many processes: the global batch is the
 recipe's, and accumulation is what is left of it after processes and micro-batches.
@@ -6,111 +6,40 @@ recipe's, and accumulation is what is left of it after processes and micro-batch
 
 import json
 import os
-import shutil
-import signal
-import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
-from cumo_model.checkpoints.folders import fingerprint, new_directory
 from cumo_model.data.batches import Collator
-from cumo_model.data.sampling import StepSampler, Units, plan_packs
+from cumo_model.data.sampling import Units, plan_packs
 from cumo_model.data.streamed import StreamedConversations
 from cumo_model.model.compat import CHECKPOINTING, checkpointing_arguments
-from cumo_model.training.deepspeed import (
-    begin,
-    clear,
-    first_model,
-    join_processes,
-    require_deepspeed,
-    whole_weights,
-)
-from cumo_model.training.expert_checkpoints import SpreadCheckpoints, is_spread, spread_experts
+from cumo_model.training.deepspeed import begin, first_model, join_processes, require_deepspeed, whole_weights
+from cumo_model.training.expert_checkpoints import is_spread, spread_experts
 from cumo_model.training.lora import has_adapters, load_beside, merged, save_beside, with_lora
-from cumo_model.training.monitor import Monitor, MonitorCallback, ShortProgress
-from cumo_model.training.recipe import Recipe, StageSection, plain
-from cumo_model.training.recover import SAVING, StopRequests, last_sound
-from cumo_model.training.train import PARTS, Interrupted
-
-RECIPE_FILE = "recipe.json"  # in a run's folder: what it is a run of
-DATA_FILE = "data.json"  # likewise: what its data are
-START_FILE = "start.json"  # likewise: what the models it begins with are
-RESULT = "model"  # in a finished run's folder
+from cumo_model.training.monitor import Monitor
+from cumo_model.training.recipe import PARTS, SHIPPED, Recipe, StageSection
+from cumo_model.training.stage import DATA_FILE, StageTrainer, claim, run_stage
 
 
-class _Loader(DataLoader):
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
+class CumoTrainer(StageTrainer):
+    """A stage of a CuMo: parts of the loss in the log, a connector rate of its own, adapters.
 
+    Args:
+        stage: rates and what trains.
+        options: of StageTrainer.
+    """
 
-def _leave_stops_to_the_parent(worker: int) -> None:
-    """In a process that loads data: a signal for the whole group, as of Ctrl-C, timeout or a batch system, is
-    answered by who trains, and a loader that died of it would fail the step before the save."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    forward_options = {"use_cache": False, "skip_logits": True}
 
-
-class CumoTrainer(SpreadCheckpoints):
-    """Trainer with CuMo's sampler, parts of the loss in the log, a connector rate of its own."""
-
-    def __init__(
-        self,
-        model,
-        args: TrainingArguments,
-        units: Units,
-        lengths: Sequence[int],
-        has_image: Sequence[bool],
-        collator: Collator,
-        grouping: str,
-        stage: StageSection,
-        **options,
-    ):
-        """
-        Args:
-            units: rows of a batch.
-            lengths, has_image: of each unit.
-            grouping: of `StepSampler`.
-            stage: rates and what trains.
-            options: of Trainer (processing_class, callbacks).
-        """
-        self.lengths, self.has_image, self.grouping, self.stage = lengths, has_image, grouping, stage
+    def __init__(self, model, args: TrainingArguments, units: Units, stage: StageSection, **options):
+        self.stage = stage
         whole = set(stage.trains) - ({"language"} if stage.lora is not None else set())
-        self.monitor = Monitor(model, whole)
-        super().__init__(model, args, data_collator=collator, train_dataset=units, **options)
-        self.metrics = MonitorCallback(self.monitor)
-        self.callback_handler.callbacks.insert(0, self.metrics)
-        self.pop_callback(PrinterCallback)
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(ShortProgress())
-
-    def get_train_dataloader(self) -> DataLoader:
-        args = self.args
-        sampler = StepSampler(
-            self.lengths,
-            self.has_image,
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            args.process_index,
-            args.world_size,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-            grouping=self.grouping,
-        )
-        return _Loader(
-            self.train_dataset,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=_leave_stops_to_the_parent,
-        )
+        super().__init__(model, args, units, monitor=Monitor(model, whole), **options)
 
     def create_optimizer(self, model=None):
         own_rate = self.stage.projector_learning_rate
@@ -131,16 +60,6 @@ class CumoTrainer(SpreadCheckpoints):
             self.optimizer = kind(list(groups.values()), **options)
         return super().create_optimizer(model)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {"use_cache": False, "skip_logits": True, **inputs}
-        with self.monitor.watching(inputs, model.training):
-            loss, outputs = super().compute_loss(
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-            )
-        if model.training:
-            self.monitor.add_losses(outputs["loss_parts"])
-        return (loss, outputs) if return_outputs else loss
-
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if has_adapters(self.model):
@@ -152,41 +71,14 @@ class CumoTrainer(SpreadCheckpoints):
         if has_adapters(self.model):
             load_beside(self.model, resume_from_checkpoint)
 
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
-        path = self._window_file(output_dir)
-        torch.save(
-            {
-                "loss": self._tr_loss,
-                "total": self._total_loss_scalar,
-                "logged": self._globalstep_last_logged,
-                "monitor": self.monitor.state_dict(),
-            },
-            path,
-        )
-
-    def _load_rng_state(self, checkpoint):
-        super()._load_rng_state(checkpoint)
-        path = self._window_file(checkpoint)
-        if not path.is_file():
+    def write_result(self, work, folder, recipe):
+        """The trained model, adapters merged, and its processor."""
+        if not has_adapters(self.model):
+            super().write_result(work, folder, recipe)
             return
-        device = self.args.device
-        place = device if device.type == "cuda" else device.type  # "cpu:0" is no place to torch.load
-        window = torch.load(path, weights_only=True, map_location=place)
-        self._tr_loss, self._total_loss_scalar = window["loss"], window["total"]
-        self._globalstep_last_logged = window["logged"]
-        self.monitor.load_state_dict(window["monitor"])
-
-    def _window_file(self, folder: str | os.PathLike) -> Path:
-        """What this process has added up since the last log: the next one is then of all its steps."""
-        return Path(folder, f"window_{self.args.process_index}_of_{self.args.world_size}.pt")
-
-    def log(self, logs, start_time=None):
-        if "loss" in logs:
-            if not np.isfinite(logs["loss"]):
-                raise FloatingPointError(f"the loss became {logs['loss']} at step {self.state.global_step}")
-            logs.update(self.metrics.metrics())
-        super().log(logs, start_time)
+        with whole_weights(self.args):
+            merged(recipe, first_model(recipe), work).save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -261,8 +153,6 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 
 def _engine_config(name: str, path: str) -> dict:
-    from cumo_model.training.recipe import SHIPPED
-
     place = Path(path) if os.path.exists(path) else SHIPPED / path
     try:
         return json.loads(place.read_text())
@@ -278,32 +168,6 @@ def freeze(model, stage: StageSection) -> None:
             for parameter in model.get_submodule(name).parameters():
                 if parameter.is_floating_point():
                     parameter.requires_grad_(True)
-
-
-def _claim(path: Path, wanted: dict) -> None:
-    """Only a run of the same things goes on in a folder, where `path` says what they are."""
-    out = path.parent
-    if path.exists():
-        found = json.loads(path.read_text())
-        differ = sorted(key for key in wanted if found.get(key) != wanted[key])
-        if differ:
-            raise ValueError(f"{out} is a run with another {', '.join(differ)}: choose another output_dir")
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # nodes may share process numbers
-    part.write_text(json.dumps(wanted, indent=1))
-    os.replace(part, path)
-
-
-def _claim_start(recipe: Recipe) -> None:
-    """A stage before that was trained again, into the same folder, is another beginning."""
-    model = recipe.model
-    named = (model.start, model.vision, model.language, model.projector)
-    paths = [path for path in named if path is not None]
-    # where one is gone a run that needs it says so
-    if all(os.path.exists(path) for path in paths):
-        wanted = {f"content of {path}": fingerprint(path) for path in paths}
-        _claim(Path(recipe.output_dir) / START_FILE, wanted)
 
 
 def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
@@ -326,7 +190,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
             cache,
             data.skip_bad,
         )
-    _claim(
+    claim(
         Path(recipe.output_dir) / DATA_FILE, {"content of data": dataset.identity(), "records": len(dataset)}
     )
     units = [[i] for i in range(len(dataset))]
@@ -357,72 +221,20 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
         model,
         args,
         Units(dataset, units),
-        lengths,
-        has_image,
-        collator,
-        data.grouping,
         stage,
+        collator=collator,
+        lengths=lengths,
+        has_image=has_image,
+        grouping=data.grouping,
         processing_class=processor,
-        callbacks=[StopRequests(), *callbacks],
+        callbacks=callbacks,
     )
 
 
 def run_recipe(recipe: Recipe, callbacks: Sequence = ()) -> Path:
-    """Train, from the last whole checkpoint if there is one; a finished run is left as it is.
+    """Train a CuMo as `run_stage` does.
 
     Returns:
         The folder with the trained model and its processor.
-
-    Raises:
-        ValueError: the recipe does not fit the data, the model, or what `output_dir` holds, or no checkpoint
-            there can be read.
-        FloatingPointError: the loss is not finite.
-        Interrupted: SIGINT or SIGTERM came; progress is saved.
     """
-    out = Path(recipe.output_dir)
-    _claim(out / RECIPE_FILE, recipe.identity())
-    _claim_start(recipe)
-    if (out / RESULT).is_dir():
-        if int(os.environ.get("RANK", 0)) == 0:
-            clear(recipe)  # left where a run was killed between its result and this
-            shutil.rmtree(_work(out / RESULT), ignore_errors=True)
-        return out / RESULT
-    trainer = build_trainer(recipe, callbacks)
-    if trainer.is_world_process_zero():
-        shutil.rmtree(out / SAVING, ignore_errors=True)
-    last = last_sound(out)
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    stops = [
-        callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopRequests)
-    ]
-    if any(stop.stopped for stop in stops):
-        what = "progress is saved" if trainer.save_failed is None else f"NOT saved: {trainer.save_failed}"
-        raise Interrupted(f"{out}: stopped at step {trainer.state.global_step}, {what}")
-    save_result(trainer, out / RESULT, recipe)
-    if trainer.is_world_process_zero():
-        clear(recipe)
-    return out / RESULT
-
-
-def _work(path: Path) -> Path:
-    return path.with_name(f".{path.name}-work")
-
-
-def save_result(trainer: CumoTrainer, path: Path, recipe: Recipe) -> None:
-    """The trained model, adapters merged, and its processor as a folder that appears in one move."""
-    work = _work(path)
-    trainer.save_model(str(work))  # all processes: sharded weights are gathered
-    if not trainer.is_world_process_zero():
-        return
-    with new_directory(path) as folder:
-        if has_adapters(trainer.model):
-            with whole_weights(trainer.args):
-                merged(recipe, first_model(recipe), work).save_pretrained(folder)
-            trainer.processing_class.save_pretrained(folder)
-        else:
-            for item in sorted(work.iterdir()):
-                if item.name != "training_args.bin":
-                    shutil.move(item, folder / item.name)
-        (folder / RECIPE_FILE).write_text(json.dumps(plain(recipe), indent=1))
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
-    shutil.rmtree(work, ignore_errors=True)
+    return run_stage(recipe, build_trainer, callbacks)

@@ -154,7 +154,7 @@ def workshop(tmp_path_factory):
         for name in ("CuMo-mistral-7b", "mixtral", "mistral"):
             tokenizer.save_pretrained(f"checkpoints/{name}")
         parts = ["--vision", "checkpoints/clip", "--text", "checkpoints/mistral"]
-        assert model.main(["upcycle", *parts, "--out", "runs/demo/sft"]) == 0
+        assert model.main(["upcycle", *parts, "--out", "runs/demo/sft/model"]) == 0
         records = []
         for number, colour in enumerate(("red", "green", "blue", "white")):
             turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "an apple"}]

@@ -336,6 +336,20 @@ def small(pictures, processor):
     )
 
 
+def test_a_batch_asked_for_at_once_has_the_items_of_single_asks(small):
+    """Packs, order and what a rank without pictures gets included; as the Trainer's loader asks."""
+    units = Units(small, [[4, 0], [2], [1, 3]])
+    for found, unit in zip(units.__getitems__([2, -1, 0]), (2, -1, 0), strict=True):
+        if unit == -1:
+            assert found is None and units[unit] is None
+            continue
+        for sample, number, again in zip(found, units.units[unit], units[unit], strict=True):
+            _same(sample, small[number])
+            _same(sample, again)
+    plain = Units([{"number": number} for number in range(5)], [[4, 0], [2]])  # a data set of single asks
+    assert plain.__getitems__([1, 0]) == [[{"number": 2}], [{"number": 4}, {"number": 0}]]
+
+
 @pytest.mark.usefixtures("fp64")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("text", ["mistral", "mixtral"])

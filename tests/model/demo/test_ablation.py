@@ -2,19 +2,26 @@
 
 import json
 import math
-from types import SimpleNamespace
+import shutil
 
 import pytest
 from transformers import AutoProcessor
 
-from cumo_model import CumoForConditionalGeneration
-from cumo_model.data import ConversationDataset
 from cumo_model.demo import ablation
-from cumo_model.demo.ablation import CLAIMS, ROWS, run_ablation, run_row, scores_path, table, verdict
-from cumo_model.demo.run import claim
-from cumo_model.demo.settings import Settings, quick
-from cumo_model.demo.task import write_json
-from cumo_model.training.train import Schedule, Stage
+from cumo_model.demo.ablation import (
+    CLAIMS,
+    ROWS,
+    row_recipe,
+    run_ablation,
+    run_row,
+    scores_path,
+    table,
+    verdict,
+)
+from cumo_model.demo.folder import Run, write_json
+from cumo_model.demo.processes import claim
+from cumo_model.demo.settings import Settings
+from cumo_model.demo.stages import TASKS, measure_flops
 from tests.model.training.small_runs import COLOURS, write_data, write_model
 
 
@@ -72,7 +79,7 @@ def _write_scores(out, row, seed):
 def test_the_table_keeps_the_rows_of_earlier_calls(tmp_path, monkeypatch, capsys):
     """`--rows clip --seeds 1` after all of dense and mlp, while one run of clip-scratch is missing."""
     out = tmp_path / "out"
-    claim(out, quick(Settings()))
+    claim(out, Settings(quick=True, sft_steps=30))
     (out / "rows").mkdir()
     runs = [("dense", 0), ("dense", 1), ("mlp", 0), ("mlp", 1), ("clip", 0), ("clip-scratch", 1)]
     for row, seed in runs:
@@ -90,40 +97,70 @@ def test_the_table_keeps_the_rows_of_earlier_calls(tmp_path, monkeypatch, capsys
     assert set(json.loads((out / "results.json").read_text())) == {"dense", "mlp"}
 
 
-def test_a_row_killed_between_its_model_and_its_scores_gets_the_same_scores(tmp_path, tiny_config):
-    """The model that was left is loaded, not trained again."""
-    write_data(tmp_path, text_rows=0)
-    records = [json.loads(line) for line in (tmp_path / "colours.jsonl").read_text().splitlines()]
+@pytest.fixture
+def run(tmp_path, tiny_config):
+    """An ablation's folder behind stage 2, with a tiny model and plain colours for pictures."""
+    claim(tmp_path / "run", Settings(image_size=12, patch_size=4, quick=True, sft_steps=3))
+    data = tmp_path / "run" / "data"
+    data.mkdir()
+    write_data(data, text_rows=0)
+    records = [json.loads(line) for line in (data / "colours.jsonl").read_text().splitlines()]
     for record in records:
         answer = record["id"]
         record["conversations"][1]["value"] = answer
         record |= {"kind": "name", "answer": answer, "choices": COLOURS[:4], "choices_same_kind": COLOURS[4:]}
-    for name in ("test_a.json", "train.json"):
-        (tmp_path / name).write_text(json.dumps(records))
-    write_json(tmp_path / "baselines.json", {"name": {"answer": "red"}})
-    write_model(tmp_path, tiny_config)
-    processor = AutoProcessor.from_pretrained(tmp_path / "start")
-    parts, template = ("vision", "projector", "language"), "mistral_instruct"
-    stage = Stage("sft", parts, template, Schedule(3, 4, 1e-2), 0.1, 0.01)
-    dataset = ConversationDataset(tmp_path / "train.json", tmp_path, processor, template)
-    run = SimpleNamespace(
-        settings=SimpleNamespace(stage=lambda name, ratio=1.0: stage, eval_limit=None),
-        folder=tmp_path,
-        data=tmp_path,
-        processor=processor,
-        options={},
-        load=lambda name: CumoForConditionalGeneration.from_pretrained(tmp_path / "start"),
-        dataset=lambda name: dataset,
-        batch=lambda name: dataset.batch([0, 1, 2, 3]),
-    )
-    (tmp_path / "rows").mkdir()
+    for name in ("test_a.json", "stage3_vqa.json"):
+        (data / name).write_text(json.dumps(records))
+    write_json(data / "baselines.json", {"name": {"answer": "red"}})
+    start = write_model(tmp_path, tiny_config)
+    AutoProcessor.from_pretrained(start).tokenizer.save_pretrained(data / "tokenizer")
+    for stage in ("pretrain", "pft"):
+        (tmp_path / "run" / stage).mkdir()
+        shutil.copytree(start, tmp_path / "run" / stage / "model")
+    (tmp_path / "run" / "rows").mkdir()
+    return Run(tmp_path / "run")
+
+
+def test_a_row_is_the_demos_recipe_with_what_it_changes(run):
+    for name, row in ROWS.items():
+        recipe = row_recipe(run, name, 7)
+        model, stage = recipe.model, recipe.stage
+        experts = (model.vision_experts, model.projector_experts, model.text_experts)
+        assert experts == (row.vision, row.projector, row.text)
+        assert (model.top_k, model.scratch) == (row.top_k, row.scratch)
+        assert (model.seed, recipe.trainer["seed"]) == (7, 7)
+        assert (stage.balance_loss_coef, stage.router_z_loss_coef) == ((0.1, 0.01) if row.losses else (0, 0))
+        assert model.start == str(run.result("pft" if row.stage2 else "pretrain"))
+        assert recipe.output_dir == str(run.folder / "rows" / f"{name}-7")
+        assert recipe.data == run.recipe("sft").data and recipe.trainer["max_steps"] == 3
+
+
+def test_a_row_killed_between_its_model_and_its_scores_gets_the_same_scores(run):
+    """The model that was left is loaded, not trained again."""
     run_row(run, "clip", 1)
-    path = scores_path(tmp_path, "clip", 1)
-    first, model = path.read_text(), tmp_path / "rows" / "clip-1" / "model.safetensors"
+    path = scores_path(run.folder, "clip", 1)
+    first, model = path.read_text(), run.folder / "rows" / "clip-1" / "model" / "model.safetensors"
+    assert json.loads(first)["load_entropy"].keys() == {"clip", "mlp"}
     stamp = model.stat().st_mtime_ns
     path.unlink()
     run_row(run, "clip", 1)
     assert path.read_text() == first and model.stat().st_mtime_ns == stamp
+
+
+def test_stage_3_is_scored_and_reloads_to_the_logits_of_what_was_trained(run):
+    """And leaves no checkpoints behind; where a kill came before the scores nothing is said of reloading."""
+    shutil.copy(run.data / "test_a.json", run.data / "test_b.json")
+    for name in ("sft", "sft_dense"):
+        TASKS[name](run)
+        scores = json.loads((run.folder / f"scores-{name}.json").read_text())
+        assert scores["reload_difference"] == 0.0 and scores["test_b"]["exact"]["name"][1] == 8
+        assert ("expert_load" in scores) == (name == "sft")
+        left = {path.name for path in (run.folder / name).iterdir()}
+        assert left == {"data.json", "model", "recipe.json", "start.json"}
+    TASKS["sft"](run)
+    assert json.loads((run.folder / "scores-sft.json").read_text())["reload_difference"] is None
+    found = measure_flops(run)
+    assert found["flops_ratio"] > 1 and found["parameters"]["moe"] > found["parameters"]["dense"]
 
 
 def test_unknown_rows_are_named(tmp_path):

@@ -1,5 +1,6 @@
 """The demo's examiner, pictures and settings; `make demo ARGS=--quick` runs the whole of it in CI."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -16,17 +17,19 @@ from PIL import Image
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.analysis.experts import load_entropy, patch_experts
 from cumo_model.analysis.plots import plot_expert_load, plot_patches
+from cumo_model.demo import processes
 from cumo_model.demo import run as demo_run
 from cumo_model.demo.evaluate import Examiner
+from cumo_model.demo.folder import RECIPES, load_model, read_json, stage_recipe
 from cumo_model.demo.plots import plot_losses
-from cumo_model.demo.report import _accuracy_table, _fell
-from cumo_model.demo.settings import Settings, quick
-from cumo_model.demo.task import load_model, read_json
+from cumo_model.demo.report import _accuracy_table, _fell, _headline, _slowdown
+from cumo_model.demo.settings import Settings
+from cumo_model.demo.stages import TASKS
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.model.moe import record_routing
 from cumo_model.processing.conversation import tokenize_prompt
 from cumo_model.processing.processor import build_processor
-from cumo_model.training.train import PARTS
+from cumo_model.training.recipe import PARTS, load_recipe, plain
 from tests.rounding import assert_close_after
 
 WORDS = ["red", "green", "blue", "dark red"]
@@ -147,31 +150,39 @@ def test_the_table_has_each_model_in_its_column():
         "majority": {"name": [1, 10], "kind": [2, 10]},
         "choice": {"name": [right, 10]},
     }
-    table = _accuracy_table({"sft": {"test_a": part(9)}, "sft_plain": {"test_a": part(4)}}, "test_a", "")
+    scores = {"sft": {"test_a": part(9)}, "sft_dense": {"test_a": part(4)}}
+    table = _accuracy_table(scores, "test_a", "", {"FLOPs of a step": 1.376})
     cells = {column.header: list(column.cells) for column in table.columns}
-    assert all(cell.strip().startswith("90.0%") for cell in cells["MoE"])
-    assert all(cell.strip().startswith("40.0%") for cell in cells["dense twin"])
-    assert cells["majority answer"] == ["10.0%", "20.0%", "15.0%", "-"]
+    assert all(cell.strip().startswith("90.0%") for cell in cells["MoE"][:-1])
+    assert all(cell.strip().startswith("40.0%") for cell in cells["dense"][:-1])
+    assert cells["majority answer"] == ["10.0%", "20.0%", "15.0%", "-", "-"]
+    assert [cells[name][-1] for name in ("question", "MoE", "dense")] == ["FLOPs of a step", "1.38x", "1.00x"]
+    assert "choice 90.0% with experts, 40.0% dense" in _headline(scores)
+
+
+def test_cpu_time_is_compared_by_the_step():
+    histories = {"sft": {"cpu_seconds": 30.0, "steps": 10}, "sft_dense": {"cpu_seconds": 30.0, "steps": 20}}
+    assert _slowdown(histories) == 2.0
 
 
 def test_one_demo_at_a_time_and_a_task_keeps_the_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_run, "LOCK_SECONDS", 0)
-    with demo_run.locked(tmp_path):
+    monkeypatch.setattr(processes, "LOCK_SECONDS", 0)
+    with processes.locked(tmp_path):
         child = subprocess.Popen(["sleep", "60"], close_fds=False)
-        with pytest.raises(ValueError, match="another demo is running in"), demo_run.locked(tmp_path):
+        with pytest.raises(ValueError, match="another demo is running in"), processes.locked(tmp_path):
             pass
-    with pytest.raises(ValueError, match="another demo is running in"), demo_run.locked(tmp_path):
+    with pytest.raises(ValueError, match="another demo is running in"), processes.locked(tmp_path):
         pass
     child.kill()
     child.wait()
-    with demo_run.locked(tmp_path):
+    with processes.locked(tmp_path):
         pass
 
 
 def test_a_killed_demo_takes_its_tasks_along(tmp_path):
     """The parent dies by SIGKILL as soon as the task exists, long before the task has imported torch."""
     code = (
-        "import os, signal, subprocess, sys; from cumo_model.demo.run import _end_with_parent\n"
+        "import os, signal, subprocess, sys; from cumo_model.demo.processes import _end_with_parent\n"
         "child = subprocess.Popen(['sleep', '60'], start_new_session=True, preexec_fn=_end_with_parent)\n"
         "print(child.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -237,14 +248,44 @@ def test_pictures_are_drawn(examiner, tmp_path):
             assert image.width > 300 and len(np.unique(image.convert("L"))) > 5
 
 
-def test_settings_are_three_stages_and_a_twin_of_equal_compute():
-    settings = quick(Settings())
-    assert [settings.stage(name).trains for name in ("pretrain", "pft", "sft")] == [
-        ("projector",),
-        tuple(PARTS),
-        tuple(PARTS),
-    ]
-    assert (
-        settings.stage("sft").balance_loss_coef == 0.1 and settings.stage("sft_plain").balance_loss_coef == 0
-    )
-    assert settings.stage("sft_plain", 1.5).schedule.steps == round(1.5 * settings.sft.steps)
+def test_the_recipes_are_three_stages_and_one_of_the_same_steps_without_experts():
+    trains = {"pretrain": ("projector",), "pft": tuple(PARTS), "sft": tuple(PARTS), "sft_dense": tuple(PARTS)}
+    recipes = {name: load_recipe(f"demo/{name}") for name in trains}
+    assert {name: recipe.stage.trains for name, recipe in recipes.items()} == trains
+    moe, dense = recipes["sft"], recipes["sft_dense"]
+    # CuMo-7B: experts in tower and connector
+    assert (moe.model.vision_experts, moe.model.projector_experts, moe.model.text_experts) == (4, 4, 0)
+    assert (moe.stage.balance_loss_coef, moe.stage.router_z_loss_coef, moe.model.top_k) == (0.1, 0.01, 2)
+    bare = {"vision_experts": 0, "projector_experts": 0}
+    assert dense.model == dataclasses.replace(moe.model, **bare)
+    assert dense.stage == dataclasses.replace(moe.stage, balance_loss_coef=0.0, router_z_loss_coef=0.0)
+    assert (dense.data, dense.trainer) == (moe.data, moe.trainer)
+    for recipe in (load_recipe(config) for config in RECIPES.values()):
+        assert recipe.trainer["logging_steps"] == 1 and recipe.trainer["save_steps"] <= 50
+        assert recipe.trainer["per_device_train_batch_size"] == recipe.stage.batch_size
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_demo_runs_the_shipped_recipes_in_its_own_folder(name, tmp_path):
+    """In runs/demo they are the very recipes that `train --config` has; elsewhere only paths differ."""
+    settings, shipped = Settings(), load_recipe(RECIPES[name])
+    assert stage_recipe(Path("runs/demo"), settings, name).identity() == shipped.identity()
+    folder = tmp_path / "a: [b]"
+    moved = json.dumps(plain(stage_recipe(folder, settings, name)))
+    wanted = json.dumps(plain(shipped)).replace("runs/demo", str(folder))
+    assert json.loads(moved) == json.loads(wanted) | {"trainer": json.loads(moved)["trainer"]}
+    quick = stage_recipe(folder, Settings(seed=5, quick=True), name, data__template="plain")
+    assert quick.trainer["max_steps"] < shipped.trainer["max_steps"]
+    assert (quick.trainer["seed"], quick.model.seed, quick.data.template) == (5, 5, "plain")
+
+
+def test_a_folder_is_named_the_same_however_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["runs/x", "./runs/x", tmp_path / "runs" / "x", "runs/y/../x"]
+    assert {str(processes.named(out)) for out in given} == {"runs/x"}
+    assert processes.named(tmp_path.parent / "z") == tmp_path.parent / "z"
+
+
+def test_every_task_of_a_phase_exists_and_says_when_it_is_done():
+    tasks = [task for phase in demo_run.PHASES for task in phase]
+    assert sorted(tasks) == sorted(demo_run.DONE_BY) == sorted(TASKS)

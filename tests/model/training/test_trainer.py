@@ -39,6 +39,7 @@ PAPER = {  # cumo_spec.md section 4: batch, rate, longest row, template, what tr
     "mixtral-8x7b/pft": (128, 2e-6, 4096, "mistral_instruct_system", None, 0, 0, 0),
     "mixtral-8x7b/sft": (256, 2e-6, 4096, "mistral_instruct_system", None, 0.1, 0.01, 4),
 }
+DEMO = {f"demo/{stage}" for stage in ("pretrain", "pft", "sft", "sft_dense")}
 SCRIPTS = {  # batch on 8 GPUs
     "mistral-7b/pft": (64, 2e-6),
     "mistral-7b/sft": (64, 4e-6),
@@ -48,7 +49,7 @@ SCRIPTS = {  # batch on 8 GPUs
 
 
 def test_the_recipes_have_the_papers_figures():
-    assert set(shipped_recipes()) == set(PAPER) | {"demo/pretrain", "demo/pft", "demo/sft"}
+    assert set(shipped_recipes()) == set(PAPER) | DEMO
     for name, (batch, rate, length, template, trains, balance, z, experts) in PAPER.items():
         recipe = load_recipe(name)
         stage, data = recipe.stage, recipe.data
@@ -142,6 +143,33 @@ def test_the_logged_loss_is_the_sum_of_its_parts(folder):
         # of each of two micro-batches six coefficients, products and sums; the sum of the two, of the loss as
         # of its seven parts
         assert_close_after(26, entry["loss"], entry["language"] + 0.1 * balance + 0.01 * z)
+
+
+def test_without_coefficients_the_loss_is_the_language_models(folder):
+    """And the router losses are in the log all the same."""
+    write_data(folder, text_rows=0)
+    off = {"stage__balance_loss_coef": 0.0, "stage__router_z_loss_coef": 0.0}
+    whole = {"trainer__per_device_train_batch_size": 4}
+    run_recipe(load_recipe(write_recipe(folder, trainer__max_steps=2, **off, **whole)))
+    entries = [entry for entry in history(folder / "run" / "model") if "loss" in entry]
+    assert len(entries) == 2 and all(entry["loss"] == entry["language"] for entry in entries)
+    assert all(entry["clip_balance"] > 0 and entry["mlp_z"] > 0 for entry in entries)
+
+
+def test_the_result_reloads_to_the_logits_of_what_was_trained(folder, tiny_batch):
+    class Keep(TrainerCallback):
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            self.model = model.eval()
+
+    keep = Keep()
+    path = run_recipe(load_recipe(write_recipe(folder, trainer__max_steps=2)), [keep])
+    again = CumoForConditionalGeneration.from_pretrained(path, use_safetensors=True).eval()
+    batch = tiny_batch()
+    image = keep.model.config.image_token_index
+    batch["input_ids"][batch["input_ids"] == image] = 9
+    batch["input_ids"][:, 3:12] = image
+    with torch.no_grad():
+        assert torch.equal(keep.model(**batch).logits, again(**batch).logits)
 
 
 @pytest.mark.usefixtures("fp64")

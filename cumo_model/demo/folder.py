@@ -1,0 +1,163 @@
+"""A demo's folder: its settings, data, recipes, and what its tasks leave for one another."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, TrainerCallback
+
+from cumo_model.data import StepSampler, StreamedConversations, collate
+from cumo_model.demo.settings import TEMPLATE, Settings, load_settings
+from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.processing.processor import build_processor
+from cumo_model.training.monitor import ShortProgress
+from cumo_model.training.recipe import Recipe, load_recipe
+from cumo_model.training.recover import checkpoints
+from cumo_model.training.stage import RESULT
+from cumo_model.training.trainer import run_recipe
+
+AGAIN = "delete it, and the same command makes it again"
+SHIPPED_FOLDER = "runs/demo"  # where the shipped recipes have the demo
+RECIPES = {
+    "vision": "demo/_vision",
+    "text": "demo/_text",
+    "pretrain": "demo/pretrain",
+    "pft": "demo/pft",
+    "sft": "demo/sft",
+    "sft_dense": "demo/sft_dense",
+}
+
+
+class KeepModel(TrainerCallback):
+    """Holds on to the model that was trained."""
+
+    model = None
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.model = model
+
+
+def stage_recipe(folder: Path, settings: Settings, stage: str, **changes) -> Recipe:
+    """The shipped recipe of a stage, in a demo's folder and with its settings.
+
+    Args:
+        folder: of the demo.
+        stage: of RECIPES.
+        changes: keys of the recipe, `section__field`, with their values.
+    """
+
+    def moved(place: str | list[str]):
+        if isinstance(place, list):
+            return [moved(path) for path in place]
+        return str(folder / Path(place).relative_to(SHIPPED_FOLDER))
+
+    shipped = load_recipe(RECIPES[stage])
+    places = {"output_dir": shipped.output_dir, "data.files": list(shipped.data.files)}
+    places["data.images"] = list(shipped.data.images)
+    for name in ("start", "vision", "language", "tokenizer"):
+        if (path := getattr(shipped.model, name)) is not None:
+            places[f"model.{name}"] = path
+    values = settings.changes(stage) | {key: moved(place) for key, place in places.items()}
+    if torch.cuda.is_available():
+        values["trainer.bf16"] = True
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    # JSON is YAML, whatever is in a path
+    return load_recipe(RECIPES[stage], [f"{key}={json.dumps(value)}" for key, value in values.items()])
+
+
+class Run:
+    """Paths, settings and pieces that the tasks of one demo share.
+
+    Args:
+        folder: of the demo.
+        position: the line of the terminal for this task's bar.
+    """
+
+    def __init__(self, folder: Path, position: int = 0):
+        self.folder, self.data, self.position = folder, folder / "data", position
+        self.settings: Settings = load_settings(folder / "settings.json")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = AutoTokenizer.from_pretrained(self.data / "tokenizer")
+        self.processor = build_processor(
+            self.tokenizer, self.settings.image_size, self.settings.patch_size, template=TEMPLATE
+        )
+
+    def recipe(self, stage: str, **changes) -> Recipe:
+        """`stage_recipe` of this demo."""
+        return stage_recipe(self.folder, self.settings, stage, **changes)
+
+    def train(self, recipe: Recipe, label: str, run=run_recipe) -> CumoForConditionalGeneration | None:
+        """Run a recipe, or find it finished.
+
+        Args:
+            recipe: from `recipe`.
+            label: of the bar.
+            run: (recipe, callbacks) -> the folder of the result.
+
+        Returns:
+            The model, if it was trained here and not found.
+        """
+        kept = KeepModel()
+        run(recipe, [ShortProgress(label, self.position), kept])
+        for path in checkpoints(recipe.output_dir):  # a finished run needs none, and an ablation has many
+            shutil.rmtree(path, ignore_errors=True)
+        return kept.model
+
+    def batch(self, stage: str) -> dict[str, torch.Tensor]:
+        """The first batch of a stage."""
+        recipe, index = self.recipe(stage), self.folder / "index"  # where its training looks for it
+        data = StreamedConversations(
+            list(recipe.data.files),
+            list(recipe.data.images),
+            self.processor,
+            recipe.data.template,
+            cache_dir=index,
+        )
+        sampler = StepSampler(
+            data.lengths,
+            data.has_image,
+            recipe.stage.batch_size,
+            seed=self.settings.seed,
+            grouping=recipe.data.grouping,
+        )
+        batch = collate([data[i] for i in next(iter(sampler))], data.pad_id)
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    def load(self, stage: str) -> CumoForConditionalGeneration:
+        return load_model(CumoForConditionalGeneration, self.result(stage)).to(self.device)
+
+    def result(self, stage: str) -> Path:
+        return self.folder / stage / RESULT
+
+    def majority(self) -> dict[str, str | None]:
+        """Kind of question -> the commonest training answer."""
+        return {k: row.get("answer") for k, row in read_json(self.data / "baselines.json").items()}
+
+
+def load_model(kind, folder: Path):
+    """A `kind` from the folder of an earlier task; whatever is wrong with its files is one line."""
+    try:
+        return kind.from_pretrained(folder, use_safetensors=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [repr(error)]
+        raise ValueError(f"{folder} is damaged ({reason[0]}): {AGAIN}") from error
+
+
+def read_json(path: Path, *needed: str):
+    """The object in `path`, which must have the keys `needed`."""
+    try:
+        content = json.loads(path.read_text())
+        missing = [key for key in needed if key not in content]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
+    if missing:
+        raise ValueError(f"{path} is damaged (no {missing[0]!r}): {AGAIN}")
+    return content
+
+
+def write_json(path: Path, content) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=1))
+    os.replace(part, path)

@@ -1,0 +1,144 @@
+"""A demo's processes: who may use its folder, and tasks side by side, each with a line of the terminal."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cumo_model.demo.settings import Settings, plain
+from cumo_model.training.recover import Interrupted
+
+# glibc returns big blocks to the system at every free and pays page faults for them at every step; keeping
+# them made a CPU training step of the experts a quarter faster
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
+LOCK_SECONDS = 60  # what a task that was told to stop may need to save its step
+
+
+def cores() -> int:
+    """CPU cores of this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def named(out_dir: str | os.PathLike) -> Path:
+    """The folder as its recipes name it: the same from one call to the next, however it is spelled."""
+    path, here = Path(out_dir).resolve(), Path.cwd().resolve()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def claim(out: Path, settings: Settings) -> None:
+    path, wanted = out / "settings.json", plain(settings)
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            found = None
+        if found != wanted:
+            raise ValueError(f"{out} holds a demo with other settings: choose another --out or delete it")
+        return
+    part = path.with_name(".settings.json.part")
+    if out.exists() and any(found != part for found in out.iterdir()):
+        raise ValueError(f"{out} holds something that is not a demo: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    part.write_text(json.dumps(wanted, indent=1))
+    os.replace(part, path)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """One demo at a time in `out`; the tasks inherit the lock: it is free when the last of them has ended."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    with (out / ".lock").open("a") as file:
+        for second in range(LOCK_SECONDS + 1):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if second == LOCK_SECONDS:
+                    raise ValueError(f"another demo is running in {out}: wait for it, or stop it") from None
+                if second == 0:
+                    print(f"another demo, or what is left of one, still runs in {out}; waiting", flush=True)
+                time.sleep(1)
+        os.set_inheritable(file.fileno(), True)
+        yield
+
+
+def _end_with_parent() -> None:
+    """In a new task before it starts: a killed demo leaves no trainer behind."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def run_tasks(out: Path, tasks: list[str], width: int) -> None:
+    """Run tasks of cumo_model.demo.task; ends them all when one fails or a stop is asked for.
+
+    Args:
+        out: the demo's folder.
+        tasks: their names.
+        width: how many run side by side.
+
+    Raises:
+        RuntimeError: a task failed.
+        Interrupted: a stop was asked for; the same call goes on.
+    """
+    if not tasks:
+        return
+    places = list(range(min(width, len(tasks))))  # lines of the terminal, one per running task
+    threads = max(1, width // len(places))
+    # threads that spin while they wait take the core from those they wait for
+    environment = MALLOC | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    waiting, running, codes = list(tasks), {}, {}
+    used: dict[str, int] = {}
+    try:
+        while waiting or len(codes) < len(running):
+            while waiting and places:
+                task, used_place = waiting.pop(0), places.pop(0)
+                command = [sys.executable, "-m", "cumo_model.demo.task", task, str(out)]
+                command += ["--position", str(used_place), "--threads", str(threads)]
+                # a session of its own: Ctrl-C reaches only this process, which then asks the tasks to stop
+                running[task] = subprocess.Popen(
+                    command,
+                    env={**environment, **os.environ},
+                    start_new_session=True,
+                    close_fds=False,  # the lock goes with it
+                    preexec_fn=_end_with_parent,
+                )
+                used[task] = used_place
+            for task, process in running.items():
+                if task not in codes and process.poll() is not None:
+                    codes[task] = process.returncode
+                    places.append(used[task])
+                    if process.returncode:
+                        waiting.clear()
+                        _stop(running)
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        _stop(running)
+        codes = {task: process.wait() for task, process in running.items()}
+    print("\n" * (min(width, len(tasks)) - 1), end="", flush=True)
+    failed = {task: code for task, code in codes.items() if code not in (0, 130, -signal.SIGTERM)}
+    if failed:
+        how = [f"{task} {_ending(code)}" for task, code in failed.items()]
+        raise RuntimeError(f"{', '.join(how)}; what was reached is kept in {out}")
+    if any(codes.values()):
+        raise Interrupted(f"stopped; the same command goes on from {out}")
+
+
+def _ending(code: int) -> str:
+    return "failed" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+
+
+def _stop(running: dict[str, subprocess.Popen]) -> None:
+    for process in running.values():
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)

@@ -1,0 +1,104 @@
+"""The demo's tasks: stage 0 of both towers, stages 1 and 2, and stage 3 with experts and without."""
+
+import functools
+import sys
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cumo_model.analysis.experts import load_entropy
+from cumo_model.checkpoints.upcycle import step0_difference
+from cumo_model.demo.evaluate import Examiner
+from cumo_model.demo.folder import Run, write_json
+from cumo_model.demo.pretrain import build_text, build_vision
+from cumo_model.demo.settings import TEMPLATE
+from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.training.stage import run_stage
+from cumo_model.training.start import start_model
+
+
+def vision(run: Run) -> None:
+    build = functools.partial(
+        build_vision, settings=run.settings, tokenizer=run.tokenizer, processor=run.processor
+    )
+    stage = lambda recipe, callbacks: run_stage(recipe, build, callbacks)
+    run.train(run.recipe("vision"), "stage 0: vision tower", stage)
+
+
+def text(run: Run) -> None:
+    build = functools.partial(build_text, settings=run.settings, tokenizer=run.tokenizer)
+    stage = lambda recipe, callbacks: run_stage(recipe, build, callbacks)
+    run.train(run.recipe("text"), "stage 0: language model", stage)
+
+
+def dense(run: Run) -> None:
+    """Stages 1 and 2: the connector, then everything, without experts."""
+    run.train(run.recipe("pretrain"), "stage 1: connector")
+    run.train(run.recipe("pft"), "stage 2: everything")
+    compute = measure_flops(run)
+    write_json(run.folder / "compute.json", compute)
+    before, after = (f"{compute['parameters'][name]:,}" for name in ("dense", "moe"))
+    difference = f"{compute['step0_difference']:.1e}"
+    print(
+        f"upcycled: {before} -> {after} parameters, logits differ by {difference} at step 0", file=sys.stderr
+    )
+
+
+def flops_of_step(model: CumoForConditionalGeneration, batch: dict[str, torch.Tensor]) -> int:
+    """FLOPs of one training step on a batch, forward and backward, as torch counts them."""
+    model.train()
+    with FlopCounterMode(display=False) as counter:
+        model(**batch, use_cache=False, skip_logits=True).loss.backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
+def measure_flops(run: Run) -> dict:
+    """FLOPs of one step of stage 3, dense and with experts, and the difference of the two at step 0."""
+    batch, models = run.batch("sft"), {}
+    for name, stage in (("dense", "sft_dense"), ("moe", "sft")):
+        recipe = run.recipe(stage)
+        models[name] = start_model(recipe.model, recipe.data)[0].to(run.device)
+    found = {name: flops_of_step(model, batch) for name, model in models.items()}
+    return {
+        "flops_per_step": found,
+        "flops_ratio": found["moe"] / found["dense"],
+        "step0_difference": step0_difference(models["dense"], models["moe"], batch),
+        "parameters": {name: model.num_parameters() for name, model in models.items()},
+    }
+
+
+def sft(run: Run) -> None:
+    """Stage 3 with experts in tower and connector."""
+    _stage3(run, "sft", "stage 3: MoE")
+
+
+def sft_dense(run: Run) -> None:
+    """Stage 3 without experts, for as many steps."""
+    _stage3(run, "sft_dense", "stage 3: dense")
+
+
+def _stage3(run: Run, name: str, label: str) -> None:
+    trained, loaded, difference = run.train(run.recipe(name), label), run.load(name), None
+    if trained is not None:  # else an earlier call had trained it and was killed before this
+        difference = step0_difference(trained, loaded, run.batch(name))
+    _examine(run, loaded, name, {"reload_difference": difference})
+
+
+def _examine(run: Run, model: CumoForConditionalGeneration, name: str, facts: dict) -> None:
+    """Score a model on both tests; the scores, and `facts`, go to scores-NAME.json."""
+    result = dict(facts)
+    for part in ("test_a", "test_b"):
+        examiner = Examiner(
+            model, run.processor, run.data / f"{part}.json", TEMPLATE, run.settings.eval_limit
+        )
+        result[part] = examiner.scores(run.majority())
+        if part == "test_a" and name == "sft":
+            result["expert_load"] = examiner.expert_load()
+            result["load_entropy"] = {
+                place: load_entropy(load) for place, load in result["expert_load"].items()
+            }
+    write_json(run.folder / f"scores-{name}.json", result)
+
+
+TASKS = {"vision": vision, "text": text, "dense": dense, "sft": sft, "sft_dense": sft_dense}

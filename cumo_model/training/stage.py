@@ -1,0 +1,280 @@
+"""What any stage of training needs beside its model and data: batches that follow from the step, sums between
+two logs that outlive a kill, and a run that ends in a finished folder.
+
+A recipe's CuMo is trained by `cumo_model.training.trainer`, which adds what only a CuMo has.
+"""
+
+import json
+import os
+import shutil
+import signal
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+
+from cumo_model.checkpoints.folders import fingerprint, new_directory, read_object
+from cumo_model.data.sampling import StepSampler
+from cumo_model.training.deepspeed import clear
+from cumo_model.training.expert_checkpoints import SpreadCheckpoints
+from cumo_model.training.monitor import Monitor, MonitorCallback, ShortProgress
+from cumo_model.training.recipe import Recipe, plain
+from cumo_model.training.recover import SAVING, Interrupted, StopRequests, last_sound
+
+RECIPE_FILE = "recipe.json"  # in a run's folder: what it is a run of
+DATA_FILE = "data.json"  # likewise: what its data are
+START_FILE = "start.json"  # likewise: what the models it begins with are
+RESULT = "model"  # in a finished run's folder
+HISTORY_FILE = "trainer_state.json"  # in RESULT
+
+
+class _Loader(DataLoader):
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+def _leave_stops_to_the_parent(worker: int) -> None:
+    """In a process that loads data: a signal for the whole group, as of Ctrl-C, timeout or a batch system, is
+    answered by who trains, and a loader that died of it would fail the step before the save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class StageTrainer(SpreadCheckpoints):
+    """A Trainer whose batches are a function of the step, and whose log and result survive a kill."""
+
+    forward_options: dict = {}  # arguments of every forward pass
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        dataset: Dataset,
+        collator: Callable,
+        lengths: Sequence[int],
+        has_image: Sequence[bool],
+        grouping: str = "none",
+        monitor: Monitor | None = None,
+        callbacks: Sequence = (),
+        **options,
+    ):
+        """
+        Args:
+            dataset: items of a batch; `lengths` and `has_image` of each.
+            collator: items -> batch, a dict of tensors.
+            grouping: of `StepSampler`.
+            monitor: what collects between two logs.
+            callbacks: a `ShortProgress` among them is the bar.
+            options: of Trainer (processing_class ...).
+        """
+        self.lengths, self.has_image, self.grouping = lengths, has_image, grouping
+        self.monitor = Monitor(model, ()) if monitor is None else monitor
+        callbacks = [StopRequests(), *callbacks]
+        super().__init__(
+            model, args, data_collator=collator, train_dataset=dataset, callbacks=callbacks, **options
+        )
+        self.metrics = MonitorCallback(self.monitor)
+        known = self.callback_handler.callbacks
+        plain_bars = [callback for callback in known if type(callback) is ProgressCallback]
+        kept = [callback for callback in known if not isinstance(callback, PrinterCallback)]
+        self.callback_handler.callbacks = [self.metrics, *(c for c in kept if c not in plain_bars)]
+        if plain_bars and not any(isinstance(callback, ShortProgress) for callback in known):
+            self.add_callback(ShortProgress())
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        sampler = StepSampler(
+            self.lengths,
+            self.has_image,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.process_index,
+            args.world_size,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            grouping=self.grouping,
+        )
+        return _Loader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=_leave_stops_to_the_parent,
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {**self.forward_options, **inputs}
+        with self.monitor.watching(inputs, model.training):
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        if model.training:
+            self.monitor.add_losses(outputs.get("loss_parts") or {})
+        return (loss, outputs) if return_outputs else loss
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        path = self._window_file(output_dir)
+        torch.save(
+            {
+                "loss": self._tr_loss,
+                "total": self._total_loss_scalar,
+                "logged": self._globalstep_last_logged,
+                "monitor": self.monitor.state_dict(),
+            },
+            path,
+        )
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        path = self._window_file(checkpoint)
+        if not path.is_file():
+            return
+        device = self.args.device
+        place = device if device.type == "cuda" else device.type  # "cpu:0" is no place to torch.load
+        window = torch.load(path, weights_only=True, map_location=place)
+        self._tr_loss, self._total_loss_scalar = window["loss"], window["total"]
+        self._globalstep_last_logged = window["logged"]
+        self.monitor.load_state_dict(window["monitor"])
+
+    def _window_file(self, folder: str | os.PathLike) -> Path:
+        """What this process has added up since the last log: the next one is then of all its steps."""
+        return Path(folder, f"window_{self.args.process_index}_of_{self.args.world_size}.pt")
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            if not np.isfinite(logs["loss"]):
+                raise FloatingPointError(f"the loss became {logs['loss']} at step {self.state.global_step}")
+            logs.update(self.metrics.metrics())
+        super().log(logs, start_time)
+
+    def save_result(self, path: Path, recipe: Recipe) -> None:
+        """What was trained as a folder that appears in one move; all processes call."""
+        work = _work(path)
+        self.save_model(str(work))  # all processes: sharded weights are gathered
+        if not self.is_world_process_zero():
+            return
+        with new_directory(path) as folder:
+            self.write_result(work, folder, recipe)
+            (folder / RECIPE_FILE).write_text(json.dumps(plain(recipe), indent=1))
+            self.state.save_to_json(str(folder / HISTORY_FILE))
+        shutil.rmtree(work, ignore_errors=True)
+
+    def write_result(self, work: Path, folder: Path, recipe: Recipe) -> None:
+        """On the first process: fill `folder` from `work`, what `save_model` wrote."""
+        for item in sorted(work.iterdir()):
+            if item.name != "training_args.bin":
+                shutil.move(item, folder / item.name)
+
+
+def _work(path: Path) -> Path:
+    return path.with_name(f".{path.name}-work")
+
+
+def claim(path: Path, wanted: dict) -> None:
+    """Only a run of the same things goes on in a folder, where `path` says what they are.
+
+    Raises:
+        ValueError: `path` says something else; the message names it.
+    """
+    out = path.parent
+    if path.exists():
+        found = json.loads(path.read_text())
+        differ = sorted(key for key in wanted if found.get(key) != wanted[key])
+        if differ:
+            raise ValueError(f"{out} is a run with another {', '.join(differ)}: choose another output_dir")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # nodes may share process numbers
+    part.write_text(json.dumps(wanted, indent=1))
+    os.replace(part, path)
+
+
+def _claim_start(recipe: Recipe) -> None:
+    """A stage before that was trained again, into the same folder, is another beginning."""
+    model = recipe.model
+    named = (model.start, model.vision, model.language, model.projector)
+    paths = [path for path in named if path is not None]
+    # where one is gone a run that needs it says so
+    if all(os.path.exists(path) for path in paths):
+        wanted = {f"content of {path}": fingerprint(path) for path in paths}
+        claim(Path(recipe.output_dir) / START_FILE, wanted)
+
+
+def run_stage(
+    recipe: Recipe, build: Callable[[Recipe, Sequence], StageTrainer], callbacks: Sequence = ()
+) -> Path:
+    """Train, from the last whole checkpoint if there is one; a finished run is left as it is.
+
+    Args:
+        build: (recipe, callbacks) -> the trainer, ready to train.
+        callbacks: of the Trainer.
+
+    Returns:
+        The folder with what was trained.
+
+    Raises:
+        ValueError: the recipe does not fit the data, the model, or what `output_dir` holds, or no checkpoint
+            there can be read.
+        FloatingPointError: the loss is not finite.
+        Interrupted: SIGINT or SIGTERM came; progress is saved.
+    """
+    out = Path(recipe.output_dir)
+    claim(out / RECIPE_FILE, recipe.identity())
+    _claim_start(recipe)
+    if (out / RESULT).is_dir():
+        if int(os.environ.get("RANK", 0)) == 0:
+            clear(recipe)  # left where a run was killed between its result and this
+            shutil.rmtree(_work(out / RESULT), ignore_errors=True)
+        return out / RESULT
+    trainer = build(recipe, callbacks)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(out / SAVING, ignore_errors=True)
+    last = last_sound(out)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    stops = [
+        callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopRequests)
+    ]
+    if any(stop.stopped for stop in stops):
+        what = "progress is saved" if trainer.save_failed is None else f"NOT saved: {trainer.save_failed}"
+        raise Interrupted(f"{out}: stopped at step {trainer.state.global_step}, {what}")
+    trainer.save_result(out / RESULT, recipe)
+    if trainer.is_world_process_zero():
+        clear(recipe)
+    return out / RESULT
+
+
+def read_history(result: str | os.PathLike) -> dict:
+    """What the logs of a finished run say.
+
+    Args:
+        result: the folder that `run_stage` returned.
+
+    Returns:
+        {"series": {"loss", "learning_rate", "tokens", parts of the loss, "clip_load_entropy" ...: one float a
+        log that has it}, "steps", "tokens", "cpu_seconds", "wall_seconds": sums over all logs}, whoever made
+        them: time that was lost with a kill is not in it.
+
+    Raises:
+        ValueError: the folder is not a finished run, or its history is damaged.
+    """
+    path = Path(result) / HISTORY_FILE
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is not a finished run: it has no {HISTORY_FILE}")
+    state = read_object(path)
+    try:
+        logs = [entry for entry in state["log_history"] if "loss" in entry]
+        series: dict[str, list[float]] = {}
+        for entry in logs:
+            for name, value in entry.items():
+                series.setdefault(name, []).append(value)
+        sums = {name: sum(series[name]) for name in ("tokens", "cpu_seconds", "wall_seconds")}
+        return {"series": series, "steps": state["global_step"], **sums}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from None
