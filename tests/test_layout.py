@@ -1,6 +1,7 @@
 """Structure of the tree: allowed imports, the files of each kernel stem, file lengths.
 
-The tables below define the architecture. When the tree changes, update them, docs/design.md and CONTRIBUTING.md.
+The tables below define the architecture. When the tree changes, update them, docs/design.md and
+CONTRIBUTING.md.
 """
 
 import ast

@@ -241,8 +241,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
 
 class MonitorCallback(TrainerCallback):
-    """Computes gradient norms by part of a CuMo in logged steps, and adds the metrics for the reporters to the
-    log.
+    """Computes gradient norms by part of a CuMo in logged steps, and adds metrics for reporters to the log.
 
     It must be registered before the reporters.
     """
