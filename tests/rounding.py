@@ -64,8 +64,7 @@ def _hold(name: str, error: float, allowed: float, what: str) -> None:
 
 
 def assert_same_formula(got: Results, wanted: Results) -> None:
-    """Check that results computed in fp64 agree in half of their digits, relative to each tensor's largest
-    element.
+    """Check that fp64 results agree in half of their digits, relative to each tensor's largest element.
 
     Args:
         got: tensors or numbers, or mappings or sequences of them; None for an absent value.
@@ -164,10 +163,10 @@ def assert_same_sums(got: Results, wanted: Results, rounding: Mapping[str, float
 
 
 def assert_outputs_of_fp32(op: Callable, reference: Callable, dtype: torch.dtype, *inputs: Tensor) -> None:
-    """Check that fp32 outputs of an op with inputs in `dtype` are as accurate as those of torch; no
-    gradients.
+    """Check that fp32 outputs of an op with inputs in `dtype` are as accurate as those of torch.
 
-    Used for statistics, because the accuracy rule assumes 16-bit outputs for 16-bit inputs.
+    Gradients are not checked. Used for statistics, because the accuracy rule assumes 16-bit outputs for
+    16-bit inputs.
     """
     narrow = lambda *wide: op(*(t.to(dtype) for t in wide))
     with torch.no_grad():

@@ -97,7 +97,8 @@ class Collator:
         dummy_images: bool = False,
         needs_image: bool = False,
     ):
-        """
+        """Set the options of all batches.
+
         Args:
             pad_id: token id of the padding.
             image_size: side of a grey picture in pixels.

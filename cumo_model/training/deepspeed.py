@@ -1,5 +1,4 @@
-"""DeepSpeed support for the Trainer: its process group on CPUs, and the start of a stage with sharded
-weights.
+"""DeepSpeed support for the Trainer: its process group on CPUs, and stages that start from sharded weights.
 
 ZeRO-3 shards each weight over the processes while it is loaded, and quantised weights are packed. Experts
 cannot be made of such weights. So one process first makes the model with experts, unsharded, and saves it as

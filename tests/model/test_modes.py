@@ -104,8 +104,7 @@ WIDEST_STEP = {4: 0.304, 8: 1 / 127}
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_qlora_on_a_model_with_new_experts(folder, bits):
-    """Experts are made from unquantised weights; then the language model is quantised and only adapters are
-    trained.
+    """Experts are made of unquantised weights; then the language model is quantised and adapters are trained.
 
     Quantised weights equal the original ones up to one quantisation step, and the model computes with them.
     """
