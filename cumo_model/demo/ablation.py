@@ -103,8 +103,10 @@ def run_ablation(
         make_dataset(out / "data", settings.image_size, seed=settings.seed, quick=is_quick)
         for phase in (("vision", "text"), ("dense",)):
             done = {"vision": "vision/model", "text": "text/model", "dense": "compute.json"}
-            run_tasks(out, [task for task in phase if not (out / done[task]).exists()], cores())
-        run_tasks(out, [job for job, path in jobs.items() if not path.exists()], cores())
+            left = [task for task in phase if not (out / done[task]).exists()]
+            run_tasks(out, left, cores(), len(phase))
+        left = [job for job, path in jobs.items() if not path.exists()]
+        run_tasks(out, left, cores(), len(jobs))
     result = summary(out, seeds)
     write_table(out, result, time.monotonic() - start)
     return 0

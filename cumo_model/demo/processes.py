@@ -79,13 +79,15 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def run_tasks(out: Path, tasks: list[str], width: int) -> None:
+def run_tasks(out: Path, tasks: list[str], width: int, phase: int) -> None:
     """Run tasks of cumo_model.demo.task; ends them all when one fails or a stop is asked for.
 
     Args:
         out: the demo's folder.
         tasks: their names.
         width: how many run side by side.
+        phase: how many tasks there were before any had ended. Threads are shared out by it: a task that goes
+            on alone has as many as before, and ends at the same bits.
 
     Raises:
         RuntimeError: a task failed.
@@ -94,7 +96,7 @@ def run_tasks(out: Path, tasks: list[str], width: int) -> None:
     if not tasks:
         return
     places = list(range(min(width, len(tasks))))  # lines of the terminal, one per running task
-    threads = max(1, width // len(places))
+    threads = max(1, width // min(width, phase))
     # threads that spin while they wait take the core from those they wait for
     environment = MALLOC | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     waiting, running, codes = list(tasks), {}, {}

@@ -45,7 +45,7 @@ def run_demo(out_dir: str | os.PathLike, is_quick: bool = False, seed: int = 0) 
         for tasks in PHASES:
             if left := [task for task in tasks if not (out / DONE_BY[task]).exists()]:
                 with _timed(out):
-                    run_tasks(out, left, cores())
+                    run_tasks(out, left, cores(), len(tasks))
         from cumo_model.demo.report import (
             report,  # matplotlib, and a model to ask: not before training is done
         )

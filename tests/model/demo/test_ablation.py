@@ -86,7 +86,7 @@ def test_the_table_keeps_the_rows_of_earlier_calls(tmp_path, monkeypatch, capsys
         _write_scores(out, row, seed)
     asked = []
     monkeypatch.setattr(ablation, "make_dataset", lambda *given, **options: None)
-    monkeypatch.setattr(ablation, "run_tasks", lambda out, tasks, cores: asked.extend(tasks))
+    monkeypatch.setattr(ablation, "run_tasks", lambda out, tasks, width, phase: asked.extend(tasks))
     assert run_ablation(out, 1, ["clip"], is_quick=True) == 0
     assert not any(task.startswith("ablate") for task in asked)
     result = json.loads((out / "results.json").read_text())

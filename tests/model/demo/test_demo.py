@@ -289,3 +289,21 @@ def test_a_folder_is_named_the_same_however_it_is_given(tmp_path, monkeypatch):
 def test_every_task_of_a_phase_exists_and_says_when_it_is_done():
     tasks = [task for phase in demo_run.PHASES for task in phase]
     assert sorted(tasks) == sorted(demo_run.DONE_BY) == sorted(TASKS)
+
+
+@pytest.mark.parametrize("phase, threads", [(1, "4"), (2, "2"), (33, "1")])
+def test_a_task_that_goes_on_alone_has_the_threads_it_had(tmp_path, monkeypatch, phase, threads):
+    """Other threads are another order of sums, and so other bits."""
+    started = []
+
+    class Done:
+        def __init__(self, command, env, **options):
+            started.append((command[command.index("--threads") + 1], env["OMP_NUM_THREADS"]))
+            self.returncode = 0
+
+        poll = wait = lambda self: 0
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(processes.subprocess, "Popen", Done)
+    processes.run_tasks(tmp_path, ["vision"], 4, phase)
+    assert started == [(threads, threads)]
