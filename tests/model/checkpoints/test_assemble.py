@@ -168,7 +168,7 @@ def test_a_quantised_checkpoint(start, bits):
     language = [m for n, m in model.named_modules() if isinstance(m, kind)]
     assert len(language) == 2 * 7 and not isinstance(model.lm_head, kind)
     assert processor.image_token_id == model.config.image_token_index
-    with pytest.raises(ValueError, match="quantize must be None where experts are made"):
+    with pytest.raises(ValueError, match="quantize must be None if experts are added"):
         assemble(**where, quantize=bits, dtype=torch.bfloat16, experts=EXPERTS)
 
 
