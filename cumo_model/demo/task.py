@@ -4,6 +4,7 @@ On two CPU cores two processes of one thread each do nearly twice the work of on
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -25,8 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()  # the bars of loading and saving would break ours
+    # a run is identified by the paths in its recipe: relative to this folder they are the same from every
+    # working directory, and in runs/demo they are those of the shipped recipes
+    folder = args.folder.resolve()
+    os.chdir(folder.parent.parent)
     try:
-        run = Run(args.folder, args.position)
+        run = Run(Path(folder.parent.name, folder.name), args.position)
         if args.name.startswith("ablate:"):
             _, row, seed = args.name.split(":")
             run_row(run, row, int(seed))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from PIL import Image
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.analysis.experts import load_entropy, patch_experts
 from cumo_model.analysis.plots import plot_expert_load, plot_patches
-from cumo_model.demo import processes
+from cumo_model.demo import processes, task
 from cumo_model.demo import run as demo_run
 from cumo_model.demo.evaluate import Examiner
 from cumo_model.demo.folder import RECIPES, load_model, read_json, stage_recipe
@@ -284,6 +285,18 @@ def test_a_folder_is_named_the_same_however_it_is_given(tmp_path, monkeypatch):
     given = ["runs/x", "./runs/x", tmp_path / "runs" / "x", "runs/y/../x"]
     assert {str(processes.named(out)) for out in given} == {"runs/x"}
     assert processes.named(tmp_path.parent / "z") == tmp_path.parent / "z"
+
+
+def test_a_task_names_its_folder_the_same_from_every_working_directory(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(task, "Run", lambda folder, position: (str(folder), os.getcwd()))
+    monkeypatch.setitem(TASKS, "text", seen.append)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    for here, given in ((".", "runs/demo"), ("runs", "demo"), ("runs/demo", "."), ("runs", "../runs/demo")):
+        monkeypatch.chdir(tmp_path / here)
+        assert task.main(["text", given]) == 0
+    assert set(seen) == {("runs/demo", str(tmp_path.resolve()))}
 
 
 def test_every_task_of_a_phase_exists_and_says_when_it_is_done():
