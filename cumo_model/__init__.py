@@ -8,6 +8,7 @@ experts of cumo_kernels for all MoE models of transformers under the name "cumo"
 import cumo_kernels.integrations.transformers  # noqa: F401
 from cumo_kernels.moved import keep_old_paths
 from cumo_model.checkpoints import original  # noqa: F401
+from cumo_model.checkpoints.assemble import assemble
 from cumo_model.checkpoints.convert import convert
 from cumo_model.checkpoints.layout import original_layout
 from cumo_model.checkpoints.parts import from_parts
@@ -45,6 +46,7 @@ __all__ = [
     "CumoVisionModel",
     "MoELayer",
     "RoutingRecord",
+    "assemble",
     "build_processor",
     "convert",
     "from_parts",
