@@ -6,7 +6,6 @@ w[p] is the routing weight of slot permutation[p]. If few experts have many rows
 into parts: one program adds up each part, and sum_rows adds the parts in order. Memory bound: S * N elements;
 a token's second and later reads come from L2.
 """
-"""
 
 import torch
 import triton
