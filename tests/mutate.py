@@ -1,10 +1,10 @@
-"""Plant faults one at a time and see whether the kernel tests notice.
+"""Plant faults one at a time and check that a kernel test fails for each.
 
     python -m tests.mutate [--only WORD] [--write FILE]
 
-Each fault is one replacement in a copy of the tree, where the tests of the stem it touches then run: those of
-the Triton backend in Triton's interpreter, those of csrc/ in emulation, those of the reference as they are. A
-fault nobody notices is a test that is missing.
+Each fault is one replacement in a copy of the tree. The tests of the affected stem then run: for the Triton
+backend in Triton's interpreter, for csrc/ in emulation, for the reference directly. A fault that no test
+detects shows a missing test.
 """
 
 import argparse
@@ -23,7 +23,7 @@ COPIED = (
     "csrc", "cumo_kernels", "tests/kernels", "tests/conftest.py", "tests/programs.py", "tests/rounding.py",
     "pyproject.toml",
 )  # fmt: skip
-TIMEOUT_S = 1800  # a fault may make a loop endless, which is noticed too
+TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught
 REFERENCE, TRITON = "cumo_kernels/backends/reference/", "cumo_kernels/backends/triton/"
 TORCH = "cumo_kernels/backends/torch/"
 CUDA, HOPPER = "csrc/", "csrc/hopper"
@@ -32,21 +32,21 @@ ALONE = (
     "ptx_tables",
     "launch",
     "pdl",
-)  # stems whose tests need neither interpreter nor emulation around them
+)  # stems whose tests need neither interpreter nor emulation
 
 
 @dataclass(frozen=True)
 class Fault:
     what: str
     path: str
-    old: str  # stands in the file exactly once
+    old: str  # occurs exactly once in the file
     new: str
-    tests: str  # stems whose tests are run
-    select: str = ""  # pytest -k, to come to the point sooner
+    tests: str  # stems whose tests run
+    select: str = ""  # pytest -k, to find the failure faster
 
 
 FAULTS = (
-    # the reference, and with it the formulas every other backend is compared to
+    # the reference, with which every other backend is compared
     Fault("weights divided by nothing", REFERENCE + "routing.py",
           "weights = weights / weights.sum(-1, keepdim=True)", "pass", "routing"),
     Fault("ties to the highest index", REFERENCE + "routing.py",
@@ -87,22 +87,22 @@ FAULTS = (
     Fault("a dropped slot keeps its row", TORCH + "permutation.py",
           "rows if lost is None else rows.masked_fill_(", "rows if True else rows.masked_fill_(",
           "permutation", "torch-"),
-    Fault("the routing weight forgotten in dz", TORCH + "experts.py",
+    Fault("dz without the routing weight (torch)", TORCH + "experts.py",
           "act.backward(h_wide.mul_(w[part]), ", "act.backward(h_wide, ", "experts", "torch-"),
-    Fault("down_bias forgotten in the gradient of the routing weights", TORCH + "experts.py",
+    Fault("gradient of the routing weights without down_bias", TORCH + "experts.py",
           "dw[part] += torch.linalg.vecdot(", "dw[part] += 0 * torch.linalg.vecdot(", "experts", "torch-"),
-    Fault("a bias of the next expert where the host reads nothing", TORCH + "rows.py",
+    Fault("bias of the next expert without host reads", TORCH + "rows.py",
           "torch.searchsorted(expert_offsets[1:-1].contiguous(), rows, right=True)",
           "torch.searchsorted(expert_offsets[1:-1].contiguous(), rows + 1, right=True)", "host_sync", "torch-"),
     Fault("rows of the padding multiplied", TORCH + "grouped_gemm.py",
           "return pad(operand, (0, missing[1], 0, missing[0]))",
           "return pad(operand, (0, missing[1], 0, missing[0]), value=1.0)", "grouped_gemm", "torch-"),
-    Fault("an expert without rows keeps what memory held", TORCH + "grouped_gemm.py",
+    Fault("gradient of an expert without rows not written", TORCH + "grouped_gemm.py",
           "pre.masked_fill_(past[:, None], 0)", "pass", "grouped_gemm", "torch-"),
     Fault("tie to the highest index", TRITON + "routing.py",
           "choice = tl.min(tl.where(keys == best[:, None], experts[None, :], BLOCK_E), 1)",
           "choice = tl.max(tl.where(keys == best[:, None], experts[None, :], -1), 1)", "routing", "ties"),
-    Fault("NaN ranks wherever its bits fall", TRITON + "logits.py",
+    Fault("NaN ranked by its bits", TRITON + "logits.py",
           "return tl.where(values != values, 0x7FFFFFFF, keys)", "return keys", "routing", "maximum"),
     Fault("-0 below 0", TRITON + "logits.py",
           "bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)",
@@ -129,7 +129,7 @@ FAULTS = (
           "g_end = tl.where(tile == num_tiles - 1, G, g_end)", "g_end = g_end", "routing", "ragged"),
     Fault("weights of backward not renormalised", TRITON + "routing.py",
           "(dweights - along[:, None]) / kept[:, None]", "dweights / kept[:, None]", "routing"),
-    Fault("sums of the gate's gradient start from what memory held", TRITON + "routing.py",
+    Fault("sums of the gate's gradient start from uninitialised memory", TRITON + "routing.py",
           "mask=only_if(tile != pid, gate_mask), other=0.0)", "mask=gate_mask, other=0.0)", "routing", "gate"),
     Fault("offsets without the counts before this program", TRITON + "sorting.py",
           "free = ends - counts + before", "free = ends - counts", "routing", "sort"),
@@ -194,7 +194,7 @@ FAULTS = (
     Fault("gather without top_k", TRITON + "grouped_gemm.py",
           "source = tl.load(permutation_ptr + source) // TOP_K", "source = tl.load(permutation_ptr + source)",
           "grouped_gemm", "gather"),
-    Fault("tail rows left as they were", TRITON + "grouped_gemm.py",
+    Fault("tail rows not cleared", TRITON + "grouped_gemm.py",
           "    if ZERO_TAIL:\n", "    if ZERO_TAIL and False:\n", "grouped_gemm", "tail"),
     Fault("ragged last block without a mask", TRITON + "weight_grad.py",
           "inside = (tl.arange(0, BLOCK_M) < rows_left)[:, None]",
@@ -214,7 +214,7 @@ FAULTS = (
     # the expert layer in Triton
     Fault("dz without the routing weight", TRITON + "grad_hidden.py",
           "weighted_h = h * weights[:, None]", "weighted_h = h * 1.0", "experts", "odd"),
-    Fault("<h, a> with the weight in it", TRITON + "grad_hidden.py",
+    Fault("<h, a> multiplied by the weight", TRITON + "grad_hidden.py",
           "dots += tl.sum(h * a, 1)", "dots += tl.sum(weighted_h * a, 1)", "experts", "odd"),
     Fault("weighted activation without its weight", TRITON + "grad_hidden.py",
           "weighted = narrow(weights[:, None] * a, weighted_ptr.dtype.element_ty)",
@@ -225,7 +225,7 @@ FAULTS = (
           "total += tl.sum(acc, 1)", "total += 0.0 * tl.sum(acc, 1)", "experts", "odd"),
     Fault("bias of the expert before at its first row", TRITON + "experts.py",
           "(ends[None, :] <= positions[:, None])", "(ends[None, :] < positions[:, None])", "experts", "odd"),
-    Fault("plan \"all\" forgets the weight", TRITON + "experts.py",
+    Fault("plan \"all\" without the weight", TRITON + "experts.py",
           "narrow(weights[:, None] * value, out_ptr.dtype.element_ty)", "narrow(value, out_ptr.dtype.element_ty)",
           "experts", "all"),
     Fault("plan \"x\" recomputes without the bias", TRITON + "experts.py",
@@ -241,9 +241,9 @@ FAULTS = (
           "return value.base.dtype, *value.block_shape", "return tuple(value.block_shape)", "launch"),
     Fault("integers of any width one kind", TRITON + "launch.py",
           "if -(2**31) <= value < 2**31:", "if True:", "launch"),
-    Fault("a capture's mode left relaxed", TRITON + "capture.py",
+    Fault("a capture's mode not restored", TRITON + "capture.py",
           "    finally:\n        _swap(mode)", "    finally:\n        pass", "launch"),
-    Fault("what a capture meets first loaded by its launch", TRITON + "launch.py",
+    Fault("a new kernel in a capture loaded by its launch", TRITON + "launch.py",
           "compiled._init_handles()", "pass", "launch"),
     Fault("fp16's dH in pairs, which spill", "cumo_kernels/tiles/tuning.py",
           "paired = problem.dtype == torch.bfloat16 and", "paired =", "tuning"),
@@ -255,7 +255,7 @@ FAULTS = (
     Fault("fragments of a narrow tile exchanged", HOPPER + ".cu",
           "finish_patch(end, patch, tile, first_row + m * 64, first_col, cols);",
           "finish_patch(end, patch, tile, first_row + (1 - m) * 64, first_col, cols);", "cuda_plan", "several"),
-    Fault("a stage given back before its product is done", HOPPER + "_tiles.cuh",
+    Fault("a stage released before its product is complete", HOPPER + "_tiles.cuh",
           "wgmma_wait<T, kN, 1>();", "", "grouped_gemm", "long"),
     Fault("rows of the next expert in a ragged stage", HOPPER + "_weight_grad.cu",
           "const bool whole = row + kSteps <= tile.end", "const bool whole = row <= tile.end", "grouped_gemm", "several"),
@@ -270,32 +270,32 @@ FAULTS = (
           "part < count; ++part", "part < count - (count > 1); ++part", "cuda_plan", "split_rows"),
     Fault("combine takes one part", CUDA + "permutation.cu",
           "row[j] = added.part ? row[j] + value : value;", "row[j] = value;", "cuda_plan", "combine"),
-    Fault("counters as they were", CUDA + "routing.cu",
+    Fault("counters not cleared", CUDA + "routing.cu",
           "clear(device, arrivals, int64_t{4} * r.G);", "", "routing", "fp32"),
     Fault("a share of the logits left out", CUDA + "gate_logits.cuh",
           "share < S::kCount; ++share", "share < S::kCount - (S::kCount > 1); ++share", "cuda_plan", "share"),
-    Fault("groups without tokens left as they were", CUDA + "routing.cu",
+    Fault("groups without tokens not written", CUDA + "routing.cu",
           "if (r.group_offsets == nullptr || blockIdx.x > 0) return;", "return;", "routing", "ragged"),
-    Fault("blocks forget those before them", CUDA + "sorting.cu",
+    Fault("blocks ignore earlier blocks", CUDA + "sorting.cu",
           "total[bin] += before[bin];", "", "cuda_plan", "sorting"),
-    Fault("dropped slots over each other", CUDA + "sorting.cu",
+    Fault("dropped slots overwrite each other", CUDA + "sorting.cu",
           "offset + static_cast<int>(begin) - earlier", "offset + static_cast<int>(begin)", "cuda_plan", "sorting"),
-    Fault("TF32 never taken", CUDA + "grouped_gemm.cu",
+    Fault("TF32 never used", CUDA + "grouped_gemm.cu",
           "if (p.tf32) return run(p.k_inner", "if (false) return run(p.k_inner", "cuda_plan", "tf32"),
     Fault("a bias gradient that no tile sums", CUDA + "tiles.h",
           "return column == (number - column) / blocks % tiles_k;",
-          "return column == (number - column) / blocks % tiles_k && column == 0;", "cuda_plan", "beside"),
+          "return column == (number - column) / blocks % tiles_k && column == 0;", "cuda_plan", "several_tiles"),
     Fault("all biases summed by the same blocks", CUDA + "tiles.h",
           "return column == (number - column) / blocks % tiles_k;", "return column == 0;", "cuda", "share_of_the_biases"),
-    Fault("every block fetches the first share ahead", HOPPER + ".cu",
+    Fault("every block prefetches the first share", HOPPER + ".cu",
           "const int64_t begin = blockIdx.x * how.share,", "const int64_t begin = 0,", "cuda_plan", "dependent"),
-    Fault("apart halves forgotten in half a tile", HOPPER + ".cu",
+    Fault("apart halves ignored in half a tile", HOPPER + ".cu",
           "cols / kPatchCols, how.halves_apart, [&]", "cols / kPatchCols, how.halves_apart && !tile.halved, [&]",
           "cuda_plan", "halves"),
     Fault("a quarter of a stage not in the bias gradient", CUDA + "bias_sum.cuh",
-          "for (int k = 0; k < kDepth; k += 16)", "for (int k = 0; k < kDepth - 16; k += 16)", "cuda_plan", "beside"),
+          "for (int k = 0; k < kDepth; k += 16)", "for (int k = 0; k < kDepth - 16; k += 16)", "cuda_plan", "several_tiles"),
     Fault("columns of a bias gradient exchanged", CUDA + "bias_sum.cuh",
-          "store(column + lane / 4, sum[0]);", "store(column + lane / 4, sum[2]);", "cuda_plan", "beside"),
+          "store(column + lane / 4, sum[0]);", "store(column + lane / 4, sum[2]);", "cuda_plan", "several_tiles"),
     Fault("fp32 rows of other lanes not in the bias gradient", CUDA + "bias_sum.cuh",
           "for (int lanes = 4; lanes < kWarp; lanes *= 2)", "for (int lanes = 8; lanes < kWarp; lanes *= 2)",
           "grouped_gemm", "fp32"),
@@ -306,35 +306,35 @@ FAULTS = (
           "cuda_plan", "parts"),
     Fault("weights of tokens, not of slots, in the bias gradient", CUDA + "bias_grad.cu",
           "weight[i] = weights[slot[i]];", "weight[i] = weights[slot[i] / top_k];", "cuda_plan", "parts"),
-    Fault("both halves of a tile the left one", CUDA + "tiles.h",
+    Fault("both halves of a tile are the left one", CUDA + "tiles.h",
           "2 * tile.tile_n + half % 2;", "2 * tile.tile_n;", "cuda_plan", "halves"),
     Fault("more halves than blocks", CUDA + "tiles.h",
           "2 * last <= blocks ? tiles - last : tiles;", "last < blocks ? tiles - last : tiles;", "cuda", "last_round"),
     Fault("a half's columns of a whole tile finished", HOPPER + ".cu",
           "const int cols = tile.halved ? kCols / 2 : kCols;", "const int cols = kCols;", "cuda_plan", "halves"),
-    Fault("bytes of a whole tile waited for", HOPPER + ".cu",
+    Fault("a half tile waits for the bytes of a whole one", HOPPER + ".cu",
           "+ narrow * kPlanNarrow * kRowBytes);", "+ (kCols / kPlanNarrow) * kPlanNarrow * kRowBytes);", "cuda_plan", "halves"),
-    Fault("the up half where the gate is", HOPPER + ".cu",
+    Fault("the up half in place of the gate", HOPPER + ".cu",
           "p.N + tile_n * (kPlanNarrow / 2), expert);", "tile_n * (kPlanNarrow / 2), expert);", "cuda_plan", "ascend"),
-    Fault("halves that are apart taken in turns", HOPPER + "_tiles.cuh",
+    Fault("halves that are apart read alternately", HOPPER + "_tiles.cuh",
           "return eight / 16 * 16 + eight % 2 * 8 + eight % 16 / 2;", "return eight;", "cuda_plan", "ascend"),
-    Fault("more of the weight fetched ahead than there is", HOPPER + ".cu",
+    Fault("more of the weight prefetched than exists", HOPPER + ".cu",
           "const int64_t bytes = p.E * rows * width * 2;", "const int64_t bytes = p.E * rows * width * 256;", "cuda_plan",
           "dependent"),
     Fault("a descriptor without its swizzle", HOPPER + ".cuh",
           "uint64_t{1} << 62;  // 128-byte swizzle", "uint64_t{2} << 62;", "cute", "descriptors"),
     Fault("a descriptor's chunks half as far apart", HOPPER + ".cuh",
           "uint64_t(chunk_stride >> 4) << 16", "uint64_t(chunk_stride >> 5) << 16", "cute", "descriptors"),
-    Fault("the driver told of another swizzle", CUDA + "tensor_map.cuh",
+    Fault("another swizzle passed to the driver", CUDA + "tensor_map.cuh",
           "CU_TENSOR_MAP_SWIZZLE_128B", "CU_TENSOR_MAP_SWIZZLE_64B", "cute", "map"),
     Fault("a box with half the rows of the weight", HOPPER + ".cu",
           "{1, p.stride_w, p.stride_w_e}, {kSteps, kPlanNarrow, 1})", "{1, p.stride_w, p.stride_w_e}, {kSteps, 64, 1})",
           "cuda_plan", "halves"),
-    Fault("cp.async that leaves what it has no bytes for", CUDA + "platform.cuh",
+    Fault("cp.async that does not zero the rest", CUDA + "platform.cuh",
           "std::memset(static_cast<char*>(target) + bytes, 0, 16 - bytes);", "", "ptx_tables", "cp_async"),
-    Fault("an mbarrier whose phase ends with bytes under way", HOPPER + ".cuh",
+    Fault("an mbarrier whose phase ends with bytes in flight", HOPPER + ".cuh",
           "if (pending == 0 && bytes_and_phase / 2 == 0) {", "if (pending == 0) {", "ptx_tables", "mbarrier"),
-    Fault("sums in the rows of other warps", HOPPER + ".cuh",
+    Fault("sums in rows of other warps", HOPPER + ".cuh",
           "const int row = thread / 32 * 16 + thread % 32 / 4", "const int row = (thread / 32 ^ 1) * 16 + thread % 32 / 4",
           "ptx_tables", "wgmma"),
     Fault("a kernel that does not wait for earlier ones", CUDA + "permutation.cu",
@@ -344,11 +344,11 @@ FAULTS = (
 
 
 def notice(fault: Fault, tree: Path) -> tuple[bool, str]:
-    """-> whether a test failed, and which or why."""
+    """-> whether a test failed, and which one or why."""
     path = tree / fault.path
     text = path.read_text()
     if text.count(fault.old) != 1:
-        raise SystemExit(f"{fault.what}: stands {text.count(fault.old)} times in {fault.path}: {fault.old!r}")
+        raise SystemExit(f"{fault.what}: occurs {text.count(fault.old)} times in {fault.path}: {fault.old!r}")
     environment = dict(os.environ, PYTHONPATH=str(tree), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
     select = "not triton"
     if fault.tests in ALONE:
@@ -369,24 +369,22 @@ def notice(fault: Fault, tree: Path) -> tuple[bool, str]:
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        return True, "it never ends"
+        return True, "endless loop"
     finally:
         path.write_text(text)
     if done.returncode < 0:
-        return True, "the interpreter dies"
-    if done.returncode not in (0, 1):  # 2 to 5: pytest did not get to run a test
+        return True, "the interpreter crashes"
+    if done.returncode not in (0, 1):  # 2 to 5: pytest ran no test
         raise SystemExit(f"{fault.what}: pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     failed = re.search(r"^FAILED \S*?::(\S+)", done.stdout, re.M)
-    if (
-        done.returncode and not failed
-    ):  # a fixture that fails, as when compiling takes too long, proves nothing
+    if done.returncode and not failed:  # a failing fixture, for example a compile timeout, proves nothing
         raise SystemExit(f"{fault.what}: no test failed, pytest ended with:\n{done.stdout[-4000:]}")
     return done.returncode == 1, failed[1] if failed else ""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__)
-    parser.add_argument("--only", default="", help="faults with this word in their name, file or tests")
+    parser.add_argument("--only", default="", help="only faults with this word in their name, file or tests")
     parser.add_argument("--write", type=Path, help="file for the table")
     args = parser.parse_args(argv)
     rows, missed = [], 0

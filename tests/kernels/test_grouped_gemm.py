@@ -1,4 +1,4 @@
-"""grouped_gemm: every backend against the reference, output and every gradient, and against a loop."""
+"""grouped_gemm: every backend compared with the reference, output and every gradient, and with a loop."""
 
 import pytest
 import torch
@@ -147,7 +147,7 @@ def test_names_the_bad_argument():
 
 
 @pytest.mark.parametrize("training", ["x", "weight", "bias"])
-def test_a_gradient_wanted_alone_is_the_same(backend, device, training):
+def test_a_single_needed_gradient_is_the_same(backend, device, training):
     routing, x, _, weight, bias = make_case("skewed", 57, 33, 34, 5, 2, torch.float32, device)
     tensors = {"x": x, "weight": weight, "bias": bias}
     found = []
@@ -164,11 +164,11 @@ def test_a_gradient_wanted_alone_is_the_same(backend, device, training):
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
-def test_tf32_cuts_no_bias_gradient(backend, device, monkeypatch):
+def test_tf32_does_not_truncate_bias_gradients(backend, device, monkeypatch):
     monkeypatch.setattr("cumo_kernels.backends.triton.weight_grad.input_precision", lambda dtype: "tf32")
     routing, x, rows, weight, bias = make_case("skewed", 45, 32, 24, 5, 2, torch.float32, device)
     offsets = routing.expert_offsets
-    # 17 bits each, so that fp32 adds them up exactly in any order, and tf32 could not hold one
+    # 17 bits each, so that fp32 adds them up exactly in any order, and tf32 cannot represent one
     upstream = torch.randint(1 << 16, 1 << 17, (90, 24), device=device) + 0.0
     wanted = [part.sum(0) for part in upstream.tensor_split(offsets[1:-1].tolist())]
     bias.requires_grad_()

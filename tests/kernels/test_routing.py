@@ -1,4 +1,4 @@
-"""route: the sort's properties, the weights and statistics against a literal loop, every gradient."""
+"""route: properties of the sort, weights and statistics compared with a plain loop, every gradient."""
 
 import math
 from itertools import pairwise
@@ -62,7 +62,7 @@ def outputs(routing):
 
 
 def assert_same_shares(got, wanted):
-    """Of exact counts: a division, or a product with the reciprocal, has at most two roundings."""
+    """For exact counts: a division, or a product with the reciprocal, has at most two roundings."""
     assert ((got - wanted).abs() <= 2 * torch.finfo(torch.float32).eps * wanted).all()
 
 
@@ -70,10 +70,10 @@ def assert_same_shares(got, wanted):
 @pytest.mark.parametrize("num_tokens, num_experts, top_k, groups", SHAPES)
 def test_route(backend, device, dtype, num_tokens, num_experts, top_k, groups, renormalize):
     logits = torch.randn(num_tokens, num_experts, device=device, dtype=dtype)
-    truth = lambda x: reference.route(x, None, None, groups, top_k, renormalize)[::2]
+    expected = lambda x: reference.route(x, None, None, groups, top_k, renormalize)[::2]
     op = lambda x: outputs(route(x, top_k, groups=groups, renormalize=renormalize))
     with use_backend(backend):
-        assert_as_accurate_as_torch(op, truth, logits)
+        assert_as_accurate_as_torch(op, expected, logits)
         routing = route(logits, top_k, groups=groups, renormalize=renormalize)
     exact = reference.route(logits, None, None, groups, top_k, renormalize)
     assert torch.equal(routing.topk_indices, exact[1])
@@ -84,9 +84,11 @@ def test_route(backend, device, dtype, num_tokens, num_experts, top_k, groups, r
 def test_route_with_gate(backend, device, num_tokens, num_experts, top_k, groups):
     x = torch.randn(num_tokens, 24, device=device)
     gate = torch.randn(num_experts, 24, device=device) / 24**0.5
-    truth = lambda x, w: reference.route(x, w, None, groups, top_k, True)[::2]
+    expected = lambda x, w: reference.route(x, w, None, groups, top_k, True)[::2]
     with use_backend(backend):
-        assert_as_accurate_as_torch(lambda x, w: outputs(route(x, top_k, w, groups=groups)), truth, x, gate)
+        assert_as_accurate_as_torch(
+            lambda x, w: outputs(route(x, top_k, w, groups=groups)), expected, x, gate
+        )
 
 
 def test_ragged_groups(backend, device):
@@ -94,9 +96,9 @@ def test_ragged_groups(backend, device):
         [0, 5, 5, 12], dtype=torch.int32, device=device
     )  # the second has no token, 3 have no group
     logits = torch.randn(15, 4, device=device)
-    truth = lambda x: reference.route(x, None, offsets, 3, 2, True)[::2]
+    expected = lambda x: reference.route(x, None, offsets, 3, 2, True)[::2]
     with use_backend(backend):
-        assert_as_accurate_as_torch(lambda x: outputs(route(x, 2, groups=offsets)), truth, logits)
+        assert_as_accurate_as_torch(lambda x: outputs(route(x, 2, groups=offsets)), expected, logits)
         stats = route(logits, 2, groups=offsets).stats
         last = route(logits[5:12], 2).stats
     assert not stats.mean_probs[1].any() and not stats.mean_squared_logsumexp[1].any()
@@ -133,12 +135,12 @@ def test_ragged_groups_are_slices(offsets, gated):
 def test_ragged_groups_at_tile_ends(backend, device, offsets, gated):
     x, *gate = (torch.randn(n, 5, device=device) for n in ((300, 5) if gated else (300,)))
     groups = torch.tensor(offsets, dtype=torch.int32, device=device)
-    truth = lambda x, gate=None: reference.route(x, gate, groups, len(offsets) - 1, 2, True)
+    expected = lambda x, gate=None: reference.route(x, gate, groups, len(offsets) - 1, 2, True)
     with use_backend(backend):
-        rows = Yardstick(lambda *inputs: truth(*inputs)[::2], (x, *gate), pool=False).measure(
+        rows = Yardstick(lambda *inputs: expected(*inputs)[::2], (x, *gate), pool=False).measure(
             lambda x, *gate: outputs(route(x, 2, *gate, groups=groups))
         )
-        found, wanted = route(x, 2, *gate, groups=groups), truth(x, *gate)
+        found, wanted = route(x, 2, *gate, groups=groups), expected(x, *gate)
     for row in rows:
         assert row.reason is None, row.reason
     assert torch.equal(found.topk_indices, wanted[1])
@@ -155,22 +157,22 @@ GATES = [  # num_tokens, hidden_size, num_experts, top_k
 
 @pytest.mark.parametrize("num_tokens, hidden_size, num_experts, top_k", GATES)
 def test_gate_in_every_dtype(backend, device, dtype, num_tokens, hidden_size, num_experts, top_k):
-    """Every logit a whole number, so that no backend may choose differently from another."""
+    """Every logit is an integer, so that all backends must choose the same experts."""
     x = torch.randint(-1, 2, (num_tokens, hidden_size), device=device).to(dtype)
     gate = torch.randint(-1, 2, (num_experts, hidden_size), device=device).to(dtype)
     x[:, 8:] *= torch.rand(hidden_size - 8, device=device) < 8 / hidden_size
     more = (None, 1, top_k, True)
     forward, backward = (dispatch.implementation(backend, op) for op in ("route", "route_backward"))
 
-    def truth(x, gate):
-        logits = x @ gate.T  # whole also where sums are made to err (cumo_kernels/verification/rounding.py)
+    def expected(x, gate):
+        logits = x @ gate.T  # integers also inside UnsplitSums (cumo_kernels/verification/rounding.py)
         return reference.route(logits + (logits.round() - logits).detach(), None, *more)[::2]
 
     found = forward(x, gate, *more)
     assert torch.equal(found[1], reference.route(x, gate, *more)[1])
-    assert_outputs_of_fp32(lambda *inputs: forward(*inputs, *more)[::2], truth, dtype, x, gate)
+    assert_outputs_of_fp32(lambda *inputs: forward(*inputs, *more)[::2], expected, dtype, x, gate)
     with use_backend(backend):
-        rows = Yardstick(truth, (x, gate), pool=False).measure(lambda x, w: outputs(route(x, top_k, w)))
+        rows = Yardstick(expected, (x, gate), pool=False).measure(lambda x, w: outputs(route(x, top_k, w)))
     for row in rows:
         assert row.reason is None or row.name.startswith("output"), row.reason
     upstream = [torch.randn_like(t) for t in found[::2]]
@@ -192,8 +194,8 @@ def test_only_gradients_that_are_needed(backend, device, num_tokens, num_experts
             assert torch.equal(got, want) if needed else got.shape == (0,)
 
 
-def test_a_frozen_gate_costs_no_gradient(backend, device):
-    """And one that trains alone none at x."""
+def test_no_gradient_is_computed_for_a_frozen_gate(backend, device):
+    """And if only the gate is trained, none for x."""
     x, gate = torch.randn(9, 8, device=device), torch.randn(4, 8, device=device)
     for frozen in (False, True):
         leaf = (x if frozen else gate).clone().requires_grad_()
@@ -205,9 +207,9 @@ def test_a_frozen_gate_costs_no_gradient(backend, device):
 
 def test_non_contiguous(backend, device):
     x, gate = torch.randn(24, 50, device=device).T, torch.randn(24, 4, device=device).T
-    truth = lambda x, w: reference.route(x, w, None, 5, 2, True)[::2]
+    expected = lambda x, w: reference.route(x, w, None, 5, 2, True)[::2]
     with use_backend(backend):
-        assert_as_accurate_as_torch(lambda x, w: outputs(route(x, 2, w, groups=5)), truth, x, gate)
+        assert_as_accurate_as_torch(lambda x, w: outputs(route(x, 2, w, groups=5)), expected, x, gate)
         assert_as_accurate_as_torch(
             lambda x: outputs(route(x, 2, groups=5)),
             lambda x: reference.route(x, None, None, 5, 2, True)[::2],
@@ -239,7 +241,7 @@ def test_rows_without_a_maximum_stay_in_range(backend, device, dtype):
     weights, indices, *_ = route_of(bad, None, None, 1, 3, True)
     assert indices.min() >= 0 and indices.max() < 6
     assert all(len(set(row)) == 3 for row in indices.tolist())
-    assert indices[3, 0] == 2  # NaN of either sign ranks above all, as in torch.sort
+    assert indices[3, 0] == 2  # NaN of either sign ranks highest, as in torch.sort
     assert not weights[[3, 20, 37, 63]].isfinite().any()
     wanted = route_of(logits, None, None, 1, 3, True)
     assert torch.equal(indices[good], wanted[1][good]) and torch.equal(weights[good], wanted[0][good])
@@ -251,7 +253,7 @@ def test_rows_without_a_maximum_stay_in_range(backend, device, dtype):
 
 @pytest.mark.parametrize("compat", [None, "cumo", "cumo_llm"])
 def test_logits_of_the_gate_are_rounded_as_those_of_a_linear_layer(backend, device, dtype, compat):
-    """Sums exact in fp32 and too long for 16 bits: with the gate inside or in front, the same bits."""
+    """Sums exact in fp32 and too long for 16 bits: the same bits with the gate in or before the kernel."""
     x, gate = (torch.randint(-99, 100, (n, 64), device=device).to(dtype) / 64 for n in (57, 5))
     logits = (x.double() @ gate.double().T).to(dtype)
     with use_backend(backend):
@@ -262,9 +264,9 @@ def test_logits_of_the_gate_are_rounded_as_those_of_a_linear_layer(backend, devi
     assert dtype == torch.float32 or not torch.equal(logits.double(), x.double() @ gate.double().T)
 
 
-@pytest.mark.parametrize("num_experts", [5, 40])  # the gate inside the kernels, and in front of them
-def test_backward_under_an_autocast_that_forward_did_not_see(backend, device, num_experts):
-    """Routers compute in fp32 apart from autocast, and loss.backward() is called inside of it."""
+@pytest.mark.parametrize("num_experts", [5, 40])  # the gate inside the kernels, and before them
+def test_backward_under_an_autocast_not_active_in_forward(backend, device, num_experts):
+    """Routers compute in fp32 outside autocast, and loss.backward() is called inside it."""
     x = torch.randn(24, 16, device=device, requires_grad=True)
     gate = torch.randn(num_experts, 16, device=device, requires_grad=True)
     upstream = torch.randn(24, 2, device=device)
@@ -279,7 +281,7 @@ def test_backward_under_an_autocast_that_forward_did_not_see(backend, device, nu
         assert torch.equal(found, wanted)
 
 
-SORTS = [  # num_tokens, num_experts, top_k; one program sorts 4 blocks of slots, smaller with more experts
+SORTS = [  # num_tokens, num_experts, top_k; one program sorts 4 blocks of slots, smaller for more experts
     pytest.param(0, 4, 2, id="no-slot"),
     pytest.param(1, 1, 1, id="one-slot"),
     pytest.param(577, 4, 2, id="clip-crop"),
@@ -343,7 +345,7 @@ def test_masked_experts_get_no_token(backend, device):
 
 
 def test_compat_repeats_the_original_rounding(backend, device):
-    """The original's own order of bf16 operations (cumo_spec.md 2.1, 2.2), spelled out."""
+    """The original's own order of bf16 operations (cumo_spec.md 2.1, 2.2), written out."""
     logits = (3 * torch.randn(200, 4, device=device)).bfloat16()
     probs = logits.softmax(-1, dtype=torch.float32).bfloat16()
     values, indices = probs.topk(2)
@@ -368,8 +370,8 @@ def test_compat_repeats_the_original_rounding(backend, device):
 @pytest.mark.parametrize("compat", ["cumo", "cumo_llm"])
 @pytest.mark.parametrize("num_experts, top_k", [(4, 2), (7, 3), (8, 2), (64, 8), (200, 5)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_compat_gives_ties_to_whom_topk_gives_them(backend, device, dtype, num_experts, top_k, compat):
-    """Whole numbers: most tokens have equals among their best. Gradients go to who was chosen."""
+def test_compat_breaks_ties_as_topk(backend, device, dtype, num_experts, top_k, compat):
+    """Integer logits: most tokens have ties among their top-k. Gradients go to the chosen experts."""
     logits = torch.randint(3, (500, num_experts), device=device).to(dtype)
     with use_backend(backend):
         routing = route(logits, top_k, compat=compat)
@@ -377,16 +379,16 @@ def test_compat_gives_ties_to_whom_topk_gives_them(backend, device, dtype, num_e
     chosen = (probs.to(dtype) if compat == "cumo" else probs).topk(top_k).indices
     assert torch.equal(routing.topk_indices.long(), chosen)
     lowest = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    assert not torch.equal(chosen, lowest)  # else this shows nothing
+    assert not torch.equal(chosen, lowest)  # else this test shows nothing
     assert torch.equal(routing.expert_offsets.diff(), torch.bincount(chosen.flatten(), minlength=num_experts))
 
-    def truth(x):
+    def expected(x):
         weights = x.softmax(-1).gather(1, chosen)
         return weights / weights.sum(1, keepdim=True)
 
     with use_backend(backend):
         op = lambda x: route(x, top_k, compat=compat).topk_weights
-        gradient = Yardstick(truth, (logits,), pool=False).measure(op)[1]
+        gradient = Yardstick(expected, (logits,), pool=False).measure(op)[1]
     assert gradient.reason is None, gradient.reason
 
 

@@ -1,4 +1,4 @@
-"""tune: what it times, in which order, what it keeps; without a GPU, by a rehearsal."""
+"""tune: what it times, in which order, what it saves; tested without a GPU, in a rehearsal."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def fresh_caches():
 
 
 def clock(monkeypatch, times):
-    """A launch with a config takes so many milliseconds of `times`, or raises what is there."""
+    """A launch with a config takes the milliseconds given in `times`, or raises the exception there."""
 
     def measure(run):
         return run()
@@ -48,13 +48,13 @@ def clock(monkeypatch, times):
     return launch
 
 
-def test_the_fastest_is_taken_and_what_raises_is_left_out(monkeypatch, capsys):
+def test_the_fastest_is_taken_and_configs_that_raise_are_skipped(monkeypatch, capsys):
     split = replace(TILES[1], SPLITS=4)
     launch = clock(monkeypatch, {TILES[0]: 3.0, split: 2.0, TILES[2]: RuntimeError("no such tile\nmore")})
     done = Future()
     done.set_exception(RuntimeError("a compiler's failure is not this process's"))
     entry = tune.fastest(PROBLEM, [TILES[0], split, TILES[2]], [done], launch, "cpu")
-    assert entry == Entry(PROBLEM, TILES[1], 2.0)  # splits are chosen anew at every launch
+    assert entry == Entry(PROBLEM, TILES[1], 2.0)  # splits are chosen at every launch
     assert f"{TILES[2]}: RuntimeError: no such tile\n" in capsys.readouterr().out
 
 
@@ -86,7 +86,7 @@ def test_every_gemm_once_and_training_sizes_first():
 
 
 @pytest.mark.parametrize("gpu", FILES, ids=lambda gpu: gpu.name)
-def test_what_is_listed_can_run_and_begins_with_the_current_choice(gpu):
+def test_candidates_can_run_and_begin_with_the_current_choice(gpu):
     assert find("nvidia_h100") in FILES
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -96,12 +96,12 @@ def test_what_is_listed_can_run_and_begins_with_the_current_choice(gpu):
                 assert all(tuning.refuse(config, problem, gpu) is None for config in found)
                 assert found[0] == tuning.get_config(problem, gpu)
                 assert len(found) == len(set(found))
-                # fp32 tiles are twice as large, and few of those for bf16 fit
+                # fp32 tiles are twice as large, and few of the bf16 candidates fit
                 assert len(found) >= (3 if dtype == BF16 and gpu.has_tma else 1), (problem, found)
                 assert all(c.SPLITS == tuning.splits(problem, c, gpu) for c in found)
 
 
-def test_another_folder_leaves_ours_alone(tmp_path):
+def test_another_folder_does_not_change_ours(tmp_path):
     before = {path: path.read_bytes() for path in tuning.CONFIGS.iterdir()}
     path = tuning.save("nvidia_h100", [Entry(PROBLEM, TILES[0], 0.5)], "a note", tmp_path / "new")
     assert path == tmp_path / "new" / "nvidia_h100.json"
@@ -126,7 +126,7 @@ def test_a_rehearsal_writes_a_file(tmp_path):
     assert {path: path.read_bytes() for path in tuning.CONFIGS.iterdir()} == before
 
 
-def test_a_spent_budget_begins_nothing(tmp_path, capsys):
+def test_a_spent_budget_starts_nothing(tmp_path, capsys):
     words = ["--few", "--device", "cpu", "--budget", "-1", "--configs", str(tmp_path)]
     assert main(["tune", *words]) == 1
     assert capsys.readouterr().out == "tune: 0 of 1 GEMMs, 1 left out: --budget was spent\n" and not list(

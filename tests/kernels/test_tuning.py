@@ -26,7 +26,7 @@ CARD = find("nvidia_h100")
 
 @pytest.fixture(autouse=True)
 def fresh_caches(monkeypatch):
-    """Choices are remembered; a test that changes their sources must neither see nor leave old ones."""
+    """Choices are cached; a test that changes their sources must neither see nor leave old ones."""
     tuning.forget()
     yield
     tuning.forget()
@@ -62,7 +62,7 @@ def test_shipped_entries_fit_their_gpu_and_are_found(name):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_what_was_not_measured_says_so(name):
+def test_entries_without_measurements_have_a_note(name):
     note = json.loads((tuning.CONFIGS / f"{name}.json").read_text())["note"]
     assert ("not measured" in note) == any(entry.ms is None for entry in tuning.entries(name))
 
@@ -80,7 +80,7 @@ def test_nearest_shape_wins():
     assert min(rows, key=lambda row: tuning.distance(asked, row.problem)).config == near
 
 
-def test_a_card_without_a_file_borrows_one_and_warns_once():
+def test_a_card_without_a_file_uses_another_and_warns_once():
     unknown = match("NVIDIA H900 Imaginary", 90, 200, 227 * KIB)
     problem = Problem("gemm", BF16, 4096, 4096, 1024, 4)
     with pytest.warns(UserWarning, match="no tile sizes for nvidia_h900_imaginary, using those of nvidia_h"):
@@ -100,7 +100,9 @@ def test_a_card_without_a_file_borrows_one_and_warns_once():
         ("nvidia_rtx_5090", "nvidia_rtx_pro_6000"),
     ],
 )
-def test_a_card_with_the_same_multiprocessors_shares_a_file_in_silence(name, sibling, monkeypatch, tmp_path):
+def test_a_card_with_the_same_multiprocessors_shares_a_file_without_warning(
+    name, sibling, monkeypatch, tmp_path
+):
     gpu, problem = find(name), Problem("gemm", BF16, 9216, 4096, 1024, 4, gathered=True)
     assert gpu.capability == find(sibling).capability
     with warnings.catch_warnings():
@@ -109,7 +111,7 @@ def test_a_card_with_the_same_multiprocessors_shares_a_file_in_silence(name, sib
     nearest = min(tuning.entries(sibling), key=lambda entry: tuning.distance(problem, entry.problem))
     assert shared == tuning.fit(nearest.config, problem, gpu)
 
-    # what was tuned on the card itself comes first, and hides nothing else of its sibling's
+    # the card's own entries come first; other entries of its sibling remain
     (tmp_path / f"{sibling}.json").write_bytes((SOURCE / f"{sibling}.json").read_bytes())
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
     own = Config(32, 32, 32, 4, 2)
@@ -150,7 +152,7 @@ def test_splits_fill_the_chip_and_no_more():
     assert tuning.splits(one_image, config, CARD) == 2
     assert tuning.splits(replace(one_image, can_split=False), config, CARD) == 1
     assert tuning.splits(replace(one_image, rows=9232), config, CARD) == 1
-    assert tuning.splits(replace(one_image, k=512), config, CARD) == 1  # too short to cut
+    assert tuning.splits(replace(one_image, k=512), config, CARD) == 1  # too short to split
     few_tiles = Problem("weight_grad", BF16, 65536, 256, 1024, 4, can_split=True)
     assert tuning.splits(few_tiles, config, CARD) == 2  # 128 tiles of 128 x 64
     assert tuning.splits(replace(few_tiles, rows=0), config, CARD) == 1
@@ -162,7 +164,7 @@ DH = Problem("grad_hidden", BF16, 10240, 4096, 1024, 4)
 def test_a_short_sum_of_dh_is_a_pair_of_blocks_and_a_long_one_is_not():
     chosen = [tuning.get_config(replace(DH, rows=36864, k=64 * steps), CARD) for steps in range(1, 128)]
     # by hand: 4608 wide tiles are 35 for one multiprocessor, 9216 narrow ones 70
-    # the pair's ends: all but the last hidden, or none; the mean
+    # the pair's epilogues: the mean of all but the last hidden, and none hidden
     pays = [35 * (steps * 1024 + 8800) > 70 * steps * 512 * 1.2 + 35.5 * 4400 for steps in range(1, 128)]
     assert pays == sorted(pays, reverse=True) and pays.count(True) == 21
     assert chosen == [tuning.PAIR if pay else tuning.WIDE for pay in pays]
@@ -173,13 +175,13 @@ def test_a_short_sum_of_dh_is_a_pair_of_blocks_and_a_long_one_is_not():
 
 
 @pytest.mark.parametrize("changed", [{"n": 4104}, {"n": 4100}, {"k": 1048}])
-def test_dh_of_tiles_that_are_not_whole_has_its_multiprocessor_alone(changed):
+def test_dh_with_partial_tiles_has_one_block_per_multiprocessor(changed):
     many = tuning.WIDE if "k" in changed else tuning.SQUARE
     for rows, config in {1280: tuning.SQUARE, 10240: many}.items():
         assert tuning.get_config(replace(DH, rows=rows, **changed), CARD) == config
 
 
-def test_dh_in_fp16_has_its_multiprocessor_alone():
+def test_dh_in_fp16_has_one_block_per_multiprocessor():
     sizes = {1280: tuning.SQUARE, 10240: tuning.WIDE}  # 3 * (16 * 614 + 4400) < 2 * (16 * 1024 + 8800)
     for rows, config in sizes.items():
         assert tuning.get_config(replace(DH, rows=rows, dtype=torch.float16), CARD) == config
@@ -187,7 +189,7 @@ def test_dh_in_fp16_has_its_multiprocessor_alone():
 
 def test_a_pair_of_dh_fits_one_multiprocessor():
     for gpu in (gpu for gpu in GPUS if gpu.capability == 90):
-        needed = tuning.shared_memory(tuning.PAIR, DH) + KIB  # what each block takes for itself
+        needed = tuning.shared_memory(tuning.PAIR, DH) + KIB  # memory that each block reserves
         assert tuning.PAIR.PER_SM * needed <= gpu.shared_memory + KIB
         for config in (tuning.PAIR, tuning.WIDE, tuning.SQUARE):
             assert tuning.refuse(config, DH, gpu) is None
@@ -198,23 +200,23 @@ def test_a_pair_of_dh_fits_one_multiprocessor():
     [
         ({"gated": True}, CARD),  # spills
         ({"kind": "gemm"}, CARD),
-        ({"rows": 128}, CARD),  # small tiles stay
+        ({"rows": 128}, CARD),  # small tiles are not changed
         ({}, find("nvidia_b200")),
         ({}, find("nvidia_a100")),
     ],
 )
-def test_all_else_has_the_tiles_of_its_file(changed, gpu):
+def test_other_gemms_have_the_tiles_of_their_file(changed, gpu):
     problem = replace(DH, **changed)
     known = tuning.entries(tuning.files_of(gpu)[0])
     nearest = min(known, key=lambda entry: tuning.distance(problem, entry.problem)).config
     assert tuning.get_config(problem, gpu) == tuning.fit(nearest, problem, gpu)
 
 
-def test_dh_in_fp32_is_left_alone():
+def test_dh_in_fp32_is_not_changed():
     assert tuning.hide_end(tuning.SQUARE, replace(DH, dtype=torch.float32), CARD) == tuning.SQUARE
 
 
-def test_what_was_measured_is_not_reckoned_anew(monkeypatch, tmp_path):
+def test_a_measured_choice_is_not_replaced_by_an_estimate(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
     tuning.save("nvidia_h100", [Entry(DH, tuning.WIDE, 0.5)], "a note")
     assert tuning.get_config(DH, CARD) == tuning.WIDE
@@ -266,7 +268,7 @@ def test_search_compiles_all_neighbours_before_it_times_one():
 
 
 def test_a_workers_kernels_are_in_tritons_cache(monkeypatch, tmp_path):
-    """As a process beside this one would leave them."""
+    """As another process would leave them."""
     if os.environ.get("TRITON_INTERPRET"):
         pytest.skip("the interpreter compiles nothing")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -316,7 +318,7 @@ def test_a_gemm_that_never_ran_is_not_saved(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "launcher", lambda problem, device: None)
     monkeypatch.setattr(tune, "compile_for", lambda *what: None)
     monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(1))
-    asked = iter(range(10**6))  # of the second run's GEMMs the first's configs run, the others' do not
+    asked = iter(range(10**6))  # in the second run the first GEMM's configs run, the others' do not
     ran = lambda launch, config, device: 1.0 if next(asked) < 3 else math.inf
     before = (SOURCE / "nvidia_h100.json").read_text()
     (tmp_path / "nvidia_h100.json").write_text(before)
@@ -326,7 +328,7 @@ def test_a_gemm_that_never_ran_is_not_saved(capsys, monkeypatch, tmp_path):
         assert main(["tune", "--shape", "clip"]) == 1
         after = (tmp_path / "nvidia_h100.json").read_text()
         assert (after != before) == saved and "Infinity" not in after
-        assert "nothing tried ran" in capsys.readouterr().out
+        assert "no candidate ran" in capsys.readouterr().out
     with pytest.raises(ValueError, match="not JSON compliant"):
         tuning.save(
             "nvidia_h100",
@@ -346,7 +348,7 @@ TILES = [
 
 @pytest.fixture
 def with_tiles(monkeypatch, device, request):
-    """Force one config on every GEMM, within what its kind allows."""
+    """Force one config on every GEMM, within the limits of its kind."""
     config = request.param
 
     def choose(problem, gpu):
@@ -370,11 +372,11 @@ def test_any_tile_gives_the_same_layer(backend, device, with_tiles, activation):
         chosen = routing_from_topk(weights, routing.topk_indices, routing.num_experts)
         return expert_mlp(x, chosen, *parameters, activation)
 
-    def truth(x, weights, *parameters):
+    def expected(x, weights, *parameters):
         return reference.expert_mlp(x, weights, *plan, *parameters, activation, "none")[0]
 
     with use_backend(backend):
-        assert_as_accurate_as_torch(op, truth, x, routing.topk_weights, up, down, *biases)
+        assert_as_accurate_as_torch(op, expected, x, routing.topk_weights, up, down, *biases)
 
 
 @pytest.mark.parametrize("with_tiles", TILES, indirect=True)
