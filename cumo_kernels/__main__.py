@@ -17,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 
 def _bench(words: list[str]) -> int:
-    """The benchmarks live in the checkout, above this package: they are run, not imported."""
+    """Run the benchmarks, which are in the checkout above this package, in a subprocess."""
     if not (ROOT / "benchmarks" / "__main__.py").exists():
         print(f"bench: {ROOT} has no benchmarks/: it is part of a checkout, not of the installed package")
         return 1
@@ -29,15 +29,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cumo-kernels", description=__doc__)
     parser.add_argument("--version", action="version", version=f"cumo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("explain", help="print the backend of each op and why the others refuse")
+    command = commands.add_parser("explain", help="print each op's backend and why others are not used")
     command.add_argument("--op", choices=sorted(OPS), help="one op only")
     command.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     command.add_argument(
-        "--rows", type=int, default=4096, metavar="N", help="of tensors, default %(default)d"
+        "--rows", type=int, default=4096, metavar="N", help="rows of the tensors, default %(default)d"
     )
     command.add_argument("--columns", type=int, default=1024, metavar="N", help="default %(default)d")
-    command.add_argument("--forward", action="store_true", help="of calls without a backward pass")
-    command.add_argument("--json", action="store_true", help="an object for each op and backend")
+    command.add_argument("--forward", action="store_true", help="explain calls without a backward pass")
+    command.add_argument("--json", action="store_true", help="print JSON: one object per op and backend")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     verify.add_arguments(commands.add_parser("verify", help="check every op and backend of this machine"))
     self_check.add_arguments(

@@ -1,7 +1,7 @@
-"""The only list of activations: name -> plain torch function, its adjoint, and whether it is gated.
+"""The only list of activations: name, plain torch function, its derivative, and whether it is gated.
 
 A gated activation takes [gate, up] side by side, width 2I, and returns act(gate) * up, width I. Every
-function computes in the dtype it is given; callers pass the accumulate dtype.
+function computes in the dtype of its input; callers pass the accumulate dtype.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def _quick_gelu(z: Tensor) -> Tensor:
 
 
 def _quick_gelu_backward(grad: Tensor, z: Tensor) -> Tensor:
-    # quick_gelu(z) = silu(1.702 z) / 1.702, so their derivatives agree at 1.702 z
+    # quick_gelu(z) = silu(1.702 z) / 1.702, so its derivative at z is silu'(1.702 z)
     return torch.ops.aten.silu_backward(grad, QUICK_GELU_ALPHA * z)
 
 
@@ -49,7 +49,7 @@ class Activation:
         return self.function(gate) * up
 
     def backward(self, grad: Tensor, z: Tensor) -> Tensor:
-        """Gradient at the output (..., I) and the input z -> gradient at z."""
+        """Gradient of the output (..., I) and the input z -> gradient of z."""
         if not self.is_gated:
             return self.vjp(grad, z)
         gate, up = z.chunk(2, dim=-1)

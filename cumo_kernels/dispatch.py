@@ -1,11 +1,11 @@
-"""Which backend runs a call: one table, one rule, one error.
+"""Chooses the backend that runs a call: one table, one rule, one error.
 
-Of the backends that do not refuse and that are proven right on this GPU, by verified.json or by a self-check
-(`torch`, which is made of torch's own kernels, needs no proof), the fastest by measured.json wins, or without
-such data the first in `BACKENDS`; the reference never competes, and runs what nobody else can.
-`CUMO_BACKEND=name` or `use_backend(name)` leaves only that one, proven or not, and its refusal is then an
-error. The chosen name travels as an argument of the op, so backward and compiled graphs run on the backend
-that ran forward. Graphs being compiled get the answer of eager calls, as constants.
+A backend can run a call if it does not refuse it and if it is verified on this GPU, by verified.json or by a
+self-check (`torch`, which is made of torch's own kernels, needs no proof). Of these, the fastest according to
+measured.json runs; without such data the first in `BACKENDS`. The reference runs only what no other can run.
+`CUMO_BACKEND=name` or `use_backend(name)` leaves only that one, verified or not, and its refusal is then an
+error. The chosen name is an argument of the op, so backward and compiled graphs run on the backend that ran
+forward. In a graph that is being compiled, the choice is a constant, equal to that of an eager call.
 """
 
 import importlib
@@ -39,7 +39,7 @@ OPS = {  # op -> stem: the module of that name in every backend folder implement
     "expert_mlp_backward": "experts",
 }
 
-FORWARD = {  # backward runs where forward ran
+FORWARD = {  # backward runs on the backend that ran forward
     "route_backward": "route",
     "combine_backward": "combine",
     "grouped_gemm_weight_grad": "grouped_gemm",
@@ -55,13 +55,13 @@ def _missing(module: str) -> bool:
         return True
 
 
-# looked up once: what is installed does not change under a running program
+# cached: installed packages do not change while a program runs
 _CUDA_MISSING = extension.missing()
 _TRITON_MISSING = _missing("triton") or _missing("cumo_kernels.backends.triton")
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CUDA_EXPERTS = 256  # kMaxExperts of csrc/kernels.h
-EXPERTS_TESTED = 256  # the most that verify has in a case
+EXPERTS_TESTED = 256  # the largest number in verify's cases
 Device = torch.device | str
 
 
@@ -73,14 +73,14 @@ def _cuda_unfit(device: torch.device) -> str | None:
 @cache
 def _unfit_for_triton(device: torch.device) -> str | None:
     if torch.version.hip is not None:
-        return "it is written for NVIDIA GPUs, this torch is built for ROCm"
+        return "it is written for NVIDIA GPUs, but this torch is built for ROCm"
     if torch.cuda.is_available() and (capability := gpu_of(device).capability) < 80:
-        return f"it needs compute capability 8.0 or later, this GPU has {capability / 10}"
+        return f"it needs compute capability 8.0 or later, but this GPU has {capability / 10}"
     try:
         for stem in sorted(set(OPS.values())):
             importlib.import_module(f"cumo_kernels.backends.triton.{stem}")
-    except Exception as error:  # another release of Triton may break there in any way
-        return f"its kernels do not load with this Triton: {type(error).__name__}: {error}"
+    except Exception as error:  # another release of Triton may raise anything here
+        return f"its kernels cannot be imported with this Triton: {type(error).__name__}: {error}"
     return None
 
 
@@ -130,17 +130,17 @@ def _refuse_reference(op: str, device: Device, dtype: torch.dtype, num_experts: 
 
 @constant
 def asks_host(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `op` makes a CUDA device wait for the host under that backend, or None."""
+    """Why `op` synchronises a CUDA device with the host under that backend, or None."""
     if device.type != "cuda" or backend not in ("torch", "reference"):
         return None
     if backend == "reference":
-        return "it asks the host where experts begin"
+        return "it reads the expert offsets on the host"
     if OPS[op] not in ("grouped_gemm", "experts") or not torch.cuda.is_available():
         return None
     generation = gpu_of(device).capability // 10
     if dtype == torch.bfloat16 and generation in (9, 10) and torch.version.hip is None:
         return None
-    return "grouped_mm asks the host where experts begin, but in bf16 on compute capability 9.x and 10.x"
+    return "grouped_mm reads the offsets on the host, except in bf16 on compute capability 9.x and 10.x"
 
 
 def _while_capturing(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -159,12 +159,12 @@ def _capturing(device: torch.device) -> bool:
 def _proofs(
     names: tuple[str, ...], op: str, device: torch.device, dtype: torch.dtype, compiling: bool, asking: bool
 ) -> tuple[tuple[bool, str, bool], ...]:
-    """For each of `names` whether it may run such a call unasked, why, and whether that is final.
+    """For each of `names`: whether it may run such a call unforced, why, and whether that is final.
 
-    `asking`: nobody calls now.
+    `asking`: an explanation is wanted, no call is made.
     """
     if (device.type == "cuda" and _INTERPRET) or (device.type != "cuda" and gpu_of(device) is INTERPRETER):
-        return ((False, "on CPU tensors, or interpreted, it is slow and for tests", True),) * len(names)
+        return ((False, "on CPU tensors, or interpreted, it is slow and only for tests", True),) * len(names)
     may_check = not (compiling or asking or _capturing(device))
     found = proofs.proofs(names, op, dtype, device, may_check)
     if compiling and not asking and not all(proof.is_final for proof in found):

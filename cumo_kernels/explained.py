@@ -1,4 +1,4 @@
-"""python -m cumo_kernels explain: one table of ops and backends, and below it every reason once.
+"""python -m cumo_kernels explain: a table of ops and backends, and below it each reason once.
 
 expert_mlp           chosen 1       refused 2      able           able 3
 1  verified on nvidia_h100, 2026-11-28, torch 2.11, triton 3.6, 36 cases
@@ -15,13 +15,13 @@ from cumo_kernels.verification import verified
 
 
 def machine(device: torch.device) -> str:
-    """What the verdicts are about, in words."""
+    """The device and software versions that the verdicts apply to, as text."""
     name = gpu_of(device).name if device.type == "cuda" else device.type
     return f"{name}, torch {torch.__version__}, triton {verified.triton_version()}"
 
 
 def table(ops: Iterable[str], x: torch.Tensor, with_backward: bool = True) -> str:
-    """A row per op, a column per backend, for tensors like `x`; numbers lead to the reasons below."""
+    """A row per op and a column per backend, for tensors like `x`; numbers refer to the reasons below."""
     notes: dict[str, int] = {}
     rows = [(str(x.dtype).removeprefix("torch."), *(row.name for row in dispatch.BACKENDS))]
     for op in ops:
@@ -39,7 +39,7 @@ def table(ops: Iterable[str], x: torch.Tensor, with_backward: bool = True) -> st
 
 
 def as_json(ops: Iterable[str], x: torch.Tensor, with_backward: bool = True) -> str:
-    """The same as JSON: an object per op and backend; `source` is the hash that a proof has to name."""
+    """The same as JSON: an object per op and backend; `source` is the hash that a proof must have."""
     rows = [
         {
             "machine": machine(x.device),

@@ -3,7 +3,7 @@
 CUMO_JIT=1      in a checkout without `_C`: compile for this machine's GPU on first use, into build/
 CUMO_EMULATE=1  compile the same kernels for the CPU with g++ (csrc/emulate.h): slow, for tests without a GPU
 
-setup.py reads `ARCHITECTURES` and the flags from here, so that both ways build the same thing.
+setup.py uses the same `ARCHITECTURES` and flags, so that both ways build the same code.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
-# A100, Hopper with its own instructions, data-centre Blackwell, and Blackwell workstations and what follows
+# A100, Hopper with its own instructions, data-centre Blackwell, and Blackwell workstations and later
 ARCHITECTURES = "8.0;9.0a;10.0;12.0+PTX"
-# torch adds the -std= that its own headers need: C++17 for 2.11, C++20 for 2.15; csrc/ is content with either
+# torch adds the -std= that its own headers need: C++17 for 2.11, C++20 for 2.15; csrc/ compiles with either
 CXX_FLAGS = ["-O3", "-fvisibility=hidden"]
-# O1: the compiler's time counts too, and threads of a block take turns anyway
+# O1: compile time matters too, and threads of a block run one at a time anyway
 EMULATION_FLAGS = ["-O1", "-fvisibility=hidden", "-DCUMO_EMULATE", "-Wno-unknown-pragmas"]
 
 EMULATE = os.environ.get("CUMO_EMULATE") == "1"
@@ -32,15 +32,15 @@ JIT = os.environ.get("CUMO_JIT") == "1"
 
 
 def nvcc_flags(architectures: str) -> list[str]:
-    """For `architectures` as in TORCH_CUDA_ARCH_LIST; without 9.0a Hopper runs what the others do."""
+    """For `architectures` as in TORCH_CUDA_ARCH_LIST; without 9.0a Hopper runs the kernels of Ampere."""
     flags = ["-O3", "-lineinfo"]
     return [*flags, "-DCUMO_SM90A"] if "9.0a" in architectures else flags
 
 
 def choose_architectures(asked: str) -> tuple[str, list[str]]:
-    """-> of a TORCH_CUDA_ARCH_LIST what csrc/ compiles for, and what to tell the user; "" if nothing is left.
+    """-> the part of a TORCH_CUDA_ARCH_LIST that csrc/ compiles for ("" if none), and notes for the user.
 
-    Containers put long lists into the environment, which nobody asked for with these kernels in mind.
+    Containers set long lists in the environment that were not chosen for these kernels.
     """
     names = re.split(r"[;\s]+", asked.strip())
     old = [name for name in names if re.match(r"[1-7]\.|Kepler|Maxwell|Pascal|Volta|Turing", name)]
@@ -52,10 +52,10 @@ def choose_architectures(asked: str) -> tuple[str, list[str]]:
 
 
 def runs_on(capability: tuple[int, int], architectures: str) -> bool:
-    """Whether what was compiled for `architectures` runs on a GPU of that compute capability."""
+    """Whether code compiled for `architectures` runs on a GPU of that compute capability."""
     for name in architectures.split(";"):
         known = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
-        if known is None:  # the name of a generation: torch knows what it means
+        if known is None:  # the name of a generation, which only torch can translate
             return True
         built, suffix = (int(known[1]), int(known[2])), known[3]
         same = built == capability if suffix == "a" else built[0] == capability[0] and built <= capability
@@ -73,12 +73,12 @@ def best_of(capability: tuple[int, int], architectures: str) -> str:
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """What a GPU of that compute capability is called in TORCH_CUDA_ARCH_LIST."""
+    """The name of a GPU of that compute capability in TORCH_CUDA_ARCH_LIST."""
     return "9.0a" if capability == (9, 0) else ".".join(map(str, capability))
 
 
 def hash_of_files(paths: Iterable[Path], root: Path, options: str = "") -> str:
-    """Of the files among `paths`, by name under `root` and by byte, and of the build's `options`."""
+    """Hash of the files among `paths` (name under `root` and bytes) and of the build's `options`."""
     digest = hashlib.sha256()
     for path in sorted(filter(Path.is_file, paths)):
         data = path.read_bytes()
@@ -89,20 +89,20 @@ def hash_of_files(paths: Iterable[Path], root: Path, options: str = "") -> str:
 
 
 def hash_of_sources(csrc: Path = CSRC) -> str:
-    """Of csrc/: what `_C` says it was built from."""
+    """Hash of csrc/, which a built `_C` carries."""
     return hash_of_files(csrc.iterdir(), csrc)
 
 
 @cache
 def outdated() -> str | None:
-    """Why what `_C` computes need not be what csrc/ says, or None: it was built from another state of it."""
+    """Why `_C` may not match csrc/, or None: it was built from other sources."""
     if EMULATE or JIT or missing() is not None or not (CSRC / "bindings.cpp").exists():
         return None
     if (reason := unusable()) is not None:
         return reason
     if getattr(load(), "source", "unknown") == hash_of_sources():
         return None
-    return "cumo_kernels._C was built from another csrc/ than this tree's: build it again"
+    return "cumo_kernels._C was built from a csrc/ other than this tree's: build it again"
 
 
 def sources(csrc: Path = CSRC) -> list[Path]:
@@ -111,7 +111,7 @@ def sources(csrc: Path = CSRC) -> list[Path]:
 
 @cache
 def missing() -> str | None:
-    """Why `load` would fail, or None. Asked once: what is installed does not change under a program."""
+    """Why `load` would fail, or None. Cached: an installation does not change while a program runs."""
     if EMULATE or JIT:
         wish = "CUMO_EMULATE=1" if EMULATE else "CUMO_JIT=1"
         if not (CSRC / "bindings.cpp").exists():
@@ -123,7 +123,7 @@ def missing() -> str | None:
 
 
 def unusable() -> str | None:
-    """Why what is built does not load, or None: for calls on a GPU; those on the CPU never load it."""
+    """Why the built extension cannot be loaded, or None; only calls on a GPU load it."""
     if EMULATE or JIT:
         return None
     try:
@@ -135,7 +135,7 @@ def unusable() -> str | None:
 
 @cache
 def unfit(device) -> str | None:
-    """Why what is installed does not run on that GPU, or None."""
+    """Why the installed extension cannot run on that GPU, or None."""
     import torch
 
     if EMULATE or JIT or not torch.cuda.is_available():
@@ -147,7 +147,7 @@ def unfit(device) -> str | None:
     if runs_on(capability, architectures):
         return None
     version = ".".join(map(str, capability))
-    return f"cumo_kernels._C was built for {architectures}, this GPU is {version}: build it again here"
+    return f"cumo_kernels._C was built for {architectures}, but this GPU is {version}: build it here"
 
 
 @cache
@@ -168,7 +168,7 @@ def load() -> ModuleType:
     """The module with the launchers.
 
     Raises:
-        RuntimeError: compiling failed; the message has the compiler's. Or what was built does not fit torch.
+        RuntimeError: compiling failed (the message contains the compiler's), or the build does not fit torch.
     """
     if EMULATE:
         return _compile("cumo_emulated", _as_cpp(sources()), EMULATION_FLAGS)
@@ -182,8 +182,8 @@ def load() -> ModuleType:
     except ImportError as error:
         raise RuntimeError(f"{again}: {error}") from error
     built, running = getattr(module, "torch", "an older one"), torch.__version__.split("+")[0]
-    if built != running:  # it may load, and take one field of a tensor for another
-        raise RuntimeError(f"{again}: for {built}, this is {running}")
+    if built != running:  # it may load but read the wrong fields of a tensor
+        raise RuntimeError(f"{again}: it was built for {built}, this is {running}")
     return module
 
 
@@ -197,7 +197,7 @@ def _build_directory(name: str) -> Path:
 
 
 def _as_cpp(files: list[Path]) -> list[Path]:
-    """A .cpp beside the objects for each .cu, since torch would hand that to nvcc."""
+    """Write a .cpp for each .cu into the build directory, since torch would compile a .cu with nvcc."""
     directory = _build_directory("cumo_emulated")
     found = []
     for path in files:
@@ -215,10 +215,10 @@ def _as_cpp(files: list[Path]) -> list[Path]:
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """One process at a time compiles in `directory`, whatever became of those before.
+    """One process at a time compiles in `directory`, even after an earlier one was killed.
 
-    torch has a lock of its own there, a file that stays when its process is killed, and for which others wait
-    for ever. Ours goes with its process, so that whoever has it knows torch's to be nobody's.
+    torch has its own lock there: a file that remains when its process is killed, and then blocks all others
+    for ever. Our lock ends with its process. So the process that holds ours may remove torch's.
     """
     import fcntl  # not on Windows, where nothing is compiled on first use
 
@@ -227,7 +227,7 @@ def _alone(directory: Path) -> Iterator[None]:
         left = directory / "lock"
         if left.exists():
             print(
-                f"cumo_kernels: {left} is of a process that was killed; it is removed, and compiling goes on",
+                f"cumo_kernels: removed {left}, left by a killed process; compiling",
                 file=sys.stderr,
             )
             left.unlink()

@@ -1,4 +1,4 @@
-"""Files of ours: written in one move, and where a user's cache is."""
+"""File helpers: atomic writes, and the location of the user's cache."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, readable for all; an error leaves nothing beside it."""
+    """Replace `path` atomically, readable for all users; an error leaves no temporary file."""
     handle, part = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
         with os.fdopen(handle, "w") as file:
@@ -24,7 +24,7 @@ def user_cache() -> Path:
     """$CUMO_CACHE, else $XDG_CACHE_HOME/cumo or ~/.cache/cumo.
 
     Raises:
-        RuntimeError: the user has no home.
+        RuntimeError: the user has no home directory.
     """
     if asked := os.environ.get("CUMO_CACHE"):
         return Path(asked).expanduser()

@@ -1,6 +1,6 @@
-"""Code that must not make a GPU wait for the host: inside `no_host_sync` a call that would is an error.
+"""Detects host synchronisation: inside `no_host_sync` a call that makes a GPU wait for the host raises.
 
-Works on CPU tensors too, so that what a GPU would wait for is found without one.
+It works on CPU tensors too, so that such calls are found without a GPU.
 """
 
 import sys
@@ -15,29 +15,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cumo_kernels.tracing import run_inside
 
 _ATEN = torch.ops.aten
-# their result, or its shape, is a number that the host has to read
+# the host must read their result, or its shape
 _READS = {
     _ATEN._local_scalar_dense, _ATEN.nonzero, _ATEN.masked_select, _ATEN.equal, _ATEN.bincount,
     _ATEN._unique, _ATEN._unique2, _ATEN.unique_dim, _ATEN.unique_consecutive, _ATEN.is_nonzero,
 }  # fmt: skip
 _INDEXED = {_ATEN.index, _ATEN.index_put, _ATEN.index_put_, _ATEN._index_put_impl_, _ATEN._unsafe_index}
 _COPIES = {_ATEN._to_copy, _ATEN.copy_, _ATEN.copy}
-# these read a CPU tensor's memory without a word to the dispatcher
+# these read a CPU tensor's memory without a call of the dispatcher
 _SILENT = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
-INTERPRETER = "triton.runtime.interpreter"  # stands in for a GPU, and reads what a GPU would
+INTERPRETER = "triton.runtime.interpreter"  # emulates a GPU and reads tensors on its behalf
 
 
-_guarding = False  # inside no_host_sync CPU tensors stand for a GPU's
+_guarding = False  # inside no_host_sync, CPU tensors are treated as CUDA tensors
 
 
 def values_at_hand(tensor: Tensor) -> bool:
-    """Whether looking at the values costs no sync and happens at run time (not while a graph is traced)."""
+    """Whether reading the values needs no sync and happens at run time (not while a graph is traced)."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and not _guarding
     return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class HostSync(RuntimeError):
-    """A call for which a GPU's queue has to run empty."""
+    """A call that must wait until a GPU's queue is empty."""
 
 
 def _called_from(modules: tuple[str, ...]) -> bool:
@@ -51,13 +51,13 @@ def _called_from(modules: tuple[str, ...]) -> bool:
 
 def _why(op, args: tuple, kwargs: dict) -> str | None:
     if op in _READS:
-        return "its result is read by the host"
+        return "the host reads its result"
     if op is _ATEN.repeat_interleave and isinstance(args[-1], Tensor) and "output_size" not in kwargs:
         return "its shape depends on data"
     if op in _INDEXED and any(
         isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
     ):
-        return "a mask as an index makes a shape that depends on data"
+        return "with a mask as index, its shape depends on data"
     if op in _COPIES:
         source = args[1] if op is not _ATEN._to_copy else args[0]
         target = kwargs.get("device") if op is _ATEN._to_copy else args[0].device
@@ -75,7 +75,7 @@ class _Excusing:
 class _Dispatched(_Excusing, TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "cumo":  # an op of ours: look inside
+        if func.namespace == "cumo":  # one of our ops: check its implementation
             tensor = next(a for a in args if isinstance(a, Tensor))
             return run_inside(self, func, tensor.device.type, args, kwargs)
         reason = _why(func.overloadpacket, args, kwargs)
@@ -95,11 +95,12 @@ class _Called(_Excusing, TorchFunctionMode):
 def no_host_sync(*excused: str) -> Iterator[None]:
     """Inside, a call that makes a GPU wait for the host raises HostSync, on CPU tensors too.
 
-    Args:
-        excused: modules whose calls may, "transformers.masking_utils".
+    Not detected: what an operator does below torch's dispatcher (the loop of grouped_mm, the workspace of
+    sort), and backward passes in other threads, as for CUDA tensors; torch.cuda.set_sync_debug_mode detects
+    those.
 
-    Not seen: what an operator does below torch's dispatcher (grouped_mm where it loops, sort's scratch), and
-    backward passes that other threads run, as those of CUDA tensors; set_sync_debug_mode sees these there.
+    Args:
+        excused: modules whose calls may wait, such as "transformers.masking_utils".
     """
     global _guarding
     before, _guarding = _guarding, True

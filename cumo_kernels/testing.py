@@ -1,4 +1,4 @@
-"""Checks for users' own kernels too: routings, the accuracy rule, poisoned memory."""
+"""Checks for users' own kernels: routings, the accuracy rule, uninitialised memory filled with NaN."""
 
 from cumo_kernels.verification.accuracy import (
     PATTERNS,

@@ -1,4 +1,4 @@
-"""How torch's compiler and its dispatch modes treat our functions."""
+"""Helpers for torch's compiler and dispatch modes."""
 
 from collections.abc import Callable
 
@@ -7,16 +7,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def constant(function: Callable) -> Callable:
-    """Decorator: asks what only Python at large can answer; in a graph being compiled that is a constant.
+    """Decorator: call the function in plain Python while a graph is compiled; its result is a constant there.
 
-    As torch.compiler.assume_constant_result, which would import the compiler, a second's worth.
+    Like torch.compiler.assume_constant_result, which would import the compiler and take a second.
     """
     function._dynamo_marked_constant = True
     return function
 
 
 def run_inside(mode: TorchDispatchMode, func, device_type: str, args: tuple, kwargs: dict):
-    """The implementation of an op of ours on that device, seen by `mode` operator by operator."""
+    """Run the implementation of one of our ops on that device, with each of its operators seen by `mode`."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device_type.upper()))
     with mode:
         return func.redispatch(keys, *args, **kwargs)

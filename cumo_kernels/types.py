@@ -1,4 +1,4 @@
-"""The routing plan of one MoE layer, and the one place where shape letters are defined.
+"""The routing plan of one MoE layer, and the only definition of the shape letters.
 
 T  num_tokens          rows after flattening batch and sequence
 E  num_experts         experts in the layer
@@ -6,7 +6,7 @@ K  top_k               experts per token
 S  num_slots           T * K; a slot is one (token, choice) pair, numbered token * K + choice
 H  hidden_size         width of a token
 I  intermediate_size   inner width of an expert
-O  output_size         width an expert returns (H unless said otherwise)
+O  output_size         output width of an expert (H unless stated otherwise)
 G  num_groups          sets of tokens over which router statistics are averaged (crop, image, batch)
 N, K of a GEMM         rows and columns of one expert's (N, K) weight, as in torch.nn.Linear
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RouterStats:
-    """What the auxiliary losses need, per group of tokens.
+    """Inputs of the auxiliary losses, per group of tokens.
 
     A group without tokens has zeros. Gradients flow through `mean_probs` and `mean_squared_logsumexp`.
     """
@@ -31,11 +31,11 @@ class RouterStats:
 
 @dataclass(frozen=True)
 class Routing:
-    """Which token goes to which expert with what weight, and the sort that groups slots by expert.
+    """Which token goes to which expert with which weight, and the sort that groups slots by expert.
 
-    Sorted position p belongs to expert e when expert_offsets[e] <= p < expert_offsets[e + 1]; inside an
-    expert, slots keep their order. A slot whose expert index is E ("dropped", as expert parallelism
-    produces) is sorted past expert_offsets[E] and has inverse_permutation -1: it contributes nothing.
+    Sorted position p belongs to expert e when expert_offsets[e] <= p < expert_offsets[e + 1]; within an
+    expert, slots keep their order. A slot whose expert index is E is dropped (expert parallelism makes such
+    slots): it is sorted past expert_offsets[E], has inverse_permutation -1, and contributes nothing.
     """
 
     topk_weights: Tensor  # (T, K) fp32; rows sum to 1 when renormalised; carries gradient
@@ -69,5 +69,5 @@ class Routing:
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over `dtype` values are kept: fp64 for fp64, fp32 for the rest."""
+    """The dtype in which sums over `dtype` values are accumulated: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

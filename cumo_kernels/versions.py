@@ -1,4 +1,4 @@
-"""The releases of other packages that cumo is tested with, and a warning where a newer one runs."""
+"""The versions of other packages that cumo is tested with, and a warning if a newer one is installed."""
 
 import platform
 import re
@@ -25,7 +25,7 @@ def installed(package: str) -> str | None:
 
 
 def minor(version: str) -> tuple[int, ...]:
-    """(2, 15) of "2.15.0+cu130": what a release may break."""
+    """(2, 15) of "2.15.0+cu130": the part in which an incompatible change can be expected."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
@@ -35,7 +35,7 @@ def series(version: str) -> str:
 
 
 def untested(package: str) -> str | None:
-    """What to say of a package whose installed release is newer than the newest tested, or None."""
+    """A message for a package whose installed release is newer than the newest tested, else None."""
     found, newest = installed(package), TESTED[package][1]
     if found is None or minor(found) <= minor(newest):
         return None
@@ -45,7 +45,7 @@ def untested(package: str) -> str | None:
 
 
 def warn_of_untested() -> None:
-    """One UserWarning that names every package newer than what cumo was tested with."""
+    """Issue one UserWarning that names every package newer than the newest tested release."""
     found = [words for package in TESTED if (words := untested(package)) is not None]
     if found:
         warnings.warn(

@@ -1,1 +1,1 @@
-"""Doors into other libraries, opened by importing them."""
+"""Integrations with other libraries; importing one registers it."""

@@ -2,13 +2,13 @@
 
     import cumo_kernels.integrations.transformers
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="cumo")
-    model.set_experts_implementation("cumo")        # or later, on a model that is there
+    model.set_experts_implementation("cumo")        # or later, on an existing model
 
-A model's router chooses; its experts module, stacked weights under the names of transformers' experts
-interface, then runs here. Plain and gated MLPs whose activation is in `cumo_kernels.ACTIVATIONS` are one
-`expert_mlp`. A gate of the model's own (gpt-oss clamps and interleaves), transposed weights or a norm of each
-expert's rows take two `grouped_gemm`. What neither serves, transformers' own grouped_mm runs, with the reason
-logged once.
+A model's router chooses the experts; its experts module (stacked weights, under the names of transformers'
+experts interface) then runs here. Plain and gated MLPs whose activation is in `cumo_kernels.ACTIVATIONS` run
+as one `expert_mlp`. Experts with a gate function of their own (gpt-oss clamps and interleaves), transposed
+weights or a norm of each expert's rows run as two `grouped_gemm`. Anything else falls back to transformers'
+own grouped_mm; the reason is logged once.
 """
 
 import torch
@@ -88,7 +88,7 @@ def cumo_experts_forward(
     Args:
         self: an experts module whose class has `@use_experts_implementation`.
         hidden_states: (T, H).
-        top_k_index: (T, K) integers; `self.num_experts` itself drops a slot, as expert parallelism wants.
+        top_k_index: (T, K) integers; the value `self.num_experts` drops a slot, as expert parallelism needs.
         top_k_weights: (T, K) float.
 
     Returns:
@@ -100,7 +100,7 @@ def cumo_experts_forward(
         return ALL_EXPERTS_FUNCTIONS[FALLBACK](self, hidden_states, top_k_index, top_k_weights)
     routing = routing_from_topk(top_k_weights, top_k_index, self.num_experts)
     up, down, up_bias, down_bias = _weights(self)
-    x = hidden_states.to(up.dtype)  # a no-op but where a norm keeps fp32 in a half-precision model
+    x = hidden_states.to(up.dtype)  # changes the dtype only where a norm keeps fp32 in a half-precision model
     activation = fused_activation(self)
     if activation is not None:
         out = expert_mlp(x, routing, up, down, up_bias, down_bias, activation)
@@ -113,7 +113,7 @@ def cumo_experts_forward(
 
 
 def explain(model: nn.Module) -> str:
-    """One line per experts module of a transformers model: how "cumo" runs it, or why it does not."""
+    """One line per experts module of a transformers model: how "cumo" runs it, or why it cannot."""
     lines = []
     for name, module in model.named_modules():
         if not all(hasattr(module, flag) for flag in ("has_gate", "is_transposed", "is_concatenated")):

@@ -1,4 +1,4 @@
-"""Contracts: one file per stem with its checks, torch.library op, fake, adjoint and public docstring."""
+"""Public ops: one file per stem with its checks, torch.library op, fake, adjoint and public docstring."""
 
 from cumo_kernels.ops.activation import activate
 from cumo_kernels.ops.experts import expert_mlp

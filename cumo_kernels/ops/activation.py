@@ -1,4 +1,4 @@
-"""activate: an elementwise activation, plain or gated, on rows of any number."""
+"""activate: an elementwise activation, plain or gated, of tensors of any shape."""
 
 from torch import Tensor
 

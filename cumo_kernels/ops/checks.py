@@ -1,4 +1,4 @@
-"""The public edge: every error names the argument, what was wanted and what was got."""
+"""Checks of public arguments: every error names the argument, what was wanted and what was passed."""
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def check_top_k(top_k: int, num_experts: int) -> None:
 
 
 def check_offsets(name: str, offsets: Tensor, last: int, first: int | None = None) -> None:
-    """Ascending from `first` (any start, if None) to at most `last`; seen only where values are at hand."""
+    """Check ascent from `first` (None: any) to at most `last`, where reading values needs no sync."""
     if not values_at_hand(offsets):
         return
     values = offsets.tolist()
@@ -65,7 +65,7 @@ def check_offsets(name: str, offsets: Tensor, last: int, first: int | None = Non
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under torch.autocast, the tensors in autocast's dtype, as nn.Linear would see them; else unchanged."""
+    """Under torch.autocast, the tensors in autocast's dtype, as nn.Linear would cast them; else unchanged."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

@@ -1,8 +1,8 @@
-"""cumo::name for torch's dispatcher, and a shorter way to the same function where nothing needs it.
+"""Registers cumo::name with torch's dispatcher, and gives plain eager calls a shorter path.
 
-torch.library gives an op what compilers, dispatch modes and transforms ask for, and costs more of the host's
-time than a launch. Eager calls on plain tensors, nearly all there are, take an autograd.Function instead, or
-no detour at all where nothing requires a gradient.
+torch.library provides what compilers, dispatch modes and transforms need, and costs more host time than a
+launch. Eager calls on plain tensors, which are nearly all calls, use an autograd.Function instead, or call
+the function directly where nothing requires a gradient.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _PLAIN = {Tensor, torch.nn.Parameter, NoneType, bool, int, str}
 
 
 def _is_plain(args: tuple) -> bool:
-    """Whether a call can pass by the dispatcher: eager, without subclasses, dispatch modes or transforms."""
+    """Whether a call can bypass the dispatcher: eager, without subclasses, dispatch modes or transforms."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -28,9 +28,9 @@ def _is_plain(args: tuple) -> bool:
 
 
 def _without_autocast(function: Callable) -> Callable:
-    """What autocast had to say was said before; backward may run under one that forward did not see.
+    """Run `function` with autocast off: inputs are cast already, and backward may run under another autocast.
 
-    Here and in no backend: a product in another dtype than its operands' is read by kernels as the operands'.
+    Backends rely on this: a kernel reads a product in the dtype of its operands, which autocast would change.
     """
 
     @wraps(function)
@@ -45,7 +45,7 @@ def _without_autocast(function: Callable) -> Callable:
 
 
 class Op:
-    """What `define` makes of a function, and is called like it; `op` is what the dispatcher knows."""
+    """The result of `define`, called like the function; `op` is the op registered with the dispatcher."""
 
     def __init__(self, name: str, function: Callable):
         self._function = _without_autocast(function)
@@ -54,11 +54,11 @@ class Op:
         self.register_fake = self.op.register_fake
 
     def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
-        """As of torch.library.custom_op."""
+        """Like the method of the same name of torch.library.custom_op."""
         self.op.register_autograd(backward, setup_context=setup_context)
 
         def forward(ctx, *args):
-            # one function: a setup_context of its own has torch inspect a signature at every call
+            # one function: with a separate setup_context torch inspects a signature at every call
             output = self._function(*args)
             setup_context(ctx, args, output)
             return output
@@ -71,10 +71,10 @@ class Op:
             return self.op(*args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return self._function(*args)
-        # without a formula the op says so; kernels would pass for constants
+        # an op without a backward formula raises; called directly, its result would count as a constant
         return self.op(*args) if self._node is None else self._node.apply(*args)
 
 
 def define(name: str) -> Callable[[Callable], Op]:
-    """Decorator: the function becomes the op `name` ("cumo::..."), the first of its arguments a tensor."""
+    """Decorator: registers the function as op `name` ("cumo::..."); its first argument is a tensor."""
     return lambda function: Op(name, function)

@@ -1,6 +1,6 @@
 """expert_mlp: the whole expert layer as one autograd node with its own backward.
 
-One node, so that a backend can fuse across its steps, skip what needs no gradient, and choose what to keep.
+One node, so that a backend can fuse its steps, skip gradients that are not needed, and choose what to save.
 """
 
 import math
@@ -132,7 +132,7 @@ def _save(ctx, inputs, output):
     _, z, a = output
     ctx.save_for_backward(*tensors, z, a)
     ctx.mark_non_differentiable(z, a)
-    ctx.set_materialize_grads(False)  # else autograd fills zeros of the size of z, which nobody reads
+    ctx.set_materialize_grads(False)  # else autograd allocates zeros of the size of z, which are never read
 
 
 def _backward(ctx, grad, _z, _a):
@@ -187,8 +187,8 @@ def _flops(*shapes, out_shape=None, **kwargs):
 
 @register_flop_formula(torch.ops.cumo.expert_mlp_backward)
 def _flops_backward(*shapes, out_shape=None, **kwargs):
-    """Twice the forward, all gradients assumed wanted; recomputation not counted."""
-    return 2 * _flops(*shapes[1:8])  # behind the upstream gradient the forward's own arguments
+    """Twice the forward, assuming that all gradients are needed; recomputation is not counted."""
+    return 2 * _flops(*shapes[1:8])  # the forward's arguments follow the upstream gradient
 
 
 def expert_mlp(
@@ -203,7 +203,7 @@ def expert_mlp(
 ) -> Tensor:
     """sum_k topk_weights[t, k] * (act(x[t] @ up_proj[e].T + up_bias[e]) @ down_proj[e].T + down_bias[e]).
 
-    e is topk_indices[t, k]. 2 * S * (rows of up_proj * H + O * I) FLOPs forward, twice that backward.
+    Here e is topk_indices[t, k]. 2 * S * (rows of up_proj * H + O * I) FLOPs forward, twice that backward.
 
     Args:
         x: (T, H) float.
@@ -213,14 +213,14 @@ def expert_mlp(
         up_bias: (E, I) or (E, 2I).
         down_bias: (E, O).
         activation: name from `cumo_kernels.activations`.
-        memory: what is kept for backward: "x" only the input (GEMM 1 runs again), "preact" also the (S, I)
+        memory: what is saved for backward: "x" only the input (GEMM 1 runs again), "preact" also the (S, I)
             pre-activation, "all" also the activation.
 
     Returns:
         (T, O), dtype of `x`, or autocast's.
 
     Raises:
-        ValueError: a shape, dtype, device or name does not fit; the message names the argument.
+        ValueError: a shape, dtype, device or name is wrong; the message names the argument.
     """
     check_float("x", x)
     x, up_proj, down_proj, up_bias, down_bias = autocast(x, up_proj, down_proj, up_bias, down_bias)

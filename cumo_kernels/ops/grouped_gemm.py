@@ -1,7 +1,7 @@
-"""grouped_gemm: every expert's rows times that expert's weight, ragged in rows.
+"""grouped_gemm: the rows of every expert times that expert's weight; the number of rows varies by expert.
 
-Its adjoints are the same op with transposed weights (for the input) and the k-grouped form, ragged in the
-reduction (for weight and bias).
+The gradient of the input is the same op with transposed weights. The gradient of weight and bias is the
+k-grouped form, in which the reduction runs over an expert's rows.
 """
 
 from torch import Tensor
@@ -80,7 +80,7 @@ def _save(ctx, inputs, output):
     ctx.top_k, ctx.activation, ctx.backend = top_k, activation, backend
     ctx.save_for_backward(x, weight, expert_offsets, permutation, inverse_permutation, pre_activation)
     ctx.mark_non_differentiable(pre_activation)
-    ctx.set_materialize_grads(False)  # else autograd fills zeros of its size, which nobody reads
+    ctx.set_materialize_grads(False)  # else autograd allocates zeros of its size, which are never read
 
 
 def _backward(ctx, grad, _):
@@ -98,7 +98,7 @@ def _backward(ctx, grad, _):
         if permutation is not None:
             dx = _combine(dx, None, permutation, inverse_permutation, ctx.top_k, ctx.backend)
     if need_weight or need_bias:
-        # the bias alone: beside the least weight gradient that a backend computes
+        # only the bias: with the smallest weight gradient that a backend can compute
         columns = x if need_weight else x[:, :1]
         dweight, dbias = _grouped_gemm_weight_grad(
             grad, columns, expert_offsets, permutation, inverse_permutation, ctx.top_k, need_bias, ctx.backend
@@ -134,7 +134,7 @@ def grouped_gemm(
         (S, N), or (S, N / 2) for a gated activation; dtype of `x`, or autocast's.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or, on the CPU, the offsets do not ascend from 0
+        ValueError: a shape, dtype or device is wrong, or, on the CPU, the offsets do not ascend from 0
             to at most S; the message names the argument.
     """
     check_float("x", x)

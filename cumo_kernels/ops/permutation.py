@@ -1,4 +1,4 @@
-"""permute and combine: the adjoint pair between token order and expert order."""
+"""permute and combine: from token order to expert order and back; each is the adjoint of the other."""
 
 from torch import Tensor
 

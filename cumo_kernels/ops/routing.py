@@ -36,7 +36,7 @@ def _route(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments = (x, gate_weight, group_offsets, num_groups, top_k, renormalize)
-    if compat is not None:  # torch.topk's own choice among equals, which no kernel repeats
+    if compat is not None:  # torch.topk's own order of ties, which no kernel reproduces
         return dispatch.implementation("torch", "route")(*arguments, compat)
     return dispatch.implementation(backend, "route")(*arguments)
 
@@ -121,13 +121,13 @@ _route.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.cumo.route)
 def _flops(x, gate_weight, *shapes, out_shape=None, **kwargs):
-    """2 * T * E * H for the gate; the rest is no GEMM."""
+    """2 * T * E * H for the gate; the rest is not a GEMM."""
     return 2 * math.prod(x) * gate_weight[0] if gate_weight is not None else 0
 
 
 @register_flop_formula(torch.ops.cumo.route_backward)
 def _flops_backward(*shapes, out_shape=None, **kwargs):
-    """The wanted gradients of the gate's GEMM; the recomputed logits not counted."""
+    """The needed gradients of the gate's GEMM; the recomputed logits are not counted."""
     need_x, need_gate = shapes[8:10]
     return (need_x + need_gate) * _flops(*shapes[3:5])
 
@@ -174,26 +174,26 @@ def route(
 ) -> Routing:
     """Softmax, top-k, renormalised weights, loss statistics, and the stable sort of slots by expert.
 
-    CuMo section 3.1 (arXiv 2405.05949) as its code computes it: weights are divided by their sum. Ties go
-    to the lowest expert index; with `compat` to whom torch.topk gives them on this device.
+    CuMo section 3.1 (arXiv 2405.05949) as its code computes it: weights are divided by their sum. Ties go to
+    the lowest expert index; with `compat`, to the one that torch.topk chooses on this device.
 
     Args:
         x: (T, E) router logits, or (T, H) hidden states when `gate_weight` is given.
         top_k: experts per token, 1 <= top_k <= E.
         gate_weight: (E, H), dtype of `x`; logits are x @ gate_weight.T.
-        groups: what one balance loss averages over. An int G: G equal runs of consecutive tokens (crops,
-            images); a (G + 1,) int32 tensor of offsets: runs of any length, tokens outside of all
-            counting in none.
+        groups: the sets of tokens over which a balance loss averages. An int G: G equal runs of consecutive
+            tokens (crops, images). A (G + 1,) int32 tensor of offsets: runs of any length; tokens outside
+            all runs are not counted.
         renormalize: divide each token's weights by their sum.
         compat: None computes in fp32; "cumo" repeats the original's rounding in CLIP and connector,
-            "cumo_llm" that in Mixtral. Both choose and round by torch's own operators under every backend,
-            which then sorts, and computes the gradients.
+            "cumo_llm" that in Mixtral. Both choose and round with torch's own operators under every backend;
+            the backend then sorts and computes the gradients.
 
     Returns:
         Routing with `stats`. Weights and statistics are fp32 (fp64 for fp64 input).
 
     Raises:
-        ValueError: a shape, dtype or value does not fit. On the CPU also when a row of logits has no finite
+        ValueError: a shape, dtype or value is wrong. On the CPU also when a row of logits has no finite
             maximum (NaN, +inf, or only -inf); on a GPU such a row yields NaN weights instead of a sync.
     """
     check_float("x", x)
@@ -225,7 +225,7 @@ def route(
 
 
 def routing_from_topk(topk_weights: Tensor, topk_indices: Tensor, num_experts: int) -> Routing:
-    """The plan for experts somebody else has chosen (a transformers router, a fixed assignment).
+    """The plan for experts that other code has chosen (a transformers router, a fixed assignment).
 
     Args:
         topk_weights: (T, K) float; gradients flow back into it.
@@ -236,7 +236,7 @@ def routing_from_topk(topk_weights: Tensor, topk_indices: Tensor, num_experts: i
         Routing without `stats`; weights in fp32 (fp64 for fp64 input).
 
     Raises:
-        ValueError: a shape or dtype does not fit; on the CPU also an id outside [0, E].
+        ValueError: a shape or dtype is wrong; on the CPU also an id outside [0, E].
     """
     check_float("topk_weights", topk_weights)
     check_shape("topk_weights", topk_weights, "T", "K")

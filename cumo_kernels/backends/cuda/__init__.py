@@ -1,1 +1,1 @@
-"""CUDA C++: csrc/, compiled into one module whose functions are the launchers. Contracts as everywhere."""
+"""CUDA C++: csrc/ compiled into one module whose functions launch the kernels; contracts as in ops/."""

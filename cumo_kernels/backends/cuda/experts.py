@@ -1,4 +1,4 @@
-"""Expert MLPs (CUDA): csrc/experts_layer.h puts the layer together from the kernels of csrc/."""
+"""Expert MLPs (CUDA): csrc/experts_layer.h runs the layer with the kernels of csrc/."""
 
 from cumo_kernels.extension import load
 

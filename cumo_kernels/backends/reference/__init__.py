@@ -1,7 +1,7 @@
-"""The truth: plain PyTorch, on any device and in any float dtype including fp64.
+"""The reference: plain PyTorch, on any device and in any float dtype including fp64.
 
-Forward functions are differentiable by autograd, which is how tests check the hand-written backward
-functions beside them; those exist so that the CPU path recomputes nothing.
+Forward functions are differentiable by autograd; tests use that to check the hand-written backward functions
+next to them. The hand-written ones avoid recomputation on the CPU.
 """
 
 from cumo_kernels.backends.reference.activation import activate, activate_backward

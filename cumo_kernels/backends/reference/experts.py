@@ -1,4 +1,4 @@
-"""Expert MLPs (reference): the whole layer made of the other four stems.
+"""Expert MLPs (reference): the whole layer, built from the other four stems.
 
     z[p]   = x[token(p)] @ up_proj[e].T + up_bias[e]             (S, I), or (S, 2I) if gated
     a[p]   = act(z[p])                                           (S, I)
@@ -50,7 +50,7 @@ def expert_mlp(
 def _weight_grad(
     grad: Tensor, rows: Tensor | None, expert_offsets: Tensor, need_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias; without `rows` that of the bias alone."""
+    """Gradients of weight and bias; without `rows` only that of the bias."""
     columns = grad[:, :1] if rows is None else rows
     weight, bias = grouped_gemm_weight_grad(grad, columns, expert_offsets, None, None, 1, need_bias)
     return grad.new_empty(0) if rows is None else weight, bias
@@ -78,7 +78,7 @@ def expert_mlp_backward(
     need_down: bool,
     need_down_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients at x, topk_weights, up_proj, up_bias, down_proj, down_bias; empty where not needed."""
+    """-> gradients of x, topk_weights, up_proj, up_bias, down_proj, down_bias; empty where not needed."""
     top_k = topk_weights.shape[1]
     dtype, wide = x.dtype, accumulate_dtype(x.dtype)
     act = ACTIVATIONS[activation]

@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor | Non
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         outs = [_rows(x[a:b], weight[e], None if bias is None else bias[e]) for e, a, b in present]
         return torch.cat([*outs, x.new_zeros(x.shape[0] - end, weight.shape[1])])
-    # the same without the copy of cat, which costs a tenth of a CPU training step
+    # without torch.cat, whose copy takes a tenth of a CPU training step
     out = x.new_empty(x.shape[0], weight.shape[1])
     for e, a, b in present:
         _rows(x[a:b], weight[e], None if bias is None else bias[e], out=out[a:b])

@@ -1,4 +1,4 @@
-"""Permutation (reference): token order -> expert order, and the weighted way back.
+"""Permutation (reference): token order -> expert order, and the weighted sum back to token order.
 
     permute:  out[p] = x[permutation[p] // K]                                    x (T, H)     out (S, H)
     combine:  out[t] = sum_k topk_weights[t, k] * rows[inverse[t * K + k]]       rows (S, H)  out (T, H)
@@ -39,7 +39,7 @@ def combine(rows: Tensor, topk_weights: Tensor | None, inverse_permutation: Tens
 def combine_backward(
     grad: Tensor, rows: Tensor, topk_weights: Tensor, permutation: Tensor, inverse_permutation: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradient at the output (T, H) -> gradients at rows (S, H) and topk_weights (T, K)."""
+    """Gradient of the output (T, H) -> gradients of rows (S, H) and topk_weights (T, K)."""
     top_k = topk_weights.shape[1]
     wide = accumulate_dtype(rows.dtype)
     row_grads = permute(grad, permutation, inverse_permutation, top_k).to(wide)

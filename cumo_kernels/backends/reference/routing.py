@@ -5,9 +5,9 @@
     mean_probs[g] = mean of p, top1_density[g] = share of idx[:, 0], over the tokens of group g
     mean_squared_logsumexp[g] = mean of logsumexp(logits)^2
 
-`compat` repeats the original CuMo in the dtype d of the logits (cumo_spec.md 2.4): both variants choose by
-torch.topk of p, whose choice among equals is that of this device, and compute logsumexp and its square in d;
-"cumo" (CLIP, connector) rounds p to d before the top-k and stays in d; "cumo_llm" rounds only the final
+`compat` repeats the original CuMo in the dtype d of the logits (cumo_spec.md 2.4). Both variants choose with
+torch.topk of p, whose order of ties is that of this device, and compute logsumexp and its square in d. "cumo"
+(CLIP, connector) rounds p to d before the top-k and computes the rest in d. "cumo_llm" rounds only the final
 weights.
 """
 
@@ -18,7 +18,7 @@ from cumo_kernels.types import accumulate_dtype
 
 
 def _group_of_tokens(num_tokens: int, group_offsets: Tensor) -> Tensor:
-    """(T,): the group of each token, G for those before the first and past the last."""
+    """(T,): the group of each token; G for tokens before the first and after the last group."""
     tokens = torch.arange(num_tokens, device=group_offsets.device, dtype=group_offsets.dtype)
     group = torch.searchsorted(group_offsets, tokens, right=True) - 1
     return torch.where(group < 0, group_offsets.shape[0] - 1, group)
@@ -33,7 +33,7 @@ def group_mean(values: Tensor, group_offsets: Tensor | None, num_groups: int) ->
     group = _group_of_tokens(values.shape[0], group_offsets)
     counts = (group_offsets[1:] - group_offsets[:-1]).clamp(min=1)
     sums = values.new_zeros(num_groups + 1, *values.shape[1:])
-    if values.device.type == "cuda":  # there index_add adds in any order, and index_put sorts first
+    if values.device.type == "cuda":  # there index_add has no fixed order; index_put sorts first
         sums = sums.index_put((group,), values, accumulate=True)
     else:
         sums = sums.index_add(0, group, values)
@@ -72,7 +72,7 @@ def route(
         probs = probs.to(dtype)
     if compat:
         indices = probs.detach().topk(top_k).indices
-    else:  # ranked by logits: every backend then picks the same experts, whatever its exp() rounds to
+    else:  # ranked by logits, so that the experts do not depend on the rounding of a backend's exp()
         indices = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = probs.gather(1, indices)
     if renormalize:
@@ -81,7 +81,7 @@ def route(
         weights = weights.to(dtype)
 
     mean_probs = group_mean(probs, group_offsets, num_groups).to(wide)
-    first = (indices[:, :1] == torch.arange(num_experts, device=x.device)).to(wide)  # one_hot asks the host
+    first = (indices[:, :1] == torch.arange(num_experts, device=x.device)).to(wide)  # one_hot would sync
     top1_density = group_mean(first, group_offsets, num_groups)
     lse = (logits if compat else logits.to(wide)).logsumexp(-1)
     z = group_mean(lse.square().to(wide), group_offsets, num_groups)
@@ -100,11 +100,11 @@ def route_backward(
     need_x: bool,
     need_gate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients at topk_weights, mean_probs and z -> gradients at x and gate_weight, empty where not needed.
+    """Gradients of topk_weights, mean_probs and z -> gradients of x and gate_weight, empty where not needed.
 
-    With v = p[idx] and s = sum(v): dv = (dw - <dw, w>) / s. Then dp collects dv and the groups' share,
-    and dlogits = p * (dp - <dp, p>) + 2 * lse * p * (the groups' share of dz). Rounding of `compat` is
-    the identity to the gradient.
+    With v = p[idx] and s = sum(v): dv = (dw - <dw, w>) / s. Then dp sums dv and the groups' share,
+    and dlogits = p * (dp - <dp, p>) + 2 * lse * p * (the groups' share of dz). The rounding of `compat` is
+    treated as the identity.
     """
     logits = x if gate_weight is None else x @ gate_weight.T
     wide = accumulate_dtype(logits.dtype)

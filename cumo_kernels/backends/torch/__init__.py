@@ -1,5 +1,5 @@
-"""What torch itself has for grouped products, `torch.nn.functional.grouped_mm`, with plain torch around it.
+"""torch's own grouped product, `torch.nn.functional.grouped_mm`, with plain torch operators around it.
 
-No shape depends on data and nothing asks the host, as far as grouped_mm does not (see grouped_gemm.py), so
-calls are captured in CUDA graphs. On a GPU it runs what no kernel of ours is proven for.
+No shape depends on data, and nothing synchronises with the host where grouped_mm does not (grouped_gemm.py),
+so calls can be captured in CUDA graphs. On a GPU this backend runs the ops for which no kernel is verified.
 """

@@ -1,4 +1,4 @@
-"""Activation (torch): as the reference, a part of the rows at a time.
+"""Activation (torch): the reference's formula, applied to a part of the rows at a time.
 
 Contract: cumo_kernels/ops/activation.py.
 """
@@ -13,7 +13,7 @@ from cumo_kernels.types import accumulate_dtype
 
 def activate(x: Tensor, name: str) -> Tensor:
     act, wide = ACTIVATIONS[name], accumulate_dtype(x.dtype)
-    if x.dtype == wide or x.numel() <= PART:  # nothing is converted, or all of it stays in a cache
+    if x.dtype == wide or x.numel() <= PART:  # nothing is converted, or all of it fits in a cache
         return reference.activate(x, name)
     rows = x.reshape(-1, x.shape[-1])
     out = x.new_empty(rows.shape[0], rows.shape[1] // (1 + act.is_gated))

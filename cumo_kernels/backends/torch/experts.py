@@ -1,4 +1,4 @@
-"""Expert MLPs (torch): grouped_mm four times, and all else row by row between them.
+"""Expert MLPs (torch): four calls of grouped_mm, and row-wise operators between them.
 
 The formulas are the reference's (cumo_kernels/backends/reference/experts.py). y + down_bias is never rounded:
 the sum over a token's experts adds both in fp32. Contract: cumo_kernels/ops/experts.py.
@@ -62,7 +62,7 @@ def expert_mlp_backward(
     need_down: bool,
     need_down_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients at x, topk_weights, up_proj, up_bias, down_proj, down_bias; empty where not needed."""
+    """-> gradients of x, topk_weights, up_proj, up_bias, down_proj, down_bias; empty where not needed."""
     top_k = topk_weights.shape[1]
     act, wide = ACTIVATIONS[activation], accumulate_dtype(x.dtype)
     dx, dup, dup_bias, ddown, ddown_bias = (x.new_empty(0) for _ in range(5))
@@ -80,7 +80,7 @@ def expert_mlp_backward(
     if need_down or need_down_bias:
         weighted = torch.empty_like(g)
         for part in parts(*g.shape, g.device):
-            weighted[part] = g[part] * w[part]  # in the wider of the two
+            weighted[part] = g[part] * w[part]  # in the wider of the two dtypes
         if need_down:
             ddown = weight_product(weighted, a, expert_offsets)
         if need_down_bias:

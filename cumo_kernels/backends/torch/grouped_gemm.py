@@ -1,13 +1,13 @@
-"""Grouped GEMM (torch): `torch.nn.functional.grouped_mm`, bias and activation row by row after it.
+"""Grouped GEMM (torch): `torch.nn.functional.grouped_mm`, followed by bias and activation on the rows.
 
-What is known of grouped_mm, from torch's sources (ATen/native/cuda/GroupedBlas.cpp, GroupMM.cu) and by trial
-on CPUs, the same in 2.11 and 2.15:
+Facts about grouped_mm, from torch's sources (ATen/native/cuda/GroupedBlas.cpp, GroupMM.cu) and from tests on
+CPUs; they are the same in 2.11 and 2.15:
 
-- fp32, fp16 and bf16; the sums are fp32, the result has the operands' dtype.
-- CUDA, bf16, compute capability 9.x and 10.x: one kernel of CUTLASS, which reads the offsets on the device,
-  up to 1023 groups. Everywhere else (other dtypes and GPUs, CPUs): a loop over matrix products, for which a
-  CUDA device waits and sends the offsets to the host.
-- A group may be empty: with rows of the groups side by side in memory, as here, its weight gradient is zero.
+- fp32, fp16 and bf16; sums are fp32, the result has the operands' dtype.
+- CUDA, bf16, compute capability 9.x and 10.x: one CUTLASS kernel, which reads the offsets on the device, up
+  to 1023 groups. Everywhere else (other dtypes and GPUs, CPUs): a loop over matrix products, for which a CUDA
+  device synchronises and sends the offsets to the host.
+- A group may be empty: with the groups' rows contiguous in memory, as here, its weight gradient is zero.
 - Rows past the last group are not written.
 - Strides must be multiples of 16 bytes. Operands of other sizes are copied here, padded with zeros.
 
@@ -26,9 +26,9 @@ from cumo_kernels.hostsync import values_at_hand
 
 
 def _padded(operand: Tensor) -> Tensor:
-    """The operand, or a copy whose two last sizes are multiples of 16 bytes, zeros in what is new.
+    """The operand, or a copy whose last two sizes are multiples of 16 bytes, padded with zeros.
 
-    Of two-dimensional ones the rows are those of the groups, whose number is as it is.
+    In a two-dimensional operand the rows are those of the groups; their number does not change.
     """
     step = 16 // operand.element_size()
     missing = [-size % step for size in operand.shape[-2:]]
@@ -45,16 +45,16 @@ def _padded(operand: Tensor) -> Tensor:
 
 
 def product(rows: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor | None = None) -> Tensor:
-    """rows (S, K) of expert e times weight[e].T (N, K), plus bias[e] -> (S, N); past the last one's anything.
+    """rows (S, K) of expert e times weight[e].T (N, K), plus bias[e] -> (S, N); later rows are undefined.
 
-    grouped_mm takes no bias, so one is added to what is rounded already. Where the offsets can be read a loop
-    adds it first, as the reference does.
+    grouped_mm takes no bias, so the bias is added to the rounded product. Where the offsets can be read, a
+    loop adds it before rounding, as the reference does.
     """
     if rows.shape[0] == 0 or rows.shape[1] == 0 or (bias is not None and values_at_hand(expert_offsets)):
         with torch.no_grad():
             return linear(rows, weight, expert_offsets, bias)
     out = grouped_mm(_padded(rows), _padded(weight).transpose(1, 2), offs=expert_offsets[1:])
-    out = out[:, : weight.shape[1]].contiguous()  # what was padded stays behind
+    out = out[:, : weight.shape[1]].contiguous()  # remove the padding
     if bias is not None:
         position = sorted_positions(out.shape[0], expert_offsets)
         for part in parts(*out.shape, out.device):
@@ -63,7 +63,7 @@ def product(rows: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor |
 
 
 def weight_product(grad: Tensor, rows: Tensor, expert_offsets: Tensor) -> Tensor:
-    """grad_e.T @ rows_e of every expert: (S, N), (S, K) -> (E, N, K), zeros for one without rows."""
+    """grad_e.T @ rows_e of every expert: (S, N), (S, K) -> (E, N, K), zeros for an expert without rows."""
     num_experts, shape = expert_offsets.shape[0] - 1, (grad.shape[1], rows.shape[1])
     if grad.shape[0] == 0:
         return grad.new_zeros(num_experts, *shape)
@@ -76,7 +76,7 @@ def bias_product(grad: Tensor, expert_offsets: Tensor) -> Tensor:
     if grad.device.type != "cpu":
         ones = grad.new_ones(grad.shape[0], 16 // grad.element_size())
         return weight_product(grad, ones, expert_offsets)[:, :, 0].contiguous()
-    # one chain of sums, which in fp32 errs; on other devices index_add_ adds in any order
+    # one chain of sums, too inaccurate in fp32; on other devices index_add_ has no fixed order
     sums = torch.zeros(expert_offsets.shape[0], grad.shape[1], dtype=torch.float64)
     owner = torch.searchsorted(
         expert_offsets[1:], sorted_positions(grad.shape[0], expert_offsets), right=True
@@ -101,7 +101,7 @@ def grouped_gemm(
     pre = product(rows, weight, expert_offsets, bias)
     if not values_at_hand(expert_offsets) or int(expert_offsets[-1]) < pre.shape[0]:
         past = sorted_positions(pre.shape[0], expert_offsets) >= expert_offsets[-1]
-        pre.masked_fill_(past[:, None], 0)  # every activation of nothing is nothing
+        pre.masked_fill_(past[:, None], 0)  # act(0) is 0 for every activation
     return (pre, x.new_empty(0)) if activation is None else (activate(pre, activation), pre)
 
 
@@ -114,7 +114,7 @@ def grouped_gemm_weight_grad(
     top_k: int,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    """grad_weight[e] = grad_e.T @ x_e (E, N, K), grad_bias[e] = sum of grad_e (E, N); exact zeros of no rows.
+    """grad_weight[e] = grad_e.T @ x_e (E, N, K), grad_bias[e] = sum of grad_e (E, N); zeros without rows.
 
     Without `need_bias` the second is empty.
     """

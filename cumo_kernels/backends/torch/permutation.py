@@ -1,4 +1,4 @@
-"""Permutation (torch): gathers, with dropped slots by mask. Contract: cumo_kernels/ops/permutation.py."""
+"""Permutation (torch): gathers; dropped slots are masked. Contract: cumo_kernels/ops/permutation.py."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from cumo_kernels.types import accumulate_dtype
 
 
 def gather(x: Tensor, permutation: Tensor, top_k: int) -> Tensor:
-    """(T, H) -> (S, H) in the order of the experts; rows of dropped slots hold what their tokens do."""
+    """(T, H) -> (S, H) in expert order; rows of dropped slots hold their tokens' rows."""
     return x.index_select(0, permutation // top_k)
 
 
@@ -26,7 +26,7 @@ def combine(
     bias: Tensor | None = None,
     experts: Tensor | None = None,
 ) -> Tensor:
-    """As the contract, of rows + bias[expert] where there is a `bias`: (E, H), `experts` (S,) by slot."""
+    """The contract's combine, of rows + bias[expert] if `bias` (E, H) is given; `experts` is (S,) by slot."""
     wide, lost = accumulate_dtype(rows.dtype), dropped(inverse_permutation)
     out = rows.new_empty(inverse_permutation.shape[0] // top_k, rows.shape[1])
     if rows.shape[0] == 0:
@@ -53,7 +53,7 @@ def combine(
 def combine_backward(
     grad: Tensor, rows: Tensor, topk_weights: Tensor, permutation: Tensor, inverse_permutation: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradient at the output (T, H) -> gradients at rows (S, H) and topk_weights (T, K)."""
+    """Gradient of the output (T, H) -> gradients of rows (S, H) and topk_weights (T, K)."""
     top_k, wide = topk_weights.shape[1], accumulate_dtype(rows.dtype)
     lost = dropped(inverse_permutation)
     lost = None if lost is None else lost.index_select(0, permutation)[:, None]

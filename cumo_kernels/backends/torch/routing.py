@@ -1,4 +1,4 @@
-"""Routing (torch): the reference's softmax and top-k, which ask the host nothing, and a sort like that.
+"""Routing (torch): the reference's softmax and top-k, and a sort; nothing synchronises.
 
 Contract: cumo_kernels/ops/routing.py.
 """

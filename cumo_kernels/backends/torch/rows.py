@@ -1,4 +1,4 @@
-"""Work on rows, row by row: in parts that stay in a CPU's cache, at once on other devices."""
+"""Row-wise work: in parts that fit in a CPU's cache, in one piece on other devices."""
 
 from collections.abc import Iterator
 
@@ -11,20 +11,20 @@ PART = 1 << 17  # elements of a part: half a MiB in fp32, so that the few tensor
 
 
 def parts(num_rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices that cover the rows, some PART elements each on a CPU; fp32 copies of more go to memory."""
+    """Slices that cover the rows; on a CPU about PART elements each, so that fp32 copies fit in the cache."""
     step = max(1, PART // max(width, 1)) if device.type == "cpu" else max(num_rows, 1)
     for begin in range(0, num_rows, step):
         yield slice(begin, begin + step)
 
 
 def dropped(inverse_permutation: Tensor) -> Tensor | None:
-    """Which slots are dropped, or None where a look, which costs a CPU nothing, says that none is."""
+    """Mask of dropped slots; None on a CPU where none is dropped (reading it there needs no sync)."""
     mask = inverse_permutation < 0
     return None if values_at_hand(mask) and not mask.any() else mask
 
 
 def expert_of(rows: Tensor, expert_offsets: Tensor) -> Tensor:
-    """The expert whose rows hold each sorted position in `rows`; the last one's for positions past them."""
+    """The expert whose rows hold each sorted position in `rows`; the last expert for positions past them."""
     return torch.searchsorted(expert_offsets[1:-1].contiguous(), rows, right=True)
 
 

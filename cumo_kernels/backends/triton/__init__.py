@@ -1,1 +1,1 @@
-"""Triton kernels, the same five stems as every backend; `common` holds what they share."""
+"""Triton kernels, the same five stems as every backend; `common` has what they share."""

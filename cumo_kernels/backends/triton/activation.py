@@ -6,7 +6,7 @@
 One program per tile of rows x columns. Memory bound: 2 * S * I elements (3 gated) forward, 3 * S * I (5
 gated) backward, moved in 16-byte pieces when I allows it.
 
-Contract: cumo_kernels/ops/activation.py. Truth: cumo_kernels/backends/reference/activation.py.
+Contract: cumo_kernels/ops/activation.py. Reference: cumo_kernels/backends/reference/activation.py.
 """
 
 import torch
@@ -88,12 +88,12 @@ def _plan(kernel, device: torch.device, name: str, width: int, block: tuple[int,
 
 
 def _launch(kernel, x: Tensor, name: str, *tensors: Tensor) -> None:
-    """Over S rows of width I; a plain activation sees one long row where rows do not start at 16 bytes."""
+    """Launch over S rows of width I; a plain activation gets one long row if rows are not 16-byte aligned."""
     gated, width = ACTIVATIONS[name].is_gated, x.shape[-1]
     rows = x.numel() // width
     if gated:
         width //= 2
-    elif width * x.element_size() % 16:  # a plan for every number of tokens, but still 16 bytes at a time
+    elif width * x.element_size() % 16:  # one plan per number of tokens, but still 16 bytes at a time
         rows, width = 1, x.numel()
     block_s, block_i = tile_of_rows(width, x.element_size(), rows)
     launch = _plan(kernel, x.device, name, width, (block_s, block_i))

@@ -2,9 +2,9 @@
 
     grad_bias[e] = sum over the rows p of e of w[p] * grad[token(p)]        grad (T, N)   grad_bias (E, N)
 
-w[p] is the routing weight of slot permutation[p]. Few experts with many rows each: their rows are cut into
-parts, each added up by a program of its own, and the parts in order by sum_rows. Memory bound: S * N
-elements, of which a token's second and later reads come from L2.
+w[p] is the routing weight of slot permutation[p]. If few experts have many rows each, their rows are split
+into parts: one program adds up each part, and sum_rows adds the parts in order. Memory bound: S * N elements;
+a token's second and later reads come from L2.
 """
 
 import torch
@@ -49,7 +49,7 @@ def _bias_grad_kernel(
         inside = rows < last
         slots = tl.load(permutation_ptr + rows, mask=inside, other=0)
         weights = tl.load(topk_weights_ptr + slots, mask=inside, other=0.0)
-        # int64: a row number times its stride passes 2**31
+        # int64: a row number times its stride exceeds 2**31
         row_ptrs = grad_ptr + (slots // TOP_K).to(tl.int64)[:, None] * stride_grad_t
         grad_ptrs = row_ptrs + cols.to(tl.int64)[None, :] * stride_grad_n
         grad = tl.load(grad_ptrs, mask=inside[:, None] & (cols < N)[None, :], other=0.0)
@@ -59,7 +59,7 @@ def _bias_grad_kernel(
 
 
 BLOCK_M, BLOCK_N = 16, 128
-ROWS_OF_PART = 32  # of an expert that gets its fair share; fewer would be read faster than they are launched
+ROWS_OF_PART = 32  # rows of a part under balanced routing; with fewer, the launch takes longer than the reads
 MAX_PARTS = 32
 
 

@@ -1,9 +1,9 @@
-"""Loading code while a CUDA graph is being captured.
+"""Loads kernels while a CUDA graph is being captured.
 
 The first launch of a kernel loads its module. While any thread captures in mode "global", torch's default,
-the driver forbids that to every thread: error 900, and the capture is lost. A thread may lift it for
-itself, since what it loads is no part of the graph. Tested with a stand-in for the driver; no GPU has run
-it.
+the driver forbids loading in every thread: it returns error 900, and the capture fails. A thread may relax
+its own mode for that, since loading is not part of the graph. Tested with a stub driver; not yet run on a
+GPU.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 def is_capturing() -> bool:
-    """Whether the current stream is; without a look at the driver where nothing has begun to use it."""
+    """Whether the current stream is capturing; does not initialise CUDA."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
@@ -27,7 +27,7 @@ def _exchange() -> Callable[[object], int]:
 
 
 def _swap(mode: ctypes.c_int) -> None:
-    """Set this thread's capture mode to `mode`, which then holds the former one."""
+    """Set this thread's capture mode to `mode`, which then holds the previous one."""
     code = _exchange()(ctypes.byref(mode))
     if code:
         raise RuntimeError(f"cuThreadExchangeStreamCaptureMode({mode.value}) returned error {code}")
@@ -35,7 +35,7 @@ def _swap(mode: ctypes.c_int) -> None:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Inside, this thread may load modules although something is being captured."""
+    """Inside, this thread may load modules during a capture."""
     mode = ctypes.c_int(RELAXED)
     _swap(mode)
     try:

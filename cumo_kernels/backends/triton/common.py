@@ -1,8 +1,8 @@
-"""What the Triton kernels share: dot and rounding that are right everywhere, activations as device functions.
+"""Code shared by the Triton kernels: dot, rounding, and activations as device functions.
 
-Compiled for a GPU or run by Triton's interpreter on CPU tensors (TRITON_INTERPRET=1), with two differences:
-the interpreter multiplies bf16 tiles wrongly, so there `dot` widens its operands first; and it cuts an fp32
-off where bf16 ends, so there `narrow` rounds by hand.
+The same code is compiled for a GPU or run by Triton's interpreter on CPU tensors (TRITON_INTERPRET=1), with
+two differences: the interpreter multiplies bf16 tiles wrongly, so there `dot` widens its operands first; and
+it truncates fp32 to bf16, so there `narrow` rounds explicitly.
 """
 
 import os
@@ -14,7 +14,7 @@ from triton.language.extra import cuda, libdevice
 from triton.language.target_info import cuda_capability_geq
 
 INTERPRETING: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
-# CUMO_PDL=1: a kernel starts while the one before it still runs, and waits; off until a GPU has measured it
+# CUMO_PDL=1: a kernel starts while its predecessor still runs, and waits; off until measured on a GPU
 PDL: tl.constexpr = tl.constexpr(os.environ.get("CUMO_PDL") == "1" and not triton.knobs.runtime.interpret)
 
 QUICK_GELU_ALPHA: tl.constexpr = tl.constexpr(1.702)
@@ -25,7 +25,7 @@ GELU_CUBIC: tl.constexpr = tl.constexpr(0.044715)
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """How `dot` multiplies: "tf32" for fp32 operands when torch's own matmul may use it, else "ieee"."""
+    """Precision of `dot`: "tf32" for fp32 operands when torch's own matmul may use it, else "ieee"."""
     if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
     return "tf32"
@@ -34,7 +34,7 @@ def input_precision(dtype: torch.dtype) -> str:
 def tile_of_rows(width: int, element_size: int, rows: int | None = None) -> tuple[int, int]:
     """Rows x columns that a 4-warp program moves: four 16-byte pieces per thread.
 
-    Columns are a power of two, of `width` if that leaves pieces of a KiB or more, else around it.
+    The number of columns is a power of two; a divisor of `width` if that leaves pieces of at least a KiB.
     """
     elements = 4 * 128 * 16 // element_size
     if rows == 1:
@@ -47,9 +47,9 @@ def tile_of_rows(width: int, element_size: int, rows: int | None = None) -> tupl
 
 @triton.jit
 def wait_for_earlier():
-    """First in every kernel: under CUMO_PDL wait for all that ran before, then let the next kernel start.
+    """First in every kernel: under CUMO_PDL wait for all earlier kernels, then let the next one start.
 
-    A kernel that has waited has seen the end of those before it, so who waits for it waits for them too.
+    A kernel that has waited has seen the end of all kernels before it. So waiting for that kernel is enough.
     """
     if PDL:
         if cuda_capability_geq(9, 0):
@@ -59,7 +59,7 @@ def wait_for_earlier():
 
 @triton.jit
 def precise_exp(x):
-    """exp to the last bit or two; tl.exp loses more the larger its argument."""
+    """exp, accurate to one or two bits; the error of tl.exp grows with its argument."""
     if INTERPRETING:
         return tl.exp(x)
     return libdevice.exp(x)
@@ -75,11 +75,11 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
-    """x, which is fp32, rounded to the nearest DTYPE, ties to even."""
+    """x (fp32) rounded to the nearest DTYPE, ties to even."""
     if INTERPRETING:
         if DTYPE == tl.bfloat16:
             bits = x.to(tl.int32, bitcast=True)
-            # half of what is cut off, less one unless the last bit kept is odd; -65536 is 0xFFFF0000
+            # add half of the truncated part, minus one if the last kept bit is even; -65536 is 0xFFFF0000
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
             x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
     return x.to(DTYPE)
@@ -87,16 +87,16 @@ def narrow(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def only_if(condition, mask):
-    """mask where the scalar `condition` holds, else nothing.
+    """mask where the scalar `condition` holds, else all False.
 
-    It is what `mask & condition` says, of which Triton's interpreter makes int32, and 3.9's refuses that.
+    Equals `mask & condition`, which Triton's interpreter turns into int32; 3.9 rejects that.
     """
     return tl.where(condition, mask, False)
 
 
 @triton.jit
 def sigmoid_and_grad(z):
-    """-> s = sigmoid(z), s * (1 - s), neither losing digits where the other is near 1."""
+    """-> s = sigmoid(z), s * (1 - s), both accurate where the other is close to its limit."""
     t = tl.exp(-tl.abs(z))
     inverse = 1.0 / (1.0 + t)
     return tl.where(z >= 0.0, 1.0, t) * inverse, t * inverse * inverse
@@ -104,9 +104,9 @@ def sigmoid_and_grad(z):
 
 @triton.jit
 def act_and_grad(z, NAME: tl.constexpr):
-    """-> act(z), act'(z) of the elementwise part of activation NAME (what a gate goes through); z is fp32.
+    """-> act(z), act'(z) of the elementwise part of activation NAME (of the gate if gated); z is fp32.
 
-    Tensors stand left of our constants: Triton 3.9's interpreter makes a constexpr of constexpr * tensor.
+    Tensors are the left operands of constants: Triton 3.9's interpreter makes constexpr * tensor a constexpr.
     """
     if NAME == "quick_gelu":
         s, ds = sigmoid_and_grad(z * QUICK_GELU_ALPHA)
@@ -122,13 +122,13 @@ def act_and_grad(z, NAME: tl.constexpr):
         # not max(z, 0), which would turn NaN into 0
         return tl.where(z <= 0.0, 0.0, z), tl.where(z > 0.0, 1.0, 0.0)
     else:
-        tl.static_assert(NAME == "silu" or NAME == "swiglu", "no such activation")
+        tl.static_assert(NAME == "silu" or NAME == "swiglu", "unknown activation")
         s, ds = sigmoid_and_grad(z)
         return z * s, s + z * ds
 
 
 @triton.jit
 def act(z, NAME: tl.constexpr):
-    """act(z) alone; bitwise what `act_and_grad` gives."""
+    """act(z) only; bit-identical to that of `act_and_grad`."""
     value, _ = act_and_grad(z, NAME)
     return value

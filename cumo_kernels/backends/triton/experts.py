@@ -3,16 +3,16 @@
     a[p] = act(x[token(p)] @ up_proj[e].T + up_bias[e])       y[p] = a[p] @ down_proj[e].T + down_bias[e]
     out[t] = sum_k topk_weights[t, k] * y[position of (t, k)]
 
-Backward, with g[p] = grad[token(p)] and w[p] its routing weight: grad_hidden.py multiplies h = g @ down_proj
-and, while a tile is in registers, turns it into dz = w h act'(z), into w a, which is what the gradient of
-down_proj needs beside g, and into its share of <h, a>, the gradient of w but for <g, down_bias>. Two weight
-gradients, that of down_bias, the input gradient and its combine follow.
+Backward, with g[p] = grad[token(p)] and w[p] its routing weight: grad_hidden.py computes h = g @ down_proj.
+While a tile of h is in registers, it computes dz = w h act'(z), w a (which the gradient of down_proj needs in
+addition to g), and the tile's share of <h, a>, the gradient of w without <g, down_bias>. Two weight
+gradients, the gradient of down_bias, the input gradient and its combine follow.
 
-Few rows are gathered by the GEMMs as they read them; of many a copy in the order of the experts is made first
-(`_sorted_rows`), which the copy engine can bring without the multiplying warps' help.
+If there are few rows, the GEMMs gather them as they read; for many, a copy in expert order is made first
+(`_sorted_rows`), which the copy engine can load without the help of the multiplying warps.
 
 FLOPs and saved bytes: cumo_kernels/ops/experts.py. Contract: cumo_kernels/ops/experts.py.
-Truth: cumo_kernels/backends/reference/experts.py.
+Reference: cumo_kernels/backends/reference/experts.py.
 """
 
 import torch
@@ -63,7 +63,7 @@ def _weigh_rows_kernel(
     mask = inside[:, None] & (cols < N)[None, :]
     slots = tl.load(permutation_ptr + rows, mask=inside, other=0)
     weights = tl.load(topk_weights_ptr + slots, mask=inside, other=0.0)
-    # int64: a row number times its stride passes 2**31
+    # int64: a row number times its stride exceeds 2**31
     source = (slots // top_k if GATHER else rows).to(tl.int64)
     ptrs = source_ptr + source[:, None] * stride_source_s + cols.to(tl.int64)[None, :] * stride_source_n
     value = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -162,7 +162,7 @@ def _topk_weights_grad_kernel(
     tl.store(out_ptr + slots, total, mask=slots < num_slots)
 
 
-SLOTS = 8  # of a program of _topk_weights_grad_kernel
+SLOTS = 8  # per program of _topk_weights_grad_kernel
 
 
 @planned
@@ -219,7 +219,7 @@ def _combine_splits_kernel(
 ):
     wait_for_earlier()
     tiles_n = tl.cdiv(N, BLOCK_N)
-    # int64: SPLITS * S * N passes 2**31
+    # int64: SPLITS * S * N exceeds 2**31
     token = (tl.program_id(0) // tiles_n).to(tl.int64)
     cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)
@@ -244,14 +244,14 @@ def _plan_combine_splits(device: torch.device, width: int, top_k: int, num_split
     return launch, cdiv(width, block_n)
 
 
-SORT_FROM = 4096  # rows: below, what a copy costs is more than it saves
+SORT_FROM = 4096  # rows: with fewer, a copy costs more than it saves
 
 
 def _sorted_rows(
     x: Tensor, permutation: Tensor, inverse_permutation: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor | None]:
-    """-> rows for a GEMM, and the permutation that it still has to gather them by, or None."""
-    # under batch invariance what a row's GEMM is must not depend on how many rows there are
+    """-> rows for a GEMM, and the permutation by which it must still gather them, or None."""
+    # batch invariance: the GEMM of a row must not depend on the number of rows
     enough = permutation.shape[0] >= SORT_FROM and not tuning.BATCH_INVARIANT
     if enough and can_describe(x, tuning.gpu_of(x.device).has_tma):
         return permute(x, permutation, inverse_permutation, top_k), None
@@ -267,7 +267,7 @@ def _multiply_and_combine(
     inverse_permutation: Tensor,
     top_k: int,
 ) -> Tensor:
-    """Sum over each token's slots of weight times row, (T, N); the combine also adds up split-k's parts."""
+    """Sum over each token's slots of weight times row, (T, N); the combine also sums the split-k partials."""
     y, _ = launch_gemm(rows, weight, expert_offsets, bias, None, top_k, None, zero_tail=False)
     if y.ndim == 2:
         return combine(y, topk_weights, inverse_permutation, top_k)
@@ -328,7 +328,7 @@ def expert_mlp_backward(
     need_down: bool,
     need_down_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients at x, topk_weights, up_proj, up_bias, down_proj, down_bias; empty where not needed."""
+    """-> gradients of x, topk_weights, up_proj, up_bias, down_proj, down_bias; empty where not needed."""
     top_k = topk_weights.shape[1]
     topk_weights = topk_weights.contiguous()
     dx, dup, dup_bias, ddown, ddown_bias = (x.new_empty(0) for _ in range(5))
@@ -343,7 +343,7 @@ def expert_mlp_backward(
             keep_out=False, keep_pre=True, zero_tail=False,
         )  # fmt: skip
 
-    # with `a` at hand its weight is cheaper to put on the narrower g
+    # if `a` is saved, applying the weight to the narrower g costs less
     need_weighted = need_down and memory != "all"
     weighted = dz = x.new_empty(0)
     need_dz = need_x or need_up or need_up_bias

@@ -4,8 +4,8 @@
     dz = w h act'(z)                  weighted = w a          dots = <h, a>         w = weight of slot p
 
 h exists only as a tile in registers: the epilogue reads the pre-activation z, recomputes a = act(z), and
-writes what the weight gradients and the routing weights need. For a gated activation z and dz are (S, 2I),
-gate first. 2 * S * O * I FLOPs; moves z, dz and weighted once.
+writes the inputs of the weight gradients and of the routing weights' gradient. For a gated activation z and
+dz are (S, 2I), gate first. 2 * S * O * I FLOPs; reads z and writes dz and weighted once.
 """
 
 import torch
@@ -26,7 +26,7 @@ from cumo_kernels.backends.triton.tiles import (
 )
 from cumo_kernels.tiles import tuning
 
-HIDDEN_SUMS = 16  # this epilogue holds z, act and act' beside every sum it finishes
+HIDDEN_SUMS = 16  # this epilogue holds z, act and act' for every sum that it finishes
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _finish_hidden(
     EVEN_N: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Backward of the activation for one tile, PARTS times a part of its columns. -> dots"""
+    """Backward of the activation for one tile, in PARTS column parts. -> dots"""
     if PARTS > 1:
         left, right = halves(h)
         half: tl.constexpr = h.shape[1] // 2
@@ -147,10 +147,10 @@ def grad_hidden_kernel(
             )  # fmt: skip
             h = dot(g, b, h, INPUT_PRECISION)
 
-        # here rather than kept in registers over the loop
+        # loaded here, so that it does not occupy registers during the loop
         slots = tl.load(permutation_ptr + tl.minimum(rows, end - 1), volatile=True)
         weights = tl.load(topk_weights_ptr + slots)
-        # int64: a row number times its width passes 2**31; within a tile nothing does
+        # int64: a row number times its width exceeds 2**31; offsets within a tile do not
         row64 = first_row.to(tl.int64)
         width = 2 * N if GATED else N
         dz_row, weighted_row = dz_ptr, weighted_ptr
@@ -183,7 +183,7 @@ def _plan(
     config: tuning.Config | None,
     gpu: tuning.Gpu,
 ) -> tuple[tuning.Config, Launch, list[int] | None, list[int] | None]:
-    """-> config, launch, and the blocks of the descriptors of grad and of the weight where they have one."""
+    """-> config, launch, and the descriptor blocks of grad and of the weight, if they have descriptors."""
     num_experts, out_features, width = weight_shape
     gated = ACTIVATIONS[activation].is_gated
     if config is None:
@@ -240,11 +240,11 @@ def launch_grad_hidden(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dz like z, w * a (S, I), and <h, a> by column tile (S, tiles) fp32; empty where not needed.
 
-    `grad` is (T, O), or with `is_sorted` (S, O) in the order of the experts.
+    `grad` is (T, O), or with `is_sorted` (S, O) in expert order.
     """
     num_rows = permutation.shape[0]
     num_experts, _, width = down_proj.shape
-    z = z.contiguous()  # what a saved-tensor hook gives back need not be
+    z = z.contiguous()  # a tensor from a saved-tensor hook may not be
     gpu = tuning.gpu_of(grad.device)
     stored = down_proj.transpose(1, 2) if _is_k_inner(down_proj.stride()) else down_proj
     config, launch, grad_block, weight_block = _plan(

@@ -3,10 +3,10 @@
     out[p] = act(x[p] @ weight[e].T + bias[e])                x (S, K)   weight (E, N, K)   out (S, N)
 
 With `permutation`, row p is x[permutation[p] // top_k], gathered as the tile is loaded. Grid: as many
-programs as the chip holds at once, each walking over tiles whose expert it finds from expert_offsets, so one
-captured graph serves every routing. Few tiles and a long sum are split (tuning.splits). 2 * S * N * K FLOPs;
-moves x, the weights of the experts hit, and out. The k-grouped form, ragged in the sum: weight_grad.py.
-Contract: cumo_kernels/ops/grouped_gemm.py. Truth: cumo_kernels/backends/reference/grouped_gemm.py.
+programs as fit on the chip at once. Each loops over tiles and finds a tile's expert from expert_offsets, so
+one captured graph serves every routing. If there are few tiles and K is large, K is split (tuning.splits).
+2 * S * N * K FLOPs; reads x and the weights of the experts with rows, writes out. The k-grouped form is in
+weight_grad.py. Contract: cumo_kernels/ops/grouped_gemm.py. Reference: backends/reference/grouped_gemm.py.
 """
 
 from dataclasses import dataclass
@@ -55,9 +55,9 @@ def _finish(
     GATED: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Bias, pre-activation, activation, and the stores of one tile, PARTS times a part of its columns.
+    """Bias, pre-activation, activation, and the stores of one tile, in PARTS column parts.
 
-    A whole tile would not fit into registers beside its addresses.
+    A whole tile and its addresses do not fit in registers.
     """
     if PARTS > 1:
         left, right = halves(acc)
@@ -99,7 +99,7 @@ def _finish(
 
 @triton.jit
 def _zero_rows(ptr, first, end, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """ptr[first : end] = 0 of a contiguous (rows, width), shared among all programs."""
+    """ptr[first : end] = 0 of a contiguous (rows, width); all programs share the work."""
     tiles_n = tl.cdiv(width, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tl.cdiv(end - first, BLOCK_M) * tiles_n, tl.num_programs(0)):
         rows = first + tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -183,7 +183,7 @@ def grouped_gemm_kernel(
                 )  # fmt: skip
                 acc_up = dot(a, b_up, acc_up, INPUT_PRECISION)
 
-        # int64: a row number times its width passes 2**31; within a tile nothing does
+        # int64: a row number times its width exceeds 2**31; offsets within a tile do not
         row64 = first_row.to(tl.int64)
         width = 2 * N if GATED else N
         bias_row, out_row, pre_row = bias_ptr, out_ptr, pre_ptr
@@ -208,7 +208,7 @@ def grouped_gemm_kernel(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What every call of one kind shares; a block is None where a pointer replaces the descriptor."""
+    """Shared by all calls of one kind; a block is None where a pointer is used instead of a descriptor."""
 
     config: tuning.Config
     launch: Launch
@@ -296,7 +296,7 @@ def launch_gemm(
 ) -> tuple[Tensor, Tensor]:
     """-> out and pre-activation, empty where not kept; out is (SPLITS, S, N) fp32 where k was split.
 
-    Without `zero_tail`, rows past the last expert's end are left as they are.
+    Without `zero_tail`, rows past the last expert's end are not written.
     """
     gathered = permutation is not None
     num_rows = permutation.shape[0] if gathered else x.shape[0]
@@ -308,7 +308,7 @@ def launch_gemm(
             x.new_empty(num_rows, width) if keep_pre else empty
         )
     gpu = tuning.gpu_of(x.device)
-    stored = weight if weight.stride(2) == 1 else weight.transpose(1, 2)  # its rows as they lie in memory
+    stored = weight if weight.stride(2) == 1 else weight.transpose(1, 2)  # its rows as stored in memory
     plan = _plan(
         x.device, x.dtype, tuning.bucket(num_rows), weight.shape, x.stride(), weight.stride(), top_k,
         activation, gathered, not gathered and can_describe(x, gpu.has_tma),

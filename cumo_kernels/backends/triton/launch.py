@@ -1,14 +1,14 @@
-"""The host's side of a launch, as short as it can be: a decode step waits for it.
+"""The host side of a launch, kept short because a decode step waits for it.
 
-What follows from shapes, strides and dtypes alone (tile sizes, constants, grid) is a plan, which a launcher
-keeps for each kind of call (`planned`); a `Launch` in it remembers what Triton compiled.
+A plan has everything that follows from shapes, strides and dtypes alone (tile sizes, constants, grid). A
+launcher caches one plan for each kind of call (`planned`). A `Launch` in it keeps what Triton compiled.
 
-A kernel is compiled and loaded at its first launch, and in a CUDA graph's capture a call needs the kernels
-that it needs outside: whoever runs the very calls of a capture before it loads nothing inside. After other
-calls a capture may still meet for the first time: an operand of another alignment (a view) or dtype, other
-outputs (a parameter frozen since), another bucket of rows (other tiles, or sums split and added by
-`sum_rows`). Such a kernel is compiled, for seconds, and loaded while capturing, which capture.py makes
-legal.
+A kernel is compiled and loaded at its first launch. A call inside a CUDA graph's capture needs the same
+kernels as outside it, so running the same calls before a capture leaves nothing to load inside. After other
+calls a capture may still need a kernel for the first time: with an operand of another alignment (a view) or
+dtype, other outputs (a parameter frozen since), or another bucket of rows (other tiles, or sums that are
+split and added by `sum_rows`). Such a kernel is compiled, which takes seconds, and loaded during the capture,
+which capture.py makes legal.
 """
 
 import inspect
@@ -29,23 +29,22 @@ from cumo_kernels.backends.triton.common import PDL
 from cumo_kernels.tiles import tuning
 
 log = logging.getLogger(__name__)
-# multiplications and additions are fused, as in Triton 3.6, whose default that is: 3.10 will have another
+# multiplications and additions are fused, the default of Triton 3.6; 3.10 will have another default
 FUSION = "enable_fp_fusion"
 
 
 def settle(kernel: JITFunction) -> None:
-    """Give `kernel` the cache key that it has in every process, by hashing what it calls before itself.
+    """Give `kernel` the same cache key in every process, by hashing the functions it calls before itself.
 
-    Triton 3.6 leaves the constants that a called function reads out of the caller's key where it has not
-    hashed that function before: keys depend on which kernel a process launches first, and so does whether a
-    kernel is found in the cache.
+    Triton 3.6 omits the constants that a called function reads from the caller's key if it has not hashed
+    that function before. So keys, and cache hits, would depend on which kernel a process launches first.
     """
-    # the class is asked: the key itself is made by asking for it
+    # look at the class: reading the attribute would compute the key
     if getattr(kernel, "hash", "unknown") is not None or not hasattr(type(kernel), "cache_key"):
         return
     names = kernel.fn.__code__.co_names
     used = [kernel.fn.__globals__.get(name) for name in names]
-    # `tl.sum` stands there as two names, and is such a function too
+    # `tl.sum` has two names there, and is such a function too
     used += [
         getattr(module, name, None) for module in used if isinstance(module, ModuleType) for name in names
     ]
@@ -58,8 +57,8 @@ def settle(kernel: JITFunction) -> None:
 def planned(function: Callable) -> Callable:
     """Decorator for pure functions of what decides a launch's constants; the device is one of the arguments.
 
-    What `Launch` sees for itself (dtypes of tensors, which are None) is none of them. The kernels above
-    `function` in its module are settled here: an argument that is one is hashed before anything is launched.
+    What `Launch` handles itself (dtypes of tensors, which are None) is not an argument. The kernels defined
+    above `function` in its module are settled here, so that an argument is hashed before any launch.
     """
     for kernel in list(function.__globals__.values()):
         if isinstance(kernel, JITFunction):
@@ -89,15 +88,15 @@ def on_device_of_first(function: Callable) -> Callable:
 
 
 def whole_rows(x: Tensor) -> Tensor:
-    """x itself where the elements of a row lie side by side, else a copy."""
+    """x itself if the elements of a row are contiguous, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def why_not_direct(kernel, compiled) -> str | None:
-    """Why `compiled`, which launching `kernel` returned, may not be launched as `compiled[grid](*arguments)`.
+    """Why `compiled`, which launching `kernel` returned, cannot be launched as `compiled[grid](*arguments)`.
 
-    No interface of Triton promises that this takes every argument of the kernel, constants too, and nothing
-    else; its launcher reads them by `src.signature`. So it is in Triton 3.6 to 3.9.
+    No public interface of Triton guarantees that this takes exactly the kernel's arguments, constants
+    included; its launcher reads them by `src.signature`. Triton 3.6 to 3.9 behave so.
     """
     try:
         taken = inspect.signature(compiled[1, 1, 1]).parameters.values()
@@ -118,17 +117,17 @@ def _warn_once(words: str) -> None:
 
 @cache
 def _fused(options: type = CUDAOptions) -> dict[str, bool]:
-    """The option that asks for fusion; nothing where this Triton does not take it, after a warning."""
+    """The option that enables fusion; empty, with a warning, if this Triton does not accept it."""
     if hasattr(options, FUSION):
         return {FUSION: True}
-    _warn_once(f"this Triton takes no {FUSION}: the last bits of results are as its own default has them")
+    _warn_once(f"this Triton has no option {FUSION}: the last bits of results follow its default")
     return {}
 
 
 def kind(value: object) -> object:
-    """What Triton specialises an argument on that is not fixed, in fewer steps than Triton takes.
+    """What Triton specialises a non-fixed argument on, computed in fewer steps than Triton's own.
 
-    Of a pointer the dtype and whether 16 divides it, of a descriptor dtype and block, of a number its type.
+    Pointer: its dtype, and whether it is divisible by 16. Descriptor: dtype and block. Number: its type.
     """
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() & 15 == 0
@@ -144,21 +143,21 @@ def kind(value: object) -> object:
         if -(2**31) <= value < 2**31:
             return "i32"
         return "i64" if value < 2**63 else "u64"
-    raise TypeError(f"a launch takes tensors, descriptors, numbers and None, not {type(value).__name__}")
+    raise TypeError(f"argument must be a tensor, descriptor, number or None, got {type(value).__name__}")
 
 
 def _overlap() -> dict[str, bool]:
-    """Under CUMO_PDL, from Hopper on, the option to start before the kernel in front has ended."""
+    """Under CUMO_PDL, from Hopper on, the option to start before the preceding kernel has ended."""
     if PDL.value and driver.active.get_current_target().arch >= 90:
         return {"launch_pdl": True}
     return {}
 
 
 class Launch:
-    """A kernel on one device with all arguments fixed but tensors, descriptors and unspecialised integers.
+    """A kernel on one device with all arguments fixed except tensors, descriptors and unspecialised integers.
 
     Triton binds and classifies every argument at every call, three times the work of the launch itself. Here
-    nothing can differ between calls but dtypes, the alignment of pointers, and which tensors are None.
+    only dtypes, the alignment of pointers, and which tensors are None can differ between calls.
     """
 
     def __init__(self, kernel, *, num_warps: int = 4, num_stages: int = 3, **fixed):
@@ -187,25 +186,25 @@ class Launch:
         if capture.is_capturing():
             self._load(programs, named, options)
         compiled = self._kernel[(programs,)](**named, **options)
-        # None from the interpreter, and where kernels are only compiled
+        # None in the interpreter, and where kernels are only compiled
         if compiled is not None and self._direct:
             reason = why_not_direct(self._kernel, compiled)
             if reason is None:
                 self._compiled[kinds] = compiled
             else:
                 self._direct = False
-                _warn_once(f"Triton itself binds the arguments of every launch, which is slower: {reason}")
+                _warn_once(f"Triton binds the arguments at every launch, which is slower: {reason}")
 
     def _load(self, programs: int, named: dict[str, object], options: dict[str, int | bool]) -> None:
-        """Compile and load what the launch that follows finds."""
+        """Compile and load the kernel for the launch that follows."""
         with capture.loading():
             compiled = self._kernel.warmup(grid=(programs,), **named, **options)
             if compiled is not None:
-                compiled._init_handles()  # no interface of Triton promises this one; 3.6 to 3.9 have it
+                compiled._init_handles()  # not a public interface; 3.6 to 3.9 have it
 
 
 def can_describe(tensor: Tensor, has_tma: bool) -> bool:
-    """Whether the copy engine is there and can address `tensor`: what a plan's key must hold of it."""
+    """Whether a copy engine exists and can address `tensor`; must be part of a plan's key."""
     if not has_tma or tensor.numel() == 0 or tensor.data_ptr() & 15:
         return False
     *outer, inner = tensor.stride()
@@ -214,12 +213,12 @@ def can_describe(tensor: Tensor, has_tma: bool) -> bool:
 
 
 class _Descriptor(TensorDescriptor):
-    """Without the checks, which `can_describe` has made."""
+    """A descriptor without checks; `can_describe` has made them."""
 
     def __post_init__(self):
         pass
 
 
 def describe(tensor: Tensor, block_shape: list[int]) -> TensorDescriptor:
-    """A descriptor of what `can_describe` accepts; reads outside the tensor give zeros."""
+    """A descriptor of a tensor that `can_describe` accepts; reads outside the tensor return zeros."""
     return _Descriptor(tensor, tensor.shape, tensor.stride(), block_shape)

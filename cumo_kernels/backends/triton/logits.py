@@ -1,4 +1,4 @@
-"""What the router kernels have in common (Triton), a part of the routing stem: logits, ranks, groups."""
+"""Device functions shared by the router kernels (Triton, routing stem): logits, ranks, groups."""
 
 import triton
 import triton.language as tl
@@ -73,9 +73,9 @@ def load_logits(
 
 @triton.jit
 def rank_keys(values):
-    """int32 in the order of fp32 `values`; -0 equals 0, NaN of either sign is above all.
+    """int32 keys in the order of fp32 `values`; -0 equals 0, NaN of either sign ranks highest.
 
-    Columns right of E hold the least value there is, and of equals the leftmost is chosen: never one of them.
+    Columns right of E have the lowest value, and ties go to the leftmost column: they are never chosen.
     """
     bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
     keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

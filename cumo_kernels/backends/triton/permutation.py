@@ -1,4 +1,4 @@
-"""Permutation (Triton): token order -> expert order, and the weighted way back.
+"""Permutation (Triton): token order -> expert order, and the weighted sum back to token order.
 
     permute:           out[p] = x[permutation[p] // K]                            x (T, H)     out (S, H)
     combine:           out[t] = sum_k topk_weights[t, k] * rows[inverse[t * K + k]]
@@ -6,12 +6,12 @@
     combine_backward:  drows[inverse[s]] = topk_weights[s] * grad[s // K]
                        dweights[s] = <grad[s // K], rows[inverse[s]]>             grad (T, H)
 
-Sorted positions of dropped slots (inverse -1) get zeros and are never read.
+Sorted positions of dropped slots (inverse -1) are set to zero and never read.
 _permute_kernel, _combine_kernel: one program per tile of rows x columns; memory bound, S * H + T * H elements
 (permute reads a token K times, from L2). _combine_backward_kernel: one program per BLOCK_S slots, whole rows;
 2 * S * H + T * H elements. Rows are moved in 16-byte pieces when H and the strides allow it.
 
-Contract: cumo_kernels/ops/permutation.py. Truth: cumo_kernels/backends/reference/permutation.py.
+Contract: cumo_kernels/ops/permutation.py. Reference: cumo_kernels/backends/reference/permutation.py.
 """
 
 import torch
@@ -43,7 +43,7 @@ def _permute_kernel(
     mask = positions < S
     slots = tl.load(permutation_ptr + positions, mask=mask, other=0)
     kept = mask & (tl.load(inverse_ptr + slots, mask=mask, other=-1) >= 0)
-    # int64: row * stride passes 2**31 at S * H = 2G elements
+    # int64: row * stride exceeds 2**31 at S * H = 2G elements
     tokens = (slots // K).to(tl.int64)
     in_row = (cols < H)[None, :]
     x = tl.load(x_ptr + tokens[:, None] * stride_x_t + cols[None, :], mask=kept[:, None] & in_row, other=0.0)
@@ -71,7 +71,7 @@ def _combine_kernel(
     mask = tokens < T
     in_row = (cols < H)[None, :]
     acc = tl.zeros((BLOCK_T, BLOCK_H), dtype=tl.float32)
-    # unrolled, so that the rows of all choices are on their way at once
+    # unrolled, so that the loads of all choices overlap
     for k in tl.static_range(K):
         positions = tl.load(inverse_ptr + tokens * K + k, mask=mask, other=-1).to(tl.int64)
         kept = positions >= 0
@@ -110,7 +110,7 @@ def _combine_backward_kernel(
     positions = tl.load(inverse_ptr + slots, mask=mask, other=-1).to(tl.int64)
     kept = positions >= 0
     weights = tl.load(weights_ptr + slots, mask=kept, other=0.0)
-    # rows no slot points at: those of the same numbers as our slots are ours to clear
+    # rows that no slot points at: this program clears those with the numbers of its slots
     owners = tl.load(permutation_ptr + slots, mask=mask, other=0)
     dropped = mask & (tl.load(inverse_ptr + owners, mask=mask, other=0) < 0)
     acc = tl.zeros((BLOCK_S, BLOCK_H), dtype=tl.float32)
@@ -164,7 +164,7 @@ def _plan_combine(
 def _plan_backward(
     device: torch.device, dtype: torch.dtype, width: int, strides: tuple[int, int], top_k: int
 ):
-    """-> launch, slots of a program."""
+    """-> launch, slots per program."""
     rows, cols = tile_of_rows(width, dtype.itemsize)
     launch = Launch(
         _combine_backward_kernel,
@@ -209,7 +209,7 @@ def combine(rows: Tensor, topk_weights: Tensor | None, inverse_permutation: Tens
 def combine_backward(
     grad: Tensor, rows: Tensor, topk_weights: Tensor, permutation: Tensor, inverse_permutation: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradient at the output (T, H) -> gradients at rows (S, H) and topk_weights (T, K)."""
+    """Gradient of the output (T, H) -> gradients of rows (S, H) and topk_weights (T, K)."""
     (num_slots, hidden_size), top_k = rows.shape, topk_weights.shape[1]
     drows, dweights = rows.new_empty(rows.shape), topk_weights.new_empty(topk_weights.shape)
     if num_slots == 0:

@@ -1,18 +1,18 @@
 """Routing (Triton): from logits to top-k weights and loss statistics in one kernel; the sort in one or two.
 
     logits = x, or x @ gate_weight.T rounded to the dtype of x, as torch.nn.Linear would
-    p = softmax(logits)          idx = the K largest logits, ties to the lowest index, NaN above all
+    p = softmax(logits)          idx = the K largest logits, ties to the lowest index, NaN ranks highest
     w = p[idx] / sum(p[idx])     (or p[idx] when not renormalised)
     mean_probs[g], top1_density[g], mean_squared_logsumexp[g]: means over the tokens of group g
 
-_route_kernel: grid (cdiv(T, BLOCK_T)). A program writes one row of sums per group its tokens touch; rows of a
-group lie side by side, and the program that finishes a group last adds them in row order. Memory bound:
+_route_kernel: grid (cdiv(T, BLOCK_T)). A program writes one row of sums for each group that its tokens belong
+to. Rows of a group are adjacent, and the last program to finish a group adds them in row order. Memory bound:
 reads x once, T * H elements (T * E without a gate).
 _route_backward_kernel: grid (min(cdiv(T, BLOCK_T), programs)); reads x and writes dx, 2 * T * H elements. The
-gate's gradient is summed per program in fp32, then over programs in order by sum_rows.
-sort_by_expert is in sorting.py, what both kernels read in logits.py.
+gate's gradient is summed per program in fp32, then sum_rows adds the programs' sums in order.
+sort_by_expert is in sorting.py; logits.py has what both kernels share.
 
-Contract: cumo_kernels/ops/routing.py. Truth: cumo_kernels/backends/reference/routing.py.
+Contract: cumo_kernels/ops/routing.py. Reference: cumo_kernels/backends/reference/routing.py.
 """
 
 import torch
@@ -49,8 +49,8 @@ from cumo_kernels.tiles.hardware import KIB, Gpu, gpu_of
 
 __all__ = ["route", "route_backward", "sort_by_expert"]
 
-STAGES = 4  # tiles of x and of the gate that are under way at a time
-FUSED_GATE_EXPERTS = 32  # a wider gate has enough arithmetic for a GEMM of its own in backward
+STAGES = 4  # tiles of x and of the gate in flight at a time
+FUSED_GATE_EXPERTS = 32  # above this, the gate has enough arithmetic for a separate GEMM in backward
 
 
 @triton.jit(do_not_specialize=["T", "G", "group_size", "steps"])
@@ -91,7 +91,7 @@ def _route_kernel(
     token_mask = tokens < T
     experts = tl.arange(0, BLOCK_E)
     choices = tl.arange(0, BLOCK_K)
-    # int64: token * stride passes 2**31 at T * H = 2G elements
+    # int64: token * stride exceeds 2**31 at T * H = 2G elements
     logits = load_logits(
         x_ptr, gate_ptr, tokens.to(tl.int64), token_mask, stride_x_t, stride_gate_e, H,
         E, BLOCK_T, BLOCK_E, BLOCK_H, HAS_GATE, INPUT_PRECISION,
@@ -124,7 +124,7 @@ def _route_kernel(
     tl.store(indices_ptr + slots, indices, mask=slot_mask)
     first = tl.sum(tl.where((choices == 0)[None, :], indices, 0), 1)
 
-    # the groups whose tokens, or whose place if they are empty, lie in this tile
+    # the groups whose tokens (or, if empty, whose position) are in this tile
     begin_tile = tile * BLOCK_T
     end_tile = tl.minimum(begin_tile + BLOCK_T, T)
     if RAGGED:
@@ -140,7 +140,7 @@ def _route_kernel(
     for g in range(g_first, g_end):
         begin, end = group_bounds(group_offsets_ptr, g, group_size, T, RAGGED)
         mine = token_mask & (tokens >= begin) & (tokens < end)
-        # consecutive (tile, group) pairs that touch have consecutive tile + g
+        # consecutive overlapping (tile, group) pairs have consecutive tile + g
         row_ptr = sums_ptr + (tile + g).to(tl.int64) * (2 * E + 1)
         prob_sum = tl.sum(tl.where(mine[:, None], probs, 0.0), 0)
         first_sum = tl.sum(tl.where(mine[:, None] & (first[:, None] == experts[None, :]), 1.0, 0.0), 0)
@@ -150,7 +150,7 @@ def _route_kernel(
 
         first_tile = tl.minimum(begin // BLOCK_T, num_tiles - 1)
         last_tile = tl.maximum(tl.minimum((end - 1) // BLOCK_T, num_tiles - 1), first_tile)
-        # every thread's sums before the arrival is counted, the arrival before anybody's sums are read
+        # all threads write their sums before the arrival is counted, and read sums only after it
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals_ptr + g, 1, sem="acq_rel")
         if arrived == last_tile - first_tile:
@@ -226,7 +226,7 @@ def _route_backward_kernel(
         probs = powers / total[:, None]
         lse = tl.log(total) + top
 
-        # the share of each token in the means of its group
+        # each token's share of its group's means
         if RAGGED:
             group = count_below(group_offsets_ptr, tokens + 1, G + 1, steps) - 1
             in_group = token_mask & (group >= 0) & (group < G)
@@ -245,7 +245,7 @@ def _route_backward_kernel(
         else:
             dprobs = dprobs * share
 
-        # grad_weights and the choice itself, spread over the experts
+        # grad_weights and the choices, scattered to the experts
         dweights = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
         chosen = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.int32)
         for k in range(K):
@@ -278,7 +278,7 @@ def _route_backward_kernel(
                 if NEED_GATE:
                     x_ptrs = x_ptr + tokens64[:, None] * stride_x_t + cols[None, :]
                     x = tl.load(x_ptrs, mask=x_mask, other=0.0)
-                    # this program's own sums: nothing on its first tile, then what it wrote on the last
+                    # this program's own sums: zero for its first tile, then those of its previous tile
                     sum_ptrs = dgate_sums_ptr + (pid.to(tl.int64) * E + experts[:, None]) * H + cols[None, :]
                     before = tl.load(sum_ptrs, mask=only_if(tile != pid, gate_mask), other=0.0)
                     tl.store(sum_ptrs, dot(tl.trans(dlogits), x, before, INPUT_PRECISION), mask=gate_mask)
@@ -289,21 +289,21 @@ def _route_backward_kernel(
 
 
 def _tokens_of_tile(num_tokens: int, gpu: Gpu) -> int:
-    """Enough programs for the chip first, then fewer, larger ones (another height rounds otherwise)."""
+    """Enough programs to fill the chip, then fewer, larger ones (another tile height rounds differently)."""
     per_program = 0 if tuning.BATCH_INVARIANT else num_tokens // (2 * gpu.sms)
     return 64 if per_program >= 64 else 32 if per_program >= 32 else 16
 
 
 def _tiles(dtype: torch.dtype, width: int, num_experts: int, has_gate: bool, block_t: int, gpu: Gpu) -> dict:
-    """What forward and backward share, so that both compute the same logits."""
+    """Tile sizes that forward and backward share, so that both compute the same logits."""
     block_e = next_power_of_2(num_experts)
     if not has_gate:
         tile = {"BLOCK_T": max(8, min(128, 1024 // block_e)), "BLOCK_E": block_e, "BLOCK_H": 16}
         # with four warps the assembler spills two registers on sm_120
         return {"E": num_experts, **tile, "HAS_GATE": False, "num_warps": 8 if gpu.capability >= 120 else 4}
     is_fp32 = dtype == torch.float32
-    block_e = max(16, block_e)  # the least width of a tensor-core tile
-    # IEEE products run out of registers; Triton 3.6 fails to lay a 64 x 16 tile out in the tensor memory of
+    block_e = max(16, block_e)  # the minimum width of a tensor-core tile
+    # IEEE products run out of registers; Triton 3.6 cannot place a 64 x 16 tile in the tensor memory of
     # data-centre Blackwell
     block_t = min(block_t, 16 if is_fp32 else 32 if gpu.capability in (100, 103) else 64)
     block_h = min(64 if is_fp32 or block_e > 64 else 128, max(16, next_power_of_2(width)))
@@ -319,7 +319,7 @@ def _plan(
     has_gate: bool, block_t: int, ragged: bool, top_k: int, renormalize: bool,
     precision: str, gpu: Gpu, need_x: bool = True, need_gate: bool = True,
 ) -> tuple[Launch, int]:  # fmt: skip
-    """-> launch, tokens of a tile."""
+    """-> launch, tokens per tile."""
     tiles = _tiles(dtype, width, num_experts, has_gate, block_t, gpu)
     own = {"NEED_X": need_x, "NEED_GATE": need_gate, "num_stages": 3}
     if kernel is _route_kernel:
@@ -366,7 +366,7 @@ def route(
     )  # fmt: skip
     programs = cdiv(num_tokens, block_t)
     sums = torch.empty(programs + num_groups, 2 * num_experts + 1, **wide)
-    # anew each time: a buffer kept between calls would break CUDA-graph trees, and stay wrong after an abort
+    # allocated at each call: a persistent buffer would break CUDA-graph trees and stay wrong after an abort
     arrivals = torch.zeros(num_groups, dtype=torch.int32, device=x.device)
     launch(
         programs, x, gate, group_offsets, weights, indices, mean_probs, density, z, sums, arrivals,
@@ -388,9 +388,9 @@ def route_backward(
     need_x: bool,
     need_gate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients at topk_weights, mean_probs and z -> gradients at x and gate_weight, empty where not needed.
+    """Gradients of topk_weights, mean_probs and z -> gradients of x and gate_weight, empty where not needed.
 
-    With v = p[idx] and s = sum(v): dv = (dw - <dw, w>) / s. Then dp collects dv and the groups' share,
+    With v = p[idx] and s = sum(v): dv = (dw - <dw, w>) / s. Then dp sums dv and the groups' share,
     and dlogits = p * (dp - <dp, p> + 2 * lse * the groups' share of dz).
     """
     has_gate, nothing = gate_weight is not None, x.new_empty(0)

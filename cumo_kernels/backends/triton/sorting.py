@@ -1,9 +1,9 @@
-"""The stable sort of slots by expert (Triton), a part of the routing stem.
+"""The stable sort of slots by expert (Triton, routing stem).
 
-_count_kernel, _sort_kernel: grid (programs), a run of slots each, counted and then placed; S * E adds.
-No atomics: a slot's place follows from the counts of all runs before its own.
+_count_kernel, _sort_kernel: grid (programs). Each program counts and then places a run of slots; S * E adds.
+No atomics: a slot's position follows from the counts of all earlier runs.
 
-Contract: cumo_kernels/ops/routing.py. Truth: cumo_kernels/backends/reference/routing.py.
+Contract: cumo_kernels/ops/routing.py. Reference: cumo_kernels/backends/reference/routing.py.
 """
 
 import torch
@@ -40,7 +40,7 @@ def _count_kernel(
 @triton.jit(do_not_specialize=["S", "run"])
 def _sort_kernel(
     indices_ptr,  # (S,) int32
-    counts_ptr,  # (programs, E) int32, unless one program does everything
+    counts_ptr,  # (programs, E) int32, unused with one program
     tokens_per_expert_ptr,  # (E,) int32
     expert_offsets_ptr,  # (E + 1,) int32
     permutation_ptr,  # (S,) int32
@@ -61,7 +61,7 @@ def _sort_kernel(
     begin = pid * run
     end = tl.minimum(begin + run, S)
     counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
-    before = tl.zeros((BLOCK_E,), dtype=tl.int32)  # of the programs before this one
+    before = tl.zeros((BLOCK_E,), dtype=tl.int32)  # counts of the programs before this one
     if ALONE:
         for start in range(0, S, BLOCK_S):
             slots = start + tl.arange(0, BLOCK_S)
@@ -83,7 +83,7 @@ def _sort_kernel(
         tl.store(expert_offsets_ptr, 0)
         tl.store(expert_offsets_ptr + 1 + experts, ends, mask=expert_mask)
 
-    # where the next slot of each expert goes, and the next slot of none
+    # the position of each expert's next slot, and of the next dropped slot
     free = ends - counts + before
     free_dropped = tl.sum(counts, 0) + begin - tl.sum(before, 0)
     for start in range(begin, end, BLOCK_S):
@@ -105,12 +105,12 @@ def _sort_kernel(
         free_dropped += tl.sum(dropped, 0)
 
 
-MAX_PROGRAMS = 256  # every program of the sort reads the counts of all
+MAX_PROGRAMS = 256  # every program of the sort reads all counts
 
 
 @planned
 def _plan(device: torch.device, num_experts: int) -> tuple[int, Launch, Launch, Launch]:
-    """-> slots of one step; the count, the sort behind it, and the sort by one program alone."""
+    """-> slots per step; the count, the sort after it, and the sort by a single program."""
     block_e = next_power_of_2(num_experts)
     # (BLOCK_S, BLOCK_E) is what one step ranks: 32 values per thread
     block_s = max(16, min(2048, 8192 // block_e))
@@ -118,7 +118,7 @@ def _plan(device: torch.device, num_experts: int) -> tuple[int, Launch, Launch, 
     count = Launch(_count_kernel, num_warps=8, **tiles)
     block_p = max(4, min(MAX_PROGRAMS, 8192 // block_e))
     sort, sort_alone = (
-        # one program holds all it ranks: with 8 warps Triton 3.9 spills
+        # a single program holds all that it ranks: with 8 warps Triton 3.9 spills registers
         Launch(_sort_kernel, BLOCK_P=block_p, ALONE=alone, num_warps=16 if alone else 8, **tiles)
         for alone in (False, True)
     )

@@ -1,11 +1,11 @@
-"""How a persistent program finds its tile and brings the operands of one step (shared by the GEMM kernels).
+"""How a persistent program finds its tile and loads the operands of one step (shared by the GEMM kernels).
 
-Rows of expert e are [expert_offsets[e], expert_offsets[e + 1]). An expert owns cdiv(its rows, BLOCK_M) *
-tiles_n * SPLITS tiles; tiles are numbered expert by expert, so which expert a tile belongs to is found on the
-device from the offsets alone, and the grid needs no routing.
+Rows of expert e are [expert_offsets[e], expert_offsets[e + 1]). An expert has cdiv(its rows, BLOCK_M) *
+tiles_n * SPLITS tiles. Tiles are numbered expert by expert, so a program finds a tile's expert on the device
+from the offsets alone, and the grid does not depend on the routing.
 
 An operand is a pointer with strides, or a descriptor that the copy engine of Hopper and later reads
-(launch.py); descriptors give zeros outside the tensor.
+(launch.py); a descriptor returns zeros outside the tensor.
 """
 
 import torch
@@ -18,7 +18,7 @@ from cumo_kernels.backends.triton.launch import Launch, cdiv, next_power_of_2, p
 
 
 def upper_bound(num_rows: int, num_experts: int, block_m: int) -> int:
-    """Row tiles that any routing of `num_rows` rows can need."""
+    """The largest number of row tiles that a routing of `num_rows` rows can need."""
     return min(cdiv(num_rows, block_m) + num_experts - 1, num_rows)
 
 
@@ -30,7 +30,7 @@ def count_tiles(
     E_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """-> the number of the tile after each expert's last, (E_POW2,) int32."""
+    """-> for each expert the number of tiles up to its last, (E_POW2,) int32."""
     experts = tl.arange(0, E_POW2)
     begins = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
     ends = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
@@ -64,7 +64,7 @@ def find_tile(
 
 @triton.jit
 def grouped_order(local, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """GROUP_M row tiles take turns at one column tile, so that what runs together shares L2 lines."""
+    """GROUP_M row tiles run before the next column tile, so that concurrent tiles share L2 lines."""
     group = local // (GROUP_M * tiles_n)
     within = local % (GROUP_M * tiles_n)
     size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
@@ -87,7 +87,7 @@ def load_rows(
         tile = x_desc.load([first_row, k])
     else:
         cols = k + tl.arange(0, BLOCK_K)
-        # int64: a transposed view has stride T here, and K * T passes 2**31
+        # int64: a transposed view has stride T here, and K * T exceeds 2**31
         ptrs = row_ptrs + cols.to(tl.int64)[None, :] * stride_x_k
         if EVEN_K:
             tile = tl.load(ptrs)
@@ -132,7 +132,7 @@ def load_weight(
 
 @triton.jit
 def halves(tile):
-    """(M, N) -> its left and right half, (M, N / 2) each."""
+    """(M, N) -> its left and right halves, (M, N / 2) each."""
     M: tl.constexpr = tile.shape[0]
     N: tl.constexpr = tile.shape[1]
     return tl.reshape(tile, (M, 2, N // 2)).permute(0, 2, 1).split()
@@ -148,7 +148,7 @@ def _sum_rows_kernel(
     BLOCK_N: tl.constexpr,
 ):
     wait_for_earlier()
-    # int64: R * N passes 2**31
+    # int64: R * N exceeds 2**31
     cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
     for start in range(0, R, BLOCK_R):

@@ -1,13 +1,13 @@
-"""The k-grouped GEMM (Triton): each expert's rows are the reduction, for gradients of weights and biases.
+"""The k-grouped GEMM (Triton): the reduction runs over each expert's rows; gradients of weights and biases.
 
     grad_weight[e] = grad_e.T @ x_e          grad (S, N)   x (S, K)   grad_weight (E, N, K)
     grad_bias[e] = sum of grad_e             grad_bias (E, N)
 
 Rows of e are [expert_offsets[e], expert_offsets[e + 1]); without rows the sums are exactly zero. Either
-operand may be gathered from token order. Few tiles with very many rows each are split by rows, and the parts
-added in a fixed order (tuning.splits). Whole blocks of rows need no mask and may come through the copy
-engine; the last, ragged one is masked on both sides, since the rows after it belong to another expert and
-may hold anything. 2 * S * N * K FLOPs. The gradient of a bias whose rows are weighted: bias_grad.py.
+operand may be gathered from token order. If there are few tiles with very many rows each, the rows are split
+and the parts added in a fixed order (tuning.splits). Whole blocks of rows need no mask and may be loaded by
+the copy engine. The last, partial block is masked in both operands, since the rows after it belong to another
+expert and may hold anything. 2 * S * N * K FLOPs. The bias gradient of weighted rows is in bias_grad.py.
 """
 
 import torch
@@ -37,7 +37,7 @@ def _load_ragged(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A (BLOCK_M, BLOCK_C) tile of what is summed over rows; MASK_ROWS: `rows_left` rows, then zeros."""
+    """A (BLOCK_M, BLOCK_C) tile of an operand; with MASK_ROWS `rows_left` rows, then zeros."""
     if desc is not None and not MASK_ROWS:
         tile = desc.load([first_row, first_col])
     else:
@@ -56,7 +56,7 @@ def _load_ragged(
 @triton.jit
 def _add_rows(
     acc,  # (BLOCK_N, BLOCK_K) fp32
-    acc_bias,  # (BLOCK_N, 16) fp32, whose columns add up to the bias gradient
+    acc_bias,  # (BLOCK_N, 16) fp32, the sum of its columns is the bias gradient
     slots,  # (BLOCK_M,) permutation[rows], or the rows themselves
     grad_ptr, grad_desc, x_ptr, x_desc,
     row, end, first_n, first_k, N, K,
@@ -78,10 +78,10 @@ def _add_rows(
     )  # fmt: skip
     acc = dot(grad.T, x, acc, INPUT_PRECISION)
     if WITH_BIAS and INPUT_PRECISION == "tf32":
-        # a dot would cut what it adds to 10 bits
+        # a TF32 dot would truncate its operands to 10 bits
         acc_bias += tl.where(tl.arange(0, 16)[None, :] == 0, tl.sum(grad.to(tl.float32), 0)[:, None], 0.0)
     elif WITH_BIAS:
-        # the tensor cores add up the bias gradient too: the tile times a column of ones
+        # the tensor cores compute the bias gradient too: the tile times a column of ones
         columns = tl.arange(0, 16)[None, :]
         ones = tl.broadcast_to((columns == 0).to(tl.float32), (BLOCK_M, 16)).to(x.dtype)
         acc_bias = dot(grad.T, ones, acc_bias, INPUT_PRECISION)
@@ -107,7 +107,7 @@ def _sum_rows(
     for row in tl.range(begin, whole, BLOCK_M):
         next_slots = row + BLOCK_M + tl.arange(0, BLOCK_M)
         if permutation_ptr is not None:
-            # a step ahead: a row can be asked for without waiting for its number
+            # one step ahead, so that loading a row does not wait for its row number
             next_slots = tl.load(permutation_ptr + next_slots, mask=next_slots < end, other=0)
         acc, acc_bias = _add_rows(
             acc, acc_bias, slots, grad_ptr, grad_desc, x_ptr, x_desc,
@@ -137,7 +137,7 @@ def _store(
     K,
     PARTS: tl.constexpr,
 ):
-    """out = acc, PARTS times a part of its columns: a whole tile overflows the registers."""
+    """out = acc, in PARTS column parts: a whole tile does not fit in registers."""
     if PARTS > 1:
         left, right = halves(acc)
         half: tl.constexpr = acc.shape[1] // 2
@@ -196,7 +196,7 @@ def weight_grad_kernel(
             end = tl.minimum(begin + share, end)
         first_n = tile_n * BLOCK_N
         first_k = tile_k * BLOCK_K
-        # int64: SPLITS * E * N * K passes 2**31
+        # int64: SPLITS * E * N * K exceeds 2**31
         slab = split.to(tl.int64) * E + expert
         cols_n = first_n + tl.arange(0, BLOCK_N)
         if bias_out_ptr is None:
@@ -291,7 +291,7 @@ def launch_weight_grad(
 ) -> tuple[Tensor, Tensor]:
     """-> grad_weight (E, N, K), grad_bias (E, N), empty if not needed; `permutation` gathers "x" or "grad".
 
-    The bias alone is added up in the same order as beside the weight, with one column of x for a weight.
+    The bias alone is summed in the same order as with the weight, from one column of x.
     """
     num_experts = expert_offsets.shape[0] - 1
     width, in_features = grad.shape[1], x.shape[1]
