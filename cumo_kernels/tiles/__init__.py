@@ -1,1 +1,1 @@
-"""Which tile sizes a GEMM runs with on which GPU, and what was measured there."""
+"""Tile sizes of the GEMMs by GPU, and measured timings."""

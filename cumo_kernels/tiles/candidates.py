@@ -1,6 +1,6 @@
-"""Tile sizes worth timing for a GEMM, before any walk to neighbours: what `tune` compiles first, all at once.
+"""Candidate tile sizes of a GEMM, which `tune` compiles and times before it searches neighbours.
 
-By kind of GEMM, and by how many rows an expert has; what does not fit the GPU or the problem is left out.
+They depend on the kind of GEMM and the rows per expert; what does not fit the GPU or the problem is omitted.
 A line is BLOCK_M x BLOCK_N x BLOCK_K, warps, stages, GROUP_M, PER_SM, and whether the tiles are flattened.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 from cumo_kernels.tiles import tuning
 from cumo_kernels.tiles.tuning import Config, Gpu, Problem, refuse
 
-FEW_ROWS, SOME_ROWS = 8, 400  # of an expert: decoding, and up to a few tiles
+FEW_ROWS, SOME_ROWS = 8, 400  # rows per expert: decoding, and up to a few tiles
 
 _MANY = {
     "gated": """
@@ -121,7 +121,7 @@ def _kind(problem: Problem) -> str:
 
 
 def listed(problem: Problem, gpu: Gpu) -> Iterator[Config]:
-    """The current choice, then what else to time, each once and with its splits."""
+    """The current choice, then the other candidates, each once and with its splits."""
     kind, rows = _kind(problem), problem.rows / problem.experts
     tables = (_FEW,) if rows <= FEW_ROWS else (_SOME, _MANY) if rows <= SOME_ROWS else (_MANY,)
     lines = [line for table in tables for line in table[kind].splitlines() if line.strip()]

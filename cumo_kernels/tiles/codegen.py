@@ -1,11 +1,11 @@
-"""What the assembler makes of every Triton kernel, for GPUs that need not be here.
+"""Compiles every Triton kernel for given GPUs, which need not be present, and inspects the machine code.
 
     python -m cumo_kernels.tiles.codegen --write benchmarks/results/codegen.md
     python -m cumo_kernels.tiles.codegen --gpu nvidia_h100 --shape clip --dtype bf16 --kernel route
     python -m cumo_kernels.tiles.codegen --gpu this --workers 16    fills Triton's cache on a GPU's machine
 
-The launchers run on meta tensors with the driver replaced, and what they would launch is compiled instead:
-the same specialisation, tile sizes and options as on the GPU. Registers, stack and SASS come from cuobjdump.
+The launchers run on meta tensors with a stub driver, and each launch is compiled instead of run, with the
+same specialisation, tile sizes and options as on the GPU. Registers, stack and SASS come from cuobjdump.
 """
 
 import argparse
@@ -33,25 +33,25 @@ from cumo_kernels.tiles.hardware import Gpu
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 TARGETS = ("nvidia_a100", "nvidia_h100", "nvidia_b200", "nvidia_rtx_pro_6000")  # sm_80, 90, 100, 120
-# beside CuMo's layers one with the most experts, which no file in configs/ knows
+# CuMo's layers, and one with the largest number of experts, which no file in configs/ has
 SHAPES = {**problems.SHAPES, "many": (1024, 512, 1024, 256, 8, True, (4096,))}
 ACTIVATION = {"clip": "quick_gelu", "mlp": "gelu", "llm": "swiglu", "many": "geglu"}
 DTYPES = {**problems.DTYPES, "tf32": torch.float32}
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "OMMA")
 ASYNC_COPY = ("LDGSTS", "UTMALDG", "UBLKCP")
 SPILL = ("LDL", "STL")
-PARKED = 64  # bytes of stack that a program may use once per tile: some 0.1 % of the tile's instructions
-# these move whole rows and nothing else: they must do so 16 bytes at a time
+PARKED = 64  # bytes of stack that a program may use once per tile: about 0.1 % of the tile's instructions
+# these only move whole rows: they must do so 16 bytes at a time
 STREAMING = ("_permute_kernel", "_combine_kernel", "_combine_backward_kernel", "_activate_kernel")
 
 
-HEAD = """# What the assembler makes of every Triton kernel
+HEAD = """# Machine code of every Triton kernel
 
 Made by `python -m cumo_kernels.tiles.codegen` with Triton {} and torch {}: compiled, not run, so nothing
-here is a measurement. {} kernels, {} with a problem. Wanted: no local loads or stores in a loop over
+here is a measurement. {} kernels, {} with a problem. Requirements: no local loads or stores in a loop over
 operands, and at most 64 bytes of stack around it, none in kernels without such a loop; tensor cores in
-every 16-bit dot; asynchronous copies in every loop over operands; 16-byte accesses where rows are only
-moved; shared memory that the chip has. `stack` is bytes per thread and local accesses.
+every 16-bit dot; asynchronous copies in every loop over operands; 16-byte accesses in kernels that only move
+rows; no more shared memory than the chip has. `stack` is bytes per thread and local accesses.
 
 """
 
@@ -69,15 +69,15 @@ class Report:
     registers: int
     stack: int
     shared: int
-    opcodes: dict[str, int]  # how often an instruction stands in the SASS
+    opcodes: dict[str, int]  # number of occurrences in the SASS
     wide: int  # 16-byte accesses of global memory
     has_dot: bool
-    has_loop_dot: bool  # deeper than the function's own level
+    has_loop_dot: bool  # deeper than the function's top level
     loop_spills: int = 0  # local accesses inside the loops that multiply
     loop_dots: int = 0  # tensor core instructions there
     loop_instructions: int = 0  # all instructions there
-    gathers: bool = False  # an operand's rows come through a permutation
-    failure: str | None = None  # what the compiler said instead of compiling
+    gathers: bool = False  # an operand's rows are gathered by a permutation
+    failure: str | None = None  # the compiler's error, if it failed
     cases: list[str] = field(default_factory=list)
 
     def count(self, names: Iterable[str]) -> int:
@@ -85,7 +85,7 @@ class Report:
 
     @property
     def problems(self) -> list[str]:
-        """What a shipped kernel must not have, in words."""
+        """The requirements that this kernel violates, as text."""
         if self.failure:
             return [f"does not compile: {self.failure}"]
         found = []
@@ -103,7 +103,7 @@ class Report:
             found.append("a dot without tensor cores")
         if self.has_loop_dot and self.num_stages > 1 and not self.count(ASYNC_COPY):
             found.append("a loop over operands without asynchronous copies")
-        # scattered rows are no box for the copy engine: its instructions prove the other operand only
+        # the copy engine cannot gather rows: its instructions only show that the other operand is copied
         elif self.has_loop_dot and self.num_stages > 1 and self.gathers and not self.count(("LDGSTS",)):
             found.append("gathered rows without asynchronous copies")
         if self.kernel in STREAMING and not self.wide:
@@ -120,7 +120,7 @@ class Report:
 
 
 class _Driver:
-    """Enough of a driver for Triton to choose a target; kernels are cached per `device`."""
+    """A stub driver from which Triton chooses a target; kernels are cached per `device`."""
 
     def __init__(self, gpu: Gpu):
         self.gpu = gpu
@@ -152,8 +152,8 @@ def _count_in_loops(sass: str) -> tuple[int, int, int]:
     """-> local accesses, tensor core instructions and all instructions inside the innermost loops that
     multiply: on tensor cores, or in fp32 without any.
 
-    A loop ends with a branch back under a condition; an unconditional one closes the walk over tiles, or
-    returns from where a barrier is waited for, out of line.
+    A loop ends with a conditional branch back. An unconditional branch back closes the loop over tiles, or
+    returns from an out-of-line barrier wait.
     """
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z0-9_]+)(.*)", sass, re.M)
     code = [(int(address, 16), bool(predicate), name, rest) for address, predicate, name, rest in lines]
@@ -185,7 +185,7 @@ def _dtype(types: set[str], ttir: str) -> str:
 
 @contextmanager
 def _switch(dtype: str) -> Iterator[None]:
-    """torch's switch for tf32, which decides what an fp32 dot compiles to."""
+    """Set torch's switch for tf32, which decides how an fp32 dot is compiled."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     try:
@@ -222,7 +222,7 @@ def _report(kernel: JITFunction, compiled, gpu: Gpu, constants: dict[str, object
 
 
 def bare(kernel: JITFunction, compiled, gpu: Gpu, constants: dict[str, object]) -> Report:
-    """A report of nothing but the name: what `compiling` makes where only the cache is wanted."""
+    """A report with only the name, for `compiling` if only the cache is needed."""
     numbers = dict.fromkeys(("num_warps", "num_stages", "registers", "stack", "shared", "wide"), 0)
     return Report(
         kernel.fn.__name__, gpu, "-", constants, **numbers, opcodes={}, has_dot=False, has_loop_dot=False
@@ -233,7 +233,7 @@ def bare(kernel: JITFunction, compiled, gpu: Gpu, constants: dict[str, object]) 
 def compiling(
     gpu: Gpu, wanted: Callable[[str], bool] = bool, describe: Callable[..., Report] = _report
 ) -> Iterator[list[tuple[Report, bool]]]:
-    """Inside, launches compile for `gpu` instead of running; each adds its report, and whether it is new.
+    """Inside, launches compile for `gpu` instead of running; each appends its report, and whether it is new.
 
     Only kernels whose name `wanted` accepts are compiled. `describe` makes the report: the default
     disassembles, which takes nearly as long as compiling; `bare` does not.
@@ -248,7 +248,7 @@ def compiling(
         constants = {name: value for name, value in kwargs.items() if name.isupper()}
         try:
             compiled, failure = run(self, *args, grid=grid, warmup=True, **kwargs), None
-            if compiled is None:  # a hook of Triton's did not want it
+            if compiled is None:  # a hook of Triton rejected it
                 return
             if describe is _report and "ttir" not in compiled.asm:  # unpacked by benchmarks.gpu.artifacts
                 self.device_caches.pop(gpu.name)
@@ -268,14 +268,14 @@ def compiling(
         launched.append((known[key], is_new))
 
     if triton.knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
+        raise RuntimeError("TRITON_INTERPRET=1 disables compilation: unset it")
     JITFunction.run = compile_only
     driver.set_active(_Driver(gpu))
     try:
         with hardware.assume(gpu):
             yield launched
     finally:
-        # None: the next launch looks for the machine's own driver, which there need not be
+        # None: the next launch looks for the machine's own driver, which may not exist
         driver.set_active(None)
         JITFunction.run = run
 
@@ -344,7 +344,7 @@ def calls(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[str
 
 
 def _tokens(shape: str, dtype: str) -> Iterable[int]:
-    """All that configs/ know; fp16 and tf32 run with others' tiles, so one number shows that they compile."""
+    """All sizes in configs/; fp16 and tf32 use tiles of other dtypes, so one size shows that they compile."""
     known = SHAPES[shape][6]
     return known[:2][-1:] if dtype in ("fp16", "tf32") else known
 
@@ -360,7 +360,10 @@ def survey(
     """Every kernel that layers of these shapes launch on `gpu`, each compiled once.
 
     Args:
-        tokens: (shape, dtype) -> the numbers of tokens to ask for.
+        gpu: the GPU to compile for.
+        shapes: names of layers in problems.py.
+        dtypes: names of dtypes.
+        tokens: (shape, dtype) -> the numbers of tokens.
         wanted: whether to compile the kernel of this name.
         describe: as for `compiling`.
     """
@@ -386,7 +389,7 @@ def gpu_named(name: str) -> Gpu:
 
 
 def _fill(gpu: str, shape: str, dtype: str, num_tokens: int, kernel: str) -> tuple[int, int]:
-    """One worker's share of `fill_cache` -> kernels compiled, and how many of them could not be."""
+    """One worker's share of `fill_cache` -> number of kernels, and how many of them failed to compile."""
     wanted = lambda name: kernel in name
     reports = survey(gpu_named(gpu), [shape], [dtype], lambda *_: (num_tokens,), wanted, bare)
     return len(reports), sum(report.failure is not None for report in reports)
@@ -395,7 +398,7 @@ def _fill(gpu: str, shape: str, dtype: str, num_tokens: int, kernel: str) -> tup
 def fill_cache(
     gpus: Iterable[str], shapes: Iterable[str], dtypes: Iterable[str], kernel: str, workers: int
 ) -> int:
-    """Compile in `workers` processes, which leave the kernels in Triton's cache -> kernels that failed."""
+    """Compile in `workers` processes, which fill Triton's cache -> number of kernels that failed."""
     jobs = [(g, s, d, t, kernel) for g in gpus for s in shapes for d in dtypes for t in _tokens(s, d)]
     failed = 0
     with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn")) as pool:
@@ -433,9 +436,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--shape", nargs="+", default=tuple(SHAPES), choices=tuple(SHAPES))
     parser.add_argument("--dtype", nargs="+", default=tuple(DTYPES), choices=tuple(DTYPES))
-    parser.add_argument("--kernel", default="", help="only kernels with this in their name")
-    parser.add_argument("--write", type=Path, help="file for the table instead of the screen")
-    parser.add_argument("--workers", type=int, help="only fill Triton's cache, in so many processes")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--write", type=Path, help="file for the table instead of standard output")
+    parser.add_argument("--workers", type=int, help="only fill Triton's cache, with this number of processes")
     args = parser.parse_args(argv)
     if args.workers:
         return int(fill_cache(args.gpu, args.shape, args.dtype, args.kernel, args.workers) > 0)

@@ -1,6 +1,6 @@
-"""The GPUs we know: one row each, with what the data sheets say and what tile choices depend on.
+"""The table of known GPUs: one row each, with data-sheet values and the sizes that tile choices depend on.
 
-Peaks are dense (no sparsity) at boost clock, accumulating in fp32. `gpu_of` names the row of a device.
+Peaks are dense (no sparsity) at boost clock, accumulating in fp32. `gpu_of` returns the row of a device.
 """
 
 from collections.abc import Iterator
@@ -19,19 +19,19 @@ class Gpu:
     match: str  # lower-case part of the name that the driver reports
     capability: int  # 90 is compute capability 9.0
     sms: int
-    shared_memory: int  # bytes one block may have
+    shared_memory: int  # bytes available to one block
     tflops_16: float | None = None  # bf16 and fp16
     tflops_tf32: float | None = None
     tflops_fp32: float | None = None
     gb_per_s: float | None = None
-    tiles_of: str | None = None  # the GPU with the same multiprocessors whose tile sizes serve here too
+    tiles_of: str | None = None  # the GPU with the same multiprocessors whose tile sizes are used
 
     @property
     def has_tma(self) -> bool:
-        """Whether operands come through the copy engine that reads tensor descriptors.
+        """Whether operands are loaded by the copy engine that reads tensor descriptors.
 
-        Workstation Blackwell has one too, but Triton 3.6's descriptors make every GEMM there spill in its
-        main loop, and cp.async none (codegen.py).
+        Workstation Blackwell has one too, but with Triton 3.6's descriptors every GEMM there spills in its
+        main loop; with cp.async none does (codegen.py).
         """
         return 90 <= self.capability < 120
 
@@ -41,7 +41,7 @@ class Gpu:
         return self.capability in (90, 100, 103)
 
 
-# the first match wins, so a longer name stands before a shorter one
+# the first match wins, so a longer name comes before a shorter one
 GPUS = (
     Gpu("nvidia_gh200", "gh200", 90, 132, 227 * KIB, gb_per_s=4000, tiles_of="nvidia_h100"),  # 96 GB of HBM3
     Gpu("nvidia_h200", "h200", 90, 132, 227 * KIB, 989, 494, 67, 4800, tiles_of="nvidia_h100"),
@@ -57,7 +57,7 @@ GPUS = (
     Gpu("nvidia_rtx_4090", "rtx 4090", 89, 128, 99 * KIB, 165, 83, 82.6, 1008, tiles_of="nvidia_l40s"),
 )
 
-# CPU tensors under Triton's interpreter: few programs, so that each walks several tiles, and descriptors
+# CPU tensors under Triton's interpreter: few programs, so that each runs several tiles, and descriptors
 INTERPRETER = Gpu("interpreter", "", 90, 2, 227 * KIB)
 
 _assumed: Gpu = INTERPRETER
@@ -67,7 +67,7 @@ def find(name: str) -> Gpu:
     """The row called `name`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such row.
     """
     for gpu in GPUS:
         if gpu.name == name:
@@ -96,7 +96,7 @@ def _cuda(index: int) -> Gpu:
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """What `device` is; for a CPU or meta tensor the interpreter, or what `assume` says."""
+    """The row of `device`; for CPU or meta tensors the interpreter's, or that of `assume`."""
     if device.type != "cuda":
         return _assumed
     return _cuda(torch.cuda.current_device() if device.index is None else device.index)
@@ -104,7 +104,7 @@ def gpu_of(device: torch.device) -> Gpu:
 
 @contextmanager
 def assume(gpu: Gpu) -> Iterator[None]:
-    """Launchers given CPU or meta tensors choose as for `gpu`: for compiling ahead of time, and for tests."""
+    """Launchers treat CPU and meta tensors as on `gpu`: for ahead-of-time compilation and tests."""
     global _assumed
     previous = _assumed
     _assumed = gpu

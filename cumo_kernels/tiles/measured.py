@@ -1,13 +1,13 @@
-"""Which backend was faster where: the one table, measured.json, that the automatic choice looks at.
+"""measured.json: timings of the backends by GPU, op and size, used by the automatic choice.
 
     {gpu: [{"op": ..., "mode": "both", "dtype": "bfloat16", "shape": [rows, columns], "ms": {backend: ...}}]}
 
-gpu is a name of hardware.py, or "cpu" for all of them; shape that of the op's first tensor, mode "forward"
-without gradients or "both" with backward. `python -m benchmarks.choose` writes it from timings behind a green
-check, nobody by hand. The entry with the nearest number of rows and then of columns counts: there the backend
-that is fastest over all entries is taken, if no other is faster by more than `NOISE`. Graphs being compiled
-get the same answer; where it depends on a size that is a symbol, they are guarded at the size at which it
-changes, and nowhere else. Without entries the first backend of dispatch.BACKENDS that can run wins.
+gpu is a name of hardware.py, or "cpu" for all CPUs; shape is that of the op's first tensor; mode is "forward"
+without gradients or "both" with backward. `python -m benchmarks.choose` writes the file from timings that
+passed the accuracy check; do not edit it by hand. The entry with the nearest number of rows, then of columns,
+is used. The backend that is fastest over all entries is chosen there, unless another is faster by more than
+`NOISE`. Graphs being compiled get the same choice; where it depends on a symbolic size, they are guarded only
+at the size at which it changes. Without entries the first of dispatch.BACKENDS that can run is chosen.
 """
 
 import json
@@ -27,26 +27,26 @@ from cumo_kernels.tracing import constant
 PATH = Path(__file__).with_name("measured.json")
 TABLE: dict[str, list[dict]] = json.loads(PATH.read_text())
 CPU = "cpu"
-NOISE = 0.03  # by which timings of the same thing differ
+NOISE = 0.03  # relative difference between timings of the same code
 ALIKE = {"float16": "bfloat16"}  # the same instructions and the same bytes
 
 
 def machine_of(device: torch.device) -> str:
-    """Whose entries count for tensors on `device`."""
+    """Name of the machine whose entries apply to tensors on `device`."""
     gpu = gpu_of(device)
     return CPU if gpu is INTERPRETER else gpu.name
 
 
-# (most rows, ((most columns, backend), ...)), ...: the first that fits decides, None is no limit
+# (most rows, ((most columns, backend), ...)), ...: the first that fits is used, None means no limit
 Decisions = tuple[tuple[int | None, tuple[tuple[int | None, str], ...]], ...]
 
 
 def decisions(
     op: str, device: torch.device, dtype: torch.dtype, among: Sequence[str], with_backward: bool
 ) -> Decisions:
-    """By sizes the one of `among` that took least, as the head of this file says; without data the first.
+    """By sizes, the fastest of `among` by the rule in the module docstring; without data the first.
 
-    `with_backward` compares forward and backward together: backward runs where forward ran.
+    `with_backward` compares forward and backward together: backward runs on the backend that ran forward.
     """
     first = ((None, ((None, among[0]),)),)
     if len(among) == 1:
@@ -64,11 +64,11 @@ def pick(by_rows: Decisions, shape: Sequence[int]) -> str:
             for most_columns, name in by_columns:
                 if most_columns is None or columns <= most_columns:
                     return name
-    raise AssertionError("the last of each has no limit")
+    raise AssertionError("the last entry must have no limit")
 
 
 def reason(op: str, x: torch.Tensor, among: Sequence[str], with_backward: bool) -> str | None:
-    """The timings behind the decision for `x`, in words."""
+    """The timings that decide for `x`, as text."""
     mode, among, machine = _mode(with_backward), tuple(among), machine_of(x.device)
     known = _rows(machine, op, mode, x.dtype, among)
     if not known or BATCH_INVARIANT:
@@ -84,7 +84,7 @@ def _mode(with_backward: bool) -> str:
 
 
 def _size(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns, which may be symbols."""
+    """Rows and columns, which may be symbolic."""
     rows, columns = 1, 1
     for i, length in enumerate(shape):
         rows, columns = (length, columns) if i == 0 else (rows, columns * length)
@@ -99,7 +99,7 @@ def _known(device: torch.device, op: str, mode: str, dtype: torch.dtype, among: 
 @lru_cache(maxsize=4096)
 def _decided(machine: str, op: str, mode: str, dtype: torch.dtype, among: tuple[str, ...]) -> Decisions:
     known = _rows(machine, op, mode, dtype, among)
-    # a row's result must not depend on how many come with it, so neither may its backend
+    # a row's result must not depend on the number of rows, so neither may its backend
     if not known or BATCH_INVARIANT:
         return ()
 
@@ -116,11 +116,11 @@ def _decided(machine: str, op: str, mode: str, dtype: torch.dtype, among: tuple[
 
 
 def _steps(sizes: set[int], decide: Callable[[int], Any]) -> tuple[tuple[int | None, Any], ...]:
-    """What is decided up to which size; neighbours with the same answer are one."""
+    """Decisions by upper size limit; neighbours with the same decision are merged."""
     steps: list[tuple[int | None, Any]] = []
     ascending = sorted(sizes)
     for size, following in zip(ascending, [*ascending[1:], None], strict=True):
-        # halfway in octaves: 500 rows are nearer to 1000 than to 100
+        # the middle on a logarithmic scale: 500 rows are nearer to 1000 than to 100
         most = None if following is None else math.floor(math.sqrt((size + 1) * (following + 1)) - 1)
         decided = decide(size)
         if steps and steps[-1][1] == decided:
@@ -132,7 +132,7 @@ def _steps(sizes: set[int], decide: Callable[[int], Any]) -> tuple[tuple[int | N
 def _nearest(known: list[dict], rows: int, columns: int) -> dict:
     octaves = lambda a, b: abs(math.log2((a + 1) / (b + 1)))
     sizes = [_size(row["shape"]) for row in known]
-    # each to the nearest there is in any entry, as `_decided` does, and then the entry nearest to both
+    # round each size to the nearest in any entry, as `_decided` does, then take the entry nearest to both
     rows, columns = (
         min(sorted(all_of), key=lambda one, size=size: octaves(one, size))
         for all_of, size in zip(zip(*sizes, strict=True), (rows, columns), strict=True)
@@ -145,7 +145,7 @@ def _times(entry: dict, among: Iterable[str]) -> dict[str, float]:
 
 
 def _fastest_of_all(known: list[dict], among: tuple[str, ...]) -> str:
-    """By the geometric mean over the entries in which all were timed."""
+    """The fastest by the geometric mean over the entries in which all were timed."""
     whole = [row["ms"] for row in known if all(name in row["ms"] for name in among)]
     mean = lambda name: sum(math.log(ms[name]) for ms in whole)
     return min(among, key=mean)
@@ -164,7 +164,7 @@ def _list(times: dict[str, float]) -> str:
 
 
 def _rows(machine: str, op: str, mode: str, dtype: torch.dtype, among: Iterable[str]) -> list[dict]:
-    """Entries in which all of `among` were timed; torch may be missing in older ones of GPUs."""
+    """Entries in which all of `among` were timed; torch may be missing in older GPU entries."""
     kind, must = _spoken(dtype), [name for name in among if name != "torch" or machine == CPU]
     return [
         row
@@ -176,19 +176,19 @@ def _rows(machine: str, op: str, mode: str, dtype: torch.dtype, among: Iterable[
 
 
 def forget() -> None:
-    """After another TABLE."""
+    """Clear the caches; to be called after TABLE changes."""
     _decided.cache_clear()
 
 
 def save(table: dict[str, Iterable[dict]], path: Path = PATH) -> None:
-    """Put the GPUs of `table` into the file in place of what it has of them; all or nothing."""
+    """Replace the entries of the GPUs in `table`; all or nothing."""
     known = json.loads(path.read_text()) if path.exists() else {}
     known |= {gpu: list(rows) for gpu, rows in table.items()}
     write({gpu: rows for gpu, rows in known.items() if rows}, path)
 
 
 def write(table: dict[str, list[dict]], path: Path) -> None:
-    """The whole table, a line for each entry, in one move."""
+    """Write the whole table atomically, one line per entry."""
     lines = lambda rows: ",\n".join(f"    {json.dumps(row, allow_nan=False)}" for row in rows)
     whole = lambda rows: f"[\n{lines(rows)}\n  ]" if rows else "[]"
     parts = [f"  {json.dumps(gpu)}: {whole(rows)}" for gpu, rows in sorted(table.items())]

@@ -1,4 +1,4 @@
-"""The GEMMs of CuMo's layers as Problems, and a way to run or compile each by itself."""
+"""The GEMMs of CuMo's layers as Problems, and a way to run or compile each of them alone."""
 
 from collections.abc import Callable, Iterator
 
@@ -20,7 +20,7 @@ def layer_problems(
 ) -> Iterator[Problem]:
     """The six GEMMs of one expert layer: two forward, four backward.
 
-    Of many rows a sorted copy is multiplied where there is a copy engine, else all are gathered.
+    With many rows and a copy engine the rows are a sorted copy, else they are gathered.
     """
     from cumo_kernels.backends.triton.experts import SORT_FROM
 
@@ -44,7 +44,7 @@ def launcher(
     """A function that runs `problem` once with a config (None: the chosen one), on balanced random data.
 
     Gathered rows belong to half as many tokens, as with CuMo's two experts per token. On the meta device
-    nothing runs: that is for compiling ahead of time. `transposed` stores the weight with its inputs and
+    nothing runs, for ahead-of-time compilation. `transposed` stores the weight with its inputs and
     outputs exchanged, as the input gradient reads it.
     """
     from cumo_kernels.backends.triton.grad_hidden import launch_grad_hidden
@@ -55,7 +55,7 @@ def launcher(
     draw = lambda *size: torch.randn(size, device=device, dtype=problem.dtype)
     integers = lambda values: values.to(device=device, dtype=torch.int32)
     offsets = integers(torch.arange(experts + 1) * rows // experts)
-    # stable within an expert, as a sort by expert leaves it: neighbours in x stay neighbours
+    # stable within an expert, like a sort by expert: neighbours in x stay neighbours
     parts = torch.randperm(rows).tensor_split((torch.arange(experts + 1) * rows // experts)[1:-1])
     permutation = integers(torch.cat([part.sort().values for part in parts]))
     order = permutation if problem.gathered else None
@@ -79,7 +79,7 @@ def launcher(
             grad, weights, permutation, offsets, weight, z, name,
             need_dz=True, need_weighted=True, need_dots=True, is_sorted=not problem.gathered, config=config,
         )  # fmt: skip
-    # the gradient of down_proj, whose output is the narrower side, gathers the upstream one and has no bias
+    # the gradient of down_proj, whose output is the narrower side, gathers its gradient and has no bias
     gather = "grad" if n < k else "x"
     grad, x = draw(tokens if gather == "grad" else rows, n), draw(tokens if gather == "x" else rows, k)
     return lambda config: launch_weight_grad(

@@ -1,8 +1,8 @@
 """python -m cumo_kernels tune: find tile sizes for this GPU and write them to cumo_kernels/tiles/configs/.
 
-Every GEMM of a layer, forward and backward, is timed by itself on balanced routing with cold caches. All
-cores compile what candidates.py lists, in the order in which it is timed, while what is ready is timed; with
---walk the search goes on from the best of these to its neighbours.
+Every GEMM of a layer, forward and backward, is timed alone on balanced routing with cold caches. All cores
+compile the candidates of candidates.py in order of timing, while compiled ones are timed; with --walk the
+search continues from the best of these to its neighbours.
 """
 
 import argparse
@@ -23,16 +23,16 @@ from cumo_kernels.tiles.candidates import listed
 from cumo_kernels.tiles.problems import DTYPES, SHAPES, launcher, layer_problems
 from cumo_kernels.tiles.tuning import Config, Entry, Gpu, Problem
 
-IDLE_CYCLES = 1_000_000  # half a millisecond: several times what the host takes for a launch
-# by what a second of tuning brings: training sizes first, each shape's smallest last
+IDLE_CYCLES = 1_000_000  # half a millisecond: several times the host time of a launch
+# in order of benefit: training sizes first, each shape's smallest last
 ORDER = {"clip": (4616, 41544, 577), "llm": (4096, 16, 1, 512, 16384, 64), "mlp": (2304, 18432, 576)}
-TINY = Problem("gemm", torch.bfloat16, 64, 64, 64, 2, gathered=True)  # what a rehearsal tunes
+TINY = Problem("gemm", torch.bfloat16, 64, 64, 64, 2, gathered=True)  # used by a rehearsal
 
 
 def measure_ms(run: Callable[[], None], repeats: int = 9) -> float:
     """Median of single runs, each after the caches were overwritten.
 
-    The GPU idles before each until the host has launched it, which would be measured otherwise.
+    The GPU idles before each run until the host has launched it; otherwise the launch would be measured.
     """
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     run()
@@ -50,14 +50,14 @@ def measure_ms(run: Callable[[], None], repeats: int = 9) -> float:
 
 
 def measure_on_cpu(run: Callable[[], None]) -> float:
-    """The wall's clock: to rehearse, not to choose."""
+    """Wall-clock time; only for a rehearsal."""
     begin = time.perf_counter()
     run()
     return (time.perf_counter() - begin) * 1e3
 
 
 def time_ms(launch: Callable[[Config], None], config: Config, device: str = "cuda") -> float:
-    """Milliseconds with `config`; inf, and the reason printed, where it does not compile or fit."""
+    """Milliseconds with `config`; inf if it does not compile or fit (the reason is printed)."""
     measure = measure_ms if device == "cuda" else measure_on_cpu
     try:
         return measure(lambda: launch(config))
@@ -67,7 +67,7 @@ def time_ms(launch: Callable[[Config], None], config: Config, device: str = "cud
 
 
 def compile_for(gpu: Gpu, problem: Problem, config: Config) -> None:
-    """A worker's task: leave the kernel in Triton's cache."""
+    """A worker's task: compile the kernel into Triton's cache."""
     from cumo_kernels.tiles.codegen import compiling
 
     with compiling(gpu):
@@ -77,7 +77,7 @@ def compile_for(gpu: Gpu, problem: Problem, config: Config) -> None:
 def ready(
     pool: Executor, gpu: Gpu, problem: Problem, launch: Callable[[Config], None], configs: Iterable[Config]
 ) -> None:
-    """Compile on all cores, then load; what cannot be compiled is `time_ms`'s to report."""
+    """Compile on all cores, then load; `time_ms` reports what cannot be compiled."""
     wait([pool.submit(compile_for, gpu, problem, config) for config in configs])
     for config in configs:
         with contextlib.suppress(Exception):
@@ -92,7 +92,7 @@ def fastest(
     launch: Callable[[Config], None],
     device: str,
 ) -> Entry:
-    """The fastest of `configs`, once all are compiled."""
+    """The fastest of `configs`, timed after all are compiled."""
     wait(list(compiled))
     times = {config: time_ms(launch, config, device) for config in configs}
     best = min(times, key=times.get)
@@ -100,7 +100,7 @@ def fastest(
 
 
 def chosen(shapes: Iterable[str], dtype: torch.dtype, has_tma: bool = True) -> list[Problem]:
-    """Every GEMM of the layers, once; the first number of tokens of each shape, then the second."""
+    """Every GEMM of the layers, once; each shape's first number of tokens first, then the second."""
     counts = {
         shape: [*ORDER[shape], *(t for t in SHAPES[shape][-1] if t not in ORDER[shape])] for shape in shapes
     }
@@ -115,15 +115,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), action="append", help="default: all")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     parser.add_argument(
-        "--walk", type=float, metavar="SECONDS", help="go on to neighbours, so long for one GEMM"
+        "--walk", type=float, metavar="SECONDS", help="search neighbours too, for so many seconds per GEMM"
     )
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds; no GEMM begins after them")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no GEMM starts")
     cores = min(os.cpu_count() or 1, 16)
     parser.add_argument(
-        "--workers", type=int, default=cores, help="processes that compile, default %(default)s"
+        "--workers", type=int, default=cores, help="number of compiling processes, default %(default)s"
     )
     parser.add_argument("--configs", type=Path, default=tuning.CONFIGS, help="folder of the tile sizes")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to rehearse")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: for a rehearsal")
     parser.add_argument("--few", action="store_true", help="one tiny GEMM: a rehearsal")
 
 
@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> int:
     stop, kept, asked = time.monotonic() + args.budget, 0, 0
     with ProcessPoolExecutor(max(args.workers, 1), get_context("spawn")) as pool:
         configs = {problem: list(listed(problem, gpu)) for problem in problems}
-        # an interpreter has nothing to compile
+        # nothing to compile in the interpreter
         compiled = {
             problem: [pool.submit(compile_for, gpu, problem, c) for c in configs[problem] if on_gpu]
             for problem in problems
@@ -155,13 +155,13 @@ def main(args: argparse.Namespace) -> int:
                 prepare = lambda c, problem=problem, launch=launch: ready(pool, gpu, problem, launch, c)
                 entry = tuning.search(problem, gpu, measure, args.walk, prepare, entry.config)
             if not math.isfinite(entry.ms):
-                print(f"{entry.problem}\n    nothing tried ran, so nothing is saved")
+                print(f"{entry.problem}\n    no candidate ran, so nothing is saved")
                 continue
             flops = 2 * problem.rows * problem.columns * problem.k
             print(
                 f"{entry.problem}\n    {entry.config} {entry.ms:.4f} ms, {flops / entry.ms / 1e9:.0f} TFLOPS"
             )
-            # after each problem: a run that is cut short keeps what it found
+            # saved after each problem: an interrupted run keeps its results
             path = tuning.save(gpu.name, [entry], note, args.configs)
             kept += 1
         pool.shutdown(cancel_futures=True)

@@ -1,13 +1,13 @@
-"""Which tile sizes a GEMM runs with: a Problem is what is asked, a Config how to run it.
+"""The tile sizes of a GEMM: a Problem describes the GEMM, a Config how to run it.
 
-`get_config` is a pure function of the problem and the GPU: the entry of the GPU's file in configs/ whose
-shape is nearest, made to fit that GPU, with split-k where tiles alone would leave the chip idle. Nothing is
-searched at run time; `search` tries neighbours of that choice on the GPU itself, and `save` writes the file
+`get_config` is a pure function of the problem and the GPU. It takes the entry of the GPU's file in configs/
+with the nearest shape, adapts it to the GPU, and adds split-k where tiles alone would not fill the chip. No
+search happens at run time; `search` tries neighbours of that choice on the GPU, and `save` writes the file
 (python -m cumo_kernels tune).
 
     CUMO_PRINT_CONFIG=1      prints every choice once
-    CUMO_BATCH_INVARIANT=1   forward, a row's result does not depend on how many rows come with it; no
-                             backend counts as verified under it, so name one (CUMO_BACKEND)
+    CUMO_BATCH_INVARIANT=1   forward, a row's result does not depend on the number of rows; no backend
+                             counts as verified with it, so name one (CUMO_BACKEND)
 """
 
 import json
@@ -44,8 +44,8 @@ KINDS = ("gemm", "grad_hidden", "weight_grad")
 PRINT_CONFIG = os.environ.get("CUMO_PRINT_CONFIG") == "1"
 BATCH_INVARIANT = os.environ.get("CUMO_BATCH_INVARIANT") == "1"
 INVARIANT_ROWS = 65536
-EPILOGUE_SUMS = 32  # sums a thread finishes at a time; with more the compiler spills at 128 x 256
-MIN_STEPS = 8  # a shorter sum would spend its time filling and draining the pipeline
+EPILOGUE_SUMS = 32  # sums that a thread finishes at a time; with more the compiler spills at 128 x 256
+MIN_STEPS = 8  # in a shorter sum, filling and draining the pipeline would dominate
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,17 @@ class Problem:
 
     kind: str
     dtype: torch.dtype
-    rows: int  # all experts together
+    rows: int  # of all experts together
     n: int
     k: int
     experts: int
     gated: bool = False  # the activation: in "gemm" a tile has a gate and an up half, n columns each
-    gathered: bool = False  # rows come in token order
+    gathered: bool = False  # rows are in token order
     can_split: bool = False  # partial sums over k (over rows in "weight_grad") are allowed
 
     @property
     def halves(self) -> int:
-        """Products that share their rows: 2 where the gate's is computed beside the up projection's."""
+        """Products that share their rows: 2 if gate and up projection are computed together."""
         return 2 if self.kind == "gemm" and self.gated else 1
 
     @property
@@ -78,28 +78,28 @@ class Problem:
 
 @dataclass(frozen=True)
 class Config:
-    """Names as the kernels' constants. In "weight_grad" BLOCK_M rows are one step of the sum."""
+    """Fields are named like the kernels' constants. In "weight_grad" BLOCK_M rows are one step of the sum."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    GROUP_M: int = 8  # row tiles that take turns at one column tile
-    PER_SM: int = 1  # programs that one multiprocessor is to hold
+    GROUP_M: int = 8  # row tiles that run before the next column tile
+    PER_SM: int = 1  # resident programs per multiprocessor
     FLATTEN: bool = False  # fetch the next tile's operands during a tile's epilogue
     SPLITS: int = 1  # set by get_config, not by the files
 
     def epilogue_parts(self, rows: int, cols: int, sums: int = EPILOGUE_SUMS) -> int:
-        """In how many parts of its columns a (rows, cols) tile is finished, each with `sums` per thread.
+        """Number of column parts in which a (rows, cols) tile is finished, each with `sums` per thread.
 
-        Half of that with four warps: their threads hold twice the addresses.
+        With four warps half of that: their threads hold twice the addresses.
         """
         sums = sums // 2 if self.num_warps <= 4 else sums
         return max(1, min(rows * cols // (32 * self.num_warps * sums), cols // 16))
 
     def constants(self, *without: str) -> dict[str, int | bool]:
-        """What the kernel takes as keywords."""
+        """The kernel's keyword arguments."""
         return _constants(self, ("PER_SM", *without))
 
 
@@ -114,7 +114,7 @@ class Entry:
 
     problem: Problem
     config: Config
-    ms: float | None = None  # None: derived by reasoning, not measured
+    ms: float | None = None  # None: derived, not measured
 
 
 def tile_shape(config: Config, problem: Problem) -> tuple[int, int, int]:
@@ -125,26 +125,26 @@ def tile_shape(config: Config, problem: Problem) -> tuple[int, int, int]:
 
 
 def shared_memory(config: Config, problem: Problem) -> int:
-    """Bytes of shared memory a block needs, from above: the stages, and the tile on its way out."""
+    """Upper bound of the shared memory of a block, in bytes: the stages, and the tile being stored."""
     size = torch.finfo(problem.dtype).bits // 8
     rows, cols, step = tile_shape(config, problem)
     stages = config.num_stages * (rows + cols) * step * size + KIB
-    # sums change their owner threads through shared memory, as fp32 in the worst case
+    # sums move between threads through shared memory, as fp32 in the worst case
     leaving = rows * cols * 4
     leaving //= config.epilogue_parts(rows, cols)
     return stages + leaving if config.FLATTEN else max(stages, leaving)
 
 
 def refuse(config: Config, problem: Problem, gpu: Gpu) -> str | None:
-    """Why `config` cannot run `problem` on `gpu`, or None; the one place that states the limits."""
+    """Why `config` cannot run `problem` on `gpu`, or None; all limits are here."""
     for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "GROUP_M", "SPLITS"):
         value = getattr(config, name)
         if value < 1 or value & (value - 1):
             return f"{name} must be a power of two, got {value}"
     if min(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K) < 16:
-        return "tensor cores take tiles of at least 16"
+        return "tensor cores need tiles of at least 16"
     if max(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K) > 256:
-        return "the copy engine takes boxes of at most 256"
+        return "the copy engine copies boxes of at most 256"
     if config.PER_SM < 1 or config.num_stages < 1:
         return "PER_SM and num_stages must be at least 1"
     if config.SPLITS > 1 and not problem.can_split:
@@ -153,9 +153,9 @@ def refuse(config: Config, problem: Problem, gpu: Gpu) -> str | None:
         return "sums of unequal length cannot be flattened"
     needed = shared_memory(config, problem)
     if needed > gpu.shared_memory:
-        return f"{needed} bytes of shared memory needed, {gpu.shared_memory} there"
+        return f"{needed} bytes of shared memory needed, {gpu.shared_memory} available"
     rows, cols, _ = tile_shape(config, problem)
-    # beyond 128 sums a thread its 255 registers overflow into memory
+    # with more than 128 sums per thread its 255 registers spill
     if rows * cols > 128 * 32 * config.num_warps:
         return f"{rows * cols} sums do not fit into the registers of {config.num_warps} warps"
     if config.num_warps * config.PER_SM > 16:
@@ -164,7 +164,7 @@ def refuse(config: Config, problem: Problem, gpu: Gpu) -> str | None:
 
 
 def bucket(rows: int) -> int:
-    """`rows` to three or four significant bits, upwards: a training run's batches share few choices."""
+    """Round `rows` up to three or four significant bits, so that batches of a training run share choices."""
     step = 1 << max(rows.bit_length() - 4, 0)
     return -(-rows // step) * step
 
@@ -189,9 +189,9 @@ def read(path: Path) -> tuple[Entry, ...]:
 
 @cache
 def files_of(gpu: Gpu) -> tuple[str, ...]:
-    """The files `gpu` chooses from: its own and its sibling's, else of the nearest older generation.
+    """The files `gpu` chooses from: its own and its sibling's, else those of the nearest older generation.
 
-    The sibling's stays beside an own file, which may know one shape or dtype only.
+    The sibling's is used in addition to its own, which may have only one shape or dtype.
     """
     own = tuple(name for name in (gpu.name, gpu.tiles_of) if name and (CONFIGS / f"{name}.json").exists())
     if own:
@@ -207,7 +207,7 @@ def files_of(gpu: Gpu) -> tuple[str, ...]:
 
 
 def distance(asked: Problem, known: Problem) -> float:
-    """How unlike two shapes are, in octaves of rows per expert, columns, length of the sum and experts."""
+    """Distance of two shapes, in octaves of rows per expert, columns, length of the sum and experts."""
     if (asked.kind, asked.gated, asked.dtype == torch.float32) != (
         known.kind, known.gated, known.dtype == torch.float32,
     ):  # fmt: skip
@@ -223,7 +223,7 @@ def distance(asked: Problem, known: Problem) -> float:
 
 
 def fit(config: Config, problem: Problem, gpu: Gpu) -> Config:
-    """`config` with fewer stages, and then smaller tiles, until `gpu` can hold it."""
+    """`config` with fewer stages, and then smaller tiles, until it fits `gpu`."""
     while (reason := refuse(config, problem, gpu)) is not None:
         largest = max(("BLOCK_M", "BLOCK_N", "BLOCK_K"), key=lambda name: getattr(config, name))
         if config.PER_SM > 1 and config.num_warps * config.PER_SM > 16:
@@ -237,8 +237,8 @@ def fit(config: Config, problem: Problem, gpu: Gpu) -> Config:
     return config
 
 
-# Hopper's large tiles for dH, and cycles of one multiprocessor for 128 x 256: reckoned from the tensor cores'
-# rate, operands' bytes and quick-GELU's instructions (benchmarks/NOTES.md, 2026-11-28), not measured
+# Hopper's large tiles for dH, and cycles of one multiprocessor for 128 x 256: estimated from the rate of the
+# tensor cores, operands' bytes and quick-GELU's instructions (benchmarks/NOTES.md, 2026-11-28), not measured
 WIDE = Config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
 SQUARE = Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=4)
 PAIR = Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3, PER_SM=2)
@@ -247,19 +247,19 @@ MORE_BYTES = 1.2  # a step of half as many columns takes more than half as long
 
 
 def hide_end(config: Config, problem: Problem, gpu: Gpu) -> Config:
-    """`config`, or for a dH with a tile as large as Hopper's the one of those that is reckoned fastest.
+    """`config`, or for a dH with a tile as large as Hopper's the large tile that is estimated fastest.
 
-    A tile that has its multiprocessor alone leaves the tensor cores idle while it ends. Of a pair in two
-    blocks one may end beside the other's products, which take more bytes of operands: that pays where the end
-    is long beside the sum, or where smaller tiles fill the last wave better. How much of the ends is hidden
-    nobody has measured: the mean of all but one and none. In fp16, gated, and where tiles are not whole, a
-    pair keeps more on the stack than it may.
+    A tile that is alone on its multiprocessor leaves the tensor cores idle during its epilogue. Of two
+    smaller tiles, in two blocks, one may run its epilogue during the other's products, but they read more
+    bytes. That pays where the epilogue is long compared with the sum, or where smaller tiles fill the last
+    wave better. How much is hidden has not been measured: the estimate is the mean of all epilogues but one
+    and none. In fp16, gated, and with partial tiles, a pair uses more stack than allowed.
     """
     rows, cols, _ = tile_shape(config, problem)
     is_large = problem.kind == "grad_hidden" and rows * cols >= PAIR.BLOCK_M * PAIR.BLOCK_N
     if not is_large or problem.gated or problem.dtype.itemsize != 2 or gpu.capability != 90:
         return config
-    if problem.n % PAIR.BLOCK_N:  # masks on top: any other tile of these spills
+    if problem.n % PAIR.BLOCK_N:  # with masks, every other of these tiles spills
         return SQUARE
     hit = max(min(problem.experts, problem.rows), 1)
     steps = math.ceil(problem.k / PAIR.BLOCK_K)
@@ -276,7 +276,7 @@ def hide_end(config: Config, problem: Problem, gpu: Gpu) -> Config:
 
 
 def splits(problem: Problem, config: Config, gpu: Gpu) -> int:
-    """Into how many partial sums to cut: as long as all of them run at once and each has work to do."""
+    """Number of partial sums: as many as run at once with enough work for each."""
     if not problem.can_split:
         return 1
     hit = max(min(problem.experts, problem.rows), 1)
@@ -295,7 +295,7 @@ def splits(problem: Problem, config: Config, gpu: Gpu) -> int:
     return count
 
 
-# what Triton's interpreter runs: small, so that small tests have whole tiles, tails and several of each
+# for Triton's interpreter: small, so that small tests have several whole tiles and tails
 INTERPRETED = Config(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=1, num_stages=1, GROUP_M=2)
 
 
@@ -317,7 +317,7 @@ def get_config(problem: Problem, gpu: Gpu) -> Config:
     return config
 
 
-STEPS = {  # what `search` may change, one field at a time
+STEPS = {  # fields that `search` changes, one at a time
     "BLOCK_M": (16, 32, 64, 128, 256),
     "BLOCK_N": (32, 64, 128, 256),
     "BLOCK_K": (32, 64, 128, 256),
@@ -330,7 +330,7 @@ STEPS = {  # what `search` may change, one field at a time
 
 
 def neighbours(config: Config, problem: Problem, gpu: Gpu) -> Iterator[Config]:
-    """Configs one step of one field away, and the trade of 4 warps for 8 together with the tile's width."""
+    """Configs one step of one field away, and the change of 4 warps to 8 together with the tile's width."""
     tried = [
         replace(config, **{name: value})
         for name, values in STEPS.items()
@@ -350,12 +350,14 @@ def search(
     prepare: Callable[[list[Config]], object] = lambda configs: None,
     begin_at: Config | None = None,
 ) -> Entry:
-    """The fastest config met by walking from `begin_at`, by default the current choice, to better neighbours.
+    """The fastest config found by moving from `begin_at` (default: the current choice) to better neighbours.
 
     Args:
+        problem: the GEMM.
+        gpu: the GPU that runs it.
         time_ms: runs `problem` with a config and returns its milliseconds, inf if it cannot.
-        seconds: of timing at most.
-        prepare: compiles what `time_ms` may run next; its time does not count, a hundred timings' or more.
+        seconds: the longest time spent on timing.
+        prepare: compiles what `time_ms` may run next; its time, a hundred timings' or more, is not counted.
     """
     spent = 0.0
 
@@ -386,13 +388,13 @@ def search(
 
 
 def save(name: str, found: Iterable[Entry], note: str, folder: Path | None = None) -> Path:
-    """Put `found` into configs/<name>.json in place of the entries for the same problems; all or nothing."""
+    """Write `found` to configs/<name>.json, replacing entries for the same problems; all or nothing."""
     folder = CONFIGS if folder is None else folder
     path = folder / f"{name}.json"
     known = {entry.problem: entry for entry in read(path)} if path.exists() else {}
     known |= {entry.problem: entry for entry in found}
     if any(entry.ms is None for entry in known.values()):
-        note += "; entries without ms are derived by reasoning, not measured"
+        note += "; entries without ms are derived, not measured"
     rows = [
         {
             "problem": {**asdict(entry.problem), "dtype": str(entry.problem.dtype).removeprefix("torch.")},
@@ -409,10 +411,10 @@ def save(name: str, found: Iterable[Entry], note: str, folder: Path | None = Non
     return path
 
 
-CACHES = [entries, files_of, get_config]  # and, from backends, what was concluded from them
+CACHES = [entries, files_of, get_config]  # and caches of the backends that depend on them
 
 
 def forget() -> None:
-    """Choose anew from now on: the files, or what chooses, have changed."""
+    """Clear the caches; to be called after the files or the rules have changed."""
     for remembering in CACHES:
         remembering.cache_clear()

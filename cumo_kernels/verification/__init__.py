@@ -1,1 +1,1 @@
-"""Every op and backend of a machine compared with fp64, and what that proves to dispatch."""
+"""Verification: every op and backend of a machine compared with fp64, and the verdicts that dispatch uses."""

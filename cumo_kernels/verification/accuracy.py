@@ -1,9 +1,9 @@
-"""What tests and users need to check a backend: routings, the accuracy rule, poisoned memory.
+"""Checks of a backend, for tests and users: routings, the accuracy rule, uninitialised memory set to NaN.
 
-The rule, which nobody types a tolerance for: an op may be at most twice as wrong as plain PyTorch in the
-same dtype, both measured against fp64, plus one rounding of the result. PyTorch's sums are its BLAS's, which
-splits them; where that errs less than sums in one chain do (rounding.py derives how much), the
-op may be at most twice as wrong as those.
+The accuracy rule has no hand-set tolerance. The error of an op, compared with fp64, may be at most twice that
+of plain PyTorch in the same dtype, plus one rounding of the result. PyTorch's error is that of its BLAS,
+which splits sums. Where unsplit sums, computed in one chain, have a larger error (rounding.py derives it),
+twice that error is allowed.
 """
 
 import math
@@ -46,7 +46,7 @@ def make_routing(
     if pattern == "uniform":
         scores = noise
     elif pattern == "skewed":
-        scores = noise.log() * 2.0 ** experts.clamp(max=100)  # the largest of u^(1/odds), in logs
+        scores = noise.log() * 2.0 ** experts.clamp(max=100)  # log of u^(1/odds); the largest are chosen
     elif pattern == "empty":
         scores = noise + 2 * (experts % 2)
     else:
@@ -60,7 +60,7 @@ def make_routing(
 def _run(
     op: Callable, inputs: Sequence[Tensor], upstream_seed: int, wide: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """-> float outputs and the gradients of all float inputs, in fp64, under random upstream gradients.
+    """-> float outputs and gradients of all float inputs, in fp64, with random upstream gradients.
 
     With `wide` the op gets its float inputs in fp64.
     """
@@ -69,7 +69,7 @@ def _run(
     outs = op(*leaves)
     outs = [o for o in ([outs] if isinstance(outs, Tensor) else outs) if o.is_floating_point()]
     generator = torch.Generator().manual_seed(upstream_seed)
-    # bf16-representable, so that all three runs are given the same upstream gradients
+    # bf16-representable, so that all three runs get the same upstream gradients
     drawn = [torch.randn(o.shape, generator=generator).bfloat16().to(o) for o in outs]
     traced = [(o, g) for o, g in zip(outs, drawn, strict=True) if o.requires_grad]
     wanted = [t for t in leaves if t.requires_grad]
@@ -81,8 +81,8 @@ def _run(
     return [o.detach().double() for o in outs], [g.double() for g in grads]
 
 
-SMALL = 64  # elements: of fewer several draws are pooled
-ROUNDS = 8  # as many at most
+SMALL = 64  # elements: with fewer, several draws are pooled
+ROUNDS = 8  # the maximum number of draws
 
 
 @dataclass(frozen=True)
@@ -90,25 +90,26 @@ class Accuracy:
     """How far one output or gradient is from fp64."""
 
     name: str  # "output 0", "gradient 2": gradients are numbered like the float inputs
-    ratio: float  # its error in units of torch's own, or of half a rounding where torch makes less
+    ratio: float  # its error divided by torch's, or by half a rounding if torch's error is smaller
     reason: str | None  # why the rule refuses it, or None
 
 
 class Yardstick:
-    """What plain PyTorch makes of some inputs in their dtype and in fp64; `measure` holds ops against it.
+    """Results of plain PyTorch for given inputs, in their dtype and in fp64; `measure` compares ops with it.
 
-    Tensors of a few elements say little about an error, so then several draws (inputs with random signs, new
-    upstream gradients) are pooled.
+    The error of a tensor with few elements is a poor estimate, so then several draws (inputs with random
+    signs, new upstream gradients) are pooled.
 
     Args:
         reference: plain differentiable PyTorch.
         inputs: tensors; float ones get gradients, all of which are compared.
-        pool: False makes one draw do, where several would take too long.
+        seed: of the random signs and upstream gradients.
+        pool: False uses a single draw, where several would take too long.
     """
 
     def __init__(self, reference: Callable, inputs: Sequence[Tensor], seed: int = 0, pool: bool = True):
         self.reference, self.seed = reference, seed
-        # the coarsest dtype in play: fp32 statistics of bf16 logits are as good as bf16 inputs allow
+        # the coarsest dtype involved: fp32 statistics of bf16 logits have the accuracy of bf16
         self.dtype = max({t.dtype for t in inputs if t.is_floating_point()}, key=lambda d: torch.finfo(d).eps)
         self.eps = torch.finfo(self.dtype).eps
         self._unsplit: dict[str, tuple[float, float]] = {}
@@ -120,20 +121,20 @@ class Yardstick:
             if self.draws:
                 signs = [torch.randint(2, t.shape, generator=generator).to(t) * 2 - 1 for t in inputs]
                 drawn = [t * s if t.is_floating_point() else t for t, s in zip(inputs, signs, strict=True)]
-            native, truth = (_run(reference, drawn, seed + len(self.draws), wide) for wide in (False, True))
-            self.draws.append((drawn, native, truth))
+            native, fp64 = (_run(reference, drawn, seed + len(self.draws), wide) for wide in (False, True))
+            self.draws.append((drawn, native, fp64))
             rounds = self._rounds() if pool else 1
 
     def measure(self, op: Callable) -> list[Accuracy]:
-        """Every float output and gradient of `op`.
+        """Compare every float output and gradient of `op`.
 
         Raises:
-            AssertionError: `op` has another number of them than the reference, or of another shape.
+            AssertionError: the number or a shape of them differs from the reference's.
         """
         pooled: dict[str, list[tuple[Tensor, ...]]] = {}
-        for round_, (drawn, native, truth) in enumerate(self.draws):
+        for round_, (drawn, native, fp64) in enumerate(self.draws):
             got = _run(op, drawn, self.seed + round_)
-            for kind, mine, torchs, wanted in zip(("output", "gradient"), got, native, truth, strict=True):
+            for kind, mine, torchs, wanted in zip(("output", "gradient"), got, native, fp64, strict=True):
                 if len(mine) != len(wanted):
                     raise AssertionError(f"op has {len(mine)} {kind}s, the reference {len(wanted)}")
                 for i, row in enumerate(zip(mine, torchs, wanted, strict=True)):
@@ -150,7 +151,7 @@ class Yardstick:
     def unsplit(self, name: str) -> tuple[float, float]:
         """The largest and the root mean square error of "output 0" and so on with unsplit sums.
 
-        One more run in fp64 for all names at once, and only where somebody asks; a single draw of a few
+        Costs one more run in fp64 for all names at once, made only when needed; a single draw of a few
         elements is run several times.
         """
         if not self._unsplit:
@@ -159,11 +160,11 @@ class Yardstick:
             mode = UnsplitSums(eps, torch.Generator(device).manual_seed(self.seed + len(self.draws)))
             times = self._rounds() if len(self.draws) == 1 else 1
             found: dict[str, list[tuple[float, float]]] = {}
-            for i, (drawn, _, truth) in [*enumerate(self.draws)] * times:
-                # backward on this thread: on another the mode might not be seen
+            for i, (drawn, _, fp64) in [*enumerate(self.draws)] * times:
+                # backward on this thread: the mode may not be active on another
                 with mode, torch.autograd.set_multithreading_enabled(False):
                     got = _run(self.reference, drawn, self.seed + i, wide=True)
-                for kind, mine, wanted in zip(("output", "gradient"), got, truth, strict=True):
+                for kind, mine, wanted in zip(("output", "gradient"), got, fp64, strict=True):
                     for j, (a, b) in enumerate(zip(mine, wanted, strict=True)):
                         error = _within(a - b, a.isfinite() & b.isfinite())
                         found.setdefault(f"{kind} {j}", []).append((_largest(error), _mean_square(error)))
@@ -178,7 +179,7 @@ class Yardstick:
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)  # one may be gigabytes: no copy
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)  # may be gigabytes: no copy
 
 
 def _within(t: Tensor, where: Tensor) -> Tensor:
@@ -197,27 +198,28 @@ def _accuracy(
     name: str,
     got: Tensor,
     native: Tensor,
-    truth: Tensor,
+    expected: Tensor,
     eps: float,
     unsplit: Callable[[], tuple[float, float]],
 ) -> Accuracy:
-    """`unsplit` says what unsplit sums err, at most and in the mean square: asked only where it matters."""
+    """`unsplit` returns the largest and the mean square error of unsplit sums; called only if needed."""
     if got.numel() == 0:
         return Accuracy(name, 0.0, None)
-    finite = truth.isfinite()
+    finite = expected.isfinite()
     if not torch.equal(got.isfinite(), finite):
         number = int((~got.isfinite() & finite).sum())
-        what = f"{number} non-finite values that fp64 has not" if number else "numbers where fp64 has none"
-        return Accuracy(name, math.inf, f"{name} has {what}")
-    kinds = [t[~finite].nan_to_num(0.0) for t in (got, truth)]  # infinities become the largest numbers
+        what = f"{number} non-finite values" if number else "finite values"
+        where = "is finite" if number else "is not finite"
+        return Accuracy(name, math.inf, f"{name} has {what} where fp64 {where}")
+    kinds = [t[~finite].nan_to_num(0.0) for t in (got, expected)]  # infinities become finite
     if not torch.equal(*kinds):
         return Accuracy(name, math.inf, f"{name} has another infinity or NaN than fp64")
-    # an infinite error of torch's own would allow everything, and inf - inf is no error at all
-    errors, own = _within(got - truth, finite), _within(native - truth, finite & native.isfinite())
-    truth = _within(truth, finite)
+    # an infinite error of torch would allow any error, and inf - inf is NaN
+    errors, own = _within(got - expected, finite), _within(native - expected, finite & native.isfinite())
+    expected = _within(expected, finite)
     ratio, reason = 0.0, None
     for which, (words, of) in enumerate((("at most", _largest), ("in the mean square", _mean_square))):
-        error, torchs, size = of(errors), of(own), of(truth)
+        error, torchs, size = of(errors), of(own), of(expected)
         unit = max(torchs, eps / 2 * size)
         ratio = max(ratio, error / unit if unit else math.inf if error else 0.0)
         if reason is not None or error <= 2 * torchs + eps * size:
@@ -235,18 +237,19 @@ def _accuracy(
 
 
 def assert_as_accurate_as_torch(op: Callable, reference: Callable, *inputs: Tensor, seed: int = 0) -> None:
-    """`op` is at most twice as far from fp64 as `reference` run in the dtype of the inputs, plus an ulp.
+    """Assert that the error of `op` is at most twice that of `reference` in the inputs' dtype, plus an ulp.
 
-    Where unsplit sums err more than torch's (rounding.py), twice what `reference` errs with
-    them. Both the root mean square and the largest error must obey.
+    Both are compared with fp64. Where unsplit sums have a larger error than torch's (rounding.py), twice that
+    of `reference` with unsplit sums. The rule holds for the root mean square and for the largest error.
 
     Args:
         op: function of `inputs`, returning one tensor or several; all float outputs are compared.
-        reference: plain differentiable PyTorch for the same thing.
+        reference: plain differentiable PyTorch for the same function.
         inputs: tensors; float ones get gradients, all of which are compared.
+        seed: of the random upstream gradients.
 
     Raises:
-        AssertionError: naming the output or gradient, its error and what the rule allows.
+        AssertionError: naming the output or gradient, its error and the allowed error.
     """
     for accuracy in Yardstick(reference, inputs, seed).measure(op):
         if accuracy.reason is not None:
@@ -255,7 +258,7 @@ def assert_as_accurate_as_torch(op: Callable, reference: Callable, *inputs: Tens
 
 @contextmanager
 def poisoned_memory():
-    """Uninitialised memory is NaN (integers: their maximum), so that a read before a write shows."""
+    """Set uninitialised memory to NaN (integers: their maximum), to detect reads before writes."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory

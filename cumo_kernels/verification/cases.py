@@ -1,7 +1,7 @@
-"""Cases: calls of the public ops as data, shared by checks, the search for failures and the command line.
+"""Cases: calls of the public ops as data, shared by tests, the fuzzer and the command line.
 
-A case is written as it is read: `expert_mlp T=57 H=49 activation=swiglu dtype=bf16`; what is left out has
-the default of `Case`. `build` makes the call, its plain counterpart and the inputs.
+A case is written as `expert_mlp T=57 H=49 activation=swiglu dtype=bf16`; a field that is left out has the
+default of `Case`. `build` makes the call, its reference in plain PyTorch and the inputs.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ OPS = ("expert_mlp", "route", "grouped_gemm", "permute", "combine", "activate")
 
 @dataclass(frozen=True)
 class Case:
-    """One call. Letters as in cumo_kernels/types.py; an op ignores what it has no use for.
+    """One call. Letters as in cumo_kernels/types.py; an op ignores fields that it does not use.
 
-    route takes logits, or with `gated` hidden states and a gate; grouped_gemm has weights (E, I, H) and with
-    `gated` takes its rows in token order; pattern "dropped" is "uniform" with a third of the slots dropped.
-    The logits of an `exact` gated route are exact in every dtype, in whatever order they are summed. `ragged`
-    groups are of any length, and a token may be in none.
+    route takes logits, or with `gated` hidden states and a gate. grouped_gemm has weights (E, I, H) and with
+    `gated` takes its rows in token order. Pattern "dropped" is "uniform" with a third of the slots dropped.
+    The logits of an `exact` gated route are exact in every dtype and order of summation. `ragged` groups have
+    any length, and some tokens may be in no group.
     """
 
     op: str
@@ -46,7 +46,7 @@ class Case:
     groups: int = 1
     ragged: bool = False
     pattern: str = "uniform"
-    layout: str = "contiguous"  # of the rows that go in
+    layout: str = "contiguous"  # memory layout of the input rows
     dtype: str = "fp32"
     seed: int = 0
 
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def problem(self) -> str | None:
-        """Why this is no call, or None."""
+        """Why this is not a valid call, or None."""
         for name, known in (
             ("op", OPS),
             ("activation", ACTIVATIONS),
@@ -84,10 +84,10 @@ class Case:
 
 
 def parse(text: str) -> Case:
-    """The case that `str` wrote.
+    """Parse the text that `str` makes of a case.
 
     Raises:
-        ValueError: a word, a name or a value does not fit.
+        ValueError: a word, a name or a value is wrong.
     """
     op, *words = text.split() or [""]
     kinds = {field.name: field.type for field in fields(Case)}
@@ -95,7 +95,7 @@ def parse(text: str) -> Case:
     for word in words:
         name, _, value = word.partition("=")
         if name not in kinds or name == "op" or not value:
-            raise ValueError(f"a case is 'op name=value ...' with names {list(kinds)[1:]}, got {word!r}")
+            raise ValueError(f"a case must be 'op name=value ...' with names {list(kinds)[1:]}, got {word!r}")
         try:
             given[name] = {int: int, bool: lambda v: bool(int(v)), str: str}[kinds[name]](value)
         except ValueError:
@@ -108,18 +108,18 @@ def parse(text: str) -> Case:
 
 @dataclass(frozen=True)
 class Call:
-    """A case, ready to run; `run` and `truth` take `inputs`."""
+    """A case, ready to run; `run` and `reference` take `inputs`."""
 
     run: Callable[..., Tensor | tuple[Tensor, ...]]  # through the public op
-    truth: Callable[..., Tensor | tuple[Tensor, ...]]  # plain PyTorch
+    reference: Callable[..., Tensor | tuple[Tensor, ...]]  # plain PyTorch
     inputs: tuple[Tensor, ...]
-    integers: Callable[..., tuple[Tensor, ...]] | None = None  # what must be exact, from the public op
+    integers: Callable[..., tuple[Tensor, ...]] | None = None  # outputs of the public op that must be exact
     true_integers: tuple[Tensor, ...] = ()
-    reroute: Callable[[], None] | None = None  # another routing from now on, in the same memory
+    reroute: Callable[[], None] | None = None  # replace the routing, in the same memory
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The values of `x` (rows, columns) in another place in memory, differentiably."""
+    """A differentiable copy of `x` (rows, columns) in another memory layout."""
     if layout == "transposed":
         return x.T.contiguous().T
     if layout == "strided":
@@ -149,7 +149,7 @@ def _plan(routing: Routing) -> tuple[Tensor, ...]:
 
 
 def _reroute(case: Case, routing: Routing, device: str) -> None:
-    """Overwrite `routing` with one that sends the tokens elsewhere."""
+    """Overwrite `routing` with a different routing."""
     pattern = "skewed" if case.pattern == "one_expert" else "one_expert"
     other = make_routing(pattern, case.T, case.E, case.K, device, case.seed + 1)
     routing.topk_indices.copy_(other.topk_indices)
@@ -231,16 +231,16 @@ def build(case: Case, device: str = "cpu") -> Call:
     )  # fmt: skip
 
 
-EXACT_TERMS = 250  # of a logit: bf16 holds every integer up to 256
-EXACT_UNIT = 1 / 8  # what each of them is, so that the softmax of a few hundred is no step
+EXACT_TERMS = 250  # terms of a logit: bf16 represents every integer up to 256
+EXACT_UNIT = 1 / 8  # each of them, small enough that the softmax of a few hundred does not saturate
 
 
 def _exact_inputs(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens (T, H) of -1, 0 and 1 and a gate (E, H) of -1/8 and 1/8, in fp32.
 
-    At most EXACT_TERMS products of a token and an expert are not zero, so all partial sums are multiples of
-    EXACT_UNIT that bf16 holds, also after the yardstick's random signs. Every column has its share: of any
-    `apart` consecutive tokens one is not zero there.
+    At most EXACT_TERMS products of a token and an expert are not zero. So all partial sums are multiples of
+    EXACT_UNIT that bf16 represents, also after the yardstick's random signs. Every column has its share: of
+    any `apart` consecutive tokens one is not zero there.
     """
     apart = -(-case.H // EXACT_TERMS)
     turns = torch.randperm(case.H, generator=generator) + torch.arange(case.T)[:, None]
@@ -249,9 +249,9 @@ def _exact_inputs(case: Case, generator: torch.Generator) -> tuple[Tensor, Tenso
 
 
 def _exact_logits(x: Tensor, gate: Tensor) -> Tensor:
-    """x @ gate.T for such inputs, also where sums are made to err (rounding.py): these do not.
+    """x @ gate.T for such inputs, exact also inside UnsplitSums (rounding.py), which perturbs other sums.
 
-    An error in the logits, be it ever so small, would decide between equal ones and so excuse any weight.
+    Any error in the logits, however small, would decide ties and so excuse any weight.
     """
     logits = x @ gate.T
     nearest = (logits.detach() / EXACT_UNIT).round() * EXACT_UNIT
@@ -259,7 +259,7 @@ def _exact_logits(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def _build_route(case: Case, device: str, draw: Callable[..., Tensor], generator: torch.Generator) -> Call:
-    """Weights and statistics; a gate's logits must be `exact`, or their rounding decides who is chosen."""
+    """Weights and statistics; a gate's logits must be `exact`, or rounding decides the choice."""
     groups, offsets = case.groups, None
     if case.ragged:
         ends = torch.randint(case.T + 1, (groups + 1,), generator=generator, dtype=torch.int32)
@@ -294,7 +294,7 @@ def _build_route(case: Case, device: str, draw: Callable[..., Tensor], generator
 
 MATMULS = ("expert_mlp", "grouped_gemm")
 ACTIVATED = (*MATMULS, "activate")
-# every op meets every family, or those of its "ops"; any other value replaces the default of `Case`
+# every family is used with every op, or with its "ops"; any other value replaces the default of `Case`
 FAMILIES: dict[str, dict] = {
     "plain": {},
     "no-token": {"T": 0},
@@ -321,9 +321,9 @@ FAMILIES: dict[str, dict] = {
     "geglu-tanh": {"ops": ACTIVATED, "activation": "geglu_tanh"},
 }
 ROUTER = {"ops": ("route",), "gated": True, "exact": True, "T": 300, "H": 1024}
-SORTED = {"T": 2308, "H": 512, "I": 640, "O": 384}  # slots enough that both backends copy rows in their order
+SORTED = {"T": 2308, "H": 512, "I": 640, "O": 384}  # both backends copy rows into expert order
 DECODE = {"ops": ("expert_mlp",), "E": 8, "activation": "swiglu", "bias": False}
-ALIGNED: dict[str, dict] = {  # small, and yet what TMA and wgmma take
+ALIGNED: dict[str, dict] = {  # small sizes that TMA and wgmma accept
     "aligned": {"T": 300, "H": 512, "I": 640, "O": 384},
     "aligned-swiglu": {
         "T": 300, "H": 512, "I": 640, "O": 512, "E": 8, "activation": "swiglu", "bias": False,
@@ -338,11 +338,11 @@ GPU_FAMILIES: dict[str, dict] = ALIGNED | {
     "clip-long": {"T": 4616, "H": 1024, "I": 4096, "O": 1024},
     "clip-skewed": {"T": 4616, "H": 1024, "I": 4096, "O": 1024, "pattern": "skewed"},
     "connector": {"T": 576, "H": 2048, "I": 4096, "O": 4096, "activation": "gelu"},
-    # with fewer tokens the weights of slots would be few enough for several draws, 45 GB of fp64 gradients
+    # with fewer tokens there would be few slot weights, so several draws: 45 GB of fp64 gradients
     "mixtral-32": {
         "T": 32, "H": 4096, "I": 3584, "O": 4096, "E": 8, "activation": "swiglu", "bias": False,
     },
-    # with as few tokens as these the yardstick has up to eight draws, 9 GB
+    # with so few tokens the yardstick makes up to eight draws, 9 GB
     "decode-1": DECODE | {"T": 1, "H": 1024, "I": 2048, "O": 1024},
     "decode-16": DECODE | {"T": 16, "H": 1024, "I": 2048, "O": 1024},
     "sorted-dropped": SORTED | {"T": 2400, "pattern": "dropped"},
@@ -354,7 +354,7 @@ GPU_FAMILIES: dict[str, dict] = ALIGNED | {
     "memory-all": SORTED | {"ops": ("expert_mlp",), "T": 600, "memory": "all"},
     "gated-router": ROUTER,
     "gated-router-16": ROUTER | {"T": 16},
-    "gated-router-rounded": ROUTER | {"exact": False},  # in fp32: whether products are fp32's
+    "gated-router-rounded": ROUTER | {"exact": False},  # in fp32: tests that products are not tf32
     "gated-router-groups": ROUTER | {"T": 320, "groups": 5},
     "gated-router-ragged": ROUTER | {"T": 320, "groups": 5, "ragged": True},
     "gated-router-8": ROUTER | {"H": 4096, "E": 8},
@@ -362,7 +362,7 @@ GPU_FAMILIES: dict[str, dict] = ALIGNED | {
     "gated-router-64": ROUTER | {"H": 512, "E": 64, "K": 8},
     "gated-router-64-16": ROUTER | {"T": 16, "H": 512, "E": 64, "K": 8},
 }  # fmt: skip
-# what Triton's interpreter, a second or so a call, is given unasked: one awkward family, not every path
+# the default for Triton's interpreter (about a second per call): one awkward family, not every path
 FEW: dict[str, dict] = {
     "awkward": {
         "T": 57, "H": 97, "I": 34, "O": 35, "E": 7, "K": 3, "activation": "geglu", "gated": True, "groups": 3,
@@ -374,14 +374,14 @@ FEW: dict[str, dict] = {
     },
 }  # fmt: skip
 
-# for rehearsals: tokens enough that no draw of few elements is repeated
+# for rehearsals: enough tokens that no draw is repeated for few elements
 TINY: dict[str, dict] = {"tiny": {"T": 33, "H": 32, "I": 32, "O": 48, "E": 3}}
 
 
 def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[str, ...] = OPS):
-    """Yields (family, case). Families that an op cannot tell apart give it one case.
+    """Yields (family, case). Families that are the same for an op give one case.
 
-    Ops take turns, so that whatever time there is sees all of them.
+    Ops alternate, so that a limited time covers all of them.
     """
     seen = set()
     for family, values in families.items():
@@ -392,7 +392,7 @@ def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[s
                 if op not in ops_of_family:
                     continue
                 case = Case(op, **values, dtype=dtype)
-                if dtype != "fp32":  # rounded logits tie, and fp64's do not: no yardstick
+                if dtype != "fp32":  # rounded logits have ties that fp64 logits do not: no reference
                     case = replace(case, exact=True)
                 case = used(case)
                 if case not in seen:
@@ -403,7 +403,7 @@ def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[s
 def survey(
     device: str, few: bool, dtypes: tuple[str, ...], names: tuple[str, ...], tiny: bool = False
 ) -> list[tuple[str, Case]]:
-    """All (family, case) for a device; on a GPU what matters most comes first: aligned sizes, and bf16."""
+    """All (family, case) for a device; on a GPU the most important come first: aligned sizes, and bf16."""
     if tiny:
         return list(all_cases(TINY, dtypes, names))
     if device != "cuda":
@@ -427,7 +427,7 @@ USES = {
 
 
 def used(case: Case) -> Case:
-    """`case` with everything its op ignores at the default."""
+    """`case` with all fields that its op ignores at their defaults."""
     keep = (*USES[case.op], "op", "dtype", "seed")
     if case.op == "route" and not case.gated:
         keep = tuple(name for name in keep if name not in ("H", "exact"))

@@ -1,4 +1,4 @@
-"""Random cases for `verify --fuzz`, and the way from one that fails to the simplest that does."""
+"""Random cases for `verify --fuzz`, and the reduction of a failing case to a simpler one."""
 
 import random
 import time
@@ -12,7 +12,7 @@ from cumo_kernels.verification.cases import Case
 def draw(
     generator: random.Random, dtypes: tuple[str, ...], big: bool, names: tuple[str, ...] = cases.OPS
 ) -> Case:
-    """A random case; half of its fields keep to small or ordinary values."""
+    """A random case; half of its fields have small or ordinary values."""
     rand, choice = generator.randint, generator.choice
     size = lambda top: choice((1, 2, 8, 16, 32, 64, rand(1, top), rand(1, top)))
     experts = choice((1, 2, 4, 4, 8, rand(1, 16), 64))
@@ -41,7 +41,7 @@ def draw(
 
 
 def smaller(case: Case, name: str) -> Iterator[Case]:
-    """`case` with a simpler value of one field, the boldest first."""
+    """Variants of `case` with a simpler value of one field, the largest step first."""
     value = getattr(case, name)
     if isinstance(value, bool | str):
         steps = [getattr(Case(case.op), name)]

@@ -1,4 +1,4 @@
-"""Guarded memory: whatever a backend is given or allocates lies between NaNs that must stay as they are."""
+"""Guarded memory: all tensors of a backend lie between NaNs, which must not change."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,10 +23,10 @@ _ALLOCATIONS = {
 class _Guarded(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.buffers: list[tuple[Tensor, int, int]] = []  # bytes, the tensor's first and its end
+        self.buffers: list[tuple[Tensor, int, int]] = []  # bytes, the tensor's first byte and its end
 
     def place(self, tensor: Tensor, copy: bool) -> Tensor:
-        """A tensor of the same shape, strides and alignment between guards, holding the same or NaN."""
+        """A tensor of the same shape, strides and alignment between guards, with the same values or NaN."""
         if tensor.numel() == 0:
             return tensor
         size = tensor.element_size()
@@ -45,7 +45,7 @@ class _Guarded(TorchDispatchMode):
         return self.place(out, copy=False) if func in _ALLOCATIONS else out
 
     def overwritten(self) -> int:
-        """Bytes outside of every tensor that changed."""
+        """Number of bytes outside all tensors that changed."""
         return sum(
             int((part != FILL).sum())
             for buffer, begin, end in self.buffers
@@ -61,7 +61,7 @@ def _guarded(implementation: Callable, op: str) -> Callable:
         with mode:
             out = implementation(*placed)
         if mode.overwritten():
-            raise AssertionError(f"{op} wrote {mode.overwritten()} bytes outside of its tensors")
+            raise AssertionError(f"{op} wrote {mode.overwritten()} bytes outside its tensors")
         for before, (after, _, _) in zip(given, mode.buffers, strict=False):
             if not torch.equal(before, after):
                 raise AssertionError(f"{op} changed an argument")
@@ -72,10 +72,10 @@ def _guarded(implementation: Callable, op: str) -> Callable:
 
 @contextmanager
 def guarded_memory() -> Iterator[None]:
-    """Inside, every backend function gets its tensors in guarded memory and allocates such memory.
+    """Inside, all arguments and allocations of a backend function are in guarded memory.
 
-    A read outside of a tensor, or before a write, is then a NaN in the result. A write outside of a tensor or
-    into an argument is an AssertionError.
+    A read outside a tensor, or before a write, then gives a NaN in the result. A write outside a tensor or
+    into an argument raises an AssertionError.
     """
     plain = dispatch.implementation
     dispatch.implementation = lambda backend, op: _guarded(plain(backend, op), f"{backend}.{op}")

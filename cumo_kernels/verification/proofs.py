@@ -1,12 +1,13 @@
-"""Which backend is trusted on this GPU, and why: verified.json, or else a self-check that has run here.
+"""Decides which backend is trusted on this GPU: by verified.json, else by a self-check on this machine.
 
-On a GPU that verified.json does not know, the first eager call in a dtype has what comes next checked
-(self_check.py) in a process of its own with a time limit: a wrong value, an exception, a hang, an abort or a
-lost device costs the caller nothing but the backend. A verdict (verdict_file.py) counts for the same GPU,
-driver, torch, Triton, machine code and sources. One process of a machine checks, the others wait for it.
-While a graph is captured or compiled nothing is checked: a backend without a verdict is not taken there.
+If verified.json has no entry for a GPU, the first eager call in a dtype runs the self-check of the backends
+and ops that are likely to be needed (self_check.py), in a separate process with a time limit. So a wrong
+value, an exception, a hang, an abort or a lost device only disables the backend. A verdict (verdict_file.py)
+is valid for the same GPU, driver, torch, Triton, machine code and sources. One process of a machine checks,
+the others wait for it. While a graph is captured or compiled nothing is checked, and a backend without a
+verdict is not used.
 
-`CUMO_SELF_CHECK=0`: nothing is checked; what is kept still counts.
+`CUMO_SELF_CHECK=0`: no checks; existing verdicts are still used.
 """
 
 import contextlib
@@ -27,26 +28,26 @@ from cumo_kernels.tiles.hardware import gpu_of
 from cumo_kernels.verification import verdict_file, verified
 from cumo_kernels.verification.verified import COVERS, Proof
 
-SECONDS = 240.0  # of all that one call waits for
-CASE_SECONDS = 60.0  # of one case, its compilation included
-HEAD_START = 20.0  # in which local rank 0 may begin before the others of its node
+SECONDS = 240.0  # the longest that one call waits for checks
+CASE_SECONDS = 60.0  # limit of one case, including its compilation
+HEAD_START = 20.0  # time in which local rank 0 may start before the other ranks of its node
 DAY, MINUTE = 86_400, 60
-SOON = 10 * MINUTE  # until what came to no verdict is tried again
+SOON = 10 * MINUTE  # time until an inconclusive check is repeated
 AHEAD = "python -m cumo_kernels self-check"
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-ELSEWHERE = (  # variables that a check must not inherit: other backends, hidden races, captures left out
+ELSEWHERE = (  # variables that a check must not inherit: they choose backends, hide races or skip captures
     "CUMO_BACKEND", "CUDA_LAUNCH_BLOCKING", "PYTORCH_NO_CUDA_MEMORY_CACHING", "PYTHONWARNINGS",
 )  # fmt: skip
 Group = tuple[str, str]  # backend, op of a case
 
 _lock = threading.RLock()
 _settled: dict[tuple, tuple[Proof, ...]] = {}
-_here: list[dict] = []  # rows that cannot be kept
+_here: list[dict] = []  # rows that could not be saved
 _said: set[str] = set()
 
 
 def command() -> list[str]:
-    """python -m cumo_kernels for this very package, whatever folder the caller is in and has modules from."""
+    """The command line of this package's `python -m cumo_kernels`, independent of the current folder."""
     code = (
         "import sys\n"
         f"root = {str(verified.ROOT)!r}\n"
@@ -55,19 +56,19 @@ def command() -> list[str]:
         "from cumo_kernels import __main__\n"
         "raise SystemExit(__main__.main())"
     )
-    # a warning is no failure of what is checked
+    # a warning must not count as a failure
     flags = [flag for flag in subprocess._args_from_interpreter_flags() if not flag.startswith("-W")]
     return [sys.executable, *flags, "-P", "-c", code]
 
 
 def forget() -> None:
-    """What this process knows: the next call reads the file."""
+    """Clear this process's caches: the next call reads the file."""
     for known in (_settled, _here, _said):
         known.clear()
 
 
 def turned_off() -> bool:
-    """Whether nothing is to be checked.
+    """Whether self-checks are disabled.
 
     Raises:
         ValueError: CUMO_SELF_CHECK is neither 0 nor 1.
@@ -79,10 +80,11 @@ def turned_off() -> bool:
 
 
 def identity(backend: str, device: torch.device) -> dict:
-    """What a verdict depends on.
+    """Everything that a verdict depends on.
 
-    code is the architecture whose machine code runs, switches what chooses other code, source the hash of the
-    files that decide what the backend computes, built that of the csrc/ which `_C` was built from.
+    code: the architecture whose machine code runs. switches: environment variables that choose other code.
+    source: the hash of the files that decide what the backend computes. built: the hash of the csrc/ that
+    `_C` was built from.
     """
     gpu, built = gpu_of(device), ""
     if backend == "cuda" and not (extension.EMULATE or extension.JIT):
@@ -102,7 +104,7 @@ def identity(backend: str, device: torch.device) -> dict:
 
 
 def _kept(backend: str, dtype: str, device: torch.device) -> dict[str, dict]:
-    """op of a case -> what has been found on it that counts here and now."""
+    """op of a case -> the saved verdict that is valid here and now."""
     mine = {**identity(backend, device), "backend": backend, "dtype": dtype}.items()
     return {row["op"]: row for row in [*verdict_file.load(), *_here] if mine <= row.items()}
 
@@ -110,18 +112,18 @@ def _kept(backend: str, dtype: str, device: torch.device) -> dict[str, dict]:
 def _keep(new: list[dict]) -> None:
     if verdict_file.keep(new) is None:
         _here.extend(new)
-        _say("verdicts of the self-check cannot be kept: the next process checks again")
+        _say("verdicts of the self-check cannot be saved: the next process checks again")
 
 
 def _say(line: str) -> None:
-    """Once in a process."""
+    """Print a line once per process."""
     if line not in _said:
         _said.add(line)
         print(f"cumo_kernels: {line}", file=sys.stderr, flush=True)
 
 
 def warn(line: str) -> None:
-    """Once in a process."""
+    """Issue a warning once per process."""
     if line not in _said:
         _said.add(line)
         warnings.warn(line, stacklevel=2)
@@ -130,9 +132,9 @@ def warn(line: str) -> None:
 def proofs(
     backends: tuple[str, ...], op: str, dtype: torch.dtype, device: torch.device, may_check: bool
 ) -> tuple[Proof, ...]:
-    """For each of `backends`, whether it is trusted with the call `op` of dispatch.OPS on `device`, and why.
+    """For each of `backends`: whether it is trusted with `op` (of dispatch.OPS) on `device`, and why.
 
-    `may_check`: False while a graph is being compiled or captured, and for questions that are no call.
+    `may_check`: False while a graph is compiled or captured, and for queries without a call.
     """
     key = backends, op, dtype, device if device.type == "cuda" else gpu_of(device)
     if (known := _settled.get(key)) is not None:
@@ -145,7 +147,7 @@ def proofs(
             off = turned_off()
             try:
                 own = _own(unknown, op, dtype, device, may_check, off, warnings_due)
-            except Exception as error:  # what the machine lacks for a check is no fault of the caller's
+            except Exception as error:  # a machine that cannot run the check must not fail the call
                 words = f"its self-check could not run, {type(error).__name__}: {error}"
                 own = dict.fromkeys(unknown, Proof(None, words))
                 warnings_due.append(f"{' and '.join(unknown)} cannot be checked on this GPU: {words}")
@@ -169,10 +171,10 @@ def _own(
     off: bool,
     warnings_due: list[str],
 ) -> dict[str, Proof]:
-    """This machine's own verdict on each, or why there is none."""
+    """This machine's own verdict on each backend, or why there is none."""
     name = str(dtype).removeprefix("torch.")
     asked = [case for case, calls in COVERS.items() if op in calls]
-    # a layer's other ops will be asked for next; sorting alone comes in the dtype of somebody's weights
+    # a layer's other ops follow; only sorting is called in the dtype of the given weights
     more = list(COVERS) if device.type == "cuda" and op != "sort_by_expert" else asked
     kept = lambda: {backend: _kept(backend, name, device) for backend in backends}
     missing = lambda rows, cases: [(b, case) for b in backends for case in cases if case not in rows[b]]
@@ -187,24 +189,24 @@ def _own(
         if all(case in rows[backend] for case in asked):
             found[backend] = _verdict(backend, asked, rows[backend], warnings_due)
         elif off:
-            found[backend] = Proof(None, "CUMO_SELF_CHECK=0 keeps it from being checked")
+            found[backend] = Proof(None, "CUMO_SELF_CHECK=0 disables its self-check")
         else:
-            words = f"its self-check has not run yet: the first eager call, or {AHEAD}"
+            words = f"its self-check has not run yet: the first eager call runs it, or {AHEAD}"
             found[backend] = Proof(None, words, is_final=False)
     return found
 
 
 def _verdict(backend: str, asked: list[str], rows: dict[str, dict], warnings_due: list[str]) -> Proof:
     found = [rows[case] for case in asked]
-    for passed, words in ((False, "failed"), (None, "came to no verdict")):
+    for passed, words in ((False, "failed"), (None, "was inconclusive")):
         for row in found:
             if row["passed"] is passed:
                 alike = [other for other in rows.values() if other["passed"] is passed]
                 reasons = "; ".join(f"{other['op']}: {other['reason']}" for other in alike)
-                see = f". To see it: {row['command']}" if row["command"] else ""
+                see = f". To reproduce: {row['command']}" if row["command"] else ""
                 warnings_due.append(
                     f"{backend}'s self-check on {row['gpu']} in {row['dtype']} {words}, so the next backend "
-                    f"runs there ({reasons}){see}. To check anew: {AHEAD} --again"
+                    f"runs there ({reasons}){see}. To check again: {AHEAD} --again"
                 )
                 why = "; ".join(filter(None, (row["reason"], row["command"])))
                 return Proof(passed, f"its self-check {words} here, {row['date']}: {why}")
@@ -213,14 +215,14 @@ def _verdict(backend: str, asked: list[str], rows: dict[str, dict], warnings_due
 
 
 def check_again(groups: list[Group], dtype: torch.dtype, device: torch.device) -> None:
-    """New verdicts in place of what is kept on `groups`."""
+    """Check `groups` again and replace their saved verdicts."""
     with _lock, verdict_file.alone(HEAD_START, SECONDS + CASE_SECONDS):
         forget()
         _keep(check(groups, dtype, device))
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    """Of a process whose first GPU is `device`, and which does not check itself."""
+    """The environment of a process whose first GPU is `device` and which runs no self-check."""
     own = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
     own["CUMO_SELF_CHECK"] = "0"
     if device.type == "cuda":
@@ -232,16 +234,16 @@ def _environment(device: torch.device) -> dict[str, str]:
 
 
 def check(groups: list[Group], dtype: torch.dtype, device: torch.device) -> list[dict]:
-    """A row for each of `groups`, after a check in a process of its own."""
+    """A row for each of `groups`, after a check in a separate process."""
     name = str(dtype).removeprefix("torch.")
     gpu = identity(groups[0][0], device)["gpu"]
     backends = " and ".join(dict(groups))
     _say(
-        f"checking {backends} on {gpu} in {name}, once for this machine: it takes seconds "
-        "(CUMO_SELF_CHECK=0 turns it off)"
+        f"checking {backends} on {gpu} in {name}, once for this machine; takes seconds "
+        "(CUMO_SELF_CHECK=0 disables it)"
     )
     if "cuda" in dict(groups) and (extension.JIT or extension.EMULATE):
-        extension.load()  # compiling takes minutes, which are no case's
+        extension.load()  # compiling takes minutes, which must not count for a case
     words = ["self-check", "--only", json.dumps(groups), "--dtype", SHORT[name], "--device", device.type]
     words += ["--seconds", str(SECONDS), "--case-seconds", str(CASE_SECONDS)]
     if device.type == "cuda":
@@ -262,9 +264,9 @@ def check(groups: list[Group], dtype: torch.dtype, device: torch.device) -> list
 
 
 def _ask(words: list[str], environment: dict[str, str]) -> tuple[list[dict], str]:
-    """-> the rows that a process of its own prints, and how it ended if it printed none.
+    """-> the rows printed by a separate process, and how it ended if it printed none.
 
-    It and all that it starts ends with this call, and with this process: its standard input ends then.
+    The process and its children end with this call and with this process, since its standard input is closed.
     """
     process = subprocess.Popen(
         [*command(), *words], env=environment, text=True, start_new_session=True,
@@ -290,5 +292,5 @@ def _ask(words: list[str], environment: dict[str, str]) -> tuple[list[dict], str
     try:
         return json.loads(texts["stdout"].strip().splitlines()[-1]), ""
     except (KeyError, ValueError, IndexError):
-        last = texts.get("stderr", "").strip().splitlines()[-1:] or ["without a word"]
+        last = texts.get("stderr", "").strip().splitlines()[-1:] or ["no output"]
         return [], f"its process ended with {process.returncode}: {last[0]}"

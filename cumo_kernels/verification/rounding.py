@@ -1,23 +1,23 @@
-"""The error of an unsplit sum: what plain PyTorch would make if it added all terms one after the other.
+"""The error of an unsplit sum: that of plain PyTorch if it added all terms in one chain.
 
-How far a right kernel is from fp64 depends on how it cuts its sums. A BLAS adds K terms in many short chains
-and errs little; one chain, as plain a way to add, errs several times as much and is no less right. So the
-accuracy rule of accuracy.py asks here what one chain errs, from the length of each sum and the
-size of its terms:
+How far a correct kernel is from fp64 depends on how it splits its sums. A BLAS adds K terms in many short
+chains and has a small error. One chain is an equally plain way to add and equally correct, but its error is
+several times larger. So the accuracy rule of accuracy.py uses an estimate of the error of one chain, derived
+from the length of each sum and the size of its terms:
 
     terms t_1 ... t_n, added in a dtype with unit roundoff u = eps / 2     s_j = t_1 + ... + t_j
-    addition j rounds s_j: off by at most u |s_j|, evenly spread, so its variance is at most u^2 s_j^2 / 3
-    roundings know nothing of each other: variance of the sum's error = u^2 / 3 * sum_j s_j^2
+    addition j rounds s_j: error at most u |s_j|, uniform, so its variance is at most u^2 s_j^2 / 3
+    rounding errors are independent: variance of the sum's error = u^2 / 3 * sum_j s_j^2
 
-The partial sums depend on the order of the terms, but their squares' mean over all n! orders does not. A term
-is among the first j with odds j / n, two are with odds j (j - 1) / (n (n - 1)), and summed over j that is
+The partial sums depend on the order of the terms, but the mean of their squares over all n! orders does not.
+A term is among the first j with probability j / n, two are with j (j - 1) / (n (n - 1)); summed over j:
 
     mean of sum_j s_j^2 = (n + 1) (2 s^2 + q) / 6            s = t_1 + ... + t_n      q = t_1^2 + ... + t_n^2
     standard deviation  = u sqrt((n + 1) (2 s^2 + q) / 18)
 
-For terms of random signs, s^2 = q in the mean, that is u sqrt(n / 6) times the sum's root mean square, and u
-n / 3 times the sum where all terms have one sign. q costs the same product once more, of the squares. (The
-worst that an order and its roundings can do together, n u sum |t|, no kernel is excused for.)
+For terms of random signs, s^2 = q on average, so the standard deviation is u sqrt(n / 6) times the sum's root
+mean square. If all terms have one sign, it is u n / 3 times the sum. q costs the same product once more, of
+the squares. (The worst case over orders and roundings, n u sum |t|, is not allowed to any kernel.)
 """
 
 import torch
@@ -34,11 +34,11 @@ _SUMS = {_ATEN.sum, _ATEN.mean}
 
 
 class UnsplitSums(TorchDispatchMode):
-    """Inside, every matrix product, sum and mean errs at random like one chain in a dtype of `eps`.
+    """Inside, every matrix product, sum and mean gets a random error like one chain in a dtype of `eps`.
 
-    For runs in fp64, forward and backward, whose own error is nothing beside it: what they are then away from
-    fp64 is what unsplit sums do to the result, through all that is computed from them. A sum counts as long
-    as the code under the mode writes it. Other sums (softmax, norms, index_add) err like fp64.
+    For runs in fp64, forward and backward, whose own error is negligible. The difference from fp64 is then
+    the effect of unsplit sums on the result, through everything that is computed from them. The length of a
+    sum is that in the code under the mode. Other sums (softmax, norms, index_add) keep fp64 accuracy.
     """
 
     def __init__(self, eps: float, generator: torch.Generator):
@@ -47,14 +47,14 @@ class UnsplitSums(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "cumo":  # an op of ours: the sums are inside
+        if func.namespace == "cumo":  # one of our ops: the sums are inside
             return run_inside(self, func, self.generator.device.type, args, kwargs)
         out = func(*args, **kwargs)
         op = func.overloadpacket
         if op not in _PRODUCTS | _SUMS or not out.is_floating_point() or out.numel() == 0:
             return out
         squared = [t.square() if isinstance(t, Tensor) else t for t in args]
-        # alpha and beta are factors of terms; dtype says what both come in; nothing is written to `out`
+        # alpha and beta scale terms; dtype converts the input; nothing is written to `out`
         others = {
             name: value**2 if name in ("alpha", "beta") else value
             for name, value in kwargs.items()
@@ -63,7 +63,7 @@ class UnsplitSums(TorchDispatchMode):
         squares = op(*squared, **others)
         tensors = [t for t in args if isinstance(t, Tensor)]
         if op in _PRODUCTS:
-            length = tensors[-2].shape[-1] + len(tensors) - 2  # what addmm adds is a term, too
+            length = tensors[-2].shape[-1] + len(tensors) - 2  # the tensor that addmm adds is a term too
         else:
             length = tensors[0].numel() // out.numel()
             squares = squares / max(length, 1) if op is _ATEN.mean else squares

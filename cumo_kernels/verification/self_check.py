@@ -1,7 +1,7 @@
-"""python -m cumo_kernels self-check: check the default backends on this GPU, ahead of the first call.
+"""python -m cumo_kernels self-check: check the default backends on this GPU, before the first call.
 
-For images of containers, and for code that is compiled from its start. It is also what proofs.py runs in a
-process of its own at a first call: the checks of `verify`, on aligned and on awkward sizes of each op.
+For container images, and for code that is compiled from its first call. proofs.py also runs it in a separate
+process at a first call. It runs the checks of `verify` on aligned and awkward sizes of each op.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from cumo_kernels.verification.verdicts import Result
 from cumo_kernels.verification.verified import COVERS
 
 WORKERS = 8  # processes at most
-PARALLEL = 2  # processes even where there are few CPUs: they also wait for imports
-AWKWARD = cases.FEW["awkward"]  # sizes that nothing divides
+PARALLEL = 2  # minimum number of processes even with few CPUs: they also wait for imports
+AWKWARD = cases.FEW["awkward"]  # sizes that no tile size divides
 MANY = cases.GPU_FAMILIES["256-experts"]
-FAMILIES = {  # and sizes that copy engines and tensor cores take
+FAMILIES = {  # and sizes that copy engines and tensor cores accept
     "cuda": {
         "aligned": cases.ALIGNED["aligned"],
         "aligned-router": cases.ALIGNED["aligned-router"],
@@ -35,14 +35,14 @@ FAMILIES = {  # and sizes that copy engines and tensor cores take
         "256-experts": MANY,
         "awkward": AWKWARD,
     },
-    # where CPU tensors stand for a GPU's, in tests
+    # used when CPU tensors replace CUDA tensors, in tests
     "cpu": cases.TINY | {"256-experts": MANY | {"ops": ("route", "permute"), "T": 16}, "awkward": AWKWARD},
 }
-KILLED = "signal SIGKILL"  # of a case this small no machine runs out of memory
+KILLED = "signal SIGKILL"  # so small a case does not run out of memory by itself
 
 
 def _processes(jobs: int, memory: float) -> int:
-    """How many at a time; 0 where the GPU has no memory left for one."""
+    """Number of concurrent processes; 0 if the GPU has no memory left for one."""
     number = min(WORKERS, jobs, max(PARALLEL, len(os.sched_getaffinity(0)) // 2))
     return int(min(number, memory // (2 * shards.CONTEXT)))
 
@@ -55,10 +55,10 @@ def verdicts(
     seconds: float,
     case_seconds: float,
 ) -> list[dict]:
-    """For each of `groups` whether all its cases passed, and of what failed a reason and a command to see it.
+    """For each of `groups`: whether all its cases passed; for failures a reason and a command to repeat it.
 
-    "passed" is None where there is no telling: a GPU without memory, processes that do not start, time.
-    "kept" says for how many seconds a row counts, 0 for ever: a machine may have been slow.
+    "passed" is None if inconclusive: a GPU without memory, processes that do not start, a time limit.
+    "kept" is for how many seconds a row is valid, 0 for ever: a slow machine may pass later.
     """
     jobs = [
         shards.Job(backend, family, case)
@@ -72,7 +72,7 @@ def verdicts(
         result = Result(**row)
         results[result.backend, cases.parse(result.case).op].append(result)
 
-    why = "the GPU has no memory left for a process of its own"
+    why = "the GPU has no memory left for a separate process"
     if processes := _processes(len(jobs), memory):
         stop = time.monotonic() + seconds
         shards.Shards(device, processes, case_seconds, stop, note, lambda line: None).run(jobs)
@@ -100,8 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("bf16", "fp16", "fp32"), action="append", help="default: all three"
     )
     parser.add_argument("--op", choices=COVERS, action="append", help="default: all")
-    parser.add_argument("--again", action="store_true", help="check also what a verdict is kept of")
-    # a rehearsal, under TRITON_INTERPRET=1 or CUMO_EMULATE=1: CPU tensors stand for an H100's
+    parser.add_argument("--again", action="store_true", help="check again what has a saved verdict")
+    # a rehearsal, under TRITON_INTERPRET=1 or CUMO_EMULATE=1: CPU tensors replace those of an H100
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--only", type=json.loads, metavar="GROUPS", help=argparse.SUPPRESS)
     limits = {"memory": math.inf, "seconds": proofs.SECONDS, "case-seconds": proofs.CASE_SECONDS}
@@ -110,18 +110,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _end_with_caller() -> None:
-    """Who asked holds our standard input open; when that process is gone, so are we, with all our own."""
+    """End this process group when the caller ends; the caller holds our standard input open."""
 
     def watch() -> None:
         sys.stdin.buffer.read()
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
-    if os.getpgid(0) == os.getpid():  # and not a group of somebody's shell
+    if os.getpgid(0) == os.getpid():  # not the process group of a user's shell
         threading.Thread(target=watch, daemon=True).start()
 
 
 def _check(device: torch.device, dtype: torch.dtype, asked: Sequence[str], again: bool) -> bool:
-    """Print what runs `asked` in `dtype` and why -> whether all that could run may."""
+    """Print which backend runs `asked` in `dtype` and why -> whether all available backends are trusted."""
     x = torch.empty(1, 1, dtype=dtype, device=device)
     rows = [row for row in dispatch.BACKENDS if row.needs_proof]
     able = tuple(row.name for row in rows if row.refuse("route", device, dtype) is None)
@@ -152,7 +152,7 @@ def main(args: argparse.Namespace) -> int:
         passed = [_check(device, dtype, args.op or list(COVERS), args.again) for dtype in dtypes]
     where = " or ".join(str(folder / verdict_file.NAME) for folder in verdict_file.folders())
     verdict = (
-        "all that can run here is right" if all(passed) else "not all that could run here may: see above"
+        "all available backends passed" if all(passed) else "not all available backends passed: see above"
     )
-    print(f"self-check: {verdict}; kept in {where or 'no file'}")
+    print(f"self-check: {verdict}; saved in {where or 'no file'}")
     return 0 if all(passed) else 1

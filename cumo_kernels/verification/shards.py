@@ -1,9 +1,9 @@
-"""Cases of verify over several processes, so that a crash, a hang or a lost device costs its case alone.
+"""Runs verify's cases in several processes, so that a crash, a hang or a lost device fails only its case.
 
-The parent hands every worker one case at a time: a JSON line in, two out, the first before the case begins.
-What kills a worker is that case's failure, and a new process goes on. A worker runs one backend only. Cases
-whose memory together would not fit into the GPU's wait for each other; what ran out of memory all the same is
-tried once more with the GPU to itself.
+The parent sends each worker one case at a time: one JSON line in, two lines out, the first before the case
+starts. If a worker dies, its case has failed, and a new process continues. A worker runs one backend only.
+Cases whose memory together exceeds the GPU's wait for each other; a case that runs out of memory anyway is
+tried once more alone on the GPU.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ from cumo_kernels.verification.cases import Case, parse
 from cumo_kernels.verification.proofs import command
 
 START = 180.0  # seconds until a worker must have imported what it needs
-GRACE = 30.0  # seconds that a worker's own watchdog is given before the parent kills it
-WRAP_UP = 5.0  # seconds that cases under way have when the time for all is over
-LINGER = 5.0  # seconds that a killed worker is given: one that waits inside a driver may never end
-TRIES = 3  # workers of a backend that may end before their first case, in a row
-CONTEXT = 3 << 28  # bytes of the GPU that a process has before its first tensor
-SHARE = 0.8  # of the GPU's memory, what is asked for
+GRACE = 30.0  # seconds that the parent waits for a worker's own watchdog before it kills the worker
+WRAP_UP = 5.0  # seconds that running cases have after the time limit of the whole run
+LINGER = 5.0  # seconds to wait for a killed worker: one that waits inside a driver may never end
+TRIES = 3  # consecutive workers of a backend that may end before their first case
+CONTEXT = 3 << 28  # bytes of GPU memory that a process uses before its first tensor
+SHARE = 0.8  # share of the GPU's memory that is used
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED", "signal SIGKILL")
 NO_PROCESS = "no process for"
 LATE = "killed after its time"
@@ -52,15 +52,15 @@ def _out_of_memory(failures: Iterable[str]) -> bool:
 
 
 def of_the_machine(failures: Iterable[str]) -> bool:
-    """Whether a case failed for what this machine lacks, which says nothing about the backend."""
+    """Whether a case failed because this machine lacks something, not because of the backend."""
     lacks = lambda reason: reason.startswith(NO_PROCESS) or any(word in reason for word in LACKING)
     return _out_of_memory(failures) or any(map(lacks, failures))
 
 
 def bytes_of(case: Case) -> int:
-    """About what checking `case` takes at its peak: fp64 copies of inputs, gradients and what lies between.
+    """Estimated peak memory of checking `case`: fp64 copies of inputs, gradients and intermediate values.
 
-    Two for each of the yardstick's draws stay.
+    Two copies for each of the yardstick's draws are kept.
     """
     width = case.I * (1 + ACTIVATIONS[case.activation].is_gated)
     slots = case.T * case.K
@@ -80,18 +80,18 @@ def bytes_of(case: Case) -> int:
 
 
 def room(workers: int, device: str) -> float:
-    """Bytes that the cases under way may take together."""
+    """Bytes that the running cases may use together."""
     if device != "cuda":
         return math.inf
     return SHARE * torch.cuda.get_device_properties(0).total_memory - workers * CONTEXT
 
 
 def serve(check: Callable[[Job], dict], device: str, seconds: float) -> None:
-    """A worker's life: read a case, announce it, check it, say what came out; until there are no more."""
+    """Run a worker: read a case, announce it, check it, send the result; until there are no more."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whoever prints does so among the last words
+    os.dup2(2, 1)  # printed text goes to the error output
     say = lambda **line: print(json.dumps(line), file=answers)
-    check(Job("reference", "", Case("activate", T=1)))  # imports and the device's context are no case's time
+    check(Job("reference", "", Case("activate", T=1)))  # imports and the context must not count for a case
     say(ready=True)
     for line in sys.stdin:
         asked = json.loads(line)
@@ -105,14 +105,14 @@ def serve(check: Callable[[Job], dict], device: str, seconds: float) -> None:
         say(result=result)
         if result["lost"]:
             os._exit(3)
-    os._exit(0)  # a device in whatever state is not tidied up
+    os._exit(0)  # no clean-up: the device may be in any state
 
 
 @dataclass(eq=False)
 class Worker:
     backend: str
     device: str
-    seconds: float  # of one case
+    seconds: float  # time limit of one case
     threads: int
     process: subprocess.Popen = field(init=False)
     job: Job | None = None
@@ -136,12 +136,12 @@ class Worker:
         self.job, self.begun = job, False
         self.deadline = time.monotonic() + (self.seconds + GRACE if self.seconds else math.inf)
         line = {"backend": job.backend, "family": job.family, "case": str(job.case)}
-        with contextlib.suppress(BrokenPipeError):  # reading from it will show that it has ended
+        with contextlib.suppress(BrokenPipeError):  # a later read shows that it has ended
             self.process.stdin.write(json.dumps(line).encode() + b"\n")
             self.process.stdin.flush()
 
     def read(self) -> list[dict] | None:
-        """The lines that have come; None at the end."""
+        """The lines received so far; None at the end."""
         part = os.read(self.process.stdout.fileno(), 1 << 16)
         *lines, self.text = (self.text + part).split(b"\n")
         return [json.loads(line) for line in lines] if part else None
@@ -151,7 +151,7 @@ class Worker:
         self.late, self.deadline = True, time.monotonic() + LINGER
 
     def end(self) -> str:
-        """Stop, if it still runs -> how it ended and its last words."""
+        """Stop the worker, if it still runs -> how it ended and its last output."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
@@ -171,18 +171,18 @@ class Worker:
 
 
 def last_words(text: str) -> str:
-    """The end of what was printed; of a watchdog's stack its top, with the innermost calls."""
+    """The end of the output; of a watchdog's stack dump the top, with the innermost calls."""
     if (at := text.rfind("Timeout (")) >= 0:
-        # other threads come first: the one that checks is the last
+        # other threads come first; the checking thread is the last
         head, *stacks = text[at:].split("\nThread ")
         calls = [line.strip() for line in (stacks[-1] if stacks else head).splitlines() if "File" in line]
         return f"{head.splitlines()[0]} in {'; '.join(calls[:4])}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(lines[-6:])[-500:] or "without a word"
+    return " | ".join(lines[-6:])[-500:] or "no output"
 
 
 class Shards:
-    """run(jobs) hands every result to `note`, in the order in which they come."""
+    """run(jobs) passes every result to `note`, in order of completion."""
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class Shards:
         note: Callable[[dict], None],
         log: Callable[[str], None],
     ):
-        """`stop`: time.monotonic() after which no case begins; `WRAP_UP` later what still runs is ended."""
+        """`stop`: time.monotonic() after which no case starts; `WRAP_UP` later running cases are killed."""
         self.device, self.seconds, self.stop = device, case_seconds, stop
         self.note, self.log = note, log
         self.workers = workers
@@ -208,13 +208,13 @@ class Shards:
         self.done = 0
 
     def run(self, jobs: Iterable[Job]) -> list[str]:
-        """-> sentences for what was not checked."""
+        """-> messages about what was not checked."""
         self.left = list(jobs)
         total = len(self.left)
         try:
             self._drain(total, retry=True)
             if self.again:
-                self.log(f"out of memory beside others, now alone: {len(self.again)} cases")
+                self.log(f"out of memory next to others, now run alone: {len(self.again)} cases")
             skipped, self.left, self.workers, self.room = self.left, self.again, 1, math.inf
             self._drain(total, retry=False)
             self.left += skipped
@@ -228,7 +228,7 @@ class Shards:
         if self.cut:
             names = ", ".join(f"{job.backend} {job.case}" for job in self.cut)
             self.missing.append(
-                f"{len(self.cut)} of {total} cases were under way when --budget was spent: {names}"
+                f"{len(self.cut)} of {total} cases were running when --budget was spent: {names}"
             )
         return self.missing
 
@@ -259,7 +259,7 @@ class Shards:
                     worker.kill()
 
     def _wanted(self) -> str | None:
-        """The backend with most cases left for each worker it has; none where new ones find nothing to do."""
+        """The backend with most cases left per worker; None if a new worker would have no case."""
         left: dict[str, int] = {}
         for job in self.left:
             left[job.backend] = left.get(job.backend, 0) + 1
@@ -277,7 +277,7 @@ class Shards:
         fits = lambda job: not taken or sum(taken) + bytes_of(job.case) <= self.room
         large = lambda size: size * self.workers > self.room
         able = [job for job in mine if fits(job)]
-        # one large case is always under way: left for the end, they would wait for each other
+        # always keep one large case running: left for the end, they would run one by one
         first = [] if any(map(large, taken)) else [job for job in able if large(bytes_of(job.case))]
         if able:
             job = (first or able)[0]
@@ -309,7 +309,7 @@ class Shards:
             self._miss(worker.backend, words)
 
     def _miss(self, backend: str, words: str) -> None:
-        """A worker ended before its first case began; after several nobody tries again."""
+        """Count a worker that ended before its first case; after several, give up on its backend."""
         self.misses[backend] = self.misses.get(backend, 0) + 1
         mine = [job for job in self.left if job.backend == backend]
         if self.misses[backend] >= TRIES and mine:

@@ -1,13 +1,13 @@
-"""self_check.json: what self-checks have found on this machine, shared by its processes.
+"""self_check.json: the verdicts of self-checks on this machine, shared by its processes.
 
     [{"gpu": ..., "capability": 90, "sms": 132, "driver": ..., "torch": ..., "triton": ..., "code": ...,
       "switches": ..., "source": ..., "built": ..., "backend": "triton", "op": "expert_mlp",
       "dtype": "bfloat16", "passed": true, "cases": 4, "date": "2026-11-28", "until": 0, "reason": "",
       "command": ""}]
 
-It lies in $CUMO_CACHE, else in $XDG_CACHE_HOME/cumo or ~/.cache/cumo, and where none of these can be written
-in a folder of the user's own below the temporary one. A row counts until then, in seconds since 1970; 0 is
-for ever. Neither a damaged file nor a folder that cannot be written or locked is an error.
+The file is in $CUMO_CACHE, else in $XDG_CACHE_HOME/cumo or ~/.cache/cumo; if none of these is writable, in
+the user's own folder below the temporary one. A row is valid until `until`, in seconds since 1970; 0 means
+for ever. A damaged file, or a folder that cannot be written or locked, is not an error.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ KINDS = {
     **dict.fromkeys(("backend", "op", "dtype", "date", "reason", "command"), str),
     **dict.fromkeys(("capability", "sms", "cases"), int),
     "until": (int, float),
-    "passed": (bool, type(None)),  # None: there is no telling
+    "passed": (bool, type(None)),  # None: inconclusive
 }
-# what a newer row may differ in from the one whose place it takes
+# fields in which a newer row may differ from the row that it replaces
 NEWER = ("source", "built", "passed", "cases", "date", "until", "reason", "command")
 
 
@@ -39,9 +39,9 @@ def _temporary() -> Path | None:
 
 
 def folders() -> list[Path]:
-    """Where the file may lie, the first that can be used coming first."""
+    """Folders where the file may be, in order of preference."""
     found = []
-    with contextlib.suppress(RuntimeError):  # a user without a home
+    with contextlib.suppress(RuntimeError):  # a user without a home directory
         found.append(user_cache())
     if (path := _temporary()) is not None:
         found.append(path)
@@ -49,7 +49,7 @@ def folders() -> list[Path]:
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether nobody else can write there, who would say which kernels are right."""
+    """Whether no other user can write there; a foreign file could declare wrong kernels correct."""
     try:
         found = folder.lstat()
     except OSError:
@@ -58,13 +58,13 @@ def _is_own(folder: Path) -> bool:
 
 
 def _make(folder: Path) -> None:
-    """Raises an OSError where the folder is not there and cannot be made, or is not to be trusted."""
+    """Create the folder; OSError if that fails or if other users can write there."""
     if folder != _temporary():
         folder.mkdir(parents=True, exist_ok=True)
         return
     folder.mkdir(mode=0o700, exist_ok=True)
     if not _is_own(folder):
-        raise PermissionError(f"others can write in {folder}")
+        raise PermissionError(f"other users can write in {folder}")
 
 
 def _is_row(row: object) -> bool:
@@ -87,13 +87,13 @@ def _read(path: Path) -> list[dict]:
 
 
 def load() -> list[dict]:
-    """The rows that count, of all folders; of several for the same the last is the user's own."""
+    """The valid rows of all folders; of several for the same key, the user's own comes last."""
     trusted = [folder for folder in folders() if folder != _temporary() or _is_own(folder)]
     return [row for folder in reversed(trusted) for row in _read(folder / NAME)]
 
 
 def keep(new: list[dict]) -> Path | None:
-    """Put `new` in place of what there was on the same, in one move -> where; None: it cannot be kept."""
+    """Save `new`, replacing rows for the same, atomically -> the path; None if it cannot be saved."""
     place = lambda row: sorted((name, str(row[name])) for name in KINDS if name not in NEWER)
     taken = [place(row) for row in new]
     for folder in folders():
@@ -121,11 +121,11 @@ def _lock_file() -> IO | None:
 
 @contextlib.contextmanager
 def alone(head_start: float, seconds: float) -> Iterator[None]:
-    """One process of those that share the file at a time, of a node's ranks the first; a lock of its process.
+    """Lock: one process at a time of those that share the file, a node's rank 0 first; ends with its process.
 
     Args:
-        head_start: seconds in which local rank 0 may come first, of torchrun.
-        seconds: after which nobody is waited for any longer.
+        head_start: seconds in which local rank 0 of torchrun may come first.
+        seconds: the longest time to wait for another process.
     """
     file = None
     with contextlib.suppress(ImportError):
@@ -139,7 +139,7 @@ def alone(head_start: float, seconds: float) -> Iterator[None]:
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         begin = time.monotonic()
         while time.monotonic() < begin + seconds:
-            # those who let others go first only look, and may do so side by side
+            # waiting ranks only read, and may share the lock
             first = first or time.monotonic() > begin + head_start
             try:
                 fcntl.flock(file, (fcntl.LOCK_EX if first else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -147,8 +147,8 @@ def alone(head_start: float, seconds: float) -> Iterator[None]:
                     break
                 fcntl.flock(file, fcntl.LOCK_UN)
             except BlockingIOError:
-                first = True  # one is at it, or looks
-            except OSError:  # a file system without locks
+                first = True  # another process checks or reads
+            except OSError:  # this file system has no locks
                 break
             time.sleep(0.1)
         yield

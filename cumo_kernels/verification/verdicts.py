@@ -1,4 +1,4 @@
-"""What a run of verify makes of its cases: a Result each, a table, and entries of verified.json."""
+"""The results of a verify run: one Result per case, a table, and entries of verified.json."""
 
 import argparse
 import os
@@ -24,19 +24,19 @@ SWITCHES = (  # environment variables that change which code a case runs
 
 
 def switches() -> str:
-    """What stands before a command that repeats a case of this process."""
+    """The prefix of a command that repeats a case of this process."""
     return "".join(f"{name}={os.environ[name]} " for name in SWITCHES if name in os.environ)
 
 
 @dataclass
 class Result:
-    """What one case on one backend showed; None where a check does not apply or did not run."""
+    """The result of one case on one backend; None where a check does not apply or did not run."""
 
     case: str
     backend: str
     device: str
     family: str = ""
-    output: float | None = None  # worst error of an output, in units of torch's own
+    output: float | None = None  # largest error of an output, in units of torch's own
     gradient: float | None = None
     worst_gradient: str | None = None
     repeats: bool | None = None
@@ -44,7 +44,7 @@ class Result:
     exact: bool | None = None
     sync_free: bool | None = None
     graph: bool | None = None
-    lost: bool = False  # after it nothing runs on the device any more, in this process
+    lost: bool = False  # this process can run nothing on the device any more
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -56,7 +56,7 @@ class Result:
 
 
 def table(results: Iterable[Result]) -> str:
-    """A line for each op, backend and dtype: its worst error and whether all its cases passed each check."""
+    """A line for each op, backend and dtype: the largest error, and whether all cases passed each check."""
     groups: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
         case = parse(result.case)
@@ -90,17 +90,17 @@ def table(results: Iterable[Result]) -> str:
 
 
 def rehearses(args: argparse.Namespace, device: str) -> bool:
-    """Whether --record only shows that it works: tiny cases, on no GPU, into a file that nobody asks."""
+    """Whether --record is only a rehearsal: tiny cases, without a GPU, into a file that is not used."""
     return device == "cpu" and args.tiny and Path(args.record).resolve() != verified.PATH
 
 
 def record(results: list[Result], args: argparse.Namespace, log: Callable[[str], None]) -> None:
-    """verified.json gets each (backend, op, dtype) whose cases all ran and passed, or of which one failed."""
+    """Record each (backend, op, dtype) whose cases all ran and passed, or of which one failed."""
     groups: dict[verified.Group, list[Result]] = {}
     name = lambda dtype: str(DTYPES[dtype]).removeprefix("torch.")
     stale = extension.outdated()
     if stale is not None and any(result.backend == "cuda" for result in results):
-        log(f"nothing of cuda is recorded: {stale}")
+        log(f"nothing is recorded for cuda: {stale}")
     for result in results:
         case = parse(result.case)
         if result.backend in verified.SOURCES and not (result.backend == "cuda" and stale):

@@ -1,21 +1,21 @@
-"""Where a backend has been seen to be right: verified.json, by which it may run on a GPU.
+"""verified.json: which backends passed verify on which GPU, so that they may run there.
 
     {gpu: [{"backend": "triton", "op": "expert_mlp", "dtype": "bfloat16", "cases": 36, "date": "2026-11-28",
             "torch": "2.11.0+cu130", "triton": "3.6.0", "driver": ..., "code": "", "commit": ...,
             "source": hash, "failed": 0}]}
 
-gpu is a name of hardware.py, op one of a case (`COVERS` says which calls it stands for), code the
-architecture whose machine code of csrc/ ran, failed how many of the cases did. `python -m cumo_kernels verify
---record` writes it, nobody by hand. An entry counts while the files that decide what the backend computes
-have the same hash, with the same major.minor of torch and, for Triton, of triton. A GPU without a list of its
-own uses that of the one whose tiles it uses (`tiles_of`: same multiprocessors, same machine code). What no
-entry tells, a self-check does (self_check.py).
+gpu is a name of hardware.py, op one of a case (`COVERS` lists the calls that it stands for), code the
+architecture whose machine code of csrc/ ran, failed the number of failed cases. `python -m cumo_kernels
+verify --record` writes the file; do not edit it by hand. An entry is valid while the files that decide what
+the backend computes have the same hash, with the same major.minor of torch and, for Triton, of triton. A GPU
+without a list of its own uses that of the GPU whose tiles it uses (`tiles_of`: same multiprocessors, same
+machine code). Where no entry is valid, a self-check decides (self_check.py).
 
-Tile sizes, configs/*.json, are not in the hash. They choose among instances of the same code, and so does
-every shape: verify cannot run each instance anyway, and `tune` would undo the proof of what it made faster.
+Tile sizes, configs/*.json, are not in the hash. They choose among instances of the same code, as every shape
+does: verify cannot run each instance anyway, and `tune` would invalidate the entries of what it made faster.
 
-An installation without csrc/ (a wheel) cannot know the hash of what `_C` was built from. verified.json was
-packed in the same build, so there the entry is believed if torch and code agree.
+An installation without csrc/ (a wheel) cannot compute the hash that `_C` was built from. verified.json was
+packed in the same build, so there an entry is valid if torch and code agree.
 """
 
 import contextlib
@@ -71,12 +71,12 @@ OTHER_CODE = (
     "CUMO_BATCH_INVARIANT",
     "CUMO_PDL",
     "TRITON_FORCE_DISABLE_FP_FUSION",
-)  # not what runs unasked
+)  # not the default code
 Group = tuple[str, str, str]  # backend, op of a case, dtype ("bfloat16")
 
 
 class Proof(NamedTuple):
-    """Whether a backend is right; None where nobody knows."""
+    """Whether a backend is verified; None if unknown."""
 
     passed: bool | None
     words: str
@@ -84,7 +84,7 @@ class Proof(NamedTuple):
 
 
 def load(path: Path = PATH) -> dict[str, list[dict]]:
-    """The file; one that cannot be read is said, and proves nothing."""
+    """Read the file; if that fails, warn and treat it as empty."""
     try:
         table = json.loads(path.read_text())
         for rows in table.values():
@@ -107,7 +107,7 @@ TABLE = load()
 
 @cache
 def source_of(backend: str, root: Path = ROOT) -> str | None:
-    """Hash of the files of `SOURCES`, by name and by byte; None where csrc/ is needed and not there."""
+    """Hash of the files of `SOURCES` (names and bytes); None if csrc/ is needed but missing."""
     if backend == "cuda" and not (root / "csrc").is_dir():
         return None
     found = (path for pattern in SOURCES[backend] for path in root.glob(pattern))
@@ -125,14 +125,14 @@ def _code(backend: str, device: torch.device | str) -> str:
 
 
 def other_code() -> list[str]:
-    """The switches that are on and that choose other code than a proof is about, as "NAME=value"."""
+    """The active switches that choose code other than the verified code, as "NAME=value"."""
     return [f"{name}={os.environ[name]}" for name in OTHER_CODE if os.environ.get(name, "") not in ("", "0")]
 
 
 def proof(backend: str, op: str, dtype: torch.dtype, device: torch.device) -> Proof:
-    """What verified.json says of `backend` for the call `op` of dispatch.OPS on `device`."""
+    """The verdict of verified.json on `backend` for the call `op` of dispatch.OPS on `device`."""
     if device.type == "cuda" and not torch.cuda.is_available():  # fake tensors of a compiler
-        return Proof(None, "not verified: there is no CUDA device here to know it by")
+        return Proof(None, "not verified: there is no CUDA device here to identify")
     if backend == "cuda" and (stale := extension.outdated()) is not None:
         return Proof(None, f"not verified: {stale}")
     if others := other_code():
@@ -143,7 +143,7 @@ def proof(backend: str, op: str, dtype: torch.dtype, device: torch.device) -> Pr
 def _proof(backend: str, op: str, dtype: str, gpu: Gpu, code: str) -> Proof:
     own = gpu.name in TABLE
     where = gpu.name if own or gpu.tiles_of is None else gpu.tiles_of
-    spoken = where if own or where == gpu.name else f"{where}, whose multiprocessors {gpu.name} has"
+    spoken = where if own or where == gpu.name else f"{where}, with the multiprocessors of {gpu.name}"
     rows = {_group(row): row for row in TABLE.get(where, ())}
     asked = [
         row for case, calls in COVERS.items() if op in calls for row in [rows.get((backend, case, dtype))]
@@ -153,7 +153,7 @@ def _proof(backend: str, op: str, dtype: str, gpu: Gpu, code: str) -> Proof:
         if source_of(backend) not in (None, row["source"]):
             return Proof(None, f"{known}, but its source has changed since")
         if row["code"] != code:
-            return Proof(None, f"{known}, as compiled for {row['code']}, but this is for {code}")
+            return Proof(None, f"{known}, compiled for {row['code']}, but this is for {code}")
         for name, running in (("torch", torch.__version__), ("triton", triton_version())):
             if (name == "torch" or backend == "triton") and series(row[name]) != series(running):
                 return Proof(None, f"{known}, with {name} {series(row[name])}, but this is {running}")
@@ -169,7 +169,7 @@ def _proof(backend: str, op: str, dtype: str, gpu: Gpu, code: str) -> Proof:
 
 
 def check_known(gpu: Gpu) -> None:
-    """Raises a ValueError if `gpu` has no row in hardware.py: another card might go by the same name."""
+    """Raise a ValueError if `gpu` has no row in hardware.py: another card might have the same name."""
     names = [known.name for known in GPUS]
     if gpu.name not in names:
         raise ValueError(f"gpu must be one of {names} to be recorded, got {gpu.name!r}")
@@ -178,14 +178,15 @@ def check_known(gpu: Gpu) -> None:
 def record(
     passed: Mapping[Group, int], failed: Mapping[Group, tuple[int, int]], gpu: Gpu, path: Path = PATH
 ) -> tuple[int, int]:
-    """Put into the file, all or nothing, what passed and what failed.
+    """Write what passed and what failed into the file, all or nothing.
 
     Args:
+        gpu: the GPU on which the cases ran.
         passed: group -> number of its cases.
-        failed: group -> number of those that failed, and of those that ran.
+        failed: group -> number of failed cases, and of all that ran.
 
     Returns:
-        Entries written of what passed, and of what failed.
+        Number of entries written for what passed, and for what failed.
     """
     check_known(gpu)
     table = load(path) if path.exists() else {}
@@ -211,7 +212,7 @@ def record(
 
 @cache
 def driver() -> str:
-    """Version of NVIDIA's driver; "" if it cannot be told."""
+    """Version of NVIDIA's driver; "" if unknown."""
     with contextlib.suppress(OSError):
         for word in Path("/proc/driver/nvidia/version").read_text().split():
             if word[0].isdigit() and "." in word:
@@ -220,7 +221,7 @@ def driver() -> str:
 
 
 def first_line(*command: str) -> str:
-    """What `command` prints first, run in this tree; "" if it is not there, fails or takes over 20 s."""
+    """First output line of `command`, run in this tree; "" if it is missing, fails or takes over 20 s."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

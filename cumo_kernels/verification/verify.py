@@ -1,8 +1,8 @@
-"""python -m cumo_kernels verify: every op, backend and dtype of this machine against fp64.
+"""python -m cumo_kernels verify: compare every op, backend and dtype of this machine with fp64.
 
-The rule for errors is that of accuracy.py. Besides, on every case: results repeat bit for bit,
-also on memory full of NaN; nothing is read or written outside of the tensors; integers are exact; on a GPU
-nothing waits for the host, and a captured graph replays to the same bits.
+Errors are judged by the rule of accuracy.py. Every case also checks that results repeat bit for bit, also on
+memory full of NaN; that nothing outside the tensors is read or written; that integers are exact; and on a GPU
+that nothing synchronises with the host and that a captured graph replays to the same bits.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from cumo_kernels.verification.shards import Job, Shards, serve
 from cumo_kernels.verification.verdicts import Result, record, rehearses, switches, table
 
 REPEATS = 3
-NO_CACHE = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # with it nothing can be captured in a graph
-FLUSH = 5.0  # seconds between two states of the --json file
+NO_CACHE = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # with it no graph can be captured
+FLUSH = 5.0  # seconds between two updates of the --json file
 
 
 def _outputs(call: Call, leaves: list[Tensor]) -> tuple[Tensor, ...]:
@@ -59,7 +59,7 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def _check_accuracy(call: Call, case: Case, result: Result) -> None:
-    yardstick = Yardstick(call.truth, call.inputs, case.seed)
+    yardstick = Yardstick(call.reference, call.inputs, case.seed)
     result.guards = False
     with guarded_memory():
         found = yardstick.measure(call.run)
@@ -88,11 +88,11 @@ def _check_repeats(call: Call, result: Result) -> None:
     with guarded_memory():
         if not _same(first, _step(call, leaves, upstream)):
             result.guards = False
-            result.failures.append("the result depends on what uninitialised memory holds")
+            result.failures.append("the result depends on uninitialised memory")
 
 
 def excused(case: Case, backend: str, device: str) -> bool:
-    """Whether `backend` says of itself that it waits for the host in such a case."""
+    """Whether `backend` is documented to synchronise with the host in such a case."""
     return dispatch.asks_host(backend, case.op, torch.device(device), DTYPES[case.dtype]) is not None
 
 
@@ -109,18 +109,18 @@ def _check_sync(call: Call, case: Case, result: Result) -> None:
             raise
         result.sync_free = False
         if not excused(case, result.backend, result.device):
-            result.failures.append(f"waits for the host: {str(error).splitlines()[0]}")
+            result.failures.append(f"synchronises with the host: {str(error).splitlines()[0]}")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def _check_graph(call: Call, result: Result) -> None:
-    """Captured once, replayed on other values and another routing: the bits of an eager run on those."""
+    """Capture once, replay on other values and another routing; compare bit for bit with an eager run."""
     leaves, upstream = _leaves(call)
     if NO_CACHE in os.environ:
-        return  # torch cannot capture without its allocator
+        return  # torch cannot capture without its caching allocator
     if not result.sync_free:
-        result.graph = False  # a capture that waits for the host cannot succeed
+        result.graph = False  # a capture that synchronises cannot succeed
         return
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -140,11 +140,11 @@ def _check_graph(call: Call, result: Result) -> None:
     torch.cuda.synchronize()
     result.graph = _same([t.clone() for t in captured], _step(call, leaves, upstream))
     if not result.graph:
-        result.failures.append("a replayed graph gives other bits than an eager run")
+        result.failures.append("a replayed graph differs from an eager run")
 
 
 def is_lost(device: str) -> bool:
-    """Whether a kernel left the device in a state in which this process can run nothing on it."""
+    """Whether a kernel left the device in a state in which this process can no longer use it."""
     try:
         return device == "cuda" and torch.ones(1, device="cuda").item() != 1
     except RuntimeError:
@@ -152,7 +152,7 @@ def is_lost(device: str) -> bool:
 
 
 def check(case: Case, backend: str, device: str, family: str = "") -> Result:
-    """Every check that applies; whatever is raised on the way is a failure with its text."""
+    """Run every check that applies; an exception is a failure with its text."""
     result = Result(str(case), backend, device, family)
     torch.manual_seed(case.seed)
     try:
@@ -171,7 +171,7 @@ def check(case: Case, backend: str, device: str, family: str = "") -> Result:
 
 
 def backends_of(device: str) -> tuple[list[str], list[str]]:
-    """-> names that run in some dtype of ours on `device`, and a sentence for each other one."""
+    """-> the backends that run in some dtype on `device`, and a message for each of the others."""
     names, missing = [], []
     for row in dispatch.BACKENDS:
         reason = row.refuse("expert_mlp", device, torch.float32)
@@ -190,7 +190,7 @@ def fuzz(
     seed: int,
     names: tuple[str, ...] = cases.OPS,
 ) -> Iterator[Result]:
-    """Random cases until the time is up; a failure is shrunk before it is yielded, and ends the search."""
+    """Run random cases until the time limit; a failure is shrunk, yielded, and ends the search."""
     generator = random.Random(seed)
     stop = time.monotonic() + seconds
     while time.monotonic() < stop:
@@ -202,15 +202,15 @@ def fuzz(
                 small = check(shrink(case, fails), backend, device, "fuzz")
                 if small.failures:
                     result = small
-                else:  # what fails only now and then has failed all the same
-                    result.failures.append("not every time: the same case has passed since")
+                else:  # an intermittent failure is a failure too
+                    result.failures.append("intermittent: the same case passed when repeated")
             yield result
             if result.failures:
                 return
 
 
 def elsewhere(options: list[str], switches: dict[str, str]) -> tuple[list[Result], list[str]]:
-    """Verify in a process of its own -> results, and sentences for what was not checked."""
+    """Verify in a separate process -> results, and messages about what was not checked."""
     command = [sys.executable, "-m", "cumo_kernels", "verify", "--json", "-", *options]
     environment = {**os.environ, **switches}
     environment.pop("CUMO_BACKEND", None)
@@ -220,7 +220,7 @@ def elsewhere(options: list[str], switches: dict[str, str]) -> tuple[list[Result
         return [Result(**row) for row in report["results"]], report["not_checked"]
     except (json.JSONDecodeError, KeyError):
         words = " ".join([*(f"{name}={value}" for name, value in switches.items()), *options])
-        failure = f"a process of its own ended with {done.returncode} and no result: verify {words}"
+        failure = f"a separate process ended with {done.returncode} and no result: verify {words}"
         device, backend = (options[options.index(name) + 1] for name in ("--device", "--backend"))
         return [Result("expert_mlp", backend, device, failures=[failure])], []
 
@@ -230,51 +230,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=names, action="append", help="default: all that run here")
     parser.add_argument("--op", choices=cases.OPS, action="append", help="default: all")
     parser.add_argument("--dtype", choices=sorted(DTYPES), action="append", help="default: all")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--case", help="one case only, as a failure prints it")
-    parser.add_argument(
-        "--few", action="store_true", help="awkward shapes, and on a GPU aligned ones: not all"
-    )
-    parser.add_argument("--tiny", action="store_true", help="one small family: to rehearse")
-    parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="random cases until the time is up")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument("--case", help="run only this case, as printed by a failure")
+    parser.add_argument("--few", action="store_true", help="only awkward shapes, and on a GPU aligned ones")
+    parser.add_argument("--tiny", action="store_true", help="one small family, for a rehearsal")
+    parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="run random cases for so many seconds")
     parser.add_argument("--seed", type=int, default=0, help="of --fuzz")
     parser.add_argument(
         "--budget",
         type=float,
         default=math.inf,
-        help="seconds; no case begins after them, and with --workers none runs on for long",
+        help="seconds after which no case starts; with --workers, running ones soon end",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: this one alone")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: only this one")
     parser.add_argument(
         "--case-seconds",
         type=float,
         default=60,
         metavar="SECONDS",
-        help="with --workers: a case that takes longer has failed; 0: none, default %(default)g",
+        help="with --workers: time limit of a case; 0: no limit, default %(default)g",
     )
     parser.add_argument(
         "--record",
         nargs="?",
         const=str(verified.PATH),
         metavar="FILE",
-        help="put what passed whole on this GPU into verified.json; to rehearse, with --tiny on a CPU, FILE",
+        help="write what passed on this GPU into verified.json; to rehearse (--tiny on a CPU), FILE",
     )
-    parser.add_argument("--serve", metavar="BACKEND", help=argparse.SUPPRESS)  # be a worker of --workers
-    parser.add_argument("--begin", type=int, default=0, help=argparse.SUPPRESS)  # with this case of all
-    parser.add_argument(
-        "--no-interpreter", action="store_true", help="leave Triton out where there is no GPU"
-    )
+    parser.add_argument("--serve", metavar="BACKEND", help=argparse.SUPPRESS)  # run as a worker of --workers
+    parser.add_argument("--begin", type=int, default=0, help=argparse.SUPPRESS)  # index of the first case
+    parser.add_argument("--no-interpreter", action="store_true", help="omit Triton if there is no GPU")
     parser.add_argument(
         "--json",
         metavar="FILE",
-        help="write every case's result, as they come one a line to FILE.lines; - is the screen, alone",
+        help="write all results as JSON; FILE.lines gets one line per case as it ends; - is standard output",
     )
 
 
 def _survey(
     args: argparse.Namespace, backends: list[str], device: str, note: Callable[[Result], None], log: Callable
 ) -> list[str]:
-    """Every case of the families -> sentences for those that were not checked."""
+    """Run every case of the families -> messages about those that were not checked."""
     dtypes, names = tuple(args.dtype or DTYPES), tuple(args.op or cases.OPS)
     todo = cases.survey(device, args.few, dtypes, names, args.tiny)
     begin = time.monotonic()
@@ -330,7 +326,7 @@ def _check_options(args: argparse.Namespace, device: str) -> None:
 
 
 def _run(args: argparse.Namespace, note: Callable[[Result], None], log: Callable[[str], None]) -> list[str]:
-    """Hand every result to `note` -> sentences for what was not checked."""
+    """Pass every result to `note` -> messages about what was not checked."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device on this machine")
@@ -362,9 +358,9 @@ def _run(args: argparse.Namespace, note: Callable[[Result], None], log: Callable
         passed_on += passed_on or ([] if asked else ["--few"])
         few = "--few" in passed_on
         passed_on += [word for op in args.op or () for word in ("--op", op)]
-        # the interpreter cuts fp32 to bf16 where a GPU rounds
+        # the interpreter truncates fp32 to bf16 where a GPU rounds
         passed_on += [word for dtype in args.dtype or ("fp32", "fp16") for word in ("--dtype", dtype)]
-        log("triton in the interpreter (a process of its own, a second or so a case)")
+        log("triton in the interpreter (a separate process, about a second per case)")
         options = ["--backend", "triton", "--device", "cpu", *passed_on]
         for result in elsewhere(options, {"TRITON_INTERPRET": "1"})[0]:
             note(result)
@@ -405,12 +401,12 @@ def main(args: argparse.Namespace) -> int:
     def note(result: Result) -> None:
         nonlocal written
         results.append(result)
-        if path:  # whatever ends this process, each result is on file
+        if path:  # each result is saved however this process ends
             with open(f"{path}.lines", "a" if len(results) > 1 else "w") as file:
                 print(json.dumps(asdict(result)), file=file)
         if result.failures:
             log(f"FAILED {result.backend} {result.case}: {result.failures[0]}")
-        # a run that is cut off leaves what it has found
+        # an interrupted run leaves its results so far
         if path and time.monotonic() - written > FLUSH:
             _write(_report(results, ["the rest: this run has not ended"], begin), path)
             written = time.monotonic()
@@ -432,7 +428,7 @@ def main(args: argparse.Namespace) -> int:
     if args.json == "-":
         return 1 if failed or not results else 0
     print(table(results))
-    print("output, gradient: the worst error in units of torch's own in that dtype, both against fp64")
+    print("output, gradient: largest error compared with fp64, in units of torch's error in that dtype")
     for line in missing:
         print(f"not checked: {line}")
     for result in failed:

@@ -66,7 +66,7 @@ def test_names_the_bad_argument():
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
-def test_another_number_of_tokens_needs_no_other_plan(backend, device):
+def test_the_number_of_tokens_does_not_change_the_plan(backend, device):
     from cumo_kernels.backends.triton import activation
 
     plans = []

@@ -95,7 +95,7 @@ def test_a_tile_too_large_for_its_warps_is_reported():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "sorted_rows"), [(4104, True), (4104, False), (4100, False)])
-def test_a_width_of_no_whole_tiles_does_not_spill(width, sorted_rows):
+def test_a_width_with_a_partial_tile_does_not_spill(width, sorted_rows):
     """dH at CLIP's sizes but for the width: with a descriptor of the weight, and without."""
     meta = lambda *size, dtype=torch.int32: torch.empty(size, dtype=dtype, device="meta")
     rows = 9232 if sorted_rows else 1154
@@ -110,7 +110,7 @@ def test_a_width_of_no_whole_tiles_does_not_spill(width, sorted_rows):
     assert report.problems == [], report
 
 
-def test_only_what_is_inside_the_innermost_multiplying_loop_counts_as_such():
+def test_only_the_innermost_multiplying_loop_is_counted():
     def count(*lines):
         sass = (f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(lines))
         return codegen._count_in_loops("\n".join(sass))
@@ -122,7 +122,7 @@ def test_only_what_is_inside_the_innermost_multiplying_loop_counts_as_such():
     assert count("STL [R1], R2", "FFMA R4", "LDL R2, [R1]", "BRA 0x0010") == (1, 0, 3)
 
 
-def test_each_problem_has_its_words():
+def test_each_problem_is_reported():
     good = codegen.Report(
         "_permute_kernel", HOPPER, "bf16", {}, 4, 3, 64, 0, 1024, {"HMMA": 1, "LDGSTS": 1}, 2, True, True
     )

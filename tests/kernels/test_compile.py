@@ -130,7 +130,7 @@ class _Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("function", [layer, layer_of_primitives])
-def test_the_short_way_equals_the_dispatchers(function):
+def test_direct_calls_equal_those_through_the_dispatcher(function):
     """Eager calls pass by the dispatcher unless somebody watches it: the same bits both ways."""
     shapes = [(T, H), (E, H), (E, I, H), (E, O, I), (E, I), (E, O)]
     inputs = [torch.randn(shape) for shape in shapes]
@@ -153,7 +153,7 @@ def test_the_short_way_equals_the_dispatchers(function):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_transforms_and_second_derivatives_take_the_dispatcher():
+def test_transforms_and_second_derivatives_use_the_dispatcher():
     plan, x = make_routing("uniform", T, E, K), torch.randn(T, H, requires_grad=True)
     up, down = torch.randn(E, I, H), torch.randn(E, O, I)
     out = lambda x: expert_mlp(x, plan, up, down, activation="gelu").square().sum()

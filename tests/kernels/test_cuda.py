@@ -50,7 +50,7 @@ def test_the_launchers_are_those_of_the_other_backends(module, op, backend):
     assert bound(getattr(module, op)) == [row for row in wanted if row[0] != "compat"]
 
 
-def test_the_backend_hands_out_the_extension(module):
+def test_the_backend_exposes_the_extension(module):
     for op in dispatch.OPS:
         assert dispatch.implementation("cuda", op) is getattr(module, op)
 
@@ -90,7 +90,7 @@ def calls(device, full=False):
 
 
 @pytest.mark.parametrize(("op", "arguments"), [pytest.param(*call, id=call[0]) for call in calls(WRONG)])
-def test_a_tensor_elsewhere_is_named(module, op, arguments):
+def test_a_tensor_on_the_wrong_device_is_named(module, op, arguments):
     wanted = "CPU tensor in emulation" if extension.EMULATE else "CUDA tensor"
     with pytest.raises(ValueError, match=rf"\w+ must be a {wanted}, got {WRONG}"):
         getattr(module, op)(*arguments)
@@ -101,7 +101,7 @@ HERE = "cpu" if extension.EMULATE else "cuda"
 
 @pytest.mark.skipif(HERE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("op", dispatch.OPS)
-def test_the_one_tensor_elsewhere_is_named(module, op):
+def test_the_one_tensor_on_another_device_is_named(module, op):
     """Each tensor argument in turn, before anything is launched."""
     (arguments,) = (call for name, call in calls(HERE, full=True) if name == op)
     names = [name for name, _ in bound(getattr(module, op))]

@@ -114,7 +114,7 @@ def between(lines: list[str], first: str, last: str) -> list[str]:
     return lines[begin + 1 : next(i for i in range(begin, len(lines)) if lines[i].startswith(last))]
 
 
-def test_a_bias_takes_at_most_a_tenth_of_the_issue_slots_beside_it():
+def test_a_bias_takes_at_most_a_tenth_of_the_issue_slots():
     """What eight warps do behind the products of a stage, 1024 cycles of four schedulers."""
     kernels = {name: lines for name, lines in sass("sm_90a").items() if "hopper_weight_grad" in name}
     assert len(kernels) == 2

@@ -36,7 +36,7 @@ def plan(S, E, width, K, *, gated=False, can_split=False, steady=False, hopper=T
     return cols, tiles_n, splits, blocks
 
 
-def test_what_the_layers_of_cumo_run_with_on_an_h100():
+def test_plans_of_cumos_layers_on_an_h100():
     """Columns of a tile, tiles along them, parts of the sum, blocks; one crop is 3 row tiles an expert."""
     assert plan(1154, 4, 4096, 1024) == (
         128,
@@ -54,7 +54,7 @@ def test_what_the_layers_of_cumo_run_with_on_an_h100():
     assert plan(2, 8, 4096, 14336, can_split=True) == (256, 16, 4, 132)
 
 
-def test_batch_invariance_forbids_what_depends_on_the_rows():
+def test_batch_invariant_plans_do_not_depend_on_the_rows():
     for S in (1, 2, 1154, 9232):
         assert plan(S, 4, 1024, 14336, can_split=True, steady=True)[:3] == (256, 4, 1)
         assert plan(S, 4, 1024, 14336, can_split=True, steady=True, hopper=False)[:3] == (128, 8, 1)
@@ -67,7 +67,7 @@ SIZES = {
 
 
 @given(**SIZES, hopper=st.booleans(), gated=st.booleans())
-def test_a_plan_fills_the_chip_once_with_parts_worth_their_while(S, E, width, K, places, hopper, gated):
+def test_a_plan_fills_the_chip_once_with_parts_long_enough(S, E, width, K, places, hopper, gated):
     cols, tiles_n, splits, blocks = plan(
         S, E, width, K, gated=gated, can_split=not gated, hopper=hopper, places=places
     )
@@ -319,7 +319,7 @@ def test_bias_gradient_in_parts(module, monkeypatch, dtype, width):
 
 
 @emulated
-def test_bias_gradient_beside_several_tiles(kernels, monkeypatch):
+def test_bias_gradient_with_several_tiles(kernels, monkeypatch):
     """Several stages, the last ragged; tiles of other columns of x sum the bias of other columns of z."""
     monkeypatch.setenv("CUMO_EMULATE_SMS", "2")
     plan = make_routing("uniform", 165, 2, 2)
@@ -410,7 +410,7 @@ def test_every_share_of_a_long_gate_counts(module, dtype, num_experts):
 @runs
 @pytest.mark.parametrize("num_experts", [3, 8, 9, 200])
 @pytest.mark.parametrize("num_slots", [0, 1, 1024, 1025, 5000, 32768, 33000])
-def test_sorting_is_stable_whoever_counts(module, num_slots, num_experts):
+def test_sorting_is_stable_for_every_way_of_counting(module, num_slots, num_experts):
     """Counted by every block for itself up to 32768 slots, beforehand with more; id E belongs to nobody."""
     ids = torch.randint(0, num_experts + 1, (num_slots,), dtype=torch.int32, device=HERE)
     assert launches(module, lambda: module.sort_by_expert(ids, num_experts)) == 1 + (num_slots > 32768)

@@ -68,7 +68,7 @@ def test_binaries_run_within_their_generation_and_ptx_later(capability, architec
         ("cuda", "expert_mlp", "nvidia_a100", torch.float32, False),
     ],
 )
-def test_who_waits_for_the_host_is_known_and_refused_while_a_graph_is_captured(
+def test_backends_that_synchronise_are_refused_while_a_graph_is_captured(
     monkeypatch, name, op, gpu, dtype, asks
 ):
     monkeypatch.setattr(dispatch, "gpu_of", lambda device: hardware.find(gpu))
@@ -93,7 +93,7 @@ def test_cuda_refuses_a_gpu_it_was_not_built_for(monkeypatch):
     monkeypatch.setattr(extension, "load", lambda: types.SimpleNamespace(architectures="8.0;9.0a"))
     extension.unfit.cache_clear()
     reason = dispatch._refuse_cuda("permute", "cuda:0", torch.float32)
-    assert reason == "cumo_kernels._C was built for 8.0;9.0a, this GPU is 7.5: build it again here"
+    assert reason == "cumo_kernels._C was built for 8.0;9.0a, but this GPU is 7.5: build it here"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     extension.unfit.cache_clear()
     assert dispatch._refuse_cuda("permute", "cuda:0", torch.float32) is None
@@ -118,7 +118,7 @@ with use_backend("cuda"):
 """
 
 
-def test_an_extension_for_another_torch_is_refused_and_stops_nobody_else(tmp_path):
+def test_an_extension_for_another_torch_is_refused_and_other_backends_run(tmp_path):
     package = tmp_path / "cumo_kernels"
     package.mkdir()
     for path in (extension.ROOT / "cumo_kernels").iterdir():
@@ -329,7 +329,7 @@ def test_fake_tensors_of_a_gpu_need_no_gpu():
             assert "torch" in explain(op, torch.empty(8, 16, device="cuda"))
 
 
-def test_on_cpus_the_choice_is_never_behind_by_more_than_noise():
+def test_on_cpus_the_choice_is_never_slower_by_more_than_noise():
     """At every shape that was timed, in fp32 and bf16."""
     device, seen = torch.device("cpu"), set()
     for row in measured.TABLE[measured.CPU]:

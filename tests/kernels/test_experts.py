@@ -136,7 +136,7 @@ def test_every_activation(backend, device, activation):
 
 
 @pytest.mark.parametrize("memory", ["x", "preact", "all"])
-def test_gradient_of_one_input_alone(backend, device, memory):
+def test_gradient_of_a_single_input(backend, device, memory):
     """Skipping what needs no gradient changes nothing in what does."""
     routing, inputs = make_case((30, 16, 24, 16, 4, 2), "quick_gelu", True, torch.float32, device)
     op, _ = op_and_truth(routing, "quick_gelu", memory)
@@ -175,7 +175,7 @@ def test_repeats_are_bitwise_equal(backend, device, dtype):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-def test_batch_invariant_mode_gives_a_token_the_same_bits_in_any_company(backend, device, dtype, monkeypatch):
+def test_batch_invariant_mode_gives_a_token_the_same_bits_in_any_batch(backend, device, dtype, monkeypatch):
     if backend in ("reference", "torch"):
         pytest.skip("it leaves the order of sums to torch")
     monkeypatch.setattr(tuning, "BATCH_INVARIANT", True)
@@ -223,7 +223,7 @@ def test_gradcheck(activation, memory):
 
 
 @pytest.mark.parametrize("memory, saved_elements", [("x", 0), ("preact", 60 * 24), ("all", 2 * 60 * 24)])
-def test_memory_plan_saves_what_it_says(memory, saved_elements):
+def test_memory_plan_saves_what_it_promises(memory, saved_elements):
     routing, inputs = make_case((30, 16, 24, 16, 4, 2), "quick_gelu", True, torch.float32, "cpu")
     leaves = [t.clone().requires_grad_() for t in inputs]
     given = {t.data_ptr() for t in leaves}

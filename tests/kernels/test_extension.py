@@ -33,7 +33,7 @@ def compiles(folder, how: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", COMPILES, str(folder), how], cwd=extension.ROOT)
 
 
-def test_the_lock_of_a_killed_process_is_removed_and_said_once(tmp_path, monkeypatch, capsys):
+def test_the_lock_of_a_killed_process_is_removed_with_one_message(tmp_path, monkeypatch, capsys):
     assert compiles(tmp_path, "killed").wait(60) == -9
     assert (tmp_path / "lock").exists()
     found = []
@@ -42,7 +42,7 @@ def test_the_lock_of_a_killed_process_is_removed_and_said_once(tmp_path, monkeyp
     for _ in range(2):
         extension._compile("cumo_emulated", [], [])
     assert found == [False, False]
-    assert capsys.readouterr().err.count(f"{tmp_path / 'lock'} is of a process that was killed") == 1
+    assert capsys.readouterr().err.count(f"removed {tmp_path / 'lock'}, left by a killed process") == 1
 
 
 def test_a_process_that_compiles_is_waited_for(tmp_path, capsys):
@@ -55,7 +55,7 @@ def test_a_process_that_compiles_is_waited_for(tmp_path, capsys):
     assert other.wait(60) == 0 and capsys.readouterr().err == ""
 
 
-def test_a_lock_is_let_go_when_compiling_fails(tmp_path):
+def test_a_lock_is_released_when_compiling_fails(tmp_path):
     with pytest.raises(RuntimeError), extension._alone(tmp_path):
         raise RuntimeError("no compiler")
     assert compiles(tmp_path, "0").wait(60) == 0

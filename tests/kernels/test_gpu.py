@@ -24,7 +24,7 @@ ROWS = [
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", ROWS)
-def test_a_gpu_backend_keeps_its_promises(case, name):
+def test_a_gpu_backend_passes_every_check(case, name):
     result = check(case, name, "cuda")
     if result.lost and "PYTEST_XDIST_WORKER" in os.environ:
         # every later row of this process would fail for it: xdist reports this one and starts another worker

@@ -147,7 +147,7 @@ def test_names_the_bad_argument():
 
 
 @pytest.mark.parametrize("training", ["x", "weight", "bias"])
-def test_a_gradient_wanted_alone_is_the_same(backend, device, training):
+def test_a_single_needed_gradient_is_the_same(backend, device, training):
     routing, x, _, weight, bias = make_case("skewed", 57, 33, 34, 5, 2, torch.float32, device)
     tensors = {"x": x, "weight": weight, "bias": bias}
     found = []
@@ -164,7 +164,7 @@ def test_a_gradient_wanted_alone_is_the_same(backend, device, training):
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
-def test_tf32_cuts_no_bias_gradient(backend, device, monkeypatch):
+def test_tf32_does_not_truncate_bias_gradients(backend, device, monkeypatch):
     monkeypatch.setattr("cumo_kernels.backends.triton.weight_grad.input_precision", lambda dtype: "tf32")
     routing, x, rows, weight, bias = make_case("skewed", 45, 32, 24, 5, 2, torch.float32, device)
     offsets = routing.expert_offsets

@@ -39,7 +39,7 @@ T, H, I, E, K = 24, 32, 48, 4, 2
         lambda x: x.int().unique(),
     ],
 )
-def test_what_the_host_reads_is_an_error(read):
+def test_a_read_by_the_host_is_an_error(read):
     x = torch.arange(4.0)
     read(x)
     with pytest.raises(HostSync), no_host_sync():
@@ -85,7 +85,7 @@ def every_op(dtype, device):
 
 def test_no_op_waits_for_the_host(backend, device, dtype):
     if backend == "reference":
-        pytest.skip("it asks the host where experts begin, and has it loop over them")
+        pytest.skip("it reads the expert offsets on the host and loops over them")
     for name, op, leaves in every_op(dtype, device):
         with use_backend(backend):
             out = op()  # what is done once, compiling and planning, is no op's time
@@ -100,12 +100,12 @@ def test_no_op_waits_for_the_host(backend, device, dtype):
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "swiglu"])
 @pytest.mark.parametrize("sizes", [(57, 48, 64, 32), (57, 49, 66, 35)], ids=["aligned", "odd"])
-def test_what_runs_where_no_value_can_be_read_is_as_accurate(
+def test_backends_are_as_accurate_where_no_value_can_be_read(
     backend, device, dtype, activation, sizes, monkeypatch
 ):
     """Some backends look at a CPU's values: as on a GPU they cannot, here."""
     if backend == "reference":
-        pytest.skip("it asks the host where experts begin")
+        pytest.skip("it reads the expert offsets on the host")
     num_tokens, hidden, inner, out = sizes
     routing = make_routing("empty", num_tokens, 5, 2, device)
     draw = lambda *size: torch.randn(*size, dtype=dtype, device=device)
@@ -128,7 +128,7 @@ def test_what_runs_where_no_value_can_be_read_is_as_accurate(
     assert [accuracy.reason for accuracy in found if accuracy.reason] == []
 
 
-def test_the_reference_is_seen_to_ask():
+def test_the_reference_is_detected_to_synchronise():
     with use_backend("reference"), pytest.raises(HostSync), no_host_sync():
         for _, op, _ in every_op(torch.float32, "cpu"):
             op()

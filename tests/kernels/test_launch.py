@@ -54,7 +54,7 @@ class Compiled:
         return lambda *arguments: self.kernel.launched.append((grid[:1], arguments))
 
 
-def test_the_second_call_launches_what_the_first_did_and_binds_nothing():
+def test_the_second_call_launches_without_binding():
     kernel = Kernel()
     launch, x, weight = Launch(kernel, N=64, BLOCK=16), torch.zeros(8), torch.ones(4)
     for rows in (3, 1):
@@ -77,7 +77,7 @@ def test_the_second_call_launches_what_the_first_did_and_binds_nothing():
         lambda x, w: (x, describe(torch.zeros(4, 4), [1, 4])),
     ],
 )
-def test_what_triton_would_compile_anew_is_bound_anew(change):
+def test_arguments_that_triton_would_compile_again_are_bound_again(change):
     kernel = Kernel()
     launch, x, weight = Launch(kernel, N=64, BLOCK=16), torch.zeros(8), torch.ones(4)
     for _ in range(2):
@@ -133,7 +133,7 @@ def test_calls_share_a_key_if_and_only_if_triton_specialises_them_alike():
     assert not differing
 
 
-def test_what_triton_cannot_take_is_refused():
+def test_arguments_that_triton_cannot_take_are_refused():
     with pytest.raises(TypeError, match="not str"):
         Launch(Kernel(), N=64, BLOCK=16)(1, torch.zeros(8), "weight", 1)
 
@@ -183,7 +183,7 @@ class Loaded(Kernel):
         return super().__getitem__(grid)
 
 
-def test_a_kernel_first_met_in_a_capture_is_loaded_in_a_relaxed_mode_and_launched_in_the_former(monkeypatch):
+def test_a_new_kernel_in_a_capture_is_loaded_in_relaxed_mode_and_launched_in_the_previous(monkeypatch):
     driver = Capturing(monkeypatch)
     launch = Launch(Loaded(driver), N=64, BLOCK=16)
     launch(1, torch.zeros(8), None, 1)
@@ -195,7 +195,7 @@ def test_a_kernel_first_met_in_a_capture_is_loaded_in_a_relaxed_mode_and_launche
     assert driver.done == wanted + wanted
 
 
-def test_outside_a_capture_the_mode_is_left_alone(monkeypatch):
+def test_outside_a_capture_the_mode_does_not_change(monkeypatch):
     driver = Capturing(monkeypatch, fails=True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     Launch(Loaded(driver), N=64, BLOCK=16)(1, torch.zeros(8), None, 1)
@@ -211,7 +211,7 @@ def test_the_mode_is_restored_when_loading_fails(monkeypatch, error):
     assert driver.mode == GLOBAL
 
 
-def test_a_driver_that_refuses_the_mode_is_heard(monkeypatch):
+def test_a_drivers_error_code_raises(monkeypatch):
     driver = Capturing(monkeypatch, fails=True)
     with pytest.raises(RuntimeError, match="returned error 1"):
         Launch(Loaded(driver), N=64, BLOCK=16)(1, torch.zeros(8), None, 1)
@@ -224,7 +224,7 @@ def test_the_relaxed_mode_is_the_one_of_the_drivers_header():
     assert "cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *mode)" in header
 
 
-def test_this_triton_has_what_loads_a_kernel():
+def test_this_triton_has_the_function_that_loads_a_kernel():
     assert callable(CompiledKernel._init_handles) and callable(JITFunction.warmup)
 
 
@@ -252,7 +252,7 @@ class WithoutAGrid:
         (WithoutAGrid, "not subscriptable"),
     ],
 )
-def test_what_triton_returns_in_another_shape_is_not_launched_directly(returned, reason, caplog):
+def test_a_compiled_kernel_of_another_form_is_not_launched_directly(returned, reason, caplog):
     kernel = Kernel(returned)
     launching._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger=launching.__name__):
@@ -267,16 +267,16 @@ def test_what_triton_returns_in_another_shape_is_not_launched_directly(returned,
     assert [reason in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_an_option_that_triton_does_not_take_is_not_asked_for(caplog):
+def test_an_unknown_option_of_triton_is_not_passed(caplog):
     launching._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger=launching.__name__):
         assert launching._fused() == {"enable_fp_fusion": True} and not caplog.records
         assert launching._fused(SimpleNamespace) == {}
-    assert "takes no enable_fp_fusion" in caplog.text
+    assert "has no option enable_fp_fusion" in caplog.text
 
 
 @compiling
-def test_what_this_triton_compiles_describes_every_argument():
+def test_the_signature_of_a_compiled_kernel_has_every_argument():
     from cumo_kernels.tiles import codegen
 
     seen = []
@@ -290,11 +290,11 @@ def test_what_this_triton_compiles_describes_every_argument():
     assert seen and all(seen)
 
 
-def test_a_kernel_without_a_hash_is_left_alone():
+def test_a_kernel_without_a_hash_is_not_changed():
     settle(Kernel())
 
 
-def test_what_triton_specialises_must_be_fixed():
+def test_specialised_arguments_must_be_fixed():
     with pytest.raises(TypeError, match="N is specialised"):
         Launch(Kernel(), BLOCK=16)
 
@@ -306,7 +306,7 @@ def test_descriptors_only_where_the_copy_engine_can_read():
         assert not can_describe(other, True)
 
 
-def test_plans_are_forgotten_with_what_they_were_made_of():
+def test_plans_are_cleared_with_the_tables_they_depend_on():
     calls = []
     plan = planned(lambda key: calls.append(key))
     plan(1), plan(1)

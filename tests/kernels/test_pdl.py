@@ -60,7 +60,7 @@ def compiled(switch: str, gpu: str, names: list[str], layers: dict[str, list[int
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_kernel_begins_by_waiting(name):
+def test_a_kernel_starts_with_a_wait(name):
     (function,) = ast.parse(textwrap.dedent(inspect.getsource(KERNELS[name].fn))).body
     first, *_ = [line for line in function.body if not isinstance(line, ast.Expr) or not is_text(line)]
     assert ast.unparse(first) == "wait_for_earlier()"
@@ -82,7 +82,7 @@ def test_every_kernel_waits_before_it_touches_memory_and_then_lets_the_next_one_
 @pytest.mark.parametrize(
     ("switch", "gpu"), [("1", "nvidia_h100"), ("1", "nvidia_a100"), ("0", "nvidia_h100"), ("", "nvidia_h100")]
 )
-def test_only_under_the_switch_and_from_hopper_on(switch, gpu):
+def test_only_with_the_switch_and_from_hopper_on(switch, gpu):
     found = compiled(switch, gpu, FEW, {"clip": [577]})
     assert {name for name, *_ in found} == set(FEW)
     on = (switch, gpu) == ("1", "nvidia_h100")

@@ -65,7 +65,7 @@ def start_again():
     dispatch.forget()
 
 
-def test_checked_once_and_kept_for_the_next_process(gpu, capsys):
+def test_checked_once_and_saved_for_the_next_process(gpu, capsys):
     assert dispatch.choose("permute", X) == dispatch.choose("permute", X) == "triton"
     assert not list(Path(tempfile.gettempdir()).iterdir())  # no other folder where the user's will do
     assert len(gpu["checks"]) == 1 and capsys.readouterr().err.count("checking triton on nvidia_h100") == 1
@@ -113,7 +113,7 @@ DAMAGED_ROWS = [
 
 
 @pytest.mark.parametrize("damage", [*DAMAGED, *DAMAGED_ROWS], ids=lambda damage: str(damage)[:20])
-def test_a_damaged_file_is_no_error_and_is_written_anew(gpu, damage):
+def test_a_damaged_file_is_not_an_error_and_is_rewritten(gpu, damage):
     dispatch.choose("permute", X)
     whole = json.loads(kept().read_text())
     kept().write_text(damage if isinstance(damage, str) else json.dumps([whole[0] | damage]))
@@ -122,7 +122,7 @@ def test_a_damaged_file_is_no_error_and_is_written_anew(gpu, damage):
     assert json.loads(kept().read_text()) == whole
 
 
-def test_a_damaged_row_costs_itself(gpu):
+def test_a_damaged_row_is_ignored(gpu):
     dispatch.choose("permute", X)
     dispatch.choose("combine", X)
     one, other = json.loads(kept().read_text())
@@ -140,7 +140,7 @@ def test_where_the_folder_cannot_be_written_there_is_another(gpu, monkeypatch, t
     assert dispatch.choose("permute", X) == "triton"
     start_again()
     assert dispatch.choose("permute", X) == "triton" and len(gpu["checks"]) == 1
-    assert "cannot be kept" not in capsys.readouterr().err
+    assert "cannot be saved" not in capsys.readouterr().err
     (own,) = (tmp_path / "tmp").iterdir()
     assert sorted(path.name for path in own.iterdir()) == ["self_check.json", "self_check.lock"]
     assert own.stat().st_mode & 0o777 == 0o700
@@ -155,10 +155,10 @@ def test_where_nothing_can_be_written_each_process_checks_once(gpu, monkeypatch,
         assert dispatch.choose("permute", X) == dispatch.choose("permute", X) == "triton"
         assert dispatch.choose("combine", X) == "triton"
     assert len(gpu["checks"]) == 2 and not list(own.iterdir())
-    assert capsys.readouterr().err.count("verdicts of the self-check cannot be kept") == 1
+    assert capsys.readouterr().err.count("verdicts of the self-check cannot be saved") == 1
 
 
-def test_what_others_share_is_read_and_what_is_in_the_way_leaves_nothing(gpu, tmp_path):
+def test_shared_rows_are_read_and_a_blocked_write_leaves_nothing(gpu, tmp_path):
     kept().mkdir(parents=True)  # no file can take its place
     assert dispatch.choose("permute", X) == "triton"
     assert {path.name for path in kept().parent.iterdir()} == {"self_check.json", "self_check.lock"}
@@ -190,7 +190,7 @@ def test_the_folder_is_the_users(monkeypatch, tmp_path):
 
 def test_a_failure_is_warned_of_once_with_its_command(gpu):
     gpu["passed"] = False
-    with pytest.warns(UserWarning, match="triton's self-check on nvidia_h100 in float32 failed.*see it: c"):
+    with pytest.warns(UserWarning, match="self-check on nvidia_h100 in float32 failed.*reproduce: c"):
         assert dispatch.choose("permute", X) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -201,8 +201,8 @@ def test_a_failure_is_warned_of_once_with_its_command(gpu):
     assert len(gpu["checks"]) == 1
 
 
-@pytest.mark.parametrize(("passed", "words"), [(None, "came to no verdict"), (False, "failed")])
-def test_what_may_pass_by_is_said_and_tried_again_later(gpu, monkeypatch, passed, words):
+@pytest.mark.parametrize(("passed", "words"), [(None, "was inconclusive"), (False, "failed")])
+def test_a_temporary_failure_is_reported_and_retried_later(gpu, monkeypatch, passed, words):
     """No memory for a check, a machine that was slow: processes that start at once do not all wait for it."""
     gpu["passed"], gpu["kept"] = passed, 600
     for _ in range(2):
@@ -220,13 +220,13 @@ def test_what_may_pass_by_is_said_and_tried_again_later(gpu, monkeypatch, passed
     assert len(json.loads(kept().read_text())) == 1
 
 
-def test_a_process_that_says_nothing_is_no_verdict(gpu):
-    gpu["error"] = "its process ended with -9: without a word"
-    with pytest.warns(UserWarning, match="came to no verdict.*its process ended with -9"):
+def test_a_process_without_output_is_inconclusive(gpu):
+    gpu["error"] = "its process ended with -9: no output"
+    with pytest.warns(UserWarning, match="was inconclusive.*its process ended with -9"):
         assert dispatch.choose("permute", X) == "torch"
 
 
-def test_a_check_that_cannot_run_costs_nothing(gpu, monkeypatch):
+def test_a_check_that_cannot_run_does_not_fail_the_call(gpu, monkeypatch):
     def broken(*_):
         raise OSError("no more processes")
 
@@ -236,7 +236,7 @@ def test_a_check_that_cannot_run_costs_nothing(gpu, monkeypatch):
     assert "its self-check could not run, OSError: no more processes" in explain("permute", X)
 
 
-def test_checked_again_nothing_of_before_counts(gpu):
+def test_a_repeated_check_replaces_earlier_verdicts(gpu):
     dispatch.choose("permute", X)
     gpu["error"] = "no memory"
     proofs.check_again([("triton", "permute")], torch.float32, torch.device("cpu"))
@@ -244,8 +244,8 @@ def test_checked_again_nothing_of_before_counts(gpu):
         assert dispatch.choose("permute", X) == "torch"
 
 
-def test_a_capture_without_a_verdict_says_what_to_do(gpu, monkeypatch):
-    refused = [replace(row, refuse=lambda *_: "it asks the host") for row in dispatch.BACKENDS[1:]]
+def test_a_capture_without_a_verdict_raises_with_advice(gpu, monkeypatch):
+    refused = [replace(row, refuse=lambda *_: "it reads on the host") for row in dispatch.BACKENDS[1:]]
     monkeypatch.setattr(dispatch, "BACKENDS", (dispatch.BACKENDS[0], *refused))
     monkeypatch.setattr(dispatch, "_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match=r"triton: .* not run yet: .* python -m cumo_kernels self-check"):
@@ -260,10 +260,10 @@ def test_another_gpu_in_the_same_process_has_its_own_verdict(gpu):
     assert [row["gpu"] for row in json.loads(kept().read_text())] == ["nvidia_h100", "nvidia_a100"]
 
 
-def test_turned_off_nothing_is_checked_and_what_is_kept_counts(gpu, monkeypatch):
+def test_disabled_checks_do_not_run_and_saved_verdicts_count(gpu, monkeypatch):
     monkeypatch.setenv("CUMO_SELF_CHECK", "0")
     assert dispatch.choose("permute", X) == "torch" and not gpu["checks"]
-    assert "CUMO_SELF_CHECK=0 keeps it from being checked" in explain("permute", X)
+    assert "CUMO_SELF_CHECK=0 disables its self-check" in explain("permute", X)
     monkeypatch.setenv("CUMO_SELF_CHECK", "1")
     start_again()
     assert dispatch.choose("permute", X) == "triton"
@@ -276,8 +276,8 @@ def test_turned_off_nothing_is_checked_and_what_is_kept_counts(gpu, monkeypatch)
         dispatch.choose("combine", X)
 
 
-def test_questions_and_captures_start_no_check(gpu, monkeypatch):
-    assert "its self-check has not run yet: the first eager call, or " in explain("permute", X)
+def test_explanations_and_captures_start_no_check(gpu, monkeypatch):
+    assert "its self-check has not run yet: the first eager call runs it, or " in explain("permute", X)
     monkeypatch.setattr(dispatch, "_capturing", lambda device: True)
     assert dispatch.choose("permute", X) == "torch" and not gpu["checks"]
     monkeypatch.setattr(dispatch, "_capturing", lambda device: False)
@@ -286,7 +286,7 @@ def test_questions_and_captures_start_no_check(gpu, monkeypatch):
     assert dispatch.choose("permute", X) == "triton"  # a kept verdict
 
 
-def test_a_graph_takes_a_kept_verdict_or_torch(gpu, monkeypatch):
+def test_a_graph_uses_a_saved_verdict_or_torch(gpu, monkeypatch):
     ran, plain = [], dispatch.implementation("reference", "permute")
     for name in ("triton", "torch"):
         spy = lambda *args, name=name: ran.append(name) or plain(*args)
@@ -328,6 +328,6 @@ def test_a_process_of_the_check_sees_one_gpu(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_command_line_wants_a_gpu(capsys):
+def test_the_command_line_needs_a_gpu(capsys):
     assert main(["self-check"]) == 2
     assert "torch sees no CUDA device" in capsys.readouterr().err

@@ -192,7 +192,7 @@ def test_only_gradients_that_are_needed(backend, device, num_tokens, num_experts
             assert torch.equal(got, want) if needed else got.shape == (0,)
 
 
-def test_a_frozen_gate_costs_no_gradient(backend, device):
+def test_no_gradient_is_computed_for_a_frozen_gate(backend, device):
     """And one that trains alone none at x."""
     x, gate = torch.randn(9, 8, device=device), torch.randn(4, 8, device=device)
     for frozen in (False, True):
@@ -263,7 +263,7 @@ def test_logits_of_the_gate_are_rounded_as_those_of_a_linear_layer(backend, devi
 
 
 @pytest.mark.parametrize("num_experts", [5, 40])  # the gate inside the kernels, and in front of them
-def test_backward_under_an_autocast_that_forward_did_not_see(backend, device, num_experts):
+def test_backward_under_an_autocast_not_active_in_forward(backend, device, num_experts):
     """Routers compute in fp32 apart from autocast, and loss.backward() is called inside of it."""
     x = torch.randn(24, 16, device=device, requires_grad=True)
     gate = torch.randn(num_experts, 16, device=device, requires_grad=True)
@@ -368,7 +368,7 @@ def test_compat_repeats_the_original_rounding(backend, device):
 @pytest.mark.parametrize("compat", ["cumo", "cumo_llm"])
 @pytest.mark.parametrize("num_experts, top_k", [(4, 2), (7, 3), (8, 2), (64, 8), (200, 5)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_compat_gives_ties_to_whom_topk_gives_them(backend, device, dtype, num_experts, top_k, compat):
+def test_compat_breaks_ties_as_topk(backend, device, dtype, num_experts, top_k, compat):
     """Whole numbers: most tokens have equals among their best. Gradients go to who was chosen."""
     logits = torch.randint(3, (500, num_experts), device=device).to(dtype)
     with use_backend(backend):

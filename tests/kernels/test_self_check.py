@@ -76,7 +76,7 @@ PLANTED = {  # file -> what is put at its end
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_planted_backends_are_refused_and_their_caller_lives(tmp_path):
+def test_planted_backends_are_refused_and_their_caller_survives(tmp_path):
     """One that is wrong, one that raises, one that aborts, one that dies of a signal, one that hangs."""
     tree, cache = tmp_path / "tree", tmp_path / "cache"
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
@@ -140,7 +140,7 @@ def until(condition, seconds=60):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
-def test_whoever_asks_takes_the_check_along(tmp_path, number):
+def test_the_check_ends_with_its_caller(tmp_path, number):
     """A caller that ends while it waits leaves nothing behind on the GPU."""
     code = f"""
 import signal
@@ -167,7 +167,7 @@ def test_of_several_processes_at_once_local_rank_0_checks(tmp_path):
     for found, _ in results:
         chosen, said = found["activate"]
         assert chosen == "triton" and "self-check passed here" in said["triton"]
-    line = "cumo_kernels: checking triton on nvidia_h100 in float32, once for this machine: it takes seconds"
+    line = "cumo_kernels: checking triton on nvidia_h100 in float32, once for this machine; takes seconds"
     assert [errors.count(line) for _, errors in results] == [0, 0, 1]
 
 
@@ -183,7 +183,7 @@ def test_the_emulator_is_checked_like_a_gpu(tmp_path):
     assert [row["code"] for row in json.loads((tmp_path / verdict_file.NAME).read_text())] == ["emulated"]
 
 
-def test_as_many_experts_are_tried_as_are_trusted():
+def test_the_trusted_number_of_experts_is_tested():
     for op in cases.OPS:
         tried = [
             case.E for _, case in cases.all_cases(self_check.FAMILIES["cuda"], ("bf16",)) if case.op == op

@@ -62,7 +62,7 @@ def command(monkeypatch, tmp_path):
     return replace
 
 
-def test_a_fault_costs_its_case_alone(command, tmp_path, capsys):
+def test_a_fault_fails_only_its_case(command, tmp_path, capsys):
     command(PLANTED)
     words = ["--backend", "reference", "--device", "cpu", "--few", "--op", "activate", "--op", "combine"]
     words += ["--workers", "2", "--case-seconds", "2", "--json", str(tmp_path / "v.json")]
@@ -115,12 +115,12 @@ def test_a_process_that_does_not_start_is_tried_three_times(shard):
     assert verify.Result(**results[0]).device == "cpu"
 
 
-def test_a_watchdog_that_cannot_bite_is_helped(shard, monkeypatch):
+def test_a_worker_whose_watchdog_fails_is_killed(shard, monkeypatch):
     monkeypatch.setattr(shards, "GRACE", 0.3)
     many, results = shard("import time\nact = lambda *_: time.sleep(60)" + SPEAKS, case_seconds=0.2)
     assert many.run(JOBS[:2]) == []
     assert [row["failures"] for row in results] == [
-        ["its process ended, killed after its time: without a word"]
+        ["its process ended, killed after its time: no output"]
     ] * 2
 
 
@@ -132,10 +132,10 @@ def test_a_process_that_cannot_be_killed_is_left_behind(shard, monkeypatch):
     begin = time.monotonic()
     many, results = shard(hang + SPEAKS, case_seconds=0.5)
     assert many.run(JOBS[:1]) == [] and time.monotonic() - begin < 15
-    assert results[0]["failures"] == ["its process ended, killed after its time: without a word"]
+    assert results[0]["failures"] == ["its process ended, killed after its time: no output"]
 
 
-def test_after_a_lost_device_another_process_goes_on(shard):
+def test_after_a_lost_device_another_process_continues(shard):
     many, results = shard(
         "act = lambda case, _: ('illegal access', True) if 'T=2' in case else ('', False)" + SPEAKS
     )
@@ -147,7 +147,7 @@ def test_after_a_lost_device_another_process_goes_on(shard):
     ]
 
 
-def test_what_ran_out_of_memory_is_tried_once_more_alone(shard):
+def test_a_case_out_of_memory_is_repeated_alone(shard):
     """Each process passes what it is asked first, as one that is alone does."""
     many, results = shard("act = lambda _, number: (number and 'OutOfMemoryError: no', False)" + SPEAKS)
     assert many.run(JOBS) == []
@@ -166,7 +166,7 @@ def test_a_spent_budget_starts_nothing(shard, capsys):
     assert "cases: --budget was spent" in capsys.readouterr().out
 
 
-def test_what_is_under_way_when_the_budget_is_spent_is_ended_and_named(shard, monkeypatch):
+def test_cases_running_when_the_budget_is_spent_are_killed_and_named(shard, monkeypatch):
     monkeypatch.setattr(shards, "WRAP_UP", 0.3)
     slow = "import time\nact = lambda case, _: 'T=2' in case and time.sleep(60) or ('', False)"
     begin = time.monotonic()
@@ -175,7 +175,7 @@ def test_what_is_under_way_when_the_budget_is_spent_is_ended_and_named(shard, mo
     many.log = lines.append
     assert many.run(JOBS) == [
         "1 of 3 cases: --budget was spent",
-        "1 of 3 cases were under way when --budget was spent: reference activate T=2",
+        "1 of 3 cases were running when --budget was spent: reference activate T=2",
     ]
     assert [row["case"] for row in results] == ["activate T=1"] and time.monotonic() - begin < 20
     assert lines == ["-> reference activate T=1", "-> reference activate T=2"]
@@ -208,7 +208,7 @@ def test_every_backend_gets_its_share_of_processes(shard):
     assert [w.backend for w in many.running] == ["triton", "triton", "cuda"]
 
 
-def test_the_large_families_take_what_a_gpu_has_once(monkeypatch):
+def test_the_large_families_fit_a_gpu_one_at_a_time(monkeypatch):
     gpu = types.SimpleNamespace(total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
     room = shards.room(16, "cuda")
@@ -217,7 +217,7 @@ def test_the_large_families_take_what_a_gpu_has_once(monkeypatch):
     assert sum(size * 16 < room for size in sizes) > 0.9 * len(sizes)
 
 
-def test_what_matters_comes_first_on_a_gpu():
+def test_important_cases_come_first_on_a_gpu():
     todo = cases.survey("cuda", False, ("fp32", "bf16"), cases.OPS)
     aligned = len(list(cases.all_cases(cases.ALIGNED, ("bf16",))))
     first = {(family, case.dtype) for family, case in todo[:aligned]}
@@ -232,7 +232,7 @@ def test_what_matters_comes_first_on_a_gpu():
 
 
 def test_last_words():
-    assert last_words("") == "without a word"
+    assert last_words("") == "no output"
     assert last_words("a\n\nb\n") == "a | b"
     stack = "x\nTimeout (0:00:02)!\nThread 0x1 (most recent call first):\n  File a, line 1 in wait\n\n"
     stack += "Thread 0x2 (most recent call first):\n  File b, line 2 in kernel\n  File c, line 3 in check\n"

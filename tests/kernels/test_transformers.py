@@ -125,7 +125,7 @@ def run(model, ids):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_whole_model_computes_and_learns_as_with_its_own_experts(make, name):
+def test_a_model_has_the_same_outputs_and_gradients_as_with_its_own_experts(make, name):
     model, ids = make(name), torch.randint(3, 64, (2, 9))
     assert model.get_experts_implementation()[""] == "cumo"
     line = integration.explain(model).splitlines()[-1]
@@ -224,7 +224,7 @@ def mixtral_experts(implementation="cumo"):
     return experts
 
 
-def test_dropped_slots_of_expert_parallelism_count_for_nothing():
+def test_dropped_slots_of_expert_parallelism_contribute_nothing():
     experts, x = mixtral_experts().double(), torch.randn(6, 32, dtype=torch.float64, requires_grad=True)
     index, weights = torch.randint(4, (6, 2)), torch.rand(6, 2).double()
     index[1] = 4  # the sentinel: another rank's expert
@@ -250,7 +250,7 @@ def test_autocast_runs_in_its_dtype_and_returns_the_callers():
     assert torch.equal(copy.deepcopy(experts).bfloat16()(x, index, weights), half.float())
 
 
-def test_what_cannot_be_served_falls_back_with_its_reason(monkeypatch):
+def test_unsupported_experts_fall_back_with_a_reason(monkeypatch):
     experts = mixtral_experts()
     x, index, weights = torch.randn(6, 32), torch.randint(4, (6, 2)), torch.rand(6, 2)
     wanted = experts(x, index, weights)

@@ -48,7 +48,7 @@ def clock(monkeypatch, times):
     return launch
 
 
-def test_the_fastest_is_taken_and_what_raises_is_left_out(monkeypatch, capsys):
+def test_the_fastest_is_taken_and_configs_that_raise_are_skipped(monkeypatch, capsys):
     split = replace(TILES[1], SPLITS=4)
     launch = clock(monkeypatch, {TILES[0]: 3.0, split: 2.0, TILES[2]: RuntimeError("no such tile\nmore")})
     done = Future()
@@ -86,7 +86,7 @@ def test_every_gemm_once_and_training_sizes_first():
 
 
 @pytest.mark.parametrize("gpu", FILES, ids=lambda gpu: gpu.name)
-def test_what_is_listed_can_run_and_begins_with_the_current_choice(gpu):
+def test_candidates_can_run_and_begin_with_the_current_choice(gpu):
     assert find("nvidia_h100") in FILES
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -101,7 +101,7 @@ def test_what_is_listed_can_run_and_begins_with_the_current_choice(gpu):
                 assert all(c.SPLITS == tuning.splits(problem, c, gpu) for c in found)
 
 
-def test_another_folder_leaves_ours_alone(tmp_path):
+def test_another_folder_does_not_change_ours(tmp_path):
     before = {path: path.read_bytes() for path in tuning.CONFIGS.iterdir()}
     path = tuning.save("nvidia_h100", [Entry(PROBLEM, TILES[0], 0.5)], "a note", tmp_path / "new")
     assert path == tmp_path / "new" / "nvidia_h100.json"
@@ -126,7 +126,7 @@ def test_a_rehearsal_writes_a_file(tmp_path):
     assert {path: path.read_bytes() for path in tuning.CONFIGS.iterdir()} == before
 
 
-def test_a_spent_budget_begins_nothing(tmp_path, capsys):
+def test_a_spent_budget_starts_nothing(tmp_path, capsys):
     words = ["--few", "--device", "cpu", "--budget", "-1", "--configs", str(tmp_path)]
     assert main(["tune", *words]) == 1
     assert capsys.readouterr().out == "tune: 0 of 1 GEMMs, 1 left out: --budget was spent\n" and not list(

@@ -62,7 +62,7 @@ def test_shipped_entries_fit_their_gpu_and_are_found(name):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_what_was_not_measured_says_so(name):
+def test_entries_without_measurements_have_a_note(name):
     note = json.loads((tuning.CONFIGS / f"{name}.json").read_text())["note"]
     assert ("not measured" in note) == any(entry.ms is None for entry in tuning.entries(name))
 
@@ -80,7 +80,7 @@ def test_nearest_shape_wins():
     assert min(rows, key=lambda row: tuning.distance(asked, row.problem)).config == near
 
 
-def test_a_card_without_a_file_borrows_one_and_warns_once():
+def test_a_card_without_a_file_uses_another_and_warns_once():
     unknown = match("NVIDIA H900 Imaginary", 90, 200, 227 * KIB)
     problem = Problem("gemm", BF16, 4096, 4096, 1024, 4)
     with pytest.warns(UserWarning, match="no tile sizes for nvidia_h900_imaginary, using those of nvidia_h"):
@@ -100,7 +100,9 @@ def test_a_card_without_a_file_borrows_one_and_warns_once():
         ("nvidia_rtx_5090", "nvidia_rtx_pro_6000"),
     ],
 )
-def test_a_card_with_the_same_multiprocessors_shares_a_file_in_silence(name, sibling, monkeypatch, tmp_path):
+def test_a_card_with_the_same_multiprocessors_shares_a_file_without_warning(
+    name, sibling, monkeypatch, tmp_path
+):
     gpu, problem = find(name), Problem("gemm", BF16, 9216, 4096, 1024, 4, gathered=True)
     assert gpu.capability == find(sibling).capability
     with warnings.catch_warnings():
@@ -173,13 +175,13 @@ def test_a_short_sum_of_dh_is_a_pair_of_blocks_and_a_long_one_is_not():
 
 
 @pytest.mark.parametrize("changed", [{"n": 4104}, {"n": 4100}, {"k": 1048}])
-def test_dh_of_tiles_that_are_not_whole_has_its_multiprocessor_alone(changed):
+def test_dh_with_partial_tiles_has_one_block_per_multiprocessor(changed):
     many = tuning.WIDE if "k" in changed else tuning.SQUARE
     for rows, config in {1280: tuning.SQUARE, 10240: many}.items():
         assert tuning.get_config(replace(DH, rows=rows, **changed), CARD) == config
 
 
-def test_dh_in_fp16_has_its_multiprocessor_alone():
+def test_dh_in_fp16_has_one_block_per_multiprocessor():
     sizes = {1280: tuning.SQUARE, 10240: tuning.WIDE}  # 3 * (16 * 614 + 4400) < 2 * (16 * 1024 + 8800)
     for rows, config in sizes.items():
         assert tuning.get_config(replace(DH, rows=rows, dtype=torch.float16), CARD) == config
@@ -203,18 +205,18 @@ def test_a_pair_of_dh_fits_one_multiprocessor():
         ({}, find("nvidia_a100")),
     ],
 )
-def test_all_else_has_the_tiles_of_its_file(changed, gpu):
+def test_other_gemms_have_the_tiles_of_their_file(changed, gpu):
     problem = replace(DH, **changed)
     known = tuning.entries(tuning.files_of(gpu)[0])
     nearest = min(known, key=lambda entry: tuning.distance(problem, entry.problem)).config
     assert tuning.get_config(problem, gpu) == tuning.fit(nearest, problem, gpu)
 
 
-def test_dh_in_fp32_is_left_alone():
+def test_dh_in_fp32_is_not_changed():
     assert tuning.hide_end(tuning.SQUARE, replace(DH, dtype=torch.float32), CARD) == tuning.SQUARE
 
 
-def test_what_was_measured_is_not_reckoned_anew(monkeypatch, tmp_path):
+def test_a_measured_choice_is_not_replaced_by_an_estimate(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
     tuning.save("nvidia_h100", [Entry(DH, tuning.WIDE, 0.5)], "a note")
     assert tuning.get_config(DH, CARD) == tuning.WIDE
@@ -326,7 +328,7 @@ def test_a_gemm_that_never_ran_is_not_saved(capsys, monkeypatch, tmp_path):
         assert main(["tune", "--shape", "clip"]) == 1
         after = (tmp_path / "nvidia_h100.json").read_text()
         assert (after != before) == saved and "Infinity" not in after
-        assert "nothing tried ran" in capsys.readouterr().out
+        assert "no candidate ran" in capsys.readouterr().out
     with pytest.raises(ValueError, match="not JSON compliant"):
         tuning.save(
             "nvidia_h100",

@@ -71,7 +71,7 @@ def line(name, op="permute", x=X):
     return next(line.strip() for line in explain(op, x).splitlines() if line.strip().startswith(name))
 
 
-def test_only_what_is_verified_runs_unasked(gpu):
+def test_only_verified_backends_run_unforced(gpu):
     gpu({"nvidia_h100": [entry(), entry("cuda", "combine")]})
     assert dispatch.choose("permute", X) == "triton"
     assert dispatch.choose("combine", X) == dispatch.choose("combine_backward", X) == "cuda"
@@ -83,14 +83,14 @@ def test_only_what_is_verified_runs_unasked(gpu):
     proof = f"verified on nvidia_h100, 2026-11-28, torch {torch_minor}"
     assert line("triton") == f"triton     chosen: {NO_TIMES}; {proof}, triton {triton_minor}, 23 cases"
     assert line("cuda", "combine") == f"cuda       chosen: {NO_TIMES}; {proof}, 23 cases"
-    reason = "not verified on nvidia_h100 in bfloat16; CUMO_SELF_CHECK=0 keeps it from being checked"
+    reason = "not verified on nvidia_h100 in bfloat16; CUMO_SELF_CHECK=0 disables its self-check"
     assert line("cuda") == f"cuda       refuses: {reason}; CUMO_BACKEND=cuda forces it"
     with dispatch.use_backend("cuda"):
         assert dispatch.choose("permute", X) == "cuda"
         assert line("cuda") == f"cuda       chosen: {reason}"
 
 
-def test_of_two_verified_the_first_runs(gpu):
+def test_of_two_verified_backends_the_first_runs(gpu):
     gpu({"nvidia_h100": [entry(), entry("cuda")]})
     assert dispatch.choose("permute", X) == "triton"
     assert line("triton").startswith(
@@ -115,7 +115,7 @@ def test_sorting_needs_every_op_that_sorts(gpu):
         ({"triton": "3.5.0"}, f"with triton 3.5, but this is {verified.triton_version()}"),
     ],
 )
-def test_another_source_or_version_is_no_proof(gpu, changes, reason):
+def test_another_source_or_version_invalidates_an_entry(gpu, changes, reason):
     gpu({"nvidia_h100": [entry(**changes)]})
     assert dispatch.choose("permute", X) == "torch"
     assert reason in line("triton") and "refuses" in line("triton")
@@ -126,10 +126,10 @@ def test_cuda_depends_on_its_machine_code_and_not_on_triton(gpu, monkeypatch):
     assert dispatch.choose("permute", X) == "cuda"
     gpu({"nvidia_h100": [entry("cuda", code="9.0")]})
     assert dispatch.choose("permute", X) == "torch"
-    assert "as compiled for 9.0, but this is for 9.0a" in line("cuda")
+    assert "compiled for 9.0, but this is for 9.0a" in line("cuda")
 
 
-def test_a_wheel_believes_what_was_packed_with_it(gpu, monkeypatch):
+def test_a_wheel_trusts_the_table_packed_with_it(gpu, monkeypatch):
     monkeypatch.setattr(verified, "source_of", lambda backend: None)
     gpu({"nvidia_h100": [entry("cuda", source="0" * 16)]})
     assert dispatch.choose("permute", X) == "cuda"
@@ -141,7 +141,7 @@ def test_the_same_multiprocessors_share_a_proof(gpu):
     table = {"nvidia_h100": [entry()]}
     gpu(table, H200)
     assert dispatch.choose("permute", X) == "triton"
-    assert "verified on nvidia_h100, whose multiprocessors nvidia_h200 has, 2026-11-28" in line("triton")
+    assert "verified on nvidia_h100, with the multiprocessors of nvidia_h200, 2026-11-28" in line("triton")
     gpu(table | {"nvidia_h200": []}, H200)  # it has a list of its own
     assert dispatch.choose("permute", X) == "torch"
     gpu({"nvidia_h200": [entry()]}, H100)
@@ -153,13 +153,13 @@ def test_the_same_multiprocessors_share_a_proof(gpu):
 
 def test_old_gpus_and_other_makers_are_refused(gpu, monkeypatch):
     gpu({}, replace(H100, capability=75))
-    assert "refuses: it needs compute capability 8.0 or later, this GPU has 7.5" in line("triton")
+    assert "refuses: it needs compute capability 8.0 or later, but this GPU has 7.5" in line("triton")
     monkeypatch.setattr(torch.version, "hip", "6.4")
     gpu({})
     assert "refuses: it is written for NVIDIA GPUs" in line("triton")
 
 
-def test_the_interpreter_proves_nothing(gpu, monkeypatch):
+def test_the_interpreter_does_not_count_as_verified(gpu, monkeypatch):
     gpu({"nvidia_h100": [entry()]})
     monkeypatch.setattr(dispatch, "_INTERPRET", True)
     assert dispatch.choose("permute", X) == "torch"
@@ -167,7 +167,7 @@ def test_the_interpreter_proves_nothing(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"source": "0" * 16}, {"torch": "2.10.1"}])
-def test_what_verify_has_seen_fail_is_refused_until_it_changes(gpu, monkeypatch, changes):
+def test_a_failed_backend_is_refused_until_it_changes(gpu, monkeypatch, changes):
     monkeypatch.setenv("CUMO_SELF_CHECK", "1")
     asked = []
     monkeypatch.setattr(proofs, "check", lambda groups, dtype, device: asked.append(groups) or [])
@@ -182,7 +182,7 @@ def test_without_a_gpu_its_tensors_are_not_trusted(gpu, monkeypatch):
     gpu({"nvidia_h100": [entry()]})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert dispatch.choose("permute", X) == "torch"
-    assert "there is no CUDA device here to know it by" in line("triton")
+    assert "there is no CUDA device here to identify" in line("triton")
 
 
 @pytest.mark.parametrize("proven", [True, False])
@@ -236,7 +236,7 @@ def lacking(key):
         *map(lacking, ("date", "source", "code", "torch", "triton", "cases")),
     ],
 )  # fmt: skip
-def test_a_damaged_file_is_said_and_proves_nothing(tmp_path, text):
+def test_a_damaged_file_gives_a_warning_and_no_entries(tmp_path, text):
     path = tmp_path / "verified.json"
     if text is not None:
         path.write_text(text)
@@ -304,7 +304,7 @@ def results(backend="triton", ops=("permute",), dtypes=("bf16",), failing=""):
     ]
 
 
-def test_green_and_whole_is_recorded(recorded, capsys):
+def test_a_complete_passing_run_is_recorded(recorded, capsys):
     old = {"nvidia_a100": [entry()], "nvidia_h100": [entry(source="old", cases=1), entry("cuda")]}
     table = recorded(results() + results("reference"), old, dtype=["bf16"])
     assert table["nvidia_a100"] == old["nvidia_a100"]
@@ -316,7 +316,7 @@ def test_green_and_whole_is_recorded(recorded, capsys):
     assert [path.name for path in verified.PATH.parent.iterdir()] == ["verified.json"]
 
 
-def test_what_is_recorded_is_believed(recorded, gpu):
+def test_recorded_entries_are_used(recorded, gpu):
     gpu(recorded(results() + results("cuda"), {}))
     assert dispatch.choose("permute", X) == "triton"
     assert line("cuda").startswith("cuda       available: verified on nvidia_h100")
@@ -334,7 +334,7 @@ def test_a_failure_takes_the_place_of_an_entry(recorded, gpu):
     assert [row["failed"] for row in recorded(whole, {}, H200)["nvidia_h200"]] == [1]
 
 
-def test_what_a_machine_lacks_is_no_failure(recorded, capsys):
+def test_a_missing_resource_is_not_a_failure(recorded, capsys):
     found = results()
     found[5].failures.append("OutOfMemoryError: CUDA out of memory")
     old = {"nvidia_h100": [entry()]}
@@ -368,7 +368,7 @@ def test_only_all_families_on_a_gpu_are_recorded(gpu, capsys, words):
 
 
 @pytest.mark.parametrize("name", [*verified.OTHER_CODE, verify.NO_CACHE])
-def test_other_code_than_runs_unasked_is_not_recorded(gpu, monkeypatch, capsys, name):
+def test_code_other_than_the_default_is_not_recorded(gpu, monkeypatch, capsys, name):
     gpu({})
     monkeypatch.setenv(name, "1")
     assert main(["verify", "--device", "cuda", "--record"]) == 2
@@ -386,7 +386,7 @@ def test_a_proof_is_not_of_other_code(gpu, monkeypatch, name):
     assert f"not verified under {name}=1" in line("triton")
 
 
-def test_a_gh200_is_no_h200():
+def test_a_gh200_is_not_an_h200():
     card = hardware.match("NVIDIA GH200 480GB", 90, 132, 227 * 1024)
     assert (card.name, card.tiles_of) == ("nvidia_gh200", "nvidia_h100")
     assert hardware.match("NVIDIA H200", 90, 132, 227 * 1024).name == "nvidia_h200"
@@ -402,7 +402,7 @@ def test_every_call_is_covered_and_the_committed_table_is_one():
             assert row["backend"] in verified.SOURCES and row["dtype"] in ("bfloat16", "float16", "float32")
 
 
-def test_covers_says_what_cases_call(monkeypatch):
+def test_covers_lists_what_cases_call(monkeypatch):
     reached, plain = set(), dispatch.implementation
     monkeypatch.setattr(dispatch, "implementation", lambda b, op: reached.add(op) or plain(b, op))
     for op, calls in verified.COVERS.items():

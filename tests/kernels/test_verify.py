@@ -81,7 +81,7 @@ def test_noise_is_refused(replaced):
     assert "repeats differ" in failure(COMBINE)
 
 
-def test_a_hole_is_refused(replaced):
+def test_an_unwritten_result_is_refused(replaced):
     def with_a_hole(plain, rows, *args):
         out = torch.empty_like(right := plain(rows, *args))
         out[:-1] = right[:-1]
@@ -214,13 +214,13 @@ def test_every_activation_is_in_a_family():
     assert found == set(cases.ACTIVATIONS)
 
 
-def test_nothing_checked_is_no_success(monkeypatch, capsys):
+def test_nothing_checked_is_not_a_success(monkeypatch, capsys):
     monkeypatch.setattr(cases, "all_cases", lambda *_: iter(()))
     assert main(["verify", "--backend", "reference", "--device", "cpu"]) == 1
     assert "nothing was checked" in capsys.readouterr().out
 
 
-def test_a_spent_budget_is_said(capsys):
+def test_a_spent_budget_is_reported(capsys):
     assert main(["verify", "--backend", "reference", "--device", "cpu", "--budget", "0.001"]) == 0
     out = capsys.readouterr().out
     assert "cases: --budget was spent" in out and "expert_mlp" in out and "\nreference  activate" not in out
@@ -238,7 +238,7 @@ def test_fuzz_finds_a_rare_bug_and_makes_it_small(replaced):
     assert (found.T, found.H, found.E, found.layout) == (7, 3, 1, "contiguous")
 
 
-def test_fuzz_keeps_a_failure_that_does_not_come_again(replaced):
+def test_fuzz_keeps_an_intermittent_failure(replaced):
     calls = []
 
     def once(plain, *args):
@@ -247,7 +247,7 @@ def test_fuzz_keeps_a_failure_that_does_not_come_again(replaced):
 
     replaced("activate", once)
     *_, last = verify.fuzz(["reference"], ("fp32",), "cpu", 60, seed=0, names=("activate",))
-    assert "off" in last.failures[0] and last.failures[-1].startswith("not every time")
+    assert "off" in last.failures[0] and last.failures[-1].startswith("intermittent")
 
 
 def test_fuzz_draws_the_ops_that_were_asked_for(tmp_path):
@@ -278,7 +278,7 @@ def test_a_command_names_what_chose_the_code(monkeypatch):
     assert result.command.startswith("CUMO_EMULATE=1 CUMO_EMULATE_CAPABILITY=90 python -m")
 
 
-def test_a_run_that_is_cut_off_leaves_what_it_found(replaced, monkeypatch, tmp_path):
+def test_an_interrupted_run_keeps_its_results(replaced, monkeypatch, tmp_path):
     def cut_off(plain, x, name):
         if x.dtype == torch.bfloat16:
             raise KeyboardInterrupt
@@ -298,7 +298,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_found(replaced, monkeypatch, tmp_p
     assert report["not_checked"] == ["the rest: this run has not ended"]
 
 
-def test_a_lost_device_is_blamed_on_one_case_alone(replaced, monkeypatch, tmp_path, capsys):
+def test_a_lost_device_fails_only_one_case(replaced, monkeypatch, tmp_path, capsys):
     """The others run in a process of its own, whose arguments are tried in this one."""
     broken, asked, whole = [], [], dispatch.implementation("reference", "activate")
 
@@ -329,7 +329,7 @@ def test_a_lost_device_is_blamed_on_one_case_alone(replaced, monkeypatch, tmp_pa
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_a_device_that_is_not_there_is_no_failure_of_every_case(capsys):
+def test_a_missing_device_does_not_fail_every_case(capsys):
     assert main(["verify", "--device", "cuda"]) == 2
     assert "torch sees no CUDA device" in capsys.readouterr().err
 
@@ -346,7 +346,7 @@ def test_another_routing_takes_the_place_of_the_first(op, pattern):
     with torch.no_grad():
         before = call.run(*call.inputs)
         call.reroute()
-        yardstick = Yardstick(call.truth, call.inputs, pool=False)
+        yardstick = Yardstick(call.reference, call.inputs, pool=False)
         (after,), (stale,) = (
             [row.reason for row in yardstick.measure(run) if row.name == "output 0"]
             for run in (call.run, lambda *_: before)
@@ -361,7 +361,7 @@ def test_families_differ():
 
 
 @pytest.mark.slow
-def test_triton_is_checked_in_the_interpreter_unasked(capsys):
+def test_triton_is_checked_in_the_interpreter_by_default(capsys):
     assert main(["verify", "--device", "cpu", "--op", "activate", "--few", "--dtype", "fp32"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines() if " activate " in line] == [
