@@ -1,9 +1,9 @@
-"""Which rows `make test` runs where a backend is slow: in Triton's interpreter and in csrc's emulation.
+"""Selects the rows that `make test` runs on slow backends: Triton's interpreter and csrc's emulation.
 
-There a row is one of many combinations (dtype, shape, activation, ...), and a fault shows through one value
-or through two that meet. So of each test the rows run in which every pair of values meets at least once; the
-rest is marked `sweep`, for `make test-all`. Where a backend is fast all rows run; a row marked `large` runs
-there and in emulation, not in the interpreter, where smaller ones have the same tiles.
+There a row is one of many combinations (dtype, shape, activation, ...), and a fault is triggered by one value
+or by a pair of values. So of each test those rows run in which every pair of values occurs at least once; the
+rest is marked `sweep`, for `make test-all`. On fast backends all rows run. A row marked `large` runs there
+and in emulation, but not in the interpreter, where smaller rows have the same tiles.
 """
 
 import os
@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET"):
         patch, language = interpreter._patch_lang, interpreter.tl
 
         def patch_once(fn):
-            """Triton patches its language again at every call of a helper, a third of a test's time."""
+            """Patch only once: Triton patches at every call of a helper, a third of a test's time."""
             seen = [value for value in fn.__globals__.values() if value is language or value is language.core]
             if any(language.core.is_builtin(module.load) for module in seen):
                 return patch(fn)
@@ -37,7 +37,7 @@ def pairs(item: pytest.Item) -> set:
 
 
 def beyond_all_pairs(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The rows of one test without which all pairs of values still meet: the fullest row goes first."""
+    """The rows of one test that are not needed to cover all pairs of values; chosen greedily."""
     missing, left = set().union(*map(pairs, items)), list(items)
     while missing:
         best = max(left, key=lambda item: len(pairs(item) & missing))
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if hasattr(item, "callspec") and item.callspec.params.get("backend") in slow:
             if "TRITON_INTERPRET" not in os.environ or not item.get_closest_marker("large"):
-                # on Hopper some dtypes alone run (test_cuda_emulated.py), and their pairs are to meet too
+                # on Hopper only some dtypes run (test_cuda_emulated.py); their pairs must be covered too
                 alone = item.callspec.params.get("dtype") if HOPPER else None
                 rows[item.path, item.originalname, alone].append(item)
     for group in rows.values():

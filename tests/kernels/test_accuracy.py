@@ -1,4 +1,4 @@
-"""The rule that everything is held to: values that are no numbers neither excuse nor hide an error."""
+"""The accuracy rule on non-finite values: they neither excuse nor hide an error."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_another_infinity_is_wrong(wrong):
 
 
 def test_an_overflow_in_torch_does_not_excuse_other_errors():
-    """Squares of 300 leave fp16; a third of them does not."""
+    """Squares of 300 overflow in fp16; a third of them does not."""
     x = torch.full((100,), 300.0, dtype=torch.float16)
     x[:50] = 1.5
     plain = lambda x: (x.detach() * x.detach() / 3) + 0 * x

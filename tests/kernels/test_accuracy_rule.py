@@ -1,9 +1,9 @@
-"""The rule, from both sides: sums may be added in any order, and what is wrong is far outside.
+"""The accuracy rule: it accepts sums in any order, and refuses wrong results by a wide margin.
 
-K is how many terms a sum has. In fp32 a lost term shows at every K. In 16 bits one of K terms, about
-1 / sqrt(K) of the result, has the result's rounding beside it: with bf16 it is seen at K = 4096 by no wide
-margin and drowns at K = 16384, and a bias, whose largest is smaller than the largest product, is seen at
-K = 1024 but by no wide margin.
+K is the number of terms of a sum. In fp32 a lost term is detected at every K. In 16 bits one of K terms,
+about 1 / sqrt(K) of the result, competes with the result's rounding: in bf16 it is detected by a small margin
+at K = 4096 and not at K = 16384. A missing bias, whose largest value is smaller than the largest product, is
+detected at K = 1024, also by a small margin.
 """
 
 import re
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 class Products:
-    """The terms of every element of a @ b, one after the other; a megabyte of them is made at a time."""
+    """The terms of every element of a @ b, one after the other, a megabyte at a time."""
 
     def __init__(self, a, b):
         self.a, self.b = a, b
@@ -51,7 +51,7 @@ def chain(terms):
 
 
 def pairwise(terms):
-    """Neighbours, then their sums, and so on, as the terms come."""
+    """Pairwise summation: neighbours, then their sums, and so on."""
     waiting = []
     for number, term in enumerate(terms, 1):
         while number % 2 == 0:
@@ -105,7 +105,7 @@ def reasons(rows):
 
 
 def margin(rows):
-    """How many times more than allowed the output errs; 0 where it is not refused."""
+    """The output's error divided by the allowed error; 0 if it is not refused."""
     (output,) = (row for row in rows if row.name == "output 0")
     found = re.search(r"by (\S+), allowed (\S+) ", output.reason or "")
     return float(found[1]) / float(found[2]) if found else 0
@@ -151,7 +151,7 @@ def test_one_of_16384_terms_is_not_detected_in_bf16():
 
 @pytest.mark.parametrize("K", [64, 1024, 16384])
 def test_what_fp32_must_show(K):
-    """tanh-gelu in place of erf-gelu, and a result that went through bf16."""
+    """tanh-gelu instead of erf-gelu, and a result rounded to bf16."""
     a, b, bias = operands(K, torch.float32)
     gelu = torch.nn.functional.gelu
     truth = lambda *inputs: gelu(product(*inputs))
@@ -181,7 +181,7 @@ def layer(activation="gelu", with_bias=True):
 
 @pytest.fixture
 def blas():
-    """A yardstick whose torch splits its sums by 16: that of a GPU, on any machine."""
+    """A yardstick in which torch splits its sums by 16, like a GPU's, on any machine."""
 
     def make(function, inputs):
         with Sums(split), torch.autograd.set_multithreading_enabled(False):
@@ -223,14 +223,14 @@ def root_mean_square(t):
 @pytest.mark.parametrize("mean", [0.0, 1.0])
 @pytest.mark.parametrize("K", [2, 64, 1024, 16384])
 def test_the_derivation(K, mean, device):
-    """Roundings know nothing of each other, and the squares of the partial sums are as many as derived.
+    """Rounding errors are independent, and the squares of the partial sums are as derived.
 
-    A wrong factor of 2 in either would be sqrt(2) here, and half of that way is allowed: five times as much
-    as 512 draws spread.
+    A factor of 2 wrong in either would be sqrt(2) here, and half of that is allowed: five times the spread of
+    512 draws.
     """
     terms = torch.randn(K, 512, device=device) + mean
     partial = terms.double().cumsum_(0)
-    # evenly spread over one spacing of fp32, which is 2^-24 times the next power of 2; a term is not rounded
+    # uniform over one spacing of fp32, which is 2^-24 times the next power of 2; a term is not rounded
     spacing = torch.exp2(partial.frexp().exponent.double() - 24)[1:]
     one = (chain(terms) - partial[-1]) / (spacing.square().sum(0) / 12).sqrt()
     with UnsplitSums(2**-23, torch.Generator(device).manual_seed(0)):
@@ -250,7 +250,7 @@ def test_the_mean_over_all_orders():
 def test_products_and_means_err_like_their_sums(monkeypatch):
     a, b, bias = (t.double() for t in operands(1024, torch.float32))
     terms = a[:, :, None] * b
-    # the standard deviation itself instead of a draw
+    # the standard deviation instead of a random draw
     monkeypatch.setattr(torch, "randn", lambda shape, generator, **kind: torch.ones(shape, **kind))
 
     def deviation(function):
@@ -280,7 +280,7 @@ def test_products_and_means_err_like_their_sums(monkeypatch):
 
 @pytest.mark.parametrize("through", ["plain", "op"])
 def test_backward_and_ops_of_ours_are_seen(through, device):
-    """Every gradient errs, and by as much as chains of these lengths: u sqrt(n / 6) each."""
+    """Every gradient has the error of chains of these lengths: u sqrt(n / 6) each."""
     run, inputs = layer()
     inputs = [t.double().to(device) for t in inputs]
     if through == "op":
@@ -292,7 +292,7 @@ def test_backward_and_ops_of_ours_are_seen(through, device):
                 return cumo_kernels.expert_mlp(x, plan, *parameters, activation="gelu", memory="preact")
 
     elif device == "cuda":
-        pytest.skip("its plan lies on the CPU")
+        pytest.skip("its plan is on the CPU")
 
     def both():
         leaves = [t.detach().clone().requires_grad_() for t in inputs]
@@ -302,7 +302,7 @@ def test_backward_and_ops_of_ours_are_seen(through, device):
     with UnsplitSums(2**-23, torch.Generator(device).manual_seed(0)):
         with torch.autograd.set_multithreading_enabled(False):
             got = both()
-    # each has a sum of its own, of 64 to 512 terms, and behind it at most four more
+    # each has its own sum, of 64 to 512 terms, followed by at most four more
     least, most = (2**-24 * (n / 6) ** 0.5 for n in (64, 512))
     for mine, wanted in zip(got, both(), strict=True):
         assert least < (mine - wanted).norm() / wanted.norm() < 5 * most

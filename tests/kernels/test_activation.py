@@ -1,4 +1,4 @@
-"""activate: every backend against the table, output and gradient; the table against its formulas."""
+"""activate: every backend compared with the table, output and gradient; the table, with its formulas."""
 
 import math
 
@@ -11,7 +11,7 @@ from cumo_kernels.backends import reference
 from cumo_kernels.testing import assert_as_accurate_as_torch
 from tests.rounding import assert_same_formula
 
-FORMULAS = {  # written out once more, from the papers, in numbers anybody can check
+FORMULAS = {  # written out again from the papers, in plain numbers
     "quick_gelu": lambda z: z / (1 + torch.exp(-1.702 * z)),
     "gelu": lambda z: z * 0.5 * (1 + torch.erf(z / math.sqrt(2))),
     "gelu_tanh": lambda z: 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),

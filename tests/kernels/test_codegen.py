@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: every Triton kernel for GPUs that are not here, read back from the assembler."""
+"""Ahead-of-time compilation: every Triton kernel for GPUs that are not present, with its machine code."""
 
 import dataclasses
 import os
@@ -37,7 +37,7 @@ MODULES = (
 )  # fmt: skip
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "codegen.md"
 HOPPER = hardware.find("nvidia_h100")
-# of its large tiles Triton 3.9 parks more than codegen.PARKED outside the loop (NOTES.md, 2026-11-28)
+# Triton 3.9 spills more than codegen.PARKED of its large tiles outside the loop (NOTES.md, 2026-11-28)
 KNOWN = {"grad_hidden_kernel"} if versions.minor(versions.installed("triton")) >= (3, 9) else set()
 KERNELS = {
     name
@@ -53,7 +53,7 @@ def test_every_kernel_compiles_for_hopper_and_none_has_a_problem():
     tokens = {
         "clip": (577, 4616),
         "llm": (64,),
-    }  # split sums, plain ones and one sort of each kind; no biases
+    }  # split sums, plain sums and one sort of each kind; no biases
     reports = codegen.survey(HOPPER, tokens, ["bf16"], lambda shape, dtype: tokens[shape])
     assert {report.kernel for report in reports} == KERNELS
     found = {report.kernel: report.problems for report in reports if report.problems}
@@ -67,7 +67,7 @@ def test_every_kernel_compiles_for_hopper_and_none_has_a_problem():
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name",
-    [  # Ampere has the least shared memory and no descriptors; the newer two wait for a sweep
+    [  # Ampere has the least shared memory and no descriptors; the newer two run in the sweep
         pytest.param(name, marks=[] if name == "nvidia_a100" else pytest.mark.sweep)
         for name in codegen.TARGETS
         if name != "nvidia_h100"
@@ -96,7 +96,7 @@ def test_a_tile_too_large_for_its_warps_is_reported():
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "sorted_rows"), [(4104, True), (4104, False), (4100, False)])
 def test_a_width_with_a_partial_tile_does_not_spill(width, sorted_rows):
-    """dH at CLIP's sizes but for the width: with a descriptor of the weight, and without."""
+    """dH at CLIP's sizes except the width: with a descriptor of the weight, and without."""
     meta = lambda *size, dtype=torch.int32: torch.empty(size, dtype=dtype, device="meta")
     rows = 9232 if sorted_rows else 1154
     grad = meta(rows if sorted_rows else rows // 2, 1024, dtype=torch.bfloat16)
@@ -117,8 +117,8 @@ def test_only_the_innermost_multiplying_loop_is_counted():
 
     loop = ("HMMA.16816 R4", "LDL R2, [R1]", "@P1 BRA 0x0010")
     assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "BRA 0x0000") == (1, 1, 3)
-    assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "@P0 BRA 0x0000") == (1, 1, 3)  # the loop around it
-    assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "BRA 0x0020") == (1, 1, 3)  # a wait out of line
+    assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "@P0 BRA 0x0000") == (1, 1, 3)  # the outer loop
+    assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "BRA 0x0020") == (1, 1, 3)  # an out-of-line wait
     assert count("STL [R1], R2", "FFMA R4", "LDL R2, [R1]", "BRA 0x0010") == (1, 0, 3)
 
 

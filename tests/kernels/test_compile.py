@@ -59,7 +59,7 @@ def make_op_calls():
     )
     yield "expert_mlp", _expert_mlp, (*arguments, "gelu", "preact", ref)
     yield "expert_mlp-x", _expert_mlp, (*arguments[:7], None, None, "gelu", "x", ref)
-    # their fakes, without a bias and with one that needs no gradient
+    # the fakes, without a bias and with one that needs no gradient
     rows, grad, none = torch.randn(T * K, H), torch.randn(T, O), torch.empty(0)
     for need_bias in (False, True):
         yield (
@@ -81,7 +81,7 @@ def make_op_calls():
 def test_opcheck(op, arguments):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(op.op, arguments, test_utils=checks)
-    # traced, an upstream gradient may lie otherwise in memory: equal to half of the digits of fp64
+    # when traced, an upstream gradient may have another layout: equal to half of the digits of fp64
     floats = lambda t: isinstance(t, torch.Tensor) and t.is_floating_point()
     wide = [t.detach().double().requires_grad_(t.requires_grad) if floats(t) else t for t in arguments]
     half = math.sqrt(torch.finfo(torch.float64).eps)
@@ -118,7 +118,7 @@ def test_fullgraph_compile_equals_eager(function, dtype):
 
 
 class _Watch(TorchDispatchMode):
-    """Sees every op that goes through the dispatcher."""
+    """Records every op that goes through the dispatcher."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ class _Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("function", [layer, layer_of_primitives])
 def test_direct_calls_equal_those_through_the_dispatcher(function):
-    """Eager calls pass by the dispatcher unless somebody watches it: the same bits both ways."""
+    """Eager calls bypass the dispatcher unless a mode is active: the same bits both ways."""
     shapes = [(T, H), (E, H), (E, I, H), (E, O, I), (E, I), (E, O)]
     inputs = [torch.randn(shape) for shape in shapes]
     results = []
@@ -160,7 +160,7 @@ def test_transforms_and_second_derivatives_use_the_dispatcher():
     (first,) = torch.autograd.grad(out(x), x, create_graph=True)
     with pytest.raises(RuntimeError, match="expert_mlp_backward"):
         torch.autograd.grad(first.sum(), x)
-    rows = permute(x, plan)  # linear, so its derivative has one
+    rows = permute(x, plan)  # linear, so its derivative has a derivative too
     (first,) = torch.autograd.grad(rows.square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     assert torch.equal(second, torch.full_like(x, 2.0 * K))
@@ -185,7 +185,7 @@ def test_autocast_reaches_gate_and_grouped_gemm():
 
 
 SIZES = [(4, 8), (5, 8), (40, 8), (300, 8), (2000, 8), (2001, 8), (2001, 300)]
-# (rows, columns, ms of triton, ms of cuda), and how often sizes that are symbols make it compile
+# (rows, columns, ms of triton, ms of cuda), and the number of compilations with symbolic sizes
 DECIDED = [
     pytest.param([(16, 8, 1, 2), (1000, 8, 2, 1), (1000, 512, 1, 2)], 3, id="by-rows-and-columns"),
     pytest.param([(16, 8, 1, 2), (1000, 8, 2, 1)], 2, id="by-rows"),
@@ -196,7 +196,7 @@ DECIDED = [
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize(("times", "compiled"), DECIDED)
 def test_graphs_get_the_choice_of_eager_code(monkeypatch, times, compiled, dynamic):
-    """CPU tensors stand for a GPU's, and the reference for its kernels."""
+    """CPU tensors replace a GPU's, and the reference replaces its kernels."""
     row = {"op": "activate", "dtype": "float32", "mode": "forward"}
     rows = [{**row, "shape": [t, h], "ms": {"triton": a, "cuda": b}} for t, h, a, b in times]
     monkeypatch.setattr(measured, "TABLE", {"nvidia_h100": rows})

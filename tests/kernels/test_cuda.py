@@ -1,6 +1,6 @@
-"""The CUDA extension where nothing can run: its launchers' signatures, its errors, its index arithmetic.
+"""The CUDA extension without running kernels: its launchers' signatures, errors and index arithmetic.
 
-All of it needs the module, built (`make`) or emulated; what the kernels compute is in test_cuda_emulated.py.
+All tests need the module, built (`make`) or emulated; test_cuda_emulated.py tests what the kernels compute.
 """
 
 import inspect
@@ -31,7 +31,7 @@ def bound(function) -> list[tuple[str, str]]:
 
 
 def written(function) -> list[tuple[str, str]]:
-    """The same of a Python launcher."""
+    """The same for a Python launcher."""
     rows = inspect.signature(function).parameters.items()
     kinds = {
         name: row.annotation if isinstance(row.annotation, type) else str(row.annotation)
@@ -46,7 +46,7 @@ def test_the_launchers_are_those_of_the_other_backends(module, op, backend):
     if dispatch._missing(backend) and backend == "triton":
         pytest.skip("triton is not installed")
     wanted = written(dispatch.implementation(backend, op))
-    # which only plain torch repeats (ops/routing.py)
+    # which only plain torch reproduces (ops/routing.py)
     assert bound(getattr(module, op)) == [row for row in wanted if row[0] != "compat"]
 
 
@@ -55,11 +55,11 @@ def test_the_backend_exposes_the_extension(module):
         assert dispatch.implementation("cuda", op) is getattr(module, op)
 
 
-WRONG = "meta" if extension.EMULATE else "cpu"  # a device whose tensors this build cannot take
+WRONG = "meta" if extension.EMULATE else "cpu"  # a device that this build does not support
 
 
 def calls(device, full=False):
-    """(op, arguments) of every op; `full`: with all that is optional."""
+    """(op, arguments) of every op; `full`: with all optional arguments."""
     new = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype, device=device)
     slots, offsets, weights = new(4, dtype=torch.int32), new(3, dtype=torch.int32), new(2, 2)
     given = lambda tensor: tensor if full else None
@@ -119,7 +119,7 @@ def test_every_op_has_a_call_above():
 
 
 def test_activations_are_all_there():
-    """The table of csrc/bindings.cpp has the rows of activations.py and the same idea of which are gated."""
+    """The table of csrc/bindings.cpp has the rows of activations.py, with the same ones gated."""
     source = (extension.CSRC / "bindings.cpp").read_text()
     rows = dict(re.findall(r'\{"(\w+)", \{Act::\w+, (true|false)\}\}', source))
     assert rows == {name: str(row.is_gated).lower() for name, row in ACTIVATIONS.items()}
@@ -151,7 +151,7 @@ def test_tiles_cover_every_row_once(counts, tiles_n, tile_rows, splits):
 
 @given(COUNTS, st.integers(1, 6), st.sampled_from([1, 2]), st.integers(1, 200))
 def test_a_short_last_round_is_cut_into_halves(counts, tiles_n, splits, blocks):
-    """Each half once, at most one to a block; a last round that fills more than half of the blocks stays."""
+    """Each half once, at most one per block; a last round that fills over half of the blocks is not split."""
     module, offsets = extension.load(), offsets_of(counts)
     plain = module._find_tiles(offsets, tiles_n, 128, splits)
     whole = module._whole_tiles(len(plain), blocks)
@@ -203,7 +203,7 @@ def test_splits_share_the_steps(steps, splits):
 @pytest.mark.parametrize("tile_columns", [128, 256])
 @pytest.mark.parametrize("width", [1, 7, 64, 200, 384])
 def test_a_gated_tile_pairs_gate_and_up(module, tile_columns, width):
-    """Every column of both halves once; the up column of a gate column eight places behind it."""
+    """Every column of both halves once; the up column of a gate column is eight places after it."""
     seen = Counter()
     for tile_n in range(-(-width // (tile_columns // 2))):
         column = lambda r, tile_n=tile_n: module._weight_column(tile_n, tile_columns, r, width, True)

@@ -1,4 +1,4 @@
-"""What nvcc and ptxas made of csrc/, read back from the built module: registers, stack, instructions."""
+"""The machine code of csrc/, read from the built module: registers, stack, instructions."""
 
 import re
 import subprocess
@@ -70,7 +70,7 @@ def test_registers_leave_room_for_the_block():
 
 
 def test_warpgroups_can_trade_registers():
-    """Hopper's 384 threads start with 168 each; with fewer the consumers' 216 would be waited for in vain."""
+    """Hopper's 384 threads start with 168 each; with fewer, consumers would wait for ever for 216."""
     built_for("sm_90a")
     hopper = [row for row in resources() if row[0] == "sm_90a" and "hopper" in row[1]]
     assert hopper and all(row[2] == 168 for row in hopper)
@@ -91,12 +91,12 @@ def test_hopper_kernels_use_hopper():
 
 
 def test_products_of_successive_stages_overlap():
-    """Where ptxas cannot follow the sums it waits behind each wgmma; here only for the stage before."""
+    """ptxas waits after each wgmma if it cannot track the sums; here only for the previous stage."""
     for name, lines in sass("sm_90a").items():
         if "hopper" not in name:
             continue
         products = [line.split(".")[1] for line in lines if line.startswith("HGMMA")]
-        # 64 of 128 rows a warpgroup, or both; whole tiles and halves of a short last round have a loop each
+        # 64 of 128 rows a warpgroup, or both; whole tiles and halves have separate loops
         loops = 2 if "Li256E" in name else 1
         wanted = {
             "64x128x16": 8 if "Li128E" in name else 4 * (loops - 1),
@@ -104,18 +104,18 @@ def test_products_of_successive_stages_overlap():
         }
         assert {shape: products.count(shape) for shape in wanted} == wanted, name
         waits = [line.split()[-1] for line in lines if line.startswith("WARPGROUP.DEPBAR")]
-        # one behind each loop, one inside
+        # one after each loop, one inside
         assert sorted(waits) == ["0x0"] * loops + ["0x1"] * loops, (name, waits)
 
 
 def between(lines: list[str], first: str, last: str) -> list[str]:
-    """Behind the last instruction that begins with `first`, up to the next that begins with `last`."""
+    """From the last instruction that begins with `first` to the next that begins with `last`."""
     begin = max(i for i, line in enumerate(lines) if line.startswith(first))
     return lines[begin + 1 : next(i for i in range(begin, len(lines)) if lines[i].startswith(last))]
 
 
 def test_a_bias_takes_at_most_a_tenth_of_the_issue_slots():
-    """What eight warps do behind the products of a stage, 1024 cycles of four schedulers."""
+    """The work of eight warps after the products of a stage, 1024 cycles of four schedulers."""
     kernels = {name: lines for name, lines in sass("sm_90a").items() if "hopper_weight_grad" in name}
     assert len(kernels) == 2
     for name, lines in kernels.items():
@@ -125,7 +125,7 @@ def test_a_bias_takes_at_most_a_tenth_of_the_issue_slots():
 
 
 def test_every_kernel_waits_for_those_before_it():
-    """griddepcontrol of PTX: the next kernel may begin, and a wait stands before every access of memory."""
+    """griddepcontrol of PTX: the next kernel may start, and a wait precedes every access to memory."""
     memory = re.compile(r"(LDG|LDGSTS|UTMALDG|STG|ATOMG?|RED|LD|ST)\b")
     for name, lines in sass("sm_90a").items():
         assert [line for line in lines if line.startswith("PREEXIT")], name
@@ -133,7 +133,7 @@ def test_every_kernel_waits_for_those_before_it():
         assert wait < min(i for i, line in enumerate(lines) if memory.match(line)), name
 
 
-# a dump takes ten seconds; from the same source sm_80 shows what the newer two are to show
+# a dump takes ten seconds; sm_80 has the same source as the newer two
 @pytest.mark.parametrize(
     "architecture",
     ["sm_80", "sm_90a", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("sm_100", "sm_120"))],

@@ -1,10 +1,10 @@
-"""The CUDA kernels on a machine without a GPU: this folder's tests again, on csrc/emulate.h.
+"""The CUDA kernels without a GPU: the tests of this folder, run on csrc/emulate.h.
 
-Every kernel is compiled for the CPU and executed thread by thread in a process of its own, barriers,
-asynchronous copies, tensor-core and Hopper instructions included: a race, a missing wait or a wrong layout
-shows as a wrong number, a barrier that not everybody reaches as an error. By hand:
-`CUMO_EMULATE=1 CUMO_EMULATE_CAPABILITY=90 pytest tests/kernels -k cuda`. Small tests run with
-Hopper's narrow tiles (csrc/plan.h), so one more run has batch invariance, which asks for the wide ones.
+Every kernel is compiled for the CPU and executed thread by thread in a separate process, including barriers,
+asynchronous copies, tensor-core and Hopper instructions. A race, a missing wait or a wrong layout gives a
+wrong number; a barrier that not all threads reach is an error. By hand:
+`CUMO_EMULATE=1 CUMO_EMULATE_CAPABILITY=90 pytest tests/kernels -k cuda`. Small tests use Hopper's narrow
+tiles (csrc/plan.h), so one more run uses batch invariance, which needs the wide ones.
 """
 
 import os
@@ -21,7 +21,7 @@ from cumo_kernels import extension
 HOPPER = " and (test_grouped_gemm or test_experts) and not fp32"
 NARROWER = HOPPER + " and not fp16"
 WIDE = {"CUMO_BATCH_INVARIANT": "1"}
-RUNS = [  # at_least: a filter that matches nothing proves nothing
+RUNS = [  # at_least: guards against a filter that matches nothing
     pytest.param(80, "", {}, "not sweep", 400, id="sm_80"),
     pytest.param(90, HOPPER, {}, "not sweep", 150, id="sm_90a"),
     pytest.param(90, NARROWER, WIDE, "not sweep", 80, id="sm_90a-wide"),

@@ -1,6 +1,6 @@
-"""What the CUDA extension decides on the host: tiles, partial sums, blocks; and what follows from it.
+"""Host decisions of the CUDA extension (tiles, partial sums, blocks), and their effects.
 
-Most of it needs the module only, built or emulated; the results of split sums need a device that runs them.
+Most tests need only the module, built or emulated; results of split sums need a device that runs them.
 """
 
 import pytest
@@ -18,7 +18,7 @@ from tests.rounding import assert_outputs_of_fp32
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 HERE = "cpu" if extension.EMULATE else "cuda"
 runs = pytest.mark.skipif(HERE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device")
-emulated = pytest.mark.skipif(not extension.EMULATE, reason="chooses the processors that are emulated")
+emulated = pytest.mark.skipif(not extension.EMULATE, reason="sets the number of emulated processors")
 H100 = 132
 
 
@@ -37,7 +37,7 @@ def plan(S, E, width, K, *, gated=False, can_split=False, steady=False, hopper=T
 
 
 def test_plans_of_cumos_layers_on_an_h100():
-    """Columns of a tile, tiles along them, parts of the sum, blocks; one crop is 3 row tiles an expert."""
+    """Columns of a tile, tiles along them, parts of the sum, blocks; one crop is 3 row tiles per expert."""
     assert plan(1154, 4, 4096, 1024) == (
         128,
         32,
@@ -45,9 +45,9 @@ def test_plans_of_cumos_layers_on_an_h100():
         132,
     )  # one crop: 384 narrow tiles, or 192 wide in 2 rounds
     assert plan(1154, 4, 1024, 4096, can_split=True) == (256, 4, 2, 132)  # 48 wide tiles
-    assert plan(9232, 4, 4096, 1024) == (128, 32, 1, 132)  # a short sum: its end runs beside the next
-    assert plan(83088, 4, 1024, 4096, can_split=True) == (256, 4, 1, 132)  # a long one
-    # 304 wide tiles in 2.3 rounds, the last of halves; five rounds of narrow ones take a tenth longer
+    assert plan(9232, 4, 4096, 1024) == (128, 32, 1, 132)  # a short sum: its epilogue overlaps the next tile
+    assert plan(83088, 4, 1024, 4096, can_split=True) == (256, 4, 1, 132)  # a long sum
+    # 304 wide tiles in 2.3 rounds, the last of halves; five rounds of narrow tiles take a tenth longer
     assert plan(9232, 4, 1024, 4096, can_split=True) == (256, 4, 1, 132)
     assert plan(16384, 8, 14336, 4096, gated=True) == (256, 112, 1, 132)
     assert plan(2, 8, 14336, 4096, gated=True) == (256, 112, 1, 132)  # one token: two experts
@@ -106,7 +106,7 @@ def test_blocks_fit_into_every_gpu(module):
     ids=["portable-fp32", "portable-bf16", "hopper-bf16", "hopper-fp16"],
 )
 def kernels(request, monkeypatch) -> torch.dtype:
-    """Both generations of kernels, on processors enough for sums to be split; the dtype to use."""
+    """Both generations of kernels, on enough processors that sums are split; the dtype to use."""
     capability, dtype = request.param
     monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", str(capability))
     monkeypatch.setenv("CUMO_EMULATE_SMS", "16")
@@ -122,7 +122,7 @@ def launches(module, run) -> int:
 @emulated
 @pytest.mark.parametrize("bias", [True, False])
 def test_split_rows(kernels, module, bias):
-    """A long sum of few tiles, with rows behind the last expert, an expert without rows and an odd width."""
+    """A long sum of few tiles, with rows after the last expert, an expert without rows and an odd width."""
     dtype = kernels
     offsets = torch.tensor([0, 3, 3, 14], dtype=torch.int32)
     x, weight = torch.randn(16, 1100, dtype=dtype), torch.randn(3, 37, 1100, dtype=dtype) / 33
@@ -148,7 +148,7 @@ def test_split_rows(kernels, module, bias):
 @emulated
 @pytest.mark.parametrize("gated", [True, False])
 def test_split_sums_of_a_layer(kernels, module, gated):
-    """Both weight gradients in parts, over rows."""
+    """Both weight gradients, split over rows."""
     dtype = kernels
     plan = make_routing("skewed", 1030, 1, 1)
     x = torch.randn(1030, 24, dtype=dtype)
@@ -174,7 +174,7 @@ def test_split_sums_of_a_layer(kernels, module, gated):
 
 @emulated
 def test_combine_adds_up_the_parts(kernels, module):
-    """A decoding step: down projection and input gradient are split, and combine takes their parts."""
+    """A decoding step: down projection and input gradient are split, and combine adds their parts."""
     dtype = kernels
     plan = make_routing("uniform", 3, 4, 2)
     x, up = torch.randn(3, 40, dtype=dtype), torch.randn(4, 1096, 40, dtype=dtype) / 6
@@ -199,7 +199,7 @@ def test_combine_adds_up_the_parts(kernels, module):
 @pytest.mark.parametrize("steady", [False, True], ids=["narrow", "wide"])
 @pytest.mark.parametrize("gathered", [False, True])
 def test_several_long_tiles_for_each_block(monkeypatch, gathered, steady):
-    """Hopper's consumers in turns or together, on an odd number of tiles longer than the ring of stages."""
+    """Hopper's consumers alternating or together; an odd number of tiles, longer than the ring of stages."""
     monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", "90")
     monkeypatch.setenv("CUMO_BATCH_INVARIANT", str(int(steady)))
     assert plan(90, 3, 300, 832, places=2, steady=steady)[:2] == ((256, 2) if steady else (128, 3))
@@ -219,7 +219,7 @@ def test_several_long_tiles_for_each_block(monkeypatch, gathered, steady):
 @emulated
 @pytest.mark.parametrize("kind", ["rows", "gated", "gated-apart", "across"])
 def test_halves_of_a_short_last_round_change_no_bit(monkeypatch, kind):
-    """Six wide tiles on six processors, and on four, where the last two are cut."""
+    """Six wide tiles on six processors, and on four, where the last two are split."""
     monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", "90")
     if kind == "gated-apart":
         monkeypatch.setenv("CUMO_EMULATE_STRICT_MAPS", "1")
@@ -248,7 +248,7 @@ def test_halves_of_a_short_last_round_change_no_bit(monkeypatch, kind):
 @emulated
 @pytest.mark.parametrize("steady", [False, True], ids=["narrow", "wide"])
 def test_gated_weights_where_a_driver_wants_strides_to_ascend(monkeypatch, steady):
-    """Two boxes of plain rows in place of one of eight and eight in turns: the same products."""
+    """Two boxes of plain rows instead of one that alternates eight and eight: the same products."""
     monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", "90")
     monkeypatch.setenv("CUMO_BATCH_INVARIANT", str(int(steady)))
     routing = make_routing("uniform", 33, 2, 2)
@@ -267,7 +267,7 @@ def test_gated_weights_where_a_driver_wants_strides_to_ascend(monkeypatch, stead
 @emulated
 @pytest.mark.parametrize("capability", [80, 90])
 def test_dependent_launches_change_no_bit(module, monkeypatch, capability):
-    """CUMO_PDL=1: on Hopper each product fetches its whole weight ahead, once; every kernel waits."""
+    """CUMO_PDL=1: on Hopper each product prefetches its whole weight once; every kernel waits."""
     monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", str(capability))
     routing = make_routing("uniform", 70, 2, 2)
     x, up, down = torch.randn(70, 40), torch.randn(2, 96, 40), torch.randn(2, 24, 48)
@@ -291,7 +291,7 @@ def test_dependent_launches_change_no_bit(module, monkeypatch, capability):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [72, 70], ids=["runs", "single-columns"])
 def test_bias_gradient_in_parts(module, monkeypatch, dtype, width):
-    """Many rows on many processors, some experts without any, dropped slots whose weights are no numbers."""
+    """Many rows on many processors, some experts without any, dropped slots whose weights are NaN."""
     monkeypatch.setenv("CUMO_EMULATE_SMS", "64")
     indices = torch.randint(0, 4, (3200, 2))
     indices[indices == 1] = 2
@@ -339,7 +339,7 @@ def test_bias_gradient_with_several_tiles(kernels, monkeypatch):
 @pytest.mark.parametrize("memory", ["none", "x", "preact", "all"])
 @pytest.mark.parametrize("dropping", [False, True])
 def test_a_copy_in_expert_order_changes_no_bit(module, monkeypatch, memory, dropping):
-    """What Hopper gets in place of gathering when rows are many: the same products of the same numbers."""
+    """Hopper uses the copy instead of gathering when there are many rows: the same products."""
     monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", "90")
     indices = torch.randint(0, 4 if dropping else 3, (90, 2))
     routing = cumo_kernels.routing_from_topk(torch.rand(90, 2), indices, 3)
@@ -367,7 +367,7 @@ def test_a_copy_in_expert_order_changes_no_bit(module, monkeypatch, memory, drop
 
 @emulated
 def test_batch_invariance(kernels, module, monkeypatch):
-    """Forward a row has the same bits alone and among others; without the wish the sum is split."""
+    """Forward, a row has the same bits alone and in a batch; without the option the sum is split."""
     offsets = torch.tensor([0, 200], dtype=torch.int32)
     x, weight = torch.randn(200, 1096, dtype=kernels), torch.randn(1, 40, 1096, dtype=kernels)
     run = lambda x, offsets: module.grouped_gemm(x, weight, offsets, None, None, None, 1, None)[0]
@@ -398,11 +398,11 @@ def test_routing_and_metadata_take_two_launches(module, num_tokens, num_experts,
 @pytest.mark.parametrize("num_experts", [8, 12], ids=["one-fragment", "several-fragments"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_every_share_of_a_long_gate_counts(module, dtype, num_experts):
-    """Several whole batches of loads a warp and a ragged one; whole numbers have one sum in any order."""
+    """Several whole batches of loads per warp and a partial one; integers have the same sum in any order."""
     x, gate = (torch.randint(-1, 2, (n, 2248), device=HERE).to(dtype) for n in (37, num_experts))
     more = (None, 1, 2, True)
     assert torch.equal(module.route(x, gate, *more)[1], reference.route(x, gate, *more)[1])
-    # whole numbers also where sums are made to err (cumo_kernels/verification/rounding.py)
+    # integers also inside UnsplitSums (cumo_kernels/verification/rounding.py)
     truth = lambda x, gate: reference.route((x @ gate.T).round(), None, *more)[::2]
     assert_outputs_of_fp32(lambda *inputs: module.route(*inputs, *more)[::2], truth, dtype, x, gate)
 
@@ -411,7 +411,7 @@ def test_every_share_of_a_long_gate_counts(module, dtype, num_experts):
 @pytest.mark.parametrize("num_experts", [3, 8, 9, 200])
 @pytest.mark.parametrize("num_slots", [0, 1, 1024, 1025, 5000, 32768, 33000])
 def test_sorting_is_stable_for_every_way_of_counting(module, num_slots, num_experts):
-    """Counted by every block for itself up to 32768 slots, beforehand with more; id E belongs to nobody."""
+    """Counted by every block itself up to 32768 slots, in advance with more; id E is a dropped slot."""
     ids = torch.randint(0, num_experts + 1, (num_slots,), dtype=torch.int32, device=HERE)
     assert launches(module, lambda: module.sort_by_expert(ids, num_experts)) == 1 + (num_slots > 32768)
     found = module.sort_by_expert(ids, num_experts)
@@ -428,14 +428,14 @@ def tf32():
 
 
 def cut(tensor: torch.Tensor) -> torch.Tensor:
-    """fp32 values that TF32 can hold."""
+    """fp32 values that TF32 can represent."""
     return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 @runs
 @pytest.mark.parametrize("k_inner", [True, False])
 def test_tf32(tf32, k_inner):
-    """On operands that TF32 holds its products are those of fp32, gradients included; others are rounded."""
+    """Products of operands that TF32 represents equal those of fp32, also in backward; others are rounded."""
     plan = make_routing("skewed", 70, 3, 2, HERE)
     x, bias = torch.randn(70, 44, device=HERE), torch.randn(3, 36, device=HERE)
     weight = torch.randn(3, 36, 44, device=HERE) if k_inner else torch.randn(3, 44, 36, device=HERE).mT
@@ -464,7 +464,7 @@ def test_tf32(tf32, k_inner):
         )
         return torch.autograd.grad(out[0].square().sum(), own)
 
-    # fp16 has TF32's digits, and the reference rounds what it keeps to them as well
+    # fp16 has TF32's mantissa, and the reference rounds what it saves in the same way
     for got, want, rough in zip(grads, grads_in(torch.float64), grads_in(torch.float16), strict=True):
         assert (got - want).norm() < (rough - want).norm()
 
@@ -472,7 +472,7 @@ def test_tf32(tf32, k_inner):
 @runs
 @pytest.mark.parametrize("capability", [80, 90])
 def test_one_column(dtype, capability, monkeypatch):
-    """A reduction of one step, from strided and transposed views; bias gradients alone are such."""
+    """A reduction of one step, from strided and transposed views; for example bias gradients alone."""
     monkeypatch.setenv("CUMO_EMULATE_CAPABILITY", str(capability))
     offsets = torch.tensor([0, 2, 5], dtype=torch.int32, device=HERE)
     for x in (torch.randn(5, 16, device=HERE), torch.randn(16, 5, device=HERE).T):

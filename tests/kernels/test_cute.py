@@ -1,9 +1,9 @@
-"""csrc/'s layouts against CuTe's: where elements lie, what wgmma and TMA are told of it.
+"""csrc/'s layouts compared with CuTe's: the placement of elements, and the arguments of wgmma and TMA.
 
-CuTe is NVIDIA's own account of its hardware: what kernels and emulation assume alike is held against somebody
-else's code. Three programs of tests/kernels/host write down named lists of numbers for one problem (cases.h):
-hopper.cpp by running csrc/ in emulation, driver.cpp with what the code for GPUs gives cuTensorMapEncodeTiled,
-cute.cpp from the headers in the package nvidia-cutlass. Lists of one name are equal, bit for bit.
+CuTe is NVIDIA's own description of its hardware, so it can detect an error that kernels and emulation share.
+Three programs of tests/kernels/host print named lists of numbers for one problem (cases.h): hopper.cpp by
+running csrc/ in emulation, driver.cpp with what the GPU code passes to cuTensorMapEncodeTiled, cute.cpp from
+the headers in the package nvidia-cutlass. Lists of the same name must be equal, bit for bit.
 """
 
 import pytest
@@ -17,12 +17,12 @@ if MISSING is None and not programs.cuda_headers():
     MISSING = "there are no CUDA headers: neither nvcc's nor those of triton and nvidia-cuda-cccl"
 pytestmark = [
     pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
-    pytest.mark.timeout(600),  # the first time CuTe is compiled, half a minute
+    pytest.mark.timeout(600),  # CuTe is compiled the first time, half a minute
 ]
 
 
 def read(lines: list[str]) -> dict[str, list[int]]:
-    """Name -> list; a name that comes twice has the same list."""
+    """Name -> list; a name that occurs twice has the same list."""
     found: dict[str, list[int]] = {}
     for line in lines:
         name, *words = line.split()
@@ -60,7 +60,7 @@ def assert_same(name: str, mine: list[int], theirs: list[int], mask: int = -1) -
 
 
 def test_a_tile_in_shared_memory(ours, cute):
-    """swizzled, offset_along, offset_across: the byte of every element; ours know no type, CuTe has both."""
+    """swizzled, offset_along, offset_across: the byte of every element; ours have no type, CuTe has both."""
     found = of_kind(ours, "offsets")
     assert set(found) == {f"offsets/{way}/{n}" for way in ("along", "across") for n in (64, 128, 256)}
     for name, bytes_ in found.items():
@@ -68,7 +68,7 @@ def test_a_tile_in_shared_memory(ours, cute):
             assert_same(name, bytes_, cute[f"{name}/{dtype}"])
 
 
-# kernel -> is A, is B stored across the reduction; and the groups that have a product of their own
+# kernel -> is A, is B stored across the reduction; and the groups that have a separate product
 KERNELS = {
     "forward256-along": (False, False, 2), "forward256-across": (False, True, 2),
     "half256-along": (False, False, 2), "half256-across": (False, True, 2),
@@ -82,10 +82,10 @@ LEADING = 0x3FFF << 16  # the leading dimension's byte offset in a descriptor
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_descriptors_of_every_product(ours, cute, kernel, dtype):
-    """All that multiply_stages gives to wgmma, once around the ring, against CuTe's fragments of these tiles.
+    """All descriptors that multiply_stages passes to wgmma in one ring, compared with CuTe's fragments.
 
-    Where the PTX manual ("Leading Dimension Byte Offset") has no use for that offset it is not compared: with
-    a swizzle it is assumed to be 1 along the reduction; across it leads from 64 rows to the next 64, which A
+    Where the PTX manual ("Leading Dimension Byte Offset") does not use that offset it is not compared: with a
+    swizzle it is assumed to be 1 along the reduction; across, it leads from 64 rows to the next 64, which A
     does not have. CuTe writes 1 and 0 there, csrc/ writes 0 and the chunk's size. All else is compared.
     """
     across_a, across_b, groups = KERNELS[kernel]
@@ -103,8 +103,8 @@ def test_the_descriptors_of_every_product(ours, cute, kernel, dtype):
     [
         ("accumulators", 2),  # row and column of every register of wgmma's sums
         ("map", 2 * 14),  # type, rank, base, interleave, swizzle, fill, sizes, strides, box, element steps
-        ("stage", 2 * 4 + 2),  # which element lies where: producers run on a matrix of its own indices
-        ("columns", 2),  # which column of the weight stands where in a gated tile
+        ("stage", 2 * 4 + 2),  # the placement of elements: producers run on a matrix of its own indices
+        ("columns", 2),  # the order of the weight's columns in a gated tile
     ],
 )
 def test_lists_of_a_kind_are_the_same(ours, cute, kind, count):

@@ -100,7 +100,7 @@ def test_cuda_refuses_a_gpu_it_was_not_built_for(monkeypatch):
     extension.unfit.cache_clear()
 
 
-# x stands for a tensor: there is no GPU to have one
+# x replaces a tensor, since there is no GPU
 STALE = """
 import torch, types
 import cumo_kernels
@@ -208,7 +208,7 @@ def test_the_command_line_explains_one_op(capsys):
 
 @pytest.fixture
 def h100():
-    """CPU tensors count as this GPU's."""
+    """CPU tensors are treated as this GPU's."""
     with hardware.assume(hardware.find("nvidia_h100")):
         yield
 
@@ -226,7 +226,7 @@ def test_the_measured_backend_wins(monkeypatch, h100):
         {**row, "shape": [100, 4], "ms": {"triton": 0.1, "cuda": 0.2}},
         {**row, "shape": [1000, 4], "ms": {"triton": 0.4, "cuda": 0.3}},
         {**row, "shape": [1000, 4096], "ms": {"triton": 0.5, "cuda": 0.6}},
-        {**row, "shape": [900, 4], "ms": {"triton": 9.0}},  # a time of one alone compares nothing
+        {**row, "shape": [900, 4], "ms": {"triton": 9.0}},  # a single time gives no comparison
         {**row, "dtype": "float32", "shape": [900, 4], "ms": {"triton": 0.1, "cuda": 0.2}},
         {**row, "mode": "forward", "shape": [900, 4], "ms": {"triton": 0.1, "cuda": 0.2}},
     ]
@@ -322,7 +322,7 @@ def test_timings_with_backward_count_where_an_input_needs_a_gradient(monkeypatch
 
 
 def test_fake_tensors_of_a_gpu_need_no_gpu():
-    """A compiler's, and those of whoever looks at shapes where there is none."""
+    """A compiler's fake tensors, and others without a GPU."""
     with FakeTensorMode(), use_backend(None):
         for op in OPS:
             assert dispatch.choose(op, torch.empty(8, 16, device="cuda"), 4) == "torch"

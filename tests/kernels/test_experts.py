@@ -1,4 +1,4 @@
-"""expert_mlp: every backend against the reference, output and all gradients, and against a loop."""
+"""expert_mlp: every backend compared with the reference, output and all gradients, and with a loop."""
 
 import pytest
 import torch
@@ -88,9 +88,9 @@ def test_memory_plans_and_patterns(backend, device, dtype, memory, pattern, acti
     ],
 )
 def test_sorted_rows(backend, device, memory, activation, sizes, monkeypatch):
-    """Of many rows a copy in the order of the experts is made before they are multiplied."""
+    """Many rows are copied into expert order before they are multiplied."""
     if backend != "triton":
-        pytest.skip("triton alone makes that copy from here; csrc's is tested in test_cuda_plan.py")
+        pytest.skip("only triton makes that copy here; csrc's is tested in test_cuda_plan.py")
     from cumo_kernels.backends.triton import experts
 
     routing, inputs = make_case((33, *sizes, 5, 2), activation, True, torch.bfloat16, device, "skewed")
@@ -104,9 +104,9 @@ def test_sorted_rows(backend, device, memory, activation, sizes, monkeypatch):
 
 
 def test_sorted_gradients_that_no_copy_engine_reads(backend, device):
-    """dH takes rows in the order of the experts through pointers too, bit for bit as it gathers them."""
+    """dH reads rows in expert order through pointers too, with the same bits as gathered rows."""
     if backend != "triton":
-        pytest.skip("a launcher of Triton's")
+        pytest.skip("only a launcher of Triton")
     from cumo_kernels.backends.triton.grad_hidden import launch_grad_hidden
 
     routing, (_, weights, _, down) = make_case((33, 24, 40, 41, 5, 2), "gelu", False, torch.bfloat16, device)
@@ -122,7 +122,7 @@ def test_sorted_gradients_that_no_copy_engine_reads(backend, device):
 
 @pytest.mark.parametrize("pattern", ["skewed", "empty"])
 def test_bias_gradient_in_parts(backend, device, pattern):
-    """Experts whose rows are cut into parts to be added up, beside experts with few or none."""
+    """Experts whose rows are summed in parts, and experts with few or none."""
     routing, inputs = make_case((150, 16, 16, 160, 4, 2), "quick_gelu", True, torch.float32, device, pattern)
     with use_backend(backend):
         assert_as_accurate_as_torch(*op_and_truth(routing, "quick_gelu"), *inputs)
@@ -137,7 +137,7 @@ def test_every_activation(backend, device, activation):
 
 @pytest.mark.parametrize("memory", ["x", "preact", "all"])
 def test_gradient_of_a_single_input(backend, device, memory):
-    """Skipping what needs no gradient changes nothing in what does."""
+    """Skipping gradients that are not needed does not change the others."""
     routing, inputs = make_case((30, 16, 24, 16, 4, 2), "quick_gelu", True, torch.float32, device)
     op, _ = op_and_truth(routing, "quick_gelu", memory)
     with use_backend(backend):
@@ -166,7 +166,7 @@ def test_repeats_are_bitwise_equal(backend, device, dtype):
     routing, inputs = make_case((64, 32, 48, 32, 4, 2), "quick_gelu", True, dtype, device, "skewed")
     runs = []
     with use_backend(backend):
-        for _ in range(5 if device == "cuda" else 2):  # a CPU takes turns as it always does
+        for _ in range(5 if device == "cuda" else 2):  # a CPU's order is fixed
             leaves = [t.clone().requires_grad_() for t in inputs]
             out = op_and_truth(routing, "quick_gelu")[0](*leaves)
             out.backward(torch.ones_like(out))

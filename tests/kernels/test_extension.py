@@ -1,4 +1,4 @@
-"""Compiling on first use, in a folder that several processes share and some are killed in."""
+"""Compilation on first use, in a folder that several processes share, some of which are killed."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from cumo_kernels import extension
 
 pytest.importorskip("fcntl")
 
-# what torch does in between: a file of its own, there as long as it compiles
+# like torch: a lock file that exists while it compiles
 COMPILES = """
 import os, pathlib, signal, sys, time
 from cumo_kernels import extension

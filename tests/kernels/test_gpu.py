@@ -1,4 +1,4 @@
-"""What only a GPU can show, for every backend: graph capture, no waiting for the host, equal repeats."""
+"""Checks that need a GPU, for every backend: graph capture, no host synchronisation, equal repeats."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ ROWS = [
 def test_a_gpu_backend_passes_every_check(case, name):
     result = check(case, name, "cuda")
     if result.lost and "PYTEST_XDIST_WORKER" in os.environ:
-        # every later row of this process would fail for it: xdist reports this one and starts another worker
+        # every later row of this process would fail too: xdist reports this one and starts another worker
         print(f"the device is lost after {result.command}: {result.failures}", file=sys.stderr, flush=True)
         os._exit(3)
     assert result.failures == []

@@ -1,4 +1,4 @@
-"""grouped_gemm: every backend against the reference, output and every gradient, and against a loop."""
+"""grouped_gemm: every backend compared with the reference, output and every gradient, and with a loop."""
 
 import pytest
 import torch
@@ -168,7 +168,7 @@ def test_tf32_does_not_truncate_bias_gradients(backend, device, monkeypatch):
     monkeypatch.setattr("cumo_kernels.backends.triton.weight_grad.input_precision", lambda dtype: "tf32")
     routing, x, rows, weight, bias = make_case("skewed", 45, 32, 24, 5, 2, torch.float32, device)
     offsets = routing.expert_offsets
-    # 17 bits each, so that fp32 adds them up exactly in any order, and tf32 could not hold one
+    # 17 bits each, so that fp32 adds them up exactly in any order, and tf32 cannot represent one
     upstream = torch.randint(1 << 16, 1 << 17, (90, 24), device=device) + 0.0
     wanted = [part.sum(0) for part in upstream.tensor_split(offsets[1:-1].tolist())]
     bias.requires_grad_()

@@ -1,4 +1,4 @@
-"""No op of a backend but the reference makes a GPU wait for the host: found on CPU tensors too."""
+"""No backend except the reference synchronises a GPU with the host; detected on CPU tensors too."""
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_no_op_waits_for_the_host(backend, device, dtype):
         pytest.skip("it reads the expert offsets on the host and loops over them")
     for name, op, leaves in every_op(dtype, device):
         with use_backend(backend):
-            out = op()  # what is done once, compiling and planning, is no op's time
+            out = op()  # compile and plan once first
             upstream = torch.randn_like(out)
             torch.autograd.grad(out, leaves, upstream)
             try:
@@ -103,7 +103,7 @@ def test_no_op_waits_for_the_host(backend, device, dtype):
 def test_backends_are_as_accurate_where_no_value_can_be_read(
     backend, device, dtype, activation, sizes, monkeypatch
 ):
-    """Some backends look at a CPU's values: as on a GPU they cannot, here."""
+    """Some backends read values on a CPU; here they cannot, as on a GPU."""
     if backend == "reference":
         pytest.skip("it reads the expert offsets on the host")
     num_tokens, hidden, inner, out = sizes

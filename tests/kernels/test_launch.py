@@ -1,4 +1,4 @@
-"""What a remembered launch may take for the same kernel, on a kernel that only notes its calls."""
+"""Cached launches: which calls may reuse a kernel, tested with a kernel that only records its calls."""
 
 import logging
 import os
@@ -68,7 +68,7 @@ def test_the_second_call_launches_without_binding():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda x, w: (x[1:], w),  # another alignment
+        lambda x, w: (x[1:], w),  # a different alignment
         lambda x, w: (torch.nn.Parameter(x[1:]), w),
         lambda x, w: (x, torch.nn.Parameter(torch.ones(5)[1:])),
         lambda x, w: (x.double(), w),
@@ -142,7 +142,7 @@ GLOBAL = 0  # torch's default for capturing
 
 
 class Capturing:
-    """A driver whose stream is being captured, and what was done in which mode of this thread."""
+    """A stub driver whose stream is being captured; records actions and this thread's mode."""
 
     def __init__(self, monkeypatch, fails: bool = False):
         self.mode, self.done, self.fails = GLOBAL, [], fails
@@ -162,7 +162,7 @@ class Capturing:
 
 
 class Loaded(Kernel):
-    """A kernel with Triton's way to compile and to load without a launch, in a driver's sight."""
+    """A kernel that can compile and load without a launch, like Triton's, and records it in the driver."""
 
     def __init__(self, driver: Capturing, error: Exception | None = None):
         super().__init__()
@@ -189,7 +189,7 @@ def test_a_new_kernel_in_a_capture_is_loaded_in_relaxed_mode_and_launched_in_the
     launch(1, torch.zeros(8), None, 1)
     wanted = [("compile", capture.RELAXED), ("load", capture.RELAXED), ("launch", GLOBAL)]
     assert driver.done == wanted and driver.mode == GLOBAL
-    launch(1, torch.zeros(8), None, 1)  # remembered
+    launch(1, torch.zeros(8), None, 1)  # cached
     assert driver.done == wanted
     launch(1, torch.zeros(8)[1:], None, 1)
     assert driver.done == wanted + wanted

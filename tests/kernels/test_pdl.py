@@ -1,4 +1,4 @@
-"""CUMO_PDL=1: every Triton kernel waits before it touches memory, and the driver knows; without it none."""
+"""CUMO_PDL=1: every Triton kernel waits before it accesses memory and is launched so; without it, none."""
 
 import ast
 import inspect

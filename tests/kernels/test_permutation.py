@@ -1,4 +1,4 @@
-"""permute and combine: every backend against the reference, output and gradients, and against a loop."""
+"""permute and combine: every backend compared with the reference, output and gradients, and with a loop."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""What a choice makes of proofs and self-checks: asked once, kept, shared, refused with a reason.
+"""How dispatch uses verdicts and self-checks: run once, saved, shared, refused with a reason.
 
-CPU tensors stand for a GPU's, and answers for checks: the checks themselves are in test_self_check.py.
+CPU tensors replace a GPU's, and given answers replace checks: test_self_check.py tests the checks themselves.
 """
 
 import json
@@ -27,7 +27,7 @@ X = torch.zeros(4, 4)
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """CPU tensors are an H100's, which no table knows, and Triton's; gpu[...] counts and changes checks."""
+    """CPU tensors count as an H100's without table entries; gpu[...] counts and changes checks."""
     state = {"checks": [], "passed": True, "error": None, "kept": 0}
 
     def ask(words, _):
@@ -61,13 +61,13 @@ def kept():
 
 
 def start_again():
-    """As another process, that has what is kept and nothing else."""
+    """Act as another process, which has only the saved file."""
     dispatch.forget()
 
 
 def test_checked_once_and_saved_for_the_next_process(gpu, capsys):
     assert dispatch.choose("permute", X) == dispatch.choose("permute", X) == "triton"
-    assert not list(Path(tempfile.gettempdir()).iterdir())  # no other folder where the user's will do
+    assert not list(Path(tempfile.gettempdir()).iterdir())  # no other folder is used if the user's can be
     assert len(gpu["checks"]) == 1 and capsys.readouterr().err.count("checking triton on nvidia_h100") == 1
     start_again()
     assert dispatch.choose("permute", X) == "triton" and len(gpu["checks"]) == 1
@@ -150,7 +150,7 @@ def test_where_nothing_can_be_written_each_process_checks_once(gpu, monkeypatch,
     monkeypatch.setenv("CUMO_CACHE", "/proc/cumo")
     own = tmp_path / "tmp" / f"cumo-{os.getuid()}"
     own.mkdir()
-    own.chmod(0o777)  # whoever could write there would say which kernels are right
+    own.chmod(0o777)  # anyone who can write there could declare kernels correct
     for _ in range(2):
         assert dispatch.choose("permute", X) == dispatch.choose("permute", X) == "triton"
         assert dispatch.choose("combine", X) == "triton"
@@ -159,7 +159,7 @@ def test_where_nothing_can_be_written_each_process_checks_once(gpu, monkeypatch,
 
 
 def test_shared_rows_are_read_and_a_blocked_write_leaves_nothing(gpu, tmp_path):
-    kept().mkdir(parents=True)  # no file can take its place
+    kept().mkdir(parents=True)  # no file can replace it
     assert dispatch.choose("permute", X) == "triton"
     assert {path.name for path in kept().parent.iterdir()} == {"self_check.json", "self_check.lock"}
     kept().rmdir()
@@ -203,7 +203,7 @@ def test_a_failure_is_warned_of_once_with_its_command(gpu):
 
 @pytest.mark.parametrize(("passed", "words"), [(None, "was inconclusive"), (False, "failed")])
 def test_a_temporary_failure_is_reported_and_retried_later(gpu, monkeypatch, passed, words):
-    """No memory for a check, a machine that was slow: processes that start at once do not all wait for it."""
+    """No memory for a check, or a slow machine: processes that start together do not all wait for it."""
     gpu["passed"], gpu["kept"] = passed, 600
     for _ in range(2):
         start_again()

@@ -1,8 +1,8 @@
-"""Instructions of csrc/ in emulation against the PTX manual: wgmma's layouts, cp.async, mbarrier.
+"""Instructions of csrc/ in emulation compared with the PTX manual: wgmma's layouts, cp.async, mbarrier.
 
-What is expected is written down from the manual's tables, figures and rules, not from our formulas: kernels
-and emulation could share a misunderstanding, which these tables do not. Sections and figures are numbered as
-in the edition in which wgmma is section 9.7.15. tests/kernels/host/ptx_tables.cpp executes the instruction.
+Expected values come from the manual's tables, figures and rules, not from our formulas: kernels and emulation
+could share an error, which these tests detect. Section and figure numbers are those of the edition in which
+wgmma is section 9.7.15. tests/kernels/host/ptx_tables.cpp executes the instructions.
 """
 
 import pytest
@@ -34,7 +34,7 @@ SWIZZLE_128 = (
 
 
 def swizzled(byte: int) -> int:
-    """Where the byte of an unswizzled layout lies."""
+    """The position of a byte of the unswizzled layout."""
     row, piece = byte // 128, byte % 128 // 16
     return row * 128 + SWIZZLE_128[row % 8].index(piece) * 16 + byte % 16
 
@@ -58,8 +58,8 @@ def descriptor(start: int, lbo: int, sbo: int) -> int:
 
 
 def test_places_read_off_the_tables():
-    """A few elements by hand, so that the two functions above are more than a formula."""
-    # row 1 is shifted by one piece: its first lies second; k = 8 begins the second piece, which lies first
+    """A few elements by hand, to check the two functions above."""
+    # row 1 is shifted by one piece: its first is at place 2; k = 8 begins the second piece, at place 1
     assert k_major(0, 0, 1024) == 0 and k_major(1, 0, 1024) == 128 + 16 and k_major(1, 8, 1024) == 128
     # row 7 is mirrored: piece 0 is last, piece 1 the last but one
     assert k_major(7, 0, 1024) == 896 + 112 and k_major(7, 15, 1024) == 896 + 96 + 14
@@ -67,15 +67,14 @@ def test_places_read_off_the_tables():
     assert k_major(8, 0, 2048) == 2048 and k_major(63, 9, 2048) == 7 * 2048 + 896 + 96 + 2
     # here k is the row: k = 3 reverses each half, and column 10 is the third element of piece 1
     assert mn_major(0, 3, 0, 0) == 384 + 48 and mn_major(10, 3, 0, 0) == 384 + 32 + 4
-    assert mn_major(63, 6, 0, 0) == 768 + 16 + 14  # piece 7 of row 6 lies second
+    assert mn_major(63, 6, 0, 0) == 768 + 16 + 14  # piece 7 of row 6 is at the second place
     assert mn_major(64, 0, 4096, 2048) == 4096 and mn_major(0, 8, 4096, 2048) == 2048
     assert mn_major(127, 15, 4096, 2048) == 4096 + 2048 + 896 + 14
 
 
 # 9.7.15.5.1.1.1 "Matrix Fragments for wgmma.mma_async.m64nNk16", figure 149, accumulator D: row -> the
-# threads that hold columns 0-1, 2-3, 4-5 and 6-7 of every eight, and the first of the two registers in
-# which they hold those of the first eight; for each eight further columns it is the register four further
-# on.
+# threads that hold columns 0-1, 2-3, 4-5 and 6-7 of every eight, and the first of the two registers for the
+# columns of the first eight; for each further eight columns the register number is four higher.
 FRAGMENT_D = {
     0: ((0, 1, 2, 3), 0),
     1: ((4, 5, 6, 7), 0),
@@ -96,8 +95,8 @@ N = 128
 
 
 def product(across_a: bool, across_b: bool, a: dict, b: dict, lbo_a: int, lbo_b: int) -> dict[int, list]:
-    """D of A (64, 16) and B (16, N), {(outer, k): number}, in the rows of the table; D began with ones."""
-    # strides wider than a dense tile's, and not alike
+    """D of A (64, 16) and B (16, N), {(outer, k): number}, in the rows of the table; D starts at 1."""
+    # strides larger than a dense tile's, and different
     start, sbo = {"a": 1024, "b": 20480}, {"a": 2048, "b": 3072}
     lines = []
     for name, across, elements, lbo in (("a", across_a, a, lbo_a), ("b", across_b, b, lbo_b)):
@@ -121,7 +120,7 @@ UNUSED, CHUNK = 8208, 8192
 @pytest.mark.parametrize("across_a", [False, True], ids=["a-k-major", "a-m-major"])
 class TestWgmma:
     def test_operand_a(self, across_a, across_b):
-        """A numbered, B the identity: D is A, added to what was there."""
+        """A numbered, B the identity: D is A, added to the initial values."""
         a = {(row, k): row * 16 + k for row in range(64) for k in range(16)}
         found = product(across_a, across_b, a, IDENTITY, UNUSED, CHUNK)
         for row in FRAGMENT_D:
@@ -136,10 +135,10 @@ class TestWgmma:
 
 
 def test_cp_async_fills_with_zeros():
-    """9.7.9.25.3.1 "cp.async": the first src-size bytes are copied, the others of cp-size, 16, become zero.
+    """9.7.9.25.3.1 "cp.async": the first src-size bytes are copied; the rest of cp-size, 16, is set to zero.
 
-    9.7.9.25.3.3 "cp.async.wait_group": with N the newest N groups may be pending, all older ones are over.
-    What is pending may have any bytes; in emulation it has the old ones.
+    9.7.9.25.3.3 "cp.async.wait_group": with N, the newest N groups may be pending, older ones are complete.
+    Pending bytes may have any value; in emulation they have the old one.
     """
     old, source = [0xAA] * 24, list(range(1, 33))
     copied = {
@@ -156,25 +155,25 @@ def test_cp_async_fills_with_zeros():
     assert found[10:] == finished
 
 
-# 9.7.13.15 "mbarrier". "Phase Completion": a phase is over when the pending arrivals and the tx-count are
-# zero, and the pending count is then the expected one again. "arrive": one arrival; with .expect_tx the
-# tx-count grows before it. "test_wait / try_wait" with .parity asks of the phase under way, which is not
-# over, or of the one before it, which is; the first phase is even, 0. A copy's complete-tx takes its bytes,
-# here 32, off the tx-count.
+# 9.7.13.15 "mbarrier". "Phase Completion": a phase is complete when the pending arrivals and the tx-count
+# are zero; the pending count is then reset to the expected one. "arrive": one arrival; with .expect_tx the
+# tx-count grows before it. "test_wait / try_wait" with .parity tests the current phase, which is incomplete,
+# or the previous one, which is complete; the first phase is even, 0. A copy's complete-tx subtracts its
+# bytes, here 32, from the tx-count.
 #
-# name: (count of init, [(waits from this step on, for parity)], steps, [(over after this step, copies in)])
+# name: (count of init, [(waits from this step on, for parity)], steps, [(done after this step, copies in)])
 BARRIERS = {
-    "three arrivals end a phase": (3, [(0, 0)], "arrive arrive arrive", [(3, 0)]),
-    "on a fresh barrier the phase before counts as over": (1, [(0, 1), (0, 0)], "arrive", [(0, 0), (1, 0)]),
-    "a phase that is over stays so in the next": (
+    "three arrivals complete a phase": (3, [(0, 0)], "arrive arrive arrive", [(3, 0)]),
+    "a new barrier's previous phase is complete": (1, [(0, 1), (0, 0)], "arrive", [(0, 0), (1, 0)]),
+    "a completed phase stays complete in the next": (
         2, [(2, 0), (3, 0), (2, 1)], "arrive arrive arrive arrive", [(2, 0), (3, 0), (4, 0)],
     ),
-    "every phase wants all arrivals anew": (
+    "every phase needs all arrivals again": (
         2, [(0, 0), (2, 1), (4, 0)], "arrive arrive arrive arrive arrive arrive", [(2, 0), (4, 0), (6, 0)],
     ),
-    "arrivals alone do not end a phase that expects bytes": (1, [(0, 0)], "expect 32 copy deliver", [(3, 1)]),
+    "arrivals do not complete a phase that expects bytes": (1, [(0, 0)], "expect 32 copy deliver", [(3, 1)]),
     "nor do bytes alone": (2, [(0, 0)], "expect 32 copy deliver arrive", [(4, 1)]),
-    "all bytes are waited for": (1, [(0, 0)], "expect 64 copy deliver copy deliver", [(5, 2)]),
+    "a wait is for all bytes": (1, [(0, 0)], "expect 64 copy deliver copy deliver", [(5, 2)]),
     "bytes of two expectations add up": (
         2, [(0, 0)], "expect 32 expect 32 copy deliver copy deliver", [(6, 2)],
     ),

@@ -1,4 +1,4 @@
-"""route: the sort's properties, the weights and statistics against a literal loop, every gradient."""
+"""route: properties of the sort, weights and statistics compared with a plain loop, every gradient."""
 
 import math
 from itertools import pairwise
@@ -62,7 +62,7 @@ def outputs(routing):
 
 
 def assert_same_shares(got, wanted):
-    """Of exact counts: a division, or a product with the reciprocal, has at most two roundings."""
+    """For exact counts: a division, or a product with the reciprocal, has at most two roundings."""
     assert ((got - wanted).abs() <= 2 * torch.finfo(torch.float32).eps * wanted).all()
 
 
@@ -155,7 +155,7 @@ GATES = [  # num_tokens, hidden_size, num_experts, top_k
 
 @pytest.mark.parametrize("num_tokens, hidden_size, num_experts, top_k", GATES)
 def test_gate_in_every_dtype(backend, device, dtype, num_tokens, hidden_size, num_experts, top_k):
-    """Every logit a whole number, so that no backend may choose differently from another."""
+    """Every logit is an integer, so that all backends must choose the same experts."""
     x = torch.randint(-1, 2, (num_tokens, hidden_size), device=device).to(dtype)
     gate = torch.randint(-1, 2, (num_experts, hidden_size), device=device).to(dtype)
     x[:, 8:] *= torch.rand(hidden_size - 8, device=device) < 8 / hidden_size
@@ -163,7 +163,7 @@ def test_gate_in_every_dtype(backend, device, dtype, num_tokens, hidden_size, nu
     forward, backward = (dispatch.implementation(backend, op) for op in ("route", "route_backward"))
 
     def truth(x, gate):
-        logits = x @ gate.T  # whole also where sums are made to err (cumo_kernels/verification/rounding.py)
+        logits = x @ gate.T  # integers also inside UnsplitSums (cumo_kernels/verification/rounding.py)
         return reference.route(logits + (logits.round() - logits).detach(), None, *more)[::2]
 
     found = forward(x, gate, *more)
@@ -193,7 +193,7 @@ def test_only_gradients_that_are_needed(backend, device, num_tokens, num_experts
 
 
 def test_no_gradient_is_computed_for_a_frozen_gate(backend, device):
-    """And one that trains alone none at x."""
+    """And if only the gate is trained, none for x."""
     x, gate = torch.randn(9, 8, device=device), torch.randn(4, 8, device=device)
     for frozen in (False, True):
         leaf = (x if frozen else gate).clone().requires_grad_()
@@ -239,7 +239,7 @@ def test_rows_without_a_maximum_stay_in_range(backend, device, dtype):
     weights, indices, *_ = route_of(bad, None, None, 1, 3, True)
     assert indices.min() >= 0 and indices.max() < 6
     assert all(len(set(row)) == 3 for row in indices.tolist())
-    assert indices[3, 0] == 2  # NaN of either sign ranks above all, as in torch.sort
+    assert indices[3, 0] == 2  # NaN of either sign ranks highest, as in torch.sort
     assert not weights[[3, 20, 37, 63]].isfinite().any()
     wanted = route_of(logits, None, None, 1, 3, True)
     assert torch.equal(indices[good], wanted[1][good]) and torch.equal(weights[good], wanted[0][good])
@@ -251,7 +251,7 @@ def test_rows_without_a_maximum_stay_in_range(backend, device, dtype):
 
 @pytest.mark.parametrize("compat", [None, "cumo", "cumo_llm"])
 def test_logits_of_the_gate_are_rounded_as_those_of_a_linear_layer(backend, device, dtype, compat):
-    """Sums exact in fp32 and too long for 16 bits: with the gate inside or in front, the same bits."""
+    """Sums exact in fp32 and too long for 16 bits: the same bits with the gate in or before the kernel."""
     x, gate = (torch.randint(-99, 100, (n, 64), device=device).to(dtype) / 64 for n in (57, 5))
     logits = (x.double() @ gate.double().T).to(dtype)
     with use_backend(backend):
@@ -262,9 +262,9 @@ def test_logits_of_the_gate_are_rounded_as_those_of_a_linear_layer(backend, devi
     assert dtype == torch.float32 or not torch.equal(logits.double(), x.double() @ gate.double().T)
 
 
-@pytest.mark.parametrize("num_experts", [5, 40])  # the gate inside the kernels, and in front of them
+@pytest.mark.parametrize("num_experts", [5, 40])  # the gate inside the kernels, and before them
 def test_backward_under_an_autocast_not_active_in_forward(backend, device, num_experts):
-    """Routers compute in fp32 apart from autocast, and loss.backward() is called inside of it."""
+    """Routers compute in fp32 outside autocast, and loss.backward() is called inside it."""
     x = torch.randn(24, 16, device=device, requires_grad=True)
     gate = torch.randn(num_experts, 16, device=device, requires_grad=True)
     upstream = torch.randn(24, 2, device=device)
@@ -279,7 +279,7 @@ def test_backward_under_an_autocast_not_active_in_forward(backend, device, num_e
         assert torch.equal(found, wanted)
 
 
-SORTS = [  # num_tokens, num_experts, top_k; one program sorts 4 blocks of slots, smaller with more experts
+SORTS = [  # num_tokens, num_experts, top_k; one program sorts 4 blocks of slots, smaller for more experts
     pytest.param(0, 4, 2, id="no-slot"),
     pytest.param(1, 1, 1, id="one-slot"),
     pytest.param(577, 4, 2, id="clip-crop"),
@@ -343,7 +343,7 @@ def test_masked_experts_get_no_token(backend, device):
 
 
 def test_compat_repeats_the_original_rounding(backend, device):
-    """The original's own order of bf16 operations (cumo_spec.md 2.1, 2.2), spelled out."""
+    """The original's own order of bf16 operations (cumo_spec.md 2.1, 2.2), written out."""
     logits = (3 * torch.randn(200, 4, device=device)).bfloat16()
     probs = logits.softmax(-1, dtype=torch.float32).bfloat16()
     values, indices = probs.topk(2)
@@ -369,7 +369,7 @@ def test_compat_repeats_the_original_rounding(backend, device):
 @pytest.mark.parametrize("num_experts, top_k", [(4, 2), (7, 3), (8, 2), (64, 8), (200, 5)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_compat_breaks_ties_as_topk(backend, device, dtype, num_experts, top_k, compat):
-    """Whole numbers: most tokens have equals among their best. Gradients go to who was chosen."""
+    """Integer logits: most tokens have ties among their top-k. Gradients go to the chosen experts."""
     logits = torch.randint(3, (500, num_experts), device=device).to(dtype)
     with use_backend(backend):
         routing = route(logits, top_k, compat=compat)
@@ -377,7 +377,7 @@ def test_compat_breaks_ties_as_topk(backend, device, dtype, num_experts, top_k, 
     chosen = (probs.to(dtype) if compat == "cumo" else probs).topk(top_k).indices
     assert torch.equal(routing.topk_indices.long(), chosen)
     lowest = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    assert not torch.equal(chosen, lowest)  # else this shows nothing
+    assert not torch.equal(chosen, lowest)  # else this test shows nothing
     assert torch.equal(routing.expert_offsets.diff(), torch.bincount(chosen.flatten(), minlength=num_experts))
 
     def truth(x):

@@ -1,7 +1,7 @@
-"""The self-check's processes: planted backends are refused, ranks wait for each other, nothing stays behind.
+"""The self-check's processes: planted faults are refused, ranks wait for each other, no process is left over.
 
-There is no GPU here, so CPU tensors stand for one's (hardware.assume), the interpreter and the emulator for
-what runs on it. The processes, files and locks are real ones. What a choice makes of them: test_proofs.py.
+There is no GPU here, so CPU tensors replace a GPU's (hardware.assume), and the interpreter and the emulator
+run its kernels. Processes, files and locks are real. test_proofs.py tests how dispatch uses the verdicts.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def finish(process, seconds=280):
     return json.loads(out.splitlines()[-1]), errors
 
 
-PLANTED = {  # file -> what is put at its end
+PLANTED = {  # file -> code appended to it
     "activation": "_right = activate\ndef activate(x, name):\n    return _right(x, name) * (1 + 2.0**-7)\n",
     "permutation": "def permute(*_):\n    raise RuntimeError('planted')\n"
     "def combine(*_):\n    import time\n    time.sleep(1000)\n",
@@ -77,7 +77,7 @@ PLANTED = {  # file -> what is put at its end
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_planted_backends_are_refused_and_their_caller_survives(tmp_path):
-    """One that is wrong, one that raises, one that aborts, one that dies of a signal, one that hangs."""
+    """One is wrong, one raises, one aborts, one is killed by a signal, one hangs."""
     tree, cache = tmp_path / "tree", tmp_path / "cache"
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(TREE / "cumo_kernels", tree / "cumo_kernels", ignore=ignored)
@@ -105,9 +105,9 @@ def test_planted_backends_are_refused_and_their_caller_survives(tmp_path):
         assert re.search(rf"triton's self-check .* failed, .*{op}: .*{wanted}", errors, re.DOTALL)
     rows = json.loads((cache / verdict_file.NAME).read_text())
     assert {row["op"]: row["passed"] for row in rows} == dict.fromkeys(ops, False)
-    soon = {row["op"]: row["until"] for row in rows if row["until"]}  # a machine may have been slow
+    soon = {row["op"]: row["until"] for row in rows if row["until"]}  # the machine may have been slow
     assert list(soon) == ["combine"] and 0 < soon["combine"] - time.time() < 2 * proofs.DAY
-    # and what it says now is what the next process believes
+    # and the next process uses the saved verdict
     found, errors = finish(start(ops, tree, cache))
     assert {op: chosen for op, (chosen, _) in found.items()} == dict.fromkeys(ops, "torch")
     assert "checking" not in errors and "triton's self-check on nvidia_h100 in float32 failed" in errors
@@ -122,7 +122,7 @@ subprocess.run([sys.executable, "-c", "import time; time.sleep(600)"])
 
 
 def marked(mark):
-    """Processes whose environment has that mark."""
+    """Processes whose environment contains the mark."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -141,7 +141,7 @@ def until(condition, seconds=60):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_the_check_ends_with_its_caller(tmp_path, number):
-    """A caller that ends while it waits leaves nothing behind on the GPU."""
+    """A caller that ends while it waits leaves no process on the GPU."""
     code = f"""
 import signal
 from cumo_kernels import proofs

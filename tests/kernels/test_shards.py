@@ -1,4 +1,4 @@
-"""verify --workers: what a case does to its process costs that case alone, the others are as without."""
+"""verify --workers: a case that kills its process fails alone; the others give the same results."""
 
 import json
 import math
@@ -51,7 +51,7 @@ for number, line in enumerate(sys.stdin):
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
-    """command(program): workers run that."""
+    """command(program): workers run that program."""
 
     def replace(program):
         path = tmp_path / "planted.py"
@@ -93,7 +93,7 @@ def test_a_fault_fails_only_its_case(command, tmp_path, capsys):
 
 @pytest.fixture
 def shard(command):
-    """shard(program, workers, **) -> (Shards, its results); jobs of a reference that never computes."""
+    """shard(program, workers, **) -> (Shards, its results); jobs of a reference that computes nothing."""
 
     def make(program="", workers=1, case_seconds=60.0, stop=math.inf):
         command(program)
@@ -125,7 +125,7 @@ def test_a_worker_whose_watchdog_fails_is_killed(shard, monkeypatch):
 
 
 def test_a_process_that_cannot_be_killed_is_left_behind(shard, monkeypatch):
-    """Its pipe stays open, here in the hands of a child of its own."""
+    """Its pipe stays open, here held by its child."""
     monkeypatch.setattr(shards, "GRACE", 0.1)
     monkeypatch.setattr(shards, "LINGER", 0.3)
     hang = "import subprocess, time\nact = lambda *_: (subprocess.Popen(['sleep', '20']), time.sleep(60))"
@@ -148,7 +148,7 @@ def test_after_a_lost_device_another_process_continues(shard):
 
 
 def test_a_case_out_of_memory_is_repeated_alone(shard):
-    """Each process passes what it is asked first, as one that is alone does."""
+    """Each process passes its first case, as a process alone on the GPU would."""
     many, results = shard("act = lambda _, number: (number and 'OutOfMemoryError: no', False)" + SPEAKS)
     assert many.run(JOBS) == []
     assert [(row["case"], row["failures"]) for row in results] == [
@@ -192,12 +192,12 @@ def test_large_cases_wait_for_each_other(shard):
         worker.take = lambda job, worker=worker: setattr(worker, "job", job)
         many.running.append(worker)
         many._employ(worker, over=False)
-    # one large case begins at once; the other waits, and small ones pass it
+    # one large case starts at once; the other waits, and small ones overtake it
     assert [w.job and w.job.case for w in many.running] == [large, small, small, None]
     many.running.pop(0)
     many._employ(many.running[-1], over=False)
     assert many.running[-1].job.case == large and many.left == []
-    many.running = []  # nobody to stop
+    many.running = []  # no workers to stop
 
 
 def test_every_backend_gets_its_share_of_processes(shard):

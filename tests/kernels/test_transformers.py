@@ -1,4 +1,4 @@
-"""Our experts inside other people's models: transformers' experts interface."""
+"""cumo's experts in models of transformers, through its experts interface."""
 
 import copy
 import importlib
@@ -96,7 +96,7 @@ MODELS = {
 
 @pytest.fixture
 def make():
-    """Factory: name -> model with routers that have opinions, on the "cumo" experts."""
+    """Factory: name -> model with clearly separated router logits, on the "cumo" experts."""
 
     def make(name):
         model = AutoModelForCausalLM.from_config(
@@ -151,7 +151,7 @@ def test_experts_are_as_accurate_as_their_own_loop(make, name, dtype):
     _, experts = experts_of(make(name))[0]
     names = [key for key, _ in experts.named_parameters()]
     index = torch.stack([torch.randperm(4)[:2] for _ in range(37)])
-    index[index == 3] = 2  # expert 3 gets no token, some tokens choose twice the same
+    index[index == 3] = 2  # expert 3 gets no token, some tokens choose the same expert twice
 
     def through(implementation):
         module = copy.deepcopy(experts)
@@ -246,7 +246,7 @@ def test_autocast_runs_in_its_dtype_and_returns_the_callers():
     assert out.dtype == torch.float32
     half = copy.deepcopy(experts).bfloat16()(x.bfloat16(), index, weights)
     assert torch.equal(out, half.float())
-    # fp32 hidden states before half-precision weights, as a norm in fp32 leaves them
+    # fp32 hidden states before half-precision weights, like those of an fp32 norm
     assert torch.equal(copy.deepcopy(experts).bfloat16()(x, index, weights), half.float())
 
 
@@ -254,7 +254,7 @@ def test_unsupported_experts_fall_back_with_a_reason(monkeypatch):
     experts = mixtral_experts()
     x, index, weights = torch.randn(6, 32), torch.randint(4, (6, 2)), torch.rand(6, 2)
     wanted = experts(x, index, weights)
-    rounding = rounding_of(lambda: experts(x, index, weights))  # grouped_mm knows no fp64
+    rounding = rounding_of(lambda: experts(x, index, weights))  # grouped_mm has no fp64
     asked, warned = [], []
     grouped = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
     monkeypatch.setitem(
@@ -273,7 +273,7 @@ def test_unsupported_experts_fall_back_with_a_reason(monkeypatch):
 
 
 def every_experts_class():
-    """(module, class) of all that transformers decorates for the experts interface."""
+    """(module, class) of all classes that transformers decorates for the experts interface."""
     folder = Path(transformers.__file__).parent / "models"
     for file in sorted(folder.glob("*/modeling_*.py")):
         for name in re.findall(
@@ -283,7 +283,7 @@ def every_experts_class():
 
 
 def small_experts(module, name):
-    """An experts module from whichever config of its file has what it asks for, made small."""
+    """A small experts module, from the first config of its file that has the needed fields."""
     sizes = {"hidden_size": 32, "n_embd": 32, "moe_latent_size": None}
     sizes |= dict.fromkeys(("intermediate_size", "moe_intermediate_size", "expert_ffn_hidden_size"), 24)
     sizes |= dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4)
@@ -301,7 +301,7 @@ def small_experts(module, name):
                     setattr(config, key, value)
             more = [24] if name == "Ernie4_5_VLMoeMoeExperts" else []  # its intermediate_size
             return getattr(module, name)(config, *more)
-        except Exception:  # the tower's config, or a model's around it
+        except Exception:  # the config of a tower or of an outer model
             continue
     raise AssertionError(f"no config of {module.__name__} makes a {name}")
 
@@ -311,7 +311,7 @@ def test_the_experts_of_every_model_that_has_the_interface():
     fused = {}
     for path, name in every_experts_class():
         experts = small_experts(importlib.import_module(path), name).double()
-        if hasattr(experts, "post_expert_norm"):  # theirs computes in fp32 whatever it is given
+        if hasattr(experts, "post_expert_norm"):  # their own norm computes in fp32 for every dtype
             experts.post_expert_norm = torch.nn.LayerNorm(experts.hidden_dim).double()
         with torch.no_grad():
             for parameter in experts.parameters():
@@ -320,7 +320,7 @@ def test_the_experts_of_every_model_that_has_the_interface():
         x, weights = torch.randn(9, H).double(), torch.rand(9, 2).double()
         index = torch.randint(experts.num_experts, (9, 2))
         results = []
-        # a few loops compute or add in fp32 whatever they are given
+        # a few loops compute or add in fp32 for every dtype
         plain = "batched_mm" if re.search(r"float32|\.float\(", inspect.getsource(type(experts))) else "eager"
         for implementation in ("cumo", plain):
             experts.config._experts_implementation_internal = implementation
@@ -337,7 +337,7 @@ def test_the_experts_of_every_model_that_has_the_interface():
 
 
 def test_a_norm_of_each_experts_rows_comes_before_the_weights():
-    """transformers 5.20 on has models with one; here on Mixtral's experts, beside the loop written out."""
+    """Models of transformers 5.20 and later have one; here on Mixtral's experts, compared to a plain loop."""
     experts = mixtral_experts().double()
     experts.has_post_expert_norm = True
     experts.post_expert_norm = torch.nn.LayerNorm(32).double()

@@ -1,7 +1,7 @@
-"""The Triton backend on a machine without a GPU: this folder's tests again, in Triton's interpreter.
+"""The Triton backend without a GPU: the tests of this folder, run in Triton's interpreter.
 
-The interpreter is chosen when Triton is imported, hence processes of their own. Rows marked large are left to
-GPUs, and what conftest.py beside this file marks `sweep` to `make test-all`.
+The interpreter is selected when Triton is imported, hence separate processes. Rows marked large run only on
+GPUs, and rows that conftest.py marks `sweep` only in `make test-all`.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-STEMS = {  # file: how many rows at least, and in a sweep: a filter that matches nothing proves nothing
+STEMS = {  # file: minimum number of rows, and in a sweep; guards against a filter that matches nothing
     "activation": (40, 70),
     "experts": (50, 80),
     "grouped_gemm": (55, 100),
@@ -30,7 +30,7 @@ RUNS = [
 
 
 def interpret(stem: str, rows: str, **switches: str) -> int:
-    """-> how many rows of tests/kernels/test_<stem>.py passed, all that ran."""
+    """-> the number of rows of tests/kernels/test_<stem>.py that ran; all passed."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]
     command += ["-m", f"{'' if rows == 'sweep' else 'not '}sweep and not large", f"test_{stem}.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **switches}

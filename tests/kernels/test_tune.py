@@ -1,4 +1,4 @@
-"""tune: what it times, in which order, what it keeps; without a GPU, by a rehearsal."""
+"""tune: what it times, in which order, what it saves; tested without a GPU, in a rehearsal."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def fresh_caches():
 
 
 def clock(monkeypatch, times):
-    """A launch with a config takes so many milliseconds of `times`, or raises what is there."""
+    """A launch with a config takes the milliseconds given in `times`, or raises the exception there."""
 
     def measure(run):
         return run()
@@ -54,7 +54,7 @@ def test_the_fastest_is_taken_and_configs_that_raise_are_skipped(monkeypatch, ca
     done = Future()
     done.set_exception(RuntimeError("a compiler's failure is not this process's"))
     entry = tune.fastest(PROBLEM, [TILES[0], split, TILES[2]], [done], launch, "cpu")
-    assert entry == Entry(PROBLEM, TILES[1], 2.0)  # splits are chosen anew at every launch
+    assert entry == Entry(PROBLEM, TILES[1], 2.0)  # splits are chosen at every launch
     assert f"{TILES[2]}: RuntimeError: no such tile\n" in capsys.readouterr().out
 
 
@@ -96,7 +96,7 @@ def test_candidates_can_run_and_begin_with_the_current_choice(gpu):
                 assert all(tuning.refuse(config, problem, gpu) is None for config in found)
                 assert found[0] == tuning.get_config(problem, gpu)
                 assert len(found) == len(set(found))
-                # fp32 tiles are twice as large, and few of those for bf16 fit
+                # fp32 tiles are twice as large, and few of the bf16 candidates fit
                 assert len(found) >= (3 if dtype == BF16 and gpu.has_tma else 1), (problem, found)
                 assert all(c.SPLITS == tuning.splits(problem, c, gpu) for c in found)
 

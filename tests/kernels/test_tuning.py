@@ -26,7 +26,7 @@ CARD = find("nvidia_h100")
 
 @pytest.fixture(autouse=True)
 def fresh_caches(monkeypatch):
-    """Choices are remembered; a test that changes their sources must neither see nor leave old ones."""
+    """Choices are cached; a test that changes their sources must neither see nor leave old ones."""
     tuning.forget()
     yield
     tuning.forget()
@@ -111,7 +111,7 @@ def test_a_card_with_the_same_multiprocessors_shares_a_file_without_warning(
     nearest = min(tuning.entries(sibling), key=lambda entry: tuning.distance(problem, entry.problem))
     assert shared == tuning.fit(nearest.config, problem, gpu)
 
-    # what was tuned on the card itself comes first, and hides nothing else of its sibling's
+    # the card's own entries come first; other entries of its sibling remain
     (tmp_path / f"{sibling}.json").write_bytes((SOURCE / f"{sibling}.json").read_bytes())
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
     own = Config(32, 32, 32, 4, 2)
@@ -152,7 +152,7 @@ def test_splits_fill_the_chip_and_no_more():
     assert tuning.splits(one_image, config, CARD) == 2
     assert tuning.splits(replace(one_image, can_split=False), config, CARD) == 1
     assert tuning.splits(replace(one_image, rows=9232), config, CARD) == 1
-    assert tuning.splits(replace(one_image, k=512), config, CARD) == 1  # too short to cut
+    assert tuning.splits(replace(one_image, k=512), config, CARD) == 1  # too short to split
     few_tiles = Problem("weight_grad", BF16, 65536, 256, 1024, 4, can_split=True)
     assert tuning.splits(few_tiles, config, CARD) == 2  # 128 tiles of 128 x 64
     assert tuning.splits(replace(few_tiles, rows=0), config, CARD) == 1
@@ -164,7 +164,7 @@ DH = Problem("grad_hidden", BF16, 10240, 4096, 1024, 4)
 def test_a_short_sum_of_dh_is_a_pair_of_blocks_and_a_long_one_is_not():
     chosen = [tuning.get_config(replace(DH, rows=36864, k=64 * steps), CARD) for steps in range(1, 128)]
     # by hand: 4608 wide tiles are 35 for one multiprocessor, 9216 narrow ones 70
-    # the pair's ends: all but the last hidden, or none; the mean
+    # the pair's epilogues: the mean of all but the last hidden, and none hidden
     pays = [35 * (steps * 1024 + 8800) > 70 * steps * 512 * 1.2 + 35.5 * 4400 for steps in range(1, 128)]
     assert pays == sorted(pays, reverse=True) and pays.count(True) == 21
     assert chosen == [tuning.PAIR if pay else tuning.WIDE for pay in pays]
@@ -189,7 +189,7 @@ def test_dh_in_fp16_has_one_block_per_multiprocessor():
 
 def test_a_pair_of_dh_fits_one_multiprocessor():
     for gpu in (gpu for gpu in GPUS if gpu.capability == 90):
-        needed = tuning.shared_memory(tuning.PAIR, DH) + KIB  # what each block takes for itself
+        needed = tuning.shared_memory(tuning.PAIR, DH) + KIB  # memory that each block reserves
         assert tuning.PAIR.PER_SM * needed <= gpu.shared_memory + KIB
         for config in (tuning.PAIR, tuning.WIDE, tuning.SQUARE):
             assert tuning.refuse(config, DH, gpu) is None
@@ -200,7 +200,7 @@ def test_a_pair_of_dh_fits_one_multiprocessor():
     [
         ({"gated": True}, CARD),  # spills
         ({"kind": "gemm"}, CARD),
-        ({"rows": 128}, CARD),  # small tiles stay
+        ({"rows": 128}, CARD),  # small tiles are not changed
         ({}, find("nvidia_b200")),
         ({}, find("nvidia_a100")),
     ],
@@ -268,7 +268,7 @@ def test_search_compiles_all_neighbours_before_it_times_one():
 
 
 def test_a_workers_kernels_are_in_tritons_cache(monkeypatch, tmp_path):
-    """As a process beside this one would leave them."""
+    """As another process would leave them."""
     if os.environ.get("TRITON_INTERPRET"):
         pytest.skip("the interpreter compiles nothing")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -318,7 +318,7 @@ def test_a_gemm_that_never_ran_is_not_saved(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "launcher", lambda problem, device: None)
     monkeypatch.setattr(tune, "compile_for", lambda *what: None)
     monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(1))
-    asked = iter(range(10**6))  # of the second run's GEMMs the first's configs run, the others' do not
+    asked = iter(range(10**6))  # in the second run the first GEMM's configs run, the others' do not
     ran = lambda launch, config, device: 1.0 if next(asked) < 3 else math.inf
     before = (SOURCE / "nvidia_h100.json").read_text()
     (tmp_path / "nvidia_h100.json").write_text(before)
@@ -348,7 +348,7 @@ TILES = [
 
 @pytest.fixture
 def with_tiles(monkeypatch, device, request):
-    """Force one config on every GEMM, within what its kind allows."""
+    """Force one config on every GEMM, within the limits of its kind."""
     config = request.param
 
     def choose(problem, gpu):

@@ -1,4 +1,4 @@
-"""verified.json: what is proven on a GPU runs there unasked, and nothing else; verify --record writes it."""
+"""verified.json: backends verified on a GPU run there unforced, and no others; verify --record writes it."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ def entry(backend="triton", op="permute", dtype="bfloat16", **changes):
 
 
 def forget():
-    """What has been answered, for there is another GPU now."""
+    """Clear the caches, since the GPU changes."""
     dispatch.forget()
     dispatch._unfit_for_triton.cache_clear()
 
@@ -142,7 +142,7 @@ def test_the_same_multiprocessors_share_a_proof(gpu):
     gpu(table, H200)
     assert dispatch.choose("permute", X) == "triton"
     assert "verified on nvidia_h100, with the multiprocessors of nvidia_h200, 2026-11-28" in line("triton")
-    gpu(table | {"nvidia_h200": []}, H200)  # it has a list of its own
+    gpu(table | {"nvidia_h200": []}, H200)  # it has its own list
     assert dispatch.choose("permute", X) == "torch"
     gpu({"nvidia_h200": [entry()]}, H100)
     assert dispatch.choose("permute", X) == "torch"
@@ -187,7 +187,7 @@ def test_without_a_gpu_its_tensors_are_not_trusted(gpu, monkeypatch):
 
 @pytest.mark.parametrize("proven", [True, False])
 def test_compiled_code_gets_the_same_answer(monkeypatch, tmp_path, proven):
-    """On CPU tensors in place of a GPU's: only the question is tried, and which function runs."""
+    """On CPU tensors instead of a GPU's: only tests the choice, and which function runs."""
     monkeypatch.setattr(dispatch, "_forced", None)
     monkeypatch.setattr(verified, "TABLE", {"nvidia_h100": [entry(dtype="float32")] if proven else []})
     monkeypatch.setenv("CUMO_CACHE", str(tmp_path))
@@ -280,7 +280,7 @@ def test_which_machine_code_a_gpu_runs(capability, architectures, name):
 
 @pytest.fixture
 def recorded(gpu, monkeypatch, tmp_path):
-    """recorded(results, words) -> what `verify --record` leaves in a file that had other entries."""
+    """recorded(results, words) -> the result of `verify --record` on a file with other entries."""
     path = tmp_path / "verified.json"
     monkeypatch.setattr(verified, "PATH", path)
 
@@ -309,7 +309,7 @@ def test_a_complete_passing_run_is_recorded(recorded, capsys):
     table = recorded(results() + results("reference"), old, dtype=["bf16"])
     assert table["nvidia_a100"] == old["nvidia_a100"]
     cuda, triton = table["nvidia_h100"]
-    assert cuda == entry("cuda")  # another backend's stays
+    assert cuda == entry("cuda")  # another backend's entry stays
     assert triton["cases"] == len(results()) and triton["source"] == verified.source_of("triton")
     assert set(triton) == set(entry()) and triton["torch"] == torch.__version__
     assert "recorded for nvidia_h100" in capsys.readouterr().out
@@ -325,7 +325,7 @@ def test_recorded_entries_are_used(recorded, gpu):
 def test_a_failure_takes_the_place_of_an_entry(recorded, gpu):
     old = {"nvidia_h100": [entry(), entry(op="combine")]}
     whole = results(failing="odd-tails")
-    for ran in (whole, whole[:12]):  # whether it was whole or not
+    for ran in (whole, whole[:12]):  # whether the run was complete or not
         table = recorded(ran, old)
         numbers = {row["op"]: (row["failed"], row["cases"]) for row in table["nvidia_h100"]}
         assert numbers == {"combine": (0, 23), "permute": (1, len(ran))}

@@ -1,4 +1,4 @@
-"""verify: it passes what is right, and each of its checks refuses a kernel that is wrong in just that way."""
+"""verify: it passes correct kernels, and each check refuses a kernel that is wrong in just that way."""
 
 import json
 import random
@@ -41,7 +41,7 @@ def failure(case: Case) -> str:
 def test_the_reference_passes(op):
     results = [check(case, "reference", "cpu") for _, case in all_cases(cases.FEW, ("fp32", "bf16"), (op,))]
     assert results and all(r.failures == [] and r.repeats and r.guards for r in results)
-    # twice torch's own error and twice half a rounding: all that the rule allows without unsplit sums
+    # twice torch's own error and twice half a rounding: the limit of the rule without unsplit sums
     assert all(r.output <= 4 and r.gradient <= 4 for r in results)
 
 
@@ -175,7 +175,7 @@ def test_exact_logits_are_exact_under_any_signs(dtype):
     generator = torch.Generator().manual_seed(1)
     for t in call.inputs:
         t *= torch.randint(2, t.shape, generator=generator) * 2 - 1
-    # in halves, added in the dtype: as exact
+    # in two halves, added in the dtype: also exact
     parts = x[:, :301] @ gate[:, :301].T + x[:, 301:] @ gate[:, 301:].T
     assert torch.equal(parts.double(), x.double() @ gate.double().T)
     assert torch.equal(parts, cases._exact_logits(x, gate))
@@ -184,8 +184,8 @@ def test_exact_logits_are_exact_under_any_signs(dtype):
 @pytest.mark.parametrize("op", ["route", "route_backward"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_a_router_that_drops_columns_is_refused(replaced, op, dtype):
-    """The last columns, or a warp's share of a tile: of the logits, or of both gradients."""
-    at, columns = 0 if op == "route" else 3, [0, 0]  # where x stands, and what is dropped
+    """Drops the last columns, or a warp's share of a tile, from the logits or from both gradients."""
+    at, columns = 0 if op == "route" else 3, [0, 0]  # the position of x, and the dropped columns
 
     def drops(plain, *args):
         args = list(args)
@@ -299,7 +299,7 @@ def test_an_interrupted_run_keeps_its_results(replaced, monkeypatch, tmp_path):
 
 
 def test_a_lost_device_fails_only_one_case(replaced, monkeypatch, tmp_path, capsys):
-    """The others run in a process of its own, whose arguments are tried in this one."""
+    """The others run in a separate process, whose arguments are tested in this one."""
     broken, asked, whole = [], [], dispatch.implementation("reference", "activate")
 
     def breaks(plain, x, name):
