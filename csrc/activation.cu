@@ -5,7 +5,7 @@
 //
 // One thread per 16 bytes of out (one element where I forbids it). Memory bound: 2 * S * I elements (3 gated) forward,
 // 3 * S * I (5 gated) backward.
-// Contract: cumo_kernels/ops/activation.py. Truth: cumo_kernels/backends/reference/activation.py.
+// Contract: cumo_kernels/ops/activation.py. Reference: cumo_kernels/backends/reference/activation.py.
 #include "activations.cuh"
 #include "launch.cuh"
 
@@ -22,7 +22,7 @@ __device__ __forceinline__ void store(T* pointer, const Vec<T, kVec>& value) {
   *reinterpret_cast<Vec<T, kVec>*>(pointer) = value;
 }
 
-// The thread's place: row, and element of the row; false past the end.
+// The thread's position: row, and element of the row; false past the end.
 template <int kVec>
 __device__ __forceinline__ bool place(int64_t rows, int64_t I, int64_t& row, int64_t& col) {
   const int64_t index = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVec;

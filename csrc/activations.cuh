@@ -1,7 +1,7 @@
-// The activations as device functions, one case each per row of cumo_kernels/activations.py: act(z) and act'(z).
+// The activations as device functions, one case per row of cumo_kernels/activations.py: act(z) and act'(z).
 //
-// The kind is an argument and not a template: the branch is the same for a whole launch, and eight times the kernels
-// would cost more to build and to keep in the instruction cache than it does.
+// The kind is an argument, not a template: the branch is the same for a whole launch, and eight times as many kernels
+// would cost more build time and instruction cache than the branch does.
 #pragma once
 
 #include "kernels.h"
@@ -14,7 +14,7 @@ struct ActAndGrad {
 };
 
 struct Sigmoid {
-  float value, slope;  // slope = value * (1 - value), neither losing digits where the other is near 1
+  float value, slope;  // slope = value * (1 - value), both accurate where the other is close to its limit
 };
 
 __device__ __forceinline__ Sigmoid sigmoid(float z) {

@@ -2,17 +2,17 @@
 //
 //   out[e] = sum over the rows p of expert e of w[p] * grad[token(p)]        grad (T, N)   out (E, N)
 //
-// w[p] is the routing weight of slot permutation[p]. (The sum of unweighted rows is cheaper beside a weight's gradient:
-// bias_sum.cuh.) A block has eight runs of columns and 32 rows at a time; where experts and columns alone would leave the
-// chip idle an expert's rows are cut into parts, added up in order (sums.cu), so results repeat. An expert without rows
-// gives exact zeros. Memory bound: S * N elements, of which a token's second and later reads come from L2.
+// w[p] is the routing weight of slot permutation[p]. (Unweighted rows are summed at less cost together with a weight's
+// gradient: bias_sum.cuh.) A block has eight runs of columns and 32 rows at a time. Where experts and columns alone
+// would not fill the chip, an expert's rows are split into parts, added in order (sums.cu), so results repeat. An expert
+// without rows gives exact zeros. Memory bound: S * N elements; a token's second and later reads come from L2.
 // The same stem in Triton: cumo_kernels/backends/triton/bias_grad.py.
 #include "launch.cuh"
 
 namespace cumo {
 
 constexpr int kThreads = 256, kLanes = 8, kRowsAtOnce = kThreads / kLanes;
-constexpr int kBatch = 8;  // rows that a thread has under way
+constexpr int kBatch = 8;  // rows that a thread has in flight
 
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads)
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 int bias_grad_parts(const Device& device, Dtype dtype, int64_t S, int E, int N) {
-  // a part is 1024 rows of an expert that gets its fair share: fewer are read before the launch that adds up parts begins
+  // a part is 1024 rows of an expert under balanced routing: fewer are read before the launch that adds parts starts
   constexpr int kMost = 32, kRowsOfStep = 1024 / kMinSteps;
   const int64_t tiles = int64_t{E} * ceil_div(N, kLanes * 16 / bytes_of(dtype)), places = int64_t{8} * device.sms - 1;
   return std::min(kMost, count_splits(tiles, S / (int64_t{E} * kRowsOfStep), places));

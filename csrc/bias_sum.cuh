@@ -1,4 +1,4 @@
-// The gradient of a bias beside that of its weight: sums of the 128 columns of grad that a stage holds in shared memory.
+// The gradient of a bias, computed with that of its weight: sums of the 128 columns of grad of a stage in shared memory.
 #pragma once
 
 #include "launch.cuh"
@@ -6,9 +6,9 @@
 
 namespace cumo {
 
-// One of eight warps, 16 columns. A stage is kRowBytes / sizeof(T) rows, stored across the reduction, zeros where there
-// is no row. Numbers of 16 bits are summed by the tensor cores, times a column of ones: on an SM's FMA units every number
-// costs a conversion and an addition, a fifth of the issue slots that a stage of the product has.
+// One of eight warps, 16 columns. A stage is kRowBytes / sizeof(T) rows, stored across the reduction, with zeros where
+// there is no row. 16-bit values are summed by the tensor cores, times a column of ones: on the FMA units every value
+// would need a conversion and an addition, a fifth of the issue slots of a stage of the product.
 template <class T>
 struct BiasSum {
   static constexpr int kDepth = kRowBytes / sizeof(T);
@@ -21,7 +21,7 @@ struct BiasSum {
     if constexpr (sizeof(T) == 2) {
       constexpr uint32_t kOnes = std::is_same_v<T, half_t> ? 0x3c003c00 : 0x3f803f80;
       const uint32_t ones[2] = {kOnes, kOnes};
-      // matrices of 8 rows x 8 columns: two side by side, two below, transposed on the way
+      // matrices of 8 rows x 8 columns: two side by side, two below, transposed by the load
       const int at = offset_across(lane / 16 * 8 + lane % 8, (column + lane / 8 % 2 * 8) * 2, kDepth);
 #pragma unroll
       for (int k = 0; k < kDepth; k += 16) {

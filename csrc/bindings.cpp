@@ -1,8 +1,8 @@
 // cumo_kernels._C: the launchers of every stem, with the names and arguments of cumo_kernels/backends/*/<stem>.py.
 //
-// The only file that knows torch and Python. A launcher checks what a kernel would read wildly without, allocates its
-// outputs from torch's caching allocator, and launches on the current stream of its first tensor's device; nothing
-// waits for the GPU. Memory plans and the order of kernels: experts_layer.h.
+// The only file that depends on torch and Python. A launcher checks what would cause out-of-bounds reads in a kernel,
+// allocates its outputs from torch's caching allocator, and launches on the current stream of its first tensor's device;
+// nothing synchronises with the GPU. Memory plans and the order of kernels: experts_layer.h.
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -36,7 +36,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int kCopyFrom = 2048;
 
-// CUMO_PDL: programmatic dependent launch, which nobody has measured yet. CUMO_BATCH_INVARIANT: cumo_kernels/tiles/tuning.py.
+// CUMO_PDL: programmatic dependent launch, not measured yet. CUMO_BATCH_INVARIANT: cumo_kernels/tiles/tuning.py.
 bool is_on(const char* name) {
   const char* wish = std::getenv(name);
   return wish && std::string(wish) == "1";
@@ -44,7 +44,7 @@ bool is_on(const char* name) {
 
 #ifdef CUMO_EMULATE
 
-struct On {  // the emulated device; few processors unless told otherwise, so that a block walks several tiles
+struct On {  // the emulated device; few processors by default, so that a block runs several tiles
   Device device{nullptr, number("CUMO_EMULATE_SMS", 2), number("CUMO_EMULATE_CAPABILITY", 80), 227 * 1024,
                 number("CUMO_EMULATE_COPY_FROM", kCopyFrom), 50 << 20, is_on("CUMO_PDL")};
 
@@ -58,7 +58,7 @@ struct On {  // the emulated device; few processors unless told otherwise, so th
 
 #else
 
-struct On {  // makes the device of a tensor current and says what it is
+struct On {  // makes the device of a tensor current and describes it
   c10::cuda::CUDAGuard guard;
   Device device;
 
@@ -99,7 +99,7 @@ const std::map<std::string, Activation> kActivations = {
 
 Activation activation_of(const std::string& name) {
   const auto found = kActivations.find(name);
-  TORCH_CHECK_VALUE(found != kActivations.end(), "activation must be one that csrc/activations.cuh has, got '", name, "'");
+  TORCH_CHECK_VALUE(found != kActivations.end(), "activation must be one of csrc/activations.cuh, got '", name, "'");
   return found->second;
 }
 
@@ -129,7 +129,7 @@ Tensor zeros(const Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::zeros(sizes, like.options().requires_grad(false).dtype(dtype));
 }
 
-// With neighbouring elements in every row; a copy only where the strides demand it.
+// With contiguous elements in every row; copied only if the strides require it.
 Tensor rows_of(const Tensor& tensor) { return tensor.stride(-1) == 1 ? tensor : tensor.contiguous(); }
 
 const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
@@ -196,7 +196,7 @@ Tensor permute(const Tensor& x, const Tensor& permutation, const Tensor& inverse
   return out;
 }
 
-// rows (S, H), or in fp32 (parts, S, H), whose sum they are; out (T, H) of `out_dtype`.
+// rows (S, H), or fp32 partial sums (parts, S, H); out (T, H) of `out_dtype`.
 Tensor combine_parts(const Tensor& rows, const MaybeTensor& topk_weights, const Tensor& inverse_permutation,
                      int64_t top_k, at::ScalarType out_dtype) {
   const int parts = rows.dim() == 3 ? static_cast<int>(rows.size(0)) : 1;
@@ -250,7 +250,7 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad, const Tensor& ro
 
 // ---- routing
 
-struct RouteTensors {  // what a Route points to, kept alive
+struct RouteTensors {  // owns the tensors that a Route points to
   Tensor x, gate;
   Route r{};
 };
@@ -369,7 +369,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   using py::arg;
   m.doc() = "CUDA kernels of cumo_kernels; use them through its public functions.";
-  m.attr("torch") = TORCH_VERSION;  // its C++ interface is another in every release
+  m.attr("torch") = TORCH_VERSION;  // its C++ interface differs between releases
 #ifdef CUMO_SOURCE
   m.attr("source") = CUMO_SOURCE;  // the hash of csrc/ that it was built from
 #endif

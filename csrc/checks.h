@@ -1,6 +1,6 @@
-// What the extension demands of a tensor, in messages that begin with its name; ValueError in Python.
+// Checks of tensors passed to the extension; messages begin with the tensor's name; ValueError in Python.
 //
-// The public functions of cumo_kernels check shapes and dtypes; these guard what a kernel would read wildly without.
+// The public functions of cumo_kernels check shapes and dtypes; these prevent out-of-bounds reads in a kernel.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,9 +1,9 @@
 // A GPU block on the CPU: every thread of the block is a fiber, every kernel of csrc/ runs unchanged.
 //
-// Built with -DCUMO_EMULATE by g++ alone, this takes the place of the CUDA runtime (platform.cuh). It is as unkind as
-// the hardware may be: shared memory begins as NaN, cp.async, TMA and wgmma take effect as late as their waits allow,
-// threads run in ascending order in even blocks and descending in odd ones, and a barrier or a warp instruction that
-// not all its threads reach is an error, not a hang; so is a thread that does not wait for earlier kernels.
+// Built with -DCUMO_EMULATE by g++ alone, this replaces the CUDA runtime (platform.cuh). It is as strict as the hardware
+// may be: shared memory starts as NaN; cp.async, TMA and wgmma take effect as late as their waits allow; threads run in
+// ascending order in even blocks and descending in odd ones; a barrier or a warp instruction that not all its threads
+// reach is an error, not a hang; so is a thread that does not wait for earlier kernels.
 //
 // One launch at a time: the caller holds Python's lock.
 #pragma once
@@ -61,9 +61,9 @@ class Machine {
   Index thread, block, blocks, threads;
   unsigned char* shared = nullptr;  // 1024-byte aligned
   int shared_bytes = 0;
-  std::deque<std::function<void()>> late;  // TMA copies: delivered when nothing else can go on
+  std::deque<std::function<void()>> late;  // TMA copies: delivered when no thread can continue
   int64_t waited = 0;                      // threads of the kernel that have waited for earlier ones
-  const char* fetched = nullptr;           // up to where the kernel has fetched ahead
+  const char* fetched = nullptr;           // the end of what the kernel has prefetched
 
   void run(int num_blocks, int num_threads, int bytes, std::function<void()> body) {
     body_ = std::move(body);
@@ -90,14 +90,14 @@ class Machine {
     ++progress_;
   }
 
-  // The last of `size` threads to arrive runs `act` on the arguments of all; then all go on.
+  // The last of `size` threads to arrive runs `act` on the arguments of all; then all continue.
   template <class Act>
   void meet(Meeting& meeting, int size, int rank, const char* what, void* argument, Act act) {
     if (meeting.arrived == 0) {
       meeting.what = what;
       meeting.arguments.assign(size, nullptr);
     } else if (meeting.what != what) {
-      fail(std::string("threads that belong together are at different places: ") + meeting.what + " and " + what);
+      fail(std::string("threads of one group are at different places: ") + meeting.what + " and " + what);
     }
     meeting.arguments[rank] = argument;
     ++progress_;
@@ -193,7 +193,7 @@ class Machine {
       }
       if (!alive) break;
       if (progress_ != before) continue;
-      if (late.empty()) throw std::runtime_error(where(b) + "no thread can go on; the last waits for " + waiting_for_);
+      if (late.empty()) throw std::runtime_error(where(b) + "no thread can continue; the last waits for " + waiting_for_);
       auto copy = std::move(late.front());
       late.pop_front();
       copy();

@@ -1,7 +1,7 @@
-// What a GEMM does with its sums: shared by the portable and the Hopper kernels.
+// Epilogues of a GEMM, shared by the portable and the Hopper kernels.
 //
-// A warp lays 16 rows x 32 columns of sums down in shared memory and takes them up again as runs of eight columns of a
-// row, which are read and written 16 bytes at a time, by one copy of the code for all fragments of a thread.
+// A warp writes 16 rows x 32 columns of sums to shared memory and reads them back as runs of eight columns of a row,
+// which are loaded and stored 16 bytes at a time, by one copy of the code for all fragments of a thread.
 #pragma once
 
 #include "activations.cuh"
@@ -49,7 +49,7 @@ __device__ __forceinline__ void store_run(T* target, const float (&values)[kRun]
   }
 }
 
-// Whether runs at multiples of `width` elements from `pointer` (null is no matter) can be moved as one.
+// Whether runs at multiples of `width` elements from `pointer` (or null) can be moved as one.
 template <class T>
 bool runs_are_wide(const void* pointer, int64_t width) {
   return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vec<T, kRun>) == 0 && width % kRun == 0;
@@ -61,13 +61,13 @@ struct ForwardEnd {
   const T* bias;  // (E, width) or null
   T* out;         // (S, N) or null
   T* pre;         // (S, width) or null: z
-  float* parts;   // (splits, S, N) or null: what to write instead, sums of a part of the reduction
+  float* parts;   // (splits, S, N) or null: written instead: sums of a part of the reduction
   int64_t S;
   int N, width;   // width is N, or 2N if gated
   Act kind;
   bool gated, wide;
 
-  // The bias goes with the first part.
+  // The bias is added to the first part.
   __device__ __forceinline__ void finish_part(const float* patch, const Tile& tile, int64_t row, int col) const {
     const int left = N - col;
     if (left <= 0) return;
@@ -164,7 +164,7 @@ struct HiddenEnd {
   }
 };
 
-// Rows [begin, end) of out, which may be null; every block takes part with `threads` threads.
+// Rows [begin, end) of out, which may be null; every block participates with `threads` threads.
 template <class T>
 __device__ __forceinline__ void zero_rows(T* out, int64_t begin, int64_t end, int64_t width, int thread, int threads) {
   if (out == nullptr) return;

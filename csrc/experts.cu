@@ -1,11 +1,11 @@
-// Expert MLPs (CUDA): the two memory-bound steps of the backward that belong to no other stem.
+// Expert MLPs (CUDA): the two memory-bound steps of the backward pass that belong to no other stem.
 //
 //   weigh_rows:        out[p] = w[p] act(z[p]), or w[p] grad[token of p]
 //   topk_weights_grad: out[slot] = <h, a> (summed over column tiles, from grad_hidden) + <grad[token], down_bias[expert]>
 //
-// The layer itself, forward in three launches (GEMM with gather, bias and activation; GEMM with bias; combine), is put
-// together in experts_layer.h; gathered copies are made only for Hopper's large products. A warp per row. Memory bound.
-// Contract: cumo_kernels/ops/experts.py. Truth: cumo_kernels/backends/reference/experts.py.
+// The layer itself, forward in three launches (GEMM with gather, bias and activation; GEMM with bias; combine), is in
+// experts_layer.h; gathered copies are made only for Hopper's large products. A warp per row. Memory bound.
+// Contract: cumo_kernels/ops/experts.py. Reference: cumo_kernels/backends/reference/experts.py.
 #include "activations.cuh"
 #include "launch.cuh"
 

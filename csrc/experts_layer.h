@@ -1,9 +1,9 @@
-// The GEMM launchers and the whole expert layer made of them: a part of bindings.cpp, like it in knowing torch.
+// The GEMM launchers and the expert layer made of them: a part of bindings.cpp, which also depends on torch.
 #pragma once
 
 namespace cumo {
 
-struct GemmTensors {  // what a Gemm points to, kept alive
+struct GemmTensors {  // owns the tensors that a Gemm points to
   Tensor x, weight, bias;
   Gemm p{};
 };
@@ -50,9 +50,9 @@ GemmTensors describe_gemm(const Tensor& x, const Tensor& weight, const Tensor& e
   return t;
 }
 
-// Whether (S, cols) rows of tokens had better be copied into expert order than gathered by a Hopper product of `width`
-// columns: a product whose operands all come by TMA is a quarter to a half faster, a copy moves at most 2 * S * cols
-// elements.
+// Whether (S, cols) rows of tokens should be copied into expert order instead of gathered by a Hopper product of
+// `width` columns: a product whose operands are all loaded by TMA is a quarter to a half faster; a copy moves at most
+// 2 * S * cols elements.
 bool copy_pays(const Device& device, int64_t S, int64_t cols, int64_t width) {
   return S >= device.copy_from && width >= device.copy_from && cols % 8 == 0;
 }
@@ -65,7 +65,7 @@ Tensor in_expert_order(const On& on, const Tensor& tokens, const Tensor& permuta
   return out;
 }
 
-// Where that pays t.x becomes a copy in expert order.
+// If that pays, t.x becomes a copy in expert order.
 bool copy_if_it_pays(const On& on, Dtype dtype, GemmTensors& t, const Tensor& permutation, int64_t width) {
   if (!t.p.gathered || !uses_hopper(on.device, dtype, t.p) || !copy_pays(on.device, t.p.S, t.p.K, width)) return false;
   t.x = in_expert_order(on, t.x, permutation, t.p.top_k);
@@ -82,8 +82,8 @@ Tensor added_up(const Tensor& parts, at::ScalarType dtype) {
   return out;
 }
 
-// -> out and pre-activation, empty where not kept; where it pays out is fp32 (parts, S, N), still to be added up.
-// Without `zero_tail` rows past the last expert's end are left.
+// -> out and pre-activation, empty where not kept; with split-k, out is fp32 partial sums (parts, S, N), not yet added.
+// Without `zero_tail` rows past the last expert's end are not written.
 std::tuple<Tensor, Tensor> multiply(const Tensor& x, const Tensor& weight, const Tensor& expert_offsets,
                                     const MaybeTensor& bias, const MaybeTensor& permutation, int64_t top_k,
                                     Activation activation, bool keep_out, bool keep_pre, bool zero_tail) {
@@ -201,7 +201,7 @@ Tensor bias_gradient(const Tensor& grad, const Tensor& topk_weights, const Tenso
   return parts > 1 ? added_up(out, rows.scalar_type()) : out;
 }
 
-// All before the first launch, under the names of the layer's own arguments.
+// All checks, before the first launch, with the names of the layer's own arguments.
 void check_layer(const Tensor& x, const Tensor& topk_weights, const Tensor& permutation,
                  const Tensor& inverse_permutation, const Tensor& expert_offsets, const Tensor& up_proj,
                  const Tensor& down_proj, const MaybeTensor& up_bias, const MaybeTensor& down_bias) {
@@ -250,7 +250,7 @@ Tensor weigh(const Tensor& source, const Tensor& topk_weights, const Tensor& per
   return out;
 }
 
-// -> gradients at x, topk_weights, up_proj, up_bias, down_proj, down_bias; empty where not needed.
+// -> gradients of x, topk_weights, up_proj, up_bias, down_proj, down_bias; empty where not needed.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     const Tensor& grad, const Tensor& x, const Tensor& topk_weights, const Tensor& permutation,
     const Tensor& inverse_permutation, const Tensor& expert_offsets, const Tensor& up_proj, const Tensor& down_proj,
@@ -267,13 +267,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   const Dtype dtype = dtype_of("x", x);
   const int64_t top_k = topk_weights.size(1), S = permutation.numel();
   const Tensor weights = topk_weights.contiguous();
-  const auto nothing = [&] { return make(x, {0}); };  // a tensor each: no two outputs may be the same
+  const auto nothing = [&] { return make(x, {0}); };  // a separate tensor each: no two outputs may be the same
   Tensor dx = nothing(), dup = nothing(), dup_bias = nothing(), ddown = nothing(), ddown_bias = nothing();
   Tensor dweights = make(weights, {0}), kept_z = z;
   if (memory == "x")
     kept_z = std::get<1>(multiply(x, up_proj, expert_offsets, up_bias, permutation, top_k, act, false, true, false));
 
-  // with `a` at hand its weight is cheaper to put on the narrower gradient
+  // if `a` is saved, applying the weight to the narrower gradient costs less
   const bool need_weighted = need_down && memory != "all";
   Tensor weighted = nothing(), dz = nothing(), ordered_grad;
   const bool need_dz = need_x || need_up || need_up_bias;
@@ -318,9 +318,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
                                         ordered ? Gathered::none : Gathered::grad));
   }
   if (need_down_bias) ddown_bias = bias_gradient(grad, weights, permutation, expert_offsets);
-  ordered_grad = Tensor();  // room for what follows
+  ordered_grad = Tensor();  // frees memory for the following steps
   if (need_up || need_up_bias) {
-    // a bias alone: beside the least weight gradient there is, which adds up in the same order
+    // only a bias: with the smallest weight gradient, which sums in the same order
     std::tie(dup, dup_bias) = weight_gradient(dz, need_up ? x : x.narrow(1, 0, 1), expert_offsets, permutation, top_k,
                                               need_up_bias, Gathered::x);
   }

@@ -1,9 +1,9 @@
 // Logits of the gate, for a block of route_kernel or of route_backward_kernel (routing.cu): 32 tokens.
 //
-// 16-bit ones are products of tensor cores, whose operands come straight from memory into registers: every warp takes
-// a share of the columns for all tokens, many loads at once, and the shares are added in the order of the warps. fp32
-// ones are plain sums, a warp per four tokens. Either way a logit's sum depends on H alone, and the logit is rounded to
-// the dtype of x.
+// 16-bit logits are computed by tensor cores, whose operands are loaded from memory directly into registers: every warp
+// has a share of the columns for all tokens, with many loads in flight, and the shares are added in the order of the
+// warps. fp32 logits are plain sums, a warp per four tokens. In both cases a logit's sum depends on H alone, and the
+// logit is rounded to the dtype of x.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kTokensPerWarp = 4, kTokensPerBlock = kWarps * kTokensPerWarp;
 constexpr int kGateChunk = 8;  // experts whose sums a lane holds at once
 
-// How the shares of gate logits lie in shared memory: (shares, tokens, columns) for experts 0 ... kColumns - 1.
+// Layout of the shares of gate logits in shared memory: (shares, tokens, columns) for experts 0 ... kColumns - 1.
 template <class T, int kLanes>
 struct Shares {
   static constexpr int kColumns = kLanes == 8 ? 8 : kMaxFusedExperts, kCount = sizeof(T) == 2 ? kWarps : 1;
@@ -45,14 +45,14 @@ __device__ __forceinline__ Pack<T> load_pack(const T* row, int64_t col, int64_t 
   return pack;
 }
 
-// That of the last token past T.
+// The row of the last token for tokens past T.
 template <class T>
 __device__ __forceinline__ const T* row_of_token(const Route& r, int64_t token) {
   return static_cast<const T*>(r.x) + (token < r.T ? token : r.T - 1) * r.stride_x_t;
 }
 
-// This warp's share of the block's logits. A lane's 16 bytes of a row are what it holds of the operands of two
-// products: which columns those are is the same for tokens and experts, and a sum may take them in any order.
+// This warp's share of the block's logits. A lane's 16 bytes of a row are its operands of two products: the columns are
+// the same for tokens and experts, and a sum may take them in any order.
 template <class T, int kLanes>
 __device__ __forceinline__ void multiply_gate(const Route& r, int64_t block_begin, bool wide, float* shares) {
   using S = Shares<T, kLanes>;
@@ -144,7 +144,7 @@ __device__ __forceinline__ void sum_gate(const Route& r, int64_t block_begin, bo
   }
 }
 
-// What load_logits adds up; by all threads of a block.
+// Computes what load_logits adds up; called by all threads of a block.
 template <class T, int kLanes, int kPerLane>
 __device__ __forceinline__ void share_logits(const Route& r, int64_t block_begin, bool wide, float* shares) {
   if constexpr (kLanes * kPerLane <= kMaxFusedExperts) {

@@ -3,10 +3,10 @@
 //   out[p] = act(x[p] @ weight[e]^T + bias[e])     x (S, K)   weight (E, N, K)   out (S, N)
 //   h[p] = g[p] @ down_proj[e]; dz = w h act'(z); weighted = w act(z); dots = <h, act(z)>      (grad_hidden)
 //
-// A gathered row p is read from token permutation[p] / top_k where it stands. Blocks are persistent and take every
-// gridDim-th tile (tiles.h); the product is in tile_math.cuh, what follows it in epilogue.cuh. On Hopper 16-bit
-// operands that TMA can address go to hopper.cu instead. 2 * S * N * K FLOPs.
-// Contract: cumo_kernels/ops/grouped_gemm.py. Truth: cumo_kernels/backends/reference/grouped_gemm.py.
+// A gathered row p is read directly from token permutation[p] / top_k. Blocks are persistent and run every gridDim-th
+// tile (tiles.h); the product is in tile_math.cuh, the epilogue in epilogue.cuh. On Hopper, 16-bit operands that TMA can
+// address are handled by hopper.cu instead. 2 * S * N * K FLOPs.
+// Contract: cumo_kernels/ops/grouped_gemm.py. Reference: cumo_kernels/backends/reference/grouped_gemm.py.
 #include "epilogue.cuh"
 #include "hopper.h"
 #include "tile_math.cuh"
@@ -56,14 +56,14 @@ __device__ __forceinline__ void multiply_expert_rows(const Gemm& p, const Tile& 
       [](int, const unsigned char*, const unsigned char*) {});
 }
 
-// The warp's four patches of 16 rows, one after the other through its place in shared memory.
+// The warp's four patches of 16 rows, one after the other, through its part of shared memory.
 template <class Finish>
 __device__ __forceinline__ void for_each_patch(const Acc& acc, Finish finish) {
   float* patch = shared_memory<float>() + threadIdx.x / kWarp * (kPatchBytes / 4);
 #pragma unroll 1
   for (int m = 0; m < 4; ++m) {
 #pragma unroll
-    for (int other = 0; other < 4; ++other)  // m is no constant: registers must not be indexed by it
+    for (int other = 0; other < 4; ++other)  // m is not a constant: registers must not be indexed by it
       if (m == other)
 #pragma unroll
         for (int n = 0; n < 4; ++n)
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
 
 static bool wide_x(const Gemm& p, int bytes) { return aligned16(p.x, 0, p.stride_x, bytes); }
 static bool wide_w(const Gemm& p, int bytes) {
-  // across, the up half must begin at a piece too
+  // stored across the reduction, the up half must begin at a piece too
   return aligned16(p.weight, 0, p.stride_w, bytes) && p.stride_w_e * bytes % 16 == 0 &&
          (p.k_inner || !p.gated || p.N * bytes % 16 == 0);
 }
@@ -160,7 +160,7 @@ void grouped_gemm(const Device& device, Dtype dtype, const Gemm& p, const Plan& 
   });
 }
 
-// The product is as wide as one half of a gated z: to its operands it is a plain GEMM.
+// The product is as wide as one half of a gated z: for its operands it is a plain GEMM.
 static Gemm plain(Gemm p) {
   p.gated = false;
   return p;

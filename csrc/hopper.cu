@@ -1,14 +1,14 @@
 // Grouped GEMM (CUDA, sm_90a): the same functions as grouped_gemm.cu, for 16-bit operands that TMA can address.
 //
-// A persistent block of three warpgroups. The first brings operands: the weight by TMA, rows of x by TMA or, gathered,
-// by cp.async of all its threads, which hand a stage over once their copies are in (kLag stages later, so that copies
-// overlap). The other two multiply with wgmma out of shared memory, give stages back, and finish their sums
-// (epilogue.cuh) while the first is ahead in the next tile. Wide tiles, 128 x 256 x 64 in four stages, they share (64
-// rows each); narrow ones, 128 x 128 x 64 in six, they take in turns, so that one finishes its sums while the other
-// multiplies. Forward plan.h chooses; grad_hidden, which has most to do behind its product, is narrow. Wide tiles of a
-// short last round are cut into halves for two blocks: a sum has the same numbers in the same order. A full and an
-// empty mbarrier per stage, and for turns one per group: a phase is known by its parity alone, so nobody may wait for a
-// stage before the other has seen all earlier ones come. No cluster.
+// A persistent block of three warpgroups. The first is the producer. It loads operands: the weight by TMA, rows of x by
+// TMA or, if gathered, by cp.async of all its threads, which hand a stage over when their copies have arrived (kLag
+// stages later, so that copies overlap). The other two are consumers: they multiply with wgmma from shared memory,
+// release stages, and run the epilogue (epilogue.cuh) while the producer loads the next tile. They share wide tiles,
+// 128 x 256 x 64 in four stages (64 rows each). They alternate on narrow tiles, 128 x 128 x 64 in six, so that one runs
+// its epilogue while the other multiplies. Forward, plan.h chooses; grad_hidden, which has the longest epilogue, is
+// narrow. Wide tiles of a short last round are split into halves for two blocks; each sum keeps its terms and order.
+// There is a full and an empty mbarrier per stage, and when alternating one per group. A wait tells phases apart only by
+// parity, so no group may wait for a stage before the other has seen all earlier stages arrive. No cluster.
 #include "hopper.h"
 
 #include "epilogue.cuh"
@@ -18,15 +18,15 @@ namespace cumo {
 
 constexpr int kAheadBytes = 16384;  // of one prefetch
 
-// What the host adds to a Gemm.
+// Fields that the host adds to a Gemm.
 struct Walk {
   int tiles_n, splits;
   bool cuts;          // tiles.h, whole_tiles
-  bool halves_apart;  // map_w is of plain rows: those of a gated tile come as 64 of the gate, then 64 of the up half
-  int64_t ahead;      // bytes of the weight to bring into L2 before earlier kernels end, or 0
-  int64_t share;      // of a block
+  bool halves_apart;  // map_w is of plain rows: a gated tile has 64 of the gate, then 64 of the up half
+  int64_t ahead;      // bytes of the weight to prefetch into L2 before earlier kernels end, or 0
+  int64_t share;      // share of one block
 
-  // Number of the first tile that is cut; to be called by whole warps.
+  // Number of the first tile that is split; must be called by whole warps.
   __device__ __forceinline__ int whole(const Gemm& p) const {
     if (!cuts) return 0x7fffffff;
     int row_tiles = 0;
@@ -140,7 +140,7 @@ __device__ __forceinline__ void finish_tile(const HiddenEnd<T>& end, const float
 template <class T>
 __device__ __forceinline__ void zero_tail(const HiddenEnd<T>&, const Gemm&, int, int, int) {}
 
-// This block's share of the weight, on its way into L2 while earlier kernels run: L2 is where they would change it.
+// Prefetches this block's share of the weight into L2 while earlier kernels run, which would also write it through L2.
 __device__ __forceinline__ void fetch_ahead(const Gemm& p, const Walk& how) {
   const int64_t begin = blockIdx.x * how.share, end = begin + how.share < how.ahead ? begin + how.share : how.ahead;
   for (int64_t at = begin; at < end; at += kAheadBytes)
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   unsigned char* shared = shared_memory<unsigned char>();
   Barrier* full = reinterpret_cast<Barrier*>(shared + S::kBarriers);
   Barrier* empty = full + S::kCount;
-  Barrier* free_for = empty + S::kCount;  // of each consumer: the other has issued its product
+  Barrier* free_for = empty + S::kCount;  // one per consumer: the other has issued its product
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) init_barrier(&free_for[i], kGroup / kWarp);
     for (int i = 0; i < S::kCount; ++i) {
@@ -212,20 +212,20 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 static TensorMap describe_x(const Gemm& p) {
-  // gathered rows never go through the map, but it must be one
+  // gathered rows do not use the map, but it must be valid
   const int64_t rows = p.gathered ? 1 : p.S;
   return describe(p.x, 3, {p.K, rows, 1}, {1, p.stride_x, p.stride_x * rows}, {kSteps, kRows, 1});
 }
 
-// Boxes of 128 columns, or of 64 where they lie across. -> whether the halves of a gated weight stay apart
+// Boxes of 128 columns, or of 64 if stored across. -> whether the halves of a gated weight stay apart
 static bool describe_weight(const Gemm& p, TensorMap& map) {
   if (!p.k_inner || !p.gated) {
     map = p.k_inner ? describe(p.weight, 3, {p.K, p.N, p.E}, {1, p.stride_w, p.stride_w_e}, {kSteps, kPlanNarrow, 1})
                     : describe(p.weight, 3, {p.N, p.K, p.E}, {1, p.stride_w, p.stride_w_e}, {64, kSteps, 1});
     return false;
   }
-  // eight rows of the gate, eight of the up half, in turns (tiles.h, weight_column); the driver's manual wants strides to
-  // ascend, these do not, and not every driver has to take them
+  // eight rows of the gate alternate with eight of the up half (tiles.h, weight_column); the driver's manual requires
+  // ascending strides, which these are not, and not every driver accepts them
   if (!try_describe(map, p.weight, 5, {p.K, 8, 2, p.N / 8, p.E},
                     {1, p.stride_w, p.N * p.stride_w, 8 * p.stride_w, p.stride_w_e}, {kSteps, 8, 2, kPlanNarrow / 16, 1}))
     return false;
@@ -240,8 +240,8 @@ bool uses_hopper(const Device& device, Dtype dtype, const Gemm& p) {
          (!p.gated || (p.k_inner && p.N % 8 == 0));
 }
 
-// All of a weight in one piece that L2 has room for, where so many rows most likely meet every expert: which of them do is
-// known only when the earlier kernels have ended.
+// All of a weight in one piece that fits in L2, if there are so many rows that most likely every expert has some: which
+// experts have rows is known only when the earlier kernels have ended.
 static int64_t bytes_ahead(const Device& device, const Gemm& p) {
   constexpr int kRowsOfExpert = 8;
   const int64_t rows = p.k_inner ? (p.gated ? 2 : 1) * int64_t{p.N} : p.K, width = p.k_inner ? p.K : p.N;

@@ -1,7 +1,7 @@
 // Hopper's own instructions, like platform.cuh for the GPU and for emulation: mbarriers, TMA copies, wgmma.
 //
-// Hand-written wrappers and no CuTe: each has a twin that runs on the CPU and obeys the same descriptors, swizzles and
-// phases, so that the kernel that tests execute is the one that ships, and the build needs nothing but nvcc.
+// Hand-written wrappers instead of CuTe: each has a counterpart on the CPU with the same descriptors, swizzles and
+// phases, so that the tests execute the kernel that ships, and the build needs only nvcc.
 #pragma once
 
 #include "launches.h"
@@ -29,7 +29,7 @@ constexpr int kMaxRank = 5;
 
 #ifdef CUMO_EMULATE
 
-struct TensorMap {  // what a CUtensorMap says: 16-bit elements, 128-byte swizzle, zeros outside
+struct TensorMap {  // contents of a CUtensorMap: 16-bit elements, 128-byte swizzle, zeros outside
   const char* base;
   int rank;
   uint64_t sizes[kMaxRank], strides[kMaxRank];  // strides in bytes; that of the first dimension is 2
@@ -38,7 +38,7 @@ struct TensorMap {  // what a CUtensorMap says: 16-bit elements, 128-byte swizzl
 
 struct Barrier {
   int16_t pending, expected;
-  int32_t bytes_and_phase;  // bytes under way * 2 + phase
+  int32_t bytes_and_phase;  // bytes in flight * 2 + phase
 
   void settle() {
     if (pending == 0 && bytes_and_phase / 2 == 0) {
@@ -94,10 +94,10 @@ inline void tma_load(void* target, const TensorMap* map, Barrier* barrier, int c
   });
 }
 
-inline void prefetch_l2(const void* pointer, int bytes) {  // the blocks of a kernel fetch what is there, in order, once
+inline void prefetch_l2(const void* pointer, int bytes) {  // the blocks of a kernel prefetch ascending pieces, each once
   static volatile char byte;
   const char* first = static_cast<const char*>(pointer);
-  if (first < emulate::machine.fetched) emulate::machine.fail("a piece is fetched ahead twice");
+  if (first < emulate::machine.fetched) emulate::machine.fail("a piece is prefetched twice");
   byte = first[0], byte = first[bytes - 1];
   emulate::machine.fetched = first + bytes;
   fetched_ahead += bytes;
@@ -141,7 +141,7 @@ inline void wgmma_commit() {
   emulate::wgmma_groups[emulate::machine.thread.x].push_back(std::move(open));
   open.clear();
 }
-// Until at most kPending of the warpgroup's groups are under way.
+// Waits until at most kPending of the warpgroup's groups are in flight.
 template <class T, int kN, int kPending>
 void wgmma_wait() {
   auto& m = emulate::machine;
@@ -161,7 +161,7 @@ void wgmma_wait() {
         for (int thread = 0; thread < 128; ++thread) {
           const auto& own = (*static_cast<Ops*>(all[thread]))[op];
           if (own.a != first[op].a || own.b != first[op].b)
-            emulate::machine.fail("the threads of a warpgroup give wgmma different descriptors");
+            emulate::machine.fail("the threads of a warpgroup pass different descriptors to wgmma");
           for (int i = 0; i < kN / 2; ++i) {
             const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, col = i / 4 * 8 + thread % 4 * 2 + i % 2;
             float sum = 0;
@@ -201,14 +201,14 @@ __device__ __forceinline__ void arrive_expecting(Barrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-// Until the phase of this parity is over; on a fresh barrier phase 1 counts as over.
+// Waits until the phase of this parity is complete; on a new barrier phase 1 counts as complete.
 __device__ __forceinline__ void wait_for(Barrier* barrier, int phase) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-      "@done bra over;\n"  // not bra.uni: threads of a warp may be told different things
+      "@done bra over;\n"  // not bra.uni: threads of a warp may get different results
       "bra again;\n"
       "over:\n"
       "}\n" ::"r"(shared_address(barrier)),
@@ -232,7 +232,7 @@ __device__ __forceinline__ void tma_load(void* target, const TensorMap* map, Bar
       : "memory");
 }
 
-// A multiple of 16 bytes, at a multiple of 16, into L2.
+// Prefetches a multiple of 16 bytes, at a multiple of 16, into L2.
 __device__ __forceinline__ void prefetch_l2(const void* pointer, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(pointer), "r"(bytes)
                : "memory");
@@ -250,7 +250,7 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler does not know that wgmma writes its sums until the wait: here they have their values.
+// The compiler does not know that wgmma writes its sums until the wait; this marks the point where they are valid.
 template <int kCount>
 __device__ __forceinline__ void pin(float (&d)[kCount]) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// The Hopper kernels' host side, as grouped_gemm.cu calls it.
+// The Hopper kernels' host side, called by grouped_gemm.cu.
 #pragma once
 
 #include "kernels.h"

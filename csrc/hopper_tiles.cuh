@@ -1,4 +1,4 @@
-// What the Hopper GEMMs share: the ring of stages, and the multiplication out of it.
+// Shared by the Hopper GEMMs: the ring of stages, and the multiplication of its stages.
 #pragma once
 
 #include "epilogue.cuh"
@@ -15,7 +15,7 @@ constexpr bool kBuilt = false;  // not compiled for sm_90a: the portable kernels
 
 constexpr int kGroup = 128, kThreads = 3 * kGroup;  // a warpgroup; one producer and two consumers
 constexpr int kRows = kPlanRows, kSteps = 64;       // of a tile, and of a stage along the reduction
-constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;  // of a thread; it begins with 168
+constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;  // per thread; each starts with 168
 static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168);
 constexpr int kLag = 2;  // stages whose copies overlap before the first is handed over
 
@@ -24,11 +24,11 @@ struct Stages {
   static constexpr int kCount = kCols == 256 ? 4 : 6;
   static constexpr int kABytes = kRows * kRowBytes, kBBytes = kCols * kRowBytes, kBytes = kABytes + kBBytes;
   static constexpr int kPatches = kCount * kBytes, kBarriers = kPatches + 8 * kPatchBytes;
-  static constexpr int kShared = kBarriers + (2 * kCount + 2) * 8;  // full, empty, and whose turn it is
+  static constexpr int kShared = kBarriers + (2 * kCount + 2) * 8;  // full, empty, and the turns
   static_assert(kShared <= 227 * 1024 && kLag < kCount - 1);
 };
 
-// Stage of the ring and how often it has been around, over all tiles of a block.
+// Current stage of the ring and number of rounds, over all tiles of a block.
 template <int kCount>
 struct Turn {
   int stage = 0, phase = 0;
@@ -42,7 +42,7 @@ struct Turn {
   }
 };
 
-// A producer thread has begun its copies of one more stage: those of kLag stages ago are in, and handed over.
+// A producer thread has started copying a stage: the stage of kLag stages ago has arrived and is handed over.
 template <int kCount>
 __device__ __forceinline__ void hand_over(Barrier* full, Turn<kCount>& landed, int& under_way) {
   cp_async_commit();
@@ -64,8 +64,8 @@ __device__ __forceinline__ void hand_over_rest(Barrier* full, Turn<kCount>& land
 }
 
 // d[m] (64, kN) = rows of A times the first kN columns of B over `steps` stages: with kM = 1 this warpgroup's half of the
-// 128 rows, with kM = 2 both. seen(step, a) may look at a stage's A; issued() is called when no stage is waited for any
-// more.
+// 128 rows, with kM = 2 both. seen(step, a) may read a stage's A; issued() is called when no further stage is waited
+// for.
 template <class T, int kCols, int kN, bool kAcrossA, bool kAcrossB, int kM, class Seen, class Issued>
 __device__ __forceinline__ void multiply_stages(int steps, unsigned char* shared, Barrier* full, Barrier* empty,
                                                 Turn<Stages<kCols>::kCount>& turn, float (&d)[kM][kCols / 2],
@@ -99,7 +99,7 @@ __device__ __forceinline__ void multiply_stages(int steps, unsigned char* shared
     wgmma_commit();
     seen(step, stage);
     wgmma_wait<T, kN, 1>();
-    // the multiplication before this one is done with its stage
+    // the previous multiplication has finished with its stage
     if (last >= 0 && threadIdx.x % kWarp == 0) arrive(&empty[last]);
     last = turn.stage;
     turn.next();
@@ -111,7 +111,7 @@ __device__ __forceinline__ void multiply_stages(int steps, unsigned char* shared
   if (last >= 0 && threadIdx.x % kWarp == 0) arrive(&empty[last]);
 }
 
-// Where eight columns of a tile lie in B when its halves are apart: 64 of the gate, then 64 of the up half, in turns.
+// Position of eight columns of a tile in B when its halves are apart: 64 of the gate alternate with 64 of the up half.
 constexpr int apart(int eight) { return eight / 16 * 16 + eight % 2 * 8 + eight % 16 / 2; }
 
 // The warp's 16 rows of each d[m] in patches of 32 columns, `patches` of them in a row: finish(m, first column), one copy

@@ -1,9 +1,9 @@
 // The gradient of the weights (CUDA, sm_90a): the same function as weight_grad.cu, for aligned 16-bit operands.
 //
-// Roles, ring and multiplication are those of hopper.cu, on 128 x 256 of out and 64 rows of the layer a stage; both
-// operands lie across the reduction, which wgmma transposes. A gathered operand, and both in the last rows of an expert,
-// come by cp.async, which writes zeros for rows of other experts; whole stages of the operand in expert order by TMA.
-// The bias of 128 columns is summed beside the product of one of their tiles (bias_sum.cuh).
+// Roles, ring and multiplication are those of hopper.cu, with 128 x 256 of out and 64 rows of the layer per stage; both
+// operands are stored across the reduction, and wgmma transposes them. cp.async loads a gathered operand, and both in
+// the last rows of an expert; it writes zeros for rows of other experts. TMA loads whole stages of the operand in expert
+// order. The bias of 128 columns is summed with the product of one of their tiles (bias_sum.cuh).
 #include "hopper.h"
 
 #include "bias_sum.cuh"
@@ -14,14 +14,14 @@ namespace cumo {
 constexpr int kCols = kPlanWide;
 using Ring = Stages<kCols>;
 
-// How the producers share 64 rows of kWidth columns, 16 bytes a thread at a time.
+// How the producers share 64 rows of kWidth columns, 16 bytes per thread at a time.
 template <int kWidth>
 struct Share {
   static constexpr int kPerRow = kWidth / 8, kRowsAtOnce = kGroup / kPerRow, kPerWarp = kWarp / kPerRow;
 };
 
-// The tokens of the warp's rows of a stage, one a lane: what comes one after the other otherwise, a load and a division
-// before every copy, takes longer than the stage's products.
+// The tokens of the warp's rows of a stage, one per lane. Done one by one, a load and a division before every copy would
+// take longer than the stage's products.
 template <int kWidth>
 __device__ __forceinline__ int token_of_lane(const int* permutation, int top_k, int first_row, int end) {
   using P = Share<kWidth>;
@@ -30,7 +30,7 @@ __device__ __forceinline__ int token_of_lane(const int* permutation, int top_k, 
   return row < end ? permutation[row] / top_k : 0;
 }
 
-// This thread's pieces of an operand; rows past `end` are zeros. Rows are those of the warp's tokens, or in their order.
+// This thread's pieces of an operand; rows past `end` are zeros. Rows are those of the warp's tokens, or contiguous.
 template <class T, int kWidth>
 __device__ __forceinline__ void copy_rows(unsigned char* tile, const T* source, int64_t stride, bool gathers, int tokens,
                                           int first_row, int end, int first_col, int width) {
@@ -157,7 +157,7 @@ bool uses_hopper(const Device& device, Dtype dtype, const WeightGrad& p) {
 
 void hopper_weight_grad(const Device& device, Dtype dtype, const WeightGrad& p, const Plan& plan, void* out,
                         void* bias) {
-  // the map of a gathered operand is never used, but it must be one
+  // the map of a gathered operand is not used, but it must be valid
   const auto map = [&](const void* base, int width, int64_t stride, bool gathered) {
     const int64_t rows = gathered ? 1 : p.S;
     return describe(base, 3, {width, rows, 1}, {1, stride, stride * rows}, {64, kSteps, 1});

@@ -1,4 +1,4 @@
-// What bindings.cpp may call: one host function per kernel, on raw pointers. Plain C++, no torch, no CUDA headers.
+// Functions called by bindings.cpp: one host function per kernel, on raw pointers. Plain C++, no torch, no CUDA headers.
 //
 // Shape letters are those of cumo_kernels/types.py. Pointers are to contiguous memory unless a stride is given; a
 // stride counts elements. Every function returns after launching; with no elements to write it must not be called.
@@ -14,13 +14,13 @@ namespace cumo {
 enum class Dtype { fp32, fp16, bf16 };
 enum class Act { none, quick_gelu, gelu, gelu_tanh, relu, silu };
 
-// Where a launch goes and what it may count on.
+// The target of a launch and its properties.
 struct Device {
   void* stream;
   int sms;
   int capability;     // 90 is 9.0
   int shared_memory;  // bytes that one block may have
-  int copy_from;      // rows, and columns of the product, from which copies of gathered rows pay
+  int copy_from;      // rows, and columns of the product, from which copying gathered rows pays
   int l2_bytes;
   bool overlap;       // launch with programmatic dependence: launch.cuh
 };
@@ -44,20 +44,20 @@ constexpr int kMaxExperts = 256;      // of route and sort_by_expert
 constexpr int kMaxFusedExperts = 32;  // of a gate inside route and gate_backward
 int gate_backward_blocks(const Device&, const Route&);
 // dx = dlogits @ gate (T, H), dgate = dlogits^T @ x (E, H); sums (gate_backward_blocks, E, H) fp32 is scratch.
-// dx, or dgate and sums, may be nullptr: not wanted.
+// dx, or dgate and sums, may be nullptr: not needed.
 void gate_backward(const Device&, Dtype, const Route&, const void* dlogits, void* dx, void* dgate, float* sums);
 
 int64_t sort_scratch(int64_t S, int E);  // integers, may be 0
 void sort_by_expert(const Device&, const int* indices, int64_t S, int E, int* tokens_per_expert, int* expert_offsets,
                     int* permutation, int* inverse, int* scratch);
 
-// The architecture whose code runs on the current device, as 90 for 9.0: of kernels for an older one a driver makes its own.
+// The architecture whose code runs on the current device, as 90 for 9.0; a driver compiles kernels for an older one itself.
 int compiled_for();
 
 // out (width,) = the sum of `count` rows of `parts` (count, width), in their order.
 void sum_parts(const Device&, Dtype, const float* parts, int count, int64_t width, void* out);
 
-// Without `inverse` nothing is known of dropped slots, and their rows are tokens too.
+// Without `inverse` dropped slots are unknown, and their rows are tokens too.
 void permute(const Device&, Dtype, const void* x, int64_t stride_x_t, const int* permutation, const int* inverse,
              int64_t S, int64_t H, int K, void* out);
 // weights (T, K) or null for ones. With parts > 1 rows are fp32 (parts, T * K, H), added up first.
@@ -67,12 +67,12 @@ void combine_backward(const Device&, Dtype, const void* grad, int64_t stride_gra
                       int64_t stride_rows_s, const float* weights, const int* permutation, const int* inverse,
                       int64_t S, int64_t H, int K, void* drows, float* dweights);
 
-// x (rows, I), or (rows, 2I) if gated; a plain activation may come as one long row.
+// x (rows, I), or (rows, 2I) if gated; a plain activation may be passed as one long row.
 void activate(const Device&, Dtype, const void* x, int64_t rows, int64_t I, Act, bool gated, void* out);
 void activate_backward(const Device&, Dtype, const void* grad, const void* x, int64_t rows, int64_t I, Act, bool gated,
                        void* dx);
 
-// One GEMM of all experts; which members count is said at the three functions below.
+// One GEMM of all experts; the three functions below state which members they use.
 struct Gemm {
   const void* x;
   const void* weight;
@@ -87,8 +87,8 @@ struct Gemm {
   int E, N, K, top_k;  // N columns of `out`: half of the weight's for a gated activation
   Act act;
   bool gated;
-  bool zero_tail;  // rows past the last expert's end are written as zeros, else left
-  bool can_split;  // there is neither an activation nor a pre-activation to keep
+  bool zero_tail;  // rows past the last expert's end are written as zeros, else not written
+  bool can_split;  // there is neither an activation nor a pre-activation to save
   bool steady;     // a row's result must not depend on S
 };
 std::vector<int> gemm_shared_bytes();  // of a block: the portable GEMMs', then those for sm_90a

@@ -35,8 +35,8 @@ inline void clear(const Device& device, void* pointer, int64_t bytes) {
 
 constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
 
-// With device.overlap a kernel may take its place on the chip, and fetch weights ahead, while the one before it still runs;
-// it waits for that one's end before anything else (platform.cuh, begin_kernel).
+// With device.overlap a kernel may be scheduled, and prefetch weights, while the preceding one still runs; it waits for
+// that one's end before anything else (platform.cuh, begin_kernel).
 template <class... Parameters, class... Arguments>
 void launch(const Device& device, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
             const Arguments&... arguments) {
@@ -49,7 +49,7 @@ void launch(const Device& device, void (*kernel)(Parameters...), int64_t blocks,
   emulate::machine.waited = 0, emulate::machine.fetched = nullptr;
   emulate::machine.run(static_cast<int>(blocks), threads, shared_bytes, [&] { kernel(arguments...); });
   if (emulate::machine.waited != blocks * threads)
-    throw std::runtime_error("not every thread of the kernel waited once for earlier kernels");
+    throw std::runtime_error("not every thread of the kernel waited exactly once for earlier kernels");
 #else
   if (shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
@@ -64,7 +64,7 @@ void launch(const Device& device, void (*kernel)(Parameters...), int64_t blocks,
 #endif
 }
 
-// Calls f with a null pointer to the element type that stands for `dtype`.
+// Calls f with a null pointer to the element type of `dtype`.
 template <class F>
 void with_type(Dtype dtype, F f) {
   switch (dtype) {

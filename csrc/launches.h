@@ -1,4 +1,4 @@
-// How many kernels were launched so far, and bytes fetched ahead in emulation: for tests that hold a launcher to a number.
+// How many kernels were launched so far, and bytes fetched ahead in emulation: for tests that check a launcher's number.
 #pragma once
 
 #include <atomic>

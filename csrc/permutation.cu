@@ -1,23 +1,23 @@
-// Permutation (CUDA): token order -> expert order, and the weighted way back.
+// Permutation (CUDA): token order -> expert order, and the weighted sum back to token order.
 //
 //   permute:           out[p] = x[permutation[p] / K]                                x (T, H)     out (S, H)
 //   combine:           out[t] = sum_k topk_weights[t, k] * rows[inverse[t * K + k]]  rows (S, H)  out (T, H)
 //   combine_backward:  drows[p] = w * grad[slot / K]   dweights[slot] = <grad[slot / K], rows[p]>, slot = permutation[p]
 //
-// Rows of combine may come as the partial sums of a split GEMM, fp32 (parts, S, H), which are added up on the way.
-// Sorted positions of dropped slots (inverse -1) get zeros and count nowhere. Sums in fp32, in the order of the
-// choices, parts in theirs. Memory bound: S * H + T * H elements (permute reads a token K times, from L2), 2 * S * H +
-// T * H for combine_backward. What decides is how many loads are under way, 16 bytes each where H and the strides allow
-// it: permute and combine are cut by rows and by columns, so that few tokens fill the chip too, a block being eight
-// rows, a warp each, and the columns that its lanes hold at once; combine_backward, whose dot goes along the row, gives
-// a row as many warps as its width asks for.
-// Contract: cumo_kernels/ops/permutation.py. Truth: cumo_kernels/backends/reference/permutation.py.
+// Rows of combine may be the partial sums of a split GEMM, fp32 (parts, S, H), which are added on the way. Sorted
+// positions of dropped slots (inverse -1) are set to zero and never counted. Sums in fp32, in the order of the choices,
+// and parts in theirs. Memory bound: S * H + T * H elements (permute reads a token K times, from L2), 2 * S * H + T * H
+// for combine_backward. The number of loads in flight decides, 16 bytes each if H and the strides allow it. So permute
+// and combine are split by rows and by columns, and few tokens fill the chip too: a block is eight rows, a warp each, and
+// the columns that its lanes hold at once. combine_backward, whose dot product runs along the row, uses as many warps per
+// row as its width needs.
+// Contract: cumo_kernels/ops/permutation.py. Reference: cumo_kernels/backends/reference/permutation.py.
 #include "launch.cuh"
 
 namespace cumo {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kRuns = 2;  // of kVec columns that a lane has under way at once
+constexpr int kRuns = 2;  // of kVec columns that a lane has in flight at once
 
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads)
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads)
   const int slot = permutation[position];
   const bool kept = inverse == nullptr || inverse[slot] >= 0;
   const T* source = x + (slot / K) * stride_x_t;
-  V value[kRuns];  // a dropped slot's token is read too: nobody waits to know
+  V value[kRuns];  // a dropped slot's token is read too, so that the load need not wait
 #pragma unroll
   for (int i = 0; i < kRuns; ++i)
     if (first + i * kWarp * kVec < H) value[i] = *reinterpret_cast<const V*>(source + first + i * kWarp * kVec);
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
     combine_kernel(const R* rows, int64_t stride_rows_s, int all_parts, const float* weights, const int* inverse,
                    int64_t num_tokens, int64_t H, int K, unsigned chunks, T* out) {
   begin_kernel();
-  constexpr int kBatch = kSplit ? 8 : 4;  // parts that a lane has under way at once
+  constexpr int kBatch = kSplit ? 8 : 4;  // parts that a lane has in flight at once
   const int parts = kSplit ? all_parts : 1;
   const int64_t token = int64_t{blockIdx.x / chunks} * kWarps + threadIdx.x / kWarp;
   const int64_t col = int64_t{blockIdx.x % chunks * kWarp + threadIdx.x % kWarp} * kVec;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   dweights[slot] = dot;
 }
 
-// How many blocks of `width` columns a row has.
+// Number of blocks of `width` columns per row.
 static unsigned chunks_of(int64_t H, int64_t width) { return static_cast<unsigned>(ceil_div(H, width)); }
 
 void permute(const Device& device, Dtype dtype, const void* x, int64_t stride_x_t, const int* permutation,

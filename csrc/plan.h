@@ -1,7 +1,7 @@
-// How a GEMM is cut into tiles, partial sums and blocks: a function of sizes alone, tested on the host
+// How a GEMM is split into tiles, partial sums and blocks: a function of sizes alone, tested on the host
 // (tests/kernels/test_cuda.py). The sizes of tiles are those of tile_math.cuh and hopper_tiles.cuh.
 //
-// How rows spread over experts is known on the GPU only, so what fills the chip is judged for even routing.
+// The distribution of rows over experts is known only on the GPU, so the plan assumes balanced routing.
 #pragma once
 
 #include <algorithm>
@@ -13,18 +13,18 @@ namespace cumo {
 
 struct Plan {
   bool hopper;    // the kernels for sm_90a
-  int tile_cols;  // of the weight; of a gated one half of each kind
+  int tile_cols;  // columns of the weight; if gated, half of each kind
   int tiles_n;
-  int tiles_k;    // of the gradient of weights
+  int tiles_k;    // for the gradient of weights
   int splits;     // partial sums of the reduction, added up in their order afterwards
   int64_t blocks;
-  bool cuts = false;  // a short last round of tiles is cut into halves: tiles.h, whole_tiles
+  bool cuts = false;  // a short last round of tiles is split into halves: tiles.h, whole_tiles
 };
 
 constexpr int kPlanRows = 128, kPlanWide = 256, kPlanNarrow = 128;
-constexpr int kMinSteps = 8;  // a shorter sum would spend its time filling and draining the pipeline
+constexpr int kMinSteps = 8;  // in a shorter sum, filling and draining the pipeline would dominate
 
-// As many partial sums as can run at once and have work to do: the rule of cumo_kernels/tiles/tuning.py.
+// As many partial sums as run at once with enough work each: the rule of cumo_kernels/tiles/tuning.py.
 inline int count_splits(int64_t tiles, int64_t steps, int64_t places) {
   int count = 1;
   while (2 * count * tiles <= places && steps >= int64_t{2} * count * kMinSteps) count *= 2;
@@ -38,13 +38,13 @@ inline int64_t even_row_tiles(int64_t S, int E) {
 }
 
 // The rows of S slots times weights of `width` rows (one half of a gated one's), `steps` whole stages long, on
-// `places` blocks at a time; `busy`: there is an activation, or a sum to keep, behind the product. Hopper has two kinds of
-// tiles: a narrow one takes somewhat more than half the time of a wide one, but what follows the product runs beside the
-// next product. Wide ones of a short last round are cut in two. Partial sums cost a trip through memory. With `steady` no
-// row's result depends on S, nor on which instruction multiplied it.
+// `places` blocks at a time; `busy`: an activation, or a sum to save, follows the product. Hopper has two kinds of tiles:
+// a narrow one takes somewhat more than half the time of a wide one, but its epilogue runs during the next product. Wide
+// tiles of a short last round are split in two. Partial sums cost a round trip through memory. With `steady` no row's
+// result depends on S, nor on the instruction that multiplied it.
 inline Plan plan_rows(bool hopper, int64_t S, int E, int64_t width, bool gated, int64_t steps, int64_t places,
                       bool can_split, bool busy, bool steady) {
-  // in stages of a wide tile; reckoned from instructions and bandwidths, not measured
+  // in stages of a wide tile; estimated from instructions and bandwidths, not measured
   constexpr double kNarrow = 0.6, kBusyEnd = 8, kPlainEnd = 4, kSplit = 1.1;
   Plan best{};
   double least = 0;
@@ -79,9 +79,9 @@ inline Plan plan_rows(bool hopper, int64_t S, int E, int64_t width, bool gated, 
 // The gradient of weights (E, N, K), summed over S rows in steps of `depth`.
 inline Plan plan_weight_grad(bool hopper, int64_t S, int E, int64_t N, int64_t K, int depth, int64_t places) {
   const int cols = hopper ? kPlanWide : kPlanNarrow;
-  const int64_t hit = std::max<int64_t>(1, std::min<int64_t>(S, E));  // experts with rows, evenly
+  const int64_t hit = std::max<int64_t>(1, std::min<int64_t>(S, E));  // experts with rows under balanced routing
   const int tiles_n = static_cast<int>((N + kPlanRows - 1) / kPlanRows);
-  const int tiles_k = static_cast<int>((std::max<int64_t>(K, 1) + cols - 1) / cols);  // without columns the bias is left
+  const int tiles_k = static_cast<int>((std::max<int64_t>(K, 1) + cols - 1) / cols);  // without columns the bias remains
   const int64_t tiles = int64_t{E} * tiles_n * tiles_k;
   const int splits = count_splits(tiles, S / hit / depth, places);
   return {hopper, cols, tiles_n, tiles_k, splits, std::min(places, tiles * splits)};

@@ -1,6 +1,6 @@
-// The instructions that kernels are written in: on a GPU one PTX instruction or intrinsic each, in emulation
-// (emulate.h) what the PTX manual says of it. Nothing else in csrc/ knows which of the two it is compiled for, but
-// hopper.cuh, which does the same for Hopper's own instructions.
+// The instructions in which kernels are written: on a GPU one PTX instruction or intrinsic each, in emulation
+// (emulate.h) its meaning according to the PTX manual. The rest of csrc/ does not depend on which of the two it is
+// compiled for, except hopper.cuh, which does the same for Hopper's own instructions.
 #pragma once
 
 #include <cstdint>
@@ -100,7 +100,7 @@ T shuffle_xor(T value, int lanes) {
   return out;
 }
 
-// `value` of that lane; each may ask for another's.
+// `value` of that lane; each lane may name a different one.
 inline int shuffle(int value, int lane) {
   auto& m = emulate::machine;
   struct {
@@ -148,7 +148,7 @@ inline void cp_async_commit() {
   fiber.groups.push_back(std::move(fiber.open));
   fiber.open.clear();
 }
-// Until at most kPending of this thread's groups are under way.
+// Waits until at most kPending of this thread's groups are in flight.
 template <int kPending>
 void cp_async_wait() {
   auto& groups = emulate::machine.fiber().groups;
@@ -288,8 +288,8 @@ __device__ __forceinline__ T shuffle_xor(T value, int lanes) {
 __device__ __forceinline__ int shuffle(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 __device__ __forceinline__ unsigned match_any(int value) { return __match_any_sync(0xffffffffu, value); }
 __device__ __forceinline__ void add_shared(int* counter, int value) { atomicAdd(counter, value); }
-// How many blocks were here before this one. What this block wrote before a barrier is seen by those that come later,
-// and what those before it wrote by this block after a barrier, through load_of_others.
+// Returns how many blocks arrived before this one. What this block wrote before a barrier is visible to later blocks;
+// what earlier blocks wrote is visible to this block after a barrier, through load_of_others.
 __device__ __forceinline__ int count_in(int* counter) {
   __threadfence();
   const int before = atomicAdd(counter, 1);
@@ -351,8 +351,8 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
 
 #endif
 
-// First in every kernel: with programmatic dependent launch (launch.cuh) the next one may take its place on the chip, and
-// only behind the wait is what earlier kernels write there to be read, and what they read free to be overwritten.
+// First in every kernel. With programmatic dependent launch (launch.cuh) the next kernel may be scheduled from here on;
+// only after the wait may a kernel read what earlier kernels write, or overwrite what they read.
 __device__ __forceinline__ void begin_kernel() {
   let_next_kernel_start();
   wait_for_earlier_kernels();

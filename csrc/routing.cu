@@ -1,15 +1,15 @@
 // Routing (CUDA): from logits, or from tokens and the gate, to top-k weights and loss statistics; and back.
 //
 //   logits = x, or x @ gate^T rounded to the dtype of x, as torch.nn.Linear would
-//   p = softmax(logits)        idx = the K largest logits, ties to the lowest index, NaN above all
+//   p = softmax(logits)        idx = the K largest logits, ties to the lowest index, NaN ranks highest
 //   w = p[idx] / sum(p[idx])   (or p[idx] when not renormalised)
 //   mean_probs[g], top1_density[g], mean_squared_logsumexp[g]: means over the tokens of group g
 //
-// route_kernel: a block per 32 tokens, whose logits come as gate_logits.cuh tells. kLanes lanes have a token, an
-// expert's column lives in lane e % kLanes, the choice is a tournament between lanes. Every (block, group) pair that
-// touch writes one row of sums, at block + group, so that a group's rows lie side by side, and the block that finishes
-// a group last adds them in their order. Reads x once: T * H elements. sort_by_expert is in sorting.cu.
-// Contract: cumo_kernels/ops/routing.py. Truth: cumo_kernels/backends/reference/routing.py.
+// route_kernel: a block per 32 tokens, whose logits come from gate_logits.cuh. kLanes lanes have a token, and lane
+// e % kLanes has expert e; the top-k is a tournament between lanes. Every overlapping (block, group) pair writes one row
+// of sums, at block + group, so that a group's rows are adjacent, and the last block to finish a group adds them in
+// order. Reads x once: T * H elements. sort_by_expert is in sorting.cu.
+// Contract: cumo_kernels/ops/routing.py. Reference: cumo_kernels/backends/reference/routing.py.
 #include "gate_logits.cuh"
 
 namespace cumo {
@@ -30,7 +30,7 @@ __device__ __forceinline__ float sum_of_lanes(float value) {
   return value;
 }
 
-// An integer in the order of `value`; -0 equals 0, NaN is above all.
+// An integer in the order of `value`; -0 equals 0, NaN ranks highest.
 __device__ __forceinline__ int rank_key(float value) {
   if (value != value) return 2147483647;
   const int bits = bits_of(value == 0.0f ? 0.0f : value);
@@ -86,7 +86,7 @@ struct Stats {
   float* density;     // (G, E)
   float* z;           // (G,)
   float* sums;        // (blocks + G, 2E + 1)
-  int* arrivals;      // (G,): blocks whose sums are there, zero at first
+  int* arrivals;      // (G,): blocks whose sums are written, initially zero
 };
 
 // A column of the statistics of group g: probabilities, first choices, squared logsumexp.
@@ -123,7 +123,7 @@ __device__ __forceinline__ void add_up(const Route& r, const Stats& stats, int g
   }
 }
 
-// Where a block of route_kernel keeps what, in floats.
+// Shared-memory layout of a block of route_kernel, in floats.
 template <class T, int kLanes>
 struct Places {
   int squares, first, partial, last, chosen, shares, end;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
     const int of_warp = threadIdx.x / kWarp * kTokensPerWarp + t, local = of_warp + threadIdx.x % kWarp / kLanes;
     if (block_begin + of_warp >= r.T) break;
     const int64_t token = block_begin + local;
-    const bool inside = token < r.T;  // lanes of no token go along
+    const bool inside = token < r.T;  // lanes without a token take part
     float row[kPerLane], probs[kPerLane];
     load_logits<T, kLanes>(r, block_begin, local, shares, row);
     const Softmax soft = softmax<kLanes>(row, probs);
@@ -226,13 +226,13 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
     if (*is_last) add_up(r, stats, g, first, last, group.end - group.begin, partial);
   }
   if (r.group_offsets == nullptr || blockIdx.x > 0) return;
-  for (g = threadIdx.x; g < r.G; g += kThreads) {  // groups that no block has met
+  for (g = threadIdx.x; g < r.G; g += kThreads) {  // groups that no block overlaps
     const Range group = tokens_of_group(r, g);
     for (int col = 0; group.begin >= group.end && col < width; ++col) store_mean(r, stats, g, col, 0.0f);
   }
 }
 
-// With v = p[idx] and s = sum(v): dv = (dw - <dw, w>) / s; dp collects dv and the group's share, and
+// With v = p[idx] and s = sum(v): dv = (dw - <dw, w>) / s; dp sums dv and the group's share, and
 // dlogits = p * (dp - <dp, p> + 2 * lse * the group's share of dz).
 template <class T, int kLanes, int kPerLane>
 __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
   for (int t = 0; t < kTokensPerWarp; t += kWarp / kLanes) {
     const int of_warp = threadIdx.x / kWarp * kTokensPerWarp + t, local = of_warp + threadIdx.x % kWarp / kLanes;
     if (block_begin + of_warp >= r.T) return;
-    // lanes of no token go along with the last one
+    // lanes without a token repeat the last one
     const int64_t token = block_begin + local < r.T ? block_begin + local : r.T - 1;
     float logits[kPerLane], probs[kPerLane], dprobs[kPerLane] = {};
     load_logits<T, kLanes>(r, block_begin, local, shares, logits);
@@ -291,8 +291,8 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
   }
 }
 
-// A thread owns columns of x; a block takes every gridDim-th run of tokens, and its sums follow each other in one
-// order. dx or sums may be nullptr: not wanted.
+// A thread owns columns of x; a block has every gridDim-th run of tokens, and adds its sums in one order. dx or sums may
+// be nullptr: not needed.
 template <class T, int kExperts>
 __global__ void __launch_bounds__(kThreads) gate_backward_kernel(Route r, const T* dlogits, T* dx, float* sums) {
   begin_kernel();
@@ -343,7 +343,7 @@ static bool packs(const Route& r, int element_bytes) {
          aligned16(r.gate, 0, r.stride_gate_e, element_bytes);
 }
 
-// Calls f with how many lanes a token has, and how many experts each.
+// Calls f with the number of lanes per token, and of experts per lane.
 template <class F>
 static void with_lanes(int E, F f) {
   if (E <= 8) return f(std::integral_constant<int, 8>(), std::integral_constant<int, 1>());
@@ -353,7 +353,7 @@ static void with_lanes(int E, F f) {
 
 void route(const Device& device, Dtype dtype, const Route& r, float* weights, int* indices, float* mean_probs,
            float* density, float* z, float* scratch) {
-  // cleared anew each time: counters kept between calls would be shared by streams, and stay wrong after an abort
+  // cleared at each call: persistent counters would be shared by streams and stay wrong after an abort
   int* arrivals = reinterpret_cast<int*>(scratch + rows_of_sums(r));
   clear(device, arrivals, int64_t{4} * r.G);
   const Stats stats{mean_probs, density, z, scratch, arrivals};

@@ -1,17 +1,17 @@
-// The stable sort of slots by expert (CUDA), a part of the routing stem.
+// The stable sort of slots by expert (CUDA, routing stem).
 //
-// A block owns a run of slots and places it 256 at a time: a slot's place is the number of slots of earlier experts, of
-// its own expert in earlier blocks, in earlier steps, in earlier warps and in earlier lanes. Up to kAlone slots every
-// block counts all of them itself, in one launch; with more count_kernel has counted each run before. The order of
-// additions cannot change an integer, so nothing here depends on which thread is first.
-// Contract: cumo_kernels/ops/routing.py. Truth: cumo_kernels/backends/reference/routing.py.
+// A block owns a run of slots and places it 256 at a time. A slot's position is the number of slots of earlier experts,
+// plus those of its own expert in earlier blocks, steps, warps and lanes. Up to kAlone slots every block counts all of
+// them itself, in one launch; with more, count_kernel has counted each run before. Integer sums do not depend on the
+// order of additions, so the result does not depend on the order of threads.
+// Contract: cumo_kernels/ops/routing.py. Reference: cumo_kernels/backends/reference/routing.py.
 #include "launch.cuh"
 
 namespace cumo {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kAlone = 32768, kSlotsPerBlock = 1024, kMaxBlocks = 256;
-constexpr int kBatch = 16;  // slots that a thread asks for at once
+constexpr int kBatch = 16;  // slots that a thread loads at once
 
 static int sort_blocks(int64_t S) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(kMaxBlocks, ceil_div<int64_t>(S, kSlotsPerBlock))));
@@ -21,12 +21,12 @@ static int slots_per_block(int64_t S, int blocks) {
   return static_cast<int>(ceil_div<int64_t>(ceil_div<int64_t>(S, blocks), kThreads)) * kThreads;
 }
 
-// Bin E collects the slots of no expert.
+// Bin E counts the dropped slots.
 __device__ __forceinline__ int bin_of(int expert, int E) { return expert >= 0 && expert < E ? expert : E; }
 
-// counts[e] += slots [begin, end) of expert e, by all threads of a block, which must meet afterwards.
+// counts[e] += slots [begin, end) of expert e, by all threads of a block, which must synchronise afterwards.
 __device__ __forceinline__ void count_run(const int* indices, int64_t begin, int64_t end, int E, int* counts) {
-  // eight counters of eight bits in two registers: few experts would make all lanes add to the same few words
+  // eight counters of eight bits in two registers: with few experts all lanes would add to the same few words
   const bool few = E <= 8;
   uint32_t low = 0, high = 0;
   int held = 0;  // at most in one counter
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(const int* indices, cons
   begin_kernel();
   int* before = shared_memory<int>();      // (E,): slots of the bin in earlier blocks
   int* total = before + E;                 // (E,): slots of the bin in all blocks
-  int* next = total + E;                   // (E + 1,): where the next slot of each bin goes
+  int* next = total + E;                   // (E + 1,): position of the next slot of each bin
   int* in_warp = next + E + 1;             // (warps, E + 1): slots of the bin in this step
   const int64_t begin = int64_t{blockIdx.x} * run < S ? int64_t{blockIdx.x} * run : S;
   const int64_t end = begin + run < S ? begin + run : S;

@@ -1,8 +1,8 @@
-// Partial sums added up (CUDA): what split GEMMs and the gate's gradient leave behind.
+// Sums of partial sums (CUDA), from split GEMMs and the gate's gradient.
 //
 //   out[i] = sum over p of parts[p, i], p ascending          parts (P, width) fp32   out (width,)
 //
-// A thread has 16 bytes of each part, so that the order of additions is one. Memory bound: (4 P + 2) * width bytes.
+// A thread has 16 bytes of each part, so that the order of additions is fixed. Memory bound: (4 P + 2) * width bytes.
 #include "launch.cuh"
 
 namespace cumo {

@@ -1,4 +1,4 @@
-// How TMA is told about a tensor. Apart from the kernels, so that a host program can ask what the driver is told
+// Creates TMA tensor maps. Separate from the kernels, so that a host program can test the arguments of the driver
 // (tests/kernels/test_cute.py).
 #pragma once
 
@@ -11,13 +11,13 @@
 namespace cumo {
 
 // Sizes and box of 16-bit elements, strides in elements; the innermost box is 64 elements, 128 bytes, swizzled.
-// -> the driver's error, 0 if it has made the map
+// -> the driver's error, 0 if the map was made
 inline int try_describe(TensorMap& map, const void* base, int rank, const int64_t (&sizes)[kMaxRank],
                         const int64_t (&strides)[kMaxRank], const int (&box)[kMaxRank]) {
 #ifdef CUMO_EMULATE
   map = {static_cast<const char*>(base), rank, {}, {}, {}};
   for (int i = 0; i < rank; ++i) map.sizes[i] = sizes[i], map.strides[i] = strides[i] * 2, map.box[i] = box[i];
-  // a driver that wants strides to ascend, as its manual has them
+  // a driver that requires ascending strides, as in its manual
   const bool strict = std::getenv("CUMO_EMULATE_STRICT_MAPS") != nullptr;
   for (int i = 1; strict && i < rank; ++i)
     if (strides[i] < strides[i - 1]) return 1;

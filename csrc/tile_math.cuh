@@ -1,9 +1,9 @@
-// The product of two operand tiles in shared memory: what every portable GEMM of csrc/ has in common (sm_80 and later).
+// The product of two operand tiles in shared memory, shared by the portable GEMMs of csrc/ (sm_80 and later).
 //
 // A block of 256 threads computes 128 x 128: two rows of four warps, 64 x 32 each. Operands come in stages of 128 bytes
-// along the reduction (64 steps of 16-bit elements, 32 of fp32), brought by cp.async three stages deep. 16-bit elements
-// go through mma.m16n8k16, fp32 through mma.m16n8k8.tf32 or, as IEEE fp32, through plain FMA in the same fragment
-// layout, so that epilogues need not know. Layout of a tile: tiles.h.
+// along the reduction (64 steps of 16-bit elements, 32 of fp32), loaded by cp.async three stages deep. 16-bit elements
+// use mma.m16n8k16, fp32 uses mma.m16n8k8.tf32 or, as IEEE fp32, plain FMA in the same fragment layout, so that
+// epilogues are the same. Layout of a tile: tiles.h.
 #pragma once
 
 #include "launch.cuh"
@@ -16,12 +16,12 @@ constexpr int kTileRows = 128, kTileCols = 128;
 constexpr int kTileBytes = kTileRows * kRowBytes;
 constexpr int kGemmStages = 3;
 constexpr int kGemmShared = kGemmStages * 2 * kTileBytes;
-constexpr int kGemmPerSm = 1;  // blocks that a multiprocessor holds: their threads have more than 128 registers
+constexpr int kGemmPerSm = 1;  // blocks per multiprocessor: their threads have more than 128 registers
 
 // Accumulators of a thread: [16-row fragment][8-column fragment][element].
 using Acc = float[4][4][4];
 
-struct WarpPlace {  // of a warp's 64 x 32 sums in the tile
+struct WarpPlace {  // position of a warp's 64 x 32 sums in the tile
   int row, col;
 
   __device__ __forceinline__ WarpPlace() : row(threadIdx.x / kWarp / 4 * 64), col(threadIdx.x / kWarp % 4 * 32) {}
@@ -163,7 +163,7 @@ __device__ __forceinline__ void clear(Acc& acc) {
       for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.0f;
 }
 
-// acc = a b over `steps` stages: load(step, a, b) brings a stage, seen(step, a, b) may look at one that has arrived.
+// acc = a b over `steps` stages: load(step, a, b) loads a stage, seen(step, a, b) may read one that has arrived.
 template <class T, bool kTf32, bool kAAlong, bool kBAlong, class Load, class Seen>
 __device__ __forceinline__ void multiply_tiles(int steps, Acc& acc, Load load, Seen seen) {
   unsigned char* shared = shared_memory<unsigned char>();
@@ -177,7 +177,7 @@ __device__ __forceinline__ void multiply_tiles(int steps, Acc& acc, Load load, S
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     cp_async_wait<kGemmStages - 2>();
-    sync_block();  // this stage is here for all, and all are done with the one that is overwritten next
+    sync_block();  // this stage is visible to all threads, and all have finished with the one to be overwritten next
     const int ahead = step + kGemmStages - 1;
     if (ahead < steps) load(ahead, stage(ahead), stage(ahead) + kTileBytes);
     cp_async_commit();

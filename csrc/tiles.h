@@ -1,8 +1,8 @@
 // Index arithmetic of the grouped GEMMs, the same on host and device, tested on the host (tests/kernels/test_cuda.py).
 //
 // Rows of expert e are [expert_offsets[e], expert_offsets[e + 1]); it owns ceil(rows / tile rows) * tiles_n tiles, and
-// that many again for each further part of a split reduction. Tiles are numbered expert by expert, so a persistent block
-// finds its tiles from the offsets alone and the grid needs no routing.
+// as many again for each further part of a split reduction. Tiles are numbered expert by expert, so a persistent block
+// finds its tiles from the offsets alone and the grid does not depend on the routing.
 #pragma once
 
 #include <cstdint>
@@ -15,15 +15,15 @@
 
 namespace cumo {
 
-constexpr int kGroupRows = 8;  // row tiles that take turns at one column tile, so that what runs together shares L2
+constexpr int kGroupRows = 8;  // row tiles that run before the next column tile, so that concurrent tiles share L2
 
 struct Tile {
   int expert, first_row, end_row, tile_n;  // rows [first_row, ...) of an expert that ends at end_row
-  int split;                               // which part of the reduction
+  int split;                               // part of the reduction
   bool halved = false;                     // half as wide as the others, and tile_n counts such halves
 };
 
-// Walks the tiles of ascending numbers.
+// Iterates over the tiles in ascending order.
 struct TileWalk {
   const int* expert_offsets;
   int E, tiles_n, tile_rows, splits;
@@ -36,7 +36,7 @@ struct TileWalk {
     return (expert_offsets[expert + 1] - expert_offsets[expert] + tile_rows - 1) / tile_rows;
   }
 
-  // False when there are no more than `number` tiles.
+  // False if there are at most `number` tiles.
   CUMO_BOTH bool find(int number, Tile& tile) {
     for (; expert < E; before += row_tiles() * tiles_n * splits, ++expert) {
       const int tiles_m = row_tiles(), whole = tiles_m * tiles_n;
@@ -52,7 +52,7 @@ struct TileWalk {
     return false;
   }
 
-  // The same where tiles from number `whole` on are cut in two by columns, each half with a number.
+  // The same if tiles from number `whole` on are split in two by columns, each half with a number.
   CUMO_BOTH bool find(int number, int whole, Tile& tile) {
     const int half = number - whole;
     if (!find(half < 0 ? number : whole + half / 2, tile)) return false;
@@ -61,13 +61,13 @@ struct TileWalk {
   }
 };
 
-// From which tile on they are cut: those of a last round that would leave half of the blocks, or more, without work.
+// The first tile to be split: those of a last round that would leave half of the blocks, or more, without work.
 CUMO_BOTH int whole_tiles(int tiles, int blocks) {
   const int last = tiles % blocks;
   return 2 * last <= blocks ? tiles - last : tiles;
 }
 
-// Steps [begin, end) of a reduction of `steps` that are split number `split`; of the last ones there may be none.
+// Steps [begin, end) of a reduction of `steps` that are split number `split`; the last ones may be empty.
 struct Steps {
   int begin, end;
 };
@@ -92,26 +92,26 @@ struct GradTile {
     end = first + (steps.end * depth < rows ? steps.end * depth : rows);
   }
 
-  // Which (N, K) of the output it lies in: (splits, E) of them.
+  // The (N, K) matrix of the output that contains it, of (splits, E).
   CUMO_BOTH int64_t slab(int E) const { return int64_t{split} * E + expert; }
 };
 
-// Whether tile `number` of the gradient of weights is the one of its row of tiles beside which the bias is summed: a
-// column further each time that the numbers have gone round the blocks, so that all blocks have their share.
+// Whether tile `number` of the gradient of weights is the one of its row of tiles that also sums the bias: one column
+// further in each round of the blocks, so that all blocks have their share.
 CUMO_BOTH bool sums_bias(int number, int tiles_k, int blocks) {
   const int column = number % tiles_k;
   return column == (number - column) / blocks % tiles_k;
 }
 
-// Row tiles that any routing of S rows can need.
+// The largest number of row tiles that a routing of S rows can need.
 CUMO_BOTH int64_t most_row_tiles(int64_t S, int E, int tile_rows) {
   const int64_t most = (S + tile_rows - 1) / tile_rows + E - 1;
   return most < S ? most : S;
 }
 
-// Which column of the weight (E, width, K) stands at column r of a column tile, and how many columns of the same kind
-// are left from there. A gated tile of C columns has C / 2 of the gate and C / 2 of the up half in turns of eight, so
-// that one thread's accumulators hold both factors of a product.
+// The column of the weight (E, width, K) at column r of a column tile, and how many columns of the same kind remain from
+// there. In a gated tile of C columns, eight of the gate alternate with eight of the up half (C / 2 each), so that one
+// thread's accumulators hold both factors of a product.
 struct WeightColumn {
   int index, left;
 };
@@ -123,7 +123,7 @@ CUMO_BOTH WeightColumn weight_column(int tile_n, int tile_columns, int r, int N,
 }
 
 // Operand tiles in shared memory are rows of 128 bytes whose 16-byte pieces are exchanged by an XOR with the row, so
-// that eight rows of one column of pieces lie in different banks. The same pattern is TMA's and wgmma's 128B swizzle
+// that eight rows of one column of pieces are in different banks. The same pattern is TMA's and wgmma's 128B swizzle
 // when the tile begins at a multiple of 1024 bytes.
 constexpr int kRowBytes = 128;
 

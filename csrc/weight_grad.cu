@@ -1,14 +1,14 @@
-// The k-grouped form of the grouped GEMM (CUDA, sm_80 and later): the gradient of the weights, ragged in the reduction.
+// The k-grouped form of the grouped GEMM (CUDA, sm_80 and later): the gradient of the weights, a reduction over rows.
 //
 //   out[e] = sum over the rows p of expert e of grad[p]^T x[p]      grad (S, N)   x (S, K)   out (E, N, K)
 //   bias[e] = sum of grad[p]                                          (E, N)
 //
-// Either operand may be gathered by the permutation. One tile of out per turn of a persistent block, summed in row order;
-// where tiles alone would leave the chip idle an expert's rows are split, and the parts added in order (sums.cu), so
-// results repeat. Rows past an expert's end enter as zeros, and an expert without rows gives exact zeros. The bias is
-// summed out of the stages that the product reads anyway (bias_sum.cuh); by itself, or of weighted rows, in bias_grad.cu.
-// On Hopper 16-bit operands go to hopper_weight_grad.cu. 2 * S * N * K FLOPs.
-// Contract: cumo_kernels/ops/grouped_gemm.py. Truth: cumo_kernels/backends/reference/grouped_gemm.py.
+// Either operand may be gathered by the permutation. A persistent block computes one tile of out at a time, summed in
+// row order; where tiles alone would not fill the chip, an expert's rows are split, and the parts added in order
+// (sums.cu), so results repeat. Rows past an expert's end count as zeros, and an expert without rows gives exact zeros.
+// The bias is summed from the stages that the product reads anyway (bias_sum.cuh); alone, or of weighted rows, in
+// bias_grad.cu. On Hopper, 16-bit operands are handled by hopper_weight_grad.cu. 2 * S * N * K FLOPs.
+// Contract: cumo_kernels/ops/grouped_gemm.py. Reference: cumo_kernels/backends/reference/grouped_gemm.py.
 #include "bias_sum.cuh"
 #include "hopper.h"
 #include "tile_math.cuh"

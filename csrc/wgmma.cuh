@@ -1,5 +1,5 @@
-// wgmma.mma_async for the tiles of hopper.cu: every accumulator is an operand of the instruction and has to be written
-// out. d (64, N) += a (64, 16) b (16, N), both from shared memory by descriptor.
+// wgmma.mma_async for the tiles of hopper.cu: every accumulator is an operand of the instruction and must be listed.
+// d (64, N) += a (64, 16) b (16, N), both from shared memory by descriptor.
 #pragma once
 
 #include "platform.cuh"
@@ -26,7 +26,7 @@ struct Wgmma;
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// SUMS and their names, then the numbers of the four operands behind them: descriptors, and which are transposed.
+// SUMS and their names, then the numbers of the four operands after them: descriptors, and which are transposed.
 #define CUMO_WGMMA(T, TYPE, N, NAMES, A, B, ACROSS_A, ACROSS_B, ...)                                                \
   template <>                                                                                                       \
   struct Wgmma<T, N> {                                                                                              \
