@@ -1,15 +1,15 @@
-# Every target makes one virtual environment from constraints.txt the first time and reuses it.
-#   CONSTRAINTS=F   another file than constraints.txt, for another VENV
-#   ARGS="..."      goes to the program a target runs: make test ARGS="-k routing", make demo ARGS=--quick
-#   VENV=system     uses $(PYTHON) as it is, for a machine that already carries torch and cannot download;
-#                   make gpu does so by itself where there is no .venv and torch, triton, transformers, pytest are
+# The first use of a target makes a virtual environment from constraints.txt; later uses share it.
+#   CONSTRAINTS=F   another file instead of constraints.txt, for another VENV
+#   ARGS="..."      arguments of the program that a target runs: make test ARGS="-k routing", make demo ARGS=--quick
+#   VENV=system     uses $(PYTHON) directly, for a machine that already has torch and cannot download;
+#                   make gpu does so by itself if there is no .venv and torch, triton, transformers, pytest are installed
 #   VENV_LATEST=DIR environment of make test-latest; another PYTHON needs another one
-#   BUDGET=SECONDS  what make gpu may take, instead of what its parts have
+#   BUDGET=SECONDS  time limit of make gpu, instead of the limits of its parts
 #   WORKERS=N       test processes, one torch thread each
 #   VENV_GPU=DIR    environment of make gpu-artifacts: with the Python, torch and triton of the GPU's machine
 
 PYTHON ?= python3
-# a machine that measures often carries what `make gpu` needs, and cannot download
+# a GPU machine often has all packages of `make gpu`, and cannot download
 CARRIES := import importlib.util as u; print(all(map(u.find_spec, ("torch", "triton", "transformers", "pytest"))))
 ifeq ($(MAKECMDGOALS)$(wildcard .venv/.installed),gpu)
 ifeq ($(shell $(PYTHON) -c '$(CARRIES)' 2>/dev/null),True)
@@ -38,15 +38,15 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 EXTRAS := demo,train,test,dev
-# CuTe's headers and what they include, for tests/kernels/test_cute.py; the Python around them asks for much and is not used
+# CuTe's headers and what they include, for tests/kernels/test_cute.py; the package's Python dependencies are large and not used
 HEADERS := "nvidia-cutlass; sys_platform == 'linux'" "nvidia-cuda-cccl; sys_platform == 'linux'"
-# nothing to build, and no stamp that says so to a later make, where CUMO_BUILD=0
-# what was compiled fits one torch: another is another stamp
+# with CUMO_BUILD=0, nothing to build and no stamp for a later make
+# a build fits only one torch version: another version has another stamp
 BUILT := $(if $(filter 0,$(CUMO_BUILD)),,build/.extension-$(shell sed -n 's/^torch==//p' $(CONSTRAINTS)))
 READY := $(INSTALLED) $(BUILT)
 LOG := $(VENV)/setup.log
 
-# pip's own log goes to $(LOG); of it the screen shows the large downloads, so that a slow line looks alive
+# pip's own log goes to $(LOG); only large downloads are printed, to show progress on a slow connection
 define install
 $(PY) -m pip install --disable-pip-version-check --progress-bar off -c $(CONSTRAINTS) $(1) 2>&1 | tee -a $(LOG) \
   | sed -unE -e 's/^ *(Downloading|Using cached) (.+)-([^-]+)-[^-]+-[^-]+-[^-]+\.whl.*\(([0-9]{2,}\.[0-9]+ MB)\)$$/  \2 \3 (\4)/p' \
@@ -96,19 +96,19 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 test: $(READY)
 	@$(PYTEST) -m "not network and not sweep" $(ARGS)
 
-# with ARGS it may be less than all, which is not recorded
+# with ARGS not all tests may run, so nothing is recorded
 test-all: $(READY)
 	@before=$$($(PY) -m tests.swept --print); $(PYTEST) -m "not network" $(ARGS); \
 	  $(if $(ARGS),true,$(PY) -m tests.swept --record $$before)
 
-# what CI runs: all where the kernels are not those that were last swept
+# for CI: all tests if the kernels have changed since the last sweep
 test-ci: $(READY)
 	@if $(PY) -m tests.swept; then $(MAKE) test; else $(PYTEST) -m "not network"; fi
 
 latest: $(INSTALLED)
 	@$(PY) -m tests.latest
 
-# in a copy of the tree, because what is compiled in place fits one torch; there only that stays from the last time
+# in a copy of the tree, because a build in place fits only one torch; only the build stays there for the next time
 LATEST := build/latest
 test-latest:
 	@git rev-parse --is-inside-work-tree >/dev/null || { echo "make test-latest copies what git lists: clone the repository"; exit 1; }
@@ -131,7 +131,7 @@ format: $(INSTALLED)
 bench: $(READY)
 	@$(PY) -m benchmarks $(ARGS)
 
-# other people's kernels, for benchmarks only: beside the environment, about 170 MB, of which most is cutlass-dsl
+# third-party kernels, only for benchmarks, outside the environment; about 170 MB, most of it cutlass-dsl
 peers: $(INSTALLED)
 	@$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target .peers -r benchmarks/peers/wheels.txt
 	@$(PY) -m pip install --disable-pip-version-check -q --no-deps --ignore-requires-python --upgrade \
@@ -141,7 +141,7 @@ peers: $(INSTALLED)
 gpu: $(INSTALLED)
 	@$(if $(BUDGET),BUDGET=$(BUDGET) )$(PY) -m benchmarks.gpu $(ARGS)
 
-# the environment is made once and not looked at again; what did not change since is not compiled again
+# the environment is made once and not checked again; unchanged code is not compiled again
 gpu-artifacts: PY := $(VENV_GPU)/bin/python
 gpu-artifacts: LOG := $(VENV_GPU)/setup.log
 gpu-artifacts:

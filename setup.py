@@ -1,11 +1,11 @@
-"""Install cumo; build the CUDA extension `cumo_kernels._C` from csrc/ where that can be done.
+"""Install cumo, and build the CUDA extension `cumo_kernels._C` from csrc/ if possible.
 
-    CUMO_BUILD unset   build if csrc/, nvcc and a CUDA torch are here, else say why not and install without
+    CUMO_BUILD unset   build if csrc/, nvcc and a CUDA torch are present, else print why not
     CUMO_BUILD=1       build, or fail with the reason
     CUMO_BUILD=0       do not build
 
-No GPU is needed or asked for: the code is compiled for TORCH_CUDA_ARCH_LIST, by default for what this nvcc
-knows of the list in cumo_kernels/extension.py. Everything that needs no decision is in pyproject.toml.
+No GPU is needed: the code is compiled for TORCH_CUDA_ARCH_LIST, by default for those architectures of
+cumo_kernels/extension.py that this nvcc supports. Static settings are in pyproject.toml.
 """
 
 import importlib.util
@@ -25,12 +25,12 @@ def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         return shutil.which("nvcc", path=str(Path(home) / "bin"))
-    # installers put it there and leave PATH to the user
+    # installers put it there without changing PATH
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def ask_nvcc(nvcc: str) -> tuple[str, str]:
-    """-> (release such as "13.0", root of the toolkit); nvcc knows its root even behind a wrapper script."""
+    """-> (release such as "13.0", root of the toolkit); nvcc knows its root even in a wrapper script."""
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     plan = subprocess.run(
         [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
@@ -41,7 +41,7 @@ def ask_nvcc(nvcc: str) -> tuple[str, str]:
 
 
 def settings():
-    """cumo_kernels/extension.py, without importing the package and all that it needs."""
+    """The module cumo_kernels/extension.py, without importing the package and its dependencies."""
     spec = importlib.util.spec_from_file_location("cumo_extension", HERE / "cumo_kernels" / "extension.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -49,7 +49,7 @@ def settings():
 
 
 def known_architectures(nvcc: str, wanted: str) -> str:
-    """Of a list such as "8.0;9.0a;12.0+PTX" what `nvcc` can compile."""
+    """The part of a list such as "8.0;9.0a;12.0+PTX" that `nvcc` can compile."""
     codes = subprocess.run(
         [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -58,7 +58,7 @@ def known_architectures(nvcc: str, wanted: str) -> str:
 
 
 def refusal() -> str | None:
-    """Why the extension is not built, or None. torch is imported only when nothing cheaper refuses."""
+    """Why the extension is not built, or None. torch is imported only after all cheaper checks."""
     if os.environ.get("CUMO_BUILD") == "0":
         return "CUMO_BUILD=0"
     if not (ROOT / "csrc" / "bindings.cpp").exists():
@@ -123,6 +123,6 @@ def build_arguments() -> dict:
 
 
 if __name__ == "__main__":
-    # pip runs this file several times; only a command that compiles needs the decision
+    # pip runs this file several times; only a command that compiles needs this decision
     metadata_only = {"egg_info", "dist_info", "sdist", "clean"} & set(sys.argv)
     setup(**({} if metadata_only else build_arguments()))

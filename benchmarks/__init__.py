@@ -1,1 +1,1 @@
-"""How fast: cases as data, a correctness gate before every timing, results in committed CSV files."""
+"""Benchmarks: cases as data, a correctness gate before every timing, results in committed CSV files."""

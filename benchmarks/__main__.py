@@ -1,4 +1,4 @@
-"""python -m benchmarks: measure this machine, each number behind a correctness gate, then draw the report."""
+"""python -m benchmarks: run all benchmarks, each behind a correctness gate, then write the report."""
 
 import argparse
 import importlib
@@ -6,13 +6,13 @@ import os
 import sys
 from types import ModuleType
 
-# one thread unless told otherwise: on a shared machine the numbers of several mean little
+# one thread by default: on a shared machine timings with several threads are unreliable
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("CUMO_SELF_CHECK", "0")  # what is timed is forced
+os.environ.setdefault("CUMO_SELF_CHECK", "0")  # every timed backend is forced
 
 from benchmarks import harness, plot
 
-# by value: of each in turn one case is measured, so that a run that is cut off has the layer first
+# in order of value: one case of each file in turn, so that an interrupted run has measured the layer first
 FILES = (
     "experts", "layer", "model", "overhead", "grouped_gemm", "routing", "permutation", "activation",
     "scaling",
@@ -20,19 +20,19 @@ FILES = (
 
 
 def load(name: str) -> ModuleType | str:
-    """bench_<name>, or the reason, said aloud, where a package that it needs is missing."""
+    """The module bench_<name>, or a reason (also printed) if a package that it needs is missing."""
     try:
         return importlib.import_module(f"benchmarks.cases.bench_{name}")
     except ImportError as error:
-        print(f"bench_{name}: left out: {error}", file=sys.stderr)
+        print(f"bench_{name}: skipped: {error}", file=sys.stderr)
         return str(error)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     harness.add_arguments(parser)
-    parser.add_argument("--only", choices=FILES, action="append", help="these files only; default: all")
-    parser.add_argument("--no-report", action="store_true", help="leave pictures and REPORT.md as they are")
+    parser.add_argument("--only", choices=FILES, action="append", help="run only these files; default: all")
+    parser.add_argument("--no-report", action="store_true", help="do not write pictures and REPORT.md")
     args = parser.parse_args(argv)
     wanted = [name for name in FILES if not args.only or name in args.only]
     loaded = {name: load(name) for name in wanted}

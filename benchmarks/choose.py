@@ -1,6 +1,6 @@
-"""python -m benchmarks.choose: from timings to cumo_kernels/tiles/measured.json, which `auto` looks at.
+"""python -m benchmarks.choose: write cumo_kernels/tiles/measured.json, used by `auto`, from the timings.
 
-An entry is one case whose backends were timed in turns within one run; of several runs the last counts.
+An entry is one case whose backends were timed alternately in one run; of several runs the last counts.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from cumo_kernels import dispatch
 from cumo_kernels.tiles import hardware, measured
 from cumo_kernels.tiles.problems import DTYPES
 
-# benchmark -> the ops it speaks for, each with the shape of its first tensor
+# benchmark -> the ops that it represents, each with the shape of its first tensor
 OPS: dict[str, dict[str, Callable[[Shape], tuple[int, int]]]] = {
     "route": {"route": lambda s: (s.T, s.H)},
     "permute_combine": {
@@ -31,12 +31,12 @@ OPS: dict[str, dict[str, Callable[[Shape], tuple[int, int]]]] = {
 RIVALS = tuple(row.name for row in dispatch.BACKENDS if row.name != "reference")
 KERNELS = tuple(name for name in RIVALS if name != "torch")
 GPUS = {gpu.name for gpu in hardware.GPUS}
-# one table for all CPUs: what differs between these two is how often they walk through memory
+# one table for all CPUs: these two differ in the number of passes over memory
 ON_CPU = ("torch", "reference")
 
 
 def entries(rows: Iterable[Row], rehearses: bool = False) -> dict[str, list[dict]]:
-    """GPU or measured.CPU -> the entries that `rows` give, in order of cases; rehearsing, of any machine."""
+    """GPU or measured.CPU -> the entries from `rows`, in order of cases; in a rehearsal, of any machine."""
     timer = "cpu" if rehearses else "eager"
     cases: dict[tuple, dict[str, dict[str, float]]] = {}  # case -> run -> backend -> milliseconds
     for row in rows:
@@ -45,7 +45,7 @@ def entries(rows: Iterable[Row], rehearses: bool = False) -> dict[str, list[dict
         known = rehearses or machine in GPUS or machine == measured.CPU
         if rival not in (ON_CPU if machine == measured.CPU else RIVALS) or row.op not in OPS or not known:
             continue
-        # a backward alone is nobody's call, a graph is captured where the choice has been made already
+        # a backward alone is never called, and a graph is captured after the choice
         if (
             row.timer != ("cpu" if machine == measured.CPU else timer)
             or row.mode == "backward"
@@ -70,10 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.choose", description=__doc__)
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the CSV files")
     parser.add_argument("--out", type=Path, default=measured.PATH)
-    parser.add_argument("--rehearse", action="store_true", help="of a CPU's rows: no choice, only its way")
+    parser.add_argument("--rehearse", action="store_true", help="use a CPU's rows, to test the procedure")
     args = parser.parse_args(argv)
     if args.rehearse and args.out == measured.PATH:
-        parser.error("--rehearse must go with --out: a rehearsal's times choose nothing")
+        parser.error("--rehearse must go with --out: the times of a rehearsal must not be used")
     found = entries(record.read(args.results), args.rehearse)
     if not found:
         print(

@@ -1,10 +1,9 @@
-"""What two releases of Triton make of the same kernels: registers, stack, shared memory, instructions.
+"""Compare two releases of Triton on the same kernels: registers, stack, shared memory, instructions.
 
     python -m benchmarks.compilers --other .venv-latest/bin/python --write benchmarks/results/compilers.md
 
-Compiled for a GPU that need not be here, as `cumo_kernels.tiles.codegen` does, by this Python and by
-`--other`, whose environment has the other Triton; both read the tree that this is started in. Nothing is
-timed.
+The kernels are compiled for a GPU that need not be present, as in `cumo_kernels.tiles.codegen`, by this
+Python and by `--other`, whose environment has the other Triton; both use the current tree. Nothing is timed.
 """
 
 import argparse
@@ -27,7 +26,7 @@ COLUMNS = {
     "loop_dots": "of them multiply",
     "instructions": "instructions",
 }
-HEAD = """# What two releases of Triton make of the same kernels
+HEAD = """# Two releases of Triton on the same kernels
 
 Made by `python -m benchmarks.compilers`: compiled for {gpu}, {dtype}, not run, so nothing here is a
 measurement. Triton {0[triton]} with torch {0[torch]}, then Triton {1[triton]} with torch {1[torch]}; one
@@ -38,7 +37,7 @@ loops over operands, `of them multiply` those for tensor cores. {same} of {all} 
 
 
 def rows(gpu: str, dtype: str, shapes: list[str], kernel: str = "") -> dict[str, object]:
-    """Versions, and a row per kernel: what names it, and the numbers of COLUMNS."""
+    """Versions, and a row per kernel: its identification, and the numbers of COLUMNS."""
     reports = codegen.survey(
         hardware.find(gpu), shapes, [dtype], lambda shape, _: (TOKENS[shape],), lambda name: kernel in name
     )
@@ -58,14 +57,14 @@ def rows(gpu: str, dtype: str, shapes: list[str], kernel: str = "") -> dict[str,
 
 
 def _of(python: str, options: list[str]) -> dict[str, object]:
-    """`rows` by another Python."""
+    """`rows`, run by another Python."""
     command = [python, "-m", "benchmarks.compilers", "--rows", *options]
     env = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONDONTWRITEBYTECODE": "1"}
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env).stdout)
 
 
 def _by_name(found: list[dict]) -> dict[tuple, dict]:
-    """A call may launch one kernel with one tile twice, with other constants: the last part counts those."""
+    """Number the kernels that one call launches with one tile but different constants (the last field)."""
     named: dict[tuple, dict] = {}
     for row in found:
         name = (row["kernel"], row["case"], row["tile"], row["warps"])
@@ -77,12 +76,12 @@ def table(first: dict, second: dict, gpu: str, dtype: str) -> str:
     """Markdown: a row per kernel, "first > second" where the releases differ.
 
     Raises:
-        ValueError: where the releases did not compile the same kernels.
+        ValueError: the releases did not compile the same kernels.
     """
     pair = [_by_name(side["rows"]) for side in (first, second)]
     if pair[0].keys() != pair[1].keys():
         odd = sorted(pair[0].keys() ^ pair[1].keys())
-        raise ValueError(f"first and second must have compiled the same kernels, one alone has: {odd}")
+        raise ValueError(f"first and second must have the same kernels, got only in one: {odd}")
     lines = [
         f"| kernel | first used by | tile | warps x stages | {' | '.join(COLUMNS.values())} | problems |",
         "|---" * (5 + len(COLUMNS)) + "|",
@@ -107,9 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpu", default="nvidia_h100", help="a name in cumo_kernels/tiles/hardware.py")
     parser.add_argument("--dtype", default="bf16", choices=tuple(codegen.DTYPES))
     parser.add_argument("--shape", nargs="+", default=list(TOKENS), choices=tuple(TOKENS))
-    parser.add_argument("--kernel", default="", help="only kernels with this in their name")
-    parser.add_argument("--rows", action="store_true", help="only this Triton's numbers, as JSON")
-    parser.add_argument("--write", type=Path, help="file for the table instead of the screen")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--rows", action="store_true", help="print only this Triton's numbers, as JSON")
+    parser.add_argument("--write", type=Path, help="file for the table instead of standard output")
     args = parser.parse_args(argv)
     own = rows(args.gpu, args.dtype, args.shape, args.kernel)
     if args.rows:

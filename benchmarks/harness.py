@@ -1,4 +1,4 @@
-"""From a case to rows: build it, gate every variant against fp64, time the green ones in turns, append.
+"""Runs a case: build it, compare every variant with fp64, time the correct ones alternately, append rows.
 
 A benchmark file has an op's name, its cases and one `setup`; everything else is here.
 """
@@ -33,17 +33,15 @@ from cumo_kernels.verification.verify import is_lost
 
 MODES = ("forward", "backward", "both")
 LAYER = "expert_mlp"
-DENSE = (LAYER, "moe_layer", "grouped_gemm")  # ops that take as long as their layer has FLOPs
+DENSE = (LAYER, "moe_layer", "grouped_gemm")  # ops whose time is proportional to the layer's FLOPs
 
 
 @dataclass
 class Workload:
-    """One case, ready to run. FLOPs and bytes are those of the task, whoever does it and however."""
+    """One case, ready to run. FLOPs and bytes are those of the task, independent of the implementation."""
 
-    run: Callable[
-        ..., Tensor | tuple[Tensor, ...]
-    ]  # through our public names, on whichever backend is forced
-    truth: Callable[..., Tensor | tuple[Tensor, ...]]  # plain PyTorch: the gate
+    run: Callable[..., Tensor | tuple[Tensor, ...]]  # through our public names, on the forced backend
+    reference: Callable[..., Tensor | tuple[Tensor, ...]]  # plain PyTorch: the gate
     inputs: tuple[Tensor, ...]
     flops: int = 0  # forward; backward is `backward_flops`, twice that unless given
     bytes: int = 0  # forward: every operand once
@@ -51,11 +49,11 @@ class Workload:
     backward_bytes: int | None = None
     peers: dict[str, Callable] = field(default_factory=dict)
     forward_only: dict[str, str] = field(default_factory=dict)  # peer -> why it has no backward
-    gaps: dict[str, str] = field(default_factory=dict)  # peer -> why it is not here
-    dense: tuple[Callable, tuple[Tensor, ...]] | None = None  # equal FLOPs without experts: the ceiling
-    parameters: tuple[Tensor, ...] = ()  # besides the inputs: what backward also has to reach
-    note: str = ""  # what was cut to fit
-    host: bool = False  # it is the host's time that is asked for: nothing may run on the GPU meanwhile
+    gaps: dict[str, str] = field(default_factory=dict)  # peer -> why it is not timed
+    dense: tuple[Callable, tuple[Tensor, ...]] | None = None  # equal FLOPs without experts: an upper limit
+    parameters: tuple[Tensor, ...] = ()  # more tensors that need gradients, besides the inputs
+    note: str = ""  # what was reduced to fit
+    host: bool = False  # measures the host's time: nothing else may run on the GPU
 
     def cost(self, mode: str) -> tuple[int, int]:
         forward = (self.flops, self.bytes)
@@ -70,21 +68,21 @@ class Workload:
 
 @dataclass(frozen=True)
 class Case:
-    """What one call of `measure` is about."""
+    """The case of one call of `measure`."""
 
     shape: Shape
     dtype: str = "bf16"
     pattern: str = "uniform"
     modes: tuple[str, ...] = MODES
-    gate_dtype: str | None = None  # the dtype timed, unless given
-    gate_shape: Shape | None = None  # that of `gate_shape`, unless given
+    gate_dtype: str | None = None  # default: the timed dtype
+    gate_shape: Shape | None = None  # default: that of `gate_shape`
 
 
 Setup = Callable[[Shape, torch.dtype, str, str], Workload]
 
 
 def backends(device: str, wanted: Iterable[str] | None = None) -> list[str]:
-    """Our backends that run on `device`, those on request included: a benchmark is a request."""
+    """Our backends that run on `device`, including those that run only if forced."""
     names = [
         row.name for row in dispatch.BACKENDS if row.refuse("expert_mlp", device, torch.bfloat16) is None
     ]
@@ -107,7 +105,7 @@ def _variants(workload: Workload, device: str, wanted: Iterable[str] | None) -> 
 def gate_shape(shape: Shape, device: str) -> Shape:
     """`shape`, or a smaller one where fp64 copies of its weights and rows would not fit or take minutes."""
     allowed, flops = room(device), 2e13 if device == "cuda" else 6e11
-    # fp64 leaves, their copies and gradients of the op, of torch and of fp64; about eight tensors of rows
+    # fp64 leaves, their copies and the gradients of the op, torch and fp64; about eight tensors of rows
     needed = lambda s: 8 * (6 * s.weights + 8 * s.slots * (s.width + s.H))
     while needed(shape) > allowed or 9 * shape.gemm_flops > flops:
         if 8 * 6 * shape.weights > allowed / 2:
@@ -125,14 +123,14 @@ def gate_shape(shape: Shape, device: str) -> Shape:
 
 @dataclass(frozen=True)
 class Verdict:
-    error: float | None = None  # worst output, in units of torch's own error
+    error: float | None = None  # largest error of an output, in units of torch's own
     gradient_error: float | None = None
-    refusal: str | None = None  # why it gets no timing at all
-    backward_refusal: str | None = None  # why it gets none of a backward
+    refusal: str | None = None  # why it is not timed at all
+    backward_refusal: str | None = None  # why its backward is not timed
 
 
 class DeviceLost(Exception):
-    """A variant left the GPU in a state in which this process can run nothing on it: nobody else's fault."""
+    """A variant left the GPU in a state in which this process can no longer use it."""
 
     def __init__(self, variant: str, error: Exception):
         super().__init__(f"{variant} broke the device: {said(error)}")
@@ -145,14 +143,14 @@ def gate(
     device: str,
     watch: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> dict[str, Verdict]:
-    """Hold every variant against fp64 by the rule of cumo_kernels/testing.py."""
-    yardstick = Yardstick(workload.truth, workload.inputs, pool=False)
+    """Compare every variant with fp64 by the rule of cumo_kernels/testing.py."""
+    yardstick = Yardstick(workload.reference, workload.inputs, pool=False)
     verdicts = {}
     for name, run in variants.items():
         try:
             with watch(name):
                 found = yardstick.measure(run)
-        except Exception as error:  # somebody else's package, too, may raise anything: then it has no number
+        except Exception as error:  # a third-party package may raise anything; then it is not timed
             if is_lost(device):
                 raise DeviceLost(name, error) from error
             verdicts[name] = Verdict(refusal=said(error))
@@ -167,7 +165,7 @@ def gate(
 
 
 def floor_ms(flops: int, bytes_: int, dtype: torch.dtype, device: str) -> float | None:
-    """What the data sheet allows: the larger of the arithmetic's and the memory's time; None if unknown."""
+    """The data sheet's minimum: the larger of arithmetic time and memory time; None if unknown."""
     if device != "cuda":
         return None
     gpu = hardware.gpu_of(torch.device("cuda"))
@@ -190,15 +188,15 @@ def measure(
     without: Iterable[str] = (),
     watch: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> tuple[list[Row], list[Gap]]:
-    """Gate, then time, one case -> a row per variant and mode that was timed, a gap per one that was not.
+    """Check one case, then time it -> a row for each timed variant and mode, a gap for each of the others.
 
     Args:
-        wanted: of our backends these; None is all that run here.
-        watch: around the first runs of each variant.
+        wanted: names of our backends; None: all that run here.
         without: variants that broke the device before.
+        watch: context around the first runs of each variant.
 
     Raises:
-        DeviceLost: one more did.
+        DeviceLost: another variant did.
     """
     shape, dtype, gate_dtype = case.shape, DTYPES[case.dtype], DTYPES[case.gate_dtype or case.dtype]
     facts = record.machine(device) | record.versions() | {"commit": record.commit()}
@@ -217,7 +215,7 @@ def measure(
     gone = dict.fromkeys(without, "it broke the device earlier in this run")
     same = small == shape and gate_dtype == dtype
     workload = gated if same else setup(shape, dtype, device, case.pattern)
-    # what runs at the gate's size may be too large for this one
+    # a variant that runs at the gate's size may fail at this one
     absent = gated.gaps | workload.gaps | gone
     for name, reason in absent.items():
         gap(name, "all", reason)
@@ -253,7 +251,7 @@ def measure(
                 saved[name] = saved_bytes(run, inputs, parameters)
             if device == "cuda":
                 torch.cuda.synchronize()
-        except Exception as error:  # out of memory, or whatever a peer raises at this size
+        except Exception as error:  # out of memory, or any error of a peer at this size
             if is_lost(device):
                 raise DeviceLost(name, error) from error
             gap(name, "all", f"it cannot run: {said(error)}")
@@ -263,7 +261,7 @@ def measure(
     steps = {name: ready(name, run, workload.inputs) for name, run in variants.items()}
     if workload.dense is not None:
         steps["dense"] = ready("dense", *workload.dense)
-    # one for all modes, since each has its time to warm up
+    # one clock for all modes, since each is allowed a warm-up time
     clocks = tuple(timing.clock_of(device, host) for host in dict.fromkeys((workload.host, False)))
     rows: list[Row] = []
     for mode in case.modes:
@@ -272,7 +270,7 @@ def measure(
                 op, case, mode, workload, steps, verdicts, saved, "; ".join(remarks), facts, device, run_id,
                 seconds, log, clocks, gap,
             )  # fmt: skip
-        except Exception as error:  # what the other modes showed stays
+        except Exception as error:  # the other modes' results stay
             gap("all", mode, f"timing broke off: {said(error)}")
             if is_lost(device):
                 break
@@ -304,13 +302,13 @@ def _timed(
     clocks: tuple[timing.Clock, ...],
     gap: Callable[[str, str, str], None],
 ) -> list[Row]:
-    """All variants of one case in one mode, in turns: by the first of `clocks`, as graphs by the last."""
+    """Time all variants of a case in one mode alternately: by the first clock, as graphs by the last."""
     shape, rows = case.shape, []
     flops, bytes_ = workload.cost(mode)
     floor = floor_ms(flops, bytes_, DTYPES[case.dtype], device)
     eager = {name: modes[mode] for name, modes in steps.items() if mode in modes}
     timed = {clocks[0].name: (clocks[0], eager)}
-    if device == "cuda" and mode != "backward":  # a backward alone belongs to a graph captured elsewhere
+    if device == "cuda" and mode != "backward":  # a backward alone would belong to another graph
         refuse = lambda name, reason: gap(name, record.as_graph(mode), reason)
         timed["graph"] = clocks[-1], captured(eager, refuse)
     peak = {name: peak_bytes(step, device) for name, step in eager.items()}
@@ -341,36 +339,36 @@ def _timed(
 def _collect(device: str) -> None:
     gc.collect()
     if device == "cuda":
-        with contextlib.suppress(RuntimeError):  # of a lost device
+        with contextlib.suppress(RuntimeError):  # if the device is lost
             torch.cuda.empty_cache()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [row.name for row in dispatch.BACKENDS]
     parser.add_argument("--full", action="store_true", help="every shape and dtype, not the first few")
-    parser.add_argument("--shape", choices=sorted(SHAPES), action="append", help="these shapes only")
+    parser.add_argument("--shape", choices=sorted(SHAPES), action="append", help="only these shapes")
     parser.add_argument("--dtype", choices=sorted(DTYPES), action="append")
-    parser.add_argument("--pattern", choices=PATTERNS, action="append", help="of the routing")
-    parser.add_argument("--tiny", action="store_true", help="cut every shape: a rehearsal, no measurement")
+    parser.add_argument("--pattern", choices=PATTERNS, action="append", help="routing patterns")
+    parser.add_argument("--tiny", action="store_true", help="reduce every shape, for a rehearsal")
     parser.add_argument("--backend", choices=names, action="append")
     parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--seconds", type=float, help="of timing for one case and mode")
+    parser.add_argument("--seconds", type=float, help="timing per case and mode")
     parser.add_argument(
-        "--budget", type=float, help="seconds; no case begins that will not end in them; 210 on a CPU"
+        "--budget", type=float, help="seconds; no case starts that will not end in time; 210 on a CPU"
     )
     parser.add_argument(
-        "--variant-seconds", type=float, help="a variant whose first runs take longer is left out, as broken"
+        "--variant-seconds", type=float, help="skip a variant as broken if its first runs take longer"
     )
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the CSV files")
     parser.add_argument("--dry", action="store_true", help="write no file")
-    # how a run goes on in a new process after a variant broke the device
+    # for a run that continues in a new process after a variant broke the device
     for name, options in (("--begin", {"type": int, "default": 0}), ("--without", {"action": "append"}),
                           ("--run", {})):  # fmt: skip
         parser.add_argument(name, help=argparse.SUPPRESS, **options)
 
 
 def cases_of(file: ModuleType, device: str, args: argparse.Namespace) -> list[Case]:
-    """The cases of a benchmark file that the command line asks for."""
+    """The cases of a benchmark file that the command line selects."""
     cases = file.cases(device, args.full)
     if args.shape:
         every, first = [*cases, *file.cases(device, True)], cases[0]
@@ -391,13 +389,13 @@ def cases_of(file: ModuleType, device: str, args: argparse.Namespace) -> list[Ca
 def in_turns(
     files: Iterable[ModuleType], device: str, args: argparse.Namespace
 ) -> list[tuple[ModuleType, Case]]:
-    """The first case of every file, then the second: a run that is cut off has something of each."""
+    """The first case of every file, then the second: an interrupted run has some of each."""
     columns = [[(file, case) for case in cases_of(file, device, args)] for file in files]
     return [entry for row in itertools.zip_longest(*columns) for entry in row if entry is not None]
 
 
 def _restart(words: list[str]) -> None:
-    """Go on in a new process: what was lost is lost for this one. Of options given twice the last counts."""
+    """Continue in a new process, which can use the device. If an option is given twice, the last counts."""
     sys.stdout.flush()
     sys.stderr.flush()
     for name in os.listdir("/proc/self/fd"):  # an open device file would keep this process's GPU memory
@@ -413,7 +411,7 @@ def run_all(
     """Measure the cases of benchmark modules (OP, cases, setup), each appended as soon as it is done.
 
     Args:
-        absent: benchmark files that cannot be loaded -> why.
+        absent: benchmark files that cannot be loaded -> the reason.
     """
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     run_id = args.run or datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
@@ -429,7 +427,7 @@ def run_all(
             record.append_gaps(gaps, args.results)
 
     def go_on(words: list[str]) -> None:
-        """In a new process, in what is left of the time."""
+        """Continue in a new process, for the rest of the time."""
         end = [] if stop == math.inf else ["--budget", f"{max(0, stop - time.monotonic()):.0f}"]
         _restart([*words, *end, "--run", run_id])
 
@@ -442,19 +440,19 @@ def run_all(
         missing = lambda variant, reason, file=file, case=case: [
             gap_of(file.OP, case, variant, "all", reason, device, run_id)
         ]
-        # on a GPU the first cases compile, and say nothing of the next; a CPU may be shared by many
+        # on a GPU the first cases compile, so their time predicts nothing; a CPU may be shared
         likely = rates.get(file.OP, rates.get(LAYER, 0)) if device == "cpu" and file.OP in DENSE else 0
         begin = time.monotonic()
         if begin + likely * case.shape.gemm_flops > stop:
             left += 1
             keep([], missing("all", record.NO_TIME))
             continue
-        again: list[str] | None = None  # with these words, where the device is lost
+        again: list[str] | None = None  # continue with these options if the device is lost
 
         def hung(variant: str, at=at, missing=missing) -> None:
-            """In a thread of its own: the variant's may wait inside the driver for ever."""
+            """Runs in a separate thread: the variant's may wait inside the driver for ever."""
             reason = f"it hung: {args.variant_seconds:.0f} s in its first runs"
-            print(f"bench: {variant}: {reason}; going on without it in a new process", file=sys.stderr)
+            print(f"bench: {variant}: {reason}; continuing without it in a new process", file=sys.stderr)
             keep([], missing(variant, reason))
             go_on(["--begin", str(at), "--without", variant])
 
@@ -471,7 +469,7 @@ def run_all(
         except DeviceLost as error:
             keep([], missing(error.variant, str(error)))
             again = ["--begin", str(at), "--without", error.variant]
-        except Exception as error:  # one case that does not fit must not cost those behind it
+        except Exception as error:  # a failing case must not prevent the following ones
             traceback.print_exc()
             broken += 1
             keep([], missing("all", f"it broke off: {said(error)}"))
@@ -479,7 +477,7 @@ def run_all(
             _collect(device)
         if again is not None:
             print(
-                f"bench: the device is lost, going on in a new process ({' '.join(again)})", file=sys.stderr
+                f"bench: the device is lost, continuing in a new process ({' '.join(again)})", file=sys.stderr
             )
             go_on(again)
         rate = (time.monotonic() - begin) / max(1, case.shape.gemm_flops)
@@ -487,7 +485,7 @@ def run_all(
     print(f"bench: {done} cases measured on {machine}", end="")
     print(f", {broken} broke off" if broken else "", end="")
     print(f", {ours_refused} refusals of our own kernels" if ours_refused else "", end="")
-    print(f", {left} left out: the budget was spent" if left else "")
+    print(f", {left} skipped: the budget was spent" if left else "")
     return 1 if broken or ours_refused or not (done or left or args.begin) else 0
 
 

@@ -1,10 +1,10 @@
-"""python -m benchmarks.host: what the host does for one call of a layer, up to the driver, without a GPU.
+"""python -m benchmarks.host: the host's work for one call of a layer, up to the driver, without a GPU.
 
-A driver that runs nothing (stub_driver.c) stands for libcuda.so.1. All above it is real: checks, dispatch,
-autograd, tile choice, allocation (on the CPU's allocator), Triton's launcher. Processor time of one thread,
-lower quartile. The driver's own work is not in it.
+A stub driver that runs nothing (stub_driver.c) replaces libcuda.so.1. Everything above it is real: checks,
+dispatch, autograd, tile choice, allocation (with the CPU's allocator), Triton's launcher. Reports the lower
+quartile of one thread's processor time. The driver's own work is not included.
 
-Gate: every kernel gets from the remembered launch what Triton's own binding gave it in the first.
+Gate: every cached launch passes the same arguments to a kernel as Triton's own first launch.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# one place for all processes: Triton's key of what is linked with a driver holds the driver's folder
+# one folder for all processes: Triton's key of a library linked with the driver has the driver's folder
 STUB = Path(__file__).parents[1] / "build" / "stub-driver"
 TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 64, 256, 512, 4, 2
 
 
 def load_stub() -> ctypes.CDLL:
-    """The stub, under the name by which Triton will look for the driver."""
+    """Load the stub under the name that Triton uses for the driver."""
     STUB.mkdir(parents=True, exist_ok=True)
     library, part = STUB / "libcuda.so.1", STUB / f"{os.getpid()}.so"
     source = Path(__file__).with_name("stub_driver.c")
@@ -39,13 +39,13 @@ def load_stub() -> ctypes.CDLL:
 
 
 class Notes(list):
-    """Launches, noted while `on`."""
+    """A list of launches, recorded while `on`."""
 
     on = False
 
 
 def use_stub() -> Notes:
-    """Make Triton launch for an H100 on CPU tensors, and note what it launches."""
+    """Make Triton launch for an H100 on CPU tensors, and record the launches."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import driver
@@ -73,7 +73,7 @@ def use_stub() -> Notes:
 
 
 def _value(arg) -> object:
-    """What a kernel sees of an argument, but for where a tensor lies."""
+    """What a kernel sees of an argument, except a tensor's address."""
     if isinstance(arg, Tensor):
         return tuple(arg.shape), arg.dtype
     if hasattr(arg, "block_shape"):
@@ -82,14 +82,14 @@ def _value(arg) -> object:
 
 
 def make_calls(gated: bool) -> dict[str, Callable[[], object]]:
-    """Calls by name; the layer is router and experts, with biases where it is not gated."""
+    """Calls by name; the layer is router and experts, with biases if not gated."""
     from cumo_kernels import dispatch, expert_mlp, route, testing
     from cumo_kernels.ops import checks, routing
     from cumo_kernels.tiles import hardware
 
     hardware._assumed = hardware.find("nvidia_h100")
     dispatch.BACKENDS = (dispatch.Backend("triton", lambda *_: None),)
-    # what kernels would have written is garbage here, and on a GPU nobody looks at it
+    # the outputs are garbage here; on a GPU no code reads them on the host
     checks.values_at_hand = routing.values_at_hand = lambda tensor: False
 
     generator = torch.Generator().manual_seed(0)
@@ -116,7 +116,7 @@ def make_calls(gated: bool) -> dict[str, Callable[[], object]]:
 
 
 def check(call: Callable[[], object], notes: Notes) -> None:
-    """The second call launches what the first, which Triton bound and compiled, did."""
+    """Check that the second call's launches equal the first's, which Triton bound and compiled."""
     rounds = []
     for _ in range(2):
         notes.clear()
@@ -126,7 +126,7 @@ def check(call: Callable[[], object], notes: Notes) -> None:
         rounds.append(list(notes))
     first, second = rounds
     if not first or first != second:
-        raise SystemExit(f"remembered launches differ from Triton's own:\n{first}\n{second}")
+        raise SystemExit(f"cached launches differ from Triton's own:\n{first}\n{second}")
 
 
 def measure(call: Callable[[], object], repeats: int) -> float:
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=500)
     args = parser.parse_args(argv)
     if torch.cuda.is_available():
-        parser.error("this machine has a GPU: python -m benchmarks.cases.bench_overhead measures it whole")
+        parser.error("this machine has a GPU: python -m benchmarks.cases.bench_overhead includes the driver")
     torch.set_num_threads(1)
     stub, notes = load_stub(), use_stub()
     print("| call | experts | launches | us |\n|---|---|---|---|")

@@ -1,6 +1,6 @@
-"""python -m benchmarks.plot: pictures and REPORT.md from the CSV files, and from nothing else.
+"""python -m benchmarks.plot: write pictures and REPORT.md, only from the CSV files.
 
-A number here is in a row of benchmarks/results/; what has no row is said to be not measured.
+Every number is in a row of benchmarks/results/; cases without a row are listed as not timed.
 """
 
 import argparse
@@ -16,14 +16,14 @@ try:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-except ModuleNotFoundError:  # a bare GPU machine: the tables are written there, the pictures elsewhere
+except ModuleNotFoundError:  # a GPU machine without it: the tables are written there, the pictures elsewhere
     plt = None
 
 from benchmarks import record
 from benchmarks.record import Gap, Row
 from cumo_kernels.tiles import hardware
 
-BASE = "cumo-original"  # speed-ups are against the original's eager loop
+BASE = "cumo-original"  # the baseline of speed-ups: the original's eager loop
 MODES = {"forward": "forward", "backward": "backward", "both": "forward and backward"}
 TITLES = {
     "expert_mlp": "expert layer",
@@ -58,7 +58,7 @@ def _save(figure, path: Path) -> Path:
 
 
 def _best_timer(rows: Iterable[Row]) -> list[Row]:
-    """Of rows that differ only in the timer the graph's, which has no host in it."""
+    """Of rows that differ only in the timer, those of the graph, which exclude the host."""
     rows = sorted(rows, key=lambda row: row.timer == "graph")
     key = lambda r: (r.op, r.variant, r.mode, r.shape, r.tokens, r.sizes, r.pattern, r.dtype)
     return list({key(row): row for row in rows}.values())
@@ -69,18 +69,18 @@ def _case(row: Row) -> str:
 
 
 def _variants(rows: Iterable[Row]) -> list[str]:
-    """Ours first, then peers, the dense ceiling last."""
+    """Ours first, then peers, the dense MLP last."""
     names = dict.fromkeys(row.variant for row in rows)
     return sorted(names, key=lambda name: (name == "dense", name == BASE, not name.startswith("cumo/"), name))
 
 
 def _beside(row: Row) -> tuple:
-    """Equal for rows that may be compared: variants that took turns, all of them by the same clock."""
+    """Equal for rows that may be compared: variants timed alternately by the same clock."""
     return (*record.case_of(row), row.mode, row.machine, row.run, row.timer)
 
 
 def speedups(rows: list[Row]) -> dict[tuple[str, str], dict[str, float]]:
-    """(op and mode, case) -> variant -> times as fast as the original's loop beside it."""
+    """(op and mode, case) -> variant -> speed-up over the original's loop in the same run."""
     base = {_beside(row): row.ms_p50 for row in rows if row.variant == BASE}
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in sorted(rows, key=lambda row: row.timer == "eager"):
@@ -128,8 +128,8 @@ def plot_speedups(rows: list[Row], path: Path) -> Path | None:
 
 
 def plot_roofline(rows: list[Row], path: Path) -> Path | None:
-    """Axes per op: rate over arithmetic intensity, or bytes a second where the op has no FLOPs to speak of;
-    under the roof of the data sheet where hardware.py has the machine."""
+    """Axes per op: rate over arithmetic intensity, or bytes per second if the op has almost no FLOPs; with
+    the data sheet's roofline if hardware.py has the machine."""
     rows = [r for r in _best_timer(rows) if r.gb_per_s and r.op != "scaling" and r.mode != "backward"]
     if not rows:
         return None
@@ -200,7 +200,7 @@ def plot_scaling(rows: list[Row], path: Path) -> Path | None:
 
 
 def plot_memory(rows: list[Row], path: Path) -> Path | None:
-    """Axes of what is kept for backward, and of the peak where it was measured: on a GPU. KiB a token."""
+    """Axes of the memory saved for backward, and of the peak if measured (on a GPU). KiB per token."""
     layers = ("expert_mlp", "both", "uniform")
     rows = [row for row in _best_timer(rows) if (row.op, row.mode, row.pattern) == layers]
     titles = {
@@ -246,7 +246,7 @@ def milliseconds(ms: float) -> str:
 
 def table(rows: list[Row]) -> list[str]:
     """Markdown: a line per case, mode and clock, a column per variant: milliseconds, and speed-up over the
-    loop; then what else was measured of our own."""
+    loop; then the other measurements of our own variants."""
     lines = []
     base = {_beside(row): row.ms_p50 for row in rows if row.variant == BASE}
     for op in dict.fromkeys(row.op for row in rows):
@@ -313,14 +313,14 @@ def details(rows: list[Row]) -> list[str]:
 
 
 def not_timed(gaps: list[Gap], rows: list[Row]) -> list[str]:
-    """A line per variant and reason; a gap that a later run closed is none."""
+    """A line per variant and reason, without gaps that a later run closed."""
     newest: dict[tuple, str] = {}  # (case, variant and mode of the gap that it closes) -> run
     for row in rows:
         closes = {(row.variant, "all"), ("all", "all"), ("all", row.mode), (row.variant, _mode(row))}
         for variant, mode in closes | ({(row.variant, "backward")} if row.mode != "forward" else set()):
             key = (record.case_of(row), variant, mode)
             newest[key] = max(row.run, newest.get(key, ""))
-        whole = ((row.op, "", 0, "", "", ""), "all", "all")  # a file that could not be loaded, now can
+        whole = ((row.op, "", 0, "", "", ""), "all", "all")  # a file that could not be loaded before
         newest[whole] = max(row.run, newest.get(whole, ""))
     grouped: dict[tuple[str, str, str], list[str]] = {}
     for gap in gaps:
@@ -331,9 +331,9 @@ def not_timed(gaps: list[Gap], rows: list[Row]) -> list[str]:
             grouped.setdefault((gap.variant, gap.mode, gap.reason), []).append(case)
     if not grouped:
         return []
-    lines = ["\n#### Asked for and not timed\n"]
+    lines = ["\n#### Requested and not timed\n"]
     for (variant, mode, reason), cases in grouped.items():
-        # whole cases are named one by one: nothing else in the report does
+        # whole cases are listed one by one: they are nowhere else in the report
         more = f" and {len(cases) - 1} more" if len(cases) > 1 else ""
         named = ", ".join(cases) if variant == "all" else f"{cases[0]}{more}"
         who = "every variant" if variant == "all" else variant
@@ -348,13 +348,13 @@ def _triton(rows: list[Row], machine: str, shape: str, dtype: str, mode: str) ->
         row.ms_p50
         for row in rows
         if (row.machine, row.op, row.shape, row.dtype, row.mode, row.pattern) == wanted
-        and row.variant == "cumo/triton"  # whose kernels are predicted
+        and row.variant == "cumo/triton"  # the backend that is predicted
     )
     return min(found, default=None)
 
 
 def predictions(folder: Path, rows: list[Row]) -> list[str]:
-    """What `benchmarks.predictions` computed by layer, beside the measurements of the same GPU, if any."""
+    """The results of `benchmarks.predictions` by layer, with measurements of the same GPU, if any."""
     lines = []
     for path in sorted(folder.glob("*.csv")):
         found = list(csv.DictReader(path.read_text().splitlines()))
@@ -362,8 +362,8 @@ def predictions(folder: Path, rows: list[Row]) -> list[str]:
         lines += [
             f"\n## Predicted for {gpu}, {dtype}: not measured\n",
             "Computed by `python -m benchmarks.predictions` from the compiled Triton kernels: tiles,",
-            "waves, registers and shared memory against the data sheet; no latency, caches, epilogues. First",
-            "the GEMMs of the layer, then what router, sorting and weighted sum move at full bandwidth.\n",
+            "waves, registers and shared memory compared with the data sheet; without latency, caches,",
+            "epilogues. First the GEMMs of the layer, then router, sort and combine at full bandwidth.\n",
             "| layer | forward ms | of roofline | forward + backward ms | of roofline | worst GEMM "
             "| route, sort, combine ms | spills | measured forward, both (x of the predicted GEMMs) |",
             "|---|---|---|---|---|---|---|---|---|",
@@ -392,26 +392,26 @@ def predictions(folder: Path, rows: list[Row]) -> list[str]:
 
 HEAD = """# Benchmark report
 
-Made by `python -m benchmarks.plot` from the CSV files in `benchmarks/results/` and from nothing else. Every
-timing stands behind a correctness gate: in the same command the variant was held against fp64 by the rule of
-`cumo_kernels/testing.py`. `x` is how many times as fast as the original CuMo's eager loop (our port of it);
-`dense` is a dense MLP of equal FLOPs without experts, the ceiling. Medians; ratios are only of variants that
-took turns in one run, by the same clock (a loop that waits for the host cannot be a CUDA graph). Errors are
-in units of torch's own. `of roofline` is the share of the data sheet's roofline: the larger of FLOPs / peak
-and bytes / bandwidth, each operand moved once, over the time.
-On a CPU with one thread it is processor time that is measured, since other jobs lengthen the wall's.
+Made by `python -m benchmarks.plot`, only from the CSV files in `benchmarks/results/`. Every timing is behind
+a correctness gate: in the same command the variant was compared with fp64 by the rule of
+`cumo_kernels/testing.py`. `x` is the speed-up over the baseline, the original CuMo's eager loop (our port of
+it). `dense` is a dense MLP of equal FLOPs without experts, an upper limit. Times are medians; ratios are only
+between variants timed alternately in one run, by the same clock (a loop that synchronises with the host
+cannot be a CUDA graph). Errors are in units of torch's own error. `of roofline` is the share of the data
+sheet's roofline: the larger of FLOPs / peak and bytes / bandwidth, each operand moved once, divided by the
+time. On a CPU with one thread, processor time is measured, since other jobs lengthen wall-clock time.
 """
 
 
 def report(results: Path = record.RESULTS) -> Path:
-    """Write the pictures of every machine beside its CSV files, and REPORT.md beside `results`."""
+    """Write the pictures of every machine next to its CSV files, and REPORT.md next to `results`."""
     rows, gaps = record.latest(record.read(results)), record.read_gaps(results)
     machines = sorted({row.machine for row in rows}, key=lambda name: (name.startswith("cpu"), name))
     lines = [HEAD]
     if not any(row.timer in ("eager", "graph", "host") for row in rows):
-        lines += ["**Not yet measured on a GPU.** What follows ran on a CPU, on the reference backend.\n"]
+        lines += ["**Not yet measured on a GPU.** The results below are from a CPU.\n"]
     if not machines:
-        lines += ["Nothing has been measured yet: `python -m benchmarks` does.\n"]
+        lines += ["Nothing has been measured yet; run `python -m benchmarks`.\n"]
     for machine in machines:
         mine = [row for row in rows if row.machine == machine]
         every = lambda name, mine=mine: ", ".join(dict.fromkeys(str(getattr(row, name)) for row in mine))

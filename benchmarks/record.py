@@ -1,6 +1,6 @@
-"""One timing is one row; rows are appended to benchmarks/results/<machine>/<op>.csv.
+"""Stores timings: one row per timing, appended to benchmarks/results/<machine>/<op>.csv.
 
-Pictures and reports read these files and nothing else.
+Pictures and the report use only these files.
 """
 
 import csv
@@ -24,9 +24,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @dataclass
 class Row:
-    """One variant of one case in one mode. Times in milliseconds; empty where nothing was measured."""
+    """One variant of one case in one mode. Times in milliseconds; empty if not measured."""
 
-    run: str  # rows of one run were timed interleaved, on the same machine state
+    run: str  # rows of one run were timed alternately, in the same machine state
     op: str
     variant: str  # `ours`, a peer, or "dense": one expert, no routing, the same FLOPs
     mode: str  # forward (no gradient) | backward | both
@@ -46,11 +46,11 @@ class Row:
     floor_ms: float | None  # the data sheet's roofline: the larger of FLOPs / peak and bytes / bandwidth
     share_of_floor: float | None  # floor_ms / ms_p50; the report calls it the share of the roofline
     ratio_to_dense: float | None  # dense ms / ms, at equal FLOPs, in the same run
-    saved_bytes: int | None  # kept for backward, inputs and weights not counted
+    saved_bytes: int | None  # saved for backward, without inputs and weights
     peak_bytes: int | None  # above what was allocated before
-    error: float | None  # worst output, in units of torch's own error; the gate measured it
+    error: float | None  # largest error of an output, in units of torch's own; from the gate
     gradient_error: float | None
-    gate: str  # "" when the gate ran at this very size, else the size it ran at
+    gate: str  # "" if the gate ran at this size, else its size
     machine: str
     device: str
     driver: str
@@ -62,11 +62,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Gap:
-    """What was asked for and not timed, and why."""
+    """A requested timing that was not made, and why."""
 
     op: str
-    variant: str  # or all
-    mode: str  # backward, or all; where timing broke off any; as_graph(mode) where capture did
+    variant: str  # or "all"
+    mode: str  # "backward" or "all"; any mode if timing failed in it; as_graph(mode) if capture failed
     shape: str
     tokens: int
     sizes: str  # H I O E K
@@ -78,15 +78,15 @@ class Gap:
 
 
 def ours(backend: str) -> str:
-    """The variant "cumo/<backend>"; "cumo/<backend>+pdl" where CUMO_PDL=1 launches differently."""
+    """The variant "cumo/<backend>"; "cumo/<backend>+pdl" if CUMO_PDL=1 changes its launches."""
     return f"cumo/{backend}" + ("+pdl" if os.environ.get("CUMO_PDL") == "1" else "")
 
 
-FAULTS = ("the gate refuses it", "it cannot run", "it hung", "it broke the device")  # how such reasons begin
+FAULTS = ("the gate refuses it", "it cannot run", "it hung", "it broke the device")  # their prefixes
 
 
 def is_fault(gap: Gap) -> bool:
-    """Whether the variant is wrong or broken, and not only absent or without a mode."""
+    """Whether the variant is wrong or broken, not just absent or without a mode."""
     return gap.reason.startswith(FAULTS) or " broke the device: " in gap.reason
 
 
@@ -104,9 +104,9 @@ def _cpu_name() -> str:
 
 @cache
 def commit() -> str:
-    """Short hash, "+" behind it when tracked files differ; "unknown" outside a checkout."""
+    """Short hash, followed by "+" if tracked files differ; "unknown" outside a checkout."""
     head = verified.first_line("git", "rev-parse", "--short=10", "HEAD")
-    code = ("*.py", "*.json", "csrc")  # a changed page changes no timing
+    code = ("*.py", "*.json", "csrc")  # documentation does not change timings
     changed = verified.first_line("git", "status", "--porcelain", "-uno", "--", *code)
     return f"{head}{'+' if changed else ''}" if head else os.environ.get("CUMO_COMMIT") or "unknown"
 
@@ -145,7 +145,7 @@ def _text(value: object) -> str:
 
 
 def _append(path: Path, added: Iterable[Row | Gap]) -> None:
-    """One move; a file with other columns is refused."""
+    """Write atomically; refuse a file with other columns."""
     added = list(added)
     columns = [field.name for field in fields(added[0])]
     old = path.read_text() if path.exists() else ",".join(columns) + "\n"
@@ -200,7 +200,7 @@ def read(results: Path = RESULTS) -> list[Row]:
 
 
 def read_gaps(results: Path = RESULTS) -> list[Gap]:
-    """The gaps of each machine, the last word on each case."""
+    """The gaps of each machine, the latest for each case."""
     lines = [line for path in sorted(results.glob(f"*/{GAPS}")) for line in _lines(path)]
     found = [Gap(**{**line, "tokens": int(line["tokens"])}) for line in lines]
     return list({(g.machine, g.variant, g.mode, *case_of(g)): g for g in found}.values())
@@ -212,12 +212,12 @@ def runs(results: Path = RESULTS) -> set[str]:
 
 
 def case_of(line: Row | Gap) -> tuple[str | int, ...]:
-    """What was asked for, whoever does it in whichever mode."""
+    """The case of a row or gap, independent of variant and mode."""
     return line.op, line.shape, line.tokens, line.sizes, line.pattern, line.dtype
 
 
 def as_graph(mode: str) -> str:
-    """What a mode is called when its CUDA graph is meant."""
+    """The name of a mode's CUDA graph."""
     return f"{mode}, CUDA graph"
 
 

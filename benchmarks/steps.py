@@ -1,4 +1,4 @@
-"""What is timed and weighed: one forward, one backward or both, as functions without arguments."""
+"""The functions whose time and memory are measured: forward, backward or both, without arguments."""
 
 import contextlib
 import threading
@@ -27,7 +27,7 @@ def steps_of(
     if set(modes) - {"forward"}:
         outs = differentiable()
         upstream = tuple(torch.randn_like(o) for o in outs)
-        if "backward" in modes:  # it alone keeps what forward saved, of every variant at a time
+        if "backward" in modes:  # only this mode keeps saved tensors, for all variants at the same time
             steps["backward"] = lambda: torch.autograd.grad(
                 outs, wanted, upstream, retain_graph=True, allow_unused=True
             )
@@ -36,7 +36,7 @@ def steps_of(
 
 
 def saved_bytes(run: Callable, inputs: tuple[Tensor, ...], parameters: tuple[Tensor, ...] = ()) -> int:
-    """What one forward pass keeps for backward, besides inputs and weights; memory kept twice counts once."""
+    """Bytes saved by a forward pass for backward, without inputs and weights; shared memory counts once."""
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]  # shared, not copied
     given = {t.untyped_storage().data_ptr() for t in (*leaves, *parameters)}
     kept: dict[int, int] = {}
@@ -54,7 +54,7 @@ def saved_bytes(run: Callable, inputs: tuple[Tensor, ...], parameters: tuple[Ten
 
 
 def room(device: str) -> float:
-    """Bytes that one case may take."""
+    """Bytes that one case may use."""
     if device == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory * 0.8
     return 4 << 30
@@ -72,11 +72,11 @@ def peak_bytes(step: timing.Step, device: str) -> int | None:
 
 
 def captured(steps: dict[str, timing.Step], refuse: Callable[[str, str], None]) -> dict[str, timing.Step]:
-    """name -> a replay of its CUDA graph; `refuse` is told the name and the reason of what has none."""
+    """name -> a replay of its CUDA graph; `refuse` gets name and reason if capture is not possible."""
     found = {}
     for name, step in steps.items():
         try:
-            # what waits for the host would break off a capture, and leave the allocator in the middle of it
+            # a step that synchronises would fail in the capture and leave the allocator in an invalid state
             torch.cuda.set_sync_debug_mode("error")
             try:
                 step()
@@ -91,7 +91,7 @@ def captured(steps: dict[str, timing.Step], refuse: Callable[[str, str], None]) 
 def watching(
     seconds: float | None, hung: Callable[[str], None]
 ) -> Callable[[str], contextlib.AbstractContextManager]:
-    """watch(name): a context after whose `seconds` a thread calls hung(name); without `seconds` never."""
+    """watch(name): a context; after `seconds` in it a thread calls hung(name), without `seconds` never."""
 
     @contextlib.contextmanager
     def watch(name: str):
@@ -109,5 +109,5 @@ def watching(
 
 
 def said(error: Exception) -> str:
-    """The error's type and first line, for a reason."""
+    """The error's type and first line, as the reason of a gap."""
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:160]}"

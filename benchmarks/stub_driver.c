@@ -1,5 +1,5 @@
-/* libcuda.so.1 for a machine without a GPU: everything succeeds, nothing runs. benchmarks/host.py builds it, so
-   that Triton's own launcher can be timed up to the call that would start a kernel. */
+/* A stub libcuda.so.1 for a machine without a GPU: every call succeeds, nothing runs. benchmarks/host.py builds it,
+   so that Triton's own launcher can be timed up to the call that would start a kernel. */
 #include <stddef.h>
 #include <string.h>
 

@@ -1,9 +1,9 @@
-"""Clocks. Variants take turns, so that drift of the machine meets all of them alike.
+"""Clocks. Variants are timed alternately, so that drift of the machine affects all of them alike.
 
-On a GPU: CUDA events around one step, after the L2 was overwritten; that also keeps the queue full while the
-host prepares the step, so it hides what the host does in that time: what is asked about the host itself is
-timed by the wall's clock with the GPU idle before and after. A captured graph takes the host out altogether.
-A GPU first runs the steps until their times settle. On a CPU: warm caches.
+On a GPU: CUDA events around one step, after the L2 was overwritten. The overwrite also keeps the queue full
+while the host prepares the step, so it hides host time of that length; host time is therefore measured by the
+wall clock with the GPU idle before and after. A captured graph excludes the host. A GPU first runs the steps
+until their times settle. On a CPU: warm caches.
 """
 
 import time
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 Step = Callable[[], object]
-SETTLING = 0.5  # seconds of a clock, that is of a case, that warming a GPU up may take
-SETTLED = 0.03  # three rounds that differ by no more of their time
+SETTLING = 0.5  # seconds per clock, that is per case, for warming up a GPU
+SETTLED = 0.03  # the largest relative difference of three rounds
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def _quantiles(times: list[float]) -> Times:
 
 
 class CpuClock:
-    """One thread: the processor's time, which other jobs do not lengthen. Several threads: the wall's."""
+    """One thread: processor time, which other jobs do not lengthen. Several threads: wall-clock time."""
 
     cache = "warm"
     settling = 0.0
@@ -67,7 +67,7 @@ class GpuClock:
 
 
 class HostClock:
-    """From an idle GPU to an idle GPU: the host's work, and what of the GPU's outlasts it."""
+    """From an idle GPU to an idle GPU: the host's work, and GPU work that lasts longer."""
 
     name, cache = "host", "warm"
     now = staticmethod(time.monotonic)
@@ -87,14 +87,14 @@ Clock = CpuClock | GpuClock | HostClock
 
 
 def clock_of(device: str, host: bool = False) -> Clock:
-    """`host`: that for a GPU's host; a CPU is its own."""
+    """`host`: the clock for host time with a GPU; a CPU has only one."""
     if device != "cuda":
         return CpuClock()
     return HostClock() if host else GpuClock()
 
 
 def settle(steps: dict[str, Step], clock: Clock) -> None:
-    """Run `steps` in turns until three rounds take the same, or what is left of `clock.settling` is spent.
+    """Run `steps` alternately until three rounds take the same time, or `clock.settling` is spent.
 
     An idle GPU has lowered its clock, and needs some hundred milliseconds of work to raise it.
     """
@@ -109,7 +109,7 @@ def settle(steps: dict[str, Step], clock: Clock) -> None:
 def interleave(
     steps: dict[str, Step], clock: Clock, seconds: float, least: int = 3, most: int = 100
 ) -> dict[str, Times]:
-    """Time each of `steps` in turns for about `seconds`, at least `least` rounds; first runs do not count."""
+    """Time `steps` alternately for about `seconds`, at least `least` rounds; first runs do not count."""
     for step in steps.values():
         step()
     settle(steps, clock)
@@ -121,12 +121,12 @@ def interleave(
             break
         for name in names:
             times[name].append(clock.time(steps[name]))
-        names = [*names[1:], names[0]]  # nobody always runs behind the same one
+        names = [*names[1:], names[0]]  # no step always runs after the same one
     return {name: _quantiles(times[name]) for name in steps}
 
 
 def captured(step: Step) -> Step:
-    """A function that replays `step` as a CUDA graph; whatever capture raises is raised."""
+    """A function that replays `step` as a CUDA graph; errors of the capture are raised."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -139,6 +139,6 @@ def captured(step: Step) -> Step:
 
     def replay() -> object:
         graph.replay()
-        return results  # held here: the graph writes into them
+        return results  # keeps the outputs alive: the graph writes into them
 
     return replay

@@ -1,10 +1,10 @@
-"""Plant faults one at a time and see whether the kernel tests notice.
+"""Plant faults one at a time and check that a kernel test fails for each.
 
     python -m tests.mutate [--only WORD] [--write FILE]
 
-Each fault is one replacement in a copy of the tree, where the tests of the stem it touches then run: those of
-the Triton backend in Triton's interpreter, those of csrc/ in emulation, those of the reference as they are. A
-fault nobody notices is a test that is missing.
+Each fault is one replacement in a copy of the tree. The tests of the affected stem then run: for the Triton
+backend in Triton's interpreter, for csrc/ in emulation, for the reference directly. A fault that no test
+detects shows a missing test.
 """
 
 import argparse
@@ -23,7 +23,7 @@ COPIED = (
     "csrc", "cumo_kernels", "tests/kernels", "tests/conftest.py", "tests/programs.py", "tests/rounding.py",
     "pyproject.toml",
 )  # fmt: skip
-TIMEOUT_S = 1800  # a fault may make a loop endless, which is noticed too
+TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught
 REFERENCE, TRITON = "cumo_kernels/backends/reference/", "cumo_kernels/backends/triton/"
 TORCH = "cumo_kernels/backends/torch/"
 CUDA, HOPPER = "csrc/", "csrc/hopper"
@@ -32,21 +32,21 @@ ALONE = (
     "ptx_tables",
     "launch",
     "pdl",
-)  # stems whose tests need neither interpreter nor emulation around them
+)  # stems whose tests need neither interpreter nor emulation
 
 
 @dataclass(frozen=True)
 class Fault:
     what: str
     path: str
-    old: str  # stands in the file exactly once
+    old: str  # occurs exactly once in the file
     new: str
-    tests: str  # stems whose tests are run
-    select: str = ""  # pytest -k, to come to the point sooner
+    tests: str  # stems whose tests run
+    select: str = ""  # pytest -k, to find the failure faster
 
 
 FAULTS = (
-    # the reference, and with it the formulas every other backend is compared to
+    # the reference, with which every other backend is compared
     Fault("weights divided by nothing", REFERENCE + "routing.py",
           "weights = weights / weights.sum(-1, keepdim=True)", "pass", "routing"),
     Fault("ties to the highest index", REFERENCE + "routing.py",
@@ -284,7 +284,7 @@ FAULTS = (
           "if (p.tf32) return run(p.k_inner", "if (false) return run(p.k_inner", "cuda_plan", "tf32"),
     Fault("a bias gradient that no tile sums", CUDA + "tiles.h",
           "return column == (number - column) / blocks % tiles_k;",
-          "return column == (number - column) / blocks % tiles_k && column == 0;", "cuda_plan", "beside"),
+          "return column == (number - column) / blocks % tiles_k && column == 0;", "cuda_plan", "several_tiles"),
     Fault("all biases summed by the same blocks", CUDA + "tiles.h",
           "return column == (number - column) / blocks % tiles_k;", "return column == 0;", "cuda", "share_of_the_biases"),
     Fault("every block fetches the first share ahead", HOPPER + ".cu",
@@ -293,9 +293,9 @@ FAULTS = (
           "cols / kPatchCols, how.halves_apart, [&]", "cols / kPatchCols, how.halves_apart && !tile.halved, [&]",
           "cuda_plan", "halves"),
     Fault("a quarter of a stage not in the bias gradient", CUDA + "bias_sum.cuh",
-          "for (int k = 0; k < kDepth; k += 16)", "for (int k = 0; k < kDepth - 16; k += 16)", "cuda_plan", "beside"),
+          "for (int k = 0; k < kDepth; k += 16)", "for (int k = 0; k < kDepth - 16; k += 16)", "cuda_plan", "several_tiles"),
     Fault("columns of a bias gradient exchanged", CUDA + "bias_sum.cuh",
-          "store(column + lane / 4, sum[0]);", "store(column + lane / 4, sum[2]);", "cuda_plan", "beside"),
+          "store(column + lane / 4, sum[0]);", "store(column + lane / 4, sum[2]);", "cuda_plan", "several_tiles"),
     Fault("fp32 rows of other lanes not in the bias gradient", CUDA + "bias_sum.cuh",
           "for (int lanes = 4; lanes < kWarp; lanes *= 2)", "for (int lanes = 8; lanes < kWarp; lanes *= 2)",
           "grouped_gemm", "fp32"),
@@ -344,11 +344,11 @@ FAULTS = (
 
 
 def notice(fault: Fault, tree: Path) -> tuple[bool, str]:
-    """-> whether a test failed, and which or why."""
+    """-> whether a test failed, and which one or why."""
     path = tree / fault.path
     text = path.read_text()
     if text.count(fault.old) != 1:
-        raise SystemExit(f"{fault.what}: stands {text.count(fault.old)} times in {fault.path}: {fault.old!r}")
+        raise SystemExit(f"{fault.what}: occurs {text.count(fault.old)} times in {fault.path}: {fault.old!r}")
     environment = dict(os.environ, PYTHONPATH=str(tree), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
     select = "not triton"
     if fault.tests in ALONE:
@@ -369,24 +369,22 @@ def notice(fault: Fault, tree: Path) -> tuple[bool, str]:
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        return True, "it never ends"
+        return True, "endless loop"
     finally:
         path.write_text(text)
     if done.returncode < 0:
-        return True, "the interpreter dies"
-    if done.returncode not in (0, 1):  # 2 to 5: pytest did not get to run a test
+        return True, "the interpreter crashes"
+    if done.returncode not in (0, 1):  # 2 to 5: pytest ran no test
         raise SystemExit(f"{fault.what}: pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     failed = re.search(r"^FAILED \S*?::(\S+)", done.stdout, re.M)
-    if (
-        done.returncode and not failed
-    ):  # a fixture that fails, as when compiling takes too long, proves nothing
+    if done.returncode and not failed:  # a failing fixture, for example a compile timeout, proves nothing
         raise SystemExit(f"{fault.what}: no test failed, pytest ended with:\n{done.stdout[-4000:]}")
     return done.returncode == 1, failed[1] if failed else ""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__)
-    parser.add_argument("--only", default="", help="faults with this word in their name, file or tests")
+    parser.add_argument("--only", default="", help="only faults with this word in their name, file or tests")
     parser.add_argument("--write", type=Path, help="file for the table")
     args = parser.parse_args(argv)
     rows, missed = [], 0

@@ -1,1 +1,1 @@
-"""What is timed: a bench_<stem>.py for each stem, and for layer and model; sizes and plain loops."""
+"""The timed cases: a bench_<stem>.py for each stem, for the layer and for models; sizes and plain loops."""

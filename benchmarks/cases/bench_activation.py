@@ -21,7 +21,7 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
     size = x.element_size() * shape.slots
     return Workload(
         run=lambda x: ops.activate(x, shape.activation),
-        truth=lambda x: reference.activate(x, shape.activation),
+        reference=lambda x: reference.activate(x, shape.activation),
         inputs=(x,),
         bytes=size * (shape.width + shape.I),  # read z, write a
         backward_bytes=size * (shape.I + 2 * shape.width),  # read da and z, write dz

@@ -1,6 +1,6 @@
 """expert_mlp: python -m benchmarks.cases.bench_experts [--shape NAME] [--backend NAME] [--full]
 
-The whole expert layer behind a given routing plan, against every peer and against a dense MLP of equal FLOPs.
+The whole expert layer for a given routing plan, compared with every peer and with a dense MLP of equal FLOPs.
 """
 
 from dataclasses import replace
@@ -37,11 +37,11 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
     plan = (routing.permutation, routing.inverse_permutation, routing.expert_offsets)
 
     def run(x, weights, up, down, *b):
-        # the plan is given: only its weights carry gradient
+        # the plan is given: only its weights have a gradient
         given = replace(routing, topk_weights=weights)
         return ops.expert_mlp(x, given, up, down, *b, activation=shape.activation)
 
-    def truth(x, weights, up, down, *b):
+    def expected(x, weights, up, down, *b):
         both = b or (None, None)
         return reference.expert_mlp(x, weights, *plan, up, down, *both, shape.activation, "none")[0]
 
@@ -51,14 +51,14 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
     peers, gaps = available(shape, dtype, device)
     rows = draw(shape.slots, shape.H)
     dense_up, dense_down = draw(shape.width, shape.H), draw(shape.O, shape.I)
-    hit = int((routing.tokens_per_expert > 0).sum())  # weights of the others need not be read
+    hit = int((routing.tokens_per_expert > 0).sum())  # weights of other experts need not be read
     size, used = x.element_size(), hit * shape.weights // shape.E
     return Workload(
         run=run,
-        truth=truth,
+        reference=expected,
         inputs=(x, routing.topk_weights, up, down, *biases),
         flops=shape.gemm_flops,
-        # every operand of each of the two GEMMs and of the weighted sum once
+        # every operand of the two GEMMs and of the weighted sum once
         bytes=size * (x.numel() + used + shape.slots * (2 * shape.I + 2 * shape.O) + shape.T * shape.O),
         backward_bytes=size
         * (

@@ -1,6 +1,6 @@
 """grouped_gemm: python -m benchmarks.cases.bench_grouped_gemm [--shape NAME] [--backend NAME] [--full]
 
-The first GEMM of a layer: rows gathered in token order, bias, activation; its backward has both adjoints.
+The first GEMM of a layer: gathered rows in token order, bias, activation; its backward runs both adjoints.
 """
 
 import torch
@@ -33,7 +33,7 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
     def run(x, w, b=None):
         return ops.grouped_gemm(x, w, offsets, bias=b, gather=routing, activation=shape.activation)
 
-    def truth(x, w, b=None):
+    def expected(x, w, b=None):
         plan = (permutation, inverse, shape.K)
         return reference.grouped_gemm(x, w, offsets, b, *plan, shape.activation)[0]
 
@@ -41,10 +41,10 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
     size, used = x.element_size(), int((routing.tokens_per_expert > 0).sum())
     return Workload(
         run=run,
-        truth=truth,
+        reference=expected,
         inputs=(x, weight, *bias),
         flops=2 * shape.slots * shape.width * shape.H,
-        # tokens once, the weights of the experts that are met, the activation out
+        # tokens once, the weights of the experts with rows, the activation written
         bytes=size * (x.numel() + used * shape.width * shape.H + shape.slots * shape.I),
         backward_bytes=size
         * (shape.slots * (shape.I + shape.width) + 2 * x.numel() + 2 * shape.E * shape.width * shape.H),

@@ -1,6 +1,6 @@
 """The whole MoE layer: python -m benchmarks.cases.bench_layer [--shape NAME] [--backend NAME] [--full]
 
-Gate, routing, both losses and experts, as cumo_model's MoELayer computes them, against the original's loops.
+Gate, routing, both losses and experts, as in cumo_model's MoELayer, compared with the original's loops.
 """
 
 import torch
@@ -24,8 +24,8 @@ def cases(device: str, full: bool) -> list[Case]:
 def separated(shape: Shape, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x whose first E columns are its logits, 1/8 apart, and the gate that reads them.
 
-    Rounded logits of random data tie now and then; fp64's do not, and experts chosen otherwise are no error
-    of any implementation. Small multiples of 1/8 are exact in every dtype.
+    Rounded logits of random data have ties that fp64 logits do not have, and a different choice of experts is
+    not an error. Small multiples of 1/8 are exact in every dtype.
     """
     order = torch.rand(shape.T, shape.E, device=x.device).argsort(1).to(x.dtype)
     gate = torch.zeros(shape.E, shape.H, dtype=x.dtype, device=x.device)
@@ -49,7 +49,7 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
         out = ops.expert_mlp(x, routing, up, down, *b, activation=shape.activation)
         return out, *losses(stats.mean_probs, stats.top1_density, stats.mean_squared_logsumexp)
 
-    def truth(x, gate, up, down, *b):
+    def expected(x, gate, up, down, *b):
         weights, indices, mean_probs, density, z = reference.route(x, gate, None, shape.groups, shape.K, True)
         _, offsets, permutation, inverse = reference.sort_by_expert(indices, shape.E)
         both = b or (None, None)
@@ -70,7 +70,7 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
     size, used = x.element_size(), min(shape.E, shape.slots) * shape.weights // shape.E
     return Workload(
         run=run,
-        truth=truth,
+        reference=expected,
         inputs=(x, gate, up, down, *biases),
         flops=shape.gemm_flops + 2 * shape.T * shape.H * shape.E,
         bytes=size * (2 * x.numel() + used + shape.slots * (2 * shape.I + 2 * shape.O) + shape.T * shape.O),

@@ -1,9 +1,9 @@
 """Whole models, random weights: python -m benchmarks.cases.bench_model [--backend NAME] [--full]
 
-clip-tower: the vision tower, backward to pixels and every weight. cumo-step: a training step's
-loss and gradients of the whole model. cumo-generate: 16 greedy tokens. Layers of the language model are cut
-to what fits, and the column `gate` says so. The gate runs in fp32, on a GPU with fewer layers: deep stacks of
-rounded routers choose other experts than fp64. It covers gradients of pixels, not those of each weight.
+clip-tower: the vision tower, backward to pixels and every weight. cumo-step: loss and gradients of one
+training step of the whole model. cumo-generate: 16 greedy tokens. The number of language-model layers is
+reduced to what fits; the column `gate` gives it. The gate runs in fp32, on a GPU with fewer layers: deep
+stacks of rounded routers choose other experts than fp64. It covers gradients of pixels, not of each weight.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ OP = "model"
 
 @dataclass(frozen=True)
 class Size:
-    """What of CuMo-7B is built: `crops` are the tower's, `images` the whole model's."""
+    """The part of CuMo-7B that is built: `crops` for the tower, `images` for the whole model."""
 
     vision: dict
     text: dict
@@ -46,7 +46,7 @@ SMALL_VISION = {
     "image_size": 112,
 }  # fmt: skip
 ON_CPU = "width a quarter of CLIP's, a sixteenth of Mistral's; 4 + 2 layers, 112 px"
-GATE = "-gate"  # behind the name of a case: what of it fp64 copies fit beside
+GATE = "-gate"  # suffix of a case: the reduced size, for which fp64 copies fit too
 
 
 def mistral(layers: int) -> dict:
@@ -71,7 +71,7 @@ SIZES = {
 
 
 def config_of(size: Size) -> CumoConfig:
-    holder = size.text["vocab_size"]  # the first id outside
+    holder = size.text["vocab_size"]  # the first id outside the vocabulary
     return CumoConfig(vision_config=size.vision, text_config=dict(size.text), image_token_index=holder)
 
 
@@ -100,7 +100,7 @@ def model_of(size: Size, device: str, dtype: torch.dtype) -> CumoForConditionalG
 
 @contextlib.contextmanager
 def original_experts():
-    """MoELayers compute their experts as the original's loop does."""
+    """Inside, MoELayers run their experts with the original's loop."""
     plain = Experts.forward
 
     def loop(self: Experts, x: Tensor, routing: Routing, compat: str | None = None) -> Tensor:
@@ -168,7 +168,7 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
         with original_experts():
             return run(x)
 
-    def truth(x: Tensor) -> Tensor:
+    def expected(x: Tensor) -> Tensor:
         with use_backend("reference"):
             return run(x)
 
@@ -176,7 +176,7 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
         run(pixels)
     return Workload(
         run=run,
-        truth=truth,
+        reference=expected,
         inputs=(pixels,),
         parameters=tuple(model.parameters()),
         flops=counter.get_total_flops(),

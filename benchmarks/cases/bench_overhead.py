@@ -1,9 +1,9 @@
-"""What the host spends on one call: python -m benchmarks.cases.bench_overhead
+"""The host's time for one call: python -m benchmarks.cases.bench_overhead
 
-The expert layer and the router at sizes whose arithmetic is nothing: the time of a call is that of checks,
-dispatch, autograd and launches. On a GPU it is the wall's, from an idle GPU to an idle GPU: behind a flush of
-the L2 as elsewhere the host would be ahead by as long as that takes. The graph timer shows what remains
-without the host.
+The expert layer and the router at sizes with negligible arithmetic: the time of a call is that of checks,
+dispatch, autograd and launches. On a GPU it is wall-clock time, from an idle GPU to an idle GPU: after a
+flush of the L2, as in other benchmarks, the host would run ahead for the time of the flush. The graph timer
+shows the time without the host.
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """permute and combine: python -m benchmarks.cases.bench_permutation [--shape NAME] [--backend NAME] [--full]
 
-One workload, since each is the other's backward: rows into expert order, and weighted back.
+One workload, since each is the other's backward: rows into expert order, and weighted back to token order.
 """
 
 import torch
@@ -36,7 +36,7 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
         plan = ops.routing_from_topk(weights, indices, shape.E)
         return ops.combine(ops.permute(x, plan), plan)
 
-    def truth(x, weights):
+    def expected(x, weights):
         rows = reference.permute(x, permutation, inverse, shape.K)
         return reference.combine(rows, weights, inverse, shape.K)
 
@@ -48,10 +48,10 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
     once = row * (shape.slots + shape.T)  # K rows on one side, one on the other
     return Workload(
         run=run,
-        truth=truth,
+        reference=expected,
         inputs=(x, routing.topk_weights),
         bytes=2 * once,
-        backward_bytes=2 * once + row * shape.slots,  # and the rows again, for the weights' gradient
+        backward_bytes=2 * once + row * shape.slots,  # the rows again, for the weights' gradient
         peers={"torch-indexing": indexed},
     )
 

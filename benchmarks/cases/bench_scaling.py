@@ -1,7 +1,7 @@
-"""Scaling of expert_mlp over tokens, experts and choices: python -m benchmarks.cases.bench_scaling [--full]
+"""Scaling of expert_mlp over tokens, experts and top-k: python -m benchmarks.cases.bench_scaling [--full]
 
-One thing changes at a time, from CLIP's layer: T from one crop to about 10^6 rows, E from 4 to 256 at equal
-FLOPs, K from 1 to 8. On a CPU the sizes are an eighth in H and I, and fewer.
+One parameter changes at a time, starting from CLIP's layer: T from one crop to about 10^6 rows, E from 4 to
+256 at equal FLOPs, K from 1 to 8. On a CPU, H and I are an eighth of that, and there are fewer sizes.
 """
 
 from dataclasses import replace

@@ -1,10 +1,10 @@
-"""What the original CuMo does, written from its formulas (arXiv 2405.05949, section 3): the line to beat.
+"""The original CuMo's computation, written from its formulas (arXiv 2405.05949, section 3): the baseline.
 
     p = softmax(gate(x)) in fp32, rounded;   (v, idx) = topk(p, K);   w = v / sum(v)
     y[t] = sum_k w[t, k] * expert[idx[t, k]](x[t]),  a Python loop over crops and experts
     balance = E^2 * mean_{crop, e}(share of first choices * mean of p),   z = mean(logsumexp(gate(x))^2)
 
-Rounding to the dtype of x after every step and the in-place sums are the original's.
+Like the original, it rounds to the dtype of x after every step and sums in place.
 """
 
 import torch

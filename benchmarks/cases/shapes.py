@@ -1,4 +1,4 @@
-"""The layers of CuMo at the sizes of its training and inference, and of models people name.
+"""The layers of CuMo at the sizes of its training and inference, and layers of other well-known models.
 
 CLIP: 577 tokens a crop, 10 crops an image at scales 1 and 3. Connector: 576 tokens an image. Language model:
 Mixtral 8x7B.
@@ -20,7 +20,7 @@ class Shape:
     K: int
     activation: str
     bias: bool
-    groups: int = 1  # crops, images or the whole batch: what one balance loss averages over
+    groups: int = 1  # sets over which one balance loss averages: crops, images or the whole batch
 
     @property
     def is_gated(self) -> bool:
@@ -81,17 +81,17 @@ SHAPES = {
         mixtral(700, "mixtral-prefill"),  # an image and a question
         mixtral(8192, "mixtral-train"),  # 2 x 4096, stage 3
         mixtral(16384, "mixtral-train2"),
-        # sizes that speak for other models, so that nothing is tuned to CuMo alone
+        # sizes of other models, so that nothing is tuned to CuMo alone
         Shape("qwen3-30b-a3b", 8192, 2048, 768, 2048, 128, 8, "swiglu", False),
         Shape("olmoe-7b", 8192, 2048, 1024, 2048, 64, 8, "swiglu", False),
-        # Mixtral, hidden and intermediate size a quarter: what a CPU without much memory can gate in fp64
+        # Mixtral, hidden and intermediate size a quarter: small enough for an fp64 gate on a CPU
         replace(mixtral(256, "mixtral-quarter"), H=1024, I=3584, O=1024),
     )
 }
 
 
 def tiny(shape: Shape) -> Shape:
-    """`shape` cut to what an interpreter runs in a second: for rehearsals, never for a number."""
+    """`shape` reduced so that an interpreter runs it in a second: for rehearsals, not for timings."""
     groups = 1 if shape.groups == 1 else 3
     tokens = min(shape.T, 33)
     return replace(
@@ -100,7 +100,7 @@ def tiny(shape: Shape) -> Shape:
     )  # fmt: skip
 
 
-# what is measured first, by device: a run that is cut off has the shapes that matter most
+# measured first, by device: an interrupted run has the most important shapes
 FIRST = {
     "cuda": ("clip-image", "clip-1-crop", "mixtral-train", "connector-8", "mixtral-decode16"),
     "cpu": ("clip-1-crop", "connector-1", "mixtral-quarter"),

@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu: the command behind `make gpu`; see the package's own words."""
+"""python -m benchmarks.gpu: the command behind `make gpu`; see the package's docstring."""
 
 import argparse
 import json
@@ -17,11 +17,11 @@ from benchmarks.gpu.engine import ROOT, Step, run, unproven
 from benchmarks.gpu.plan import BUDGET, PARTS, Place, listing, plan
 from cumo_kernels.verification import verified
 
-REHEARSAL = 600.0  # seconds; it is to take under 360 on two cores
+REHEARSAL = 600.0  # seconds; it should take under 360 on two cores
 
 
 def pack(place: Place) -> None:
-    """results.tgz: whatever benchmarks, tuning and verify have written so far."""
+    """Write results.tgz: all that benchmarks, tuning and verify have written so far."""
     part = place.out / ".results.tgz.part"
     names = (
         "benchmarks/results",
@@ -38,14 +38,14 @@ def pack(place: Place) -> None:
 
 
 def _folder(given: Path | None, now: datetime) -> Path:
-    """--out, else $OUT where a lent machine sets it, else runs/gpu/<time>."""
+    """--out, else $OUT if the machine sets it, else runs/gpu/<time>."""
     if given is None and os.environ.get("OUT"):
         given = Path(os.environ["OUT"])
     return (given or ROOT / "runs" / "gpu" / f"{now:%Y%m%dT%H%M%S}").resolve()
 
 
 def _carried_commit(folder: Path = FOLDER) -> str | None:
-    """Of a tree that came without .git: the artefacts' where they were made of the same kernels."""
+    """The commit of a tree without .git: that of the artefacts, if made from the same kernels."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         same = all(verified.source_of(name) == source for name, source in manifest["sources"].items())
@@ -66,7 +66,7 @@ def _run(part: str, steps: list[Step], place: Place, budget: float, head: str) -
 
     outcomes = run(steps, budget, place.out / "log.txt", note)
     if place.rehearses:
-        shutil.rmtree(place.tree, ignore_errors=True)  # results.tgz has it
+        shutil.rmtree(place.tree, ignore_errors=True)  # results.tgz contains it
     print(f"\n{shown}\nin {place.out}")
     missing = unproven(outcomes, steps)
     for o in missing:
@@ -82,16 +82,16 @@ def main(argv: list[str] | None = None) -> int:
     budget = os.environ.get("BUDGET")
     parser.add_argument("--budget", type=float, default=float(budget) if budget else None, help="seconds")
     parser.add_argument("--out", type=Path, help="folder; default $OUT, else runs/gpu/<time>")
-    parser.add_argument("--part", choices=PARTS, default="prove", help="which of the two calls")
+    parser.add_argument("--part", choices=PARTS, default="prove", help="which of the two parts")
     parser.add_argument("--rehearse", action="store_true", help="both parts on a CPU, at tiny sizes")
-    parser.add_argument("--only", action="append", help="steps to run, by name; default: all")
+    parser.add_argument("--only", action="append", help="names of steps to run; default: all")
     parser.add_argument(
         "--case-seconds",
         type=float,
         default=Place.case_seconds,
-        help="of one case of smoke",
+        help="time limit of one case of smoke",
     )
-    parser.add_argument("--list", action="store_true", help="print both plans and end")
+    parser.add_argument("--list", action="store_true", help="print both plans and exit")
     args = parser.parse_args(argv)
     import torch
 
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n\n".join(listing(part, plan(part, place)) for part in PARTS))
         return 0
     if not args.rehearse and not torch.cuda.is_available():
-        print("gpu: torch sees no CUDA device on this machine, so there is nothing to run (--rehearse does)")
+        print("gpu: torch sees no CUDA device on this machine, so nothing can run (except --rehearse)")
         return 1
     if record.commit() == "unknown" and (known := _carried_commit()):
         os.environ["CUMO_COMMIT"] = known
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     name = "a rehearsal on a CPU: no GPU was measured" if args.rehearse else torch.cuda.get_device_name()
     parts = PARTS if args.rehearse else (args.part,)
     steps = [step for part in parts for step in plan(part, place)]
-    steps = list({step.name: step for step in steps}.values())  # what both parts begin with, once
+    steps = list({step.name: step for step in steps}.values())  # the first steps of both parts only once
     steps.sort(key=lambda step: step.always)
     unknown = set(args.only or ()) - {step.name for step in steps}
     if unknown:

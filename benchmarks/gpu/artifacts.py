@@ -1,14 +1,14 @@
-"""What a GPU's machine need not make again: every kernel of the gate compiled, and `_C`, in one package.
+"""Builds artefacts for a GPU machine elsewhere: every kernel of the gate compiled, and `_C`, in one package.
 
     python -m benchmarks.gpu.artifacts build                            here: all, into build/gpu-artifacts/
-    python -m benchmarks.gpu.artifacts take                             there: to where it is looked for
-    python -m benchmarks.gpu.artifacts compile --gpu this --workers 16  there: what was not taken
-    python -m benchmarks.gpu.artifacts prove                            launches all, a stub for a driver
-    python -m benchmarks.gpu.artifacts try --cache DIR --folder DIR     packs, takes, proves a handful
+    python -m benchmarks.gpu.artifacts take                             there: install the package
+    python -m benchmarks.gpu.artifacts compile --gpu this --workers 16  there: compile what was not taken
+    python -m benchmarks.gpu.artifacts prove                            launch everything with a stub driver
+    python -m benchmarks.gpu.artifacts try --cache DIR --folder DIR     pack, take and prove a few kernels
 
 Launches are those of verify's cases and of CuMo's layers, made by the same code on CPU tensors: a kernel's
-cache key holds dtypes, alignments and constants, not the device. Whatever the key misses, Triton compiles at
-the first launch, so a stale or incomplete package costs time and never a wrong result.
+cache key has dtypes, alignments and constants, not the device. Triton compiles missing kernels at the first
+launch, so a stale or incomplete package costs time but never gives a wrong result.
 """
 
 import argparse
@@ -49,21 +49,21 @@ from cumo_kernels.verification.verified import ROOT
 
 FOLDER = ROOT / "build" / "gpu-artifacts"
 GPU, ARCHITECTURE = "nvidia_h100", "9.0a"
-LIMIT = 60 * 2**20  # bytes of a package
-# those of FIRST["cuda"] in cases/shapes.py, a batch of crops, four images, a decode step of one token
+LIMIT = 60 * 2**20  # the largest package, in bytes
+# FIRST["cuda"] of cases/shapes.py, a batch of crops, four images, a decode step of one token
 LAYERS = (
     ("clip", 5770), ("clip", 577), ("llm", 8192), ("mlp", 4608), ("llm", 16),
     ("clip", 23080), ("mlp", 2304), ("llm", 1),
 )  # fmt: skip
-KEPT = (".cubin", ".json", ".so")  # of a kernel's folder; the rest is text that a launch does not read
-MADE = "made.json"  # in a cache: the folders that `compile` needed there
+KEPT = (".cubin", ".json", ".so")  # of a kernel's folder; a launch does not read the rest
+MADE = "made.json"  # in a cache: lists the folders that `compile` needed
 KEPT_CACHE = ROOT / "build" / "gpu-cache"
-CRASHES = 3  # of workers, each of which costs the kernel that it had in hand
+CRASHES = 3  # allowed crashes of workers; each loses the kernel being compiled
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker does at a time: a case of verify, or one op of a layer in bf16."""
+    """A unit of work: a case of verify, or one op of a layer in bf16."""
 
     case: cases.Case | None = None
     layer: tuple[str, int] = ("", 0)
@@ -88,7 +88,7 @@ class Job:
 
 @dataclass
 class Made:
-    """What compiling came to: folders of Triton's cache, and sentences for what failed."""
+    """The result of compiling: folders of Triton's cache, and messages about failures."""
 
     kernels: set[str] = field(default_factory=set)
     launchers: set[str] = field(default_factory=set)
@@ -101,7 +101,7 @@ class Made:
 
 
 def jobs(few: bool = False, dtypes: tuple[str, ...] = tuple(DTYPES)) -> list[Job]:
-    """All launches of the gate, what it comes to first ahead; `few` is a handful to try the way with."""
+    """All launches of the gate, in its order; `few`: only a few, to test the procedure."""
     if few:
         kinds = cases.all_cases(cases.ALIGNED, ("bf16",), ("permute", "activate"))
         return [Job(case) for _, case in kinds]
@@ -114,9 +114,9 @@ def jobs(few: bool = False, dtypes: tuple[str, ...] = tuple(DTYPES)) -> list[Job
 
 @contextlib.contextmanager
 def on_the_cpu() -> Iterator[None]:
-    """Inside, public ops launch Triton's kernels on CPU tensors, and inputs are zeros that fill no memory.
+    """Inside, public ops launch Triton's kernels on CPU tensors, and inputs are zeros that use no memory.
 
-    For launches that only compile, or that a stub swallows: outputs hold anything, and nobody looks at them.
+    For launches that are only compiled or go to a stub: outputs hold anything and are not read.
     """
     before = dispatch.BACKENDS, checks.values_at_hand, routing.values_at_hand, torch.randn
     dispatch.BACKENDS = (dispatch.Backend("triton", lambda *_: None),)
@@ -130,7 +130,7 @@ def on_the_cpu() -> Iterator[None]:
 
 
 class _Worker:
-    """One process's compiling; `claims` is a folder in which each kernel is claimed by who compiles it."""
+    """Compiles in one process; `claims` is a folder in which a process claims the kernels it compiles."""
 
     def __init__(self, gpu: Gpu, claims: str):
         torch.set_num_threads(1)
@@ -187,7 +187,7 @@ def _work(job: Job) -> Made:
 
 
 def compile_all(todo: list[Job], gpu: Gpu, workers: int, log: Callable[[str], None] = print) -> Made:
-    """Compile what `todo` launches on `gpu`, each kernel once, into Triton's cache of this environment."""
+    """Compile the kernels that `todo` launches on `gpu`, each once, into this environment's Triton cache."""
     made, waiting, begin, said = Made(), list(todo), time.monotonic(), 0.0
     with tempfile.TemporaryDirectory(prefix="cumo-claims-") as claims:
         for _ in range(CRASHES + 1):
@@ -205,7 +205,7 @@ def compile_all(todo: list[Job], gpu: Gpu, workers: int, log: Callable[[str], No
                             words = f"{done} of {len(todo)} calls, {len(made.kernels)} kernels"
                             log(f"{words}, {spent:.0f} s, about {left:.0f} s left")
                 except BrokenProcessPool:
-                    made.failures.append("a worker crashed; what it compiled is left to the first launch")
+                    made.failures.append("a worker crashed; its kernel will be compiled at the first launch")
             if not waiting:
                 break
     if waiting:
@@ -232,10 +232,10 @@ def _manifest(made: Made, gpu: Gpu, extension_file: Path | None) -> dict:
 def pack(
     made: Made, cache: Path, extension_file: Path | None, folder: Path, gpu: Gpu, limit: int = LIMIT
 ) -> dict:
-    """Write the package -> its manifest.
+    """Write the package and return its manifest.
 
     Raises:
-        ValueError: it would be larger than `limit` bytes; the message says what is largest.
+        ValueError: it would be larger than `limit` bytes; the message names the largest parts.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -259,13 +259,13 @@ def pack(
         shutil.rmtree(folder)
         raise ValueError(
             f"the package must be at most {mib(limit)} MiB, got {mib(total)}: {say(files.items())}; "
-            f"the largest in the cache, unpacked and added up by name, are {say(largest)}"
+            f"the largest in the cache, unpacked and summed by name, are {say(largest)}"
         )
     return manifest
 
 
 def _build_extension() -> Path:
-    """`_C` for this Python and Hopper alone, beside the tree's own."""
+    """Build `_C` for this Python and only Hopper, next to the tree's own."""
     where = ("--build-lib", "build/gpu-lib", "--build-temp", "build/gpu-temp")
     environment = {**os.environ, "CUMO_BUILD": "1", "TORCH_CUDA_ARCH_LIST": ARCHITECTURE}
     command = (sys.executable, "setup.py", "-q", "build_ext", *where)
@@ -274,7 +274,7 @@ def _build_extension() -> Path:
 
 
 def _asked(gpu: Gpu) -> str:
-    """Hash of what decides which kernels are asked for, beside their sources: tile sizes and cases."""
+    """Hash of what decides which kernels are needed, besides their sources: tile sizes and cases."""
     files = (
         ROOT / "cumo_kernels" / name for name in (f"tiles/configs/{gpu.name}.json", "verification/cases.py")
     )
@@ -282,12 +282,12 @@ def _asked(gpu: Gpu) -> str:
 
 
 def _differences(manifest: dict, backend: str) -> Iterator[str]:
-    """Why what the package has for `backend` does not fit this machine and tree."""
+    """Reasons why the package's `backend` does not fit this machine and tree."""
     here = _manifest(Made(), hardware.find(GPU), None)
     named = {"python": "Python", "torch": "torch", "triton": "Triton"}
     for key, name in named.items():
         if manifest[key] != here[key] and (key != "triton" or backend == "triton"):
-            yield f"it was built with {name} {manifest[key]}, here is {here[key]}"
+            yield f"it was built with {name} {manifest[key]}, here it is {here[key]}"
     theirs, ours = manifest["sources"][backend], here["sources"][backend]
     if theirs != ours:
         yield f"it was built from source {theirs} of {backend}, here is {ours}"
@@ -298,7 +298,7 @@ def _differences(manifest: dict, backend: str) -> Iterator[str]:
 
 
 def _unpack(archive: Path, cache: Path) -> int:
-    """-> folders put into `cache`; each appears whole or not at all, and what is there already stays."""
+    """-> folders added to `cache`; each is added atomically, and existing ones stay."""
     cache.mkdir(parents=True, exist_ok=True)
     folders: dict[str, dict[str, bytes]] = {}
     with tarfile.open(archive) as tar:
@@ -308,7 +308,7 @@ def _unpack(archive: Path, cache: Path) -> int:
     taken = 0
     for name, files in folders.items():
         place = cache / name
-        if any((*place.glob("__grp__*"), *place.glob("*.so"))):  # a folder alone is left by a search in vain
+        if any((*place.glob("__grp__*"), *place.glob("*.so"))):  # an empty folder is left by a failed search
             continue
         part = cache / f".{name}.{uuid.uuid4().hex}"
         part.mkdir()
@@ -340,9 +340,9 @@ def _place_extension(packed: Path, built: float, package: Path) -> str:
 
 
 def take(folder: Path, cache_dir: Path, package: Path = ROOT / "cumo_kernels") -> list[str]:
-    """Put what fits this machine and this tree where it is looked for -> sentences: what, or why not.
+    """Install what fits this machine and this tree -> messages: what was taken, or why not.
 
-    Of kernels the binaries alone: codegen's reports compile theirs again.
+    Of kernels only the binaries: codegen compiles again for its reports.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -367,7 +367,7 @@ def take(folder: Path, cache_dir: Path, package: Path = ROOT / "cumo_kernels") -
                 "not taken whole: tile sizes or cases have changed since, so some kernels are missing"
             )
         if not any(line.startswith("not taken") for line in words):
-            (folder / "taken").touch()  # by which the gate knows that there is nothing to compile
+            (folder / "taken").touch()  # tells the gate that there is nothing to compile
         return words
     except FileNotFoundError as error:
         return [f"nothing taken: there is no {error.filename}"]
@@ -376,7 +376,7 @@ def take(folder: Path, cache_dir: Path, package: Path = ROOT / "cumo_kernels") -
 
 
 def prove(todo: Iterable[Job], gpu: Gpu) -> tuple[int, list[str], list[str]]:
-    """Launch `todo` with a stub for a driver -> launches, kernels that were compiled, libraries gcc built."""
+    """Launch `todo` with a stub driver -> number of launches, kernels compiled, libraries built by gcc."""
     from benchmarks.host import load_stub, use_stub
 
     stub, compiled, built = load_stub(), [], []
@@ -400,10 +400,10 @@ def prove(todo: Iterable[Job], gpu: Gpu) -> tuple[int, list[str], list[str]]:
 
 
 def rehearse(cache: Path, folder: Path, gpu: Gpu) -> int:
-    """Pack what `compile --few` left in `cache`, take it into another cache, and prove that one."""
+    """Pack what `compile --few` made in `cache`, take it into another cache, and prove that one."""
     from benchmarks.host import load_stub
 
-    load_stub()  # taken for the driver that `prove` has
+    load_stub()  # replaces the driver, for `prove`
     made = Made(**{name: set(rows) for name, rows in json.loads((cache / MADE).read_text()).items()})
     pack(made, cache, None, folder / "package", gpu)
     shutil.rmtree(folder / "taken", ignore_errors=True)
@@ -416,17 +416,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.artifacts", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     about = {
-        "build": "the extension and every kernel, packed",
-        "compile": "every kernel, into Triton's cache",
-        "take": "use a package here, as far as it fits",
-        "prove": "launch with a stub for a driver, and count what had to be compiled",
+        "build": "build and pack the extension and every kernel",
+        "compile": "compile every kernel into Triton's cache",
+        "take": "install the parts of a package that fit this machine",
+        "prove": "launch with a stub driver, and count what had to be compiled",
         "try": "pack what compile --few made, take it into another cache, prove that",
     }
     for name, words in about.items():
         command = commands.add_parser(name, help=words)
-        command.add_argument("--cache", type=Path, help="Triton's; default its own, of build build/gpu-cache")
+        command.add_argument("--cache", type=Path, help="Triton's cache; build: build/gpu-cache")
         if name in ("build", "take", "try"):
-            command.add_argument("--folder", type=Path, default=FOLDER, help="the package, of try its place")
+            command.add_argument("--folder", type=Path, default=FOLDER, help="folder of the package")
         if name in ("build", "compile"):
             command.add_argument("--workers", type=int, default=os.cpu_count() or 1)
         if name != "take":
@@ -434,16 +434,16 @@ def _parser() -> argparse.ArgumentParser:
                 "--gpu", default=GPU, help="a name in cumo_kernels/tiles/hardware.py, or this"
             )
         if name not in ("take", "try"):
-            command.add_argument("--few", action="store_true", help="a handful of kernels, to try the way")
+            command.add_argument("--few", action="store_true", help="a few kernels, to test the procedure")
             command.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="default: all")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    # build keeps its cache: what has not changed is not compiled again
+    # build keeps its cache: unchanged kernels are not compiled again
     cache = args.cache or (KEPT_CACHE if args.command == "build" else Path(triton.knobs.cache.dir))
-    os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())  # also of the workers
+    os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())  # for the workers too
     cache = cache.resolve()
     if args.command == "take":
         print("\n".join(take(args.folder, cache)))

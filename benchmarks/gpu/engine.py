@@ -1,4 +1,4 @@
-"""Steps, run one after the other within a budget; what each found is on disk before the next begins."""
+"""Runs steps one after the other within a budget; each step's result is saved before the next starts."""
 
 import contextlib
 import os
@@ -11,26 +11,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LEAST = 3.0  # seconds: with fewer left no step begins
+LEAST = 3.0  # seconds: with less time left no step starts
 
 
 @dataclass(frozen=True)
 class Step:
     name: str
     command: tuple[str, ...]
-    cap: float  # seconds at most; ended with all its processes then
+    cap: float  # time limit in seconds; then it is killed with all its processes
     expected: float = 0.0  # seconds, for --list
-    # asked when its turn comes: why it cannot run, and why there is nothing left for it to do; or None
+    # called before it starts: why it cannot run, and why it has nothing to do; or None
     why_not: Callable[[], str | None] = lambda: None
     done: Callable[[], str | None] = lambda: None
     environment: dict[str, str] = field(default_factory=dict)
-    must_pass: bool = False  # else `main` ends with 1, also if time was missing
+    must_pass: bool = False  # else `main` ends with 1, also if time ran out
     always: bool = False  # runs even when the budget is spent
     beside: tuple[str, ...] = ()  # a second command that runs at the same time
-    told: float | None = None  # the command is given --budget: of its seconds all but so many
+    told: float | None = None  # pass --budget to the command: its seconds minus this
 
     def words(self, seconds: float) -> tuple[str, ...]:
-        """The command, when it is given `seconds`."""
+        """The command for a limit of `seconds`."""
         if self.told is None:
             return self.command
         return (*self.command, "--budget", f"{max(1.0, seconds - self.told):.0f}")
@@ -49,8 +49,8 @@ def last_line(text: str) -> str:
 
 
 def execute(step: Step, seconds: float, log: Path) -> tuple[int | None, str]:
-    """Run one step, its output to `log` and screen -> exit code (None: out of time) and its last words."""
-    # what is timed or verified is forced, and the seconds are counted: no check of its own in between
+    """Run one step, with its output in `log` and printed -> exit code (None: out of time), last line."""
+    # timed and verified backends are forced, and time is limited: no self-check in between
     common = {"PYTHONUNBUFFERED": "1", "CUMO_SELF_CHECK": "0"}
     environment = {**os.environ, **common, **step.environment}
     command = step.words(seconds)
@@ -71,7 +71,7 @@ def execute(step: Step, seconds: float, log: Path) -> tuple[int | None, str]:
                 _end(child)
             return 127, str(error)
         while running:
-            # asked before the last read, so that nothing is missed
+            # polled before the last read, so that no output is lost
             running = any(child.poll() is None for child in children)
             part = seen.read().decode(errors="replace")
             print(part, end="", flush=True)
@@ -82,7 +82,7 @@ def execute(step: Step, seconds: float, log: Path) -> tuple[int | None, str]:
                 return None, last_line(text)
             time.sleep(0.1 if running else 0)
         for child in children:
-            _end(child)  # what it has left behind
+            _end(child)  # processes that it has left behind
         return next((c.returncode for c in children if c.returncode), 0), last_line(text)
 
 
@@ -97,10 +97,10 @@ def _end(child: subprocess.Popen) -> None:
 def run(
     steps: Iterable[Step], budget: float, log: Path, note: Callable[[list[Outcome]], None]
 ) -> list[Outcome]:
-    """Run `steps` within `budget` seconds; `note` is told what is known after each."""
+    """Run `steps` within `budget` seconds; `note` gets the outcomes after each."""
     begin = time.monotonic()
     steps, outcomes = list(steps), []
-    # steps that run always, at the end, have their time put by
+    # reserve the time of steps that always run, at the end
     reserve = sum(step.cap for step in steps if step.always)
     for step in steps:
         left = budget - (time.monotonic() - begin) - (0 if step.always else reserve)
@@ -128,6 +128,6 @@ def unproven(outcomes: Iterable[Outcome], steps: Iterable[Step]) -> list[Outcome
 
 
 def find_tool(name: str) -> str | None:
-    """On PATH, or where CUDA's installer puts it."""
+    """Find the tool on PATH, or where CUDA's installer puts it."""
     found = shutil.which(name)
     return found or next((str(p) for p in sorted(Path("/usr/local").glob(f"cuda*/bin/{name}"))), None)

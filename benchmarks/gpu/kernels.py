@@ -1,11 +1,11 @@
-"""What each kernel of an expert layer takes, the host's time per call, and the machine's two ceilings.
+"""Time of each kernel of an expert layer, the host's time per call, and the machine's two ceilings.
 
     python -m benchmarks.gpu.kernels --device cuda --lines FILE
 
-A JSON line each, written as soon as it is known: {"kind": "ceilings" | "kernels", ...}. One process per layer
-and backend, with a limit of its own: what one of them breaks costs its line. Times of kernels come from
-torch's profiler with a cold L2; they explain the layers' times, which stand behind a gate in the CSV files,
-and are no replacement for them.
+Writes one JSON line each, as soon as it is known: {"kind": "ceilings" | "kernels", ...}. A separate process
+with a time limit runs each layer and backend, so a failure loses only its line. Kernel times come from
+torch's profiler with a cold L2. They explain the times of the layers, which are gated and in the CSV files;
+they do not replace them.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from cumo_kernels.testing import make_routing
 LAYERS = ("clip-batch4", "mixtral-decode1", "mixtral-train", "clip-1-crop")
 REPEATS = {"cuda": 3, "cpu": 1}
 CALLS = {"cuda": 12, "cpu": 2}
-LIMIT = 40.0  # seconds of one layer and backend
+LIMIT = 40.0  # time limit of one layer and backend, in seconds
 
 
 def ceilings(device: str) -> dict:
-    """TFLOP/s of a large bf16 product, GB/s of a large copy, read and write counted."""
+    """TFLOP/s of a large bf16 product, GB/s of a large copy (reads and writes)."""
     size, count = (8192, 1 << 30) if device == "cuda" else (64, 1 << 12)
     clock = timing.clock_of(device)
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
@@ -67,13 +67,13 @@ def profiled(step: Callable[[], object], device: str) -> dict[str, list[float]]:
     for event in found.key_averages():
         micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         mine = event.device_type.name == "CUDA" if on_gpu else micros > 0
-        if mine and micros and "FillFunctor<signed char>" not in event.key:  # that is the flush
+        if mine and micros and "FillFunctor<signed char>" not in event.key:  # that is the L2 flush
             rows[event.key[:100]] = [round(number / REPEATS[device], 2) for number in (micros, event.count)]
     return dict(sorted(rows.items(), key=lambda row: -row[1][0])[:14])
 
 
 def host_us(step: Callable[[], object], device: str) -> float:
-    """Median of the host's time for one call; the GPU is idle before."""
+    """Median of the host's time for one call; the GPU is idle before it."""
     times = []
     for _ in range(CALLS[device]):
         begin = time.perf_counter()
@@ -85,7 +85,7 @@ def host_us(step: Callable[[], object], device: str) -> float:
 
 
 def layer(name: str, backend: str, device: str) -> dict:
-    """Kernels and host's time of the layer, its sort by expert included, forward and with backward."""
+    """Kernels and host time of the layer including its sort by expert, forward and with backward."""
     shape = SHAPES[name] if device == "cuda" else tiny(SHAPES[name])
     workload = setup(shape, torch.bfloat16, device, "uniform")
     routing = make_routing("uniform", shape.T, shape.E, shape.K, device)
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.one:
         row = ceilings(args.device) if len(args.one) == 1 else layer(*args.one, args.device)
         print(json.dumps(row), flush=True)
-        os._exit(0)  # a device in whatever state is not tidied up
+        os._exit(0)  # no clean-up: the device may be in any state
     layers = LAYERS if args.device == "cuda" else ("mixtral-decode1",)
     jobs = [("ceilings",), *((name, backend) for name in layers for backend in ("triton", "cuda"))]
     broken = 0

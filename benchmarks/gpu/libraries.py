@@ -1,8 +1,8 @@
-"""What gcc builds for Triton's launches, and where Triton looks for it.
+"""The libraries that gcc builds for Triton's launches, and where Triton looks for them.
 
 Triton 3.6 builds a library for every signature of a kernel, under a key of its source and the platform. 3.9
-launches all through its driver's module alone, whose key also holds where Triton and libcuda lie: `place`
-puts that under the keys of the machine that takes it. When pyproject.toml asks for 3.9, `LAUNCHERS` goes.
+launches everything through its driver's module, whose key also has the paths of Triton and libcuda: `place`
+copies that module to the keys of another machine. When pyproject.toml requires 3.9, remove `LAUNCHERS`.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ COMPILE = "compile_module_from_src" if LAUNCHERS else "compile_module_from_file"
 
 
 class _Asked(Exception):
-    """Ends a call of Triton's at the question that it was made for."""
+    """Aborts a call of Triton once the wanted value is known."""
 
 
 def _folders(compile: Callable, call: dict) -> list[str]:
-    """Folders in which Triton may look for what `compile` makes of `call`, this machine's first.
+    """Folders in which Triton may look for the output of `compile` for `call`, this machine's first.
 
-    The key has what platform.architecture() says, and that is without "ELF" where no `file` is installed.
+    The key has the result of platform.architecture(), which lacks "ELF" if `file` is not installed.
     """
     own = triton_build.platform_key()
     bare, found = own.removesuffix("ELF"), []
@@ -51,7 +51,7 @@ def _link(cache: Path, own: str, folders: Iterable[str]) -> None:
 
 
 def note(found: set[str]) -> None:
-    """Make Triton leave what gcc built under the keys of every platform, and note the folders in `found`."""
+    """Make Triton store gcc's output under the keys of every platform, and add the folders to `found`."""
     original = getattr(nvidia, COMPILE)
 
     def build(**call):
@@ -70,7 +70,7 @@ def build_launcher(compiled) -> None:
 
 
 def place(cache: Path, names: Iterable[str]) -> None:
-    """Put the driver's module, of the folders `names` of `cache`, also where this machine's Triton asks."""
+    """Copy the driver's module from the folders `names` of `cache` to the keys of this machine's Triton."""
     held = next((name for name in names if any((cache / name).glob("cuda_utils*.so"))), None)
     if held is None:
         return

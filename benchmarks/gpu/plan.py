@@ -1,7 +1,7 @@
-"""The steps of both calls, in order of value, for a GPU or as a rehearsal on a CPU.
+"""The steps of both parts of `make gpu`, in order of value, for a GPU or as a rehearsal on a CPU.
 
-A GPU is lent for 15 minutes in all, its start (about 45 s, seen once) and idle seconds included, 10 minutes a
-command at most: part "prove" fits into one command of 440 seconds, part "tune" into one of 320.
+A GPU is available for 15 minutes in all, including its start (about 45 s, observed once) and idle time, and
+at most 10 minutes per command. Part "prove" fits into a command of 440 seconds, part "tune" into one of 320.
 """
 
 import importlib
@@ -22,7 +22,7 @@ BUDGET = {"prove": 440.0, "tune": 320.0}
 LAYERS = (
     "clip-batch4", "clip-1-crop", "mixtral-train", "connector-4", "mixtral-decode16", "mixtral-decode1",
 )  # fmt: skip
-TINY = ("clip-1-crop", "mixtral-decode1")  # a rehearsal's, the first with biases, the second gated
+TINY = ("clip-1-crop", "mixtral-decode1")  # for a rehearsal, the first with biases, the second gated
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Place:
     out: Path
     capability: tuple[int, int] | None = None
     artifacts: Path = ROOT / "build" / "gpu-artifacts"
-    case_seconds: float = 40.0  # of one case of the smoke test
+    case_seconds: float = 40.0  # time limit of one case of the smoke test
 
     @property
     def rehearses(self) -> bool:
@@ -45,7 +45,7 @@ class Place:
 
     @property
     def tree(self) -> Path:
-        """Where benchmarks/results/ and the tables lie; a rehearsal has its own, for its time."""
+        """The folder of benchmarks/results/ and the tables; a rehearsal has a temporary one."""
         return self.out / "rehearsed" if self.rehearses else ROOT
 
     @property
@@ -62,10 +62,10 @@ def no_build() -> str | None:
 
 
 def _architectures() -> str | None:
-    """What the extension was built for, or None where there is none that fits this torch and csrc/.
+    """The architectures of the extension, or None if there is none that fits this torch and csrc/.
 
-    Asked in a process of its own: this one remembers what was there when it began, and should not hold a file
-    that is built anew.
+    Determined in a separate process: this one caches the state at its start, and should not keep a file open
+    that is rebuilt.
     """
     importlib.invalidate_caches()
     if importlib.util.find_spec("cumo_kernels._C") is None:
@@ -89,7 +89,7 @@ def _architectures() -> str | None:
 
 
 def _is_built(capability: tuple[int, int] | None) -> bool:
-    """For this GPU: what is left from another machine is built again."""
+    """Whether the extension is built for this GPU; one from another machine is built again."""
     built = _architectures()
     if not built or capability is None:
         return built is not None
@@ -97,14 +97,14 @@ def _is_built(capability: tuple[int, int] | None) -> bool:
 
 
 def build_environment(capability: tuple[int, int] | None) -> dict[str, str]:
-    """Compile for this GPU alone, whatever list a container brings, and fail rather than go on without."""
+    """Compile only for this GPU, whatever list a container sets, and fail instead of continuing without."""
     if capability is None:
         return {"CUMO_BUILD": "1"}
     return {"CUMO_BUILD": "1", "TORCH_CUDA_ARCH_LIST": extension.architecture(capability)}
 
 
 def _prepare(part: str, place: Place) -> list[Step]:
-    """The extension and Triton's kernels: taken where they were built beforehand, else compiled here."""
+    """Steps for the extension and Triton's kernels: taken if built in advance, else compiled here."""
     python, cores = sys.executable, str(place.cores)
     artifacts = (python, "-m", "benchmarks.gpu.artifacts")
     machine = Step(
@@ -122,7 +122,7 @@ def _prepare(part: str, place: Place) -> list[Step]:
             Step("take", (*artifacts, "try", "--cache", f"{folder}/made", "--folder", folder), 60, 10),
         ]  # fmt: skip
     kernels = (*artifacts, "compile", "--gpu", "this", "--workers", cores)
-    beside: list[bool] = []  # whether the extension was built, and Triton's kernels compiled beside it
+    beside: list[bool] = []  # whether the extension was built, and Triton's kernels compiled with it
 
     def built() -> str | None:
         if _is_built(place.capability):
@@ -134,7 +134,7 @@ def _prepare(part: str, place: Place) -> list[Step]:
         taken = "they were taken" if (place.artifacts / "taken").exists() else None
         return "beside the build" if beside and no_build() is None else taken
 
-    # the second call has its kernels from the first, or tune compiles what it needs
+    # the second part has the kernels of the first, or tune compiles what it needs
     proves = part == "prove"
     compile_step = [Step("compile", kernels, 60, 0, done=compiled)] if proves else []
     return [
@@ -168,7 +168,7 @@ def _bench(place: Place, *words: str) -> tuple[str, ...]:
 
 
 def _switches(place: Place) -> dict[str, str]:
-    """On a CPU Triton is interpreted and csrc/ emulated as for Hopper."""
+    """Environment for a rehearsal on a CPU: Triton is interpreted, csrc/ emulated as on Hopper."""
     if not place.rehearses:
         return {}
     return {"TRITON_INTERPRET": "1", "CUMO_EMULATE": "1", "CUMO_EMULATE_CAPABILITY": "90"}
@@ -177,12 +177,12 @@ def _switches(place: Place) -> dict[str, str]:
 def _layers(
     place: Place, label: str, shapes: tuple[str, ...], patterns: tuple[str, ...], seconds: str
 ) -> list[Step]:
-    """The expert layer at each size, behind its gate, beside dense cuBLAS, grouped_mm and every peer."""
+    """The expert layer at each size, gated, compared with dense cuBLAS, grouped_mm and every peer."""
     words = ("--seconds", seconds, *(w for p in patterns for w in ("--pattern", p)))
     steps = []
     for shape in shapes:
         command = _bench(place, "--only", "experts", "--shape", shape, *words)
-        expected = 9 + 8 * len(patterns)  # a process and its gates, then each pattern's turns
+        expected = 9 + 8 * len(patterns)  # a process and its gates, then the timings of each pattern
         steps.append(Step(f"{label} {shape}", command, 45, expected, environment=_switches(place)))
     return steps
 
@@ -210,7 +210,7 @@ def _prove(place: Place) -> list[Step]:
         _smoke(place),
         *_layers(place, "layer", TINY if place.rehearses else LAYERS, ("uniform",), "0.3"),
         Step("kernels", kernels, 75, 35, environment=switches),
-        # a budget that cuts it off leaves unrecorded what has not run whole
+        # if the budget ends first, incomplete groups are not recorded
         Step("verify", (*_verify(place, "verify", few=False), *record), 170, 110,
              environment=switches, must_pass=True, told=15),
         Step("router", _bench(place, "--only", "layer", "--only", "routing", "--only", "permutation",
@@ -227,7 +227,7 @@ def _tune(place: Place) -> list[Step]:
     if place.rehearses:
         configs = place.tree / "cumo_kernels" / "tiles" / "configs"
         tune += ("--device", "cpu", "--few", "--workers", "1", "--configs", str(configs))
-    # as at a first call on a GPU that verified.json does not know; it tries most of what smoke does
+    # as at a first call on a GPU without entries in verified.json; tests most of what smoke does
     check = (python, "-m", "cumo_kernels", "self-check", "--again", "--device", place.device)
     check += ("--dtype", "fp32", "--op", "activate") if place.rehearses else ("--dtype", "bf16")
     kept = {**switches, "CUMO_CACHE": str(place.out), "CUMO_SELF_CHECK": "1"}
@@ -241,9 +241,9 @@ def _tune(place: Place) -> list[Step]:
         *_layers(
             place, "tuned layer", TINY[1:] if place.rehearses else LAYERS[:4], ("uniform", "skewed"), "0.3"
         ),
-        # what CUMO_PDL=1 brings a crop, whose launches count most
+        # the effect of CUMO_PDL=1 on a crop, whose launches matter most
         Step("overlap", overlap, 45, 17, environment={**switches, "CUMO_PDL": "1"}),
-        # decoding has too few tokens to be skewed
+        # decoding has too few tokens for a skewed pattern
         *_layers(place, "tuned layer", () if place.rehearses else LAYERS[4:5], ("uniform",), "0.3"),
     ]
 
@@ -261,17 +261,17 @@ def plan(part: str, place: Place) -> list[Step]:
     """Every step of `part`, in order."""
     middle: dict[str, Callable[[Place], list[Step]]] = {"prove": _prove, "tune": _tune}
     steps = [*_prepare(part, place), *middle[part](place), *_close(place)]
-    # a CPU that rehearses may be shared
+    # in a rehearsal the CPU may be shared
     return [replace(step, cap=2 * step.cap) for step in steps] if place.rehearses else steps
 
 
 def expected(steps: list[Step], taken: bool) -> float:
-    """Seconds of a plan, with artefacts that fit the machine or without any."""
+    """Expected seconds of a plan, with artefacts that fit the machine or without."""
     return sum(step.expected for step in steps if step.name != ("build" if taken else "take"))
 
 
 def listing(part: str, steps: list[Step]) -> str:
-    """The plan with its expected seconds, for eyes."""
+    """The plan with its expected seconds, as text."""
     at, lines = 0.0, [f"part {part}, {BUDGET[part]:.0f} s:"]
     for step in steps:
         note = ", required" if step.must_pass else ""

@@ -1,4 +1,4 @@
-"""summary.md: what happened, in under 11,000 characters, so that a reply's end holds all of it."""
+"""summary.md: the results, in under 11,000 characters, so that the end of a reply contains all of it."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from benchmarks import record
 from benchmarks.gpu.engine import Outcome
 
 MOST = 10_000  # characters; a lent machine's reply shows the last 12,000, and `main` adds some
-MIDDLE = 2_500  # of them, which the table of times leaves to failures and kernels
+MIDDLE = 2_500  # of these, reserved for failures and kernels after the table of times
 FILES = {  # op of a benchmark -> its file
     "expert_mlp": "experts", "moe_layer": "layer", "route": "routing", "permute_combine": "permutation",
 }  # fmt: skip
@@ -42,26 +42,26 @@ def _read(path: Path) -> tuple[int, dict[tuple[str, str], list[str]], list[str]]
 
 
 def _reason(text: str) -> str:
-    """Its beginning, and of the files of a stack the names only."""
+    """The start of the reason, with only the names of files in a stack trace."""
     text = re.sub(r'File "[^"]*?([^/"]+)", line (\d+) in', r"\1:\2", text)
     return " ".join(text.split())[:REASON]
 
 
 def failures(out: Path) -> list[str]:
-    """Every case that failed, once, with its first reason and the command that repeats it."""
+    """Every failed case, once, with its first reason and the command that repeats it."""
     found, lines = {}, []
     for name in ("smoke", "verify"):
         number, bad, missing = _read(out / f"{name}.json")
         if number:
             lines.append(f"{name}: {number} cases, {len(bad)} failed")
         found |= bad
-        # the last: what of it this run did not come to
+        # the last: cases that this run did not reach
         lines += [f"{name}: not checked: {_reason(line)}" for line in missing if re.search("case|rest", line)]
     return [*lines, *(line for pair in found.values() for line in pair)]
 
 
 def refusals(results: Path, runs: set[str] | None) -> list[str]:
-    """What the gate of a benchmark refused of ours, and what broke or hung there, with the command."""
+    """Our variants that a benchmark's gate refused, or that broke or hung there, with the command."""
     lines = []
     for gap in record.read_gaps(results):
         if (runs is None or gap.run in runs) and gap.variant.startswith("cumo/") and record.is_fault(gap):
@@ -76,7 +76,7 @@ def refusals(results: Path, runs: set[str] | None) -> list[str]:
 
 
 def _best(rows: list[record.Row], mode: str) -> record.Row | None:
-    """The graph's time, which leaves the host out, else the eager one."""
+    """The graph's time, which excludes the host, else the eager one."""
     mine = [row for row in rows if row.mode == mode]
     graph = [row for row in mine if row.timer == "graph"]
     return (graph or mine or [None])[-1]
@@ -94,7 +94,7 @@ def times(results: Path, runs: set[str] | None) -> list[str]:
     if cases:
         lines = [
             "",
-            "ms of a CUDA graph (eager where there is none), cold L2; TF/s; share of the data sheet's "
+            "ms of a CUDA graph (eager if there is none), cold L2; TF/s; share of the data sheet's "
             "roofline; speed over dense cuBLAS and over torch's grouped_mm",
             "| case | variant | forward | TF/s | roofline | dense | grouped_mm | both | TF/s | dense |",
             "|---|---|---|---|---|---|---|---|---|---|",
@@ -149,20 +149,20 @@ def _short(name: str) -> str:
 
 
 def _cut(lines: list[str], room: int) -> list[str]:
-    """As many of `lines` as fit into `room` characters, and how many do not."""
+    """As many of `lines` as fit into `room` characters, and the number of the rest."""
     if sum(len(line) + 1 for line in lines) <= room:
         return lines
     kept = []
     for line in lines:
         room -= len(line) + 1
-        if room < 60:  # of the last words
+        if room < 60:  # for the last line
             break
         kept.append(line)
     return [*kept, f"... {len(lines) - len(kept)} more lines are in summary.md ..."]
 
 
 def write(head: str, outcomes: list[Outcome], out: Path, results: Path, runs: set[str] | None) -> str:
-    """summary.md, written anew in one move -> what to print of it: steps, times, what else fits."""
+    """Write summary.md atomically -> the text to print: steps, times, and what else fits."""
     top, wrong, table = [head, "", *steps(outcomes), ""], failures(out), times(results, runs)
     wrong += refusals(results, runs)
     lines = kernels(out)
@@ -172,6 +172,6 @@ def write(head: str, outcomes: list[Outcome], out: Path, results: Path, runs: se
     size = lambda lines: sum(len(line) + 1 for line in lines)
     table = _cut(table, MOST - MIDDLE - size(top))
     room = MOST - size(top) - size(table)
-    # failures first, but a line or two of kernels stay: the machine's ceilings
+    # failures first, but keep a line or two of kernels: the machine's ceilings
     lines = _cut(lines, max(room - size(wrong), min(room // 3, size(lines))))
     return "\n".join([*top, *_cut(wrong, room - size(lines)), *lines, *table]) + "\n"

@@ -1,1 +1,1 @@
-"""Other people's kernels, as variants of our cases."""
+"""Third-party kernels, as variants of our cases."""

@@ -1,6 +1,6 @@
-"""Layers made for experts spread over GPUs, LigerCute's and Dist-MoE's: one process, with all experts.
+"""Layers made for experts distributed over GPUs, LigerCute's and Dist-MoE's: one process, with all experts.
 
-What they need besides tensors is made at the first call, where whatever they raise is a reason of their own.
+Their groups and buffers are created at the first call; any error they raise there is the reason of a gap.
 """
 
 import functools
@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.cases.shapes import SHAPES, Shape
 from cumo_kernels import Routing
 
-# backward, backward alone and what forward keeps are each measured without the other
+# backward, backward alone and saved memory are each measured separately
 ONE_BACKWARD = "buffers of a forward pass are held until its one backward pass: neither can be repeated alone"
 
 
@@ -28,7 +28,7 @@ def _group():
 
 @functools.cache
 def _reserve(device: torch.device) -> None:
-    """LigerCute reserves once in a process, and no more later: room for the largest of each size."""
+    """Reserve memory for the largest of each size; LigerCute reserves only once in a process."""
     from liger_kernel.ops.configure import MoEConfig, configure
 
     largest = lambda size: max(size(s) for s in SHAPES.values() if s.activation == "swiglu" and not s.bias)
@@ -48,7 +48,7 @@ def liger_cute(shape: Shape, routing: Routing) -> Callable[..., Tensor]:
     def layer(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
         _reserve(x.device)
         gate, other = up.chunk(2, dim=1)
-        if torch.is_grad_enabled():  # its backward takes no views
+        if torch.is_grad_enabled():  # its backward accepts no views
             gate, other = gate.contiguous(), other.contiguous()
         return moe_fused(x, indices, weights.to(x.dtype), gate, other, down, shape.E, shape.K)
 
@@ -70,6 +70,6 @@ def dist_moe(shape: Shape, routing: Routing) -> Callable[..., Tensor]:
             held.append(package.create_context(group=_group(), config=config, device=x.device))
         return package.routed_experts(x, indices, weights, up, down, held[0])
 
-    # the package keeps a context and its buffers until told otherwise
+    # the package keeps a context and its buffers until they are released
     weakref.finalize(layer, lambda: [context.close() for context in held])
     return layer

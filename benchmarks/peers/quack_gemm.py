@@ -1,7 +1,7 @@
-"""An expert layer assembled from quack-kernels' GEMMs: gather, bias and activation inside of them.
+"""An expert layer made of quack-kernels' GEMMs, which include gather, bias and activation.
 
-It takes its default tile sizes, unless CUMO_PEERS_TUNED=1 lets it search at the first call of each GEMM, for
-minutes. Every call is one of `quack.gemm_interface`: gemm, gemm_act, gemm_dact.
+It uses quack's default tile sizes, unless CUMO_PEERS_TUNED=1 enables a search at the first call of each GEMM,
+which takes minutes. All calls are from `quack.gemm_interface`: gemm, gemm_act, gemm_dact.
 """
 
 import os
@@ -19,7 +19,7 @@ ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu_erf", "swiglu": "swiglu
 
 @dataclass(frozen=True)
 class Plan:
-    """Where rows come from and go to; integers are int32, as quack wants them."""
+    """The source and destination of rows; integers are int32, as quack needs."""
 
     offsets: Tensor  # (E + 1,)
     tokens: Tensor  # (S,) token of each sorted row
@@ -32,7 +32,7 @@ class Plan:
 
 
 def make(shape: Shape, routing: Routing, member: Tensor | None) -> Callable[..., Tensor]:
-    """-> a layer for one routing plan; `member` as in Plan, needed where there are biases."""
+    """-> a layer for one routing plan; `member` as in Plan, needed if there are biases."""
     plan = Plan(
         routing.expert_offsets.int(),
         routing.token_indices.int(),
@@ -58,8 +58,8 @@ def _of_slots(plan: Plan, rows: Tensor) -> Tensor:
 
 
 class _Layer(torch.autograd.Function):
-    """Weights keep gate rows before up rows: `concat_layout` tells quack so; what it writes in between has
-    them in turns."""
+    """Weights keep gate rows before up rows: `concat_layout` tells quack so; its intermediate results
+    alternate gate and up."""
 
     @staticmethod
     def forward(
@@ -85,7 +85,7 @@ class _Layer(torch.autograd.Function):
         plan, grad = ctx.plan, grad.contiguous()
         halves = lambda name: {"concat_layout": (name,)} if plan.gated else {}
         scale = weights.flatten().index_select(0, plan.permutation).float()
-        # dz and the activation come back scaled; the sum over columns is before the scale
+        # dz and the activation are returned scaled; the sum over columns is not
         dz, scaled, reduced = quack.gemm_dact(
             grad, down, z, activation=plan.activation, colvec_scale=scale, colvec_reduce=True,
             cu_seqlens_m=plan.offsets, A_idx=plan.tokens, dynamic_scheduler=False, **options,
@@ -100,7 +100,7 @@ class _Layer(torch.autograd.Function):
         weights_grad = _of_slots(plan, reduced)
         bias_grads = ()
         if down_bias is not None:
-            # the sum over columns is of the activation alone: what the bias adds to y is missing in it
+            # the sum over columns is only of the activation: add the bias's part of y
             weights_grad = weights_grad + (grad.float() @ down_bias.float().mT).gather(1, plan.experts)
             up_bias_grad = plan.member.to(dz).mT @ dz
             if plan.gated:

@@ -1,8 +1,8 @@
 """Other implementations of the expert layer, each optional; `make peers` fetches the pinned wheels.
 
-A peer is a function of (x, topk_weights, up_proj, down_proj, *biases) made for one routing plan. The same
-gate and the same clock apply to it as to ours. A peer that is not installed, or that cannot run a case, is a
-gap with its reason, never a silent absence.
+A peer is a function of (x, topk_weights, up_proj, down_proj, *biases) made for one routing plan. Peers use
+the same gate and the same clock as our backends. A peer that is not installed, or that cannot run a case, is
+listed as a gap with its reason.
 """
 
 import functools
@@ -30,17 +30,17 @@ Layer = Callable[..., Tensor]
 class Peer:
     name: str
     module: str | None  # what must be importable
-    make: Callable[[Shape, Routing], Layer] | None  # None: `never` says why
+    make: Callable[[Shape, Routing], Layer] | None  # None: `never` has the reason
     no_backward: str | None = None  # why only its forward pass is measured
     devices: tuple[str, ...] = ("cuda",)
-    capabilities: tuple[tuple[int, int], ...] = ()  # of the GPUs it is made for, later minors included
+    capabilities: tuple[tuple[int, int], ...] = ()  # of the supported GPUs, later minors included
     max_experts: int | None = None
     only: str | None = None  # "swiglu": gated experts without bias
-    square: bool = False  # what comes out is as wide as what goes in
+    square: bool = False  # output as wide as the input
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    needs: Callable[[Shape, torch.dtype], int] | None = None  # bytes, where it is more than others need
-    never: str | None = None  # why there can be no row of it
-    hurdle: str | None = None  # what stands between `make peers` and having it
+    needs: Callable[[Shape, torch.dtype], int] | None = None  # bytes, if more than others need
+    never: str | None = None  # why it can never be timed
+    hurdle: str | None = None  # why `make peers` does not install it
 
     def refuse(self, shape: Shape, dtype: torch.dtype, device: str) -> str | None:
         """Why it cannot run the case here, or None."""
@@ -49,7 +49,7 @@ class Peer:
         if self.capabilities and (reason := _too_old_or_new(self.capabilities)) is not None:
             return reason
         if self.max_experts is not None and shape.E > self.max_experts:
-            return f"it has at most {self.max_experts} experts, here are {shape.E}"
+            return f"it has at most {self.max_experts} experts, got {shape.E}"
         if self.only == "swiglu" and (shape.activation != "swiglu" or shape.bias):
             return "it has only SwiGLU experts without bias"
         if self.square and shape.O != shape.H:
@@ -57,24 +57,24 @@ class Peer:
         if dtype not in self.dtypes:
             return f"it does not compute in {dtype}"
         if self.needs is not None and (wanted := self.needs(shape, dtype)) > room(device):
-            return f"it needs {wanted / 2**30:.0f} GiB, and there are {room(device) / 2**30:.0f} for it"
+            return f"it needs {wanted / 2**30:.0f} GiB, but {room(device) / 2**30:.0f} are available"
         if self.never is not None:
             return self.never
         if self.module is not None:
             if FETCHED.is_dir() and str(FETCHED) not in sys.path:
-                # behind everything: a peer replaces no package of ours; its .pth files count
+                # last in sys.path: a peer must not replace our packages; its .pth files are used
                 site.addsitedir(str(FETCHED))
             try:
                 _prepare(self.module)
                 importlib.import_module(self.module)
-            except Exception as error:  # whatever somebody else's package raises is its own reason
+            except Exception as error:  # any error of a third-party package is the reason
                 why = f"{self.module} cannot be imported ({type(error).__name__}: {str(error)[:100]})"
                 return why if self.hurdle is None else f"{why}; {self.hurdle}"
         return None
 
 
 def _too_old_or_new(capabilities: tuple[tuple[int, int], ...]) -> str | None:
-    """Why this machine's GPU is none of those, or None."""
+    """Why this machine's GPU is not among those, or None."""
     here = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     if here is not None and any(here[0] == major and here[1] >= minor for major, minor in capabilities):
         return None
@@ -99,8 +99,8 @@ def _prepare(module: str) -> None:
 def _membership(routing: Routing) -> Tensor:
     """(S, E): 1 where the sorted row belongs to the expert.
 
-    Biases are added as a product with it. Indexing would be plainer, but its gradient sums one row after the
-    other, in bf16 even in bf16, and the gate refuses that.
+    Biases are added as a product with it. Indexing would be simpler, but its gradient sums rows one after the
+    other, for bf16 in bf16, which the gate refuses.
     """
     rows = torch.arange(routing.num_slots, dtype=torch.int32, device=routing.permutation.device)
     experts = torch.searchsorted(routing.expert_offsets[1:], rows, right=True)
@@ -113,7 +113,7 @@ def _weighted_sum(rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
 
 
 def _with_bias(shape: Shape, routing: Routing, gemm: Callable[[Tensor, Tensor], Tensor]) -> Layer:
-    """(rows, weight, *bias): `gemm`, which knows no biases, and behind it the bias."""
+    """(rows, weight, *bias): `gemm`, which has no biases, followed by the bias."""
     member = _membership(routing) if shape.bias else None
 
     def linear(rows: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
@@ -169,14 +169,14 @@ def _moe_ops(shape: Shape, routing: Routing) -> Layer:
 def _transformer_engine(shape: Shape, routing: Routing) -> Layer:
     from transformer_engine.pytorch import GroupedLinear
 
-    splits = routing.tokens_per_expert.long().cpu()  # its bf16 GEMMs are launched by the host
+    splits = routing.tokens_per_expert.long().cpu()  # the host needs the sizes to launch its bf16 GEMMs
 
     def linear(columns: int, rows: int) -> Layer:
         @functools.cache
         def module(dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
             return GroupedLinear(
                 shape.E, columns, rows, bias=shape.bias, params_dtype=dtype, device=device,
-                # weights of experts are parameters of their own, and so are gradients
+                # each expert's weight is a separate parameter, and so is its gradient
                 single_grouped_weight=False, single_grouped_bias=False,
             )  # fmt: skip
 
@@ -249,7 +249,7 @@ def _sonic(shape: Shape, routing: Routing) -> Layer:
     experts = routing.topk_indices.flatten().int()
 
     def layer(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        # its weights are (rows, columns, E) views of ours; gate rows come before up rows
+        # its weights are (rows, columns, E) views of ours, gate rows before up rows
         out, _ = moe_general_routing_inputs(
             x, weights.flatten(), tokens, experts, up.permute(1, 2, 0), None, down.permute(1, 2, 0), None,
             shape.E, torch.cuda.current_stream().cuda_stream, ActivationType.SWIGLU, concat_layout=True,
@@ -293,23 +293,23 @@ PEERS = (
         "dist-moe", "dist_moe", expert_parallel.dist_moe,
         no_backward=expert_parallel.ONE_BACKWARD, capabilities=((10, 0),), only="swiglu", square=True,
         dtypes=(torch.bfloat16,),
-        hurdle="dist-moe 0.1.0 wants Python 3.11 or 3.12, torch 2.14 and Triton 3.8",
+        hurdle="dist-moe 0.1.0 needs Python 3.11 or 3.12, torch 2.14 and Triton 3.8",
     ),
     Peer(
         "lightmoe", "lightmoe", None, capabilities=((10, 0),), max_experts=256, only="swiglu", square=True,
-        dtypes=(torch.bfloat16,), never="its products are in NVFP4 alone, which no gate of bf16 lets pass",
+        dtypes=(torch.bfloat16,), never="its products are only in NVFP4, which cannot pass a bf16 gate",
     ),
 )  # fmt: skip
 
 
 def available(shape: Shape, dtype: torch.dtype, device: str) -> tuple[list[Peer], dict[str, str]]:
-    """-> peers that can run the case here, and the reason of each that cannot."""
+    """-> peers that can run the case here, and the reason for each of the others."""
     reasons = {peer.name: peer.refuse(shape, dtype, device) for peer in PEERS}
     runnable = [peer for peer in PEERS if reasons[peer.name] is None]
     return runnable, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def compared_as_experts() -> dict[str, str]:
-    """The gap of each peer where more than the experts is timed; the original's loop has all of it."""
-    reason = "its adapter has only the experts behind a given plan, no router and no losses: see expert_mlp"
+    """The gap of each peer where more than the experts is timed; the original's loop has everything."""
+    reason = "its adapter has only the experts for a given plan, no router and no losses: see expert_mlp"
     return {peer.name: reason for peer in PEERS if peer.name != "cumo-original"}

@@ -1,7 +1,7 @@
-"""Two experts implementations of transformers: what a model runs under `experts_implementation=`.
+"""Two experts implementations of transformers, selected in a model by `experts_implementation=`.
 
-A module under transformers' own decorator, as its models have them; the weights of a call take the place of
-its parameters, since gradients must reach those.
+Each is a module with transformers' own decorator, as in its models; the weights of a call replace the
+module's parameters, since they need gradients.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from cumo_kernels import Routing
 
 
 def make(name: str, shape: Shape, routing: Routing) -> Callable[..., Tensor]:
-    """-> the implementation `name` as a layer; it makes its plan from the choices anew in every call."""
+    """-> the implementation `name` as a layer; it makes its plan from the top-k indices in every call."""
     from transformers.activations import ACT2FN
     from transformers.integrations.moe import use_experts_implementation
 

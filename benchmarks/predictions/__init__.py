@@ -1,1 +1,1 @@
-"""What compiled code and data sheets allow: no GPU is needed, nothing is timed."""
+"""Predictions from compiled code and data sheets: no GPU is needed, nothing is timed."""

@@ -1,4 +1,4 @@
-"""python -m benchmarks.predictions: predictions of every kernel of CuMo, written or compared."""
+"""python -m benchmarks.predictions: predict every kernel of CuMo, and write or compare the result."""
 
 from benchmarks.predictions.layers import main
 

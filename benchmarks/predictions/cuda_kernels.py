@@ -1,7 +1,7 @@
-"""What nvcc and ptxas made of csrc/, read back from the built extension: a row per kernel and architecture.
+"""The machine code of csrc/, read from the built extension: a row per kernel and architecture.
 
-Blocks at a time are at most what registers, threads and static shared memory allow on the GPU that
-hardware.py has for the architecture: memory asked for at launch is not in the file. No GPU is needed.
+Blocks per SM are an upper limit from registers, threads and static shared memory, on the GPU that hardware.py
+has for the architecture; the file does not contain dynamic shared memory. No GPU is needed.
 """
 
 import re
@@ -15,13 +15,13 @@ from cumo_kernels.tiles import hardware
 from cumo_kernels.tiles.codegen import CUOBJDUMP
 from cumo_kernels.tiles.hardware import KIB, Gpu
 
-RESERVED = KIB  # shared memory that the compiler counts and the system keeps, since sm_80
+RESERVED = KIB  # shared memory reserved by the system since sm_80, which the compiler includes
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel; `blocks_per_sm` at most, `threads` what its launch bounds allow."""
+    """One compiled kernel; `blocks_per_sm` is an upper limit, `threads` that of its launch bounds."""
 
     architecture: str
     gpu: str
@@ -39,13 +39,13 @@ def _dump(binary: Path, *flags: str) -> str:
 
 
 def _parts(text: str, head: str) -> dict[str, str]:
-    """Text behind each line that `head` names something with -> by that name."""
+    """Name matched by `head` in a line -> the text after that line."""
     found = re.split(head, text, flags=re.MULTILINE)
     return dict(zip(found[1::2], found[2::2], strict=True))
 
 
 def _readable(names: list[str]) -> dict[str, str]:
-    """Mangled -> function with its template arguments; as it is where no demangler is."""
+    """Mangled -> demangled function with its template arguments; unchanged without a demangler."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None:
         return {name: name for name in names}
@@ -68,12 +68,12 @@ def survey(
     """Every kernel in a shared library or object file.
 
     Args:
-        binary: what setup.py built.
-        blocks_per_sm: (GPU, registers, shared bytes, warps) -> blocks one multiprocessor holds.
-        classify: how often each instruction stands in a kernel -> one text.
+        binary: the file that setup.py built.
+        blocks_per_sm: (GPU, registers, shared bytes, warps) -> blocks per multiprocessor.
+        classify: counts of the instructions of a kernel -> text.
 
     Raises:
-        ValueError: there is no compiled kernel in it.
+        ValueError: it contains no compiled kernel.
     """
     usage: dict[tuple[str, str], tuple[int, int, int]] = {}
     for section in _dump(binary, "-res-usage").split("Fatbin elf code:")[1:]:
@@ -107,14 +107,14 @@ def survey(
 
 
 def worse(old: list[dict], new: list[dict]) -> list[str]:
-    """What a reviewer should see of two surveys as read from CSV: more stack, fewer blocks, a kernel gone."""
+    """Regressions between two surveys as read from CSV: more stack, fewer blocks, a missing kernel."""
     key = lambda row: (row["architecture"], row["kernel"])
     after = {key(row): row for row in new}
     found = []
     for row in old:
         now = after.get(key(row))
         if now is None:
-            found.append(f"{' '.join(key(row))}: no longer there")
+            found.append(f"{' '.join(key(row))}: missing")
             continue
         for column, sign in (("stack", 1), ("blocks_per_sm", -1)):
             if sign * int(now[column]) > sign * int(row[column]):

@@ -1,11 +1,11 @@
-"""python -m benchmarks.predictions: what tiles and waves allow each kernel, from compiled code, no GPU.
+"""python -m benchmarks.predictions: predict each kernel from compiled code, tiles and waves, without a GPU.
 
     share = useful part of the tiles * useful part of the waves       a GEMM's wave: a tile per multiprocessor
     ms = max(FLOPs / peak / share, bytes / bandwidth)           of a GEMM; of other ops the bytes alone
 
-PREDICTIONS, not measurements: they know tile and wave quantisation, registers and shared memory, and nothing
-of latency, caches, clocks or epilogues. Their use is the difference between two commits: `--check` compares
-with the committed file, so that a change which costs a wave or spills a register is seen in review.
+PREDICTIONS, not measurements: they include tile and wave quantisation, registers and shared memory, but not
+latency, caches, clocks or epilogues. They are used to compare two commits: `--check` compares with the
+committed file, so that review shows a change that adds a wave or spills a register.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from cumo_kernels.tiles.hardware import KIB, Gpu
 from cumo_kernels.tiles.tuning import Config, Problem
 
 FOLDER = Path(__file__).resolve().parent / "predicted"
-FAMILY = {"clip": "clip", "connector": "mlp", "mixtral": "llm"}  # our shapes' first word -> problems.SHAPES
-REGISTERS = 65536  # of one multiprocessor, every generation since Volta
+FAMILY = {"clip": "clip", "connector": "mlp", "mixtral": "llm"}  # first word of a shape -> problems.SHAPES
+REGISTERS = 65536  # per multiprocessor, in every generation since Volta
 GEMMS = ("up", "down", "grad of hidden", "grad of down", "grad of up", "grad of x")  # as in layer_problems
-MIX = {  # classes of SASS instructions, by how their names begin
+MIX = {  # classes of SASS instructions, by prefix of their names
     "tensor": codegen.TENSOR_CORE,
     "copies": codegen.ASYNC_COPY,
     "shared": ("LDS", "STS", "ATOMS"),
@@ -68,8 +68,8 @@ class Prediction:
 
 
 def blocks_per_sm(gpu: Gpu, registers: int, shared: int, num_warps: int) -> int:
-    """How many blocks one multiprocessor holds at a time."""
-    # registers are given out in units of 8 a thread; a block takes 1 KiB more shared memory than it asks for
+    """Number of resident blocks per multiprocessor."""
+    # registers are allocated in units of 8 per thread; a block uses 1 KiB more shared memory than requested
     by_registers = REGISTERS // (math.ceil(max(registers, 1) / 8) * 8 * 32 * num_warps)
     by_shared = (gpu.shared_memory + KIB) // (shared + KIB)
     by_warps = (64 if gpu.capability in (80, 90, 100, 103) else 48) // num_warps
@@ -77,7 +77,7 @@ def blocks_per_sm(gpu: Gpu, registers: int, shared: int, num_warps: int) -> int:
 
 
 def tile_count(problem: Problem, config: Config) -> tuple[int, float]:
-    """-> tiles with balanced routing, and the part of their arithmetic that is asked for."""
+    """-> tiles with balanced routing, and the useful part of their arithmetic."""
     hit = max(min(problem.experts, problem.rows), 1)
     rows = problem.rows / hit  # of one expert
     if problem.kind == "weight_grad":
@@ -118,7 +118,7 @@ def predict(
     problem = replace(problem, rows=shape.slots)  # tuning rounds it up
     tiles, tile_use = tile_count(problem, config)
     resident = blocks_per_sm(gpu, report.registers, report.shared, report.num_warps)
-    # blocks of one multiprocessor share its tensor cores: the one with most tiles ends last
+    # blocks of one multiprocessor share its tensor cores: the multiprocessor with most tiles ends last
     waves = tiles / gpu.sms
     wave_use = waves / math.ceil(waves)
     flops, bytes_ = cost(problem)
@@ -151,7 +151,7 @@ def survey(gpu: Gpu, shapes: Iterable[Shape], dtype: str) -> list[Prediction]:
 
 
 def family(shape: Shape) -> str:
-    """The name that tune.py and codegen.py have for layers of this kind."""
+    """The name of this kind of layer in tune.py and codegen.py."""
     return FAMILY[shape.name.split("-")[0]]
 
 
@@ -165,14 +165,14 @@ def to_csv(rows: Iterable[Prediction | Kernel], kind: type = Prediction) -> str:
 
 
 def worse(old: str, new: str) -> list[str]:
-    """What a reviewer should see: GEMMs of the committed file that get slower, spill more, or are gone."""
+    """Regressions from the committed file: GEMMs that get slower, spill more, or are missing."""
     key = lambda line: (line["shape"], line["dtype"], line["gemm"])
     before, after = ({key(line): line for line in csv.DictReader(text.splitlines())} for text in (old, new))
     found = []
     for name, was in before.items():
         now = after.get(name)
         if now is None:
-            found.append(f"{' '.join(name)}: no longer there")
+            found.append(f"{' '.join(name)}: missing")
         elif float(now["ms"]) > float(was["ms"]) * 1.001:
             tiles = f"{was['tile']} -> {now['tile']}"
             found.append(f"{' '.join(name)}: predicted {was['ms']} -> {now['ms']} ms ({tiles})")
@@ -194,7 +194,7 @@ def extension(binary: Path, check: bool) -> int:
     if check:
         rows = lambda text: list(csv.DictReader(text.splitlines()))
         found = cuda_kernels.worse(rows(path.read_text()), rows(text))
-        print("\n".join(found) or f"nothing worse than in {path}")
+        print("\n".join(found) or f"no regression from {path}")
         return int(bool(found))
     _write(path, lambda part: Path(part).write_text(text))
     print(f"{len(text.splitlines()) - 1} compiled kernels, nothing measured, in {path}")
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
             old = path.read_text()
             kept = [line for line in old.splitlines() if any(f",{s.name}," in line for s in shapes)]
             found = worse("\n".join([old.splitlines()[0], *kept]), text)
-            print("\n".join(found) or f"{name}: nothing predicted slower than in {path}")
+            print("\n".join(found) or f"{name}: no regression from {path}")
             code |= bool(found)
         elif args.shape:
             print(text)

@@ -1,8 +1,8 @@
-"""What compiled code and the data sheet say of the ops around the GEMMs: routing, moving rows, activations.
+"""Predictions from compiled code and data sheet for the ops around the GEMMs: routing, permute, activation.
 
-They move memory and little else, so the prediction is their bytes at the data sheet's bandwidth, each operand
-once; beside it stand what decides how near they get: programs, waves, registers, blocks at a time. A launch
-itself, a few microseconds on any GPU, is not in it.
+These ops are memory bound, so the prediction is their bytes at the data sheet's bandwidth, each operand moved
+once. The other columns show what limits the real bandwidth: programs, waves, registers, blocks per SM. The
+launch itself, a few microseconds on any GPU, is not included.
 """
 
 import math
@@ -59,7 +59,7 @@ def survey(
     mix: Callable[[dict[str, int]], str],
     log: Callable[[str], None],
 ) -> Iterator[dict]:
-    """The columns of a Prediction of every op of every layer; of an op of several kernels the widest."""
+    """The columns of a Prediction of every op of every layer; of an op of several kernels, the widest's."""
     kind = problems.DTYPES[dtype]
     with codegen.compiling(gpu) as launched, grids() as programs:
         for shape in shapes:

@@ -1,6 +1,6 @@
-"""Stand-ins of other people's packages: on the CPU, what they document of the calls that the adapters make.
+"""Stand-ins for third-party packages: CPU versions, after their documentation, of what the adapters call.
 
-Each notes its calls, which must then bind to the real signatures (test_peers.py).
+Each records its calls, which must match the real signatures (test_peers.py).
 """
 
 import itertools
@@ -23,7 +23,7 @@ SHAPES = {
 
 
 def in_turns(t, dim):
-    """[first half; second half] -> one of each in turns."""
+    """[first half; second half] -> alternating elements of both."""
     return t.unflatten(dim, (2, -1)).transpose(dim - 1, dim).flatten(dim - 1, dim)
 
 
@@ -32,9 +32,9 @@ def segments(offsets):
 
 
 class Quack(types.ModuleType):
-    """gemm, gemm_act and gemm_dact of quack.gemm_interface 0.6, for what the adapter asks of them."""
+    """gemm, gemm_act and gemm_dact of quack.gemm_interface 0.6, as far as the adapter uses them."""
 
-    act = {  # of what a GEMM has written; gate and up columns in turns
+    act = {  # of a GEMM's output; gate and up columns alternate
         "quick_gelu": lambda z: activate(z, "quick_gelu"),
         "gelu_erf": lambda z: activate(z, "gelu"),
         "swiglu": lambda z: silu(z[:, ::2]) * z[:, 1::2],
@@ -57,7 +57,7 @@ class Quack(types.ModuleType):
 
     def gemm(self, A, B, out=None, bias=None, cu_seqlens_m=None, cu_seqlens_k=None, A_idx=None, tuned=True,
              concat_layout=()):  # fmt: skip
-        if "B" in concat_layout:  # the dimension along which it is not contiguous has halves
+        if "B" in concat_layout:  # the dimension along which it is not contiguous has the halves
             B = in_turns(B, -2 if B.stride(-1) == 1 else -1)
         if "bias" in concat_layout:
             bias = in_turns(bias, -1)
@@ -109,7 +109,7 @@ def products(rows, weights, ends, biases=None):
 
 
 def scattermoe_of(calls):
-    """scattermoe 0.3's parallel_experts: rows in expert order or in that of slots, in and out."""
+    """scattermoe 0.3's parallel_experts: input and output rows in expert order or in slot order."""
 
     def flatten_sort_count(expert_idxs, num_experts):
         experts, slots = torch.sort(expert_idxs.flatten(), stable=True)
@@ -155,7 +155,7 @@ def liger_of(calls):
 
 
 def moe_ops_of(calls):
-    """moe_ops 0.1's grouped_gemm: weights (E, out, in) unless told otherwise, ends of groups, no zero."""
+    """moe_ops 0.1's grouped_gemm: weights (E, out, in) by default, group ends without the leading zero."""
 
     def grouped_gemm(A, B, offsets, trans_b=True):
         return products(A, B.transpose(1, 2) if trans_b else B, offsets)
@@ -230,7 +230,7 @@ def by_slot(x, experts, weights, gate, up, down):
 
 
 def liger_cute_of(calls):
-    """configure and moe_fused of liger_kernel 0.8.5: gate and up apart, and together only for a forward."""
+    """configure and moe_fused of liger_kernel 0.8.5: gate and up separate, combined only in forward."""
 
     @dataclass(frozen=True)
     class MoEConfig:
@@ -244,7 +244,7 @@ def liger_cute_of(calls):
     reserved = []
 
     def configure(bootstrap_group=None, device=None, moe=None):
-        assert not reserved, "no second time"
+        assert not reserved, "reserved twice"
         reserved.append(moe)
         return True
 
@@ -289,7 +289,7 @@ def dist_moe_of(calls):
     return {"dist_moe": {name: noted(name, function, calls) for name, function in named.items()}}
 
 
-STAND_INS = {  # peer -> what stands in for its package, and which shapes it has
+STAND_INS = {  # peer -> the stand-in for its package, and its shapes
     "scattermoe": (scattermoe_of, SHAPES),
     "liger": (liger_of, ["mixtral"]),
     "moe-ops": (moe_ops_of, SHAPES),

@@ -1,4 +1,4 @@
-"""From rows of a GPU run to the table that the automatic choice reads."""
+"""benchmarks.choose: from rows of a GPU run to the table that the automatic choice uses."""
 
 import json
 from dataclasses import fields, replace
@@ -92,7 +92,7 @@ def test_the_last_run_counts_and_other_gpus_stay(chosen, tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["measured.json"]
 
 
-def test_on_a_cpu_torch_and_the_reference_are_rivals(chosen, monkeypatch):
+def test_on_a_cpu_torch_and_the_reference_are_compared(chosen, monkeypatch):
     times = {"torch": 2.0, "reference": 1.0}
     rows = [
         row(variant=f"cumo/{name}", ms_p50=ms, machine="cpu_intel_x_1t", timer="cpu", dtype="fp32")
@@ -111,7 +111,7 @@ def test_on_a_cpu_torch_and_the_reference_are_rivals(chosen, monkeypatch):
     assert dispatch.choose("expert_mlp", x) == "torch"
     assert (
         dispatch.choose("expert_mlp", x.bfloat16(), with_backward=True) == "torch"
-    )  # nobody timed it: the first of the list
+    )  # not timed: the first of the list
     measured.forget()
 
 

@@ -1,4 +1,4 @@
-"""The table of two releases of Triton, made of what this one compiles."""
+"""The table of two releases of Triton, made from what this one compiles."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ def side():
     return compilers.rows("nvidia_h100", "bf16", ["mlp"], "_activate")
 
 
-def test_every_column_is_a_number_and_every_kernel_has_a_name_of_its_own(side):
+def test_every_column_is_a_number_and_every_kernel_has_a_unique_name(side):
     assert {row["kernel"] for row in side["rows"]} == {"_activate_kernel", "_activate_backward_kernel"}
     assert all(isinstance(row[name], int) for row in side["rows"] for name in compilers.COLUMNS)
     assert all(row["registers"] and row["instructions"] for row in side["rows"])
@@ -30,7 +30,7 @@ def test_every_column_is_a_number_and_every_kernel_has_a_name_of_its_own(side):
     assert [row["registers"] for row in compilers._by_name(twice).values()] == [twice[0]["registers"], 1]
 
 
-def test_what_differs_shows_both_and_what_only_one_has_is_refused(side):
+def test_differences_show_both_values_and_a_missing_kernel_is_refused(side):
     other = copy.deepcopy(side)
     other["rows"][0] |= {"registers": side["rows"][0]["registers"] + 8, "problems": "spills"}
     text = compilers.table(side, other, "nvidia_h100", "bf16")
@@ -38,7 +38,7 @@ def test_what_differs_shows_both_and_what_only_one_has_is_refused(side):
     assert f"| {number} > {number + 8} |" in text and f"| {side['triton']}: spills |" in text
     assert f"{len(side['rows']) - 1} of {len(side['rows'])} kernels agree" in text
     other["rows"].pop()
-    with pytest.raises(ValueError, match="one alone has"):
+    with pytest.raises(ValueError, match="got only in one"):
         compilers.table(side, other, "nvidia_h100", "bf16")
 
 

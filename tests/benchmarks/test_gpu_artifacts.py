@@ -1,4 +1,4 @@
-"""Kernels and an extension built beforehand: that a launch finds them, and when they are not taken."""
+"""Kernels and an extension built in advance: launches find them, and they are refused if they do not fit."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def package(tmp_path) -> Path:
-    """One kernel's folder, one launcher's and an extension, which only unpacking looks at."""
+    """A package with one kernel's folder, one launcher's and an extension; only for tests of unpacking."""
     cache = tmp_path / "cache"
     for name, files in {
         "KERNEL": {
@@ -74,7 +74,7 @@ def take(package: Path) -> list[str]:
     return artifacts.take(package, package.parent / "taken", package.parent / "cumo_kernels")
 
 
-def test_all_is_taken_where_all_fits(package):
+def test_everything_is_taken_if_everything_fits(package):
     words = take(package)
     assert [line.split(":")[0] for line in words] == ["taken", "taken"]
     taken = package.parent / "taken"
@@ -90,13 +90,13 @@ def test_all_is_taken_where_all_fits(package):
     "values, refused, reason",
     [
         ({"python": "3.99"}, 2, "built with Python 3.99"),
-        ({"torch": "1.0"}, 2, "built with torch 1.0, here is"),
+        ({"torch": "1.0"}, 2, "built with torch 1.0, here it is"),
         ({"triton": "1.0"}, 1, "built with Triton 1.0"),
         ({"sources": {"triton": "0123", "cuda": verified.source_of("cuda")}}, 1, "source 0123 of triton"),
         ({"sources": {"triton": verified.source_of("triton"), "cuda": "0123"}}, 1, "source 0123 of cuda"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_its_reason(package, values, refused, reason):
+def test_a_package_that_does_not_fit_is_refused_with_a_reason(package, values, refused, reason):
     changed(package, **values)
     words = take(package)
     assert [line.startswith("not taken") and reason in line for line in words].count(True) == refused
@@ -117,13 +117,13 @@ def test_a_newer_extension_stays(package):
     assert take(package)[1].startswith("taken")
 
 
-def test_what_cannot_be_read_is_said(package, tmp_path):
+def test_an_unreadable_package_is_reported(package, tmp_path):
     assert "nothing taken: there is no" in artifacts.take(tmp_path / "nowhere", tmp_path / "taken")[0]
     (package / "triton-cache.tgz").write_bytes(b"cut off")
     assert "cannot be read" in take(package)[0]
 
 
-def test_a_package_above_the_limit_says_what_is_largest(tmp_path):
+def test_a_package_above_the_limit_names_the_largest_files(tmp_path):
     (tmp_path / "cache" / "KERNEL").mkdir(parents=True)
     (tmp_path / "cache" / "KERNEL" / "large.cubin").write_bytes(os.urandom(2**20))
     made = artifacts.Made({"KERNEL"})
@@ -132,7 +132,7 @@ def test_a_package_above_the_limit_says_what_is_largest(tmp_path):
     assert not (tmp_path / "package").exists()
 
 
-def test_a_key_does_not_depend_on_what_was_asked_for_first():
+def test_a_key_does_not_depend_on_the_order_of_launches():
     found = [run("-c", ORDER, order) for order in ("forward", "backward")]
     assert found[0].returncode == 0, found[0].stderr
     assert found[0].stdout == found[1].stdout
@@ -150,9 +150,9 @@ def test_jobs_are_those_of_the_gate():
 @pytest.mark.skipif(
     torch.cuda.is_available() or not shutil.which("cc"), reason="for machines with cc, no GPU"
 )
-def test_a_launch_finds_what_was_compiled_packed_and_taken(tmp_path):
+def test_a_launch_finds_kernels_that_were_compiled_packed_and_taken(tmp_path):
     program, made = ("-m", artifacts.__name__), str(tmp_path / "made")
-    # the machine that compiles has its driver in another folder
+    # the compiling machine has its driver in another folder
     driver = str(tmp_path / "driver")
     copy = "import shutil, sys; from benchmarks import host; host.load_stub(); "
     copied = run("-c", copy + "shutil.copytree(host.STUB, sys.argv[1])", driver)
@@ -165,12 +165,12 @@ def test_a_launch_finds_what_was_compiled_packed_and_taken(tmp_path):
     assert "0 kernels compiled, 0 built" in tried.stdout
     suffixes = {path.suffix for path in (tmp_path / "taken").rglob("*") if path.is_file()}
     assert suffixes == {".cubin", ".json", ".so"}
-    # a machine without `file`, where Triton's keys for what gcc built are others
+    # a machine without `file`, where Triton has other keys for gcc's libraries
     bare = "import platform, sys; platform.architecture = lambda *_: ('64bit', ''); "
     bare += f"import {artifacts.__name__} as artifacts; artifacts.main(sys.argv[1:])"
     again = run("-c", bare, "prove", "--few", "--cache", str(tmp_path / "taken"))
     assert "0 kernels compiled, 0 built" in again.stdout, again.stdout + again.stderr
-    # and the proof does see what is missing
+    # and the check detects what is missing
     for path in (tmp_path / "taken").glob("*/_permute_kernel.cubin"):
         shutil.rmtree(path.parent)
     missed = run(*program, "prove", "--few", "--cache", str(tmp_path / "taken"))

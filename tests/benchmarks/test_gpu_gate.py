@@ -1,4 +1,4 @@
-"""make gpu's engine, tried without a GPU: verdicts, budget, hangs, what is on disk after a cut."""
+"""The engine of make gpu, tested without a GPU: verdicts, budget, hangs, and files after an interruption."""
 
 import os
 import shutil
@@ -29,13 +29,13 @@ def run(steps, tmp_path, budget=600.0, note=lambda outcomes: None):
 
 
 def main(steps, tmp_path, monkeypatch, *words):
-    """The gate itself, with these steps for its plan -> its exit code."""
+    """Run the gate with these steps as its plan -> its exit code."""
     monkeypatch.setattr(gate, "plan", lambda part, place: steps)
     monkeypatch.setattr(gate, "pack", lambda place: None)
     return gate.main(["--rehearse", "--out", str(tmp_path), *words])
 
 
-def test_each_step_has_its_verdict_and_last_words(tmp_path):
+def test_each_step_has_its_verdict_and_last_line(tmp_path):
     steps = [
         python("print('hello'); print('all well')", "good"),
         python("print('oh'); raise SystemExit(3)", "bad"),
@@ -55,7 +55,7 @@ def test_each_step_has_its_verdict_and_last_words(tmp_path):
 
 
 def hangs(mark: Path) -> str:
-    """A program with a child; both outlive their time, and the child would leave a mark then."""
+    """A program with a child; both exceed their time, and the child would then write a file."""
     child = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
     return (
         "import subprocess, sys, time\n"
@@ -64,7 +64,7 @@ def hangs(mark: Path) -> str:
     )
 
 
-def test_a_step_that_hangs_is_ended_with_all_its_processes(tmp_path):
+def test_a_step_that_hangs_is_killed_with_all_its_processes(tmp_path):
     marks = [tmp_path / name for name in ("command", "beside", "left")]
     words = tuple((sys.executable, "-c", hangs(mark) + "time.sleep(100)") for mark in marks[:2])
     begin = time.monotonic()
@@ -77,7 +77,7 @@ def test_a_step_that_hangs_is_ended_with_all_its_processes(tmp_path):
     assert not [mark for mark in marks if mark.exists()]
 
 
-def test_a_command_beside_counts_too(tmp_path):
+def test_a_parallel_command_counts_too(tmp_path):
     beside = lambda code: (sys.executable, "-c", code)
     long = "import time; time.sleep(2); print('the last')"
     fails, waits, nowhere, mark = run(
@@ -95,7 +95,7 @@ def test_a_command_beside_counts_too(tmp_path):
     assert mark.verdict == "ok"
 
 
-def test_when_the_budget_is_spent_only_what_always_runs_does(tmp_path):
+def test_when_the_budget_is_spent_only_steps_that_always_run_do(tmp_path):
     steps = [
         python("import time; time.sleep(60)", "long"),
         python("print('x')", "late"),
@@ -103,14 +103,14 @@ def test_when_the_budget_is_spent_only_what_always_runs_does(tmp_path):
     ]
     begin = time.monotonic()
     long, late, report = run(steps, tmp_path, budget=9)
-    assert long.verdict == "out of time" and 3 <= long.seconds < 9  # of 9 seconds 5 are put by
+    assert long.verdict == "out of time" and 3 <= long.seconds < 9  # of 9 seconds 5 are reserved
     assert (late.verdict, late.remark) == ("skipped", "the budget is spent")
     assert (report.verdict, report.remark) == ("ok", "report")
     assert time.monotonic() - begin < 20
 
 
-def test_a_command_is_told_how_much_time_it_has(tmp_path):
-    """Else it is ended in the middle, and what it did not come to is nowhere."""
+def test_a_command_gets_its_time_limit(tmp_path):
+    """Otherwise it would be killed, and the cases that it did not reach would not be listed."""
     step = lambda **more: python("import sys; print(sys.argv[1:])", told=15, **more)
     words = lambda budget, **more: run([step(**more)], tmp_path, budget)[0].remark
     assert words(600) == "['--budget', '45']"
@@ -118,7 +118,7 @@ def test_a_command_is_told_how_much_time_it_has(tmp_path):
     assert words(40) in ("['--budget', '25']", "['--budget', '24']")
 
 
-def test_what_is_known_is_on_disk_before_the_next_step(tmp_path, monkeypatch):
+def test_results_are_on_disk_before_the_next_step(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     summary, log, packed = (tmp_path / name for name in ("summary.md", "log.txt", "results.tgz"))
     tree = Place("cpu", tmp_path).tree
@@ -158,7 +158,7 @@ def test_a_required_step_must_have_run_to_its_end(tmp_path, monkeypatch, capsys)
     assert engine.unproven(outcomes, steps) == outcomes
 
 
-def test_unknown_steps_and_no_device_are_said(tmp_path, monkeypatch, capsys):
+def test_unknown_steps_and_a_missing_device_are_reported(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main([python("", "one")], tmp_path, monkeypatch, "--only", "two")
     assert "--only must be one of ['one'], got ['two']" in capsys.readouterr().err
@@ -189,7 +189,7 @@ def test_the_budget_is_the_environments_or_the_parts(tmp_path, monkeypatch, caps
     assert "== one (at most 5 s)" in capsys.readouterr().out
 
 
-def test_the_commit_is_told_where_there_is_no_checkout(tmp_path, monkeypatch):
+def test_the_commit_is_known_without_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(verified, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     commit = record.commit.__wrapped__
@@ -201,14 +201,14 @@ def test_the_commit_is_told_where_there_is_no_checkout(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not here")
 @pytest.mark.parametrize("carries", [True, False])
-def test_make_gpu_installs_nothing_where_all_is_there(tmp_path, carries):
-    """A python that says whether it has torch, triton, transformers and pytest."""
+def test_make_gpu_installs_nothing_if_everything_is_installed(tmp_path, carries):
+    """A stub python that reports whether it has torch, triton, transformers and pytest."""
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho {carries}\n")
     python.chmod(0o755)
     for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
         shutil.copy(engine.ROOT / name, tmp_path)
-    # neither settings of the make that runs the tests, nor what it was told on its command line
+    # without the settings and command-line variables of the make that runs the tests
     ours = lambda name: name in ("VENV", "BUDGET", "CONSTRAINTS", "MFLAGS") or name.startswith("MAKE")
     environment = {name: text for name, text in os.environ.items() if not ours(name)}
     make = lambda *words: subprocess.run(
@@ -218,11 +218,11 @@ def test_make_gpu_installs_nothing_where_all_is_there(tmp_path, carries):
     assert (f"{python} -m benchmarks.gpu" in make("gpu")) == carries
     assert ("pip install" in make("gpu")) == (not carries)
     assert "pip install" in make("gpu", "VENV=.venv") and "pip install" in make("lint")
-    # each part has its own budget, unless somebody has another one
+    # each part has its own budget, unless another one is set
     assert "BUDGET=" not in make("gpu") and "BUDGET=50 " in make("gpu", "BUDGET=50")
 
 
-# transformers asks which of these are installed, and must get an answer
+# transformers queries which of these are installed, and needs an answer
 BARE = """
 import runpy, sys
 from importlib.machinery import PathFinder
@@ -258,6 +258,6 @@ def test_a_bare_machine_has_every_gpu_test_and_every_benchmark_of_a_layer():
         "import benchmarks.gpu.__main__\n"
         "print([name for name in FILES if isinstance(load(name), str)], plot.plt)"
     )
-    # whole models need pillow, as transformers' image processors do; that is then a stated gap
+    # whole models need pillow, as transformers' image processors do; without it they are a gap
     assert done.stdout.strip() == "['model'] None", done.stdout + done.stderr
-    assert "bench_model: left out: No module named 'PIL'" in done.stderr
+    assert "bench_model: skipped: No module named 'PIL'" in done.stderr

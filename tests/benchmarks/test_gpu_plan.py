@@ -1,4 +1,4 @@
-"""The plans of make gpu: they fit their budgets, a rehearsal has every step, commands are understood."""
+"""The plans of make gpu: they fit their budgets, a rehearsal has every step, all commands parse."""
 
 import argparse
 import importlib
@@ -16,7 +16,7 @@ from benchmarks.gpu.engine import ROOT
 from benchmarks.gpu.plan import BUDGET, PARTS, Place
 from cumo_kernels import extension
 
-# the sizes of a rehearsal stand for all of them
+# the sizes of a rehearsal represent all sizes
 TINY = {
     **{f"layer {shape}": "layer clip-1-crop" for shape in plan.LAYERS},
     **{f"tuned layer {shape}": "tuned layer mixtral-decode1" for shape in plan.LAYERS},
@@ -33,9 +33,9 @@ def steps(tmp_path):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_what_is_expected_fits_the_budget(part, steps):
+def test_expected_times_fit_the_budget(part, steps):
     found = list(steps(part).values())
-    # steps that run always have their time put by, whether or not they take it
+    # the time of steps that always run is reserved, even if not used
     closing = sum(step.cap - step.expected for step in found if step.always)
     for taken in (False, True):
         seconds = plan.expected(found, taken)
@@ -43,24 +43,24 @@ def test_what_is_expected_fits_the_budget(part, steps):
     assert all(step.expected <= step.cap for step in found)
     assert (
         sum(BUDGET.values()) <= 13 * 60
-    )  # of fifteen minutes, two of which a machine takes to begin and end
+    )  # of fifteen minutes, two are for starting and stopping the machine
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_the_rehearsal_has_every_step(part, steps):
     real, rehearsed = steps(part), steps(part, "cpu")
     assert {TINY.get(name, name) for name in real} <= set(rehearsed)
-    # the second call rehearses nothing that the first does not have to compile for it
+    # the second part rehearses only what the first compiles
     assert set(rehearsed) - {TINY.get(name, name) for name in real} <= {"compile", "layer mixtral-decode1"}
     for name, step in real.items():
         twin = rehearsed[TINY.get(name, name)]
         assert (twin.must_pass, twin.always, twin.told) == (step.must_pass, step.always, step.told)
-        if name not in ("take", "build", "compile"):  # there artefacts are taken twice, g++ stands for nvcc
+        if name not in ("take", "build", "compile"):  # a rehearsal takes artefacts twice, with g++ for nvcc
             assert program(twin.command) == program(step.command)
 
 
 def program(command: tuple[str, ...]) -> tuple[str, ...]:
-    """The module and the subcommand that are run, whatever watches them."""
+    """The module and the subcommand that are run, without a wrapping tool."""
     module = command[command.index("-m") + 1 :]
     return module[:2] if module[0] == "cumo_kernels" else module[:1]
 
@@ -103,14 +103,14 @@ def test_layers_and_shapes_are_those_of_the_benchmarks(steps):
 
 
 def test_the_extension_is_built_for_this_gpu_or_the_step_fails(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0;12.0+PTX")  # a container's
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0;12.0+PTX")  # set by a container
     build = lambda capability: next(
         step for step in plan.plan("prove", Place("cuda", tmp_path, capability)) if step.name == "build"
     )
     assert build((9, 0)).environment == {"CUMO_BUILD": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
     assert build((10, 0)).environment["TORCH_CUDA_ARCH_LIST"] == "10.0"
     assert build((9, 0)).must_pass
-    # what a step says goes before what the container says
+    # a step's setting overrides the container's
     step = engine.Step(
         "look", (sys.executable, "-c", "import os; print(os.environ['TORCH_CUDA_ARCH_LIST'])"), 9
     )
@@ -122,8 +122,8 @@ def test_the_extension_is_built_for_this_gpu_or_the_step_fails(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("case", ["built", "taken", "nothing", "no compiler"])
-def test_what_is_there_is_not_built_again(case, tmp_path, monkeypatch):
-    """In the order in which the engine asks; a required step that has nothing to do has passed."""
+def test_existing_artefacts_are_not_built_again(case, tmp_path, monkeypatch):
+    """In the order of the engine; a required step with nothing to do has passed."""
     place = Place("cuda", tmp_path, (9, 0), artifacts=tmp_path / "artifacts")
     found = {step.name: step for step in plan.plan("prove", place)}
     monkeypatch.setattr(plan, "_is_built", lambda capability: case in ("built", "taken"))
@@ -154,7 +154,7 @@ def test_what_is_there_is_not_built_again(case, tmp_path, monkeypatch):
         (None, False),
     ],
 )
-def test_what_was_built_for_another_gpu_is_built_again(built, fits, monkeypatch):
+def test_a_build_for_another_gpu_is_repeated(built, fits, monkeypatch):
     monkeypatch.setattr(plan, "_architectures", lambda: built)
     assert plan._is_built((9, 0)) == fits
 
@@ -194,8 +194,8 @@ def test_both_plans_are_printed(capsys):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_files_lie_flat_and_are_few(part, steps, tmp_path):
-    """Of the folder at most eight files come back from a lent machine."""
+def test_files_are_few_and_not_in_subfolders(part, steps, tmp_path):
+    """At most eight files of the folder come back from the GPU machine."""
     written = {"summary.md", "log.txt", "results.tgz"}
     for step in steps(part).values():
         for word in step.command:

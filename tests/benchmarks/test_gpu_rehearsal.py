@@ -1,4 +1,4 @@
-"""make gpu ARGS=--rehearse, whole, and with faults planted into kernels: what the summary says of each."""
+"""make gpu ARGS=--rehearse in full, and with planted faults in kernels: checks the summary."""
 
 import json
 import os
@@ -70,7 +70,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Finder())
 """
-# what stands in the summary behind "FAILED triton: "
+# the text in the summary after "FAILED triton: "
 REASONS = {
     "permute": r"its process ended, exit code 1: Timeout \(0:00:25\)! in sitecustomize.py:\d+ act; ",
     "activate": r"its process ended, signal SIGABRT: ",
@@ -81,7 +81,7 @@ REASONS = {
 
 @pytest.fixture
 def alone(monkeypatch):
-    """As on a user's machine: this process has switched nothing on."""
+    """Clear this process's switches, as on a user's machine."""
     for name in ("TRITON_INTERPRET", "CUMO_EMULATE", "CUMO_EMULATE_CAPABILITY", "CUMO_BACKEND", "BUDGET"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -89,13 +89,13 @@ def alone(monkeypatch):
 
 @pytest.mark.sweep  # each kind of fault by itself: tests/kernels/test_shards.py, test_gpu_gate.py
 @pytest.mark.timeout(400)
-def test_planted_faults_are_named_and_cost_their_cases_alone(tmp_path, monkeypatch, capsys, alone):
+def test_planted_faults_are_named_and_fail_only_their_cases(tmp_path, monkeypatch, capsys, alone):
     assert set(REASONS) < set(dispatch.OPS)
     (tmp_path / "sitecustomize.py").write_text(PLANTED)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    # a step that is not there at all costs itself, too
+    # a missing step fails alone, too
     nowhere = Step("nowhere", ("/does/not/exist",), 5)
-    # an honest expert_mlp takes as long as the hang where the machine is shared
+    # on a shared machine a correct expert_mlp takes as long as the hang
     ops = [op for op in cases.OPS if op != "expert_mlp"]
     fewer = lambda step: replace(step, command=(*step.command, *(w for op in ops for w in ("--op", op))))
     changed = lambda step: fewer(step) if step.name == "smoke" else step
@@ -154,7 +154,7 @@ def test_the_whole_plan_runs_on_a_cpu(tmp_path, capsys, alone):
     assert "smoke: 18 cases, 0 failed" in summary and "verify: 12 cases, 0 failed" in summary
     for variant in ("cumo/cuda", "cumo/triton", "dense", "torch-grouped_mm"):
         assert f" | {variant} | " in summary
-    # what was packed is found again by every launch
+    # every launch finds the packed kernels
     assert re.search(r"\| take \| ok \| \d+ \| .*: 0 kernels compiled, 0 built", summary)
     assert "us of mixtral-decode1 triton: " in summary and "us of mixtral-decode1 cuda: " in summary
     assert len(summary) < 10_800
@@ -169,4 +169,4 @@ def test_the_whole_plan_runs_on_a_cpu(tmp_path, capsys, alone):
         "cumo_kernels/tiles/measured.json" in packed and "cumo_kernels/verification/verified.json" in packed
     )
     assert [name for name in packed if re.fullmatch(r"benchmarks/results/cpu_\w+/expert_mlp\.csv", name)]
-    assert os.environ.get("TRITON_INTERPRET") is None  # steps have their switches to themselves
+    assert os.environ.get("TRITON_INTERPRET") is None  # switches of steps do not leak

@@ -1,4 +1,4 @@
-"""summary.md: what it says of failures, times and kernels, how much of it is printed, damaged files."""
+"""summary.md: failures, times and kernels, the length of the printed part, damaged files."""
 
 import json
 from dataclasses import replace
@@ -36,7 +36,7 @@ def failed(number: int, device: str = "cuda") -> list[Result]:
 
 
 def write(out, outcomes=OUTCOMES, runs=None) -> tuple[str, str]:
-    """-> what is printed, and summary.md."""
+    """-> the printed text, and summary.md."""
     shown = summary.write(HEAD, outcomes, out, out / "results", runs)
     assert not list(out.glob(".*"))
     return shown, (out / "summary.md").read_text()
@@ -47,7 +47,7 @@ def report(path, results, missing=()) -> None:
 
 
 def whole_table(results) -> None:
-    """As a run on a GPU leaves it: every layer with every peer, eager and as a graph, in both patterns."""
+    """Write rows like a GPU run: every layer with every peer, eager and as a graph, in both patterns."""
     variants = ["cumo/triton", "cumo/cuda", "cumo/reference", "dense", "torch-grouped_mm", "cumo-original"]
     variants += ["megablocks-grouped", "sonicmoe", "quack-gemm"]
     record.append(
@@ -62,7 +62,7 @@ def whole_table(results) -> None:
 
 @pytest.mark.parametrize("number", [0, 5, 300])
 @pytest.mark.parametrize("tabled", [False, True], ids=["no times", "all times"])
-def test_whatever_failed_the_end_is_short_and_keeps_what_matters(number, tabled, tmp_path):
+def test_the_printed_end_is_short_and_keeps_the_important_lines(number, tabled, tmp_path):
     report(tmp_path / "smoke.json", [*failed(number), Result("permute T=1", "cuda", "cuda")])
     layers = [f"expert_mlp {shape} T=23080" for shape in LAYERS]
     lines = [{"kind": "ceilings", "tflops": 650.5, "gb_per_s": 2800.4}]
@@ -78,7 +78,7 @@ def test_whatever_failed_the_end_is_short_and_keeps_what_matters(number, tabled,
         assert f"smoke: {number + 1} cases, {number} failed" in where
         assert "ceilings: 650 TF/s bf16 product, 2800 GB/s copy" in where
         assert ("| case | variant | forward |" in where) == tabled
-    # what the screen has no room for is in the file, every case with its command
+    # the file has what is not printed, every case with its command
     for result in failed(number):
         assert f"    python -m cumo_kernels verify --backend triton --case '{result.case}'\n" in text
     assert shown.count("--case '") >= min(number, 4)
@@ -89,7 +89,7 @@ def test_whatever_failed_the_end_is_short_and_keeps_what_matters(number, tabled,
         assert all(f"| {layer} | cumo/cuda |" in shown for layer in layers[:3])
 
 
-def test_a_failure_is_named_once_with_what_repeats_it(tmp_path, monkeypatch):
+def test_a_failure_is_named_once_with_the_command_that_repeats_it(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name in ("CUMO_EMULATE", "CUMO_EMULATE_CAPABILITY"):
         monkeypatch.delenv(name, raising=False)
@@ -115,7 +115,7 @@ def test_a_failure_is_named_once_with_what_repeats_it(tmp_path, monkeypatch):
     assert "in gemm.py:7 launch; ops.py:1 f" in lines[6]
 
 
-def test_what_a_benchmark_refuses_of_ours_is_a_failure_with_its_command(tmp_path):
+def test_a_refused_variant_of_ours_is_a_failure_with_its_command(tmp_path):
     gap = record.Gap(
         "expert_mlp", "cumo/triton", "all", "clip-batch4", 23080, "H1024", "skewed", "bf16",
         "the gate refuses it: output 0 is off", "nvidia_h100", "7",
@@ -137,7 +137,7 @@ def test_what_a_benchmark_refuses_of_ours_is_a_failure_with_its_command(tmp_path
     assert f"    python -m benchmarks {command}" in text
 
 
-def test_times_are_ratios_of_one_case_and_graphs_where_there_are(tmp_path):
+def test_times_are_ratios_within_a_case_and_of_graphs_if_measured(tmp_path):
     row = lambda variant, ms, **more: replace(PLAIN, variant=variant, ms_p50=ms, **more)
     record.append(
         [
@@ -164,7 +164,7 @@ def test_times_are_ratios_of_one_case_and_graphs_where_there_are(tmp_path):
     assert summary.times(tmp_path / "nowhere", None) == []
 
 
-def test_kernels_are_shown_by_their_short_names(tmp_path):
+def test_kernels_are_listed_by_their_short_names(tmp_path):
     us = {f"void cumo::gemm_{i}<Tile<64>>(int)": [100.0 - i, 1.0] for i in range(7)}
     row = {"kind": "kernels", "layer": "clip-batch4", "backend": "cuda",
            "us": {"forward": {}, "both": us}, "host_us": {"forward": 12.3, "both": 45.6}}  # fmt: skip
@@ -179,7 +179,7 @@ def test_kernels_are_shown_by_their_short_names(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", "{}", '{"results": 3}', '{"results": [{}], "not_checked": []}', "\xff"]
 )
-def test_damaged_files_are_no_error(text, tmp_path):
+def test_damaged_files_are_not_an_error(text, tmp_path):
     for name in ("smoke.json", "verify.json", "kernels.jsonl"):
         (tmp_path / name).write_bytes(text.encode("latin-1"))
     shown, whole = write(tmp_path, [Outcome("smoke", "FAILED (-9)", 3.0, "")])

@@ -1,4 +1,4 @@
-"""The harness: no timing without a green gate, honest rows, pictures from files alone."""
+"""The harness: no timing without a passed gate, correct rows, pictures only from files."""
 
 import argparse
 import csv
@@ -70,7 +70,7 @@ def test_every_file_measures_and_nothing_is_refused(file, shape):
     assert "the gate refuses" not in log and "cannot run" not in log
     variants = {row.variant for row in rows}
     assert {row.mode for row in rows if row.variant == "cumo/reference"} == {"forward", "both"}
-    assert len(variants) >= 2  # somebody to compare with
+    assert len(variants) >= 2  # a variant to compare with
     for row in rows:
         assert 0 < row.ms_p20 <= row.ms_p50 <= row.ms_p80 and row.rounds >= 3
         assert (
@@ -90,7 +90,7 @@ def test_whole_models_run_with_the_originals_loop():
     assert set(workload.peers) | set(workload.gaps) == {peer.name for peer in table.PEERS}
 
 
-def test_whole_models_are_what_their_rows_say():
+def test_whole_models_have_the_sizes_of_their_rows():
     cpu = {case.shape.name: case.shape for case in bench_model.cases("cpu", False)}
     assert (cpu["clip-tower"].T, cpu["clip-tower"].sizes) == (65, "H256 I1024 O256 E4 K2")
     gpu = {case.shape.name: case for case in bench_model.cases("cuda", False)}
@@ -110,7 +110,7 @@ def test_whole_models_are_what_their_rows_say():
         assert layers(gpu[name].gate_shape.name) < (vision, text)
 
 
-def test_a_wrong_kernel_is_refused_a_timing(monkeypatch):
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
     plain = dispatch.implementation("reference", "expert_mlp")
 
     def wrong(*args):
@@ -123,7 +123,7 @@ def test_a_wrong_kernel_is_refused_a_timing(monkeypatch):
     assert {row.variant for row in rows} == {"dense"} | HERE
 
 
-def test_a_wrong_gradient_is_refused_a_timing(monkeypatch):
+def test_a_wrong_gradient_is_not_timed(monkeypatch):
     plain = dispatch.implementation("reference", "expert_mlp_backward")
     monkeypatch.setitem(
         dispatch._implementations,
@@ -135,7 +135,7 @@ def test_a_wrong_gradient_is_refused_a_timing(monkeypatch):
     assert {row.mode for row in rows if row.variant == "cumo/reference"} == {"forward"}
 
 
-def test_a_peer_that_raises_or_lies_has_no_row():
+def test_a_peer_that_raises_or_is_wrong_has_no_row():
     def setup(shape, dtype, device, pattern):
         x = torch.randn(100)
 
@@ -144,7 +144,7 @@ def test_a_peer_that_raises_or_lies_has_no_row():
 
         return Workload(
             run=torch.sin,
-            truth=torch.sin,
+            reference=torch.sin,
             inputs=(x,),
             peers={"broken": broken, "liar": torch.cos, "blind": lambda x: torch.sin(x).detach()},
             forward_only={"blind": "it has no backward"},
@@ -160,7 +160,7 @@ def test_a_peer_that_raises_or_lies_has_no_row():
     assert {row.mode for row in rows if row.variant == "blind"} == {"forward"}
 
 
-def test_a_peer_for_which_only_the_gate_s_size_is_small_enough_is_a_stated_gap():
+def test_a_peer_that_fits_only_at_the_gates_size_is_a_gap():
     def setup(shape, dtype, device, pattern):
         large = shape == SMALL
         x, sine = torch.randn(100), {"sine": torch.sin}
@@ -229,7 +229,7 @@ def test_flops_are_those_of_the_spec():
 
 
 @pytest.mark.parametrize("file", [bench_experts, bench_grouped_gemm], ids=["layer", "gemm"])
-def test_the_floor_counts_the_weights_that_are_met(file):
+def test_the_floor_counts_the_weights_of_experts_with_rows(file):
     even, two = (
         file.setup(SMALL, torch.float32, "cpu", pattern).bytes for pattern in ("uniform", "one_expert")
     )
@@ -237,7 +237,7 @@ def test_the_floor_counts_the_weights_that_are_met(file):
     assert even - two == 4 * weights // 2  # top-2: half of the four experts
 
 
-def test_variants_take_turns():
+def test_variants_are_timed_alternately():
     order = []
     steps = {name: lambda name=name: order.append(name) for name in "abc"}
     times = timing.interleave(steps, timing.CpuClock(), 0, least=3)
@@ -246,7 +246,7 @@ def test_variants_take_turns():
     assert all(t.rounds == 3 for t in times.values())
 
 
-def test_one_thread_is_timed_by_the_processor_not_by_the_wall(monkeypatch):
+def test_one_thread_is_timed_by_processor_time(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     clock = timing.CpuClock()
     assert clock.name == "cpu" and clock.time(lambda: time.sleep(0.2)) < 100
@@ -255,7 +255,7 @@ def test_one_thread_is_timed_by_the_processor_not_by_the_wall(monkeypatch):
     assert clock.name == "wall" and clock.time(lambda: time.sleep(0.2)) >= 200
 
 
-def test_predictions_are_marked_and_stand_beside_measurements(tmp_path):
+def test_predictions_are_marked_and_shown_with_measurements(tmp_path):
     folder = tmp_path / "predicted"
     folder.mkdir()
     line = "nvidia_h100,clip-1-crop,bf16,{},{},0.01,0.8,{},{}"
@@ -268,7 +268,7 @@ def test_predictions_are_marked_and_stand_beside_measurements(tmp_path):
     (folder / "nvidia_h100_bf16.csv").write_text("\n".join([head, *gemms]))
     row = a_row(machine="nvidia_h100", op="expert_mlp", shape="clip-1-crop", dtype="bf16", ms_p50=0.05)
     row = replace(row, variant="cumo/triton")
-    faster = replace(row, variant="cumo/cuda", ms_p50=0.01)  # the prediction is of Triton's kernels
+    faster = replace(row, variant="cumo/cuda", ms_p50=0.01)  # the prediction is for Triton's kernels
     text = "\n".join(plot.predictions(folder, [row, faster]))
     assert "Predicted for nvidia_h100, bf16: not measured" in text
     assert "| clip-1-crop | 0.025 | 80% | 0.045 | 67% |" in text
@@ -304,7 +304,7 @@ def test_a_file_with_other_columns_is_not_touched(tmp_path):
     assert (tmp_path / "m" / "o.csv").read_text() == "run,op,speed\n1,2,3\n"
 
 
-def test_the_report_is_made_from_files_alone(tmp_path):
+def test_the_report_is_made_only_from_files(tmp_path):
     rows = measured(bench_experts)[0] + measured(bench_layer)[0]
     rows += [replace(row, op="scaling", shape="over-tokens", tokens=n) for row in rows for n in (24, 48)]
     record.append(rows, tmp_path / "results")
@@ -334,18 +334,18 @@ def test_a_machine_without_matplotlib_gets_the_tables(monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_an_empty_report_says_so(tmp_path):
+def test_an_empty_report_states_it(tmp_path):
     text = plot.report(tmp_path / "results").read_text()
     assert "Not yet measured on a GPU" in text and "Nothing has been measured yet" in text
 
 
-def test_speedups_are_against_the_loop_of_the_same_case():
+def test_speedups_are_relative_to_the_loop_of_the_same_case():
     rows, _ = measured(bench_experts, modes=("forward",))
     times = {"cumo/reference": 2.0, "cumo-original": 6.0, "torch-grouped_mm": 3.0, "dense": 1.0}
     rows = [replace(row, ms_p50=times[row.variant]) for row in rows if row.variant in times]
     ((_, found),) = plot.speedups(rows).items()
     assert found == {"cumo/reference": 3, "cumo-original": 1, "torch-grouped_mm": 2, "dense": 6}
-    # neither another run nor another clock took turns with the loop
+    # rows of another run or clock were not timed alternately with the loop
     text = "\n".join(plot.table(rows))
     assert "2 ms, 3.00x" in text and "cumo-original 3.00x, torch-grouped_mm 1.50x" in text
     for other in ({"run": "another"}, {"timer": "graph"}):
@@ -373,8 +373,8 @@ def test_every_op_has_its_roofline(tmp_path, monkeypatch):
     assert roofs[0] <= 989 and roofs[1] == 3350
 
 
-def test_the_committed_report_is_what_the_committed_rows_say(monkeypatch, tmp_path):
-    """python -m benchmarks.plot makes it anew; the pictures are taken as they are."""
+def test_the_committed_report_matches_the_committed_rows(monkeypatch, tmp_path):
+    """`python -m benchmarks.plot` regenerates it; the pictures are not compared."""
     folder = record.RESULTS.parent
     for name in ("results", "predictions/predicted"):
         shutil.copytree(folder / name, tmp_path / name)
@@ -404,7 +404,7 @@ def test_every_peer_is_there_or_has_a_reason():
 
 
 @pytest.mark.parametrize("file", [bench_experts, bench_layer], ids=["experts", "layer"])
-def test_every_peer_of_a_layer_has_a_row_or_a_stated_gap(file):
+def test_every_peer_of_a_layer_has_a_row_or_a_gap(file):
     case = Case(SMALL, "fp32", modes=("forward",))
     rows, gaps = harness.measure(file.OP, file.setup, case, "cpu", "run", 0, ["reference"], lambda line: None)
     timed, stated = {row.variant for row in rows}, [gap.variant for gap in gaps]
@@ -429,14 +429,14 @@ def test_bench_from_the_front_door(capfd):
     assert "--budget" in capfd.readouterr().out
 
 
-def test_bench_without_a_checkout_says_so(capfd, monkeypatch, tmp_path):
+def test_bench_without_a_checkout_reports_it(capfd, monkeypatch, tmp_path):
     monkeypatch.setattr("cumo_kernels.__main__.ROOT", tmp_path)
     assert front_door(["bench"]) == 1
     assert "part of a checkout" in capfd.readouterr().out
 
 
 def asked(tmp_path, *words) -> list[record.Row]:
-    """Rows of `python -m benchmarks --only experts`, which a rehearsal of make gpu runs."""
+    """Rows of `python -m benchmarks --only experts`, as in a rehearsal of make gpu."""
     fixed = [
         "--only",
         "experts",
@@ -452,7 +452,7 @@ def asked(tmp_path, *words) -> list[record.Row]:
     return record.read(tmp_path)
 
 
-def test_tiny_cuts_every_shape_that_is_timed(tmp_path, monkeypatch):
+def test_tiny_reduces_every_timed_shape(tmp_path, monkeypatch):
     seen = []
     setup = bench_experts.setup
     monkeypatch.setattr(
@@ -464,14 +464,14 @@ def test_tiny_cuts_every_shape_that_is_timed(tmp_path, monkeypatch):
     assert {(row.shape, row.tokens, row.sizes, row.dtype) for row in rows} == {
         (name, shape.T, shape.sizes, "bf16") for name, shape in small.items()
     }
-    # a case that was asked for once is measured once
+    # a case that is requested once is measured once
     assert len({row.variant for row in rows if row.shape == "clip-1-crop" and row.mode == "both"}) == len(
         [row for row in rows if row.shape == "clip-1-crop" and row.mode == "both"]
     )
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=lambda shape: shape.name)
-def test_a_tiny_shape_is_its_shape_but_small(shape):
+def test_a_tiny_shape_differs_only_in_size(shape):
     small = shapes.tiny(shape)
     assert small.gemm_flops < 1e8 and small.T <= 33 and small.T % small.groups == 0 and small.K <= small.E
     assert (small.name, small.activation, small.bias) == (shape.name, shape.activation, shape.bias)
@@ -487,4 +487,4 @@ def test_a_pattern_replaces_those_of_the_cases(tmp_path):
     harness.add_arguments(parser)
     args = parser.parse_args(["--shape", "clip-batch4", "--pattern", "uniform", "--dtype", "bf16"])
     case = Case(SHAPES["clip-batch4"], "bf16", "uniform")
-    assert harness.cases_of(file, "cuda", args) == [case]  # as make gpu asks
+    assert harness.cases_of(file, "cuda", args) == [case]  # as in make gpu

@@ -1,4 +1,4 @@
-"""The host's path to a launch, in a process whose driver is a stub."""
+"""The host's path to a launch, in a process with a stub driver."""
 
 import os
 import re
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(
     torch.cuda.is_available() or not shutil.which("cc"), reason="for machines with cc and no GPU"
 )
-def test_remembered_launches_equal_tritons_own_and_are_few():
+def test_cached_launches_equal_tritons_own_and_are_few():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "benchmarks.host", "--repeats", "4"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

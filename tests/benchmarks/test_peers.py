@@ -1,8 +1,8 @@
-"""Adapters of other people's layers, without a GPU: what they call, and what they make of the answers.
+"""Adapters of third-party layers, without a GPU: their calls, and their use of the results.
 
-Stand-ins (stand_ins.py) compute on the CPU what the packages document. Every recorded call must bind to the
-real signature: the package's where it can be imported, else that in the source which `make peers` fetches.
-quack's own references must give what its stand-in gave, and transformers needs none.
+Stand-ins (stand_ins.py) compute on the CPU what the packages document. Every recorded call must match the
+real signature: the package's if it can be imported, else that in the source which `make peers` fetches.
+quack's own references must give the same results as its stand-in; transformers needs no stand-in.
 """
 
 import ast
@@ -28,7 +28,7 @@ from tests.benchmarks.stand_ins import CLIP, SHAPES, STAND_INS, Quack
 from tests.rounding import assert_same_formula, assert_same_sums, rounding_of
 
 BY_NAME = {peer.name: peer for peer in table.PEERS}
-SOURCES = {  # what cannot be imported here: where a wheel has it
+SOURCES = {  # packages that cannot be imported here: the file in their wheel
     "GroupedLinear.__init__": "transformer_engine/pytorch/module/grouped_linear.py",
     "GroupedLinear.forward": "transformer_engine/pytorch/module/grouped_linear.py",
     "moe_fused": "liger_kernel/ops/cute/ops/moe.py",
@@ -58,12 +58,12 @@ def real(name):
     try:
         table._prepare(name)
         return importlib.import_module(name)
-    except Exception as error:  # whatever somebody else's package raises
+    except Exception as error:  # any error of a third-party package
         pytest.skip(f"{name} cannot be imported: {type(error).__name__}: {error}")
 
 
 def layer_of(peer, shape):
-    """Truth and peer on one routing plan, and their inputs."""
+    """Reference and peer for one routing plan, and their inputs."""
     torch.manual_seed(0)
     workload = bench_experts.setup(shape, torch.float32, "cpu", "skewed")
     torch.manual_seed(0)
@@ -73,9 +73,9 @@ def layer_of(peer, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_layer_of_quacks_gemms_is_the_layer(quack, shape):
+def test_a_layer_of_quacks_gemms_equals_the_layer(quack, shape):
     workload, layer = layer_of("quack", shape)
-    assert_as_accurate_as_torch(layer, workload.truth, *workload.inputs)
+    assert_as_accurate_as_torch(layer, workload.reference, *workload.inputs)
     assert {name for name, *_ in quack.calls} == {"gemm", "gemm_act", "gemm_dact"}
     for name, _, kwargs in quack.calls:  # quack gathers, adds the bias and activates
         assert name == "gemm" or kwargs["A_idx"] is not None
@@ -83,7 +83,7 @@ def test_a_layer_of_quacks_gemms_is_the_layer(quack, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_every_call_fits_quack_itself(quack, shape, monkeypatch):
+def test_every_call_matches_quack_itself(quack, shape, monkeypatch):
     workload, layer = layer_of("quack", shape)
     leaves = [t.clone().requires_grad_() for t in workload.inputs]
     layer(*leaves).square().sum().backward()
@@ -100,7 +100,7 @@ def test_every_call_fits_quack_itself(quack, shape, monkeypatch):
         detached = lambda t: t.detach() if isinstance(t, torch.Tensor) else t
         args, kwargs = [detached(t) for t in args], {k: detached(v) for k, v in kwargs.items()}
         own = {k: v for k, v in kwargs.items() if k not in ("tuned", "dynamic_scheduler")}
-        if name == "gemm_dact":  # its reference knows no scale
+        if name == "gemm_dact":  # its reference has no scale
             scale, reduce = own.pop("colvec_scale"), own.pop("colvec_reduce")
             found = getattr(quack, name)(
                 *args, **own, colvec_scale=torch.ones_like(scale), colvec_reduce=reduce
@@ -111,7 +111,7 @@ def test_every_call_fits_quack_itself(quack, shape, monkeypatch):
             mine = {} if out is None else {"out": torch.empty_like(out)}
             found = getattr(quack, name)(*args, **own, **mine)
             reference = partial(getattr(package, f"{name}_ref"), *args, **own)
-            if own.pop("concat_layout", None) == ("out",):  # the reference splits rows, and these are columns
+            if own.pop("concat_layout", None) == ("out",):  # the reference splits rows, we split columns
                 plain = partial(package.gemm_ref, *args, **own)
                 reference = lambda plain=plain: torch.cat([plain()[..., ::2], plain()[..., 1::2]], -1)
         found = found if isinstance(found, tuple) else (found,)
@@ -173,7 +173,7 @@ def test_sonic_gets_our_plan_and_our_weights_as_views(monkeypatch):
     monkeypatch.setitem(sys.modules, "sonicmoe.enums", enums)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
     workload, layer = layer_of("sonic-moe", SHAPES["mixtral"])
-    assert_as_accurate_as_torch(layer, workload.truth, *workload.inputs)
+    assert_as_accurate_as_torch(layer, workload.reference, *workload.inputs)
     args, options = calls[0]
     assert args[4].shape == (96, 32, 4) and args[4].permute(2, 0, 1).is_contiguous()
     for name in ("sonicmoe", "sonicmoe.enums"):
@@ -182,9 +182,9 @@ def test_sonic_gets_our_plan_and_our_weights_as_views(monkeypatch):
 
 
 def stand_in(peer, monkeypatch):
-    """-> the modules put in place of the peer's, and the list that gets every call."""
+    """-> the modules that replace the peer's, and the list of all calls."""
     calls = []
-    monkeypatch.setattr(expert_parallel, "_group", lambda: "of one")  # that of NCCL needs a GPU
+    monkeypatch.setattr(expert_parallel, "_group", lambda: "of one")  # an NCCL group needs a GPU
     expert_parallel._reserve.cache_clear()
     modules = STAND_INS[peer][0](calls)
     for path, content in modules.items():
@@ -198,16 +198,16 @@ cases = [(peer, shape) for peer, (_, shapes) in STAND_INS.items() for shape in s
 
 
 @pytest.mark.parametrize("peer, name", cases)
-def test_a_layer_of_other_peoples_calls_is_the_layer(peer, name, monkeypatch):
-    """A wrong order of arguments, a transposition or a row too many shows."""
+def test_a_layer_of_a_peers_calls_equals_the_layer(peer, name, monkeypatch):
+    """Detects a wrong order of arguments, a transposition or an extra row."""
     _, calls = stand_in(peer, monkeypatch)
     workload, layer = layer_of(peer, SHAPES[name])
-    assert_as_accurate_as_torch(layer, workload.truth, *workload.inputs)
+    assert_as_accurate_as_torch(layer, workload.reference, *workload.inputs)
     assert calls
 
 
 @pytest.mark.parametrize("peer", STAND_INS)
-def test_every_call_fits_the_package(peer, monkeypatch):
+def test_every_call_matches_the_package(peer, monkeypatch):
     modules, calls = stand_in(peer, monkeypatch)
     for name in STAND_INS[peer][1]:
         workload, layer = layer_of(peer, SHAPES[name])
@@ -221,7 +221,7 @@ def test_every_call_fits_the_package(peer, monkeypatch):
 
 
 def signature_of(peer, function):
-    """-> it, and what stands for a context or for self in front."""
+    """-> the signature, and the leading arguments that replace a context or self."""
     if function in SOURCES:
         return declared(SOURCES[function], function), ()
     found = getattr(real(BY_NAME[peer].module), function)
@@ -262,14 +262,14 @@ def declared(path, name):
     )
 
 
-def test_this_triton_has_the_name_that_triton_kernels_wants(monkeypatch):
+def test_this_triton_has_the_name_that_triton_kernels_needs(monkeypatch):
     target_info = pytest.importorskip("triton.language.target_info")
     monkeypatch.delattr(target_info, "is_hip_gfx1250", raising=False)
     table._prepare("triton_kernels.matmul")
     assert not target_info.is_hip_gfx1250()
 
 
-def test_buffers_of_dist_moe_go_with_the_layer(monkeypatch):
+def test_buffers_of_dist_moe_are_freed_with_the_layer(monkeypatch):
     _, calls = stand_in("dist-moe", monkeypatch)
     workload, layer = layer_of("dist-moe", SHAPES["mixtral"])
     for _ in range(2):
@@ -300,10 +300,10 @@ SQUARE = {name: replace(shape, O=shape.H) for name, shape in SHAPES.items()}
 
 @pytest.mark.parametrize("shape", SQUARE.values(), ids=SQUARE)
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_transformers_implementations_are_the_layer(name, shape):
+def test_transformers_implementations_equal_the_layer(name, shape):
     pytest.importorskip("transformers")
     workload, layer = layer_of(f"transformers-{name}", shape)
-    assert_as_accurate_as_torch(layer, workload.truth, *workload.inputs)
+    assert_as_accurate_as_torch(layer, workload.reference, *workload.inputs)
 
 
 def test_weights_copied_for_every_slot_must_fit(monkeypatch):
@@ -312,12 +312,12 @@ def test_weights_copied_for_every_slot_must_fit(monkeypatch):
     wanted = transformers_experts.copied_bytes(shape, torch.bfloat16)
     rows, (H, I) = shape.T * shape.K, (shape.H, shape.I)
     assert wanted == 2 * 2 * rows * (I * H + I + H * I + H)  # a copy and its gradient, two bytes each
-    for room, reason in ((wanted, None), (wanted - 1, "it needs 0 GiB, and there are 0 for it")):
+    for room, reason in ((wanted, None), (wanted - 1, "it needs 0 GiB, but 0 are available")):
         monkeypatch.setattr(table, "room", lambda device, room=room: room)
         assert peer.refuse(shape, torch.bfloat16, "cpu") == reason
     monkeypatch.undo()
     quarter = shapes.SHAPES["mixtral-quarter"]
-    assert peer.refuse(quarter, torch.float32, "cpu") == "it needs 42 GiB, and there are 4 for it"
+    assert peer.refuse(quarter, torch.float32, "cpu") == "it needs 42 GiB, but 4 are available"
     assert replace(peer, needs=None).refuse(quarter, torch.float32, "cpu") is None
 
 
@@ -332,7 +332,7 @@ def test_weights_copied_for_every_slot_must_fit(monkeypatch):
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
 )
-def test_a_gpu_that_a_peer_is_not_made_for_is_its_reason(monkeypatch, here, reasons):
+def test_an_unsupported_gpu_is_the_reason_of_a_gap(monkeypatch, here, reasons):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: here)
     for peer in table.PEERS:
@@ -344,13 +344,13 @@ def test_a_gpu_that_a_peer_is_not_made_for_is_its_reason(monkeypatch, here, reas
             assert reason == peer.never
 
 
-def test_lightmoe_is_a_gap_by_its_experts_and_its_precision(monkeypatch):
+def test_lightmoe_is_a_gap_for_its_experts_and_precision(monkeypatch):
     peer = BY_NAME["lightmoe"]
     assert peer.refuse(SHAPES["mixtral"], torch.bfloat16, "cuda").endswith("10.0, no GPU is here")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
     many = replace(SHAPES["mixtral"], E=257)
-    assert peer.refuse(many, torch.bfloat16, "cuda") == "it has at most 256 experts, here are 257"
+    assert peer.refuse(many, torch.bfloat16, "cuda") == "it has at most 256 experts, got 257"
     assert "NVFP4" in peer.refuse(replace(many, E=256), torch.bfloat16, "cuda")
 
 
@@ -362,11 +362,11 @@ def test_lightmoe_offers_no_other_precision():
     assert "at most 256 local experts" in source_of("lightmoe/inference.py")
 
 
-def test_what_a_peer_cannot_do_is_a_reason():
+def test_an_unsupported_case_is_the_reason_of_a_gap():
     sonic = BY_NAME["sonic-moe"]
     assert "only SwiGLU" in sonic.refuse(CLIP, torch.bfloat16, "cuda")
     wide = replace(SHAPES["mixtral"], O=64)
-    for name in ("sonic-moe", "liger"):  # liger would read behind a narrower weight
+    for name in ("sonic-moe", "liger"):  # liger would read past a narrower weight
         assert "as wide as their input" in BY_NAME[name].refuse(wide, torch.bfloat16, "cuda")
     for name in ("quack", "sonic-moe"):
         assert BY_NAME[name].refuse(SHAPES["mixtral"], torch.bfloat16, "cpu") == "it needs a cuda device"

@@ -1,4 +1,4 @@
-"""Predictions: their arithmetic by hand, what a reviewer is shown, and one GEMM really compiled."""
+"""Predictions: their arithmetic by hand, the listed regressions, and one GEMM that is compiled."""
 
 import csv
 import shutil
@@ -37,12 +37,12 @@ def test_blocks_per_sm(registers, shared, warps, blocks):
 
 
 def test_tiles_of_one_clip_crop():
-    # 288.5 rows an expert fill 3 row tiles of 128; 16 column tiles
+    # 288.5 rows per expert fill 3 row tiles of 128; 16 column tiles
     tiles, use = layers.tile_count(GEMM, TILE)
     assert tiles == 4 * 3 * 16 and use == 288.5 / 384
     tiles, use = layers.tile_count(replace(GEMM, kind="weight_grad"), TILE)
     assert tiles == 4 * 16 * 16 and use == 288.5 / 384
-    # two tokens meet two of four experts
+    # two tokens use two of four experts
     assert layers.tile_count(replace(GEMM, rows=2), TILE)[0] == 2 * 16
 
 
@@ -57,7 +57,7 @@ def test_two_blocks_share_the_tensor_cores_of_one_multiprocessor():
         report,
         H100,
     )
-    # 384 tiles on 132 of them: three for some, whether one at a time or two and then one
+    # 384 tiles on 132 of them: three for some, either one at a time or two and then one
     assert row(2).waves == 384 / 132 and row(2).wave_use == 384 / 132 / 3
     assert row(2) == row(1)
 
@@ -68,7 +68,7 @@ def test_cost():
     assert flops == 2 * 8192 * 1024 and bytes_ == 2 * (8192 + 1024 + 8192 * 1024)
 
 
-def test_programs_of_a_launch_are_counted_whatever_the_form_of_the_grid(monkeypatch):
+def test_programs_of_a_launch_are_counted_for_every_form_of_grid(monkeypatch):
     from triton.runtime.jit import JITFunction
 
     seen = []
@@ -81,18 +81,18 @@ def test_programs_of_a_launch_are_counted_whatever_the_form_of_the_grid(monkeypa
     assert programs == [12, 8] and len(seen) == 2
 
 
-def test_a_reviewer_sees_what_got_worse():
+def test_regressions_are_listed():
     head = "shape,dtype,gemm,tile,stack,ms\n"
     old = head + "a,bf16,up,t1,0,1.0\na,bf16,down,t1,0,1.0\na,bf16,x,t1,0,1.0\nb,bf16,up,t1,0,1.0\n"
     new = head + "a,bf16,up,t2,0,1.2\na,bf16,down,t1,16,0.9\na,bf16,x,t1,0,0.9\n"
     slower, spills, gone = layers.worse(old, new)
     assert "a bf16 up: predicted 1.0 -> 1.2 ms (t1 -> t2)" == slower
-    assert spills == "a bf16 down: 0 -> 16 bytes of stack" and gone == "b bf16 up: no longer there"
+    assert spills == "a bf16 down: 0 -> 16 bytes of stack" and gone == "b bf16 up: missing"
     assert layers.worse(old, old) == []
 
 
-def test_committed_predictions_are_of_todays_tiles():
-    """Without compiling: `python -m benchmarks.predictions` writes the files anew."""
+def test_committed_predictions_use_the_current_tiles():
+    """Checked without compiling; `python -m benchmarks.predictions` regenerates the files."""
     paths = sorted(layers.FOLDER.glob("*.csv"))
     assert paths
     for path in paths:
@@ -121,7 +121,7 @@ __global__ void plain_kernel(float* x) { x[threadIdx.x] += 1; }
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
-def test_a_compiled_file_tells_of_its_kernels(tmp_path, capsys, monkeypatch):
+def test_the_kernels_of_a_compiled_file_are_listed(tmp_path, capsys, monkeypatch):
     source, binary = tmp_path / "k.cu", tmp_path / "k.o"
     source.write_text(KERNELS)
     subprocess.run(["nvcc", "-arch=sm_90a", "-c", source, "-o", binary], check=True)
@@ -139,13 +139,13 @@ def test_a_compiled_file_tells_of_its_kernels(tmp_path, capsys, monkeypatch):
     path.write_text(path.read_text().replace(",256,8,", ",256,9,").replace("plain_kernel", "old_kernel"))
     assert layers.main(["--extension", str(binary), "--check"]) == 1
     out = capsys.readouterr().out
-    assert "sm_90a old_kernel: no longer there" in out
+    assert "sm_90a old_kernel: missing" in out
     assert "sm_90a scale_kernel<float>: blocks per sm 9 -> 8" in out
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_one_layer_compiled_for_a_gpu_that_is_not_here(monkeypatch, capsys):
+def test_one_layer_compiled_for_an_absent_gpu(monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     both = layers.survey(H100, [SHAPES["clip-1-crop"]], "bf16")
     rows, ops = both[:6], {row.gemm: row for row in both[6:]}

@@ -1,4 +1,4 @@
-"""A whole run: what is measured first, what a fault costs, what is said to be missing and until when."""
+"""A whole run: the order of cases, the effect of a fault, and the gaps in the report."""
 
 import argparse
 import os
@@ -47,7 +47,7 @@ def test_a_gap_of_a_case_without_a_forward_is_closed_too():
     assert plot.not_timed([a_gap(row)], [replace(row, variant="another")])
 
 
-def test_one_size_of_a_sweep_does_not_speak_for_another(tmp_path):
+def test_one_size_of_a_sweep_does_not_close_the_gap_of_another(tmp_path):
     row = a_row(variant="peer", op="scaling", shape="over-tokens", run="2", machine="m")
     large = a_gap(row, tokens=500_000, reason="out of memory")
     record.append_gaps([large, a_gap(row, reason="not here")], tmp_path)
@@ -55,7 +55,7 @@ def test_one_size_of_a_sweep_does_not_speak_for_another(tmp_path):
     assert lines[1:] == ["- peer: out of memory (scaling over-tokens fp32 T=500000)"]
 
 
-def test_what_there_was_no_time_for_is_in_the_report_until_there_was():
+def test_cases_without_time_are_in_the_report_until_measured():
     row = a_row(run="1")
     late = a_gap(row, variant="all", reason=record.NO_TIME, run="2")
     assert plot.not_timed([late, replace(late, shape="b")], [])[1] == (
@@ -77,7 +77,7 @@ def test_gaps_are_in_the_report_until_a_later_run_closes_them(tmp_path):
     assert "not here" not in plot.report(results).read_text()
 
 
-def test_one_broken_case_does_not_cost_the_others(tmp_path, capsys):
+def test_one_broken_case_does_not_affect_the_others(tmp_path, capsys):
     def setup(shape, *rest):
         if shape.T == 1:
             raise MemoryError("too large")
@@ -98,8 +98,8 @@ def test_one_broken_case_does_not_cost_the_others(tmp_path, capsys):
     assert "too large" in out.err and {row.tokens for row in record.read(tmp_path)} == {8}
 
 
-def test_a_case_that_would_not_end_in_time_does_not_begin(monkeypatch, capsys):
-    """1e9 FLOPs a second on a CPU: after the first case the large one is left out, the small one is not."""
+def test_a_case_that_would_not_end_in_time_is_not_started(monkeypatch, capsys):
+    """1e9 FLOPs a second on a CPU: after the first case the large one is skipped, the small one is not."""
     clock, begun = [0.0], []
 
     def measure(op, setup, case, *rest, **options):
@@ -118,9 +118,9 @@ def test_a_case_that_would_not_end_in_time_does_not_begin(monkeypatch, capsys):
     harness.run_all(files, args)
     small, large = 10 * second, 200 * second
     first, (second_of_t, *last) = begun[:3], begun[3:]
-    assert first == [("expert_mlp", small), ("moe_layer", small), ("t", small)]  # each file has its turn
-    assert second_of_t == ("t", large)  # another op is not judged by the layer's FLOPs
-    assert last == [] and "5 left out: the budget was spent" in capsys.readouterr().out
+    assert first == [("expert_mlp", small), ("moe_layer", small), ("t", small)]  # one case of each file
+    assert second_of_t == ("t", large)  # the time of another op is not estimated from the layer's FLOPs
+    assert last == [] and "5 skipped: the budget was spent" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def files_in_turn():
     return files, lambda *words: parser.parse_args(["--device", "cpu", "--seconds", "0", *words])
 
 
-def test_a_cut_off_run_has_something_of_each_file(files_in_turn, tmp_path):
+def test_an_interrupted_run_has_cases_of_each_file(files_in_turn, tmp_path):
     files, words = files_in_turn
     harness.run_all(
         files, words("--results", str(tmp_path), "--budget", "0"), {"model": "No module named 'x'"}
@@ -149,8 +149,8 @@ def test_a_cut_off_run_has_something_of_each_file(files_in_turn, tmp_path):
     assert "- every variant: No module named 'x' (model)" in lines
 
 
-def test_a_variant_that_breaks_the_device_costs_nobody_else_a_number(files_in_turn, tmp_path, monkeypatch):
-    """The run goes on in a new process, here in this one with the words that it would be given."""
+def test_a_variant_that_breaks_the_device_does_not_affect_the_others(files_in_turn, tmp_path, monkeypatch):
+    """The run continues in a new process; here in this one, with the same arguments."""
     files, words = files_in_turn
     broken, again = [], []
 
@@ -199,7 +199,7 @@ raise SystemExit(harness.run_all([file], parser.parse_args()))
 """
 
 
-def test_a_variant_that_hangs_costs_itself_alone(tmp_path):
+def test_a_variant_that_hangs_does_not_affect_the_others(tmp_path):
     script = tmp_path / "hangs.py"
     script.write_text(HANGS)
     words = ["--device", "cpu", "--results", str(tmp_path), "--seconds", "0", "--variant-seconds", "3"]
@@ -213,7 +213,7 @@ def test_a_variant_that_hangs_costs_itself_alone(tmp_path):
     assert record.is_fault(gap) or gap.reason == "it broke the device earlier in this run"
 
 
-def test_what_breaks_off_in_one_mode_leaves_the_others(monkeypatch):
+def test_a_failure_in_one_mode_keeps_the_others(monkeypatch):
     plain = timing.interleave
     turns = []
 
@@ -231,7 +231,7 @@ def test_what_breaks_off_in_one_mode_leaves_the_others(monkeypatch):
     assert "all: NOT TIMED (both): timing broke off: MemoryError: too large" in log
 
 
-def test_a_shape_that_is_asked_for_is_measured_as_its_file_means_it():
+def test_a_requested_shape_is_measured_with_the_options_of_its_file():
     parser = argparse.ArgumentParser()
     harness.add_arguments(parser)
     args = parser.parse_args(["--shape", "clip-image", "--shape", "mixtral-decode64"])
@@ -241,12 +241,12 @@ def test_a_shape_that_is_asked_for_is_measured_as_its_file_means_it():
     }
     (clip, _) = harness.cases_of(load("layer"), "cpu", args)  # no CPU case has that shape
     assert (clip.shape, clip.dtype, clip.modes) == (SHAPES["clip-image"], "fp32", ("forward", "both"))
-    for name in ("model", "scaling", "overhead"):  # nothing of theirs has such a shape
+    for name in ("model", "scaling", "overhead"):  # they have no such shape
         assert harness.cases_of(load(name), "cuda", args) == []
 
 
 def test_the_floor_of_the_notes_is_not_the_roofline_of_the_report(tmp_path):
-    """One word for one thing: the report has the data sheet's roofline, the notes say how theirs relates."""
+    """Terms: the report uses the data sheet's roofline; the notes state how their floor relates to it."""
     row = a_row(machine="nvidia_h100", timer="eager", share_of_floor=0.5)
     record.append([row], tmp_path / "results")
     shutil.copytree(record.RESULTS.parent / "predictions/predicted", tmp_path / "predictions/predicted")
@@ -262,13 +262,13 @@ def test_the_floor_of_the_notes_is_not_the_roofline_of_the_report(tmp_path):
     assert share == round(100 * flops / peak) and other == round(100 * bytes_ / bandwidth)
 
 
-def test_memory_is_pictured_as_kept_and_as_peak(tmp_path, monkeypatch):
+def test_saved_and_peak_memory_are_plotted(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     figures = []
     monkeypatch.setattr(plot, "_save", lambda figure, path: figures.append(figure) or path)
     kib = lambda n: n * 24 * 1024  # of 24 tokens
     ours = a_row(op="expert_mlp", mode="both", saved_bytes=kib(3), peak_bytes=kib(8))
-    dense = replace(ours, variant="dense", saved_bytes=None, peak_bytes=kib(5))  # nobody asks what it keeps
+    dense = replace(ours, variant="dense", saved_bytes=None, peak_bytes=kib(5))  # not measured
     assert plot.plot_memory([ours, dense], tmp_path / "memory.png") is not None
     kept, peak = figures[0].axes
     heights = lambda axis: [bar.get_height() for bar in axis.patches]

@@ -1,4 +1,4 @@
-"""Clocks and graphs, without a GPU: when a machine is warm, whose time it is, what has no graph."""
+"""Clocks and graphs, without a GPU: warm-up, the choice of clock, and failed captures."""
 
 import itertools
 import types
@@ -17,7 +17,7 @@ SMALL = Shape("small", 24, 32, 48, 32, 4, 2, "quick_gelu", True, groups=2)
 
 
 class Warming:
-    """A clock of a machine whose steps take less and less, in steps of a tenth, until they take 1 ms."""
+    """A clock of a machine whose steps get faster, by a tenth each, until they take 1 ms."""
 
     name, cache = "eager", "cold"
 
@@ -34,11 +34,11 @@ class Warming:
         return took
 
 
-def test_a_gpu_is_warm_before_it_is_measured():
+def test_a_gpu_is_warmed_up_before_it_is_measured():
     clock = Warming(4.0)
     found = timing.interleave({"a": lambda: None, "b": lambda: None}, clock, 0)
     assert found["a"].ms_p20 == found["b"].ms_p80 == 1.0  # not one round at a lower clock
-    assert 0 < clock.settling < timing.SETTLING  # what is left is the next mode's
+    assert 0 < clock.settling < timing.SETTLING  # the rest is for the next mode
     cold = Warming(4.0, settling=0.0)
     assert timing.interleave({"a": lambda: None}, cold, 0)["a"].ms_p50 > 2
 
@@ -50,7 +50,7 @@ def test_warming_up_ends_where_times_never_settle():
     timing.interleave({"a": lambda: None}, clock, 0)
     assert timing.SETTLING <= clock.at < timing.SETTLING + 0.01 and clock.settling == 0
     timing.interleave({"a": lambda: None}, clock, 0)
-    assert clock.at < timing.SETTLING + 0.02  # of the whole case, not of each mode
+    assert clock.at < timing.SETTLING + 0.02  # per case, not per mode
 
 
 def test_a_cpu_is_not_warmed_up():
@@ -59,7 +59,7 @@ def test_a_cpu_is_not_warmed_up():
     assert len(order) == 4
 
 
-def test_the_hosts_time_begins_and_ends_with_an_idle_gpu(monkeypatch):
+def test_host_time_begins_and_ends_with_an_idle_gpu(monkeypatch):
     order = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("idle"))
     clock = timing.clock_of("cuda", host=True)
@@ -71,7 +71,7 @@ def test_the_hosts_time_begins_and_ends_with_an_idle_gpu(monkeypatch):
 @pytest.mark.parametrize(
     "file, hosts", [(bench_overhead, [True, False]), (bench_activation, [False])], ids=["overhead", "others"]
 )
-def test_only_the_overhead_is_the_hosts_time(file, hosts, monkeypatch):
+def test_only_the_overhead_benchmark_measures_host_time(file, hosts, monkeypatch):
     asked = []
     monkeypatch.setattr(timing, "clock_of", lambda device, host: asked.append(host) or timing.CpuClock())
     case = Case(SMALL, "fp32", modes=("forward",))
@@ -81,7 +81,7 @@ def test_only_the_overhead_is_the_hosts_time(file, hosts, monkeypatch):
 
 @pytest.fixture
 def no_graphs(monkeypatch):
-    """Nothing but `fine` can be captured; the CPU answers for the GPU."""
+    """Only `fine` can be captured; the CPU replaces the GPU."""
 
     def capture(step):
         if step() != "fine":
@@ -92,7 +92,7 @@ def no_graphs(monkeypatch):
     monkeypatch.setattr(timing, "captured", capture)
 
 
-def test_what_cannot_be_captured_has_a_reason(no_graphs):
+def test_a_failed_capture_has_a_reason(no_graphs):
     refused = {}
     found = captured({"fine": lambda: "fine", "waits": lambda: "no"}, refused.__setitem__)
     assert list(found) == ["fine"]
@@ -101,7 +101,7 @@ def test_what_cannot_be_captured_has_a_reason(no_graphs):
 
 
 def test_a_variant_without_a_graph_is_a_gap_until_it_has_one(no_graphs, monkeypatch, tmp_path):
-    """A case timed as on a GPU: the wall's clock stands in for events, for the host and for graphs."""
+    """A case timed as on a GPU: wall-clock time replaces events, host time and graphs."""
     clock = types.SimpleNamespace(name="host", cache="warm", settling=0, now=timing.time.perf_counter)
     clock.time = timing.CpuClock.time.__get__(clock)
     graph = types.SimpleNamespace(**{**vars(clock), "name": "eager", "cache": "cold"})

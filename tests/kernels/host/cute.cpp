@@ -1,8 +1,8 @@
-// What CuTe makes of the tiles of csrc/: offsets, descriptors, tensor maps, and where elements of memory
-// come to lie.
+// CuTe's layouts for the tiles of csrc/: offsets, descriptors, tensor maps, and the placement of elements
+// of memory.
 #include "driver.h"
 
-#define __CUDACC_VER_MAJOR__ 12  // for CuTe's tensor maps, which it leaves out where it sees no nvcc
+#define __CUDACC_VER_MAJOR__ 12  // for CuTe's tensor maps, which it omits without nvcc
 #define CUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL 1
 #define CUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED 1
 
@@ -56,7 +56,7 @@ auto in_shared(Layout layout, int byte) {
   return make_tensor(make_smem_ptr(reinterpret_cast<T*>(memory + byte)), layout);
 }
 
-// The byte at which the tile holds (outer, k).
+// The byte offset of (outer, k) in the tile.
 template <class Tile>
 int64_t byte_of(const Tile& tile, int outer, int k) {
   return reinterpret_cast<const unsigned char*>(&tile(outer, k)) - memory;
@@ -82,8 +82,8 @@ void offsets_of_type() {
   offsets<T>("across/256" + type, tile_across<T, 256>());
 }
 
-// The descriptors of a stage's products, one stage after the other. A warpgroup has kM of the two blocks of
-// 64 rows.
+// The descriptors of a stage's products, stage by stage. A warpgroup has kM of the two blocks of 64
+// rows.
 template <class T, class Instruction, int kColumns, int kM, class LayoutA, class LayoutB>
 void descriptors(const std::string& name, int stages, LayoutA layout_a, LayoutB layout_b) {
   using Traits = MMA_Traits<Instruction>;
@@ -156,7 +156,7 @@ auto in_memory(uint64_t address, Shape shape, Stride stride) {
   return make_tensor(make_gmem_ptr(reinterpret_cast<T*>(address)), make_layout(shape, stride));
 }
 
-// Elements come as integers of 16 bits: their type decides nothing else.
+// Elements are 16-bit integers: their type has no other effect.
 template <class Matrix, class Tile, class Tiler>
 void map(const std::string& name, const Matrix& matrix, Tile tile, Tiler tiler) {
   make_tma_copy<uint16_t>(SM90_TMA_LOAD{}, matrix, tile, tiler, Int<1>{});
@@ -167,7 +167,7 @@ void map(const std::string& name, const Matrix& matrix, Tile tile, Tiler tiler) 
 template <class T, int kColumns>
 void maps() {
   using Across = Shape<Int<kColumns>, Depth>;
-  constexpr int kBox = 128;  // columns of the weight that come at once
+  constexpr int kBox = 128;  // columns of the weight that are loaded at once
   const std::string forward = "/forward" + std::to_string(kColumns);
   const auto x = in_memory<T>(kAddressX, make_shape(kS, kK, 1), make_stride(kStrideX, _1{}, kStrideX * kS));
   map("x" + forward, x, tile_along<T, kTileRows>(), Shape<Int<kTileRows>, Depth>{});
@@ -198,7 +198,7 @@ void maps() {
   }
 }
 
-// Slot by slot of the tile which element of memory, a layout (outer, k) of it, lies there: the inverse of
+// For each slot of the tile, the element of memory (in a layout (outer, k)) that is there: the inverse of
 // both.
 template <class Tile, class Matrix>
 std::vector<int64_t> filled(Tile layout, Matrix matrix) {

@@ -1,4 +1,4 @@
-// What csrc/tensor_map.cuh, as a GPU build has it, tells the driver of the maps that hopper.cpp wrote down.
+// The arguments that csrc/tensor_map.cuh, as in a GPU build, passes to the driver for the maps of hopper.cpp.
 #include <cuda_runtime.h>
 
 #include <iostream>
@@ -7,7 +7,7 @@
 #include "cases.h"
 #include "driver.h"
 
-// nvcc knows these by itself. The kernels that call them are read by the compiler here, and never run.
+// Built into nvcc. The kernels that call them are compiled here, but never run.
 int __float_as_int(float), __popc(unsigned), atomicAdd(int*, int), __shfl_sync(unsigned, int, int);
 float __uint_as_float(unsigned), __fdiv_rn(float, float), __ldcg(const float*);
 unsigned __match_any_sync(unsigned, int);

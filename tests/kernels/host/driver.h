@@ -1,4 +1,4 @@
-// cuTensorMapEncodeTiled, which belongs to the driver: here it notes what it is told.
+// A stub of the driver's cuTensorMapEncodeTiled, which records its arguments.
 #pragma once
 
 #include <cuda.h>
@@ -8,7 +8,7 @@
 
 inline std::vector<int64_t> told;
 
-// Everything but how much of a line L2 fetches, which no byte in shared memory depends on.
+// All arguments except the L2 promotion, which does not affect shared memory.
 inline CUresult note_tensor_map(CUtensorMap*, CUtensorMapDataType type, cuuint32_t rank, void* base,
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                                 const cuuint32_t* steps, CUtensorMapInterleave interleave,

@@ -1,13 +1,13 @@
-// What csrc/ itself does with layouts, by running it in emulation: offsets, descriptors, tensor maps,
-// filled stages.
+// Layouts of csrc/ itself, by running it in emulation: offsets, descriptors, tensor maps, filled
+// stages.
 #include "epilogue.cuh"
 #include "hopper.cuh"
 
 namespace cumo {
 
-inline TensorMap noted[2];  // of the launch before
+inline TensorMap noted[2];  // of the previous launch
 
-// Preferred to launch.cuh's own for kernels that take two tensor maps.
+// A better match than launch.cuh's own for kernels with two tensor maps.
 template <class... Parameters, class... Arguments>
 void launch(const Device&, void (*)(TensorMap, TensorMap, Parameters...), int64_t, int, int,
             const TensorMap& first, const TensorMap& second, const Arguments&...) {
@@ -48,7 +48,7 @@ void offsets(int columns) {
   write_down("offsets/across/" + std::to_string(columns), across);
 }
 
-// The descriptors that multiply_stages gives to wgmma, once around the ring, and which operands it calls
+// The descriptors that multiply_stages passes to wgmma in one round of the ring, and the operands marked as
 // transposed.
 template <class T, int kColumns, int kN, bool kAcrossA, bool kAcrossB, int kM>
 void descriptors(const std::string& kernel) {
@@ -127,7 +127,7 @@ void write_map(const std::string& name, const cumo::TensorMap& map) {
   write_down("map/" + name, all);
 }
 
-// The 16-bit slots of a stage, when every element in memory is its own index: half of the index at a time.
+// The 16-bit slots of a stage, where every element in memory is its own index, half of the index at a time.
 template <class Fill>
 void stage(const std::string& name, int slots, Fill fill) {
   std::vector<int64_t> all(slots);
@@ -144,7 +144,7 @@ void stage(const std::string& name, int slots, Fill fill) {
   write_down("stage/" + name, all);
 }
 
-// What produce() brings for the tile and step of cases.h.
+// The data that produce() loads for the tile and step of cases.h.
 template <int kColumns, bool kAlong>
 void produced(const std::string& name, cumo::TensorMap map_x, cumo::TensorMap map_w, const cumo::Gemm& p,
               int64_t weights, bool halves_apart = false) {
@@ -223,7 +223,7 @@ void forward() {
   write_map("across/grad_hidden" + type, cumo::noted[1]);
 }
 
-// What fetch_rows brings of the rows of a step, with a matrix of kWidth columns a tile.
+// The rows of a step that fetch_rows loads, with a matrix of kWidth columns per tile.
 template <int kWidth>
 void fetched(const std::string& name, cumo::TensorMap map, int64_t elements) {
   stage(name, kWidth * cumo::kSteps, [&](auto memory, uint16_t* found) {

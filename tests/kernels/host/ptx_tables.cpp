@@ -1,5 +1,5 @@
-// Instructions of csrc/ in emulation, on inputs from test_ptx_tables.py, which has them from the tables of
-// the PTX manual.
+// Instructions of csrc/ in emulation, on inputs from test_ptx_tables.py, which takes them from the tables
+// of the PTX manual.
 #include <cstdio>
 #include <iostream>
 #include <string>
@@ -18,8 +18,8 @@ void write_line(const Values& values) {
   std::printf("\n");
 }
 
-// Input: two descriptors, then bytes of shared memory and the number that lies there in fp16. Output: what
-// is in the registers of every thread that held 1 before.
+// Input: two descriptors, then bytes of shared memory and the number stored there in fp16. Output: the
+// registers of every thread, which were 1 before.
 template <bool kAcrossA, bool kAcrossB>
 void wgmma() {
   constexpr int kN = 128, kShared = 96 * 1024;
@@ -49,7 +49,7 @@ void wgmma() {
   for (const auto& own : registers) write_line(own);
 }
 
-// Input: a source size for each copy, each a group of its own. Output: 24 bytes of shared memory at every
+// Input: a source size for each copy, each in a separate group. Output: 24 bytes of shared memory at every
 // copy's target, before any wait, after a wait that leaves one group pending, after a wait for all.
 void cp_async() {
   std::vector<int> sizes;
@@ -76,10 +76,10 @@ void cp_async() {
   for (const auto& row : seen) write_line(row);
 }
 
-// Input: the count of mbarrier.init, how many waits, of each the step from which it waits and its parity;
-// then the steps of thread 0: `arrive`, `expect BYTES` (arrive.expect_tx), `copy` (TMA, 32 bytes),
-// `deliver` (until all copies are in). Output: the step after which each wait was over, and how many copies
-// were in by then.
+// Input: the count of mbarrier.init, the number of waits, and for each the step from which it waits and its
+// parity; then the steps of thread 0: `arrive`, `expect BYTES` (arrive.expect_tx), `copy` (TMA, 32 bytes),
+// `deliver` (wait until all copies have arrived). Output: the step after which each wait ended, and the number of
+// copies that had arrived by then.
 void mbarrier() {
   int count, waits;
   std::cin >> count >> waits;
