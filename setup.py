@@ -110,13 +110,13 @@ def extension() -> dict:
 
 
 def build_arguments() -> dict:
-    wish = os.environ.get("CUMO_BUILD", "")
-    if wish not in ("", "0", "1"):
-        raise SystemExit(f"CUMO_BUILD must be 0, 1 or unset, got {wish!r}")
+    setting = os.environ.get("CUMO_BUILD", "")
+    if setting not in ("", "0", "1"):
+        raise SystemExit(f"CUMO_BUILD must be 0, 1 or unset, got {setting!r}")
     reason = refusal()
     if reason is None:
         return extension()
-    if wish == "1":
+    if setting == "1":
         raise SystemExit(f"CUMO_BUILD=1, but cumo_kernels._C cannot be built: {reason}")
     print(f"cumo_kernels._C is not built: {reason}")
     return {}

@@ -74,19 +74,19 @@ def _variants(rows: Iterable[Row]) -> list[str]:
     return sorted(names, key=lambda name: (name == "dense", name == BASE, not name.startswith("cumo/"), name))
 
 
-def _beside(row: Row) -> tuple:
+def _comparable(row: Row) -> tuple:
     """Equal for rows that may be compared: variants timed alternately by the same clock."""
     return (*record.case_of(row), row.mode, row.machine, row.run, row.timer)
 
 
 def speedups(rows: list[Row]) -> dict[tuple[str, str], dict[str, float]]:
     """(op and mode, case) -> variant -> speed-up over the original's loop in the same run."""
-    base = {_beside(row): row.ms_p50 for row in rows if row.variant == BASE}
+    base = {_comparable(row): row.ms_p50 for row in rows if row.variant == BASE}
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in sorted(rows, key=lambda row: row.timer == "eager"):
-        if _beside(row) in base:
+        if _comparable(row) in base:
             key = f"{TITLES.get(row.op, row.op)}, {row.mode}", _case(row)
-            found.setdefault(key, {})[row.variant] = base[_beside(row)] / row.ms_p50
+            found.setdefault(key, {})[row.variant] = base[_comparable(row)] / row.ms_p50
     return found
 
 
@@ -248,7 +248,7 @@ def table(rows: list[Row]) -> list[str]:
     """Markdown: a line per case, mode and clock, a column per variant: milliseconds, and speed-up over the
     loop; then the other measurements of our own variants."""
     lines = []
-    base = {_beside(row): row.ms_p50 for row in rows if row.variant == BASE}
+    base = {_comparable(row): row.ms_p50 for row in rows if row.variant == BASE}
     for op in dict.fromkeys(row.op for row in rows):
         mine = [row for row in rows if row.op == op]
         names = _variants(mine)
@@ -268,8 +268,8 @@ def table(rows: list[Row]) -> list[str]:
                     cells.append("-")
                     continue
                 text = milliseconds(row.ms_p50)
-                if name != BASE and _beside(row) in base:
-                    text += f", {base[_beside(row)] / row.ms_p50:.2f}x"
+                if name != BASE and _comparable(row) in base:
+                    text += f", {base[_comparable(row)] / row.ms_p50:.2f}x"
                 if row.share_of_floor is not None:
                     text += f", {row.share_of_floor:.0%} of roofline"
                 cells.append(text)
@@ -299,7 +299,9 @@ def details(rows: list[Row]) -> list[str]:
         if not row.variant.startswith("cumo/"):
             continue
         peers = [
-            r for r in rows if _beside(r) == _beside(row) and not r.variant.startswith(("cumo/", "dense"))
+            r
+            for r in rows
+            if _comparable(r) == _comparable(row) and not r.variant.startswith(("cumo/", "dense"))
         ]
         cells = (
             _whole_case(row), _mode(row), row.variant, number(row.tflops, ".3g"), number(row.gb_per_s, ".3g"),

@@ -38,8 +38,8 @@ constexpr int kCopyFrom = 2048;
 
 // CUMO_PDL: programmatic dependent launch, not measured yet. CUMO_BATCH_INVARIANT: cumo_kernels/tiles/tuning.py.
 bool is_on(const char* name) {
-  const char* wish = std::getenv(name);
-  return wish && std::string(wish) == "1";
+  const char* setting = std::getenv(name);
+  return setting && std::string(setting) == "1";
 }
 
 #ifdef CUMO_EMULATE

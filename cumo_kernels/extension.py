@@ -113,9 +113,9 @@ def sources(csrc: Path = CSRC) -> list[Path]:
 def missing() -> str | None:
     """Why `load` would fail, or None. Cached: an installation does not change while a program runs."""
     if EMULATE or JIT:
-        wish = "CUMO_EMULATE=1" if EMULATE else "CUMO_JIT=1"
+        setting = "CUMO_EMULATE=1" if EMULATE else "CUMO_JIT=1"
         if not (CSRC / "bindings.cpp").exists():
-            return f"{wish} needs a checkout, there is no {CSRC}"
+            return f"{setting} needs a checkout, there is no {CSRC}"
         return None
     if importlib.util.find_spec("cumo_kernels._C") is None:
         return "the extension cumo_kernels._C is not built in this installation"

@@ -26,14 +26,14 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
     must_pass: bool = False  # else `main` ends with 1, also if time ran out
     always: bool = False  # runs even when the budget is spent
-    beside: tuple[str, ...] = ()  # a second command that runs at the same time
-    told: float | None = None  # pass --budget to the command: its seconds minus this
+    parallel: tuple[str, ...] = ()  # a second command that runs at the same time
+    margin: float | None = None  # pass --budget to the command: its seconds minus this
 
     def words(self, seconds: float) -> tuple[str, ...]:
         """The command for a limit of `seconds`."""
-        if self.told is None:
+        if self.margin is None:
             return self.command
-        return (*self.command, "--budget", f"{max(1.0, seconds - self.told):.0f}")
+        return (*self.command, "--budget", f"{max(1.0, seconds - self.margin):.0f}")
 
 
 @dataclass
@@ -64,7 +64,7 @@ def execute(step: Step, seconds: float, log: Path) -> tuple[int | None, str]:
         )
         children, stop, text, running = [], time.monotonic() + seconds, "", True
         try:
-            for words in filter(None, (command, step.beside)):
+            for words in filter(None, (command, step.parallel)):
                 children.append(start(words))
         except OSError as error:
             for child in children:

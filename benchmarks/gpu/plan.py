@@ -122,17 +122,17 @@ def _prepare(part: str, place: Place) -> list[Step]:
             Step("take", (*artifacts, "try", "--cache", f"{folder}/made", "--folder", folder), 60, 10),
         ]  # fmt: skip
     kernels = (*artifacts, "compile", "--gpu", "this", "--workers", cores)
-    beside: list[bool] = []  # whether the extension was built, and Triton's kernels compiled with it
+    parallel: list[bool] = []  # whether the extension was built, and Triton's kernels compiled with it
 
     def built() -> str | None:
         if _is_built(place.capability):
-            return "it is there"
-        beside.append(True)
+            return "it is built"
+        parallel.append(True)
         return None
 
     def compiled() -> str | None:
         taken = "they were taken" if (place.artifacts / "taken").exists() else None
-        return "beside the build" if beside and no_build() is None else taken
+        return "compiled with the build" if parallel and no_build() is None else taken
 
     # the second part has the kernels of the first, or tune compiles what it needs
     proves = part == "prove"
@@ -145,7 +145,7 @@ def _prepare(part: str, place: Place) -> list[Step]:
         ),
         Step(
             "build", (python, "setup.py", "build_ext", "--inplace"), 180, 45, no_build, built,
-            build_environment(place.capability), must_pass=True, beside=kernels if proves else (),
+            build_environment(place.capability), must_pass=True, parallel=kernels if proves else (),
         ),
         *compile_step,
     ]  # fmt: skip
@@ -212,10 +212,10 @@ def _prove(place: Place) -> list[Step]:
         Step("kernels", kernels, 75, 35, environment=switches),
         # if the budget ends first, incomplete groups are not recorded
         Step("verify", (*_verify(place, "verify", few=False), *record), 170, 110,
-             environment=switches, must_pass=True, told=15),
+             environment=switches, must_pass=True, margin=15),
         Step("router", _bench(place, "--only", "layer", "--only", "routing", "--only", "permutation",
                               *(("--shape", "clip-1-crop") if place.rehearses else ()), "--seconds", "0.2"),
-             60, 45, environment=switches, told=15),
+             60, 45, environment=switches, margin=15),
         Step("memcheck", memcheck, 60, 45, need,
              environment={**switches, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
     ]  # fmt: skip
@@ -237,7 +237,7 @@ def _tune(place: Place) -> list[Step]:
     overlap = _bench(place, *words.split())
     return [
         Step("self-check", check, 90, 30, environment=kept, must_pass=True),
-        Step("tune", tune, 90, 80, environment=switches, told=10),
+        Step("tune", tune, 90, 80, environment=switches, margin=10),
         *_layers(
             place, "tuned layer", TINY[1:] if place.rehearses else LAYERS[:4], ("uniform", "skewed"), "0.3"
         ),

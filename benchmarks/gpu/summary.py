@@ -17,7 +17,7 @@ REASON = 150  # characters of a failure's reason
 
 
 def steps(outcomes: Iterable[Outcome]) -> list[str]:
-    lines = ["| step | verdict | seconds | last words |", "|---|---|---|---|"]
+    lines = ["| step | verdict | seconds | last line |", "|---|---|---|---|"]
     return lines + [
         f"| {o.name} | {o.verdict} | {o.seconds:.0f} | {o.remark[:90].replace('|', '/')} |" for o in outcomes
     ]

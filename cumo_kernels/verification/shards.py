@@ -167,10 +167,10 @@ class Worker:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if self.late:
             how = LATE
-        return f"{how}: {last_words(words)}"
+        return f"{how}: {last_output(words)}"
 
 
-def last_words(text: str) -> str:
+def last_output(text: str) -> str:
     """The end of the output; of a watchdog's stack dump the top, with the innermost calls."""
     if (at := text.rfind("Timeout (")) >= 0:
         # other threads come first; the checking thread is the last
@@ -237,24 +237,24 @@ class Shards:
             over = time.monotonic() > self.stop
             for worker in list(self.running):
                 if worker.ready and worker.job is None:
-                    self._employ(worker, over)
+                    self._assign(worker, over)
                 elif over and not worker.ready:
                     worker.kill()
-                    self._dismiss(worker)
+                    self._stop(worker)
                 elif time.monotonic() > self.stop + WRAP_UP:
                     self.cut.append(worker.job)
                     worker.kill()
-                    self._dismiss(worker)
+                    self._stop(worker)
             while not over and len(self.running) < self.workers and (backend := self._wanted()):
                 self.running.append(Worker(backend, self.device, self.seconds, self.threads))
             if not self.running:
                 return
             pipes = {worker.process.stdout: worker for worker in self.running}
             for pipe in select.select(list(pipes), [], [], 0.5)[0]:
-                self._hear(pipes[pipe], total, retry)
+                self._receive(pipes[pipe], total, retry)
             for worker in list(self.running):
                 if time.monotonic() > worker.deadline and worker.late:
-                    self._bury(worker, total, retry)
+                    self._handle_end(worker, total, retry)
                 elif time.monotonic() > worker.deadline:
                     worker.kill()
 
@@ -268,10 +268,10 @@ class Shards:
         open_ = [name for name, number in left.items() if number > coming(name)]
         return max(open_, key=lambda name: left[name] / (1 + has(name)), default=None)
 
-    def _employ(self, worker: Worker, over: bool) -> None:
+    def _assign(self, worker: Worker, over: bool) -> None:
         mine = [job for job in self.left if job.backend == worker.backend]
         if over or not mine:
-            self._dismiss(worker)
+            self._stop(worker)
             return
         taken = [bytes_of(w.job.case) for w in self.running if w.job is not None]
         fits = lambda job: not taken or sum(taken) + bytes_of(job.case) <= self.room
@@ -284,7 +284,7 @@ class Shards:
             self.left.remove(job)
             worker.take(job)
 
-    def _hear(self, worker: Worker, total: int, retry: bool) -> None:
+    def _receive(self, worker: Worker, total: int, retry: bool) -> None:
         lines = worker.read()
         for line in lines or ():
             if "ready" in line:
@@ -296,19 +296,19 @@ class Shards:
                 job, worker.job, worker.deadline = worker.job, None, math.inf
                 self._finish(job, line["result"], total, retry)
         if lines is None:
-            self._bury(worker, total, retry)
+            self._handle_end(worker, total, retry)
 
-    def _bury(self, worker: Worker, total: int, retry: bool) -> None:
-        words = self._dismiss(worker)
+    def _handle_end(self, worker: Worker, total: int, retry: bool) -> None:
+        words = self._stop(worker)
         if worker.job is not None and worker.begun:
             reason = f"its process ended, {words}"
             self._finish(worker.job, self._failure(worker.job, reason), total, retry)
         elif worker.job is not None:
             self.left.insert(0, worker.job)
         if not worker.begun:
-            self._miss(worker.backend, words)
+            self._count_failed_start(worker.backend, words)
 
-    def _miss(self, backend: str, words: str) -> None:
+    def _count_failed_start(self, backend: str, words: str) -> None:
         """Count a worker that ended before its first case; after several, give up on its backend."""
         self.misses[backend] = self.misses.get(backend, 0) + 1
         mine = [job for job in self.left if job.backend == backend]
@@ -332,6 +332,6 @@ class Shards:
             "failures": [reason],
         }  # fmt: skip
 
-    def _dismiss(self, worker: Worker) -> str:
+    def _stop(self, worker: Worker) -> str:
         self.running.remove(worker)
         return worker.end()

@@ -65,11 +65,11 @@ def hangs(mark: Path) -> str:
 
 
 def test_a_step_that_hangs_is_killed_with_all_its_processes(tmp_path):
-    marks = [tmp_path / name for name in ("command", "beside", "left")]
+    marks = [tmp_path / name for name in ("command", "parallel", "left")]
     words = tuple((sys.executable, "-c", hangs(mark) + "time.sleep(100)") for mark in marks[:2])
     begin = time.monotonic()
     both, _ = run(
-        [Step("both", words[0], 2, beside=words[1]), python(hangs(marks[2]), "leaves one behind")], tmp_path
+        [Step("both", words[0], 2, parallel=words[1]), python(hangs(marks[2]), "leaves one behind")], tmp_path
     )
     assert both.verdict == "out of time" and both.remark == "begun"
     assert time.monotonic() - begin < 30
@@ -78,13 +78,13 @@ def test_a_step_that_hangs_is_killed_with_all_its_processes(tmp_path):
 
 
 def test_a_parallel_command_counts_too(tmp_path):
-    beside = lambda code: (sys.executable, "-c", code)
+    parallel = lambda code: (sys.executable, "-c", code)
     long = "import time; time.sleep(2); print('the last')"
     fails, waits, nowhere, mark = run(
         [
-            python("print('fine')", "fails", beside=beside("raise SystemExit(4)")),
-            python("", "waits", beside=beside(long)),
-            python("import time; time.sleep(30)", "nowhere", beside=("/does/not/exist",)),
+            python("print('fine')", "fails", parallel=parallel("raise SystemExit(4)")),
+            python("", "waits", parallel=parallel(long)),
+            python("import time; time.sleep(30)", "nowhere", parallel=("/does/not/exist",)),
             python("", "goes on"),
         ],
         tmp_path,
@@ -111,7 +111,7 @@ def test_when_the_budget_is_spent_only_steps_that_always_run_do(tmp_path):
 
 def test_a_command_gets_its_time_limit(tmp_path):
     """Otherwise it would be killed, and the cases that it did not reach would not be listed."""
-    step = lambda **more: python("import sys; print(sys.argv[1:])", told=15, **more)
+    step = lambda **more: python("import sys; print(sys.argv[1:])", margin=15, **more)
     words = lambda budget, **more: run([step(**more)], tmp_path, budget)[0].remark
     assert words(600) == "['--budget', '45']"
     assert words(600, cap=10) == "['--budget', '1']"

@@ -54,7 +54,7 @@ def test_the_rehearsal_has_every_step(part, steps):
     assert set(rehearsed) - {TINY.get(name, name) for name in real} <= {"compile", "layer mixtral-decode1"}
     for name, step in real.items():
         twin = rehearsed[TINY.get(name, name)]
-        assert (twin.must_pass, twin.always, twin.told) == (step.must_pass, step.always, step.told)
+        assert (twin.must_pass, twin.always, twin.margin) == (step.must_pass, step.always, step.margin)
         if name not in ("take", "build", "compile"):  # a rehearsal takes artefacts twice, with g++ for nvcc
             assert program(twin.command) == program(step.command)
 
@@ -81,7 +81,7 @@ def test_every_command_is_understood(part, device, steps, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     for step in steps(part, device).values():
         assert step.command[0] == sys.executable or step.name == "memcheck"
-        for command in filter(None, (step.words(60), step.beside)):
+        for command in filter(None, (step.words(60), step.parallel)):
             if "-m" not in command:
                 assert command[1] == "-c" or (ROOT / command[1]).exists()
                 continue
@@ -137,11 +137,11 @@ def test_existing_artefacts_are_not_built_again(case, tmp_path, monkeypatch):
     said = [
         question() for name in ("build", "compile") for question in (found[name].done, found[name].why_not)
     ]
-    assert said[0] == ("it is there" if case in ("built", "taken") else None)
+    assert said[0] == ("it is built" if case in ("built", "taken") else None)
     no_nvcc = "no nvcc on PATH, in /usr/local/cuda or under CUDA_HOME"
     assert said[1] == (no_nvcc if case == "no compiler" else None)
-    assert said[2] == {"taken": "they were taken", "nothing": "beside the build"}.get(case)
-    assert found["build"].beside == found["compile"].command
+    assert said[2] == {"taken": "they were taken", "nothing": "compiled with the build"}.get(case)
+    assert found["build"].parallel == found["compile"].command
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,13 @@ def test_an_infinity_in_fp64_does_not_hide_other_errors():
 @pytest.mark.parametrize("wrong", [float("nan"), -float("inf")])
 def test_another_infinity_is_wrong(wrong):
     x = torch.linspace(0, 1, 100)
-    truth = lambda x: (1 / x).detach() + 0 * x.sum()
-    got = lambda x: truth(x).masked_fill(x == 0, wrong)
-    assert reasons(got, truth, x) == ["output 0 has another infinity or NaN than fp64"]
-    assert reasons(lambda x: truth(x).masked_fill(x == 0, 5.0), truth, x) == [
+    expected = lambda x: (1 / x).detach() + 0 * x.sum()
+    got = lambda x: expected(x).masked_fill(x == 0, wrong)
+    assert reasons(got, expected, x) == ["output 0 has another infinity or NaN than fp64"]
+    assert reasons(lambda x: expected(x).masked_fill(x == 0, 5.0), expected, x) == [
         "output 0 has finite values where fp64 is not finite"
     ]
-    hole = reasons(lambda x: truth(x).masked_fill(x == 1, wrong), truth, x)
+    hole = reasons(lambda x: expected(x).masked_fill(x == 1, wrong), expected, x)
     assert hole == ["output 0 has 1 non-finite values where fp64 is finite"]
 
 

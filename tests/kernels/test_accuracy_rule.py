@@ -154,12 +154,12 @@ def test_what_fp32_must_show(K):
     """tanh-gelu instead of erf-gelu, and a result rounded to bf16."""
     a, b, bias = operands(K, torch.float32)
     gelu = torch.nn.functional.gelu
-    truth = lambda *inputs: gelu(product(*inputs))
-    yardstick = Yardstick(truth, (a, b / K**0.5, bias))
-    assert reasons(measured(yardstick, chain, truth)) == []
+    expected = lambda *inputs: gelu(product(*inputs))
+    yardstick = Yardstick(expected, (a, b / K**0.5, bias))
+    assert reasons(measured(yardstick, chain, expected)) == []
     tanh = lambda *inputs: gelu(product(*inputs), approximate="tanh")
     assert margin(measured(yardstick, chain, tanh)) > 5
-    rounded = lambda *inputs: truth(*inputs).bfloat16().float()
+    rounded = lambda *inputs: expected(*inputs).bfloat16().float()
     assert margin(measured(yardstick, chain, rounded)) > 100
 
 

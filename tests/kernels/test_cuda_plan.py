@@ -309,12 +309,12 @@ def test_bias_gradient_in_parts(module, monkeypatch, dtype, width):
     )[5]  # fmt: skip
     assert launches(module, lambda: run(grad)) == 2
 
-    def truth(grad):
+    def expected(grad):
         member = torch.nn.functional.one_hot(indices, 4)[..., :3].to(grad)
         return torch.einsum("tke,tk,to->eo", member, weights.nan_to_num().to(grad), grad)
 
     with torch.no_grad():
-        assert_as_accurate_as_torch(run, truth, grad)
+        assert_as_accurate_as_torch(run, expected, grad)
     assert torch.equal(run(grad), run(grad)) and torch.equal(run(grad)[1], torch.zeros(width, dtype=dtype))
 
 
@@ -384,12 +384,12 @@ def test_routing_and_metadata_take_two_launches(module, num_tokens, num_experts,
     hidden = 8 if num_experts <= 32 else num_experts
     x = torch.randn(num_tokens, hidden, device=HERE)
     gate = torch.randn(num_experts, hidden, device=HERE) if num_experts <= 32 else None
-    wish = lambda: cumo_kernels.route(x, top_k, gate, groups=10 if num_tokens == 5770 else 1)
+    run = lambda: cumo_kernels.route(x, top_k, gate, groups=10 if num_tokens == 5770 else 1)
     with use_backend("cuda"):
-        assert launches(module, wish) == 2
-        found = wish()
+        assert launches(module, run) == 2
+        found = run()
     with use_backend("reference"):
-        wanted = wish()
+        wanted = run()
     assert torch.equal(found.permutation, wanted.permutation)
     assert torch.equal(found.expert_offsets, wanted.expert_offsets)
 
@@ -403,8 +403,8 @@ def test_every_share_of_a_long_gate_counts(module, dtype, num_experts):
     more = (None, 1, 2, True)
     assert torch.equal(module.route(x, gate, *more)[1], reference.route(x, gate, *more)[1])
     # integers also inside UnsplitSums (cumo_kernels/verification/rounding.py)
-    truth = lambda x, gate: reference.route((x @ gate.T).round(), None, *more)[::2]
-    assert_outputs_of_fp32(lambda *inputs: module.route(*inputs, *more)[::2], truth, dtype, x, gate)
+    expected = lambda x, gate: reference.route((x @ gate.T).round(), None, *more)[::2]
+    assert_outputs_of_fp32(lambda *inputs: module.route(*inputs, *more)[::2], expected, dtype, x, gate)
 
 
 @runs

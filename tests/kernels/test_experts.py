@@ -31,18 +31,18 @@ def make_case(shape, activation, bias, dtype, device, pattern="uniform"):
     return routing, (x, routing.topk_weights, up_proj, down_proj, *biases)
 
 
-def op_and_truth(routing, activation, memory="preact"):
+def op_and_expected(routing, activation, memory="preact"):
     def op(x, weights, up_proj, down_proj, up_bias=None, down_bias=None):
         plan = routing_from_topk(weights, routing.topk_indices, routing.num_experts)
         return expert_mlp(x, plan, up_proj, down_proj, up_bias, down_bias, activation, memory)
 
-    def truth(x, weights, up_proj, down_proj, up_bias=None, down_bias=None):
+    def expected(x, weights, up_proj, down_proj, up_bias=None, down_bias=None):
         plan = (routing.permutation, routing.inverse_permutation, routing.expert_offsets)
         return reference.expert_mlp(
             x, weights, *plan, up_proj, down_proj, up_bias, down_bias, activation, "none"
         )[0]
 
-    return op, truth
+    return op, expected
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -57,7 +57,7 @@ def test_reference_is_the_loop(activation, bias):
             e = int(routing.topk_indices[token, choice])
             hidden = ACTIVATIONS[activation].forward(up_proj[e] @ x[token] + up_bias[e])
             wanted[token] += weights[token, choice].double() * (down_proj[e] @ hidden + down_bias[e])
-    assert_same_formula(op_and_truth(routing, activation)[0](*inputs), wanted)
+    assert_same_formula(op_and_expected(routing, activation)[0](*inputs), wanted)
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "swiglu"])
@@ -66,7 +66,7 @@ def test_reference_is_the_loop(activation, bias):
 def test_expert_mlp(backend, device, dtype, shape, activation, bias):
     routing, inputs = make_case(shape, activation, bias, dtype, device)
     with use_backend(backend):
-        assert_as_accurate_as_torch(*op_and_truth(routing, activation), *inputs)
+        assert_as_accurate_as_torch(*op_and_expected(routing, activation), *inputs)
 
 
 @pytest.mark.parametrize("memory", ["x", "preact", "all"])
@@ -75,7 +75,7 @@ def test_expert_mlp(backend, device, dtype, shape, activation, bias):
 def test_memory_plans_and_patterns(backend, device, dtype, memory, pattern, activation):
     routing, inputs = make_case((57, 48, 32, 40, 5, 2), activation, True, dtype, device, pattern)
     with use_backend(backend):
-        assert_as_accurate_as_torch(*op_and_truth(routing, activation, memory), *inputs)
+        assert_as_accurate_as_torch(*op_and_expected(routing, activation, memory), *inputs)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ def test_sorted_rows(backend, device, memory, activation, sizes, monkeypatch):
     from cumo_kernels.backends.triton import experts
 
     routing, inputs = make_case((33, *sizes, 5, 2), activation, True, torch.bfloat16, device, "skewed")
-    op, truth = op_and_truth(routing, activation, memory)
+    op, expected = op_and_expected(routing, activation, memory)
     monkeypatch.setattr(experts, "SORT_FROM", 0)
     with use_backend(backend):
-        assert_as_accurate_as_torch(op, truth, *inputs)
+        assert_as_accurate_as_torch(op, expected, *inputs)
         out = op(*inputs)
         monkeypatch.setattr(experts, "SORT_FROM", 10**9)
         assert torch.equal(out, op(*inputs))
@@ -125,21 +125,21 @@ def test_bias_gradient_in_parts(backend, device, pattern):
     """Experts whose rows are summed in parts, and experts with few or none."""
     routing, inputs = make_case((150, 16, 16, 160, 4, 2), "quick_gelu", True, torch.float32, device, pattern)
     with use_backend(backend):
-        assert_as_accurate_as_torch(*op_and_truth(routing, "quick_gelu"), *inputs)
+        assert_as_accurate_as_torch(*op_and_expected(routing, "quick_gelu"), *inputs)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(backend, device, activation):
     routing, inputs = make_case((40, 32, 24, 16, 4, 2), activation, True, torch.float32, device)
     with use_backend(backend):
-        assert_as_accurate_as_torch(*op_and_truth(routing, activation), *inputs)
+        assert_as_accurate_as_torch(*op_and_expected(routing, activation), *inputs)
 
 
 @pytest.mark.parametrize("memory", ["x", "preact", "all"])
 def test_gradient_of_a_single_input(backend, device, memory):
     """Skipping gradients that are not needed does not change the others."""
     routing, inputs = make_case((30, 16, 24, 16, 4, 2), "quick_gelu", True, torch.float32, device)
-    op, _ = op_and_truth(routing, "quick_gelu", memory)
+    op, _ = op_and_expected(routing, "quick_gelu", memory)
     with use_backend(backend):
         everything = [t.clone().requires_grad_() for t in inputs]
         out = op(*everything)
@@ -156,7 +156,7 @@ def test_empty_expert_has_exactly_zero_gradients(backend, device):
     routing, inputs = make_case((16, 16, 16, 16, 4, 2), "quick_gelu", True, torch.float32, device, "empty")
     leaves = [t.clone().requires_grad_() for t in inputs]
     with use_backend(backend):
-        op_and_truth(routing, "quick_gelu")[0](*leaves).sum().backward()
+        op_and_expected(routing, "quick_gelu")[0](*leaves).sum().backward()
     for leaf in leaves[2:]:
         assert not leaf.grad[0].any() and not leaf.grad[2].any()
         assert leaf.grad[1].any() and leaf.grad[3].any()
@@ -168,7 +168,7 @@ def test_repeats_are_bitwise_equal(backend, device, dtype):
     with use_backend(backend):
         for _ in range(5 if device == "cuda" else 2):  # a CPU's order is fixed
             leaves = [t.clone().requires_grad_() for t in inputs]
-            out = op_and_truth(routing, "quick_gelu")[0](*leaves)
+            out = op_and_expected(routing, "quick_gelu")[0](*leaves)
             out.backward(torch.ones_like(out))
             runs.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for run in runs[1:]:
@@ -219,7 +219,7 @@ def test_dropped_slots_contribute_nothing(backend, device):
 def test_gradcheck(activation, memory):
     routing, inputs = make_case((5, 3, 4, 2, 3, 2), activation, True, torch.float64, "cpu")
     leaves = [t.double().requires_grad_() for t in inputs]
-    assert torch.autograd.gradcheck(op_and_truth(routing, activation, memory)[0], leaves)
+    assert torch.autograd.gradcheck(op_and_expected(routing, activation, memory)[0], leaves)
 
 
 @pytest.mark.parametrize("memory, saved_elements", [("x", 0), ("preact", 60 * 24), ("all", 2 * 60 * 24)])
@@ -229,7 +229,7 @@ def test_memory_plan_saves_what_it_promises(memory, saved_elements):
     given = {t.data_ptr() for t in leaves}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        op_and_truth(routing, "quick_gelu", memory)[0](*leaves)
+        op_and_expected(routing, "quick_gelu", memory)[0](*leaves)
     kept = sum(t.numel() for t in saved if t.is_floating_point() and t.data_ptr() not in given)
     assert kept == saved_elements
 
@@ -238,14 +238,14 @@ def test_flop_counter_sees_the_layer():
     routing, inputs = make_case((30, 16, 24, 12, 4, 2), "swiglu", False, torch.float32, "cpu")
     leaves = [t.clone().requires_grad_() for t in inputs]
     with FlopCounterMode(display=False) as counter:
-        op_and_truth(routing, "swiglu")[0](*leaves).sum().backward()
+        op_and_expected(routing, "swiglu")[0](*leaves).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * (30 * 2) * (48 * 16 + 12 * 24)
 
 
 def test_autocast():
     routing, inputs = make_case((20, 16, 24, 16, 4, 2), "quick_gelu", True, torch.float32, "cpu")
     leaves = [t.clone().requires_grad_() for t in inputs]
-    op, _ = op_and_truth(routing, "quick_gelu")
+    op, _ = op_and_expected(routing, "quick_gelu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = op(*leaves)
     out.sum().backward()

@@ -118,10 +118,10 @@ def test_backends_are_as_accurate_where_no_value_can_be_read(
         mine = routing_from_topk(topk_weights, routing.topk_indices, 5)
         return expert_mlp(x, mine, *rest, activation)
 
-    def truth(x, topk_weights, *rest):
+    def expected(x, topk_weights, *rest):
         return reference.expert_mlp(x, topk_weights, *plan, *rest, activation, "none")[0]
 
-    yardstick = Yardstick(truth, inputs)
+    yardstick = Yardstick(expected, inputs)
     monkeypatch.setattr(hostsync, "_guarding", True)
     with use_backend(backend):
         found = yardstick.measure(op)

@@ -45,9 +45,9 @@ def test_reference_is_the_loop():
 def test_permute(backend, device, dtype, num_tokens, hidden_size, num_experts, top_k, pattern):
     routing = make_routing(pattern, num_tokens, num_experts, top_k, device)
     x = torch.randn(num_tokens, hidden_size, device=device, dtype=dtype)
-    truth = lambda x: reference.permute(x, routing.permutation, routing.inverse_permutation, top_k)
+    expected = lambda x: reference.permute(x, routing.permutation, routing.inverse_permutation, top_k)
     with use_backend(backend):
-        assert_as_accurate_as_torch(lambda x: cumo_kernels.permute(x, routing), truth, x)
+        assert_as_accurate_as_torch(lambda x: cumo_kernels.permute(x, routing), expected, x)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -60,14 +60,14 @@ def test_combine(backend, device, dtype, num_tokens, hidden_size, num_experts, t
     def op(rows, weights):
         return cumo_kernels.combine(rows, routing_from_topk(weights, indices, num_experts))
 
-    def truth(rows, weights):
+    def expected(rows, weights):
         return reference.combine(rows, weights, routing.inverse_permutation, top_k)
 
     with use_backend(backend):
-        assert_as_accurate_as_torch(op, truth, rows, routing.topk_weights)
+        assert_as_accurate_as_torch(op, expected, rows, routing.topk_weights)
         assert_as_accurate_as_torch(
             lambda rows: cumo_kernels.combine(rows, routing, weighted=False),
-            lambda rows: truth(rows, None),
+            lambda rows: expected(rows, None),
             rows,
         )
 
@@ -94,9 +94,9 @@ def test_dropped_slots_give_zero_rows_and_no_contribution(backend, device):
 def test_non_contiguous(backend, device):
     routing = make_routing("uniform", 24, 4, 2, device)
     x = torch.randn(17, 24, device=device).T
-    truth = lambda x: reference.permute(x, routing.permutation, routing.inverse_permutation, 2)
+    expected = lambda x: reference.permute(x, routing.permutation, routing.inverse_permutation, 2)
     with use_backend(backend):
-        assert_as_accurate_as_torch(lambda x: cumo_kernels.permute(x, routing), truth, x)
+        assert_as_accurate_as_torch(lambda x: cumo_kernels.permute(x, routing), expected, x)
 
 
 def test_gradcheck():

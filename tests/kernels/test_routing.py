@@ -70,10 +70,10 @@ def assert_same_shares(got, wanted):
 @pytest.mark.parametrize("num_tokens, num_experts, top_k, groups", SHAPES)
 def test_route(backend, device, dtype, num_tokens, num_experts, top_k, groups, renormalize):
     logits = torch.randn(num_tokens, num_experts, device=device, dtype=dtype)
-    truth = lambda x: reference.route(x, None, None, groups, top_k, renormalize)[::2]
+    expected = lambda x: reference.route(x, None, None, groups, top_k, renormalize)[::2]
     op = lambda x: outputs(route(x, top_k, groups=groups, renormalize=renormalize))
     with use_backend(backend):
-        assert_as_accurate_as_torch(op, truth, logits)
+        assert_as_accurate_as_torch(op, expected, logits)
         routing = route(logits, top_k, groups=groups, renormalize=renormalize)
     exact = reference.route(logits, None, None, groups, top_k, renormalize)
     assert torch.equal(routing.topk_indices, exact[1])
@@ -84,9 +84,11 @@ def test_route(backend, device, dtype, num_tokens, num_experts, top_k, groups, r
 def test_route_with_gate(backend, device, num_tokens, num_experts, top_k, groups):
     x = torch.randn(num_tokens, 24, device=device)
     gate = torch.randn(num_experts, 24, device=device) / 24**0.5
-    truth = lambda x, w: reference.route(x, w, None, groups, top_k, True)[::2]
+    expected = lambda x, w: reference.route(x, w, None, groups, top_k, True)[::2]
     with use_backend(backend):
-        assert_as_accurate_as_torch(lambda x, w: outputs(route(x, top_k, w, groups=groups)), truth, x, gate)
+        assert_as_accurate_as_torch(
+            lambda x, w: outputs(route(x, top_k, w, groups=groups)), expected, x, gate
+        )
 
 
 def test_ragged_groups(backend, device):
@@ -94,9 +96,9 @@ def test_ragged_groups(backend, device):
         [0, 5, 5, 12], dtype=torch.int32, device=device
     )  # the second has no token, 3 have no group
     logits = torch.randn(15, 4, device=device)
-    truth = lambda x: reference.route(x, None, offsets, 3, 2, True)[::2]
+    expected = lambda x: reference.route(x, None, offsets, 3, 2, True)[::2]
     with use_backend(backend):
-        assert_as_accurate_as_torch(lambda x: outputs(route(x, 2, groups=offsets)), truth, logits)
+        assert_as_accurate_as_torch(lambda x: outputs(route(x, 2, groups=offsets)), expected, logits)
         stats = route(logits, 2, groups=offsets).stats
         last = route(logits[5:12], 2).stats
     assert not stats.mean_probs[1].any() and not stats.mean_squared_logsumexp[1].any()
@@ -133,12 +135,12 @@ def test_ragged_groups_are_slices(offsets, gated):
 def test_ragged_groups_at_tile_ends(backend, device, offsets, gated):
     x, *gate = (torch.randn(n, 5, device=device) for n in ((300, 5) if gated else (300,)))
     groups = torch.tensor(offsets, dtype=torch.int32, device=device)
-    truth = lambda x, gate=None: reference.route(x, gate, groups, len(offsets) - 1, 2, True)
+    expected = lambda x, gate=None: reference.route(x, gate, groups, len(offsets) - 1, 2, True)
     with use_backend(backend):
-        rows = Yardstick(lambda *inputs: truth(*inputs)[::2], (x, *gate), pool=False).measure(
+        rows = Yardstick(lambda *inputs: expected(*inputs)[::2], (x, *gate), pool=False).measure(
             lambda x, *gate: outputs(route(x, 2, *gate, groups=groups))
         )
-        found, wanted = route(x, 2, *gate, groups=groups), truth(x, *gate)
+        found, wanted = route(x, 2, *gate, groups=groups), expected(x, *gate)
     for row in rows:
         assert row.reason is None, row.reason
     assert torch.equal(found.topk_indices, wanted[1])
@@ -162,15 +164,15 @@ def test_gate_in_every_dtype(backend, device, dtype, num_tokens, hidden_size, nu
     more = (None, 1, top_k, True)
     forward, backward = (dispatch.implementation(backend, op) for op in ("route", "route_backward"))
 
-    def truth(x, gate):
+    def expected(x, gate):
         logits = x @ gate.T  # integers also inside UnsplitSums (cumo_kernels/verification/rounding.py)
         return reference.route(logits + (logits.round() - logits).detach(), None, *more)[::2]
 
     found = forward(x, gate, *more)
     assert torch.equal(found[1], reference.route(x, gate, *more)[1])
-    assert_outputs_of_fp32(lambda *inputs: forward(*inputs, *more)[::2], truth, dtype, x, gate)
+    assert_outputs_of_fp32(lambda *inputs: forward(*inputs, *more)[::2], expected, dtype, x, gate)
     with use_backend(backend):
-        rows = Yardstick(truth, (x, gate), pool=False).measure(lambda x, w: outputs(route(x, top_k, w)))
+        rows = Yardstick(expected, (x, gate), pool=False).measure(lambda x, w: outputs(route(x, top_k, w)))
     for row in rows:
         assert row.reason is None or row.name.startswith("output"), row.reason
     upstream = [torch.randn_like(t) for t in found[::2]]
@@ -205,9 +207,9 @@ def test_no_gradient_is_computed_for_a_frozen_gate(backend, device):
 
 def test_non_contiguous(backend, device):
     x, gate = torch.randn(24, 50, device=device).T, torch.randn(24, 4, device=device).T
-    truth = lambda x, w: reference.route(x, w, None, 5, 2, True)[::2]
+    expected = lambda x, w: reference.route(x, w, None, 5, 2, True)[::2]
     with use_backend(backend):
-        assert_as_accurate_as_torch(lambda x, w: outputs(route(x, 2, w, groups=5)), truth, x, gate)
+        assert_as_accurate_as_torch(lambda x, w: outputs(route(x, 2, w, groups=5)), expected, x, gate)
         assert_as_accurate_as_torch(
             lambda x: outputs(route(x, 2, groups=5)),
             lambda x: reference.route(x, None, None, 5, 2, True)[::2],
@@ -380,13 +382,13 @@ def test_compat_breaks_ties_as_topk(backend, device, dtype, num_experts, top_k, 
     assert not torch.equal(chosen, lowest)  # else this test shows nothing
     assert torch.equal(routing.expert_offsets.diff(), torch.bincount(chosen.flatten(), minlength=num_experts))
 
-    def truth(x):
+    def expected(x):
         weights = x.softmax(-1).gather(1, chosen)
         return weights / weights.sum(1, keepdim=True)
 
     with use_backend(backend):
         op = lambda x: route(x, top_k, compat=compat).topk_weights
-        gradient = Yardstick(truth, (logits,), pool=False).measure(op)[1]
+        gradient = Yardstick(expected, (logits,), pool=False).measure(op)[1]
     assert gradient.reason is None, gradient.reason
 
 

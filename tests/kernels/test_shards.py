@@ -14,7 +14,7 @@ import torch
 from cumo_kernels.__main__ import main
 from cumo_kernels.verification import cases, shards, verify
 from cumo_kernels.verification.cases import Case
-from cumo_kernels.verification.shards import Job, Shards, bytes_of, last_words
+from cumo_kernels.verification.shards import Job, Shards, bytes_of, last_output
 
 PLANTED = """
 import os, time, torch
@@ -191,11 +191,11 @@ def test_large_cases_wait_for_each_other(shard):
         worker = types.SimpleNamespace(backend="reference", job=None)
         worker.take = lambda job, worker=worker: setattr(worker, "job", job)
         many.running.append(worker)
-        many._employ(worker, over=False)
+        many._assign(worker, over=False)
     # one large case starts at once; the other waits, and small ones overtake it
     assert [w.job and w.job.case for w in many.running] == [large, small, small, None]
     many.running.pop(0)
-    many._employ(many.running[-1], over=False)
+    many._assign(many.running[-1], over=False)
     assert many.running[-1].job.case == large and many.left == []
     many.running = []  # no workers to stop
 
@@ -232,11 +232,11 @@ def test_important_cases_come_first_on_a_gpu():
 
 
 def test_last_words():
-    assert last_words("") == "no output"
-    assert last_words("a\n\nb\n") == "a | b"
+    assert last_output("") == "no output"
+    assert last_output("a\n\nb\n") == "a | b"
     stack = "x\nTimeout (0:00:02)!\nThread 0x1 (most recent call first):\n  File a, line 1 in wait\n\n"
     stack += "Thread 0x2 (most recent call first):\n  File b, line 2 in kernel\n  File c, line 3 in check\n"
-    assert last_words(stack) == "Timeout (0:00:02)! in File b, line 2 in kernel; File c, line 3 in check"
+    assert last_output(stack) == "Timeout (0:00:02)! in File b, line 2 in kernel; File c, line 3 in check"
 
 
 @pytest.mark.parametrize(

@@ -372,11 +372,11 @@ def test_any_tile_gives_the_same_layer(backend, device, with_tiles, activation):
         chosen = routing_from_topk(weights, routing.topk_indices, routing.num_experts)
         return expert_mlp(x, chosen, *parameters, activation)
 
-    def truth(x, weights, *parameters):
+    def expected(x, weights, *parameters):
         return reference.expert_mlp(x, weights, *plan, *parameters, activation, "none")[0]
 
     with use_backend(backend):
-        assert_as_accurate_as_torch(op, truth, x, routing.topk_weights, up, down, *biases)
+        assert_as_accurate_as_torch(op, expected, x, routing.topk_weights, up, down, *biases)
 
 
 @pytest.mark.parametrize("with_tiles", TILES, indirect=True)
