@@ -4,7 +4,7 @@ routing = route(router_logits, top_k=2)
 out = expert_mlp(x, routing, up_proj, down_proj, up_bias, down_bias, activation="quick_gelu")
 """
 
-# ruff: noqa: E402  a release that we do not know may break what is imported after the warning
+# ruff: noqa: E402  the warning comes first, since an untested release may break a later import
 from importlib import metadata
 
 from cumo_kernels.versions import warn_of_untested

@@ -216,9 +216,9 @@ _forced: str | None = os.environ.get("CUMO_BACKEND") or None
 
 
 def trains(*tensors: torch.Tensor | None) -> bool:
-    """Whether any of these tensors requires a gradient, enabled or not: `choose` must say the same of both.
+    """Whether any of these tensors requires a gradient, even if gradients are disabled.
 
-    A checkpointed layer runs without gradients first and again with them, and its results must be the same.
+    A checkpointed layer runs first without and then with gradients, and its results must be the same.
     """
     return any(t is not None and t.requires_grad for t in tensors)
 
@@ -226,12 +226,12 @@ def trains(*tensors: torch.Tensor | None) -> bool:
 def choose(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool = False) -> str:
     """Name of the backend that runs `op` on tensors like `x`; RuntimeError with the reasons if none does.
 
-    `num_experts`: of which a backend may have a limit. `with_backward`, `trains` of what the op is called on,
-    says which timings to compare: backward runs where forward ran.
+    `num_experts`: for backends with a limit. `with_backward`: `trains` of the op's inputs; it selects the
+    timings to compare, since backward runs on the backend that ran forward.
     """
     if x.device.type != "cuda" or torch.compiler.is_compiling():
         return measured.pick(_decide(op, x.device, x.dtype, num_experts, with_backward)[0], x.shape)
-    # a GPU waits for the host that asks all of it at every call
+    # cached, since deciding at every call would keep a GPU waiting for the host
     key = (op, x.device, x.dtype, num_experts, with_backward, _forced, _capturing(x.device))
     if (known := _decided.get(key)) is None:
         known, is_final = _decide(op, x.device, x.dtype, num_experts, with_backward)
@@ -244,7 +244,7 @@ _decided: dict[tuple, measured.Decisions] = {}
 
 
 def forget() -> None:
-    """After another answer to any of the questions that a choice depends on."""
+    """Clear the caches; to be called after a change of anything that a choice depends on."""
     _decided.clear()
     proofs.forget()
     measured.forget()
@@ -253,7 +253,7 @@ def forget() -> None:
 def _decide(
     op: str, device: torch.device, dtype: torch.dtype, num_experts: int, with_backward: bool
 ) -> tuple[measured.Decisions, bool]:
-    """-> what runs such a call, by sizes; and whether it will for the life of this process."""
+    """-> the backends for such a call, by size; and whether that is final for this process."""
     reasons, able, unproven, is_final = [], [], [], True
     if _forced is not None:
         _check_name("CUMO_BACKEND", _forced)
@@ -317,14 +317,14 @@ def use_backend(name: str | None):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one backend would do with a call."""
+    """The state of one backend for a call."""
 
     backend: str
     state: str  # one of STATES
     reason: str = ""
 
 
-STATES = {  # and how `explain` says them
+STATES = {  # state -> its word in `explain`
     "chosen": "chosen",
     "able": "available",
     "refused": "refuses",
@@ -338,7 +338,7 @@ def judge(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool = 
     `num_experts` and `with_backward` as for `choose`.
 
     Raises:
-        ValueError: there is no such op.
+        ValueError: no op has that name.
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {sorted(OPS)}, got {op!r}")

@@ -36,6 +36,11 @@ def make_routing(
     Args:
         pattern: "uniform": experts drawn evenly; "skewed": expert e drawn with odds 2^-e; "empty": only the
             odd-numbered experts, as far as top_k allows; "one_expert": expert 0 (and then 1, ...) for all.
+        num_tokens: T.
+        num_experts: E.
+        top_k: K.
+        device: device of the plan's tensors.
+        seed: seed of the random choices and weights.
     """
     if pattern not in PATTERNS:
         raise ValueError(f"pattern must be one of {PATTERNS}, got {pattern!r}")
