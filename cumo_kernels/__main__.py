@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"cumo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("explain", help="print each op's backend and why others are not used")
-    command.add_argument("--op", choices=sorted(OPS), help="one op only")
+    command.add_argument("--op", choices=sorted(OPS), help="explain only this op")
     command.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     command.add_argument(
         "--rows", type=int, default=4096, metavar="N", help="rows of the tensors, default %(default)d"

@@ -235,7 +235,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--few", action="store_true", help="only awkward shapes, and on a GPU aligned ones")
     parser.add_argument("--tiny", action="store_true", help="one small family, for a rehearsal")
     parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="run random cases for so many seconds")
-    parser.add_argument("--seed", type=int, default=0, help="of --fuzz")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of --fuzz")
     parser.add_argument(
         "--budget",
         type=float,

@@ -34,8 +34,8 @@ def input_precision(dtype: torch.dtype) -> str:
 def tile_of_rows(width: int, element_size: int, rows: int | None = None) -> tuple[int, int]:
     """Rows x columns that a 4-warp program moves: four 16-byte pieces per thread.
 
-    The number of columns is a power of two: a divisor of `width` of at least a KiB if there is one, else the next
-    power above `width`, within the limit.
+    The number of columns is a power of two: a divisor of `width` if there is one of at least a KiB, else the
+    next power above `width`, within the limit.
     """
     elements = 4 * 128 * 16 // element_size
     if rows == 1:
