@@ -1,4 +1,4 @@
-"""The model and processor that a stage begins with."""
+"""Loading of the model and processor from which a stage starts."""
 
 import os
 
@@ -11,10 +11,14 @@ from cumo_model.training.recipe import DataSection, ModelSection
 
 
 def start_model(model: ModelSection, data: DataSection) -> tuple[CumoForConditionalGeneration, CumoProcessor]:
-    """The model and processor of a recipe, experts included.
+    """Load the model, with experts, and the processor of a recipe.
+
+    Args:
+        model: section of the recipe with the folders of the weights and the numbers of experts.
+        data: section of the recipe with the template and the aspect ratio.
 
     Raises:
-        ValueError: a folder is missing or of another kind, or experts do not fit what is there.
+        ValueError: a folder is missing or of another kind, or the requested experts do not fit the model.
     """
     if (model.start is None) == (model.vision is None or model.language is None):
         raise ValueError("model must name start, or vision and language, got both or neither")
@@ -24,7 +28,7 @@ def start_model(model: ModelSection, data: DataSection) -> tuple[CumoForConditio
     for name in ("start", "vision", "language", "tokenizer"):
         path = getattr(model, name)
         if path is not None and not os.path.isdir(path):
-            raise ValueError(f"model.{name} must be a folder, got {path!r}, which is none")
+            raise ValueError(f"model.{name} must be a folder, got {path!r}, which is not a folder")
     parts = {}
     if model.start is None:
         parts = {
