@@ -89,7 +89,7 @@ def test_a_bad_recipe_is_named(overrides, message):
 
 
 def test_recipes_that_are_no_recipes_are_named(tmp_path):
-    with pytest.raises(ValueError, match="config must be a YAML file or one of demo/pft, .*, got 'nowhere'"):
+    with pytest.raises(ValueError, match=r"config must be a YAML file or one of demo/pft, .*, got 'nowhere'"):
         load_recipe("nowhere")
     (tmp_path / "x.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"x\.yaml' cannot be read"):
