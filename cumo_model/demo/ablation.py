@@ -244,8 +244,9 @@ def write_table(out: Path, result: dict, seconds: float) -> None:
     head = (
         "# Ablation of CuMo's stage 3 on the demo's data\n\n"
         f"{seeds} seeds per row, {steps} steps with batch size {batch}; "
-        "mean ± standard deviation over seeds, per cent, on unseen drawings.\nAll rows have the same number of steps, "
-        "so rows with experts cost more. Stages 0 to 2 are shared,\nso the spread is that of stage 3 "
+        "mean ± standard deviation over seeds, per cent, on unseen drawings.\n"
+        "All rows have the same number of steps, so rows with experts cost more. "
+        "Stages 0 to 2 are shared,\nso the spread is that of stage 3 "
         "only. Loss: training loss of the language model, mean of the last 20 steps.\nClaims: paired "
         "difference ± standard error, with the result of a t-test at 5 %.\n\n"
     )

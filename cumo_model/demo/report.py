@@ -29,8 +29,8 @@ STAGES = {  # folder of the stage -> title of its curve
 CHANCE = 0.25
 EQUAL_FLOPS = (
     "Both models were trained for the same number of steps on the same data, so the model with experts "
-    "needed {ratio:.2f}x the FLOPs. At equal FLOPs the dense model makes {ratio:.2f}x as many steps. This is not "
-    "measured here; in the one run with equal FLOPs the dense model was better "
+    "needed {ratio:.2f}x the FLOPs. At equal FLOPs the dense model makes {ratio:.2f}x as many steps. "
+    "This is not measured here; in the one run with equal FLOPs the dense model was better "
     "(benchmarks/results/ablation.md)."
 )
 
@@ -117,8 +117,8 @@ def _headline(scores: dict) -> str:
     majority = _share(_total(found["sft"]["majority"]))
     return (
         f"summary, on unseen drawings after the same number of steps: "
-        f"4-way choice {choice[0]} with experts, {choice[1]} dense (chance {CHANCE:.0%}); exact match {exact[0]} and {exact[1]} "
-        f"(majority {majority:.1%})"
+        f"4-way choice {choice[0]} with experts, {choice[1]} dense (chance {CHANCE:.0%}); "
+        f"exact match {exact[0]} and {exact[1]} (majority {majority:.1%})"
     )
 
 
