@@ -56,4 +56,4 @@ if not all(a <= 2 * b + torch.finfo(dtype).eps for a, b in zip(*errors.values(),
 turns = [[step(model, name)[0] for name in names] for _ in range(args.runs)]
 ours, theirs = (1e3 * statistics.median(times) for times in zip(*turns, strict=True))
 print(f"cumo {ours:.2f} ms, grouped_mm {theirs:.2f} ms: {theirs / ours:.2f}x, {args.tokens} tokens")
-print("times on a CPU say nothing about a GPU" if device == "cpu" else torch.cuda.get_device_name())
+print("times on a CPU do not predict times on a GPU" if device == "cpu" else torch.cuda.get_device_name())

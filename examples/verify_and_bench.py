@@ -49,6 +49,6 @@ if run("cumo_kernels verify --no-interpreter" + few + (" --workers 8" if gpu els
     sys.exit(1)
 if gpu:
     sys.exit(run("benchmarks --dry" + (" --full" if args.full else " --only layer --only experts")))
-say("times on a CPU say nothing about a GPU\n")
+say("times on a CPU do not predict times on a GPU\n")
 small = "" if args.full else " --only experts --tiny --shape clip-1-crop --seconds 0.2"
 sys.exit(run("benchmarks --dry" + small))

@@ -95,7 +95,7 @@ NOT_ASKED = frozenset(
 
 @dataclass(frozen=True)
 class Concept:
-    """One Unicode emoji, of which each family can have a drawing."""
+    """One Unicode emoji. Each family has at most one drawing of it."""
 
     codepoint: str  # "1f34e", joined by "-", without fe0f
     name: str  # CLDR short name, lower case

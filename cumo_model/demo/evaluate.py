@@ -14,6 +14,7 @@ from cumo_model.analysis.experts import Load, expert_load
 from cumo_model.data import ConversationDataset
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.processing.conversation import tokenize_conversation, tokenize_prompt
+from cumo_model.processing.processor import CumoProcessor
 
 BATCH = 64
 CHOICE_KINDS = ("name", "kind")  # also evaluated as a choice; other kinds have too few possible answers
@@ -33,7 +34,7 @@ class Examiner:
     def __init__(
         self,
         model: CumoForConditionalGeneration,
-        processor,
+        processor: CumoProcessor,
         test_path: Path,
         template: str,
         limit: int | None = None,

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, TrainerCallback
@@ -39,7 +41,7 @@ class KeepModel(TrainerCallback):
         self.model = model
 
 
-def stage_recipe(folder: Path, settings: Settings, stage: str, **changes) -> Recipe:
+def stage_recipe(folder: Path, settings: Settings, stage: str, **changes: Any) -> Recipe:
     """The shipped recipe of a stage, with the folder and the settings of a demo.
 
     Args:
@@ -89,7 +91,9 @@ class Run:
         """The recipe of a stage of this demo, as `stage_recipe`."""
         return stage_recipe(self.folder, self.settings, stage, **changes)
 
-    def train(self, recipe: Recipe, label: str, run=run_recipe) -> CumoForConditionalGeneration | None:
+    def train(
+        self, recipe: Recipe, label: str, run: Callable[[Recipe, Sequence], Path] = run_recipe
+    ) -> CumoForConditionalGeneration | None:
         """Run a recipe, unless it is finished.
 
         Args:

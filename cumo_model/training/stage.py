@@ -38,7 +38,7 @@ class _Loader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-def _leave_stops_to_the_parent(worker: int) -> None:
+def _ignore_stop_signals(worker: int) -> None:
     """Ignore stop signals in a data loading worker.
 
     Ctrl-C, `timeout` and batch systems send a signal to the whole process group. Only the training process
@@ -113,7 +113,7 @@ class StageTrainer(SpreadCheckpoints):
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=_leave_stops_to_the_parent,
+            worker_init_fn=_ignore_stop_signals,
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -21,7 +21,7 @@ def start_model(model: ModelSection, data: DataSection) -> tuple[CumoForConditio
         ValueError: a folder is missing or of another kind, or the requested experts do not fit the model.
     """
     if (model.start is None) == (model.vision is None or model.language is None):
-        raise ValueError("model must name start, or vision and language, got both or neither")
+        raise ValueError("model must have either start, or vision and language, got both or neither")
     dtype = getattr(torch, model.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"model.dtype must be a float type of torch, got {model.dtype!r}")
@@ -62,5 +62,5 @@ def start_model(model: ModelSection, data: DataSection) -> tuple[CumoForConditio
         raise ValueError(f"model: {error}") from error
     if processor is None:
         where = model.tokenizer or model.language or model.start
-        raise ValueError(f"model.tokenizer must be a folder with a tokenizer: {where} has none")
+        raise ValueError(f"model.tokenizer must be a folder with a tokenizer, got {where!r}, which has none")
     return built, processor
