@@ -62,7 +62,7 @@ help:
 	@echo "make test-all the same and the sweeps: all rows of the kernels in Triton's interpreter and csrc's emulation"
 	@echo "make test-latest  the tests with the newest torch, Triton and transformers, in a separate environment"
 	@echo "make latest   write the newest versions of today to constraints-latest.txt"
-	@echo "make lint     ruff check and ruff format --check                       (make format applies both)"
+	@echo "make lint     ruff check and ruff format --check                       (make format applies fixes)"
 	@echo "make docs     build the documentation site in build/site; any warning is an error"
 	@echo "make bench    measure speed on this machine, after a correctness check of each row"
 	@echo "make peers    download other implementations to compare with, for make bench on a GPU"

@@ -279,7 +279,7 @@ def test_answers_are_correct_for_their_pictures(dataset):
     assert asked.keys() == questions.QUESTIONS.keys()
 
 
-def test_vqa_records_have_four_turns_where_the_colour_is_clear(dataset):
+def test_vqa_records_have_four_turns_if_the_colour_is_clear(dataset):
     lengths = Counter(len(record["conversations"]) // 2 for record in _records(dataset, "stage3_vqa"))
     assert lengths.keys() == {4}
 

@@ -90,7 +90,7 @@ def wait_for(condition, process: subprocess.Popen | Forked, seconds: float = 90)
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("processes, every", [(1, 4), (2, 5)])
-def test_killed_runs_end_bitwise_where_an_unharmed_one_does(folder, processes, every):
+def test_killed_runs_have_bitwise_the_same_result(folder, processes, every):
     """SIGKILL for a run and its child processes, at random times after the first and the second checkpoint.
 
     An epoch has three steps, so these checkpoints are inside the second epoch and inside a later one. With
