@@ -1,16 +1,16 @@
-# The first use of a target makes a virtual environment from constraints.txt; later uses share it.
+# At first use, targets make a virtual environment from constraints.txt; later they reuse it.
 #   CONSTRAINTS=F   another file instead of constraints.txt, for another VENV
 #   ARGS="..."      arguments of the program that a target runs: make test ARGS="-k routing", make demo ARGS=--quick
-#   VENV=system     uses $(PYTHON) directly, for a machine that already has torch and cannot download;
-#                   make gpu does so by itself if there is no .venv and torch, triton, transformers, pytest are installed
-#   VENV_LATEST=DIR environment of make test-latest; another PYTHON needs another one
-#   VENV_DOCS=DIR   environment of make docs: mkdocs only, without torch
+#   VENV=system     use $(PYTHON) without a virtual environment, if torch is installed and downloads are not possible;
+#                   make gpu does this by itself if there is no .venv and torch, triton, transformers, pytest are installed
+#   VENV_LATEST=DIR environment of make test-latest; each PYTHON needs a separate one
 #   BUDGET=SECONDS  time limit of make gpu, instead of the limits of its parts
-#   WORKERS=N       test processes, one torch thread each
-#   VENV_GPU=DIR    environment of make gpu-artifacts: with the Python, torch and triton of the GPU's machine
+#   VENV_DOCS=DIR   environment of make docs: only mkdocs, no torch
+#   WORKERS=N       number of test processes, with one torch thread each
+#   VENV_GPU=DIR    environment of make gpu-artifacts: with the Python, torch and triton of the GPU machine
 
 PYTHON ?= python3
-# a GPU machine often has all packages of `make gpu`, and cannot download
+# a GPU machine often has all packages that `make gpu` needs, but no network
 CARRIES := import importlib.util as u; print(all(map(u.find_spec, ("torch", "triton", "transformers", "pytest"))))
 ifeq ($(MAKECMDGOALS)$(wildcard .venv/.installed),gpu)
 ifeq ($(shell $(PYTHON) -c '$(CARRIES)' 2>/dev/null),True)
@@ -40,15 +40,15 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 EXTRAS := demo,train,test,dev
-# CuTe's headers and what they include, for tests/kernels/test_cute.py; the package's Python dependencies are large and not used
+# CuTe's headers and their includes, for tests/kernels/test_cute.py; their Python dependencies are not needed
 HEADERS := "nvidia-cutlass; sys_platform == 'linux'" "nvidia-cuda-cccl; sys_platform == 'linux'"
-# with CUMO_BUILD=0, nothing to build and no stamp for a later make
-# a build fits only one torch version: another version has another stamp
+# with CUMO_BUILD=0 nothing is built, and no stamp is written, so that a later make can build
+# an extension works with one release of torch only, so each release has its own stamp
 BUILT := $(if $(filter 0,$(CUMO_BUILD)),,build/.extension-$(shell sed -n 's/^torch==//p' $(CONSTRAINTS)))
 READY := $(INSTALLED) $(BUILT)
 LOG := $(VENV)/setup.log
 
-# pip's own log goes to $(LOG); only large downloads are printed, to show progress on a slow connection
+# pip's output goes to $(LOG); only large downloads are also printed, to show progress on a slow network
 define install
 $(PY) -m pip install --disable-pip-version-check --progress-bar off -c $(CONSTRAINTS) $(1) 2>&1 | tee -a $(LOG) \
   | sed -unE -e 's/^ *(Downloading|Using cached) (.+)-([^-]+)-[^-]+-[^-]+-[^-]+\.whl.*\(([0-9]{2,}\.[0-9]+ MB)\)$$/  \2 \3 (\4)/p' \
@@ -58,24 +58,24 @@ endef
 
 help:
 	@echo "make demo     train, upcycle and compare two small CuMos on this CPU   (ARGS=--quick for a short run)"
-	@echo "make test     the tests; ARGS go to pytest                             (but those that download something)"
-	@echo "make test-all the same and the sweeps: every row of the kernels in Triton's interpreter and csrc's emulation"
-	@echo "make test-latest  the tests with the newest torch, Triton and transformers, in an environment of its own"
-	@echo "make latest   write constraints-latest.txt, what those are today"
-	@echo "make lint     ruff check and ruff format --check                       (make format repairs)"
-	@echo "make docs     README's pages and the API as a site, in build/site; any warning is an error"
-	@echo "make bench    speed on this machine, each row behind a correctness gate"
-	@echo "make peers    fetch other implementations to compare with, for make bench on a GPU"
-	@echo "make gpu      prove and measure on this machine's CUDA device, 440 seconds    (ARGS=\"--part tune\": then tune, 320;"
-	@echo "              ARGS=--rehearse: all of it on a CPU)"
-	@echo "make gpu-artifacts PYTHON=python3.12   what make gpu would compile there, built here for its Python and sm_90a"
-	@echo "make setup    only the virtual environment $(VENV)"
-	@echo "make clean    remove what was built; the virtual environment stays"
+	@echo "make test     the tests, except those that download something          (ARGS are arguments of pytest)"
+	@echo "make test-all the same and the sweeps: all rows of the kernels in Triton's interpreter and csrc's emulation"
+	@echo "make test-latest  the tests with the newest torch, Triton and transformers, in a separate environment"
+	@echo "make latest   write the newest versions of today to constraints-latest.txt"
+	@echo "make lint     ruff check and ruff format --check                       (make format applies fixes)"
+	@echo "make docs     build the documentation site in build/site; any warning is an error"
+	@echo "make bench    measure speed on this machine, after a correctness check of each row"
+	@echo "make peers    download other implementations to compare with, for make bench on a GPU"
+	@echo "make gpu      verify and measure on this machine's CUDA device, 440 seconds   (ARGS=\"--part tune\": then tune, 320;"
+	@echo "              ARGS=--rehearse: the same steps on a CPU)"
+	@echo "make gpu-artifacts PYTHON=python3.12   compile the kernels for make gpu here, for its Python and sm_90a"
+	@echo "make setup    only make the virtual environment $(VENV)"
+	@echo "make clean    remove build outputs, but not the virtual environment"
 
 setup: $(READY)
 
 $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS)
-	@echo "setup: $(VENV); the first time brings about 3 GB, nearly all of it torch and its CUDA libraries"
+	@echo "setup: $(VENV); the first setup downloads about 3 GB, mostly torch and its CUDA libraries"
 	@$(PY) -m pip -V >/dev/null 2>&1 || $(PYTHON) -m venv --clear '$(VENV)'
 	@: > $(LOG)
 	@$(call install,setuptools wheel)
@@ -99,22 +99,23 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 test: $(READY)
 	@$(PYTEST) -m "not network and not sweep" $(ARGS)
 
-# with ARGS not all tests may run, so nothing is recorded
+# a run with ARGS is not recorded, because it may leave out tests
 test-all: $(READY)
 	@before=$$($(PY) -m tests.swept --print); $(PYTEST) -m "not network" $(ARGS); \
 	  $(if $(ARGS),true,$(PY) -m tests.swept --record $$before)
 
-# for CI: all tests if the kernels have changed since the last sweep
+# tests of CI: with the sweeps only if the kernels have changed since the last successful make test-all
 test-ci: $(READY)
 	@if $(PY) -m tests.swept; then $(MAKE) test; else $(PYTEST) -m "not network"; fi
 
 latest: $(INSTALLED)
 	@$(PY) -m tests.latest
 
-# in a copy of the tree, because a build in place fits only one torch; only the build stays there for the next time
+# in a copy of the tree, because an extension compiled in place works with one release of torch only; build outputs
+# of the copy are kept for the next time
 LATEST := build/latest
 test-latest:
-	@git rev-parse --is-inside-work-tree >/dev/null || { echo "make test-latest copies what git lists: clone the repository"; exit 1; }
+	@git rev-parse --is-inside-work-tree >/dev/null || { echo "make test-latest copies the files that git lists, so it needs a clone of the repository"; exit 1; }
 	@! test -x '$(VENV_LATEST)/bin/python' || test '$(origin PYTHON)' = file \
 	  || test "$$('$(VENV_LATEST)/bin/python' -V)" = "$$($(PYTHON) -V)" \
 	  || { echo "$(VENV_LATEST) has $$('$(VENV_LATEST)/bin/python' -V): give another VENV_LATEST with PYTHON=$(PYTHON)"; exit 1; }
@@ -131,7 +132,7 @@ format: $(INSTALLED)
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-# the docstrings are read, nothing is imported: the environment has no torch
+# docstrings are read without importing the modules, so the environment has no torch
 $(VENV_DOCS)/.installed: PY := $(VENV_DOCS)/bin/python
 $(VENV_DOCS)/.installed: LOG := $(VENV_DOCS)/setup.log
 $(VENV_DOCS)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -148,23 +149,23 @@ docs: $(VENV_DOCS)/.installed
 bench: $(READY)
 	@$(PY) -m benchmarks $(ARGS)
 
-# third-party kernels, only for benchmarks, outside the environment; about 170 MB, most of it cutlass-dsl
+# other implementations, for benchmarks only: outside the environment, about 170 MB, mostly cutlass-dsl
 peers: $(INSTALLED)
 	@$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target .peers -r benchmarks/peers/wheels.txt
 	@$(PY) -m pip install --disable-pip-version-check -q --no-deps --ignore-requires-python --upgrade \
 		--target .peers/sources -r benchmarks/peers/sources.txt
 
-# it builds the extension itself, as one of its steps
+# make gpu builds the extension itself, as one of its steps
 gpu: $(INSTALLED)
 	@$(if $(BUDGET),BUDGET=$(BUDGET) )$(PY) -m benchmarks.gpu $(ARGS)
 
-# the environment is made once and not checked again; unchanged code is not compiled again
+# the environment is made once and not updated; only changed kernels are compiled again
 gpu-artifacts: PY := $(VENV_GPU)/bin/python
 gpu-artifacts: LOG := $(VENV_GPU)/setup.log
 gpu-artifacts:
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV_GPU)
 	@$(PY) -c 'import torch, triton, ninja, numpy, setuptools' 2>/dev/null || { \
-	  echo "setup: $(VENV_GPU); the first time brings about 3 GB"; $(call install,torch numpy ninja setuptools wheel); }
+	  echo "setup: $(VENV_GPU); the first setup downloads about 3 GB"; $(call install,torch numpy ninja setuptools wheel); }
 	@PATH="$(abspath $(VENV_GPU))/bin:$$PATH" $(PY) -m benchmarks.gpu.artifacts build $(ARGS)
 
 clean:

@@ -1,10 +1,10 @@
-"""LoRA on the stacked experts of a Mixture-of-Experts model through peft, with our kernels underneath.
+"""LoRA on the stacked experts of a Mixture-of-Experts model with peft, using the kernels of this project.
 
     python examples/lora_experts.py                           # a small Mixtral with random weights
     python examples/lora_experts.py --model checkpoints/mixtral --text notes.txt --out runs/adapter
 
-`target_parameters` names the experts' weights, which are stacked, (experts, out, in), and no `nn.Linear`.
-peft has no dropout for them.
+`target_parameters` contains the names of the experts' weights. They are stacked parameters of shape
+(experts, out, in) and not `nn.Linear` modules. peft has no dropout for them.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import cumo_model  # noqa: F401  registers the experts implementation "cumo"
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="folder of a checkpoint with its tokenizer (random weights)")
-parser.add_argument("--text", type=Path, default=Path(__file__), help="what to learn (this file)")
+parser.add_argument("--text", type=Path, default=Path(__file__), help="text to train on (this file)")
 parser.add_argument("--out", type=Path, help="folder of the adapter (a temporary one)")
 parser.add_argument("--rank", type=int, default=8, help="(%(default)s)")
 parser.add_argument("--steps", type=int, default=30, help="(%(default)s)")
@@ -28,7 +28,7 @@ device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu
 torch.manual_seed(0)
 scratch = tempfile.TemporaryDirectory()
 base, out = args.model or f"{scratch.name}/mixtral", args.out or f"{scratch.name}/adapter"
-if not args.model:  # a checkpoint to begin with; its tokens are bytes
+if not args.model:  # a checkpoint to start from; its tokens are bytes
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 256}
     sizes |= {"num_hidden_layers": 2, "num_local_experts": 4, "initializer_range": 0.1}
     config = MixtralConfig(**sizes, num_key_value_heads=2)

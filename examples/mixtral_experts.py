@@ -1,10 +1,10 @@
-"""Our experts in a Mixtral of transformers: as exact as `grouped_mm`, then the times of both.
+"""The experts of this project in transformers' Mixtral: errors, then times, compared with `grouped_mm`.
 
     python examples/mixtral_experts.py                        # a small Mixtral with random weights
     python examples/mixtral_experts.py --model checkpoints/mixtral --layers 2 --tokens 4096
 
-Any Mixture-of-Experts model of transformers will do. Errors are measured from the same model in fp64; nothing
-is timed unless those of "cumo" are at most twice those of "grouped_mm" and one rounding.
+Any Mixture-of-Experts model of transformers can be used. The reference for errors is the same model in fp64.
+Times are measured only if the errors of "cumo" are at most twice those of "grouped_mm" plus one rounding.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ids = torch.randint(model.config.vocab_size, (1, args.tokens), device=device)
 
 
 def step(model: PreTrainedModel, experts: str) -> tuple[float, list[torch.Tensor]]:
-    """-> seconds of forward and backward; logits and the gradient of every parameter."""
+    """Return seconds of forward and backward; the logits and the gradients of all parameters."""
     model.set_experts_implementation(experts)
     model.zero_grad()
     begin = time.perf_counter()
@@ -52,8 +52,8 @@ for name in names:
     errors[name] = (off[0], max(off[1:]))
     print(f"{name:10}  relative error of logits {off[0]:.1e}, of the worst gradient {max(off[1:]):.1e}")
 if not all(a <= 2 * b + torch.finfo(dtype).eps for a, b in zip(*errors.values(), strict=True)):
-    raise SystemExit("cumo is less exact than grouped_mm: no times")
+    raise SystemExit("cumo is less exact than grouped_mm, so times are not measured")
 turns = [[step(model, name)[0] for name in names] for _ in range(args.runs)]
 ours, theirs = (1e3 * statistics.median(times) for times in zip(*turns, strict=True))
 print(f"cumo {ours:.2f} ms, grouped_mm {theirs:.2f} ms: {theirs / ours:.2f}x, {args.tokens} tokens")
-print("times on a CPU say nothing about a GPU" if device == "cpu" else torch.cuda.get_device_name())
+print("times on a CPU do not predict times on a GPU" if device == "cpu" else torch.cuda.get_device_name())

@@ -1,9 +1,9 @@
-"""MoELayer in a model of your own, with balance loss and z loss: a small language model of bytes.
+"""MoELayer in your own model, with balance loss and z loss: a small language model of bytes.
 
-    python examples/moe_layer.py                              # learns to write this file
+    python examples/moe_layer.py                              # trains on the text of this file
     python examples/moe_layer.py --text book.txt --steps 2000 --width 512 --experts 16
 
-`record_routing` collects the routing of every layer that runs in it: both losses come from its statistics.
+`record_routing` records the routing of all layers in the `with` block, from which both losses are computed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ layers = [nn.Embedding(256, args.width), *(Block(args.width) for _ in range(args
 model = nn.Sequential(*layers, nn.RMSNorm(args.width), nn.Linear(args.width, 256)).to(device)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 text = torch.frombuffer(bytearray(args.text.read_bytes()), dtype=torch.uint8).to(device, torch.long)
-print("step  cross-entropy  balance (1 is even)  z loss  busiest expert of each layer")
+print("step  cross-entropy  balance (1=uniform)  z loss  largest load of an expert in each layer")
 for number in range(args.steps + 1):
     starts = torch.randint(len(text) - args.tokens, (args.batch, 1), device=device)
     rows = text[starts + torch.arange(args.tokens + 1, device=device)]

@@ -1,10 +1,10 @@
-"""A dense CLIP and a dense Mistral become one CuMo with experts, which two processes of torchrun train.
+"""Upcycle a dense CLIP and a dense Mistral to a CuMo with experts, and train it on two processes (torchrun).
 
     python examples/upcycle_and_train.py                      # small parts with random weights, on a CPU
     python examples/upcycle_and_train.py --vision checkpoints/clip --text checkpoints/mistral \\
         --data train.json --images pictures --processes 8 trainer.fsdp_config=engines/fsdp2.json
 
-Each command is printed before it runs. The recipe is `mistral-7b/sft`; a key=value overrides a field of it.
+Each command is printed before it runs. The recipe is `mistral-7b/sft`; `key=value` overrides one of its keys.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 for name in ("vision", "text", "data", "images"):
-    parser.add_argument(f"--{name}", type=Path, help="all four, or none")
+    parser.add_argument(f"--{name}", type=Path, help="give all four or none")
 parser.add_argument("--out", type=Path, help="a new folder (a temporary one)")
-parser.add_argument("--processes", type=int, default=2, help="one for each GPU (%(default)s)")
-parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+parser.add_argument("--processes", type=int, default=2, help="one per GPU (%(default)s)")
+parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides a key of the recipe")
 args = parser.parse_args()
 out, records, settings = args.out or Path(tempfile.mkdtemp(), "cumo"), [], []
 
@@ -34,7 +34,7 @@ def run(*words: str) -> None:
     subprocess.run([sys.executable, *words], check=True)
 
 
-if args.vision is None:  # small ones, in the formats of the real ones
+if args.vision is None:  # small models and data, in the same formats as real ones
     args.vision, args.text, args.data, args.images = out / "clip", out / "mistral", out / "train.json", out
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     bpe, names = ByteLevelBPETokenizer(), {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}

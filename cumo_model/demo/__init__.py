@@ -1,6 +1,6 @@
-"""The demo: real small data, tiny pre-training, the three stages and their figures."""
+"""The demo: a small real data set, short pre-training, the three stages and their results."""
 
 import logging
 
-# where it is installed the Trainer imports it, and it warns of a kernel that nothing here asks for
+# the Trainer imports bitsandbytes if it is installed, which warns about a kernel that the demo does not use
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
 """The paper's ablations on the demo's data: python -m cumo_model ablate.
 
-Stages 0 to 2 are trained once; every row is a stage 3 of its own, with several seeds for its gates, its new
-weights and the order of its data. The spread is that of stage 3 alone.
+Stages 0 to 2 are trained once. Every row is a separate stage 3, repeated with several seeds. A seed
+determines the gates, other new weights and the order of the data, so the spread is that of stage 3 only.
 """
 
 import itertools
@@ -25,12 +25,12 @@ from cumo_model.training.recipe import Recipe
 from cumo_model.training.stage import read_history
 from cumo_model.training.start import start_model
 
-STEPS = 300  # of stage 3
+STEPS = 300  # number of steps of stage 3
 
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration of stage 3; numbers are experts, 0 is dense."""
+    """One configuration of stage 3. Numbers are numbers of experts; 0 means dense."""
 
     title: str
     vision: int = 0
@@ -56,11 +56,11 @@ ROWS = {
     "dense-no-stage2": Row("dense, no stage 2", stage2=False),
 }
 
-CLAIMS = (  # what the paper's tables 3 to 6 say: the first row is better than the second
+CLAIMS = (  # tables 3 to 6 of the paper: the first row is better than the second
     ("MLP-MoE, upcycled, is better than the dense connector", "mlp", "dense"),
-    ("CLIP-MoE on top is better still", "clip", "mlp"),
+    ("adding CLIP-MoE improves it further", "clip", "mlp"),
     ("MLP-MoE: upcycled is better than from scratch", "mlp", "mlp-scratch"),
-    ("CLIP-MoE: from scratch does not get there", "clip", "clip-scratch"),
+    ("CLIP-MoE: upcycled is better than from scratch", "clip", "clip-scratch"),
     ("the auxiliary losses help", "clip", "no-losses"),
     ("8 experts are no better than 4", "clip", "e8"),
     ("stage 2 helps", "clip", "no-stage2"),
@@ -75,30 +75,31 @@ def run_ablation(
     is_quick: bool = False,
     steps: int | None = None,
 ) -> int:
-    """Run what is not done yet in `out_dir`, then write and print the table.
+    """Run all unfinished runs in `out_dir`, then write and print the table.
 
     Args:
-        seeds: runs of each row.
-        rows: to run, some of ROWS; all by default. The table holds all that are done.
-        is_quick: the demo's quick settings; proves the path, learns little.
-        steps: of stage 3, 300 unless given.
+        out_dir: folder of the ablation.
+        seeds: number of runs of each row.
+        rows: names of the rows to run, from ROWS; by default all. The table contains all finished rows.
+        is_quick: use the quick settings of the demo, which test the whole path but train too little.
+        steps: number of steps of stage 3; by default 300.
 
     Raises:
-        ValueError: an unknown row, or `out_dir` holds something else.
-        Interrupted: stopped on request; the same call goes on.
+        ValueError: a row is unknown, or `out_dir` contains something else.
+        Interrupted: the run was stopped by a signal; the same call resumes.
     """
     out, start = named(out_dir), time.monotonic()
     names = list(rows or ROWS)
     unknown = sorted(set(names) - set(ROWS))
     if unknown or seeds < 1:
         raise ValueError(
-            f"rows must be some of {', '.join(ROWS)}, and seeds at least 1, got {names}, {seeds}"
+            f"rows must be some of {', '.join(ROWS)}, and seeds must be at least 1, got {names}, {seeds}"
         )
     usual = QUICK["sft"][0] if is_quick else STEPS
     settings = Settings(quick=is_quick, sft_steps=usual if steps is None else steps)
     claim(out, settings)
     jobs = {f"ablate:{name}:{seed}": scores_path(out, name, seed) for seed in range(seeds) for name in names}
-    print(f"{len(jobs)} runs of stage 3 in {out}; Ctrl-C stops, the same command goes on", flush=True)
+    print(f"{len(jobs)} runs of stage 3 in {out}; Ctrl-C stops them, the same command resumes", flush=True)
     with locked(out):
         make_dataset(out / "data", settings.image_size, seed=settings.seed, quick=is_quick)
         for phase in (("vision", "text"), ("dense",)):
@@ -113,11 +114,12 @@ def run_ablation(
 
 
 def scores_path(out: Path, row: str, seed: int) -> Path:
+    """Path of the scores of one run."""
     return out / "rows" / f"{row}-{seed}.json"
 
 
 def row_recipe(run: Run, name: str, seed: int) -> Recipe:
-    """Stage 3 of one row and seed: the demo's recipe with what the row changes."""
+    """The recipe of stage 3 for one row and seed: the demo's recipe with the changes of the row."""
     row = ROWS[name]
     changes = {
         "model__start": str(run.result("pft" if row.stage2 else "pretrain")),
@@ -135,7 +137,7 @@ def row_recipe(run: Run, name: str, seed: int) -> Recipe:
 
 
 def run_row(run: Run, name: str, seed: int) -> None:
-    """Stage 3 of one row and seed, and its scores; a task of demo.task."""
+    """Train stage 3 of one row and seed, and save its scores; a task of demo.task."""
     recipe = row_recipe(run, name, seed)
     flops = flops_of_step(start_model(recipe.model, recipe.data)[0].to(run.device), run.batch("sft"))
     run.train(recipe, f"{name} {seed}")
@@ -156,8 +158,10 @@ def run_row(run: Run, name: str, seed: int) -> None:
 
 
 def summary(out: Path, seeds: int) -> dict:
-    """Row -> measure -> values by seed: all rows with so many runs, whichever call made them, and all runs of
-    those."""
+    """Collect results as row -> metric -> values by seed.
+
+    Rows with at least `seeds` finished runs are included, with all their runs, also those of earlier calls.
+    """
     found: dict = {}
     for name in ROWS:
         paths = itertools.takewhile(Path.exists, (scores_path(out, name, seed) for seed in itertools.count()))
@@ -184,12 +188,13 @@ def _spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-# two-sided 95 % of Student's t by degrees of freedom; two standard errors would trust three seeds too much
+# two-sided 95 % quantiles of Student's t by degrees of freedom; for three seeds, two standard errors would be
+# too few
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
 def verdict(better: list[float], worse: list[float]) -> tuple[float, float, str]:
-    """Mean difference of paired seeds, its standard error, and what a two-sided t-test at 5 % makes of it.
+    """Mean difference of paired seeds, its standard error, and the result of a two-sided t-test at 5 %.
 
     Seeds that only one of the two rows has are left out.
     """
@@ -197,12 +202,12 @@ def verdict(better: list[float], worse: list[float]) -> tuple[float, float, str]
     mean = statistics.mean(differences)
     error = _spread(differences) / math.sqrt(len(differences))
     if math.isnan(error) or abs(mean) <= STUDENT.get(len(differences) - 1, 2.2) * error:
-        return mean, error, "not told apart"
-    return mean, error, "seen here too" if mean > 0 else "the opposite here"
+        return mean, error, "not significant"
+    return mean, error, "confirmed" if mean > 0 else "opposite result"
 
 
 def table(result: dict) -> str:
-    """Markdown: every row with mean and spread, then the paper's claims."""
+    """Tables in Markdown: all rows with mean and spread, then the claims of the paper."""
     base = result.get("dense", next(iter(result.values())))["flops"]
     lines = [
         "| stage 3 | 4-way choice | exact match | loss | FLOPs | parameters | load entropy |",
@@ -217,7 +222,7 @@ def table(result: dict) -> str:
         cells += [f"{row['flops'] / base:.2f}x", f"{row['parameters'] / 1e6:.1f} M"]
         cells.append(", ".join(f"{place} {value:.2f}" for place, value in row["load_entropy"].items()) or "-")
         lines.append(f"| {ROWS[name].title} | {' | '.join(cells)} |")
-    lines += ["", "| the paper says | choice here | exact match here | loss here |", "|---|---|---|---|"]
+    lines += ["", "| claim of the paper | choice here | exact match here | loss here |", "|---|---|---|---|"]
     for text, better, worse in CLAIMS:
         if better in result and worse in result:
             cells = []
@@ -231,17 +236,19 @@ def table(result: dict) -> str:
 
 
 def write_table(out: Path, result: dict, seconds: float) -> None:
+    """Write results.json and table.md into `out`, and print the table."""
     numbers = sorted({len(row["choice"]) for row in result.values()})
     seeds = " to ".join(str(number) for number in (numbers[:1] + numbers[-1:] if numbers[1:] else numbers))
     stage3 = stage_recipe(out, load_settings(out / "settings.json"), "sft")
     steps, batch = stage3.trainer["max_steps"], stage3.stage.batch_size
     head = (
         "# Ablation of CuMo's stage 3 on the demo's data\n\n"
-        f"{seeds} seeds a row, {steps} steps of {batch}; mean ± standard deviation over seeds, "
-        "per cent, on unseen drawings.\nAll rows make the same number of steps, "
-        "so those with experts cost more; stages 0 to 2 are shared,\nso the spread is that of stage 3 "
-        "alone. Loss: the language model's in training, mean of the last 20 steps.\nClaims: paired "
-        "difference ± standard error; a t-test at 5 % decides.\n\n"
+        f"{seeds} seeds per row, {steps} steps with batch size {batch}; "
+        "mean ± standard deviation over seeds, per cent, on unseen drawings.\n"
+        "All rows have the same number of steps, so rows with experts cost more. "
+        "Stages 0 to 2 are shared,\nso the spread is that of stage 3 "
+        "only. Loss: training loss of the language model, mean of the last 20 steps.\nClaims: paired "
+        "difference ± standard error, with the result of a t-test at 5 %.\n\n"
     )
     text = head + table(result) + f"\nThe last call took {seconds / 60:.1f} minutes.\n"
     for name, content in (("results.json", json.dumps(result, indent=1)), ("table.md", text)):

@@ -1,7 +1,7 @@
-"""Emoji as real pictures: fetch, match, rasterise, measure, split.
+"""Emoji as pictures: fetch, match, rasterise, measure and split them.
 
-Four artist sets ("families") drew the same Unicode concepts; names, kinds, groups and keywords are Unicode's.
-All of it comes from five pinned npm packages (see packages.py).
+Four sets of emoji ("families") contain drawings of the same Unicode concepts. Names, kinds, groups and
+keywords are those of Unicode. The data come from five pinned npm packages (see packages.py).
 
     tarballs = fetch()                       {"noto": Path(...tgz), ...}
     drawings = load(tarballs, "core")        list[Drawing], in a fixed order
@@ -27,14 +27,14 @@ from cumo_model.demo.packages import fetch as fetch
 from cumo_model.demo.packages import write_atomically
 
 FAMILIES = ("emojione", "fluent", "noto", "twemoji")
-GROUPS = {  # Unicode group -> the word asked for
+GROUPS = {  # Unicode group -> answer to the question for the group
     "animals-nature": "nature",
     "food-drink": "food",
     "travel-places": "travel",
     "activities": "activity",
     "objects": "object",
 }
-KINDS = {  # Unicode subgroup -> the word asked for; subgroups with one word form one kind
+KINDS = {  # Unicode subgroup -> answer to the question for the kind; equal answers form one kind
     "animal-mammal": "mammal",
     "animal-bird": "bird",
     "animal-reptile": "reptile",
@@ -68,8 +68,8 @@ KINDS = {  # Unicode subgroup -> the word asked for; subgroups with one word for
 CORE_KINDS = ("mammal", "bird", "bug", "fruit", "sweet", "drink", "vehicle", "sport", "clothing")
 CONCEPT_SETS = ("core", "full")
 
-# A second view, a part, a sign or a phase of another concept: the picture does not tell the name apart,
-# so it is no fair question.
+# A second view, a part, a sign or a phase of another concept. The name cannot be derived from the picture, so
+# these concepts are not used.
 NOT_ASKED = frozenset(
     name.strip()
     for name in """
@@ -95,18 +95,18 @@ NOT_ASKED = frozenset(
 
 @dataclass(frozen=True)
 class Concept:
-    """One Unicode emoji: what every family drew."""
+    """One Unicode emoji. Each family has at most one drawing of it."""
 
     codepoint: str  # "1f34e", joined by "-", without fe0f
     name: str  # CLDR short name, lower case
-    kind: str  # a word of KINDS
-    group: str  # a word of GROUPS
-    keywords: tuple[str, ...]  # CLDR keywords that say more than the name
+    kind: str  # a value of KINDS
+    group: str  # a value of GROUPS
+    keywords: tuple[str, ...]  # CLDR keywords that are not part of the name
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One artist set's picture of a concept."""
+    """The drawing of a concept in one family."""
 
     concept: Concept
     family: str  # a name of FAMILIES
@@ -125,7 +125,7 @@ def load(tarballs: dict[str, Path], concept_set: str = "core") -> list[Drawing]:
         concept_set: "core" (9 kinds) or "full" (all KINDS).
 
     Returns:
-        Every drawing of every concept that at least two families drew, in Unicode order, then by family.
+        All drawings of the concepts that at least two families contain, in Unicode order, then by family.
     """
     if concept_set not in CONCEPT_SETS:
         raise ValueError(f"concept_set must be one of {CONCEPT_SETS}, got {concept_set!r}")
@@ -140,7 +140,7 @@ def load(tarballs: dict[str, Path], concept_set: str = "core") -> list[Drawing]:
         ]
         for concept, label in concepts
     ]
-    # one picture under two concepts is a wrong match by name (emojione's "cricket" is the game)
+    # a drawing that matches two concepts is a wrong match by name (emojione's "cricket" is the game)
     uses = Counter(drawing.svg for members in drawn for drawing in members)
     drawn = [[drawing for drawing in members if uses[drawing.svg] == 1] for members in drawn]
     return [drawing for members in drawn if len(members) >= 2 for drawing in members]
@@ -174,7 +174,7 @@ def _ascii(label: str) -> str:
 
 
 def _codepoint(hexcode: str) -> str:
-    """emojibase's "1F34E-FE0F" as iconify writes it: lower case, no variation selector, no leading zeros."""
+    """A hexcode ("1F34E-FE0F") in iconify's form: lower case, no variation selector, no leading zeros."""
     return "-".join(part.lstrip("0") for part in hexcode.lower().split("-") if part != "fe0f")
 
 
@@ -187,7 +187,7 @@ def _svg(icons: dict, chars: dict, codepoint: str, label: str) -> str | None:
     )
     alias = icons.get("aliases", {}).get(name)
     if alias:
-        if set(alias) != {"parent"}:  # mirrored or turned: not the drawing of this concept
+        if set(alias) != {"parent"}:  # mirrored or rotated: not a drawing of this concept
             return None
         name = alias["parent"]
     icon = icons["icons"].get(name)
@@ -206,12 +206,12 @@ def _svg(icons: dict, chars: dict, codepoint: str, label: str) -> str | None:
 def rasterise(
     drawings: list[Drawing], size: int = 48, cache_dir: str | os.PathLike | None = None
 ) -> np.ndarray:
-    """Render every drawing.
+    """Render all drawings.
 
     Args:
-        drawings: D of them.
+        drawings: D drawings.
         size: side in pixels.
-        cache_dir: folder for the .npz that makes the second call free; None renders anew.
+        cache_dir: folder of a .npz file with the results of an earlier call; None for no cache.
 
     Returns:
         (D, size, size, 4) uint8, RGB and straight alpha.
@@ -242,7 +242,7 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"
 
 
 def colour_shares(pixels: np.ndarray) -> np.ndarray:
-    """How much of each drawing has which colour, by HSV bins of its opaque pixels.
+    """Share of each colour in each drawing, from HSV bins of its opaque pixels.
 
     Args:
         pixels: (D, h, w, 4) uint8.
@@ -260,9 +260,9 @@ def colour_shares(pixels: np.ndarray) -> np.ndarray:
         [value == r, value == g], [(g - b) / safe % 6, (b - r) / safe + 2], (r - g) / safe + 4
     )
     bluish = (hue >= 150) & (hue < 290)
-    grey = (saturation < 0.15) | bluish & (chroma < 0.18) & (value < 0.7)  # slate is called grey, not blue
+    grey = (saturation < 0.15) | bluish & (chroma < 0.18) & (value < 0.7)  # slate counts as grey, not blue
     rosy = (hue < 18) | (hue >= 345)
-    rules = [  # first that holds
+    rules = [  # the first rule that is true applies
         ("black", (value < 0.22) | grey & (value < 0.3)),
         ("white", grey & (value > 0.88)),
         ("grey", grey),
@@ -288,16 +288,17 @@ TWIN_DISTANCE = 0.03  # mean absolute difference of RGB in [0, 1], on white, at 
 
 
 def split(drawings: list[Drawing], pixels: np.ndarray | None = None) -> dict[str, list[int]]:
-    """Hold out whole drawings, decided by the md5 of the concept alone (so the same for every concept set and
-    seed).
+    """Split the drawings into training and test sets by the md5 of the concept.
 
-    One concept in twelve is never trained on (test_b: unseen concept). Of every other concept that three or
-    more families drew, one family's drawing goes to test_a (unseen drawing of a known concept).
+    The split is therefore the same for all concept sets and seeds. One concept in twelve is not in the
+    training set (test_b: unseen concepts). Of each other concept with drawings of three or more families, one
+    drawing is in test_a (unseen drawings of known concepts).
 
     Args:
-        drawings: D of them.
-        pixels: (D, s, s, 4) uint8, s even; if given, a held-out drawing that all but repeats a trained
-            drawing of its concept (plain shapes like a full moon do) is in no part: it would test memory.
+        drawings: D drawings.
+        pixels: (D, s, s, 4) uint8, s even. If given, a held-out drawing that is nearly the same as a training
+            drawing of its concept (simple shapes such as a full moon) is left out of all sets, because it
+            would test memorisation.
 
     Returns:
         "train", "test_a", "test_b": disjoint lists of indices.
@@ -323,8 +324,10 @@ def split(drawings: list[Drawing], pixels: np.ndarray | None = None) -> dict[str
 
 
 def _on_white(pixels: np.ndarray) -> np.ndarray:
-    """(D, s, s, 4) uint8 -> (D, 3 * 24 * 24) fp32 in [0, 1]; for s = 48 each value is a mean of 2x2
-    pixels."""
+    """Drawings on white at 24 px: (D, s, s, 4) uint8 -> (D, 3 * 24 * 24) fp32 in [0, 1].
+
+    For s = 48 each value is a mean of 2x2 pixels.
+    """
     looks = []
     for picture in pixels:
         image = Image.new("RGB", picture.shape[:2], "white")

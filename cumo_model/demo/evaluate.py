@@ -1,6 +1,6 @@
-"""What a trained model knows about pictures it never saw, and where its tokens went.
+"""Evaluation of a trained model on held-out pictures: accuracy and expert load.
 
-Exact match: the greedy answer equals the record's. Choice: of four answers, the one to which the model gives
+Exact match: the greedy answer equals the reference answer. Choice: the model's answer is the one of four with
 the highest likelihood (summed log-probability of its tokens and the end of the answer); chance is 25 %.
 """
 
@@ -14,18 +14,27 @@ from cumo_model.analysis.experts import Load, expert_load
 from cumo_model.data import ConversationDataset
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.processing.conversation import tokenize_conversation, tokenize_prompt
+from cumo_model.processing.processor import CumoProcessor
 
 BATCH = 64
-CHOICE_KINDS = ("name", "kind")  # asked as a choice too; the others have too few answers to say more by it
+CHOICE_KINDS = ("name", "kind")  # also evaluated as a choice; other kinds have too few possible answers
 
 
 class Examiner:
-    """Asks a model the questions of one test file."""
+    """Evaluates a model on the questions of one test file.
+
+    Args:
+        model: the model; set to evaluation mode.
+        processor: its processor.
+        test_path: JSON file with test records; paths of pictures are relative to its folder.
+        template: name of the conversation template.
+        limit: number of questions of each kind; None for all.
+    """
 
     def __init__(
         self,
         model: CumoForConditionalGeneration,
-        processor,
+        processor: CumoProcessor,
         test_path: Path,
         template: str,
         limit: int | None = None,
@@ -50,7 +59,7 @@ class Examiner:
 
     @torch.no_grad()
     def answers(self) -> dict[int, str]:
-        """Row -> greedy answer."""
+        """Greedy answers, as row -> answer."""
         found = {}
         prompts = {row: self._prompt(row) for row in self.rows}
         for rows in _batches(sorted(self.rows, key=lambda row: len(prompts[row]))):
@@ -68,7 +77,7 @@ class Examiner:
 
     @torch.no_grad()
     def choices(self, field: str) -> dict[int, int]:
-        """Row -> which of record[field] is likeliest, for the rows that have the field."""
+        """The most likely choice, as row -> index in record[field], for rows whose record has the field."""
         records = self.dataset.records
         rows = [r for r in self.rows if records[r]["kind"] in CHOICE_KINDS and field in records[r]]
         tasks = [(row, c) for row in rows for c in range(len(self.dataset.records[row][field]))]
@@ -99,16 +108,22 @@ class Examiner:
         return (-losses.view(targets.shape).sum(1)).tolist()
 
     def scores(self, majority: dict[str, str]) -> dict:
-        """ "exact", "majority", "choice": {kind of question: [right, asked]}; choice also "name, same kind".
+        """Scores of the model and of the majority answer.
 
-        `majority`: the commonest training answer to each kind, scored on the same questions.
+        Args:
+            majority: the most frequent training answer for each kind of question, a baseline on the same
+                questions.
+
+        Returns:
+            {"exact", "majority", "choice": {kind of question: [number correct, number of questions]}};
+            "choice" also has "name, same kind".
         """
         exact, commonest, choice = (defaultdict(lambda: [0, 0]) for _ in range(3))
         records = self.dataset.records
         for row, answer in self.answers().items():
-            kind, truth = records[row]["kind"], records[row]["answer"]
-            _count(exact[kind], answer == truth)
-            _count(commonest[kind], majority[kind] == truth)
+            kind, reference = records[row]["kind"], records[row]["answer"]
+            _count(exact[kind], answer == reference)
+            _count(commonest[kind], majority[kind] == reference)
         for field, suffix in (("choices", ""), ("choices_same_kind", ", same kind")):
             for row, picked in self.choices(field).items():
                 record = records[row]
@@ -116,7 +131,7 @@ class Examiner:
         return {"exact": dict(exact), "majority": dict(commonest), "choice": dict(choice)}
 
     def expert_load(self) -> Load:
-        """Place -> kind of question -> per layer, each expert's share of the routed slots."""
+        """Share of the routed slots of each expert, as place -> kind of question -> list of layers."""
         by_kind = defaultdict(list)
         for row in self.rows:
             by_kind[self.dataset.records[row]["kind"]].append(row)

@@ -1,9 +1,11 @@
-"""A demo's folder: its settings, data, recipes, and what its tasks leave for one another."""
+"""The folder of a demo: its settings, data and recipes, and the results that its tasks pass on."""
 
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, TrainerCallback
@@ -18,8 +20,8 @@ from cumo_model.training.recover import checkpoints
 from cumo_model.training.stage import RESULT
 from cumo_model.training.trainer import run_recipe
 
-AGAIN = "delete it, and the same command makes it again"
-SHIPPED_FOLDER = "runs/demo"  # where the shipped recipes have the demo
+AGAIN = "delete it, then the same command makes it again"
+SHIPPED_FOLDER = "runs/demo"  # folder of the demo in the shipped recipes
 RECIPES = {
     "vision": "demo/_vision",
     "text": "demo/_text",
@@ -31,7 +33,7 @@ RECIPES = {
 
 
 class KeepModel(TrainerCallback):
-    """Holds on to the model that was trained."""
+    """Keeps a reference to the trained model."""
 
     model = None
 
@@ -39,13 +41,14 @@ class KeepModel(TrainerCallback):
         self.model = model
 
 
-def stage_recipe(folder: Path, settings: Settings, stage: str, **changes) -> Recipe:
-    """The shipped recipe of a stage, in a demo's folder and with its settings.
+def stage_recipe(folder: Path, settings: Settings, stage: str, **changes: Any) -> Recipe:
+    """The shipped recipe of a stage, with the folder and the settings of a demo.
 
     Args:
-        folder: of the demo.
-        stage: of RECIPES.
-        changes: keys of the recipe, `section__field`, with their values.
+        folder: folder of the demo.
+        settings: settings of the demo.
+        stage: a key of RECIPES.
+        **changes: values of further keys of the recipe, named `section__field`.
     """
 
     def moved(place: str | list[str]):
@@ -63,16 +66,16 @@ def stage_recipe(folder: Path, settings: Settings, stage: str, **changes) -> Rec
     if torch.cuda.is_available():
         values["trainer.bf16"] = True
     values |= {key.replace("__", "."): value for key, value in changes.items()}
-    # JSON is YAML, whatever is in a path
+    # JSON is valid YAML, for all characters of a path
     return load_recipe(RECIPES[stage], [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
 
 class Run:
-    """Paths, settings and pieces that the tasks of one demo share.
+    """Paths, settings and objects that are common to all tasks of a demo.
 
     Args:
-        folder: of the demo.
-        position: the line of the terminal for this task's bar.
+        folder: folder of the demo.
+        position: line of the terminal for the progress bar of this task.
     """
 
     def __init__(self, folder: Path, position: int = 0):
@@ -85,29 +88,31 @@ class Run:
         )
 
     def recipe(self, stage: str, **changes) -> Recipe:
-        """`stage_recipe` of this demo."""
+        """The recipe of a stage of this demo, as `stage_recipe`."""
         return stage_recipe(self.folder, self.settings, stage, **changes)
 
-    def train(self, recipe: Recipe, label: str, run=run_recipe) -> CumoForConditionalGeneration | None:
-        """Run a recipe, or find it finished.
+    def train(
+        self, recipe: Recipe, label: str, run: Callable[[Recipe, Sequence], Path] = run_recipe
+    ) -> CumoForConditionalGeneration | None:
+        """Run a recipe, unless it is finished.
 
         Args:
-            recipe: from `recipe`.
-            label: of the bar.
-            run: (recipe, callbacks) -> the folder of the result.
+            recipe: a result of `recipe`.
+            label: text before the progress bar.
+            run: function of (recipe, callbacks) that returns the folder of the result.
 
         Returns:
-            The model, if it was trained here and not found.
+            The model, or None if the recipe was already finished.
         """
         kept = KeepModel()
         run(recipe, [ShortProgress(label, self.position), kept])
-        for path in checkpoints(recipe.output_dir):  # a finished run needs none, and an ablation has many
+        for path in checkpoints(recipe.output_dir):  # not needed any more; an ablation has many
             shutil.rmtree(path, ignore_errors=True)
         return kept.model
 
     def batch(self, stage: str) -> dict[str, torch.Tensor]:
         """The first batch of a stage."""
-        recipe, index = self.recipe(stage), self.folder / "index"  # where its training looks for it
+        recipe, index = self.recipe(stage), self.folder / "index"  # the folder that training uses
         data = StreamedConversations(
             list(recipe.data.files),
             list(recipe.data.images),
@@ -126,18 +131,20 @@ class Run:
         return {key: value.to(self.device) for key, value in batch.items()}
 
     def load(self, stage: str) -> CumoForConditionalGeneration:
+        """The trained model of a stage."""
         return load_model(CumoForConditionalGeneration, self.result(stage)).to(self.device)
 
     def result(self, stage: str) -> Path:
+        """Folder of the trained model of a stage."""
         return self.folder / stage / RESULT
 
     def majority(self) -> dict[str, str | None]:
-        """Kind of question -> the commonest training answer."""
+        """The most frequent training answer for each kind of question."""
         return {k: row.get("answer") for k, row in read_json(self.data / "baselines.json").items()}
 
 
 def load_model(kind, folder: Path):
-    """A `kind` from the folder of an earlier task; whatever is wrong with its files is one line."""
+    """Load a model of class `kind` from the folder of an earlier task. Errors are reported in one line."""
     try:
         return kind.from_pretrained(folder, use_safetensors=True)
     except Exception as error:
@@ -146,7 +153,7 @@ def load_model(kind, folder: Path):
 
 
 def read_json(path: Path, *needed: str):
-    """The object in `path`, which must have the keys `needed`."""
+    """Read the JSON object in `path`, which must have the keys `needed`."""
     try:
         content = json.loads(path.read_text())
         missing = [key for key in needed if key not in content]
@@ -158,6 +165,7 @@ def read_json(path: Path, *needed: str):
 
 
 def write_json(path: Path, content) -> None:
+    """Write a JSON file atomically."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(content, indent=1))
     os.replace(part, path)

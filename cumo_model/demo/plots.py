@@ -1,4 +1,4 @@
-"""The demo's loss curves."""
+"""Loss curves of the demo."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def _smooth(values: list[float], window: int) -> np.ndarray:
 
 
 def plot_losses(histories: dict[str, dict], path: Path) -> None:
-    """Language losses, and the auxiliary ones beside them. `histories`: title -> of `read_history`."""
+    """Plot language losses and auxiliary losses. `histories` is title -> result of `read_history`."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for title, history in histories.items():
         series = history["series"]
@@ -27,7 +27,7 @@ def plot_losses(histories: dict[str, dict], path: Path) -> None:
                 right.plot(
                     _smooth(values, 20), label=f"{PLACES[place]} {kind}", ls="-" if kind == "balance" else ":"
                 )
-    left.set(title="loss", xlabel="share of the stage's steps", ylabel="nats per token", yscale="log")
+    left.set(title="loss", xlabel="fraction of the stage's steps", ylabel="nats per token", yscale="log")
     right.set(title="auxiliary losses in stage 3 (before coefficients)", xlabel="step")
     left.legend(fontsize=8)
     right.legend(fontsize=8)

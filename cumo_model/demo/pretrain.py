@@ -1,8 +1,8 @@
-"""Stage 0: small stand-ins for the pre-trained towers that CuMo starts from, CLIP and Mistral.
+"""Stage 0: small replacements for the pre-trained models that CuMo starts from, CLIP and Mistral.
 
-The vision tower learns to tell which of a batch's texts (name and keywords) belongs to which picture; the
-language model learns the facts about the training concepts, without pictures. Both are trained as every other
-stage is (`cumo_model.training.stage`), with models, data and losses of their own.
+The vision tower is trained to match pictures and texts (name and keywords) of a batch. The language model is
+trained on facts about the training concepts, without pictures. Both use the trainer of the other stages
+(`cumo_model.training.stage`) with their own models, data and losses.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from cumo_model.training.trainer import training_arguments
 
 
 class Contrast(nn.Module):
-    """CLIP's objective (Radford et al. 2021) with a bag of words for a text tower."""
+    """CLIP's objective (Radford et al. 2021) with a bag of words as text tower."""
 
     def __init__(self, tower: CumoVisionModel, vocab_size: int):
         super().__init__()
@@ -40,11 +40,12 @@ class Contrast(nn.Module):
         self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, pixel_values: Tensor, words: Tensor, names: Tensor) -> dict[str, Tensor]:
-        """
+        """Compute the contrastive loss of a batch.
+
         Args:
             pixel_values: (N, 3, s, s) float.
             words: (N, W) int64 token ids, padded with 0.
-            names: (N,) int64, the concept's number.
+            names: (N,) int64, the number of the concept.
 
         Returns:
             {"loss": scalar}.
@@ -52,7 +53,7 @@ class Contrast(nn.Module):
         seen = self.norm(self.tower(pixel_values).last_hidden_state.mean(1))
         seen, read = (nn.functional.normalize(t, dim=-1) for t in (seen, self.words(words)))
         logits = self.scale.exp().clamp(max=100) * seen @ read.T
-        # another picture of the same concept is no negative
+        # another picture of the same concept is not a negative example
         same = (names[:, None] == names) & ~torch.eye(len(names), dtype=torch.bool, device=names.device)
         logits = logits.masked_fill(same, -math.inf)
         target = torch.arange(len(names), device=names.device)
@@ -61,7 +62,7 @@ class Contrast(nn.Module):
 
 
 class Pairs(Dataset):
-    """Pictures with words about each: (pixels (1, 3, s, s) uint8, token ids, the concept's number)."""
+    """Pictures with texts: (pixels (1, 3, s, s) uint8, token ids, number of the concept)."""
 
     def __init__(self, pictures: ConversationDataset, about: Path, tokenizer):
         known = {record["image"]: record for record in json.loads(about.read_text())}
@@ -89,7 +90,7 @@ class Pairs(Dataset):
 
 
 class Lines(Dataset):
-    """Lines of text as (token ids, labels), both int64; the first token is predicted by none."""
+    """Lines of text as (token ids, labels), both int64. The first token is not predicted."""
 
     def __init__(self, path: Path, tokenizer):
         self.pad_id = tokenizer.pad_token_id
@@ -110,7 +111,7 @@ class Lines(Dataset):
 
 
 class PatchMonitor(Monitor):
-    """Counts a picture's patches for its tokens."""
+    """Counts the patches of pictures as tokens."""
 
     def __init__(self, model: nn.Module, patches: int):
         super().__init__(model, ())
@@ -138,7 +139,7 @@ def _claim_data(recipe: Recipe, number: int) -> None:
 def build_vision(
     recipe: Recipe, callbacks: Sequence, settings: Settings, tokenizer, processor
 ) -> StageTrainer:
-    """The tower and its contrast; the data of a recipe's first file, with contrastive.json beside it."""
+    """The trainer of the tower, with the data of the recipe's first file and contrastive.json next to it."""
     file, (images,) = Path(recipe.data.files[0]), recipe.data.images
     pictures = ConversationDataset(file, images, processor, recipe.data.template)
     data = Pairs(pictures, file.with_name("contrastive.json"), tokenizer)
@@ -151,7 +152,7 @@ def build_vision(
 
 
 def build_text(recipe: Recipe, callbacks: Sequence, settings: Settings, tokenizer) -> StageTrainer:
-    """The language model and the lines of a recipe's first file."""
+    """The trainer of the language model, with the lines of the recipe's first file."""
     data = Lines(Path(recipe.data.files[0]), tokenizer)
     _claim_data(recipe, len(data))
     args = training_arguments(recipe)

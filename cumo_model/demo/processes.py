@@ -1,4 +1,4 @@
-"""A demo's processes: who may use its folder, and tasks side by side, each with a line of the terminal."""
+"""Processes of a demo: a lock on its folder, and tasks in parallel, each with a line of the terminal."""
 
 import ctypes
 import json
@@ -14,24 +14,29 @@ from pathlib import Path
 from cumo_model.demo.settings import Settings, plain
 from cumo_model.training.recover import Interrupted
 
-# glibc returns big blocks to the system at every free and pays page faults for them at every step; keeping
-# them made a CPU training step of the experts a quarter faster
+# by default glibc returns large blocks to the system, which causes page faults in every step; keeping them
+# made a training step with experts a quarter faster on a CPU
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
-LOCK_SECONDS = 60  # what a task that was told to stop may need to save its step
+LOCK_SECONDS = 60  # time that a stopped task may need to save a checkpoint
 
 
 def cores() -> int:
-    """CPU cores of this process."""
+    """Number of CPU cores of this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def named(out_dir: str | os.PathLike) -> Path:
-    """The folder as its recipes name it: the same from one call to the next, however it is spelled."""
+    """The canonical path of a folder for its recipes, relative to the working directory if it is inside."""
     path, here = Path(out_dir).resolve(), Path.cwd().resolve()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def claim(out: Path, settings: Settings) -> None:
+    """Create the folder of a demo with its settings, or check that an existing one has the same settings.
+
+    Raises:
+        ValueError: the folder contains a demo with other settings, or something else.
+    """
     path, wanted = out / "settings.json", plain(settings)
     if path.exists():
         try:
@@ -39,11 +44,11 @@ def claim(out: Path, settings: Settings) -> None:
         except ValueError:
             found = None
         if found != wanted:
-            raise ValueError(f"{out} holds a demo with other settings: choose another --out or delete it")
+            raise ValueError(f"{out} contains a demo with other settings: choose another --out or delete it")
         return
     part = path.with_name(".settings.json.part")
     if out.exists() and any(found != part for found in out.iterdir()):
-        raise ValueError(f"{out} holds something that is not a demo: choose another --out")
+        raise ValueError(f"{out} contains something that is not a demo: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     part.write_text(json.dumps(wanted, indent=1))
     os.replace(part, path)
@@ -51,7 +56,7 @@ def claim(out: Path, settings: Settings) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """One demo at a time in `out`; the tasks inherit the lock: it is free when the last of them has ended."""
+    """Allow one demo at a time in `out`. Tasks inherit the lock, so it is free after the last task ends."""
     try:
         import fcntl
     except ImportError:  # not a POSIX system
@@ -66,38 +71,38 @@ def locked(out: Path) -> Iterator[None]:
                 if second == LOCK_SECONDS:
                     raise ValueError(f"another demo is running in {out}: wait for it, or stop it") from None
                 if second == 0:
-                    print(f"another demo, or what is left of one, still runs in {out}; waiting", flush=True)
+                    print(f"another demo, or a task of one, is still running in {out}; waiting", flush=True)
                 time.sleep(1)
         os.set_inheritable(file.fileno(), True)
         yield
 
 
 def _end_with_parent() -> None:
-    """In a new task before it starts: a killed demo leaves no trainer behind."""
+    """Called in a new task before it starts: the task gets SIGTERM when the demo's process ends."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def run_tasks(out: Path, tasks: list[str], width: int, phase: int) -> None:
-    """Run tasks of cumo_model.demo.task; ends them all when one fails or a stop is asked for.
+    """Run tasks of cumo_model.demo.task. All tasks are stopped if one fails or a stop is requested.
 
     Args:
-        out: the demo's folder.
-        tasks: their names.
-        width: how many run side by side.
-        phase: how many tasks there were before any had ended. Threads are shared out by it: a task that goes
-            on alone has as many as before, and ends at the same bits.
+        out: folder of the demo.
+        tasks: names of the tasks.
+        width: number of tasks that run in parallel.
+        phase: number of tasks of the phase, including finished ones. It determines the threads per task, so a
+            task that is resumed alone has the same number of threads and gives bitwise the same result.
 
     Raises:
         RuntimeError: a task failed.
-        Interrupted: a stop was asked for; the same call goes on.
+        Interrupted: a stop was requested; the same call resumes.
     """
     if not tasks:
         return
     places = list(range(min(width, len(tasks))))  # lines of the terminal, one per running task
     threads = max(1, width // min(width, phase))
-    # threads that spin while they wait take the core from those they wait for
+    # threads that wait actively would use the cores of the threads they wait for
     environment = MALLOC | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     waiting, running, codes = list(tasks), {}, {}
     used: dict[str, int] = {}
@@ -107,12 +112,12 @@ def run_tasks(out: Path, tasks: list[str], width: int, phase: int) -> None:
                 task, used_place = waiting.pop(0), places.pop(0)
                 command = [sys.executable, "-m", "cumo_model.demo.task", task, str(out)]
                 command += ["--position", str(used_place), "--threads", str(threads)]
-                # a session of its own: Ctrl-C reaches only this process, which then asks the tasks to stop
+                # in a new session, so that Ctrl-C reaches only this process, which then stops the tasks
                 running[task] = subprocess.Popen(
                     command,
                     env={**environment, **os.environ},
                     start_new_session=True,
-                    close_fds=False,  # the lock goes with it
+                    close_fds=False,  # the task inherits the lock
                     preexec_fn=_end_with_parent,
                 )
                 used[task] = used_place
@@ -131,13 +136,13 @@ def run_tasks(out: Path, tasks: list[str], width: int, phase: int) -> None:
     failed = {task: code for task, code in codes.items() if code not in (0, 130, -signal.SIGTERM)}
     if failed:
         how = [f"{task} {_ending(code)}" for task, code in failed.items()]
-        raise RuntimeError(f"{', '.join(how)}; what was reached is kept in {out}")
+        raise RuntimeError(f"{', '.join(how)}; progress is kept in {out}")
     if any(codes.values()):
-        raise Interrupted(f"stopped; the same command goes on from {out}")
+        raise Interrupted(f"stopped; the same command resumes from {out}")
 
 
 def _ending(code: int) -> str:
-    return "failed" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+    return "failed" if code > 0 else f"was stopped by {signal.Signals(-code).name}"
 
 
 def _stop(running: dict[str, subprocess.Popen]) -> None:

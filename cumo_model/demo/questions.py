@@ -1,5 +1,4 @@
-"""The demo's data set: emoji on coloured grounds with captions, descriptions, questions and two held-out
-tests, in LLaVA's format.
+"""The data set of the demo, in LLaVA's format: emoji on coloured backgrounds, with captions and questions.
 
     manifest = make_dataset("data/demo")
 
@@ -9,16 +8,16 @@ tests, in LLaVA's format.
     stage3_vqa.json       four questions with short answers per record
     test_a.json           unseen drawings of known concepts, one question per record
     test_b.json           unseen concepts
-    baselines.json        per kind of question: the commonest training answer and what it scores on each test
-    text.txt              facts about the training concepts, one a line: a language model reads them first
-    contrastive.json      picture, name and keywords of the training drawings: a vision tower sees them first
+    baselines.json        per kind of question: the most frequent training answer, its accuracy on each test
+    text.txt              facts about the training concepts, one per line, for stage 0 of the language model
+    contrastive.json      picture, name and keywords of the training drawings, for stage 0 of the vision tower
     tokenizer/            BPE trained on the training text
     ATTRIBUTION.md, manifest.json
 
-A test record also has "kind", "answer" and "choices" (four possible answers, the right one among them, for
-scoring by likelihood; all from training, for test_b's names from its own concepts); a name question has
-"choices_same_kind" too, where its kind has four names. Records stand in random order, so the first n are a
-fair sample.
+A test record also has "kind", "answer" and "choices": four possible answers, including the right one, for
+scoring by likelihood. Choices are answers of the training set, except the names of test_b, which are those of
+its own concepts. A question for a name also has "choices_same_kind" if its kind has at least four names.
+Records are in random order, so the first n are a representative sample.
 """
 
 import hashlib
@@ -40,7 +39,7 @@ from cumo_model.demo.emoji import COLOURS, Drawing
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing.conversation import tokenize_conversations
 
-QUESTIONS = {  # kind of question -> its words
+QUESTIONS = {  # kind of question -> its text
     "name": "what is it?",
     "kind": "what kind?",
     "colour": "what colour?",
@@ -56,26 +55,27 @@ BACKGROUNDS = {
     "purple": (196, 165, 236),
     "grey": (168, 168, 174),
 }
-CLEAR = 1.5  # a main colour is asked for if it covers this many times the area of the second
+CLEAR = 1.5  # the colour is asked only if its area is at least this many times that of the second colour
 VARIANTS = {"core": 16, "full": 8}  # pictures per training drawing
 QUICK_VARIANTS = 4
 RECORDS_PER_PICTURE = 2  # stage 3
 VOCAB_SIZE = 1200
-FORMAT = 3  # one more whenever pictures, texts or their mixture change
+FORMAT = 3  # to be increased when pictures, texts or their mixture change
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing on a ground: what can be asked about it."""
+    """A drawing on a background, with the properties that questions are asked about."""
 
     drawing: Drawing
     image: str  # path in the data set
     background: str
-    colours: tuple[str, ...]  # the drawing's, largest first, those that cover 15 % or more
-    clear: bool  # the first colour leads by CLEAR
+    colours: tuple[str, ...]  # colours that cover 15 % or more of the drawing, largest first
+    clear: bool  # whether the first colour exceeds the second by the factor CLEAR
 
     @property
     def answers(self) -> dict[str, str]:
+        """The answer to each kind of question that can be asked about the picture."""
         concept = self.drawing.concept
         answers = {
             "name": concept.name,
@@ -95,23 +95,24 @@ def make_dataset(
     progress: bool = True,
     cache_dir: str | os.PathLike | None = None,
 ) -> dict:
-    """Write the whole data set, or find it finished.
+    """Write the data set, unless it exists.
 
     Args:
-        out_dir: becomes the data set in one move at the end; must not exist, be empty, or hold this very data
-            set.
+        out_dir: folder of the data set, created atomically. It must not exist, be empty, or contain a data
+            set with the same settings.
         image_size: side of the pictures in pixels, even.
-        concept_set: "core" (9 kinds) or "full" (28).
-        seed: of grounds, places and question draws; the split does not depend on it.
-        quick: fewer pictures per training drawing; the tests are the same.
-        progress: print what happens.
-        cache_dir: for downloads and rendered drawings, default `packages.default_cache()`.
+        concept_set: "core" (9 kinds) or "full" (28 kinds).
+        seed: seed of backgrounds, positions and questions; the split does not depend on it.
+        quick: fewer pictures per training drawing; the test sets are the same.
+        progress: print progress.
+        cache_dir: folder for downloads and rendered drawings; by default `packages.default_cache()`.
 
     Returns:
         The manifest: settings, counts, checksums.
 
     Raises:
-        ValueError: `out_dir` holds something else; nothing in it is touched.
+        ValueError: `image_size` or `concept_set` is not valid, or `out_dir` contains something else, which is
+            not changed.
         RuntimeError: the packages could not be fetched.
     """
     if image_size < 16 or image_size % 2:
@@ -167,8 +168,11 @@ def make_dataset(
 
 
 def _finished(out: Path, settings: dict) -> dict | None:
-    """The manifest of a whole data set with these settings, None if `out` is free; ValueError if it holds
-    anything else."""
+    """The manifest of a complete data set with these settings, or None if `out` is missing or empty.
+
+    Raises:
+        ValueError: `out` contains anything else.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
@@ -176,12 +180,12 @@ def _finished(out: Path, settings: dict) -> dict | None:
         files, settled = manifest["files"], manifest["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
-            f"out_dir {str(out)!r} holds something that is not a demo data set: choose another folder"
+            f"out_dir {str(out)!r} contains something that is not a demo data set: choose another folder"
         ) from None
     differ = [name for name in settings if settled.get(name) != settings[name]]
     if differ:
         raise ValueError(
-            f"out_dir {str(out)!r} holds a data set with another {', '.join(differ)}: "
+            f"out_dir {str(out)!r} contains a data set with another {', '.join(differ)}: "
             "choose another folder or delete it"
         )
     broken = [
@@ -191,13 +195,14 @@ def _finished(out: Path, settings: dict) -> dict | None:
         broken.append("images")
     if broken:
         raise ValueError(
-            f"out_dir {str(out)!r} holds a damaged data set ({', '.join(broken)}): delete it to make it anew"
+            f"out_dir {str(out)!r} contains a damaged data set ({', '.join(broken)}): "
+            "delete it to make it again"
         )
     return manifest
 
 
 class _Painter:
-    """Lays drawings on grounds and writes the PNGs of one part."""
+    """Draws the pictures of one part and writes them as PNG files."""
 
     def __init__(self, root: Path, part: str, image_size: int, seed: int, digest):
         self.root, self.part, self.size, self.seed, self.digest = root, part, image_size, seed, digest
@@ -217,8 +222,11 @@ class _Painter:
 
 
 def compose(drawing: Image.Image, background: str, size: int, rng: random.Random) -> Image.Image:
-    """A drawing (RGBA) at 75 to 100 % of the side, anywhere it fits, on a plain ground; RGB of size x
-    size."""
+    """Place a drawing (RGBA) on a plain background, at a random position and 75 to 100 % of the side.
+
+    Returns:
+        An RGB picture of size x size.
+    """
     side = round(size * rng.uniform(0.75, 1))
     left, top = rng.randint(0, size - side), rng.randint(0, size - side)
     image = Image.new("RGB", (size, size), BACKGROUNDS[background])
@@ -228,10 +236,12 @@ def compose(drawing: Image.Image, background: str, size: int, rng: random.Random
 
 
 def caption(picture: Picture) -> str:
+    """The short caption of a picture, for stage 1."""
     return f"{picture.drawing.concept.name} on {picture.background}."
 
 
 def description(picture: Picture) -> str:
+    """The longer description of a picture, for stage 2."""
     concept = picture.drawing.concept
     thoughts = f" think of: {', '.join(concept.keywords[:3])}." if concept.keywords else ""
     colours = ", ".join(picture.colours[:2])
@@ -239,7 +249,7 @@ def description(picture: Picture) -> str:
 
 
 def facts(pictures: list[Picture]) -> Iterator[str]:
-    """Lines about the concepts of these pictures that say nothing about any picture."""
+    """Lines of text about the concepts of these pictures, without information about a picture."""
     members = defaultdict(list)
     for concept in dict.fromkeys(picture.drawing.concept for picture in pictures):
         members[concept.kind].append(concept.name)
@@ -253,7 +263,7 @@ def facts(pictures: list[Picture]) -> Iterator[str]:
 
 
 def _conversation(picture: Picture, turns: list[tuple[str, str]], number: int | str) -> dict:
-    """An LLaVA record; the first question carries the image marker."""
+    """A record in LLaVA's format; the first question contains the image marker."""
     conversations = []
     for order, (question, answer) in enumerate(turns):
         value = question if order else f"<image>\n{question}".strip()
@@ -276,7 +286,7 @@ def _choose_names(picture: Picture, names: list[str], rng: random.Random) -> lis
 def _vqa(picture: Picture, number: int, rng: random.Random) -> dict:
     answers = picture.answers
     asked = [kind for kind in QUESTIONS if kind in answers]
-    if len(asked) == 5:  # four turns a record, one of them always the name
+    if len(asked) == 5:  # a record has four turns, one of which always asks for the name
         asked.remove(rng.choice([kind for kind in asked if kind != "name"]))
     rng.shuffle(asked)
     return _conversation(picture, [(QUESTIONS[kind], answers[kind]) for kind in asked], number)
@@ -285,7 +295,7 @@ def _vqa(picture: Picture, number: int, rng: random.Random) -> dict:
 def _test_records(
     picture: Picture, pools: dict[str, list[str]], kind_names: dict[str, list[str]], rng: random.Random
 ) -> Iterator[dict]:
-    """Every kind of question once, each in a record of its own."""
+    """One record for each kind of question."""
     for kind, answer in picture.answers.items():
         if kind == "name":
             choices = _choose_names(picture, pools["name"], rng)
@@ -336,7 +346,7 @@ def _write_records(root: Path, pictures: dict[str, list[Picture]], seed: int) ->
 
 
 def _baselines(stages: dict[str, list[dict]]) -> dict[str, dict]:
-    """What answering without looking scores: per kind, the commonest answer of the training questions."""
+    """Accuracy without using the picture: per kind, always the most frequent answer of the training set."""
     kinds = {question: kind for kind, question in QUESTIONS.items()}
     answers: dict[str, Counter] = defaultdict(Counter)
     for record in stages["stage3_vqa"]:
@@ -368,8 +378,11 @@ def _baselines(stages: dict[str, list[dict]]) -> dict[str, dict]:
 
 
 def _write_tokenizer(root: Path, train: list[Picture]) -> float:
-    """Train and save the tokenizer; the mean number of text tokens of a stage 3 record (template
-    mistral_instruct)."""
+    """Train and save the tokenizer.
+
+    Returns:
+        The mean number of text tokens of a stage 3 record, with the template mistral_instruct.
+    """
     records = json.loads((root / "stage3_vqa.json").read_text())
     texts = (root / "text.txt").read_text().splitlines(keepends=True)
     texts += [description(picture) for picture in train]
@@ -394,7 +407,7 @@ def _sha256(path: Path) -> str:
 
 
 class _Progress:
-    """Prints lines with the seconds since it was made."""
+    """Prints lines with the seconds since its creation."""
 
     def __init__(self, wanted: bool):
         self.wanted, self.start = wanted, time.perf_counter()

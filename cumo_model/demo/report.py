@@ -1,4 +1,4 @@
-"""The end of the demo: the table, the pictures, a few answers, and the checkpoint checked by reloading it."""
+"""The report of the demo: tables, plots, some answers, and a check of the saved checkpoint."""
 
 import json
 import math
@@ -18,27 +18,33 @@ from cumo_model.processing.processor import load_image
 from cumo_model.serving.chat import answer, load
 from cumo_model.training.stage import read_history
 
-STAGES = {  # folder -> title of its curve
+STAGES = {  # folder of the stage -> title of its curve
     "vision": "stage 0: vision tower (contrastive)",
     "text": "stage 0: language model",
     "pretrain": "stage 1: connector",
-    "pft": "stage 2: everything",
+    "pft": "stage 2: all parts",
     "sft": "stage 3: MoE",
     "sft_dense": "stage 3: dense",
 }
 CHANCE = 0.25
 EQUAL_FLOPS = (
-    "Both made the same steps on the same data, so experts cost {ratio:.2f}x the FLOPs. With equal FLOPs the "
-    "dense model makes {ratio:.2f}x as many steps, which is not measured here; where it was, the dense model "
-    "was ahead (benchmarks/results/ablation.md)."
+    "Both models were trained for the same number of steps on the same data, so the model with experts "
+    "needed {ratio:.2f}x the FLOPs. At equal FLOPs the dense model makes {ratio:.2f}x as many steps. "
+    "This is not measured here; in the one run with equal FLOPs the dense model was better "
+    "(benchmarks/results/ablation.md)."
 )
 
 
 def report(out: Path, settings: Settings, seconds: float) -> None:
-    """Print and save everything there is to see of a finished run.
+    """Print and save the report of a finished demo.
+
+    Args:
+        out: folder of the demo.
+        settings: settings of the demo.
+        seconds: total time of all calls.
 
     Raises:
-        RuntimeError: a stage's loss did not fall; raised last, so that there is something to look at.
+        RuntimeError: the loss of a stage did not decrease. It is raised after the report is saved.
     """
     histories = {name: read_history(out / name / RESULT) for name in STAGES}
     scores = {
@@ -56,22 +62,22 @@ def report(out: Path, settings: Settings, seconds: float) -> None:
     _plot_patches(out, model, processor, pictures / "patches.png")
 
     console = Console(record=True, width=100)
-    ratios = {"FLOPs of a step": compute["flops_ratio"], "CPU time of a step": _slowdown(histories)}
-    console.print(_accuracy_table(scores, "test_a", "unseen drawings of known things (test A)", ratios))
-    console.print(_accuracy_table(scores, "test_b", "things never seen (test B)", ratios))
+    ratios = {"FLOPs per step": compute["flops_ratio"], "CPU time per step": _slowdown(histories)}
+    console.print(_accuracy_table(scores, "test_a", "unseen drawings of known concepts (test A)", ratios))
+    console.print(_accuracy_table(scores, "test_b", "unseen concepts (test B)", ratios))
     console.print(EQUAL_FLOPS.format(ratio=compute["flops_ratio"]))
     console.print(_expert_table(histories["sft"], scores["sft"]))
     console.print(_compute_table(histories, compute, ratios))
     console.print(_answers_table(out, model, processor, settings.seed))
     again = scores["sft"]["reload_difference"]
-    said = "not compared: the run was stopped in between" if again is None else f"{again:.0e}"
+    found = "not measured, because the run was interrupted" if again is None else f"{again:.0e}"
     console.print(
-        f"step-0 difference of upcycling {compute['step0_difference']:.1e}; difference of the logits after "
-        f"reloading {checkpoint} {said}"
+        f"step-0 difference of upcycling: {compute['step0_difference']:.1e}; difference of the logits after "
+        f"reloading {checkpoint}: {found}"
     )
     console.print(_headline(scores) + f"; {seconds / 60:.1f} minutes")
     console.print(
-        f"pictures in {pictures}; ask it yourself:\n"
+        f"plots are in {pictures}; to chat with the model:\n"
         f"  python -m cumo_model chat --checkpoint {checkpoint} --image {_some_picture(out)}",
         soft_wrap=True,
     )
@@ -79,11 +85,11 @@ def report(out: Path, settings: Settings, seconds: float) -> None:
     part.write_text(console.export_text())
     part.replace(out / "report.txt")
     if flat := [title for name, title in STAGES.items() if not _fell(histories[name])]:
-        raise RuntimeError(f"the loss did not fall in {', '.join(flat)}: something is broken; see {pictures}")
+        raise RuntimeError(f"the loss did not decrease in {', '.join(flat)}: see {pictures / 'losses.png'}")
 
 
 def _fell(history: dict) -> bool:
-    """Whether the last fifth of a stage's steps has a lower loss than the first."""
+    """Whether the loss is lower in the last fifth of a stage's steps than in the first fifth."""
     values = history["series"].get("language", history["series"]["loss"])
     window = max(1, len(values) // 5)
     return sum(values[-window:]) < sum(values[:window])
@@ -104,22 +110,22 @@ def _cell(row: list[int]) -> str:
 
 
 def _headline(scores: dict) -> str:
-    """MoE and dense on unseen drawings, in one line."""
+    """Results of both models on unseen drawings, in one line."""
     found = {name: scores[name]["test_a"] for name in ("sft", "sft_dense")}
     choice = [f"{_share(part['choice']['name']):.1%}" for part in found.values()]
     exact = [f"{_share(_total(part['exact'])):.1%}" for part in found.values()]
     majority = _share(_total(found["sft"]["majority"]))
     return (
-        f"headline, on unseen drawings after the same steps: 4-way choice {choice[0]} with experts, "
-        f"{choice[1]} dense (chance {CHANCE:.0%}); exact match {exact[0]} and {exact[1]} "
-        f"(majority {majority:.1%})"
+        f"summary, on unseen drawings after the same number of steps: "
+        f"4-way choice {choice[0]} with experts, {choice[1]} dense (chance {CHANCE:.0%}); "
+        f"exact match {exact[0]} and {exact[1]} (majority {majority:.1%})"
     )
 
 
 def _accuracy_table(scores: dict, part: str, title: str, ratios: dict[str, float]) -> Table:
-    """Both models of stage 3 on one test; `ratios`: what of a step -> with experts over dense."""
+    """Results of both models of stage 3 on one test set. `ratios`: kind of cost -> MoE relative to dense."""
     table = Table(title=title, title_justify="left")
-    for column in ("question", "asked", "MoE", "dense", "majority answer", "chance"):
+    for column in ("question", "number", "MoE", "dense", "majority answer", "chance"):
         table.add_column(column, justify="left" if column == "question" else "right")
     moe, dense = scores["sft"][part], scores["sft_dense"][part]
     for kind, row in moe["exact"].items():
@@ -149,7 +155,7 @@ def _expert_table(history: dict, scores: dict) -> Table:
         "last",
         "z-loss: first",
         "last",
-        "load entropy (1 = even)",
+        "load entropy (1 = uniform)",
     ):
         table.add_column(column, justify="left" if column == "place" else "right")
     for place, entropy in scores["load_entropy"].items():
@@ -163,14 +169,14 @@ def _expert_table(history: dict, scores: dict) -> Table:
 
 
 def _slowdown(histories: dict) -> float:
-    """CPU time of a step of stage 3 with experts over that of a dense one."""
+    """CPU time of a step of stage 3 with experts, relative to that of a dense step."""
     moe, dense = (histories[name]["cpu_seconds"] / histories[name]["steps"] for name in ("sft", "sft_dense"))
     return moe / dense
 
 
 def _compute_table(histories: dict, compute: dict, ratios: dict[str, float]) -> Table:
     table = Table(title="compute", title_justify="left")
-    for column in ("stage", "steps", "tokens", "CPU s", "tokens per wall s"):
+    for column in ("stage", "steps", "tokens", "CPU s", "tokens per s (wall)"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name, title in STAGES.items():
         history = histories[name]
@@ -181,8 +187,8 @@ def _compute_table(histories: dict, compute: dict, ratios: dict[str, float]) -> 
         )  # fmt: skip
     flops, time = ratios.values()
     table.caption = (
-        f"a MoE step has {flops:.2f}x the FLOPs of a dense one and took {time:.2f}x its CPU time: "
-        f"{time / flops:.2f}x what its FLOPs say; parameters {compute['parameters']['dense']:,} dense, "
+        f"an MoE step has {flops:.2f}x the FLOPs of a dense step and takes {time:.2f}x its CPU time, "
+        f"{time / flops:.2f}x per FLOP; parameters: {compute['parameters']['dense']:,} dense, "
         f"{compute['parameters']['moe']:,} MoE"
     )
     return table
@@ -194,8 +200,8 @@ def _answers_table(out: Path, model, processor, seed: int) -> Table:
     for record in records:
         by_picture.setdefault(record["image"], []).append(record)
     chosen = random.Random(seed).sample(sorted(by_picture), 3)
-    table = Table(title="a few questions about unseen drawings", title_justify="left")
-    for column in ("picture", "question", "answer", "truth"):
+    table = Table(title="some questions about unseen drawings", title_justify="left")
+    for column in ("picture", "question", "answer", "reference answer"):
         table.add_column(column)
     for image in chosen:
         picture = load_image(out / "data" / image)

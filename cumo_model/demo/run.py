@@ -1,6 +1,6 @@
-"""The demo from nothing to a table: data, three stages, the last one dense too, held-out scores, pictures.
+"""The command of the demo: data, all stages with and without experts, evaluation, and the report.
 
-Every step leaves a finished folder or file behind, so the same command goes on wherever it was stopped.
+Every step creates a finished folder or file, so the same command resumes an interrupted demo.
 """
 
 import os
@@ -13,7 +13,7 @@ from cumo_model.demo.processes import claim, cores, locked, named, run_tasks
 from cumo_model.demo.questions import make_dataset
 from cumo_model.demo.settings import Settings
 
-PHASES = (  # tasks that run side by side, and how many threads each one has
+PHASES = (  # tasks of a phase run in parallel; their number determines the threads of each
     ("vision", "text"),
     ("dense",),
     ("sft", "sft_dense"),
@@ -29,16 +29,21 @@ DONE_BY = {
 
 
 def run_demo(out_dir: str | os.PathLike, is_quick: bool = False, seed: int = 0) -> int:
-    """Run what is not done yet in `out_dir`, then print the table.
+    """Run all unfinished steps of the demo in `out_dir`, then print the report.
+
+    Args:
+        out_dir: folder of the demo.
+        is_quick: use fewer and smaller steps, to test the whole path in a short time.
+        seed: seed of the data, of new weights and of the order of samples.
 
     Raises:
-        ValueError: `out_dir` holds something else, or a demo with other settings; it is left as it is.
-        Interrupted: stopped on request; the same call goes on.
+        ValueError: `out_dir` contains something else, or a demo with other settings; it is not changed.
+        Interrupted: the demo was stopped by a signal; the same call resumes.
     """
     out = named(out_dir)
     settings = Settings(seed=seed, quick=is_quick)
     claim(out, settings)
-    print(f"CuMo demo in {out} on {_machine()}; Ctrl-C stops it, the same command goes on", flush=True)
+    print(f"CuMo demo in {out} on {_machine()}; Ctrl-C stops it, the same command resumes", flush=True)
     with locked(out):
         with _timed(out):
             make_dataset(out / "data", settings.image_size, seed=seed, quick=is_quick)
@@ -46,9 +51,7 @@ def run_demo(out_dir: str | os.PathLike, is_quick: bool = False, seed: int = 0) 
             if left := [task for task in tasks if not (out / DONE_BY[task]).exists()]:
                 with _timed(out):
                     run_tasks(out, left, cores(), len(tasks))
-        from cumo_model.demo.report import (
-            report,  # matplotlib, and a model to ask: not before training is done
-        )
+        from cumo_model.demo.report import report  # imports matplotlib, which training does not need
 
         report(out, settings, _seconds(out))
     return 0
@@ -63,7 +66,7 @@ def _seconds(out: Path) -> float:
 
 @contextmanager
 def _timed(out: Path) -> Iterator[None]:
-    """Adds the time inside to what earlier calls in `out` took."""
+    """Add the time inside the `with` block to the time of earlier calls in `out`."""
     start = time.monotonic()
     try:
         yield

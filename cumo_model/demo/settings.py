@@ -1,6 +1,6 @@
-"""What the demo's recipes do not say: the sizes of its models, and how a quick run differs.
+"""Settings of the demo that are not part of its recipes: sizes of its models, and changes for a quick run.
 
-What each stage trains, for how long and with which rates is in cumo_model/recipes/demo.
+Trained parts, numbers of steps and learning rates of the stages are in cumo_model/training/recipes/demo.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from transformers import MistralConfig
 
 from cumo_model.model.config import CumoVisionConfig
 
-TEMPLATE = "mistral_instruct"  # of stages 2 and 3 and of every question after them
-QUICK = {  # stage -> steps, batch
+TEMPLATE = "mistral_instruct"  # template of stages 2 and 3 and of the evaluation
+QUICK = {  # stage -> number of steps, batch size
     "vision": (20, 64),
     "text": (40, 32),
     "pretrain": (15, 32),
@@ -21,30 +21,30 @@ QUICK = {  # stage -> steps, batch
     "sft": (30, 16),
     "sft_dense": (30, 16),
 }
-QUICK_QUESTIONS = 32  # of each kind
+QUICK_QUESTIONS = 32  # number of questions of each kind
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A CuMo of some million parameters."""
+    """Settings of a demo: a CuMo with a few million parameters."""
 
     image_size: int = 48
     patch_size: int = 8
     vision_width: int = 128
-    vision_layers: int = 5  # the last one serves only its router, as in CuMo
+    vision_layers: int = 5  # of the last layer only the router statistics are used, as in CuMo
     text_width: int = 128
     text_layers: int = 2
-    seed: int = 0  # of new weights and of the order of samples
-    quick: bool = False  # the same path in a fraction of the time; what it learns is only a start
-    sft_steps: int | None = None  # of stage 3, instead of its recipe's
+    seed: int = 0  # seed of new weights and of the order of samples
+    quick: bool = False  # the same path in a fraction of the time, with too few steps for good results
+    sft_steps: int | None = None  # number of steps of stage 3, instead of that of its recipe
 
     @property
     def eval_limit(self) -> int | None:
-        """Questions of each kind; None for all."""
+        """Number of questions of each kind; None for all."""
         return QUICK_QUESTIONS if self.quick else None
 
     def changes(self, stage: str) -> dict:
-        """Keys of a stage's recipe that differ from what is shipped, with their values."""
+        """Keys and values that differ from the shipped recipe of a stage."""
         changes: dict = {"trainer.seed": self.seed, "model.seed": self.seed}
         if self.quick:
             steps, batch = QUICK[stage]
@@ -55,6 +55,7 @@ class Settings:
         return changes
 
     def vision_config(self) -> CumoVisionConfig:
+        """Configuration of the vision tower."""
         return CumoVisionConfig(
             image_size=self.image_size,
             patch_size=self.patch_size,
@@ -66,6 +67,7 @@ class Settings:
         )
 
     def text_config(self, tokenizer) -> MistralConfig:
+        """Configuration of the language model for a tokenizer."""
         return MistralConfig(
             vocab_size=len(tokenizer),
             hidden_size=self.text_width,
@@ -83,8 +85,10 @@ class Settings:
 
 
 def load_settings(path: Path) -> Settings:
+    """Read settings from a JSON file."""
     return Settings(**json.loads(path.read_text()))
 
 
 def plain(settings: Settings) -> dict:
+    """Settings as a dict of JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(settings)))

@@ -1,4 +1,4 @@
-"""The demo's tasks: stage 0 of both towers, stages 1 and 2, and stage 3 with experts and without."""
+"""Tasks of the demo: stage 0 of both models, stages 1 and 2, and stage 3 with and without experts."""
 
 import functools
 import sys
@@ -18,6 +18,7 @@ from cumo_model.training.start import start_model
 
 
 def vision(run: Run) -> None:
+    """Stage 0 of the vision tower."""
     build = functools.partial(
         build_vision, settings=run.settings, tokenizer=run.tokenizer, processor=run.processor
     )
@@ -26,15 +27,16 @@ def vision(run: Run) -> None:
 
 
 def text(run: Run) -> None:
+    """Stage 0 of the language model."""
     build = functools.partial(build_text, settings=run.settings, tokenizer=run.tokenizer)
     stage = lambda recipe, callbacks: run_stage(recipe, build, callbacks)
     run.train(run.recipe("text"), "stage 0: language model", stage)
 
 
 def dense(run: Run) -> None:
-    """Stages 1 and 2: the connector, then everything, without experts."""
+    """Stages 1 and 2: train the connector, then all parts, without experts."""
     run.train(run.recipe("pretrain"), "stage 1: connector")
-    run.train(run.recipe("pft"), "stage 2: everything")
+    run.train(run.recipe("pft"), "stage 2: all parts")
     compute = measure_flops(run)
     write_json(run.folder / "compute.json", compute)
     before, after = (f"{compute['parameters'][name]:,}" for name in ("dense", "moe"))
@@ -45,7 +47,7 @@ def dense(run: Run) -> None:
 
 
 def flops_of_step(model: CumoForConditionalGeneration, batch: dict[str, torch.Tensor]) -> int:
-    """FLOPs of one training step on a batch, forward and backward, as torch counts them."""
+    """FLOPs of one training step on a batch, forward and backward, measured with torch's FLOP counter."""
     model.train()
     with FlopCounterMode(display=False) as counter:
         model(**batch, use_cache=False, skip_logits=True).loss.backward()
@@ -54,7 +56,7 @@ def flops_of_step(model: CumoForConditionalGeneration, batch: dict[str, torch.Te
 
 
 def measure_flops(run: Run) -> dict:
-    """FLOPs of one step of stage 3, dense and with experts, and the difference of the two at step 0."""
+    """Measure FLOPs of one step of stage 3, dense and with experts, and the difference of both at step 0."""
     batch, models = run.batch("sft"), {}
     for name, stage in (("dense", "sft_dense"), ("moe", "sft")):
         recipe = run.recipe(stage)
@@ -74,19 +76,19 @@ def sft(run: Run) -> None:
 
 
 def sft_dense(run: Run) -> None:
-    """Stage 3 without experts, for as many steps."""
+    """Stage 3 without experts, for the same number of steps."""
     _stage3(run, "sft_dense", "stage 3: dense")
 
 
 def _stage3(run: Run, name: str, label: str) -> None:
     trained, loaded, difference = run.train(run.recipe(name), label), run.load(name), None
-    if trained is not None:  # else an earlier call had trained it and was killed before this
+    if trained is not None:  # None if an earlier call was killed after training
         difference = step0_difference(trained, loaded, run.batch(name))
     _examine(run, loaded, name, {"reload_difference": difference})
 
 
 def _examine(run: Run, model: CumoForConditionalGeneration, name: str, facts: dict) -> None:
-    """Score a model on both tests; the scores, and `facts`, go to scores-NAME.json."""
+    """Evaluate a model on both test sets; scores and `facts` are saved to scores-NAME.json."""
     result = dict(facts)
     for part in ("test_a", "test_b"):
         examiner = Examiner(

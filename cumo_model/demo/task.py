@@ -1,6 +1,6 @@
-"""One piece of the demo in a process of its own: python -m cumo_model.demo.task NAME RUN_DIR.
+"""Run one task of the demo in a separate process: python -m cumo_model.demo.task NAME RUN_DIR.
 
-On two CPU cores two processes of one thread each do nearly twice the work of one process with two.
+On two CPU cores, two processes with one thread each are nearly twice as fast as one process with two threads.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    logging.disable_progress_bar()  # the bars of loading and saving would break ours
+    logging.disable_progress_bar()  # bars for loading and saving would disturb that of training
     # a run is identified by the paths in its recipe: relative to this folder they are the same from every
     # working directory, and in runs/demo they are those of the shipped recipes
     folder = args.folder.resolve()

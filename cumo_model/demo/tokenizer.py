@@ -1,4 +1,4 @@
-"""The demo's tokenizer: byte-level BPE, trained on the demo's own text."""
+"""The tokenizer of the demo: byte-level BPE, trained on the text of the demo."""
 
 from collections.abc import Iterable
 
@@ -13,23 +13,23 @@ SPECIAL_TOKENS = (
     "<image>",
     "[INST]",
     "[/INST]",
-)  # ids 0 to 5; <unk> also pads, as in CuMo
+)  # ids 0 to 5; <unk> is also the padding token, as in CuMo
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1200) -> PreTrainedTokenizerFast:
-    """Learn merges from `texts`.
+    """Train a tokenizer on `texts`.
 
-    Any text can be encoded (256 bytes are in the vocabulary) and comes back lower case. The blanks and
-    newlines of the instruct template cost next to nothing: `[INST]`, `[/INST]` and `</s>` swallow the blanks
-    that the template puts beside them, and a word is the same token everywhere, since every piece of text
-    gets a leading blank.
+    Any text can be encoded, as all 256 bytes are in the vocabulary; decoded text is lower case. The spaces
+    and newlines of the instruct template need few tokens: `[INST]`, `[/INST]` and `</s>` absorb the adjacent
+    spaces of the template. A word is the same token at all positions, because every piece of text gets a
+    leading space.
 
     Args:
         texts: plain strings, without special tokens.
-        vocab_size: wanted size, specials and bytes included; less if `texts` has fewer merges.
+        vocab_size: requested size, including special tokens and bytes; smaller if `texts` has fewer merges.
 
     Returns:
-        A fast tokenizer with bos 1, eos 2 and pad = unk = 0; `tokenizer(text)` puts the BOS first.
+        A fast tokenizer with bos 1, eos 2 and pad = unk = 0; `tokenizer(text)` begins with BOS.
     """
     tokenizer = Tokenizer(BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])

@@ -1,15 +1,16 @@
-"""Recipes: what one stage of training is, as YAML.
+"""Recipes: definitions of single training stages, as YAML files.
 
-    base: other.yaml          taken first, relative to this file; what follows overrides it, key by key
-    variant: paper            which of `variants` is applied, where sources disagree on figures
+    base: other.yaml          recipe to inherit from, relative to this file; the keys below override its keys
+    variant: paper            the entry of `variants` to apply, if sources give different hyperparameters
     variants: {paper: {...}, script: {...}}
     output_dir: runs/...
-    model: {...}              where the weights come from               (ModelSection)
-    data: {...}               what is trained on                        (DataSection)
-    stage: {...}              what trains, with which losses and rates  (StageSection)
+    model: {...}              source of the weights                         (ModelSection)
+    data: {...}               training data                                 (DataSection)
+    stage: {...}              trained parts, losses and learning rates      (StageSection)
     trainer: {...}            any field of transformers.TrainingArguments
 
-`key=value` on the command line overrides, with dots into sections: `stage.learning_rate=1e-5 variant=script`.
+`key=value` on the command line overrides a key. Dots separate sections from keys:
+`stage.learning_rate=1e-5 variant=script`.
 """
 
 import dataclasses
@@ -25,9 +26,9 @@ import yaml
 from cumo_model.training.parallel import EXCHANGES
 
 SHIPPED = Path(__file__).with_name("recipes")
-# may change between the runs of one training without making it another one
+# keys that may differ when a run is resumed
 FREE = ("trainer", "output_dir")
-PARTS = {  # what a stage may train -> its modules in CumoForConditionalGeneration
+PARTS = {  # part that a stage can train -> its modules in CumoForConditionalGeneration
     "vision": ("model.vision_tower",),
     "projector": ("model.multi_modal_projector",),
     "language": ("model.language_model", "lm_head"),
@@ -36,25 +37,28 @@ PARTS = {  # what a stage may train -> its modules in CumoForConditionalGenerati
 
 @dataclass(frozen=True)
 class ModelSection:
-    """`start` is a folder with a CuMo checkpoint, dense or not; or `vision` and `language` are folders with
-    a CLIP (or CuMo) tower and a causal language model, and the connector is new."""
+    """Source of the weights: either one checkpoint, or a vision tower and a language model.
+
+    `start` is the folder of a CuMo checkpoint, dense or with experts. Otherwise `vision` and `language` are
+    folders with a CLIP (or CuMo) tower and a causal language model, and the connector is new.
+    """
 
     start: str | None = None
     vision: str | None = None
     language: str | None = None
-    projector: str | None = None  # mm_projector.bin of the original's stages, for `vision` and `language`
-    tokenizer: str | None = None  # where it is not with `language`
+    projector: str | None = None  # mm_projector.bin of the original code, with `vision` and `language`
+    tokenizer: str | None = None  # folder of the tokenizer, if it is not in `language`
     scales: tuple[int, ...] = (1, 3)
-    vision_experts: int = 0  # a dense place gets so many copies; one that has as many is left as it is
+    vision_experts: int = 0  # number of copies of each dense MLP; existing experts of this number are kept
     projector_experts: int = 0
     text_experts: int = 0
     top_k: int = 2
-    scratch: bool = False  # new experts with random weights instead of copies
-    seed: int = 0  # of new gates and of a new connector
+    scratch: bool = False  # new experts have random weights instead of copies
+    seed: int = 0  # seed of new gates and of a new connector
     compat: str | None = None
-    dtype: str = "float32"  # of the weights; trainer.bf16 computes in bf16 beside fp32 weights
+    dtype: str = "float32"  # dtype of the weights; trainer.bf16 computes in bf16 with fp32 weights
     attn_implementation: str | None = None
-    quantize: int | None = None  # 4 or 8 bits, frozen, for QLoRA
+    quantize: int | None = None  # 4 or 8 bits; quantised weights are frozen, for QLoRA
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,13 @@ class DataSection:
     files: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
     template: str = "mistral_instruct_system"
-    aspect: str = "pad"  # "square" crops what is not square, as LLaVA's first stage does
+    aspect: str = "pad"  # "square" crops images that are not square, as LLaVA's first stage does
     max_length: int | None = None
     grouping: str = "modality_length"
-    packing: bool = False  # rows of max_length tokens; a micro-batch counts rows then
+    packing: bool = False  # fill rows of max_length tokens; the batch size then counts rows
     skip_bad: bool = False
-    cache_dir: str | None = None  # of the index; beside output_dir if not given
-    dummy_images: bool = False  # the original's grey picture for every row without one
+    cache_dir: str | None = None  # folder of the index; by default `index` next to output_dir
+    dummy_images: bool = False  # add a grey image to each row without an image, as the original code does
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,13 @@ class LoraSection:
     r: int = 64
     alpha: int = 16
     dropout: float = 0.05
-    targets: Any = r"model\.language_model\..*(q|k|v|o|gate|up|down)_proj"  # names, or one pattern
+    targets: Any = r"model\.language_model\..*(q|k|v|o|gate|up|down)_proj"  # names, or one regular expression
     target_parameters: tuple[str, ...] = ()  # stacked experts: experts.gate_up_proj, experts.down_proj ...
 
     def __post_init__(self):
         if self.target_parameters and self.dropout:
             raise ValueError(
-                "stage.lora.dropout must be 0 with target_parameters, where peft has none, "
+                "stage.lora.dropout must be 0 with target_parameters, for which peft has no dropout, "
                 f"got {self.dropout}"
             )
 
@@ -90,13 +94,13 @@ class LoraSection:
 @dataclass(frozen=True)
 class StageSection:
     trains: tuple[str, ...] = tuple(PARTS)
-    batch_size: int = 256  # over all processes and accumulation steps
+    batch_size: int = 256  # global: over all processes and accumulation steps
     learning_rate: float = 2e-5
     projector_learning_rate: float | None = None
     balance_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
     expert_parallel: int = 1  # processes that share the experts of a layer
-    expert_exchange: str = "exact"  # how tokens travel to them; "padded" waits for no device, for more memory
+    expert_exchange: str = "exact"  # "padded" needs more memory but no host synchronisation
     lora: LoraSection | None = None
 
     def __post_init__(self):
@@ -118,18 +122,20 @@ class Recipe:
     variant: str | None = None
 
     def identity(self) -> dict:
-        """What makes a training this training; the rest may change when it goes on."""
-        seeds = [self.trainer.get(name) for name in ("seed", "data_seed")]  # of packs and order
+        """The values that must be the same when a run is resumed; all others may change."""
+        seeds = [self.trainer.get(name) for name in ("seed", "data_seed")]  # for packing and order
         values = {key: value for key, value in plain(self).items() if key not in FREE} | {"seed": seeds}
-        del values["stage"]["expert_exchange"]  # the same but for rounding
+        del values["stage"]["expert_exchange"]  # results differ by rounding only
         return values
 
 
 def plain(recipe: Recipe) -> dict:
+    """A recipe as a dict of JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
 def shipped_recipes() -> list[str]:
+    """Names of the shipped recipes."""
     return sorted(
         path.relative_to(SHIPPED).with_suffix("").as_posix()
         for path in SHIPPED.rglob("*.yaml")
@@ -141,11 +147,11 @@ def load_recipe(config: str | os.PathLike, overrides: Sequence[str] = ()) -> Rec
     """Read a recipe.
 
     Args:
-        config: a YAML file, or the name of a shipped one ("mistral-7b/sft").
-        overrides: `key=value` strings, values as in YAML.
+        config: path of a YAML file, or name of a shipped recipe ("mistral-7b/sft").
+        overrides: `key=value` strings; values are parsed as YAML.
 
     Raises:
-        ValueError: the file or a key of it cannot be used; the message names it.
+        ValueError: the file cannot be read, or a key or value is not valid; the message names it.
     """
     path = Path(config)
     if not path.exists() and (SHIPPED / f"{config}.yaml").exists():
@@ -154,8 +160,9 @@ def load_recipe(config: str | os.PathLike, overrides: Sequence[str] = ()) -> Rec
     given = _parse_overrides(overrides)
     variants, variant = values.pop("variants", {}), given.get("variant", values.get("variant"))
     if variant is not None and variant not in variants:
-        known = ", ".join(variants) or "none: this recipe has no variants"
-        raise ValueError(f"variant must be one of {known}, got {variant!r}")
+        if not variants:
+            raise ValueError(f"variant must be left out, as the recipe has no variants, got {variant!r}")
+        raise ValueError(f"variant must be one of {', '.join(variants)}, got {variant!r}")
     values = _merge(_merge(values, variants.get(variant) or {}), given)
     return _build(Recipe, values, "")
 
@@ -165,11 +172,11 @@ def _read(path: Path) -> dict:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         names = ", ".join(shipped_recipes())
-        raise ValueError(f"config {str(path)!r} does not exist, nor is it one of {names}") from None
+        raise ValueError(f"config must be a YAML file or one of {names}, got {str(path)!r}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"config {str(path)!r} cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"config {str(path)!r} must hold keys and values, got {type(values).__name__}")
+        raise ValueError(f"config {str(path)!r} must contain keys and values, got {type(values).__name__}")
     base = values.pop("base", None)
     return values if base is None else _merge(_read(path.parent / base), values)
 
@@ -196,13 +203,13 @@ def _parse_overrides(overrides: Sequence[str]) -> dict:
 
 
 def _build(kind: type, values: Any, place: str):
-    """A dataclass from a dict, with numbers as YAML leaves them (1e-3 is text to it)."""
+    """Build a dataclass from a dict. Strings such as 1e-3, which YAML does not parse, become numbers."""
     if not isinstance(values, dict):
-        raise ValueError(f"{place.rstrip('.') or 'config'} must hold keys and values, got {values!r}")
+        raise ValueError(f"{place.rstrip('.') or 'config'} must contain keys and values, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise ValueError(f"{place}{unknown[0]} is not a key; there are {', '.join(fields)}")
+        raise ValueError(f"{place}{unknown[0]} is not a key; the keys are {', '.join(fields)}")
     missing = [n for n, f in fields.items() if n not in values and _required(f)]
     if missing:
         raise ValueError(f"{place}{missing[0]} must be given")

@@ -1,7 +1,7 @@
-"""What any stage of training needs beside its model and data: batches that follow from the step, sums between
-two logs that outlive a kill, and a run that ends in a finished folder.
+"""The common part of all training stages: batches as a function of the step, resumable logs, result folders.
 
-A recipe's CuMo is trained by `cumo_model.training.trainer`, which adds what only a CuMo has.
+Sums between two logs are saved in checkpoints, so an interrupted run logs the same values. The model and its
+data are not part of it: `cumo_model.training.trainer` adds them for the CuMo of a recipe.
 """
 
 import json
@@ -11,6 +11,7 @@ import signal
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +26,11 @@ from cumo_model.training.monitor import Monitor, MonitorCallback, ShortProgress
 from cumo_model.training.recipe import Recipe, plain
 from cumo_model.training.recover import SAVING, Interrupted, StopRequests, last_sound
 
-RECIPE_FILE = "recipe.json"  # in a run's folder: what it is a run of
-DATA_FILE = "data.json"  # likewise: what its data are
-START_FILE = "start.json"  # likewise: what the models it begins with are
-RESULT = "model"  # in a finished run's folder
-HISTORY_FILE = "trainer_state.json"  # in RESULT
+RECIPE_FILE = "recipe.json"  # file in a run's folder: identity of the recipe
+DATA_FILE = "data.json"  # file in a run's folder: identity of the data
+START_FILE = "start.json"  # file in a run's folder: fingerprints of the models it starts from
+RESULT = "model"  # subfolder of a finished run
+HISTORY_FILE = "trainer_state.json"  # file in RESULT
 
 
 class _Loader(DataLoader):
@@ -37,15 +38,31 @@ class _Loader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-def _leave_stops_to_the_parent(worker: int) -> None:
-    """In a process that loads data: a signal for the whole group, as of Ctrl-C, timeout or a batch system, is
-    answered by who trains, and a loader that died of it would fail the step before the save."""
+def _ignore_stop_signals(worker: int) -> None:
+    """Ignore stop signals in a data loading worker.
+
+    Ctrl-C, `timeout` and batch systems send a signal to the whole process group. Only the training process
+    handles it. If a worker ended at once, the current step would fail before the checkpoint is saved.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 class StageTrainer(SpreadCheckpoints):
-    """A Trainer whose batches are a function of the step, and whose log and result survive a kill."""
+    """A Trainer whose batches are a function of the step, and whose log is the same after an interruption.
+
+    Args:
+        model: the model to train.
+        args: arguments of the Trainer.
+        dataset: items of the batches.
+        collator: function of a list of items that returns a batch, a dict of tensors.
+        lengths: length of each item.
+        has_image: for each item, whether it has an image.
+        grouping: as in `StepSampler`.
+        monitor: collects metrics between two logs; by default `Monitor(model, ())`.
+        callbacks: callbacks of the Trainer. A `ShortProgress` among them replaces the default progress bar.
+        **options: further arguments of the Trainer, such as `processing_class`.
+    """
 
     forward_options: dict = {}  # arguments of every forward pass
 
@@ -60,17 +77,8 @@ class StageTrainer(SpreadCheckpoints):
         grouping: str = "none",
         monitor: Monitor | None = None,
         callbacks: Sequence = (),
-        **options,
+        **options: Any,
     ):
-        """
-        Args:
-            dataset: items of a batch; `lengths` and `has_image` of each.
-            collator: items -> batch, a dict of tensors.
-            grouping: of `StepSampler`.
-            monitor: what collects between two logs.
-            callbacks: a `ShortProgress` among them is the bar.
-            options: of Trainer (processing_class ...).
-        """
         self.lengths, self.has_image, self.grouping = lengths, has_image, grouping
         self.monitor = Monitor(model, ()) if monitor is None else monitor
         callbacks = [StopRequests(), *callbacks]
@@ -105,7 +113,7 @@ class StageTrainer(SpreadCheckpoints):
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=_leave_stops_to_the_parent,
+            worker_init_fn=_ignore_stop_signals,
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -137,14 +145,14 @@ class StageTrainer(SpreadCheckpoints):
         if not path.is_file():
             return
         device = self.args.device
-        place = device if device.type == "cuda" else device.type  # "cpu:0" is no place to torch.load
+        place = device if device.type == "cuda" else device.type  # torch.load rejects "cpu:0"
         window = torch.load(path, weights_only=True, map_location=place)
         self._tr_loss, self._total_loss_scalar = window["loss"], window["total"]
         self._globalstep_last_logged = window["logged"]
         self.monitor.load_state_dict(window["monitor"])
 
     def _window_file(self, folder: str | os.PathLike) -> Path:
-        """What this process has added up since the last log: the next one is then of all its steps."""
+        """File with the sums of this process since the last log. The next log then covers all its steps."""
         return Path(folder, f"window_{self.args.process_index}_of_{self.args.world_size}.pt")
 
     def log(self, logs, start_time=None):
@@ -155,7 +163,7 @@ class StageTrainer(SpreadCheckpoints):
         super().log(logs, start_time)
 
     def save_result(self, path: Path, recipe: Recipe) -> None:
-        """What was trained as a folder that appears in one move; all processes call."""
+        """Save the trained model as a folder, created atomically. All processes must call this."""
         work = _work(path)
         self.save_model(str(work))  # all processes: sharded weights are gathered
         if not self.is_world_process_zero():
@@ -167,7 +175,7 @@ class StageTrainer(SpreadCheckpoints):
         shutil.rmtree(work, ignore_errors=True)
 
     def write_result(self, work: Path, folder: Path, recipe: Recipe) -> None:
-        """On the first process: fill `folder` from `work`, what `save_model` wrote."""
+        """Fill `folder` with the files that `save_model` wrote to `work`, on the first process only."""
         for item in sorted(work.iterdir()):
             if item.name != "training_args.bin":
                 shutil.move(item, folder / item.name)
@@ -178,10 +186,14 @@ def _work(path: Path) -> Path:
 
 
 def claim(path: Path, wanted: dict) -> None:
-    """Only a run of the same things goes on in a folder, where `path` says what they are.
+    """Record the identity of a run in `path`, or check that the recorded one is the same.
+
+    Args:
+        path: JSON file in the run's folder.
+        wanted: identity of the run.
 
     Raises:
-        ValueError: `path` says something else; the message names it.
+        ValueError: `path` contains another identity; the message names the differing keys.
     """
     out = path.parent
     if path.exists():
@@ -197,11 +209,11 @@ def claim(path: Path, wanted: dict) -> None:
 
 
 def _claim_start(recipe: Recipe) -> None:
-    """A stage before that was trained again, into the same folder, is another beginning."""
+    """Check that the start models are the same as before, also if an earlier stage was trained again."""
     model = recipe.model
     named = (model.start, model.vision, model.language, model.projector)
     paths = [path for path in named if path is not None]
-    # where one is gone a run that needs it says so
+    # if one is missing, loading reports it; a finished run does not need it
     if all(os.path.exists(path) for path in paths):
         wanted = {f"content of {path}": fingerprint(path) for path in paths}
         claim(Path(recipe.output_dir) / START_FILE, wanted)
@@ -210,27 +222,28 @@ def _claim_start(recipe: Recipe) -> None:
 def run_stage(
     recipe: Recipe, build: Callable[[Recipe, Sequence], StageTrainer], callbacks: Sequence = ()
 ) -> Path:
-    """Train, from the last whole checkpoint if there is one; a finished run is left as it is.
+    """Train a stage, from its last readable checkpoint if there is one. A finished run is not changed.
 
     Args:
-        build: (recipe, callbacks) -> the trainer, ready to train.
-        callbacks: of the Trainer.
+        recipe: the recipe of the stage.
+        build: function of (recipe, callbacks) that returns the trainer, ready to train.
+        callbacks: callbacks of the Trainer.
 
     Returns:
-        The folder with what was trained.
+        The folder with the trained model.
 
     Raises:
-        ValueError: the recipe does not fit the data, the model, or what `output_dir` holds, or no checkpoint
+        ValueError: the recipe does not fit the data, the model, or the run in `output_dir`, or no checkpoint
             there can be read.
-        FloatingPointError: the loss is not finite.
-        Interrupted: SIGINT or SIGTERM came; progress is saved.
+        FloatingPointError: the loss or a weight is not finite.
+        Interrupted: SIGINT or SIGTERM was received; progress is saved if the disk is not full.
     """
     out = Path(recipe.output_dir)
     claim(out / RECIPE_FILE, recipe.identity())
     _claim_start(recipe)
     if (out / RESULT).is_dir():
         if int(os.environ.get("RANK", 0)) == 0:
-            clear(recipe)  # left where a run was killed between its result and this
+            clear(recipe)  # files of a run that was killed after it had saved its result
             shutil.rmtree(_work(out / RESULT), ignore_errors=True)
         return out / RESULT
     trainer = build(recipe, callbacks)
@@ -251,15 +264,16 @@ def run_stage(
 
 
 def read_history(result: str | os.PathLike) -> dict:
-    """What the logs of a finished run say.
+    """Read the logged metrics of a finished run.
 
     Args:
         result: the folder that `run_stage` returned.
 
     Returns:
-        {"series": {"loss", "learning_rate", "tokens", parts of the loss, "clip_load_entropy" ...: one float a
-        log that has it}, "steps", "tokens", "cpu_seconds", "wall_seconds": sums over all logs}, whoever made
-        them: time that was lost with a kill is not in it.
+        {"series": {"loss", "learning_rate", "tokens", parts of the loss, "clip_load_entropy" ...: a list with
+        one float for each log that has the metric}, "steps", "tokens", "cpu_seconds", "wall_seconds": totals
+        of all logs, including those before an interruption}. Time of steps that were lost by a kill is not
+        counted.
 
     Raises:
         ValueError: the folder is not a finished run, or its history is damaged.

@@ -1,4 +1,4 @@
-"""The model and processor that a stage begins with."""
+"""Loading of the model and processor from which a stage starts."""
 
 import os
 
@@ -11,20 +11,24 @@ from cumo_model.training.recipe import DataSection, ModelSection
 
 
 def start_model(model: ModelSection, data: DataSection) -> tuple[CumoForConditionalGeneration, CumoProcessor]:
-    """The model and processor of a recipe, experts included.
+    """Load the model, with experts, and the processor of a recipe.
+
+    Args:
+        model: section of the recipe with the folders of the weights and the numbers of experts.
+        data: section of the recipe with the template and the aspect ratio.
 
     Raises:
-        ValueError: a folder is missing or of another kind, or experts do not fit what is there.
+        ValueError: a folder is missing or of another kind, or the requested experts do not fit the model.
     """
     if (model.start is None) == (model.vision is None or model.language is None):
-        raise ValueError("model must name start, or vision and language, got both or neither")
+        raise ValueError("model must have either start, or vision and language, got both or neither")
     dtype = getattr(torch, model.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"model.dtype must be a float type of torch, got {model.dtype!r}")
     for name in ("start", "vision", "language", "tokenizer"):
         path = getattr(model, name)
         if path is not None and not os.path.isdir(path):
-            raise ValueError(f"model.{name} must be a folder, got {path!r}, which is none")
+            raise ValueError(f"model.{name} must be a folder, got {path!r}, which is not a folder")
     parts = {}
     if model.start is None:
         parts = {
@@ -58,5 +62,5 @@ def start_model(model: ModelSection, data: DataSection) -> tuple[CumoForConditio
         raise ValueError(f"model: {error}") from error
     if processor is None:
         where = model.tokenizer or model.language or model.start
-        raise ValueError(f"model.tokenizer must be a folder with a tokenizer: {where} has none")
+        raise ValueError(f"model.tokenizer must be a folder with a tokenizer, got {where!r}, which has none")
     return built, processor

@@ -1,7 +1,7 @@
-"""transformers' Trainer for CuMo: losses by name, rates, adapters; and runs of recipes.
+"""transformers' Trainer for CuMo: losses by name, learning rates, adapters; and runs of recipes.
 
-What a step sees is a function of the recipe and the step, on however many processes: the global batch is the
-recipe's, and accumulation is what is left of it after processes and micro-batches.
+The data of a step are a function of the recipe and the step, for any number of processes. The recipe sets the
+global batch size; the number of accumulation steps follows from it, the processes and the micro-batch.
 """
 
 import json
@@ -9,9 +9,11 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from cumo_model.data.batches import Collator
@@ -27,16 +29,21 @@ from cumo_model.training.stage import DATA_FILE, StageTrainer, claim, run_stage
 
 
 class CumoTrainer(StageTrainer):
-    """A stage of a CuMo: parts of the loss in the log, a connector rate of its own, adapters.
+    """Trainer of a stage of a CuMo: logs parts of the loss, supports a separate connector rate and adapters.
 
     Args:
-        stage: rates and what trains.
-        options: of StageTrainer.
+        model: the CuMo; wrapped by peft if the stage trains adapters.
+        args: arguments of the Trainer.
+        units: data set whose items are the samples of one row.
+        stage: section of the recipe with learning rates and the parts to train.
+        **options: further arguments of StageTrainer.
     """
 
     forward_options = {"use_cache": False, "skip_logits": True}
 
-    def __init__(self, model, args: TrainingArguments, units: Units, stage: StageSection, **options):
+    def __init__(
+        self, model: nn.Module, args: TrainingArguments, units: Units, stage: StageSection, **options: Any
+    ):
         self.stage = stage
         whole = set(stage.trains) - ({"language"} if stage.lora is not None else set())
         super().__init__(model, args, units, monitor=Monitor(model, whole), **options)
@@ -50,7 +57,7 @@ class CumoTrainer(StageTrainer):
             groups: dict[tuple[bool, bool, bool], dict] = {}
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    # fused optimizers take plain tensors or DTensors in one group, not both
+                    # a parameter group of a fused optimizer cannot contain both plain tensors and DTensors
                     key = ("multi_modal_projector" in name, name in decayed, is_spread(parameter))
                     group = groups.setdefault(key, {"params": []})
                     group["params"].append(parameter)
@@ -72,7 +79,7 @@ class CumoTrainer(StageTrainer):
             load_beside(self.model, resume_from_checkpoint)
 
     def write_result(self, work, folder, recipe):
-        """The trained model, adapters merged, and its processor."""
+        """Save the trained model, with adapters merged, and its processor."""
         if not has_adapters(self.model):
             super().write_result(work, folder, recipe)
             return
@@ -84,8 +91,12 @@ class CumoTrainer(StageTrainer):
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """TrainingArguments of a recipe on this machine.
 
+    Args:
+        recipe: the recipe; its section `trainer` has fields of TrainingArguments.
+
     Raises:
-        ValueError: a key is none of theirs, or the batch does not divide over the processes.
+        ValueError: `trainer` has an unknown key or an unusable value, or the batch size is not a multiple of
+            the micro-batch times the number of processes.
     """
     given, stage, world = (
         checkpointing_arguments(recipe.trainer),
@@ -105,25 +116,25 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if given.get("deepspeed"):
         require_deepspeed()
     if not torch.cuda.is_available():
-        given.pop("tf32", None)  # what only a GPU has is no reason to refuse a CPU
+        given.pop("tf32", None)  # transformers raises an error for it without a GPU
         if given.get("fp16"):
             raise ValueError(
-                "trainer.fp16 needs a GPU, a CPU would compute in fp32; trainer.bf16 runs on both"
+                "trainer.fp16 needs a GPU, because a CPU would compute in fp32; trainer.bf16 runs on both"
             )
     if "fsdp_config" in given:
         given.setdefault("fsdp", True)
     if stage.expert_parallel > 1 and stage.expert_exchange == "padded" and torch.cuda.is_available():
-        if not given.get("use_cpu"):  # sizes are agreed on by CPU tensors, rows travel by NCCL
+        if not given.get("use_cpu"):  # sizes are exchanged as CPU tensors, rows with NCCL
             given.setdefault("ddp_backend", "cpu:gloo,cuda:nccl")
     fixed = {
         "output_dir": recipe.output_dir,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": stage.batch_size // (micro * world),
         "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,  # a loss that is no number ends the run
+        "logging_nan_inf_filter": False,  # a loss that is not finite stops the run
         "label_names": ["labels"],
     }
-    if given.get(CHECKPOINTING):  # the model refuses the other way
+    if given.get(CHECKPOINTING):  # the model does not support the reentrant variant
         options = f"{CHECKPOINTING}_kwargs"
         given[options] = {"use_reentrant": False, **(given.get(options) or {})}
     defaults = {
@@ -134,7 +145,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "disable_tqdm": False,
         "optim": "adamw_torch_fused",
         "use_cpu": not torch.cuda.is_available(),
-        # a step of text alone leaves tower and connector without gradient
+        # in a step without images, tower and connector get no gradient
         "ddp_find_unused_parameters": True,
     }
     environment = os.environ.get
@@ -142,8 +153,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         environment("TORCHELASTIC_MAX_RESTARTS", 0)
     ):
         warnings.warn(
-            "torch 2.11's torchrun gives restarted processes the store of those before, where they find "
-            "addresses of the dead: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun",
+            "with torch 2.11, workers restarted by torchrun use the store of the previous workers and would "
+            "connect to addresses of workers that have ended: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for "
+            "torchrun",
             stacklevel=2,
         )
     try:
@@ -160,8 +172,8 @@ def _engine_config(name: str, path: str) -> dict:
         raise ValueError(f"trainer.{name} {path!r} cannot be read: {error}") from None
 
 
-def freeze(model, stage: StageSection) -> None:
-    """Leave only what the stage trains with gradients."""
+def freeze(model: nn.Module, stage: StageSection) -> None:
+    """Enable gradients for the parts that the stage trains, and disable them for all other parameters."""
     model.requires_grad_(False)
     for part in stage.trains:
         for name in PARTS[part]:
@@ -171,7 +183,19 @@ def freeze(model, stage: StageSection) -> None:
 
 
 def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
-    """Model, data and Trainer of a recipe, ready to train."""
+    """Build the model, the data set and the Trainer of a recipe.
+
+    Args:
+        recipe: the recipe.
+        callbacks: callbacks of the Trainer.
+
+    Returns:
+        The Trainer, ready to train.
+
+    Raises:
+        ValueError: the recipe does not fit the machine, the data or the model, or its output folder belongs
+            to a run with other data.
+    """
     args = training_arguments(recipe)
     set_seed(args.seed)
     join_processes(args)
@@ -214,7 +238,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     if stage.expert_parallel > 1:
         if stage.lora is not None or args.deepspeed:
             raise ValueError("stage.expert_parallel must be 1 with lora or deepspeed")
-        if args.fp16:  # the Trainer's norm over both kinds of parameters does not know the loss's scale
+        if args.fp16:  # the gradient norm over DTensors and plain tensors would include the loss scale
             raise ValueError("stage.expert_parallel must be 1 with trainer.fp16; it works with trainer.bf16")
         spread_experts(model, stage.expert_parallel, args.device, bool(args.fsdp), stage.expert_exchange)
     return CumoTrainer(
@@ -232,7 +256,11 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
 
 
 def run_recipe(recipe: Recipe, callbacks: Sequence = ()) -> Path:
-    """Train a CuMo as `run_stage` does.
+    """Train a CuMo with `run_stage`.
+
+    Args:
+        recipe: the recipe.
+        callbacks: callbacks of the Trainer.
 
     Returns:
         The folder with the trained model and its processor.

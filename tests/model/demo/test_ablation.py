@@ -1,4 +1,4 @@
-"""The ablation's table and verdicts; the command itself is run by hand (README)."""
+"""Tests of the ablation's table and verdicts; the command itself is run manually (README)."""
 
 import json
 import math
@@ -44,21 +44,21 @@ def test_rows_are_the_papers_ablations():
 
 
 def test_a_verdict_needs_a_t_test():
-    # differences of 4, 5 and 3 thirty-seconds, in numbers that floats have
+    # differences of 4, 5 and 3 thirty-seconds, which are exact in floating point
     mean, error, word = verdict([0.75, 0.8125, 0.78125], [0.625, 0.65625, 0.6875])
-    assert (mean, error, word) == (4 / 32, 1 / 32 / math.sqrt(3), "seen here too")
-    assert verdict([0.6, 0.61, 0.62], [0.7, 0.72, 0.71])[2] == "the opposite here"
-    assert verdict([0.7, 0.5], [0.6, 0.6])[2] == "not told apart"
-    assert verdict([0.64, 0.60, 0.62], [0.6, 0.6, 0.6])[2] == "not told apart"  # 1.7 errors, t is 4.3
-    assert math.isnan(verdict([0.7], [0.6])[1]) and verdict([0.7], [0.6])[2] == "not told apart"
+    assert (mean, error, word) == (4 / 32, 1 / 32 / math.sqrt(3), "confirmed")
+    assert verdict([0.6, 0.61, 0.62], [0.7, 0.72, 0.71])[2] == "opposite result"
+    assert verdict([0.7, 0.5], [0.6, 0.6])[2] == "not significant"
+    assert verdict([0.64, 0.60, 0.62], [0.6, 0.6, 0.6])[2] == "not significant"  # 1.7 errors, t is 4.3
+    assert math.isnan(verdict([0.7], [0.6])[1]) and verdict([0.7], [0.6])[2] == "not significant"
 
 
 def test_the_table_has_mean_spread_cost_and_claims():
     text = table({"dense": _row([0.5, 0.7], [0.4, 0.4]), "mlp": _row([0.6, 0.8], [0.5, 0.5], 120, 0.4)})
     assert "| dense | 60.0 ± 14.1 | 40.0 ± 0.0 | 0.550 ± 0.071 | 1.00x | 1.0 M | - |" in text
     assert "| + MLP-MoE, 2 of 4 | 70.0 ± 14.1 |" in text and "1.20x" in text and "clip 0.90" in text
-    assert "+10.0 ± 0.0: seen here too" in text and "-0.100 ± 0.000: seen here too" in text
-    assert len([line for line in text.splitlines() if "seen here" in line]) == 1
+    assert "+10.0 ± 0.0: confirmed" in text and "-0.100 ± 0.000: confirmed" in text
+    assert len([line for line in text.splitlines() if "confirmed" in line]) == 1
 
 
 def _write_scores(out, row, seed):
@@ -77,7 +77,7 @@ def _write_scores(out, row, seed):
 
 
 def test_the_table_keeps_the_rows_of_earlier_calls(tmp_path, monkeypatch, capsys):
-    """`--rows clip --seeds 1` after all of dense and mlp, while one run of clip-scratch is missing."""
+    """`--rows clip --seeds 1` after all runs of dense and mlp; one run of clip-scratch is missing."""
     out = tmp_path / "out"
     claim(out, Settings(quick=True, sft_steps=30))
     (out / "rows").mkdir()
@@ -92,14 +92,14 @@ def test_the_table_keeps_the_rows_of_earlier_calls(tmp_path, monkeypatch, capsys
     result = json.loads((out / "results.json").read_text())
     assert {name: len(row["choice"]) for name, row in result.items()} == {"dense": 2, "mlp": 2, "clip": 1}
     text = (out / "table.md").read_text()
-    assert "1 to 2 seeds a row" in text and "CLIP-MoE on top" in text
+    assert "1 to 2 seeds per row" in text and "adding CLIP-MoE" in text
     run_ablation(out, 2, ["mlp"], is_quick=True)
     assert set(json.loads((out / "results.json").read_text())) == {"dense", "mlp"}
 
 
 @pytest.fixture
 def run(tmp_path, tiny_config):
-    """An ablation's folder behind stage 2, with a tiny model and plain colours for pictures."""
+    """The folder of an ablation after stage 2, with a tiny model and pictures of plain colours."""
     claim(tmp_path / "run", Settings(image_size=12, patch_size=4, quick=True, sft_steps=3))
     data = tmp_path / "run" / "data"
     data.mkdir()
@@ -136,7 +136,7 @@ def test_a_row_is_the_demos_recipe_with_what_it_changes(run):
 
 
 def test_a_row_killed_between_its_model_and_its_scores_gets_the_same_scores(run):
-    """The model that was left is loaded, not trained again."""
+    """The saved model is loaded and not trained again."""
     run_row(run, "clip", 1)
     path = scores_path(run.folder, "clip", 1)
     first, model = path.read_text(), run.folder / "rows" / "clip-1" / "model" / "model.safetensors"
@@ -148,7 +148,7 @@ def test_a_row_killed_between_its_model_and_its_scores_gets_the_same_scores(run)
 
 
 def test_stage_3_is_scored_and_reloads_to_the_logits_of_what_was_trained(run):
-    """And leaves no checkpoints behind; where a kill came before the scores nothing is said of reloading."""
+    """No checkpoints are left; if the run was killed before the scores, reloading is not measured."""
     shutil.copy(run.data / "test_a.json", run.data / "test_b.json")
     for name in ("sft", "sft_dense"):
         TASKS[name](run)

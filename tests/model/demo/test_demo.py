@@ -1,4 +1,4 @@
-"""The demo's examiner, pictures and settings; `make demo ARGS=--quick` runs the whole of it in CI."""
+"""Tests of the demo's evaluation, plots and settings; CI runs the whole `make demo ARGS=--quick`."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ WORDS = ["red", "green", "blue", "dark red"]
 
 @pytest.fixture
 def examiner(tiny_config, tmp_path):
-    """Three pictures, each asked for its name with four choices and for its kind."""
+    """Three pictures, each with a question for its name and one for its kind, both with four choices."""
     records = []
     for i, name in enumerate(("red", "green", "dark red")):
         Image.new("RGB", (12, 12), (60 * i, 90, 10)).save(tmp_path / f"{i}.png")
@@ -59,7 +59,7 @@ def examiner(tiny_config, tmp_path):
 
 
 def test_choice_is_the_likeliest_answer(examiner):
-    """Against the likelihood worked out token by token, one sequence at a time."""
+    """Compared with likelihoods that are computed token by token, one sequence at a time."""
     picked = examiner.choices("choices")
     assert picked.keys() == set(range(6))
     tokenizer, model = examiner.tokenizer, examiner.model
@@ -83,8 +83,8 @@ def test_exact_match_counts_equal_answers_only(examiner, monkeypatch):
     said = {0: "red", 1: "redd", 2: "green", 3: "green", 4: "dark", 5: "dark red"}
     monkeypatch.setattr(examiner, "answers", lambda: said)
     monkeypatch.setattr(examiner, "choices", lambda field: {0: 0, 2: 0, 4: 3} if field == "choices" else {})
-    truth = [record["answer"] for record in examiner.dataset.records]
-    scores = examiner.scores({"name": truth[0], "kind": "none of them"})
+    expected = [record["answer"] for record in examiner.dataset.records]
+    scores = examiner.scores({"name": expected[0], "kind": "none of them"})
     assert scores["exact"] == {"name": [2, 3], "kind": [2, 3]}
     assert scores["majority"]["name"][0] >= 1 and scores["majority"]["kind"] == [0, 3]
     assert scores["choice"] == {"name": [2, 3]}
@@ -112,7 +112,7 @@ def test_expert_load_is_a_share_per_layer_and_ignores_padding(examiner):
 
 
 def test_the_exam_looks_at_the_picture(examiner):
-    """A tower that passes its picture on, asked about two: other pixels, other likelihoods."""
+    """With random weights in the tower, two pictures must give different likelihoods."""
     with torch.no_grad():
         for name, parameter in examiner.model.named_parameters():
             if "norm" not in name:
@@ -124,7 +124,7 @@ def test_the_exam_looks_at_the_picture(examiner):
 
 
 def test_expert_load_of_the_language_model_leaves_padding_out(examiner, tiny_config):
-    """Tokens of the padding go to an expert too; counted, they would move its share."""
+    """Padding tokens are routed to experts too; if they were counted, the shares would differ."""
     config = tiny_config(
         text="mixtral",
         text_options={"vocab_size": len(examiner.tokenizer), "eos_token_id": 2, "pad_token_id": 0},
@@ -152,16 +152,16 @@ def test_the_table_has_each_model_in_its_column():
         "choice": {"name": [right, 10]},
     }
     scores = {"sft": {"test_a": part(9)}, "sft_dense": {"test_a": part(4)}}
-    table = _accuracy_table(scores, "test_a", "", {"FLOPs of a step": 1.376})
+    table = _accuracy_table(scores, "test_a", "", {"FLOPs per step": 1.376})
     cells = {column.header: list(column.cells) for column in table.columns}
     assert all(cell.strip().startswith("90.0%") for cell in cells["MoE"][:-1])
     assert all(cell.strip().startswith("40.0%") for cell in cells["dense"][:-1])
     assert cells["majority answer"] == ["10.0%", "20.0%", "15.0%", "-", "-"]
-    assert [cells[name][-1] for name in ("question", "MoE", "dense")] == ["FLOPs of a step", "1.38x", "1.00x"]
+    assert [cells[name][-1] for name in ("question", "MoE", "dense")] == ["FLOPs per step", "1.38x", "1.00x"]
     assert "choice 90.0% with experts, 40.0% dense" in _headline(scores)
 
 
-def test_cpu_time_is_compared_by_the_step():
+def test_cpu_time_is_compared_per_step():
     histories = {"sft": {"cpu_seconds": 30.0, "steps": 10}, "sft_dense": {"cpu_seconds": 30.0, "steps": 20}}
     assert _slowdown(histories) == 2.0
 
@@ -180,8 +180,8 @@ def test_one_demo_at_a_time_and_a_task_keeps_the_lock(tmp_path, monkeypatch):
         pass
 
 
-def test_a_killed_demo_takes_its_tasks_along(tmp_path):
-    """The parent dies by SIGKILL as soon as the task exists, long before the task has imported torch."""
+def test_tasks_end_when_the_demo_is_killed(tmp_path):
+    """The parent is killed by SIGKILL as soon as the task exists, long before the task has imported torch."""
     code = (
         "import os, signal, subprocess, sys; from cumo_model.demo.processes import _end_with_parent\n"
         "child = subprocess.Popen(['sleep', '60'], start_new_session=True, preexec_fn=_end_with_parent)\n"
@@ -198,7 +198,7 @@ def test_a_killed_demo_takes_its_tasks_along(tmp_path):
 @pytest.mark.parametrize("content", ["{", "{}"])
 def test_a_damaged_file_of_a_run_is_named(tmp_path, content):
     (tmp_path / "compute.json").write_text(content)
-    with pytest.raises(ValueError, match=r"compute.json is damaged .*: delete it, and the same command"):
+    with pytest.raises(ValueError, match=r"compute.json is damaged .*: delete it, then the same command"):
         read_json(tmp_path / "compute.json", "flops_ratio")
 
 
@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_of_a_run_is_named(examiner, tmp_path):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(
-        ValueError, match=r"pft is damaged .*: delete it, and the same command makes it again"
+        ValueError, match=r"pft is damaged .*: delete it, then the same command makes it again"
     ):
         load_model(CumoForConditionalGeneration, folder)
 
@@ -228,7 +228,7 @@ def test_a_loss_that_does_not_fall_is_seen():
 
 
 def test_load_entropy():
-    # two logarithms, each an ulp off at most, a product and a quotient, the sum of four and the mean of two
+    # two logarithms with an error of one ulp each, a product and a quotient, the sum of four, the mean of two
     assert_close_after(11, load_entropy({"a": [[0.25] * 4], "b": [[0.25] * 4]}), 1)
     assert load_entropy({"a": [[1.0, 0, 0, 0]]}) == 0
     assert_close_after(11, load_entropy({"a": [[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]]}), 0.25)
@@ -268,7 +268,7 @@ def test_the_recipes_are_three_stages_and_one_of_the_same_steps_without_experts(
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_demo_runs_the_shipped_recipes_in_its_own_folder(name, tmp_path):
-    """In runs/demo they are the very recipes that `train --config` has; elsewhere only paths differ."""
+    """In runs/demo they are the same recipes as with `train --config`; in other folders only paths differ."""
     settings, shipped = Settings(), load_recipe(RECIPES[name])
     assert stage_recipe(Path("runs/demo"), settings, name).identity() == shipped.identity()
     folder = tmp_path / "a: [b]"
@@ -299,14 +299,14 @@ def test_a_task_names_its_folder_the_same_from_every_working_directory(tmp_path,
     assert set(seen) == {("runs/demo", str(tmp_path.resolve()))}
 
 
-def test_every_task_of_a_phase_exists_and_says_when_it_is_done():
+def test_every_task_of_a_phase_exists_and_has_a_result():
     tasks = [task for phase in demo_run.PHASES for task in phase]
     assert sorted(tasks) == sorted(demo_run.DONE_BY) == sorted(TASKS)
 
 
 @pytest.mark.parametrize("phase, threads", [(1, "4"), (2, "2"), (33, "1")])
-def test_a_task_that_goes_on_alone_has_the_threads_it_had(tmp_path, monkeypatch, phase, threads):
-    """Other threads are another order of sums, and so other bits."""
+def test_a_task_that_is_resumed_alone_has_the_same_threads(tmp_path, monkeypatch, phase, threads):
+    """Another number of threads changes the order of sums, and so the bits of the result."""
     started = []
 
     class Done:

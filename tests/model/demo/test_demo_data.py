@@ -1,5 +1,7 @@
-"""demo data: fetching, matching, rendering, splitting and the questions, on fixtures; two artists are real,
-two are drawn here."""
+"""Tests of the demo's data: fetching, matching, rendering, splitting and questions, on fixtures.
+
+Two of the four families contain real drawings, the other two contain plain shapes.
+"""
 
 import hashlib
 import io
@@ -49,7 +51,7 @@ def _tarball(path, members):
 
 
 def _plain_family(names, shape):
-    """A family of one plain shape per concept: its colour and size tell them apart."""
+    """A family with one plain shape per concept; shapes differ by colour and size."""
     paints = list(PAINTS.values())
     bodies = {
         name: {"body": shape.format(paint=paints[i % len(paints)], size=20 + i)}
@@ -178,7 +180,7 @@ def test_split_holds_out_whole_drawings_and_concepts():
     assert set(concepts["test_a"].values()) == {1} and set(concepts["train"].values()) == {3}
     assert 600 / 12 * 0.6 < len(concepts["test_b"]) < 600 / 12 * 1.4
     held = Counter(drawings[i].family for i in parts["test_a"])
-    assert min(held.values()) > 0.6 * max(held.values())  # no artist is favoured; counts of a hash
+    assert min(held.values()) > 0.6 * max(held.values())  # the hash distributes them over all families
     for concept in concepts["test_b"]:
         assert int(hashlib.md5(concept.codepoint.encode()).hexdigest(), 16) % 12 == 0
 
@@ -212,7 +214,7 @@ def test_the_manifest_counts_what_is_there(dataset):
 
 
 @pytest.mark.parametrize("name", ["stage1_caption", "stage2_detail", "stage3_vqa", "test_a", "test_b"])
-def test_every_file_is_a_sound_conversation_file(dataset, name):
+def test_every_file_is_a_valid_conversation_file(dataset, name):
     assert list(check(dataset[0] / f"{name}.json", dataset[0], decode=True)) == []
 
 
@@ -237,7 +239,7 @@ def test_no_test_drawing_and_no_unseen_concept_is_trained_on(dataset):
 
 
 def _facts(dataset):
-    """image -> what is true of it, from the drawing and the pixels alone."""
+    """Reference answers for each image, derived only from its drawing and its pixels."""
     base = {
         emoji._codepoint(r["hexcode"]): r
         for r in json.loads((FIXTURES / "emojibase.json").read_text())["data"]
@@ -263,21 +265,21 @@ def _facts(dataset):
     return facts
 
 
-def test_answers_are_true_of_their_pictures(dataset):
+def test_answers_are_correct_for_their_pictures(dataset):
     facts, words = _facts(dataset), {text: kind for kind, text in questions.QUESTIONS.items()}
     asked = Counter()
     for record in _records(dataset, "stage3_vqa") + _records(dataset, "test_a") + _records(dataset, "test_b"):
-        truth = facts[record["image"]]
+        reference = facts[record["image"]]
         turns = record["conversations"]
         kinds = [words[turn["value"].removeprefix("<image>\n")] for turn in turns[::2]]
         asked.update(kinds)
         assert len(kinds) == len(set(kinds))
         for kind, answer in zip(kinds, turns[1::2], strict=True):
-            assert answer["value"] in COLOURS if kind == "colour" else answer["value"] == truth[kind]
+            assert answer["value"] in COLOURS if kind == "colour" else answer["value"] == reference[kind]
     assert asked.keys() == questions.QUESTIONS.keys()
 
 
-def test_vqa_records_have_four_turns_where_the_colour_is_clear(dataset):
+def test_vqa_records_have_four_turns_if_the_colour_is_clear(dataset):
     lengths = Counter(len(record["conversations"]) // 2 for record in _records(dataset, "stage3_vqa"))
     assert lengths.keys() == {4}
 
@@ -324,7 +326,7 @@ def test_a_finished_data_set_is_found_and_never_overwritten(dataset, monkeypatch
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert questions.make_dataset(out, quick=True, progress=False) == manifest
     with pytest.raises(
-        ValueError, match="holds a data set with another seed, quick: choose another folder or delete it"
+        ValueError, match="contains a data set with another seed, quick: choose another folder or delete it"
     ):
         questions.make_dataset(out, seed=3, progress=False)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
@@ -334,17 +336,17 @@ def test_foreign_and_damaged_folders_are_refused(dataset, tarballs, tmp_path, mo
     monkeypatch.setattr(packages, "fetch", lambda cache, progress: tarballs)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
-    with pytest.raises(ValueError, match="holds something that is not a demo data set"):
+    with pytest.raises(ValueError, match="contains something that is not a demo data set"):
         questions.make_dataset(tmp_path / "mine", progress=False)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
     questions.make_dataset(tmp_path / "d", quick=True, progress=False, cache_dir=tmp_path)
     (tmp_path / "d" / "test_a.json").write_text("[]")
     next((tmp_path / "d").glob("images/train/*.png")).unlink()
-    with pytest.raises(ValueError, match=r"holds a damaged data set \(test_a.json, images\)"):
+    with pytest.raises(ValueError, match=r"contains a damaged data set \(test_a.json, images\)"):
         questions.make_dataset(tmp_path / "d", quick=True, progress=False)
 
 
-def test_a_failure_leaves_nothing_behind(tarballs, tmp_path, monkeypatch):
+def test_a_failure_leaves_no_files(tarballs, tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "fetch", lambda cache, progress: tarballs)
     monkeypatch.setattr(questions, "_write_tokenizer", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -377,7 +379,7 @@ def test_the_data_set_loads_and_batches(dataset):
         assert loaded.batch(range(8))["pixel_values"].shape == (8, 3, 48, 48)
 
 
-def test_compose_keeps_the_ground_outside_the_drawing():
+def test_compose_keeps_the_background_outside_the_drawing():
     drawing = Image.new("RGBA", (48, 48), (0, 0, 0, 255))
     image = np.asarray(questions.compose(drawing, "pink", 48, random.Random(0)))
     ground = (image == questions.BACKGROUNDS["pink"]).all(-1)

@@ -1,5 +1,4 @@
-"""demo packages: what is missing is fetched, what is wrong is refused, and errors say what to do; no
-network."""
+"""Tests of the demo's packages without a network: downloads, checksums and error messages."""
 
 import hashlib
 import os
@@ -44,7 +43,7 @@ def registry(monkeypatch):
     return content, calls
 
 
-def test_fetch_brings_what_is_missing_and_no_more(registry, tmp_path):
+def test_fetch_downloads_only_missing_packages(registry, tmp_path):
     _, calls = registry
     paths = packages.fetch(tmp_path)
     assert len(calls) == 1 and len(calls[0]) == 5
@@ -68,7 +67,7 @@ def test_a_wrong_checksum_keeps_nothing(registry, tmp_path):
     assert not (tmp_path / "npm" / "iconify-json-noto-1.2.9.tgz").exists()
 
 
-def test_offline_says_what_failed_and_what_to_do(registry, tmp_path, monkeypatch):
+def test_the_error_without_a_network_names_cause_and_remedy(registry, tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "npm error code ENOTFOUND\nnpm error network unreachable")
     monkeypatch.setattr(packages.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(
@@ -78,7 +77,7 @@ def test_offline_says_what_failed_and_what_to_do(registry, tmp_path, monkeypatch
         packages.fetch(tmp_path)
 
 
-def test_without_npm_the_wheel_brings_one(registry, tmp_path, monkeypatch):
+def test_without_npm_the_wheel_is_installed(registry, tmp_path, monkeypatch):
     _, calls = registry
     plain_run = packages.subprocess.run
     commands = []

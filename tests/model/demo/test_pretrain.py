@@ -1,4 +1,4 @@
-"""Stage 0 of the demo: its losses, what a batch holds, and its trainers, which are those of every stage."""
+"""Tests of stage 0 of the demo: its losses, the content of its batches, and its trainers."""
 
 import json
 
@@ -22,7 +22,7 @@ from tests.rounding import assert_same_formula
 
 @pytest.fixture
 def run(tmp_path, tiny_config):
-    """A demo's folder with its data: plain colours, and a line of text about each."""
+    """The folder of a demo with its data: plain colours, and a line of text about each."""
     settings = Settings(
         image_size=12, patch_size=4, vision_width=32, vision_layers=2, text_width=64, quick=True
     )
@@ -39,8 +39,8 @@ def run(tmp_path, tiny_config):
     return Run(tmp_path / "run")
 
 
-def test_the_contrast_of_two_pictures_of_one_concept_is_none(run):
-    """Against the formula, written plainly; pictures 0 and 2 are of the same concept."""
+def test_two_pictures_of_one_concept_are_not_negative_examples(run):
+    """Compared with a direct implementation of the formula; pictures 0 and 2 are of the same concept."""
     torch.manual_seed(0)
     model = Contrast(CumoVisionModel(run.settings.vision_config()), 50).double()
     pixels, words = torch.randn(3, 3, 12, 12).double(), torch.tensor([[3, 4], [5, 0], [3, 4]])

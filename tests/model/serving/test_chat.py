@@ -183,5 +183,5 @@ def test_missing_tensors_are_named(checkpoint):
 def test_demo_refuses_a_folder_that_is_not_its_own(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("precious")
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == 1
-    assert "holds something that is not a demo" in capsys.readouterr().err
+    assert "contains something that is not a demo" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]

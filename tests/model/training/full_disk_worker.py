@@ -1,6 +1,6 @@
 """One process of test_resume.py: python full_disk_worker.py RECIPE STEP, one of several ranks.
 
-The first process cannot write past a few bytes while the checkpoint of STEP is made, the others can.
+While the checkpoint of STEP is written, the size of files is limited for the first process only.
 """
 
 import os

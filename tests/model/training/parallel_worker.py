@@ -14,7 +14,7 @@ from tests.rounding import in_fp64
 
 
 def part(batch: dict, rank: int, world: int) -> dict:
-    """Rows and pictures of one process; every row has one picture."""
+    """The rows and pictures of one process; every row has one picture."""
     return {name: value.chunk(world)[rank] for name, value in batch.items()}
 
 

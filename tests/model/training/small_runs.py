@@ -1,4 +1,4 @@
-"""A training set of plain colours, a tiny model on disk and a recipe for it, for all tests of training."""
+"""A data set of plain colours, a tiny model on disk and a recipe for it, for all tests of training."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ COLOURS = ["red", "green", "blue", "yellow", "black", "white", "purple", "orange
 
 
 def write_data(folder: Path, text_rows: int = 4) -> Path:
-    """colours.jsonl with eight pictures and some rows of text alone."""
+    """Write colours.jsonl, with eight pictures and some rows without a picture."""
     records = []
     for number, colour in enumerate(COLOURS):
         Image.new("RGB", (12, 12), colour).save(folder / f"{colour}.png")
@@ -31,7 +31,7 @@ def write_data(folder: Path, text_rows: int = 4) -> Path:
 
 
 def write_model(folder: Path, make_config, **options) -> Path:
-    """A dense tiny CuMo with its processor."""
+    """Save a tiny dense CuMo with its processor."""
     tokenizer = train_tokenizer([f"what colour? {colour}" for colour in COLOURS], 300)
     options = {"vision_experts": 1, "projector_num_experts": 1, "scales": (1,), **options}
     config = make_config(
@@ -46,7 +46,7 @@ def write_model(folder: Path, make_config, **options) -> Path:
 
 
 def write_recipe(folder: Path, name: str = "run", **changes) -> Path:
-    """A stage 3 of six steps: everything trains, experts everywhere."""
+    """Write a recipe of stage 3 with six steps: all parts are trained, and all places have experts."""
     recipe = {
         "output_dir": str(folder / name),
         "model": {

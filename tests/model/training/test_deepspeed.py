@@ -1,6 +1,7 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3 with the shipped configs: real steps on two processes, where it is installed.
+"""Tests of DeepSpeed's ZeRO-2 and ZeRO-3 with the shipped configs: real steps on two processes, if installed.
 
-On CPUs it compiles a small operator the first time (minutes), and needs `ninja` and a C++ compiler for it.
+On CPUs DeepSpeed compiles a small operator at first use, which takes minutes and needs `ninja` and a C++
+compiler.
 """
 
 import importlib.util
@@ -54,22 +55,21 @@ def test_a_missing_deepspeed_is_named(folder):
 @pytest.mark.slow
 @pytest.mark.timeout(3 * SECONDS)
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_trains_as_ddp_does_and_goes_on(folder, stage):
-    """Upcycling at the start, losses, norms, weights; then from the checkpoint in the middle, bit for bit.
+def test_zero_trains_as_ddp_does_and_resumes(folder, stage):
+    """Compares losses, norms and weights of a stage that adds experts; then resumes bit for bit.
 
-    Pictures in every step: DeepSpeed moves a parameter without gradient by its momentum, DDP leaves it.
+    Every step has pictures: DeepSpeed moves a parameter without gradient by its momentum, DDP does not.
     """
     write_data(folder, text_rows=0)
-    # at an epsilon of 1e-8 Adam moves a weight whose gradient is nearly 0 by the sign of its rounding
+    # with an epsilon of 1e-8, Adam moves a weight with a gradient near 0 by the sign of its rounding error
     options, names = {**OPTIONS, "trainer__adam_epsilon": 1e-3}, itertools.count()
     engine = {**options, "trainer__deepspeed": f"engines/zero{stage}.json"}
     finish(start(write_recipe(folder, "ddp", **options), 2), seconds=SECONDS)
     finish(start(write_recipe(folder, "zero", **engine), 2), seconds=SECONDS)
 
     def result(name):
-        series = torch.tensor(losses(folder / name), dtype=torch.float64).unbind(
-            1
-        )  # one measure for all steps
+        # each series has one metric for all steps
+        series = torch.tensor(losses(folder / name), dtype=torch.float64).unbind(1)
         return series, load_file(folder / name / "model" / "model.safetensors")
 
     def alone():
@@ -91,10 +91,10 @@ def test_zero_trains_as_ddp_does_and_goes_on(folder, stage):
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS)
-def test_idle_experts_hang_nobody_under_zero3(folder):
-    """Gates that leave the last experts idle everywhere, and steps of text alone: all steps are made.
+def test_idle_experts_do_not_block_zero3(folder):
+    """With gates that never choose the last experts, and with steps without pictures, all steps complete.
 
-    Where each expert is a module of its own, ranks that route differently wait for each other's weights.
+    If each expert were a separate module, ranks that route differently would wait for each other's weights.
     """
     write_data(folder)
     model, processor = start_model(*(lambda r: (r.model, r.data))(load_recipe(write_recipe(folder, "moe"))))

@@ -1,4 +1,4 @@
-"""The same recipe on two processes under DDP, FSDP2 and expert parallelism; LoRA."""
+"""Tests of engines: the same recipe on two processes with DDP, FSDP2 and expert parallelism; LoRA."""
 
 from types import SimpleNamespace
 
@@ -37,9 +37,9 @@ ENGINES = {
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_engines_train_alike(folder):
-    """Losses and weights after four steps, checkpoints on the way, steps of text alone among them.
+    """Losses and weights after four steps with two checkpoints; some steps have no pictures.
 
-    Experts with both ways to exchange tokens, which differ in the order of sums alone.
+    Expert parallelism is tested with both exchanges, which differ only in the order of sums.
     """
     options = OPTIONS | CLOSELY
     finish(start(write_recipe(folder, "ddp", **options), 2))
@@ -55,7 +55,7 @@ def test_engines_train_alike(folder):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_experts_over_two_of_four_processes_train_alike(folder):
-    """Each expert is on two processes then, beside DDP: norms of gradients are over both axes."""
+    """Each expert is on two processes, in addition to DDP, so gradient norms are summed over both axes."""
     options = {**OPTIONS, **CLOSELY, "trainer__max_steps": 2}
     run_recipe(load_recipe(write_recipe(folder, "one", **options)))
     finish(start(write_recipe(folder, "four", **options, stage__expert_parallel=2), 4), seconds=250)
@@ -63,7 +63,7 @@ def test_experts_over_two_of_four_processes_train_alike(folder):
 
 
 def test_the_exchange_of_a_recipe_reaches_the_layers(folder, monkeypatch):
-    """And asks for a process group that serves CPU and GPU, where there is a GPU."""
+    """With a GPU, the padded exchange requests a process group for CPU and GPU."""
     options = {"stage__expert_parallel": 2, "trainer__per_device_train_batch_size": 1}
     recipe = load_recipe(write_recipe(folder, **options, stage__expert_exchange="padded"))
     seen = []
@@ -83,8 +83,8 @@ def test_the_exchange_of_a_recipe_reaches_the_layers(folder, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_with_spread_experts_goes_on(folder):
-    """From a checkpoint of whole tensors, on as many processes: the same losses, bit for bit."""
+def test_a_run_with_spread_experts_resumes(folder):
+    """From a checkpoint of unsharded tensors, with as many processes: the same losses, bit for bit."""
     options = {**OPTIONS, **ENGINES["experts"], "trainer__save_steps": 2}
     finish(start(write_recipe(folder, "whole", **options), 2))
     recipe = write_recipe(folder, "again", **options)
@@ -95,8 +95,8 @@ def test_a_run_with_spread_experts_goes_on(folder):
     assert losses(folder / "whole") == losses(run)
 
 
-def test_frozen_weights_under_lora_cost_no_gradient_of_theirs(folder):
-    """FLOPs against what torch counts, with adapters of rank 1 on the first layer's queries."""
+def test_frozen_weights_with_lora_have_no_weight_gradients(folder):
+    """Compares the FLOPs with torch's counter, with adapters of rank 1 on the queries of the first layer."""
     from torch.utils.flop_counter import FlopCounterMode
 
     pytest.importorskip("peft")
@@ -114,12 +114,12 @@ def test_frozen_weights_under_lora_cost_no_gradient_of_theirs(folder):
     text, (rows, width) = made.model.config.text_config, batch["input_ids"].shape
     tokens, hidden = rows * width, text.hidden_size
     unpredicted = tokens - int((batch["labels"][:, 1:] != -100).sum())
-    # forward and backward: the head runs where a token is to be predicted, and counts everywhere
+    # forward and backward of the head: it runs only for predicted tokens, and the monitor counts all tokens
     wanted = made.monitor.flops - 2 * 2 * unpredicted * hidden * text.vocab_size
-    # attention's two products, of which neither side is a weight, have two gradients, but in the first layer,
-    # where keys and values need none, nor do the inputs of its projections (values and keys have one head)
+    # the two products of attention have no weights and therefore two gradients each. In the first layer keys
+    # and values need no gradient, and neither do the inputs of its projections (one head of keys and values).
     wanted += 2 * 2 * tokens * width * hidden - 2 * tokens * hidden * (hidden + 2 * hidden // 2)
-    # what nobody counts: the adapter (of its first matrix only the weight has a gradient), and the angles
+    # not counted by the monitor: the adapter (its first matrix has a weight gradient only) and rotary angles
     wanted += 2 * tokens * hidden * (2 + 3)
     wanted += sum(n for name, found in counter.get_flop_counts().items() if name.endswith("rotary_emb")
                   for n in found.values())  # fmt: skip
@@ -155,9 +155,11 @@ def test_lora_trains_adapters_and_the_connector(folder):
     assert isinstance(made.model, peft.PeftModel)
 
 
-def test_a_lora_stage_stops_goes_on_and_leaves_a_whole_model(folder):
-    """The connector's own training, beside the adapters, is in checkpoints and in the result: the next stage
-    begins with what this one computed."""
+def test_a_lora_stage_stops_resumes_and_saves_a_merged_model(folder):
+    """Checkpoints and the result contain the connector, which is trained fully in addition to the adapters.
+
+    The next stage starts from a model with the same outputs.
+    """
     pytest.importorskip("peft")
     lora = {"r": 4, "alpha": 8, "dropout": 0.0, "target_parameters": ["experts.gate_up_proj"]}
     options = {"stage__lora": lora, "stage__trains": ["projector", "language"], "trainer__max_steps": 4}
@@ -183,7 +185,7 @@ def test_a_lora_stage_stops_goes_on_and_leaves_a_whole_model(folder):
 
 
 def test_stacked_experts_are_one_parameter(folder):
-    """What an engine waits for is a parameter; none of ours belongs to one expert."""
+    """Engines synchronise by parameter; no parameter of the model belongs to a single expert."""
     made = build_trainer(load_recipe(write_recipe(folder)))
     names = [name for name, p in made.model.named_parameters() if "experts" in name]
     assert names and all(p.shape[0] == 4 for n, p in made.model.named_parameters() if "experts" in n)

@@ -1,4 +1,4 @@
-"""LoRA on attention and stacked experts (peft), and 8- and 4-bit loading (bitsandbytes)."""
+"""Tests of LoRA on attention and stacked experts (peft), and of 8- and 4-bit loading (bitsandbytes)."""
 
 import copy
 import sys
@@ -85,7 +85,7 @@ def test_quantised_linears_but_gates_and_experts_in_full_precision(tiny_model, t
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_experts_in_4_bits(tiny_model, tiny_batch, tmp_path, quant_type):
-    """The bits of the model whose experts went through 4 bits and back, in a quarter of the memory."""
+    """The logits equal those of a model with dequantised experts bit for bit, in a quarter of the memory."""
     functional = pytest.importorskip("bitsandbytes.functional")
     options = {"vision": {"hidden_size": 64}, "text_options": {"hidden_size": 64, "intermediate_size": 64}}
     model = tiny_model(text="mixtral", **options)
@@ -116,7 +116,7 @@ def test_experts_in_4_bits(tiny_model, tiny_batch, tmp_path, quant_type):
     ids = {"input_ids": batch["input_ids"], "pixel_values": batch["pixel_values"]}
     greedy = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(**ids, **greedy), dense.generate(**ids, **greedy))
-    # adapters learn through the frozen experts what they would through the others
+    # gradients through the frozen quantised experts equal those through the dequantised ones
     grads = []
     for each in (model, dense):
         for parameter in each.parameters():

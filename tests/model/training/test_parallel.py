@@ -1,4 +1,4 @@
-"""Several processes compute what one does: experts spread over them, FSDP2, both. gloo on the CPU, fp64."""
+"""Tests that several processes compute the same as one: expert parallelism, FSDP2, both; gloo, CPU, fp64."""
 
 from pathlib import Path
 
@@ -28,10 +28,10 @@ def single(model, batch) -> dict:
 @pytest.fixture
 def make(tiny_model, tmp_path):
     def build(rows: int, **options):
-        """A model on disk, and a batch.
+        """Save a model and a batch.
 
-        The last expert of every layer gets no token anywhere, others get some on some processes only: engines
-        that skip idle experts would wait for each other forever.
+        The last expert of every layer gets no token on any process, and other experts get tokens on some
+        processes only. An engine that skips idle experts would then wait forever.
         """
         model = tiny_model(scales=(1,), **options).train()
         with torch.no_grad():
@@ -55,30 +55,31 @@ def make(tiny_model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.usefixtures("fp64")
-def test_two_processes_are_one(make):
-    """Every gradient, with both losses of tower and connector. ddp and fsdp have all experts on each
-    process."""
+def test_two_processes_compute_the_same_as_one(make):
+    """Compares all gradients, with both router losses. With ddp and fsdp each process has all experts."""
     model, batch, folder = make(2)
-    truth = single(model, batch)
-    idle = truth["model.multi_modal_projector.mlp.experts.down_proj"][3]
+    expected = single(model, batch)
+    idle = expected["model.multi_modal_projector.mlp.experts.down_proj"][3]
     assert idle.shape == (24, 24) and not idle.any()
     for found in run(folder, 2, "experts-exact", "experts-padded", "ddp", "fsdp"):
-        assert_same_formula(beside_weights(found), beside_weights(truth))
+        assert_same_formula(beside_weights(found), beside_weights(expected))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.usefixtures("fp64")
 def test_mixtral_experts_and_fsdp2_over_four_processes(make):
-    """Two by two: experts over one axis, FSDP2 over the other for them and over both for the rest. The router
-    statistics of Mixtral are over a process's own tokens, so the coefficients are 0 here."""
+    """A mesh of two by two: FSDP2 shards the experts over one axis, and all other parameters over both.
+
+    Mixtral's router statistics include only the tokens of the process, so the coefficients are 0 here.
+    """
     model, batch, folder = make(4, text="mixtral", balance_loss_coef=0.0, router_z_loss_coef=0.0)
-    truth = single(model, batch)
+    expected = single(model, batch)
     for found in run(folder, 4, "both-exact", "experts-padded"):
-        assert_same_formula(beside_weights(found), beside_weights(truth))
+        assert_same_formula(beside_weights(found), beside_weights(expected))
 
 
-def test_splits_that_cannot_be_are_named(tiny_model):
+def test_impossible_splits_are_named(tiny_model):
     with pytest.raises(ValueError, match="expert_parallel must divide the 1 processes, got 2"):
         expert_mesh(2)
     with pytest.raises(ValueError, match="exchange must be one of exact, padded, got 'some'"):

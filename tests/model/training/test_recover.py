@@ -1,4 +1,4 @@
-"""Training in real processes that are killed at random, asked to stop, run out of disk, or split in two."""
+"""Tests of training in real processes: killed at random, stopped by a signal, with a full disk, two ranks."""
 
 import json
 import os
@@ -28,12 +28,12 @@ from tests.rounding import assert_close_after
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
-# For runs whose sums have another order: in fp64, and with an epsilon as large as gradients are, as at 1e-8
-# Adam moves a weight whose gradient is nearly 0 by the sign of its rounding. Norms and losses are in fp32 in
-# every model, so that what is made of them may come out a step of fp32 away, which is two roundings.
+# For runs that add in another order: fp64, and an epsilon of the size of the gradients. At 1e-8, Adam moves a
+# weight whose gradient is nearly 0 by the sign of its rounding error. Norms and losses are computed in fp32
+# in every model, so results derived from them may differ by one step of fp32, which is two roundings.
 CLOSELY = {"model__dtype": "float64", "trainer__adam_epsilon": 1e-3}
 STEP = 2
-LOGGED = STEP + 3 + 3  # a logged loss is also the sum of four micro-batches', three additions on either side
+LOGGED = STEP + 3 + 3  # a logged loss is also a sum over four micro-batches: three additions in each run
 
 
 @pytest.fixture
@@ -50,13 +50,13 @@ def start(recipe: Path, ranks: int = 1) -> Forked:
 
 
 def torchrun(recipe: Path, restarts: int = 0) -> subprocess.Popen:
-    """Two processes, as a user starts them."""
+    """Start a run on two processes with torchrun, as a user does."""
     launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     train = ["-m", "cumo_model", "train", "--config", str(recipe)]
     return subprocess.Popen(
         [sys.executable, *launch, f"--max-restarts={restarts}", *train],
         cwd=ROOT,
-        # else torch 2.11's restarted processes find the addresses of the dead in their store
+        # without it, torch 2.11's restarted processes would connect to addresses of workers that have ended
         env=ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -90,11 +90,11 @@ def wait_for(condition, process: subprocess.Popen | Forked, seconds: float = 90)
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("processes, every", [(1, 4), (2, 5)])
-def test_killed_runs_end_bitwise_where_an_unharmed_one_does(folder, processes, every):
-    """SIGKILL for a run and all it started, at random moments behind the first checkpoints, which lie inside
-    epochs of three steps, the second one and a later one.
+def test_killed_runs_have_bitwise_the_same_result(folder, processes, every):
+    """SIGKILL for a run and its child processes, at random times after the first and the second checkpoint.
 
-    Dropout makes the random state count.
+    An epoch has three steps, so these checkpoints are inside the second epoch and inside a later one. With
+    dropout the result depends on the random state.
     """
     steps = {"trainer__max_steps": 12, "trainer__save_steps": every, "data__grouping": "modality_length"}
     if processes == 2:
@@ -113,7 +113,7 @@ def test_killed_runs_end_bitwise_where_an_unharmed_one_does(folder, processes, e
             kill(process)
             kills += 1
         process.communicate()
-    assert kills, "the run was over before it could be killed"
+    assert kills, "the run ended before it could be killed"
     finish(start(recipe, processes))
     same_result(folder / "whole", folder / "killed")
     assert not (folder / "killed" / ".saving").exists()
@@ -123,7 +123,7 @@ def test_killed_runs_end_bitwise_where_an_unharmed_one_does(folder, processes, e
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_torchrun_restarts_after_a_worker_is_killed(folder):
-    """SIGKILL for one of two workers; torchrun starts both again, and they go on from the last checkpoint."""
+    """SIGKILL for one of two workers; torchrun restarts both, and they resume from the last checkpoint."""
     steps = {"trainer__max_steps": 12, "trainer__save_steps": 3, "model__text_experts": 0}
     steps["trainer__per_device_train_batch_size"] = 1
     finish(start(write_recipe(folder, "whole", **steps), 2))
@@ -139,7 +139,7 @@ def test_torchrun_restarts_after_a_worker_is_killed(folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_sigterm_saves_and_the_same_command_goes_on(folder):
+def test_sigterm_saves_and_the_same_command_resumes(folder):
     steps = {"trainer__max_steps": 40, "trainer__save_steps": 8}
     finish(start(write_recipe(folder, "whole", **steps)))
     recipe = write_recipe(folder, "asked", **steps)
@@ -155,7 +155,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(folder):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_sigterm_to_a_whole_group_saves_too(folder):
-    """As `timeout` or a batch system sends it: the processes that load data get it at the same time."""
+    """`timeout` and batch systems send the signal to the group, so data loading workers receive it too."""
     loaders = {"trainer__dataloader_num_workers": 2, "trainer__dataloader_persistent_workers": True}
     process = start(write_recipe(folder, "asked", trainer__max_steps=5000, trainer__save_steps=5, **loaders))
     wait_for(lambda: reached(folder / "asked", 5), process)
@@ -166,9 +166,8 @@ def test_sigterm_to_a_whole_group_saves_too(folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_one_process_goes_on_where_two_were(folder):
-    """As elastic torchrun does when a node is gone: the same global batches, so the same losses but for the
-    order of sums."""
+def test_one_process_resumes_a_run_of_two(folder):
+    """As elastic torchrun does if a node fails: same global batches, so losses differ by rounding only."""
     steps = {"trainer__max_steps": 8, "model__text_experts": 0, "trainer__per_device_train_batch_size": 1}
     steps |= CLOSELY
     finish(start(write_recipe(folder, "two", **steps, trainer__save_total_limit=9), 2))
@@ -189,14 +188,14 @@ def test_sigterm_to_torchrun_stops_all_workers_at_one_step(folder):
     wait_for(lambda: reached(run, 5), process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=100)
-    # not by lines: two processes may write into one
+    # not line by line: two processes may write to the same line
     steps = re.findall(r"stopped at step (\d+), progress is saved", out)
     assert len(steps) == 2 and len(set(steps)) == 1, out[-2000:]
     assert checkpoints(run)[-1].name == f"checkpoint-{steps[0]}"
 
 
 class SpoilAt(TrainerCallback):
-    """A weight that is no number behind this step, as one bad batch makes it."""
+    """Set a weight to NaN after this step, as a bad batch would do."""
 
     def __init__(self, step):
         self.step = step
@@ -207,8 +206,8 @@ class SpoilAt(TrainerCallback):
                 next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = float("nan")
 
 
-def test_no_checkpoint_is_made_of_weights_that_are_no_numbers(folder):
-    """The log is rarer than checkpoints and has seen nothing; the run goes on from the good one."""
+def test_no_checkpoint_is_written_with_weights_that_are_not_finite(folder):
+    """No log is written before the checkpoint, so only its own check finds it; the run resumes before it."""
     recipe = load_recipe(write_recipe(folder, trainer__logging_steps=100))
     with pytest.raises(FloatingPointError, match="a weight is not finite at step 4: no checkpoint"):
         run_recipe(recipe, [SpoilAt(4)])
@@ -217,7 +216,7 @@ def test_no_checkpoint_is_made_of_weights_that_are_no_numbers(folder):
 
 
 class StopAt:
-    """What a signal does, at a known step."""
+    """Send SIGTERM at the start of a given step."""
 
     def __init__(self, step):
         class Stop(TrainerCallback):
@@ -229,9 +228,9 @@ class StopAt:
 
 
 def test_a_stop_in_the_middle_of_an_epoch_changes_nothing(folder):
-    """In one process: stop after step 2 of an epoch of three, go on, compare; then the folder is done.
+    """In one process: stop after step 2 of an epoch of three, resume, compare; then run the finished folder.
 
-    The run that is stopped has its data from two other processes.
+    The stopped run loads its data in two workers.
     """
     workers = {"trainer__dataloader_num_workers": 2}
     whole = run_recipe(load_recipe(write_recipe(folder, "whole")))
@@ -247,7 +246,7 @@ def test_a_stop_in_the_middle_of_an_epoch_changes_nothing(folder):
 
 
 def test_a_stop_between_two_logs_changes_none_of_them(folder):
-    """The loss and its parts in the log are means over all steps since the last one, whoever made them."""
+    """Logged losses are means over all steps since the last log, even if the run stopped in between."""
     names, found = ("step", "loss", "language", "clip_balance", "clip_load_entropy"), []
     options = {"trainer__logging_steps": 3, "trainer__save_steps": 100}
     run_recipe(load_recipe(write_recipe(folder, "whole", **options)))
@@ -275,14 +274,14 @@ def test_other_data_or_another_order_are_another_run(folder):
     (folder / "colours.jsonl").write_text(more)
     assert run_recipe(load_recipe(recipe)).is_dir()
     leftovers = [folder / "run" / name for name in (".start", ".model-work")]
-    for left in leftovers:  # of a run killed when all but this was done
+    for left in leftovers:  # folders of a run that was killed just before it deleted them
         left.mkdir()
     run_recipe(load_recipe(recipe))
     assert not any(left.exists() for left in leftovers)
 
 
-def test_a_run_cut_off_behind_its_last_step_makes_no_further_one(folder):
-    """Killed between the last checkpoint, in the middle of an epoch, and the result."""
+def test_a_run_killed_after_its_last_step_makes_no_further_step(folder):
+    """Killed between the last checkpoint, which is in the middle of an epoch, and the result."""
     five = {"trainer__max_steps": 5}
     run_recipe(load_recipe(write_recipe(folder, "whole", **five)))
     recipe = load_recipe(write_recipe(folder, "cut", **five))
@@ -293,7 +292,7 @@ def test_a_run_cut_off_behind_its_last_step_makes_no_further_one(folder):
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(folder):
-    """The kernel refuses to write past a limit, as a full disk would; older checkpoints stay whole."""
+    """A limit of the file size makes writes fail, as on a full disk; older checkpoints stay complete."""
     recipe = load_recipe(write_recipe(folder, trainer__max_steps=6, trainer__save_steps=2))
     trainer = build_trainer(recipe)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -318,7 +317,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(folder):
     assert not (Path(recipe.output_dir) / ".saving").exists()
 
 
-def test_a_checkpoint_that_would_not_fit_is_not_begun(folder, monkeypatch):
+def test_a_checkpoint_that_would_not_fit_is_not_started(folder, monkeypatch):
     recipe = load_recipe(write_recipe(folder, trainer__max_steps=4, trainer__save_steps=2))
     trainer = build_trainer(recipe)
     usage = shutil.disk_usage(folder)
@@ -328,7 +327,7 @@ def test_a_checkpoint_that_would_not_fit_is_not_begun(folder, monkeypatch):
     assert [path.name for path in checkpoints(recipe.output_dir)] == ["checkpoint-2"]
 
 
-def test_half_a_checkpoint_is_none(folder):
+def test_an_incomplete_checkpoint_is_not_counted(folder):
     (folder / "run" / "checkpoint-7").mkdir(parents=True)
     (folder / "run" / "checkpoint-7" / "model.safetensors").write_bytes(b"half")
     assert checkpoints(folder / "run") == []

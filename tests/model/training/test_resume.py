@@ -1,5 +1,7 @@
-"""What a run finds when it comes back: damaged checkpoints, another beginning, a chain cut between stages;
-and a disk that fills while other processes gather."""
+"""Tests of resuming: damaged checkpoints, another start model, a chain of stages killed between two stages.
+
+One test fills the disk while other processes wait in a collective.
+"""
 
 import os
 import shutil
@@ -32,12 +34,12 @@ def cut(path: Path) -> None:
 
 
 def blank(path: Path) -> None:
-    """As a file system leaves what it had not written when the power went."""
+    """Fill a file with zeros, as a file system may do with unwritten data after a power failure."""
     path.write_bytes(bytes(path.stat().st_size))
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder):
-    """The run ends where an unharmed one does, and what cannot be read is neither used nor lost."""
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(folder):
+    """The result equals that of an undisturbed run; the unreadable checkpoint is not used and not deleted."""
     whole = run_recipe(load_recipe(write_recipe(folder, "whole", trainer__save_total_limit=9)))
     recipe = load_recipe(write_recipe(folder, "cut", trainer__save_total_limit=9))
     steps = [path.name for path in checkpoints(whole.parent)]
@@ -65,7 +67,7 @@ DAMAGES = [
 
 
 def test_what_is_damaged_is_seen_and_named(folder, capsys):
-    """And where no checkpoint is left that can be read, the command says so in one line."""
+    """If no checkpoint can be read, the command reports it in one line."""
     recipe = write_recipe(folder, trainer__max_steps=4, trainer__save_steps=2)
     with pytest.raises(Interrupted):
         run_recipe(load_recipe(recipe), [StopAt(2).callback])
@@ -92,8 +94,8 @@ def test_a_damaged_start_is_one_line(folder, capsys):
     assert "a file of tensors is damaged" in said and "Traceback" not in said
 
 
-def test_a_stage_before_that_was_trained_again_is_noticed(folder):
-    """By what its weights are: as many bytes with the same date are another model, a copy is the same."""
+def test_an_earlier_stage_that_was_trained_again_is_noticed(folder):
+    """The values of the weights are compared: same size and date are not enough, and a copy is accepted."""
     recipe = load_recipe(write_recipe(folder, trainer__max_steps=4))
     with pytest.raises(Interrupted):
         run_recipe(recipe, [StopAt(1).callback])
@@ -110,12 +112,12 @@ def test_a_stage_before_that_was_trained_again_is_noticed(folder):
     save_file(kept, weights, {"format": "pt"})
     assert fingerprint(start) == known
     result = run_recipe(recipe)
-    shutil.rmtree(start)  # a finished run needs it no more
+    shutil.rmtree(start)  # a finished run does not need it
     assert run_recipe(recipe) == result
 
 
 def chain(folder: Path, name: str) -> list[Path]:
-    """The recipes of two stages, of which the second begins with the result of the first."""
+    """The recipes of two stages; the second stage starts from the result of the first."""
     steps = {"trainer__max_steps": 6, "trainer__save_steps": 4}
     dense = {f"model__{place}_experts": 0 for place in ("vision", "projector", "text")}
     one = write_recipe(folder, f"{name}1", stage__trains=["projector"], **dense, **steps)
@@ -124,8 +126,8 @@ def chain(folder: Path, name: str) -> list[Path]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_chain_of_stages_killed_between_two_ends_where_an_unharmed_one_does(folder):
-    """SIGKILL as soon as the first stage has its result; then the same two commands again."""
+def test_a_chain_of_stages_killed_between_two_stages_has_the_same_result(folder):
+    """SIGKILL as soon as the first stage has saved its result; then the same two commands again."""
     for recipe in chain(folder, "whole"):
         finish(start(recipe))
     process = start(chain(folder, "cut")[0])
@@ -140,8 +142,8 @@ def test_a_chain_of_stages_killed_between_two_ends_where_an_unharmed_one_does(fo
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_disk_that_fills_on_one_process_leaves_the_others_waiting_for_nobody(folder):
-    """Spread experts: the first process alone writes, and all gather the optimizer's state after that."""
+def test_a_full_disk_on_one_process_does_not_block_the_others(folder):
+    """With expert parallelism the first process writes alone; then all gather the optimizer's state."""
     recipe = write_recipe(
         folder,
         trainer__max_steps=4,

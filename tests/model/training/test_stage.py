@@ -1,4 +1,4 @@
-"""What every stage has, shown on a linear model: stops and kills that change nothing, history, refusals."""
+"""Tests of the common part of all stages, on a linear model: stops, kills, history, refused runs."""
 
 import json
 import signal
@@ -36,7 +36,7 @@ def same(one: Path, other: Path) -> None:
 
 
 class Steps(TrainerCallback):
-    """The steps that were made, by number."""
+    """Records the numbers of the steps."""
 
     def __init__(self):
         self.made = []
@@ -52,7 +52,7 @@ def test_interrupted_at_every_step_equals_undisturbed(tmp_path):
         with pytest.raises(Interrupted, match=f"stopped at step {stop}, progress is saved"):
             run_stage(recipe, build_toy, [steps, StopAt(stop - 1).callback])
         run_stage(recipe, build_toy, [steps])
-        assert steps.made == list(range(1, 8))  # nothing is done twice
+        assert steps.made == list(range(1, 8))  # no step is repeated
         same(tmp_path / "whole", tmp_path / f"cut{stop}")
     _, series, tokens = result(tmp_path / "whole")
     assert tokens == 7 * 8 and [len(values) for values in series] == [7] * 5
@@ -60,7 +60,7 @@ def test_interrupted_at_every_step_equals_undisturbed(tmp_path):
 
 @pytest.mark.timeout(200)
 def test_killed_processes_end_at_the_same_bits(tmp_path):
-    """SIGKILL twice, each time behind a newer checkpoint than the last, at no particular moment."""
+    """SIGKILL twice, each time after a new checkpoint, at an arbitrary time."""
     start = lambda name, pause: Forked([WORKER, tmp_path / name, pause], tmp_path / f"{name}.txt")
     finish(start("whole", 0))
     killed, seen = tmp_path / "killed", 0
@@ -80,8 +80,8 @@ def test_killed_processes_end_at_the_same_bits(tmp_path):
     same(tmp_path / "whole", killed)
 
 
-def test_time_is_that_of_the_steps_whoever_made_them(tmp_path, monkeypatch):
-    """A clock that goes on by one second a step and by an hour between two calls."""
+def test_logged_time_is_that_of_the_steps_of_all_calls(tmp_path, monkeypatch):
+    """The clock advances by one second per step and by one hour between two calls."""
     clock = SimpleNamespace(seconds=1.0)
     clocks = {"monotonic": lambda: clock.seconds, "process_time": lambda: 2 * clock.seconds}
     monkeypatch.setattr(monitor, "time", SimpleNamespace(**clocks))
@@ -90,7 +90,7 @@ def test_time_is_that_of_the_steps_whoever_made_them(tmp_path, monkeypatch):
         def on_step_begin(self, args, state, control, **kwargs):
             clock.seconds += 1.0
 
-    # logs of two steps each, of which one is begun before the stop and ended after it
+    # each log covers two steps; one log has a step before the stop and a step after it
     recipe = toy_recipe(tmp_path / "run", logging_steps=2, max_steps=8)
     with pytest.raises(Interrupted, match="stopped at step 3"):
         run_stage(recipe, build_toy, [Tick(), StopAt(2).callback])
@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_finished_stage_is_left_alone_and_another_one_refused(tmp_path):
+def test_a_finished_stage_is_not_changed_and_another_one_is_refused(tmp_path):
     done = run_stage(toy_recipe(tmp_path / "run"), build_toy)
     stamp = (done / "trainer_state.json").stat().st_mtime_ns
     steps = Steps()
@@ -128,7 +128,7 @@ def test_a_finished_stage_is_left_alone_and_another_one_refused(tmp_path):
     ]
 
 
-def test_a_bar_of_ones_own_is_the_only_one(tmp_path):
+def test_a_given_progress_bar_replaces_the_default(tmp_path):
     recipe = toy_recipe(tmp_path / "run", disable_tqdm=False)
     for given in ([], [ShortProgress("mine", 1)]):
         found = build_toy(recipe, given).callback_handler.callbacks

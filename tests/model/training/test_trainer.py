@@ -1,4 +1,4 @@
-"""Recipes and the Trainer: figures, what trains, losses by name, hand-over from stage to stage."""
+"""Tests of recipes and the Trainer: hyperparameters, trained parts, losses by name, consecutive stages."""
 
 import json
 import warnings
@@ -31,7 +31,7 @@ def history(path):
     return json.loads((path / "trainer_state.json").read_text())["log_history"]
 
 
-PAPER = {  # cumo_spec.md section 4: batch, rate, longest row, template, what trains, coefficients, experts
+PAPER = {  # cumo_spec.md section 4: batch, rate, longest row, template, trained parts, coefficients, experts
     "mistral-7b/pretrain": (256, 1e-3, 2048, "plain", ["projector"], 0, 0, 0),
     "mistral-7b/pft": (128, 2e-6, 4096, "mistral_instruct_system", None, 0, 0, 0),
     "mistral-7b/sft": (256, 4e-6, 4096, "mistral_instruct_system", None, 0.1, 0.01, 4),
@@ -71,10 +71,10 @@ def test_the_recipes_have_the_papers_figures():
 
 
 BAD_RECIPES = [
-    (["stage.learning_rte=1"], "stage.learning_rte is not a key; there are trains, batch_size"),
+    (["stage.learning_rte=1"], "stage.learning_rte is not a key; the keys are trains, batch_size"),
     (["stage.learning_rate=fast"], "stage.learning_rate must be of type float, got 'fast'"),
     (["stage.trains=[gate]"], r"stage.trains must name some of .*, got \['gate'\]"),
-    (["data=5"], "data must hold keys and values, got 5"),
+    (["data=5"], "data must contain keys and values, got 5"),
     (["variant=none"], "variant must be one of paper, paper_text, script, got 'none'"),
     (["stage.lora={target_parameters: [experts.up_proj]}"], "stage.lora.dropout must be 0 with target_par"),
     (["stage.expert_exchange=some"], "stage.expert_exchange must be one of exact, padded, got 'some'"),
@@ -89,7 +89,7 @@ def test_a_bad_recipe_is_named(overrides, message):
 
 
 def test_recipes_that_are_no_recipes_are_named(tmp_path):
-    with pytest.raises(ValueError, match="'nowhere' does not exist, nor is it one of demo/pft"):
+    with pytest.raises(ValueError, match=r"config must be a YAML file or one of demo/pft, .*, got 'nowhere'"):
         load_recipe("nowhere")
     (tmp_path / "x.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"x\.yaml' cannot be read"):
@@ -105,8 +105,8 @@ def test_recipes_that_are_no_recipes_are_named(tmp_path):
         training_arguments(load_recipe("mistral-7b/sft", ["trainer.per_device_train_batch_size=3"]))
 
 
-def test_three_stages_hand_over_and_stage_three_starts_again(folder):
-    """Connector alone, everything dense, everything with experts, and on from those experts."""
+def test_three_stages_in_a_row_and_stage_three_again_from_its_result(folder):
+    """Connector alone, then everything with new experts, then everything from these experts."""
     one = write_recipe(
         folder, "one", stage__trains=["projector"], model__vision_experts=0, model__projector_experts=0,
         model__text_experts=0, data__template="mistral_instruct", trainer__max_steps=2,
@@ -121,7 +121,7 @@ def test_three_stages_hand_over_and_stage_three_starts_again(folder):
     assert len(entries) == 2
     wanted = {"language", "clip_balance", "mlp_z", "llm_balance", "clip_load_entropy", "mlp_router_entropy"}
     wanted |= {"llm_zero_experts", "grad_norm", "grad_norm_gates", "tokens_per_second", "memory_gib"}
-    logged = set().union(*entries)  # one of the two steps is text alone and has no tower
+    logged = set().union(*entries)  # one of the two steps has no images and does not run the tower
     assert wanted <= logged and not any("/" in name for name in logged)
     three = write_recipe(folder, "three", model__start=str(folder / "two" / "model"), trainer__max_steps=2)
     result = run_recipe(load_recipe(three))
@@ -133,20 +133,20 @@ def test_three_stages_hand_over_and_stage_three_starts_again(folder):
 
 
 def test_the_logged_loss_is_the_sum_of_its_parts(folder):
-    """Of pictures alone: a micro-batch of text has no parts of tower and connector to average."""
+    """With images in all rows: a micro-batch of text has no losses of tower and connector to average."""
     write_data(folder, text_rows=0)
     run_recipe(load_recipe(write_recipe(folder, trainer__max_steps=2)))
     entries = [entry for entry in history(folder / "run" / "model") if "loss" in entry]
     assert len(entries) == 2
     for entry in entries:
         balance, z = (sum(entry[f"{p}_{kind}"] for p in ("clip", "mlp", "llm")) for kind in ("balance", "z"))
-        # of each of two micro-batches six coefficients, products and sums; the sum of the two, of the loss as
-        # of its seven parts
+        # six coefficients, products and sums in each of two micro-batches; then the sum of the two, for the
+        # loss and for its seven parts
         assert_close_after(26, entry["loss"], entry["language"] + 0.1 * balance + 0.01 * z)
 
 
 def test_without_coefficients_the_loss_is_the_language_models(folder):
-    """And the router losses are in the log all the same."""
+    """The router losses are logged nevertheless."""
     write_data(folder, text_rows=0)
     off = {"stage__balance_loss_coef": 0.0, "stage__router_z_loss_coef": 0.0}
     whole = {"trainer__per_device_train_batch_size": 4}
@@ -174,7 +174,7 @@ def test_the_result_reloads_to_the_logits_of_what_was_trained(folder, tiny_batch
 
 @pytest.mark.usefixtures("fp64")
 def test_accumulation_changes_nothing_but_rounding(folder):
-    """Same global batch of pictures as 1 x 4 and 4 x 1: the router's losses are not multiplied."""
+    """The same global batch as 1 x 4 and as 4 x 1: accumulation does not multiply the router losses."""
     norms = []
     for name, micro in (("a", 4), ("b", 1)):
         path = write_recipe(
@@ -183,7 +183,7 @@ def test_accumulation_changes_nothing_but_rounding(folder):
             model__dtype="float64",
         )  # fmt: skip
         trainer = build_trainer(load_recipe(path))
-        only = [1, 3, 6]  # three tokens to predict in each: the mean of means is the mean
+        only = [1, 3, 6]  # each has three tokens to predict, so the mean of means is the overall mean
         trainer.train_dataset.units = [trainer.train_dataset.units[u] for u in only]
         trainer.lengths, trainer.has_image = trainer.lengths[only], trainer.has_image[only]
         trainer.train()
@@ -207,10 +207,10 @@ def test_rates_packing_and_precision(folder):
 
 
 def test_norms_of_parts_are_those_of_the_gradients_whatever_the_loss_is_scaled_by(folder, monkeypatch):
-    """fp16's scaler, on fp32 here, and no clipping."""
+    """The scaler of fp16, applied here to fp32, without clipping."""
 
     class Scaled(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):  # the model is prepared, for fp32
+        def on_train_begin(self, args, state, control, **kwargs):  # the model has been prepared for fp32
             made.accelerator.native_amp = True
             monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
 
@@ -248,7 +248,7 @@ def test_one_argument_under_two_names_is_refused_with_two_values():
 
 
 def test_step_flops_are_what_torch_counts(tiny_model, tiny_batch):
-    """Forward of tower, connector and language model under torch's counter, with eager attention."""
+    """Forward pass of tower, connector and language model in torch's FLOP counter, with eager attention."""
     from torch.utils.flop_counter import FlopCounterMode
 
     for text in ("mistral", "mixtral"):
@@ -257,7 +257,8 @@ def test_step_flops_are_what_torch_counts(tiny_model, tiny_batch):
         batch = tiny_batch()
         with FlopCounterMode(display=False) as counter:
             model(**batch, use_cache=False)
-        # some releases of transformers make the angles, an outer product, by a matmul: nobody counts that
+        # some releases of transformers compute the rotary angles, an outer product, with a matmul, which
+        # step_flops does not count
         by_module = counter.get_flop_counts()
         angles = sum(sum(found.values()) for name, found in by_module.items() if name.endswith("rotary_emb"))
         counted = counter.get_total_flops() - angles

@@ -1,4 +1,4 @@
-"""A stage of a linear model, for tests of what every stage has; as a program: toy_stage.py FOLDER PAUSE."""
+"""A stage of a linear model, for tests of all stages; as a program: toy_stage.py FOLDER PAUSE."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ from cumo_model.training.trainer import training_arguments
 
 
 class Points(Dataset):
-    """20 points: with batches of 8 an epoch has three steps."""
+    """20 points; with batches of 8, an epoch has three steps."""
 
     def __len__(self) -> int:
         return 20
@@ -26,7 +26,7 @@ class Points(Dataset):
 
 
 class Toy(nn.Module):
-    """Three of the four coordinates, behind dropout, so that the random state counts."""
+    """Predicts three of the four coordinates. With dropout the result depends on the random state."""
 
     def __init__(self):
         super().__init__()
