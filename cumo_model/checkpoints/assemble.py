@@ -5,6 +5,7 @@ parts. `describe` reads config and processor only; conversion uses it. Both set 
 the tokenizer of the processor.
 """
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoProcessor, BitsAndBytesConfig
 
 from cumo_model.checkpoints.folders import read_object
-from cumo_model.checkpoints.parts import from_parts, load_whole
+from cumo_model.checkpoints.parts import check_dtype, from_parts, load_whole
 from cumo_model.checkpoints.upcycle import scratch_experts, upcycle
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
@@ -26,8 +27,10 @@ from cumo_model.processing.processor import (
     has_tokenizer,
     processor_from,
 )
+from cumo_model.processing.templates import get_template
 
 PLACES = ("vision_experts", "projector_experts", "text_experts")
+EXPERT_OPTIONS = set(inspect.signature(upcycle).parameters) - {"dense", "seed"}
 
 
 def assemble(
@@ -89,6 +92,12 @@ def assemble(
         )
     if aspect is not None and aspect not in ASPECT_RATIOS[:2]:
         raise ValueError(f"aspect must be {' or '.join(ASPECT_RATIOS[:2])}, got {aspect!r}")
+    if template is not None:
+        get_template(template)
+    check_dtype(dtype)
+    experts = dict(experts or {})
+    if unknown := sorted(set(experts) - EXPERT_OPTIONS):
+        raise ValueError(f"experts must be keyword arguments of upcycle, got {', '.join(unknown)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if checkpoint is not None:
@@ -114,9 +123,8 @@ def assemble(
                 config.image_token_index = processor.image_token_id
         model.config.image_token_index = config.image_token_index
         if processor is not None and (template is not None or aspect is not None):
-            processor = _set_processor(processor, model.config, template or DEFAULT_TEMPLATE, aspect or "pad")
-        if experts is not None:
-            model = _with_experts(model, checkpoint, dict(experts), scratch, seed, quantize)
+            processor = _set_processor(processor, model.config, template, aspect)
+        model = _with_experts(model, checkpoint, experts, scratch, seed, quantize)
     return model.eval(), processor
 
 
@@ -146,30 +154,37 @@ def describe(checkpoint: str | os.PathLike) -> tuple[CumoConfig, CumoProcessor |
             f"got {values.get('model_type')!r}"
         )
     config = CumoConfig.from_pretrained(folder)
-    if (folder / "processor_config.json").is_file():
-        processor = AutoProcessor.from_pretrained(folder)
-    elif has_tokenizer(folder):
-        processor = processor_from(folder, config)
-    else:
+    has_processor = (folder / "processor_config.json").is_file()
+    if not has_processor and not has_tokenizer(folder):
         return config, None
+    try:
+        processor = AutoProcessor.from_pretrained(folder) if has_processor else processor_from(folder, config)
+    except Exception as error:  # damaged files make the loaders raise many kinds of errors
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise ValueError(f"the processor in {folder} cannot be loaded: {reason}") from error
     config.image_token_index = processor.image_token_id
     return config, processor
 
 
-def _set_processor(processor: CumoProcessor, config: CumoConfig, template: str, aspect: str) -> CumoProcessor:
-    """A processor with the same tokenizer and normalisation, and with another template and aspect ratio."""
-    vision = config.vision_config
+def _set_processor(
+    processor: CumoProcessor, config: CumoConfig, template: str | None, aspect: str | None
+) -> CumoProcessor:
+    """A processor with the same tokenizer and normalisation, and the given template and aspect ratio."""
+    vision, images = config.vision_config, processor.image_processor
+    aspect = aspect or getattr(images, "image_aspect_ratio", "pad")
     again = build_processor(
         processor.tokenizer,
         vision.image_size,
         vision.patch_size,
         config.vision_feature_select_strategy,
-        template,
+        template or DEFAULT_TEMPLATE,
         aspect,
         config.patch_merge_type,
+        **({"image_grid_pinpoints": images.image_grid_pinpoints} if aspect == "anyres" else {}),
     )
-    again.image_processor.image_mean = processor.image_processor.image_mean
-    again.image_processor.image_std = processor.image_processor.image_std
+    if template is None:
+        again.chat_template = processor.chat_template
+    again.image_processor.image_mean, again.image_processor.image_std = images.image_mean, images.image_std
     return again
 
 
@@ -192,7 +207,9 @@ def _with_experts(
         "text_experts": text.num_local_experts if text.model_type == "mixtral" else 1,
     }
     for name in PLACES:
-        asked = wanted.get(name, 0)
+        asked = wanted.get(name) or 0
+        if asked < 0:
+            raise ValueError(f"{name} must not be negative (0 leaves the place as it is), got {asked}")
         if asked > 1 and found[name] > 1 and asked != found[name]:
             there = "the model" if source is None else os.fspath(source)
             raise ValueError(f"{name} must be {found[name]}, what {there} has already, got {asked}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     CLIPVisionConfig,
@@ -58,6 +59,12 @@ def from_parts(
     Raises:
         ValueError: a file is missing or damaged, or its tensors do not fit the other parts.
     """
+    check_dtype(dtype)
+    unknown = sorted(
+        set(options) - set(CumoConfig.__annotations__) | set(options) & {"text_config", "vision_config"}
+    )
+    if unknown:
+        raise ValueError(f"options must be fields of CumoConfig, got {', '.join(unknown)}")
     for name, folder in (("vision", vision), ("text", text)):
         if not Path(folder, "config.json").is_file():
             raise ValueError(f"{name} must be a folder with a config.json, got {os.fspath(folder)!r}")
@@ -70,6 +77,8 @@ def from_parts(
         k: v for k, v in tower_config.items() if k not in ("model_type", "architectures", "dtype")
     }
     text_config = AutoConfig.from_pretrained(text)
+    if text_config.model_type != "mixtral" and type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"text must be a folder of a causal language model, got a {text_config.model_type}")
     connector = {} if projector is None else _original_tensors(projector, "mm_projector.")
     tower = {} if clip is None else _original_tensors(clip, "vision_model.")
     tower = {name: value for name, value in tower.items() if not name.startswith(UNUSED)}
@@ -81,14 +90,13 @@ def from_parts(
         "projector_num_experts": len(experts) or 1,
     } | options
     config = CumoConfig(vision_config=tower_config, text_config=text_config, **options)
-    if text_config.model_type == "mixtral":
-        language_class = CumoMixtralModel
-    elif type(text_config) in MODEL_MAPPING:
-        language_class = MODEL_MAPPING[type(text_config)]
-    else:
-        raise ValueError(f"text must be a text model of transformers, got a {text_config.model_type}")
+    is_mixtral = text_config.model_type == "mixtral"
+    language_class = CumoMixtralModel if is_mixtral else MODEL_MAPPING[type(text_config)]
 
     language = load_whole(language_class, text, dtype or "auto")
+    if not hasattr(language, "embed_tokens"):
+        kind = text_config.model_type
+        raise ValueError(f"text must be a decoder with embed_tokens, such as mistral, got a {kind}")
     dtype = dtype or language.dtype
     config.text_config = language.config
     with no_init_weights(), torch.device("meta"):  # the parts replace these modules
@@ -116,6 +124,15 @@ def from_parts(
     if Path(text, "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(text)
     return model.eval()
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """
+    Raises:
+        ValueError: `dtype` is neither None nor a floating-point dtype.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be None or a floating-point torch.dtype, got {dtype!r}")
 
 
 def load_whole(

@@ -1,8 +1,17 @@
 """assemble: every starting point leads to a model and a processor that agree with each other."""
 
+import re
+
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, MistralConfig, MistralForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from cumo_model import CumoForConditionalGeneration, CumoVisionModel, MoELayer, convert
 from cumo_model.checkpoints.assemble import assemble, describe
@@ -135,6 +144,10 @@ def test_the_processor_is_the_checkpoints_own_unless_asked_otherwise(start, tmp_
     assert kept.image_processor.image_aspect_ratio == "square"
     other = assemble(**where, template="mistral_instruct")[1]
     assert other.chat_template != kept.chat_template
+    assert other.image_processor.image_aspect_ratio == "square"
+    other = assemble(**where, aspect="pad")[1]
+    assert other.chat_template == kept.chat_template
+    assert other.image_processor.image_aspect_ratio == "pad"
     with pytest.raises(ValueError, match="aspect must be pad or square, got 'wide'"):
         assemble(**where, aspect="wide")
 
@@ -182,6 +195,55 @@ def test_a_model_without_tokenizer_has_no_processor(tiny_model, tmp_path):
         ValueError, match=r"model.tokenizer must be a folder with a tokenizer, got .*start', which has none"
     ):
         start_model(ModelSection(start=str(tmp_path / "start")), DataSection())
+
+
+def test_anyres_is_kept_with_another_template(start, tmp_path):
+    grids = {"image_grid_pinpoints": [[12, 24], [24, 12]], "patch_merge_type": "spatial_unpad"}
+    for part in assemble(**start("parts"), **grids):
+        part.save_pretrained(tmp_path / "tiles")
+    processor = assemble(tmp_path / "tiles", template="vicuna_v1")[1]
+    assert processor.image_processor.image_aspect_ratio == "anyres"
+    assert processor.image_processor.image_grid_pinpoints == grids["image_grid_pinpoints"]
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"dtype": "bfloat16"}, "dtype must be None or a floating-point torch.dtype, got 'bfloat16'"),
+        ({"dtype": torch.int8}, "dtype must be None or a floating-point torch.dtype, got torch.int8"),
+        ({"experts": {"tower": 4}}, "experts must be keyword arguments of upcycle, got tower"),
+        ({"experts": {"vision_experts": -4}}, "vision_experts must not be negative"),
+        ({"template": "nothing"}, "template must be one of plain"),
+        ({"scale": (1,)}, "options must be fields of CumoConfig, got scale"),
+        ({"text_config": {}}, "options must be fields of CumoConfig, got text_config"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(start, given, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        assemble(**start("parts"), **given)
+
+
+def test_a_place_without_a_number_stays_dense(start):
+    model, _ = assemble(**start("parts"), experts={"vision_experts": None, "top_k": 1})
+    assert layers(model) == []
+
+
+@pytest.mark.parametrize("kind", ["clip", "gpt2"])
+def test_a_language_model_of_another_kind_is_refused(start, tmp_path, kind):
+    where, words = start("parts"), "text must be a folder of a causal language model, got a clip_vision_model"
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=320, n_embd=24, n_layer=2, n_head=2)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+        words = "text must be a decoder with embed_tokens, such as mistral, got a gpt2"
+    with pytest.raises(ValueError, match=words):
+        assemble(vision=where["vision"], text=tmp_path / "gpt2" if kind == "gpt2" else where["vision"])
+
+
+def test_a_processor_that_is_damaged_is_named(start, tmp_path):
+    where = start("ours")
+    (tmp_path / "start" / "processor_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"the processor in .*start cannot be loaded: "):
+        assemble(**where)
 
 
 @pytest.mark.parametrize(
