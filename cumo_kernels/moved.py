@@ -6,6 +6,7 @@ Importing an old path gives the module at its new path and a DeprecationWarning.
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 import warnings
 from types import ModuleType
@@ -35,6 +36,11 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module = importlib.import_module(self.new_paths[spec.name])
         spec.loader_state = module.__spec__  # the import system replaces it
         return module
+
+    def get_code(self, fullname: str):
+        """For `python -m` with an old path."""
+        new = self.new_paths[fullname]
+        return importlib.util.find_spec(new).loader.get_code(new)
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__spec__

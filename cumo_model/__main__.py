@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, help="folder of the run; an existing run is resumed (default: runs/demo)"
     )
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: 0)")
     demo.set_defaults(run=_demo)
 
     chat = commands.add_parser("chat", help="ask a checkpoint questions about a picture")
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         "--template",
         help="conversation template, such as mistral_instruct (default: that of the processor)",
     )
-    chat.add_argument("--max-new-tokens", type=int, default=64)
+    chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
     chat.set_defaults(run=_chat)
 
     train = commands.add_parser(
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     experts = commands.add_parser(
         "experts", help="measure and plot which experts the tokens and patches of a checkpoint use"
     )
-    experts.add_argument("--checkpoint", type=Path, required=True)
+    experts.add_argument("--checkpoint", type=Path, required=True, help="folder of a CuMo with experts")
     experts.add_argument("--data", nargs="+", required=True, help="conversation files or file patterns")
     experts.add_argument(
         "--images", action="append", help="folder or .tar file of the pictures; may be repeated"
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     experts.add_argument("--template", default="mistral_instruct_system")
     experts.add_argument("--limit", type=int, help="maximum number of records per sub-task")
-    experts.add_argument("--batch-size", type=int, default=8)
+    experts.add_argument("--batch-size", type=int, default=8, help="records per forward pass (default: 8)")
     experts.add_argument(
         "--picture", action="append", help="plot the patches of this picture by expert; may be repeated"
     )
@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument(
         "--out", type=Path, help="folder of the runs; existing runs are resumed (default: runs/ablation)"
     )
-    ablate.add_argument("--seeds", type=int, default=3)
+    ablate.add_argument("--seeds", type=int, default=3, help="runs of each row (default: 3)")
     ablate.add_argument("--rows", nargs="+", help="run these rows only; the table contains all finished rows")
     ablate.add_argument("--steps", type=int, help="steps of stage 3 (default: 300)")
     ablate.add_argument(
@@ -244,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16", "float16"),
         help="dtype of the weights (default: that of the files)",
     )
-    upcycle.add_argument("--seed", type=int, default=0)
+    upcycle.add_argument("--seed", type=int, default=0, help="seed of gates, noise and drop (default: 0)")
     upcycle.set_defaults(run=_upcycle)
     return parser
 

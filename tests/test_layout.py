@@ -107,6 +107,31 @@ ARROWS = {
         f"{KERNELS}.integrations.transformers",
         f"{KERNELS}.types",
     ),
+    "benchmarks.peers*": (
+        "benchmarks.peers.*",
+        "benchmarks.cases.eager",  # the original's loop is a peer too
+        "benchmarks.cases.shapes",
+        "benchmarks.steps",
+        KERNELS,
+        f"{KERNELS}.*",
+    ),
+    "benchmarks.predictions*": (
+        "benchmarks.predictions.*",
+        "benchmarks.cases.shapes",
+        "benchmarks.plot",
+        KERNELS,
+        f"{KERNELS}.*",
+    ),
+    "benchmarks.cases*": (
+        "benchmarks.cases.*",
+        "benchmarks.peers.table",
+        "benchmarks.harness",
+        "benchmarks.steps",
+        "cumo_model",
+        "cumo_model.*",
+        KERNELS,
+        f"{KERNELS}.*",
+    ),
     "benchmarks*": (
         "benchmarks",
         "benchmarks.*",

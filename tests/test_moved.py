@@ -40,6 +40,12 @@ def test_every_old_path_is_its_module_at_the_new_one():
     assert done.stdout.endswith("fine\n"), done.stderr
 
 
+def test_a_program_runs_by_its_old_path():
+    command = [sys.executable, "-m", "cumo_kernels.codegen", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "--gpu" in done.stdout, done.stderr
+
+
 def test_an_unknown_module_is_still_an_error():
     with pytest.raises(ModuleNotFoundError, match=r"cumo_model\.nothing"):
         import cumo_model.nothing  # noqa: F401

@@ -1,4 +1,4 @@
-"""Loading of a model and its processor from any starting point. Training, upcycling and chat use `assemble`.
+"""Loading of a model and its processor from any starting point. All commands use `assemble`.
 
 A starting point is a checkpoint in this project's layout or in the released one, or a set of pretrained
 parts. `describe` reads config and processor only; conversion uses it. Both set the model's image token from
@@ -7,6 +7,7 @@ the tokenizer of the processor.
 
 import inspect
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def assemble(
             keeps them.
         scratch: initialise new experts with random weights instead of copies.
         dtype: dtype of the weights; by default that of the files.
-        quantize: 4 or 8 bits with bitsandbytes, for a checkpoint that needs no new experts.
+        quantize: 4 or 8 bits with bitsandbytes. Parts and new experts are first written to a temporary folder
+            (TMPDIR), because bitsandbytes quantises weights while it reads them.
         attn_implementation: as in transformers.
         template: name of the chat template; by default that of the checkpoint, and DEFAULT_TEMPLATE for
             parts.
@@ -94,6 +96,8 @@ def assemble(
         raise ValueError(f"aspect must be {' or '.join(ASPECT_RATIOS[:2])}, got {aspect!r}")
     if template is not None:
         get_template(template)
+    if quantize not in (None, 4, 8):
+        raise ValueError(f"quantize must be 4 or 8, got {quantize}")
     check_dtype(dtype)
     experts = dict(experts or {})
     if unknown := sorted(set(experts) - EXPERT_OPTIONS):
@@ -102,15 +106,15 @@ def assemble(
         torch.manual_seed(seed)
         if checkpoint is not None:
             config, processor = describe(checkpoint)
-            options = {} if quantize is None else {"quantization_config": _quantization(quantize, dtype)}
+            options, new = {}, _new_experts(config, checkpoint, experts)
+            if quantize is not None and not new:
+                options["quantization_config"] = _quantization(quantize, dtype or config.dtype)
             if layout_of(read_object(Path(checkpoint, "config.json"))) is None:
                 options["use_safetensors"] = True  # .bin files are checked in the released layout only
             if attn_implementation is not None:
                 options["attn_implementation"] = attn_implementation
             model = load_whole(CumoForConditionalGeneration, checkpoint, dtype or "auto", **options)
         else:
-            if quantize is not None:
-                raise ValueError("quantize must be None for parts: save the assembled model, quantise that")
             model = from_parts(vision, text, projector, dtype, clip, **options)
             if attn_implementation is not None:
                 model.set_attn_implementation(attn_implementation)
@@ -118,13 +122,19 @@ def assemble(
             if tokenizer is not None and not has_tokenizer(folder):
                 raise ValueError(f"tokenizer must be a folder with a tokenizer, got {os.fspath(tokenizer)!r}")
             config, processor = model.config, None
+            new = _new_experts(config, None, experts)
             if has_tokenizer(folder):
                 processor = processor_from(folder, config)
                 config.image_token_index = processor.image_token_id
         model.config.image_token_index = config.image_token_index
         if processor is not None and (template is not None or aspect is not None):
             processor = _set_processor(processor, model.config, template, aspect)
-        model = _with_experts(model, checkpoint, experts, scratch, seed, quantize)
+        if new:
+            dense, model = model, upcycle(model, **new, seed=seed)
+            if scratch:
+                scratch_experts(dense, model, seed)
+    if quantize is not None and not getattr(model, "is_quantized", False):
+        model = _quantized(model, quantize)
     return model.eval(), processor
 
 
@@ -188,24 +198,21 @@ def _set_processor(
     return again
 
 
-def _with_experts(
-    model: CumoForConditionalGeneration,
-    source: str | os.PathLike | None,
-    wanted: dict[str, int],
-    scratch: bool,
-    seed: int,
-    quantize: int | None,
-) -> CumoForConditionalGeneration:
-    """Add experts in the requested places. A place that already has the requested number keeps its experts.
+def _new_experts(
+    config: CumoConfig, source: str | os.PathLike | None, wanted: dict[str, int]
+) -> dict[str, int]:
+    """Keyword arguments of `upcycle` for the places that need new experts; {} if no place does.
 
-    So a stage that adds experts can also start from its own result.
+    A place that already has the requested number keeps its experts, so a stage that adds experts can also
+    start from its own result.
     """
-    text = model.config.text_config
+    text = config.text_config
     found = {
-        "vision_experts": model.config.vision_config.num_experts,
-        "projector_experts": model.config.projector_num_experts,
+        "vision_experts": config.vision_config.num_experts,
+        "projector_experts": config.projector_num_experts,
         "text_experts": text.num_local_experts if text.model_type == "mixtral" else 1,
     }
+    new = dict(wanted)
     for name in PLACES:
         asked = wanted.get(name) or 0
         if asked < 0:
@@ -213,20 +220,20 @@ def _with_experts(
         if asked > 1 and found[name] > 1 and asked != found[name]:
             there = "the model" if source is None else os.fspath(source)
             raise ValueError(f"{name} must be {found[name]}, what {there} has already, got {asked}")
-        wanted[name] = asked if found[name] <= 1 else 0
-    if not any(wanted[name] > 1 for name in PLACES):
-        return model
-    if quantize is not None:
-        raise ValueError("quantize must be None if experts are added: save the model, then quantise that")
-    moe = upcycle(model, **wanted, seed=seed)
-    if scratch:
-        scratch_experts(model, moe, seed)
-    return moe
+        new[name] = asked if found[name] <= 1 else 0
+    return new if any(new[name] > 1 for name in PLACES) else {}
+
+
+def _quantized(model: CumoForConditionalGeneration, bits: int) -> CumoForConditionalGeneration:
+    """The same model, written to a temporary folder and loaded quantised."""
+    options = {"attn_implementation": model.config._attn_implementation, "use_safetensors": True}
+    with tempfile.TemporaryDirectory(prefix="cumo-") as folder:
+        model.save_pretrained(folder)
+        options["quantization_config"] = _quantization(bits, model.dtype)
+        return load_whole(CumoForConditionalGeneration, folder, model.dtype, **options)
 
 
 def _quantization(bits: int, dtype: torch.dtype | None) -> BitsAndBytesConfig:
-    if bits not in (4, 8):
-        raise ValueError(f"quantize must be 4 or 8, got {bits}")
     # routers and all modules outside the language model are not quantised
     kept = ["gate", "lm_head", "model.vision_tower", "model.multi_modal_projector"]
     if bits == 8:

@@ -160,6 +160,8 @@ def load_whole(
         model, info = kind.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     finally:
         logging.set_verbosity(verbosity)
     missing = [name for name in info["missing_keys"] if unused is None or not name.startswith(unused)]

@@ -15,7 +15,7 @@ from cumo_model.demo.settings import TEMPLATE, Settings, load_settings
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.processing.processor import build_processor
 from cumo_model.training.monitor import ShortProgress
-from cumo_model.training.recipe import Recipe, load_recipe
+from cumo_model.training.recipe import SHIPPED, Recipe, load_recipe
 from cumo_model.training.recover import checkpoints
 from cumo_model.training.stage import RESULT
 from cumo_model.training.trainer import run_recipe
@@ -56,7 +56,8 @@ def stage_recipe(folder: Path, settings: Settings, stage: str, **changes: Any) -
             return [moved(path) for path in place]
         return str(folder / Path(place).relative_to(SHIPPED_FOLDER))
 
-    shipped = load_recipe(RECIPES[stage])
+    config = SHIPPED / f"{RECIPES[stage]}.yaml"  # not by name: a file of the working directory may have it
+    shipped = load_recipe(config)
     places = {"output_dir": shipped.output_dir, "data.files": list(shipped.data.files)}
     places["data.images"] = list(shipped.data.images)
     for name in ("start", "vision", "language", "tokenizer"):
@@ -67,7 +68,7 @@ def stage_recipe(folder: Path, settings: Settings, stage: str, **changes: Any) -
         values["trainer.bf16"] = True
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     # JSON is valid YAML, for all characters of a path
-    return load_recipe(RECIPES[stage], [f"{key}={json.dumps(value)}" for key, value in values.items()])
+    return load_recipe(config, [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
 
 class Run:

@@ -154,7 +154,7 @@ def load_recipe(config: str | os.PathLike, overrides: Sequence[str] = ()) -> Rec
         ValueError: the file cannot be read, or a key or value is not valid; the message names it.
     """
     path = Path(config)
-    if not path.exists() and (SHIPPED / f"{config}.yaml").exists():
+    if not path.is_file() and (SHIPPED / f"{config}.yaml").is_file():  # a folder may have such a name
         path = SHIPPED / f"{config}.yaml"
     values = _read(path)
     given = _parse_overrides(overrides)

@@ -1,6 +1,7 @@
 """assemble: every starting point leads to a model and a processor that agree with each other."""
 
 import re
+import tempfile
 
 import pytest
 import torch
@@ -165,13 +166,6 @@ def test_the_seed_decides_and_the_global_generator_stays(start):
     assert not any("vision_tower" in key and "gate" not in key for key in differ)
 
 
-def test_quantised_loading_is_refused_where_experts_or_parts_are_made(start, tmp_path):
-    with pytest.raises(ValueError, match="quantize must be None for parts"):
-        assemble(**start("parts"), quantize=4)
-    with pytest.raises(ValueError, match="quantize must be 4 or 8, got 3"):
-        assemble(**start("ours"), quantize=3)
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_checkpoint(start, bits):
     bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -181,8 +175,22 @@ def test_a_quantised_checkpoint(start, bits):
     language = [m for n, m in model.named_modules() if isinstance(m, kind)]
     assert len(language) == 2 * 7 and not isinstance(model.lm_head, kind)
     assert processor.image_token_id == model.config.image_token_index
-    with pytest.raises(ValueError, match="quantize must be None if experts are added"):
-        assemble(**where, quantize=bits, dtype=torch.bfloat16, experts=EXPERTS)
+
+
+@pytest.mark.parametrize("name", ["ours", "released", "parts"])
+def test_every_start_can_be_quantised_with_new_experts(start, tmp_path, monkeypatch, name):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    where = start(name)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    model, processor = assemble(**where, quantize=4, experts=EXPERTS, seed=2)
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert len(layers(model)) == 3 + 1 + 2 and processor.image_token_id == model.config.image_token_index
+    packed = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(packed) == 2 * 4 and all(m.compute_dtype == model.dtype for m in packed)  # attention
+    whole, _ = assemble(**where, experts=EXPERTS, seed=2)
+    gates = {key: value for key, value in whole.state_dict().items() if key.endswith("gate.weight")}
+    assert gates and all(torch.equal(model.state_dict()[key], value) for key, value in gates.items())
 
 
 def test_a_model_without_tokenizer_has_no_processor(tiny_model, tmp_path):
@@ -214,6 +222,7 @@ def test_anyres_is_kept_with_another_template(start, tmp_path):
         ({"experts": {"tower": 4}}, "experts must be keyword arguments of upcycle, got tower"),
         ({"experts": {"vision_experts": -4}}, "vision_experts must not be negative"),
         ({"template": "nothing"}, "template must be one of plain"),
+        ({"quantize": 3}, "quantize must be 4 or 8, got 3"),
         ({"scale": (1,)}, "options must be fields of CumoConfig, got scale"),
         ({"text_config": {}}, "options must be fields of CumoConfig, got text_config"),
     ],

@@ -1,4 +1,4 @@
-"""Tests of the ablation's table and verdicts; the command itself is run manually (README)."""
+"""Tests of the ablation's table and verdicts; the command itself is run manually (docs/analysis.md)."""
 
 import json
 import math

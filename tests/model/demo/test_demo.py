@@ -280,6 +280,17 @@ def test_a_demo_runs_the_shipped_recipes_in_its_own_folder(name, tmp_path):
     assert (quick.trainer["seed"], quick.model.seed, quick.data.template) == (5, 5, "plain")
 
 
+def test_files_of_the_working_directory_do_not_replace_the_demos_recipes(tmp_path, monkeypatch):
+    """`--out demo` makes folders that have the names of the recipes."""
+    wanted = stage_recipe(Path("demo"), Settings(), "sft")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo" / "sft").mkdir(parents=True)
+    assert load_recipe("demo/sft").stage == wanted.stage
+    (tmp_path / "demo" / "sft").rmdir()
+    (tmp_path / "demo" / "sft").write_text("output_dir: mine")
+    assert stage_recipe(Path("demo"), Settings(), "sft") == wanted
+
+
 def test_a_folder_is_named_the_same_however_it_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = ["runs/x", "./runs/x", tmp_path / "runs" / "x", "runs/y/../x"]
