@@ -1,4 +1,4 @@
-"""Old module paths still import: modules moved into rooms, and users may hold on to 0.1's paths until 0.2.
+"""Aliases for module paths of cumo 0.1 that have changed; they are removed in 0.2.
 
 Importing an old path gives the module at its new path and a DeprecationWarning. CHANGELOG.md has the table.
 """

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, BitsAndBytesConfig
 
-from cumo_model.checkpoints.folders import read_object
+from cumo_model.checkpoints.folders import first_line, read_object
 from cumo_model.checkpoints.parts import check_dtype, from_parts, load_whole
 from cumo_model.checkpoints.upcycle import scratch_experts, upcycle
 from cumo_model.model.config import CumoConfig
@@ -170,8 +170,7 @@ def describe(checkpoint: str | os.PathLike) -> tuple[CumoConfig, CumoProcessor |
     try:
         processor = AutoProcessor.from_pretrained(folder) if has_processor else processor_from(folder, config)
     except Exception as error:  # damaged files make the loaders raise many kinds of errors
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise ValueError(f"the processor in {folder} cannot be loaded: {reason}") from error
+        raise ValueError(f"the processor in {folder} cannot be loaded: {first_line(error)}") from error
     config.image_token_index = processor.image_token_id
     return config, processor
 

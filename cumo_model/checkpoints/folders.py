@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cumo_kernels.files import write_whole
+
 
 def read_object(path: str | os.PathLike) -> dict[str, Any]:
     """Read a JSON file that contains an object.
@@ -28,6 +30,16 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold an object, got {type(values).__name__}")
     return values
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically."""
+    write_whole(path, json.dumps(content, indent=1))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for messages of one line."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from cumo_model.checkpoints.folders import read_object
+from cumo_model.checkpoints.folders import first_line, read_object
 from cumo_model.checkpoints.layout import original_names
 from cumo_model.checkpoints.shards import Shards, check_tensors, read_bin
 from cumo_model.model.clip_moe import CumoVisionModel
@@ -161,7 +161,7 @@ def load_whole(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except OSError as error:
-        raise ValueError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{folder} cannot be loaded: {first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
     missing = [name for name in info["missing_keys"] if unused is None or not name.startswith(unused)]

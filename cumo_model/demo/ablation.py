@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cumo_model.analysis.experts import load_entropy
+from cumo_model.checkpoints.folders import write_json, write_whole
 from cumo_model.demo.evaluate import Examiner
-from cumo_model.demo.folder import RESULT, Run, load_model, stage_recipe, write_json
+from cumo_model.demo.folder import RESULT, Run, load_model, stage_recipe
 from cumo_model.demo.processes import claim, cores, locked, named, run_tasks
 from cumo_model.demo.questions import make_dataset
 from cumo_model.demo.settings import QUICK, TEMPLATE, Settings, load_settings
@@ -252,7 +253,5 @@ def write_table(out: Path, result: dict, seconds: float) -> None:
     )
     text = head + table(result) + f"\nThe last call took {seconds / 60:.1f} minutes.\n"
     for name, content in (("results.json", json.dumps(result, indent=1)), ("table.md", text)):
-        part = out / f".{name}.part"
-        part.write_text(content)
-        os.replace(part, out / name)
+        write_whole(out / name, content)
     print(text)

@@ -1,7 +1,6 @@
 """The folder of a demo: its settings, data and recipes, and the results that its tasks pass on."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, TrainerCallback
 
+from cumo_model.checkpoints.folders import first_line
 from cumo_model.data import StepSampler, StreamedConversations, collate
 from cumo_model.demo.settings import TEMPLATE, Settings, load_settings
 from cumo_model.model.cumo import CumoForConditionalGeneration
@@ -149,8 +149,7 @@ def load_model(kind, folder: Path):
     try:
         return kind.from_pretrained(folder, use_safetensors=True)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [repr(error)]
-        raise ValueError(f"{folder} is damaged ({reason[0]}): {AGAIN}") from error
+        raise ValueError(f"{folder} is damaged ({first_line(error)}): {AGAIN}") from error
 
 
 def read_json(path: Path, *needed: str):
@@ -163,10 +162,3 @@ def read_json(path: Path, *needed: str):
     if missing:
         raise ValueError(f"{path} is damaged (no {missing[0]!r}): {AGAIN}")
     return content
-
-
-def write_json(path: Path, content) -> None:
-    """Write a JSON file atomically."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=1))
-    os.replace(part, path)

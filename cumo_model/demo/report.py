@@ -11,6 +11,7 @@ from rich.table import Table
 
 from cumo_model.analysis.experts import patch_experts
 from cumo_model.analysis.plots import PLACES, plot_expert_load, plot_patches
+from cumo_model.checkpoints.folders import write_whole
 from cumo_model.demo.folder import RESULT, read_json
 from cumo_model.demo.plots import plot_losses
 from cumo_model.demo.settings import TEMPLATE, Settings
@@ -81,9 +82,7 @@ def report(out: Path, settings: Settings, seconds: float) -> None:
         f"  python -m cumo_model chat --checkpoint {checkpoint} --image {_some_picture(out)}",
         soft_wrap=True,
     )
-    part = out / ".report.txt.part"
-    part.write_text(console.export_text())
-    part.replace(out / "report.txt")
+    write_whole(out / "report.txt", console.export_text())
     if flat := [title for name, title in STAGES.items() if not _fell(histories[name])]:
         raise RuntimeError(f"the loss did not decrease in {', '.join(flat)}: see {pictures / 'losses.png'}")
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cumo_model.checkpoints.folders import write_whole
 from cumo_model.demo.processes import claim, cores, locked, named, run_tasks
 from cumo_model.demo.questions import make_dataset
 from cumo_model.demo.settings import Settings
@@ -71,9 +72,7 @@ def _timed(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        part = out / f".{ELAPSED}.part"
-        part.write_text(f"{_seconds(out) + time.monotonic() - start:.1f}")
-        os.replace(part, out / ELAPSED)
+        write_whole(out / ELAPSED, f"{_seconds(out) + time.monotonic() - start:.1f}")
 
 
 def _machine() -> str:

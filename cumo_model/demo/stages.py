@@ -7,9 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cumo_model.analysis.experts import load_entropy
+from cumo_model.checkpoints.folders import write_json
 from cumo_model.checkpoints.upcycle import step0_difference
 from cumo_model.demo.evaluate import Examiner
-from cumo_model.demo.folder import Run, write_json
+from cumo_model.demo.folder import Run
 from cumo_model.demo.pretrain import build_text, build_vision
 from cumo_model.demo.settings import TEMPLATE
 from cumo_model.model.cumo import CumoForConditionalGeneration

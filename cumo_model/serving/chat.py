@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import TextStreamer
 
 from cumo_model.checkpoints.assemble import assemble
+from cumo_model.checkpoints.folders import first_line
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.processing.conversation import chat_template, reserved_marker, tokenize_prompt
 from cumo_model.processing.processor import CumoProcessor, load_image
@@ -30,8 +31,7 @@ def load(checkpoint: str | os.PathLike, device: torch.device | None = None):
     try:
         model, processor = assemble(checkpoint)
     except Exception as error:  # a damaged file can raise any exception; report it in one line
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be loaded: {reason}") from error
+        raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be loaded: {first_line(error)}") from error
     if processor is None:
         raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be loaded: it has no tokenizer")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")

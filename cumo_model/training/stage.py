@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-from cumo_model.checkpoints.folders import fingerprint, new_directory, read_object
+from cumo_model.checkpoints.folders import fingerprint, new_directory, read_object, write_json
 from cumo_model.data.sampling import StepSampler
 from cumo_model.training.deepspeed import clear
 from cumo_model.training.expert_checkpoints import SpreadCheckpoints
@@ -203,9 +202,7 @@ def claim(path: Path, wanted: dict) -> None:
             raise ValueError(f"{out} is a run with another {', '.join(differ)}: choose another output_dir")
         return
     out.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # nodes may share process numbers
-    part.write_text(json.dumps(wanted, indent=1))
-    os.replace(part, path)
+    write_json(path, wanted)
 
 
 def _claim_start(recipe: Recipe) -> None:

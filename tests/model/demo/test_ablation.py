@@ -7,6 +7,7 @@ import shutil
 import pytest
 from transformers import AutoProcessor
 
+from cumo_model.checkpoints.folders import write_json
 from cumo_model.demo import ablation
 from cumo_model.demo.ablation import (
     CLAIMS,
@@ -18,7 +19,7 @@ from cumo_model.demo.ablation import (
     table,
     verdict,
 )
-from cumo_model.demo.folder import Run, write_json
+from cumo_model.demo.folder import Run
 from cumo_model.demo.processes import claim
 from cumo_model.demo.settings import Settings
 from cumo_model.demo.stages import TASKS, measure_flops
