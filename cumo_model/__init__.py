@@ -16,9 +16,10 @@ from cumo_model.checkpoints.patch import patch_original
 from cumo_model.checkpoints.upcycle import step0_difference, upcycle
 from cumo_model.model.clip_moe import CumoVisionModel
 from cumo_model.model.config import CumoConfig, CumoVisionConfig
-from cumo_model.model.cumo import CumoForConditionalGeneration, CumoModel, CumoOutput
+from cumo_model.model.cumo import CumoForConditionalGeneration, CumoModel
 from cumo_model.model.losses import load_balancing_loss, router_z_loss
 from cumo_model.model.moe import MoELayer, RoutingRecord, record_routing
+from cumo_model.model.outputs import CumoOutput
 from cumo_model.model.quantize import quantize_experts
 from cumo_model.processing.processor import CumoImageProcessor, CumoProcessor, build_processor
 

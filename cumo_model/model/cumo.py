@@ -11,106 +11,26 @@ because the original code trains such a Mixtral without them. In evaluation only
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers import Cache
 from transformers.models.auto import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.utils.generic import can_return_tuple
 
+from cumo_model.model.base import CumoPreTrainedModel
 from cumo_model.model.clip_moe import CumoVisionModel
-from cumo_model.model.compat import (
-    CACHE,
-    CACHE_NAMES,
-    EitherCheckpointing,
-    cache_of,
-    either_cache_name,
-    enable_checkpointing,
-    this_cache_name,
-)
+from cumo_model.model.compat import CACHE, cache_of, either_cache_name
 from cumo_model.model.config import CumoConfig
-from cumo_model.model.image_tokens import (
-    as_tiles,
-    check_no_placeholders,
-    check_placeholders,
-    pictures_per_row,
-)
-from cumo_model.model.layouts import layout_of, read_config
+from cumo_model.model.generation import CumoGenerationMixin
+from cumo_model.model.image_tokens import as_tiles, check_no_placeholders, check_placeholders
 from cumo_model.model.llm_moe import build_language_model
-from cumo_model.model.losses import place_losses
+from cumo_model.model.losses import check_labels, language_loss, place_losses
 from cumo_model.model.mlp_moe import CumoProjector
-from cumo_model.model.moe import MoEHostMixin, RoutingRecord, record_routing
+from cumo_model.model.moe import PLACES, RoutingRecord, record_routing
+from cumo_model.model.outputs import CumoModelOutput, CumoOutput, stacked_stats
 from cumo_model.model.pyramid import crop_counts, image_pyramid, merge_scales
 from cumo_model.model.quantize import are_experts_quantized
-
-PLACES = ("mlp", "clip", "llm")  # the order in which the original code adds their losses
-
-
-@dataclass
-class CumoModelOutput(BaseModelOutputWithPast):
-    """Output of `CumoModel`: that of a decoder, and the image features."""
-
-    image_hidden_states: Tensor | None = None  # (tiles, image_seq_length, H) after the connector
-
-
-@dataclass
-class CumoOutput(CausalLMOutputWithPast):
-    """Output of `CumoForConditionalGeneration`.
-
-    Attributes:
-        image_hidden_states: (tiles, image_seq_length, H), the image features after the connector.
-        loss_parts: terms of `loss` without their weights, detached: language and {clip,mlp,llm}_{balance,z}.
-        router_stats: for each place, the stacked RouterStats of its layers and the tokens per expert. None
-            unless requested.
-    """
-
-    image_hidden_states: Tensor | None = None
-    loss_parts: dict[str, Tensor] | None = None
-    router_stats: dict[str, dict[str, Tensor]] | None = None
-
-
-class CumoPreTrainedModel(MoEHostMixin, EitherCheckpointing, PreTrainedModel):
-    """Base class: initialisation, loading and activation checkpointing of both CuMo models."""
-
-    config: CumoConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = list(CACHE_NAMES)
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, CumoProjector):
-            module.reset_parameters()
-        if isinstance(module, CumoModel) and module.image_newline is not None:
-            init.normal_(module.image_newline, std=module.image_newline.numel() ** -0.5)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load as transformers does; the checkpoint may have any registered layout (layouts.py)."""
-        path = pretrained_model_name_or_path
-        layout = layout_of(read_config(path, **kwargs))
-        if layout is None or layout.is_loader(cls):
-            return super().from_pretrained(path, *args, **kwargs)
-        return layout.load(cls, path, *args, **kwargs)
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs) -> None:
-        """As in transformers; ValueError if use_reentrant is True."""
-        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
-            raise ValueError(
-                "activation_checkpointing_kwargs (gradient_checkpointing_kwargs) must have use_reentrant "
-                "False, got True: reentrant recomputation loses the gradients of the router losses"
-            )
-        enable_checkpointing(self, options, **kwargs)
 
 
 class CumoModel(CumoPreTrainedModel):
@@ -259,7 +179,7 @@ class CumoModel(CumoPreTrainedModel):
         )
 
 
-class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
+class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
     """CuMo with a language model head, for training and generation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -272,8 +192,6 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
         self.model = CumoModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    generate = this_cache_name(GenerationMixin.generate)
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """Save as transformers does, with the names and shapes of this model's state_dict.
@@ -293,35 +211,6 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """As `CumoModel.get_image_features`."""
         return self.model.get_image_features(pixel_values)
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **kwargs,
-    ):
-        """Repeat each row for beams or samples, together with all pictures of the row, in order."""
-        names = ("pixel_values", "image_sizes", "image_lengths")
-        images = {key: value for key in names if (value := kwargs.pop(key, None)) is not None}
-        pixels = as_tiles(images.get("pixel_values"))
-        if expand_size > 1 and input_ids is not None and pixels is not None:
-            layout, sizes = self.config.picture_layout, [None] * len(pixels)
-            if "image_sizes" in images:
-                sizes = [tuple(size) for size in images["image_sizes"].tolist()]
-            tokens = (input_ids == self.config.image_token_index).sum(1)
-            lengths = images.get("image_lengths", tokens.new_tensor([layout.tokens(size) for size in sizes]))
-            counts = pictures_per_row(tokens, lengths.to(tokens.device))
-            tiles = torch.tensor([layout.tiles(size) for size in sizes]).split(counts)
-            images["pixel_values"] = pixels
-            for key, value in images.items():
-                parts = [int(part.sum()) for part in tiles] if key == "pixel_values" else counts
-                rows = value.split(parts)
-                images[key] = torch.cat([row for row in rows for _ in range(expand_size)])
-        expanded, kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **kwargs
-        )
-        return expanded, kwargs | images
 
     @either_cache_name
     @can_return_tuple
@@ -415,12 +304,12 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             loss_parts=loss_parts,
-            router_stats=_stacked_stats(records) if output_router_stats else None,
+            router_stats=stacked_stats(records) if output_router_stats else None,
         )
 
     def _loss_without_logits(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """`language_loss` of hidden states (B, S, H); the head runs only where a token is predicted."""
-        _check_labels(labels, hidden_states)
+        check_labels(labels, hidden_states)
         targets = labels[:, 1:]
         predicts = targets != -100
         logits = self.lm_head(hidden_states[:, :-1][predicts]).float()
@@ -446,43 +335,6 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, GenerationMixin):
                 if coef:
                     loss = loss + coef * value
         return loss
-
-
-def _stacked_stats(records: list[RoutingRecord]) -> dict[str, dict[str, Tensor]]:
-    found = {}
-    for place in PLACES:
-        layers = [record.routing for record in records if record.place == place]
-        if layers:
-            names = ("mean_probs", "top1_density", "mean_squared_logsumexp")
-            found[place] = {
-                name: torch.stack([getattr(routing.stats, name).detach() for routing in layers])
-                for name in names
-            }
-            found[place]["tokens_per_expert"] = torch.stack([r.tokens_per_expert for r in layers])
-    return found
-
-
-def language_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy over the predicted tokens; position t predicts labels[:, t + 1].
-
-    Args:
-        logits: (B, S, V), converted to fp32.
-        labels: (B, S) int64; -100 is ignored.
-
-    Returns:
-        Scalar fp32; 0 if no token is predicted.
-    """
-    _check_labels(labels, logits)
-    targets = nn.functional.pad(
-        labels[:, 1:], (0, 1), value=-100
-    ).flatten()  # shifting the labels avoids a copy of the logits
-    total = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
-    return total / (targets != -100).sum().clamp(min=1)
-
-
-def _check_labels(labels: Tensor, rows: Tensor) -> None:
-    if labels.shape != rows.shape[:2]:
-        raise ValueError(f"labels must be {tuple(rows.shape[:2])} like input_ids, got {tuple(labels.shape)}")
 
 
 AutoModel.register(CumoConfig, CumoModel)

@@ -13,7 +13,7 @@ softmax probability. Both are part of every `Routing`. Sources: the load balanci
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cumo_kernels import RouterStats
 
@@ -74,3 +74,26 @@ def place_losses(
             torch.stack([scale.mean(1) for scale in losses.split(list(group_counts), 1)]).mean(0).unbind()
         )
     return balance, z
+
+
+def language_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy over the predicted tokens; position t predicts labels[:, t + 1].
+
+    Args:
+        logits: (B, S, V), converted to fp32.
+        labels: (B, S) int64; -100 is ignored.
+
+    Returns:
+        Scalar fp32; 0 if no token is predicted.
+    """
+    check_labels(labels, logits)
+    targets = nn.functional.pad(
+        labels[:, 1:], (0, 1), value=-100
+    ).flatten()  # shifting the labels avoids a copy of the logits
+    total = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)
+
+
+def check_labels(labels: Tensor, rows: Tensor) -> None:
+    if labels.shape != rows.shape[:2]:
+        raise ValueError(f"labels must be {tuple(rows.shape[:2])} like input_ids, got {tuple(labels.shape)}")

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from cumo_kernels import ACTIVATIONS, Routing, expert_mlp, grouped_gemm, route
 
+PLACES = ("mlp", "clip", "llm")  # the order in which the original code adds their losses
+
 
 @dataclass(frozen=True)
 class RoutingRecord:

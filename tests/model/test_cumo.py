@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from cumo_model import CumoConfig, MoELayer, record_routing
-from cumo_model.model.cumo import language_loss
+from cumo_model.model.losses import language_loss
 from cumo_model.model.pyramid import image_pyramid
 from tests.model.gradients import gradients
 from tests.rounding import assert_same_formula, assert_same_sums, in_fp64, rounding_of

@@ -14,7 +14,7 @@ from cumo_model.demo.pretrain import Contrast, Lines, Pairs
 from cumo_model.demo.processes import claim
 from cumo_model.demo.settings import Settings
 from cumo_model.model.clip_moe import CumoVisionModel
-from cumo_model.model.cumo import language_loss
+from cumo_model.model.losses import language_loss
 from cumo_model.training.stage import read_history
 from tests.model.training.small_runs import COLOURS, write_data, write_model
 from tests.rounding import assert_same_formula

@@ -1,0 +1,54 @@
+"""CumoPreTrainedModel, the base class of both CuMo models."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from cumo_model.model.compat import CACHE_NAMES, EitherCheckpointing, enable_checkpointing
+from cumo_model.model.config import CumoConfig
+from cumo_model.model.layouts import layout_of, read_config
+from cumo_model.model.mlp_moe import CumoProjector
+from cumo_model.model.moe import MoEHostMixin
+
+
+class CumoPreTrainedModel(MoEHostMixin, EitherCheckpointing, PreTrainedModel):
+    """Base class: initialisation, loading and activation checkpointing of both CuMo models."""
+
+    config: CumoConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = list(CACHE_NAMES)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CumoProjector):
+            module.reset_parameters()
+        newline = getattr(module, "image_newline", None)
+        if newline is not None:
+            init.normal_(newline, std=newline.numel() ** -0.5)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load as transformers does; the checkpoint may have any registered layout (layouts.py)."""
+        path = pretrained_model_name_or_path
+        layout = layout_of(read_config(path, **kwargs))
+        if layout is None or layout.is_loader(cls):
+            return super().from_pretrained(path, *args, **kwargs)
+        return layout.load(cls, path, *args, **kwargs)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs) -> None:
+        """As in transformers; ValueError if use_reentrant is True."""
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise ValueError(
+                "activation_checkpointing_kwargs (gradient_checkpointing_kwargs) must have use_reentrant "
+                "False, got True: reentrant recomputation loses the gradients of the router losses"
+            )
+        enable_checkpointing(self, options, **kwargs)
