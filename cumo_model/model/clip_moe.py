@@ -47,7 +47,7 @@ class CumoVisionEncoderLayer(CLIPEncoderLayer):
         if not isinstance(self.mlp, MoELayer):
             return hidden_states + self.mlp(x)
         if router_only:
-            self.mlp.route(x, groups=x.shape[0])
+            self.mlp(x, groups=x.shape[0], router_only=True)
             return hidden_states.view_as(hidden_states)  # created after the router: backward visits it first
         return hidden_states + self.mlp(x, groups=x.shape[0])
 
