@@ -128,18 +128,20 @@ class Gate(nn.Linear):
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias)
 
-    def may_be_fused(self, x: Tensor) -> bool:
-        """Whether a kernel may read the weight instead of calling this module.
 
-        False for a touched gate, a subclass, and a weight that is not a plain tensor of the dtype of x.
-        """
-        return (
-            type(self) is Gate
-            and is_untouched(self)
-            and self.bias is None
-            and not is_traceable_wrapper_subclass(self.weight)
-            and self.weight.dtype == x.dtype
-        )
+def may_be_fused(gate: nn.Module, x: Tensor) -> bool:
+    """Whether the router's kernel may read the weight of `gate` instead of calling it.
+
+    False for a module of another class, a touched gate, and a weight that is not a plain tensor of the dtype
+    of x.
+    """
+    return (
+        type(gate) is Gate
+        and is_untouched(gate)
+        and gate.bias is None
+        and not is_traceable_wrapper_subclass(gate.weight)
+        and gate.weight.dtype == x.dtype
+    )
 
 
 class Experts(nn.Module):
@@ -280,7 +282,7 @@ class MoELayer(nn.Module):
         rows = x.reshape(-1, self.hidden_size)
         logits = None
         want_logits = any(recorder.logits for recorder in _active_recorders())
-        if not want_logits and self.compat is None and self.gate.may_be_fused(rows):
+        if not want_logits and self.compat is None and may_be_fused(self.gate, rows):
             routing = route(rows, self.top_k, self.gate.weight, groups=groups)
         else:
             logits = self.gate(rows)

@@ -59,7 +59,7 @@ class Monitor:
 
     def reset(self) -> None:
         """Set all sums to zero."""
-        self._losses: dict[str, tuple[Tensor, int]] = {}
+        self._losses: dict[str, tuple[Tensor, Tensor | float]] = {}
         self._loads: dict[str, Tensor] = {}
         self._extra: dict[str, dict[str, Tensor | float]] = {name: {} for name in self.layers}
         self.tokens: Tensor | int = 0
@@ -130,11 +130,11 @@ class Monitor:
             self._add(name, "balance", load_balancing_loss(routing.stats).detach())
             self._add(name, "z", router_z_loss(routing.stats).detach())
 
-    def add_losses(self, parts: dict[str, Tensor]) -> None:
-        """Add the terms of the loss of one forward pass."""
+    def add_losses(self, parts: dict[str, Tensor], weight: Tensor | float = 1.0) -> None:
+        """Add the terms of the loss of one forward pass, with its weight in the average over a step."""
         for name, value in parts.items():
-            total, count = self._losses.get(name, (0, 0))
-            self._losses[name] = (total + value.detach().float(), count + 1)
+            total, weights = self._losses.get(name, (0, 0))
+            self._losses[name] = (total + weight * value.detach().float(), weights + weight)
 
     def read(self) -> dict[str, float]:
         """Metrics since the last call, over all processes. Needs one host synchronisation.
@@ -165,9 +165,9 @@ class Monitor:
         found = {"tokens": tokens, "wall_seconds": seconds, "cpu_seconds": cpu}
         found |= self._speed(tokens, images, flops, seconds)
         for name in LOSSES:
-            total, count = next(values), next(values)
-            if count:
-                found[name] = total / count
+            total, weights = next(values), next(values)
+            if weights:
+                found[name] = total / weights
         found |= self._experts(values)
         self.reset()
         return found

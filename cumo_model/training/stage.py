@@ -24,7 +24,7 @@ from cumo_model.training.expert_checkpoints import SpreadCheckpoints
 from cumo_model.training.monitor import Monitor, MonitorCallback, ShortProgress
 from cumo_model.training.recipe import Recipe, plain
 from cumo_model.training.recover import SAVING, Interrupted, StopRequests, last_sound
-from cumo_model.training.router_losses import RouterLosses
+from cumo_model.training.router_losses import RouterLosses, share_of_labels
 
 RECIPE_FILE = "recipe.json"  # file in a run's folder: identity of the recipe
 DATA_FILE = "data.json"  # file in a run's folder: identity of the data
@@ -118,12 +118,14 @@ class StageTrainer(RouterLosses, SpreadCheckpoints):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {**self.forward_options, **inputs}
+        items = num_items_in_batch if self.model_accepts_loss_kwargs else None
+        weight = share_of_labels(inputs.get("labels"), items)
         with self.monitor.watching(inputs, model.training):
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
         if model.training:
-            self.monitor.add_losses(outputs.get("loss_parts") or {})
+            self.monitor.add_losses(outputs.get("loss_parts") or {}, weight)
         return (loss, outputs) if return_outputs else loss
 
     def _save_rng_state(self, output_dir):

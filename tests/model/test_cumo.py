@@ -384,13 +384,17 @@ def test_trainer_does_not_multiply_the_losses_by_accumulation(tiny_model, tiny_b
     model = tiny_model()
     twin = copy.deepcopy(model).train()
     batch = tiny_batch()
-    run = trainer(model, batch, tmp_path, max_steps=1, max_grad_norm=0.0, data_seed=0)
+    batch["labels"][1, :15] = -100
+    run = trainer(model, batch, tmp_path, max_steps=1, max_grad_norm=0.0, data_seed=1)
     seen = []
     run.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     run.train()
     assert len(seen) == 2
-    (sum(twin(**inputs).loss for inputs in seen) / 2).backward()
+    shares = [(inputs["labels"][:, 1:] != -100).sum() / seen[0]["num_items_in_batch"] for inputs in seen]
+    assert sum(shares) == 1 and shares[0] != shares[1]
+    twins = [{**inputs, "num_items_in_batch": None} for inputs in seen]
+    sum(share * twin(**inputs).loss for share, inputs in zip(shares, twins, strict=True)).backward()
     wanted = {name: p if p.grad is None else p - p.grad for name, p in twin.named_parameters()}
     assert_same_formula(dict(model.named_parameters()), wanted)
 
@@ -444,13 +448,13 @@ def test_trainer_resumes_every_tensor(tiny_model, tiny_batch, tmp_path):
             id="wrong-labels",
         ),
         pytest.param(
-            lambda batch: batch.update(inputs_embeds=torch.randn(2, 20, 24)),
+            lambda batch: batch.update(inputs_embeds=torch.randn(2, 20, 24), pixel_values=None),
             r"exactly one of input_ids and inputs_embeds",
             id="two-inputs",
         ),
         pytest.param(
             lambda batch: batch.update(input_ids=None, inputs_embeds=torch.randn(2, 20, 24)),
-            r"pixel_values must come with input_ids",
+            r"input_ids must be given with inputs_embeds and pixel_values.* id 60 .* vocabulary of 50",
             id="images-without-markers",
         ),
     ],
