@@ -4,10 +4,10 @@
 """
 
 import copy
-import importlib
 import unittest
 
 import torch
+from stand_ins import import_tests
 from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
@@ -149,7 +149,7 @@ class MixtralModelTest(CumoCase, unittest.TestCase):
 
 
 class LlavaModelTest(
-    importlib.import_module("tests.models.llava.test_modeling_llava").LlavaForConditionalGenerationModelTest
+    import_tests("tests.models.llava.test_modeling_llava").LlavaForConditionalGenerationModelTest
 ):
     """Llava's own test class, for comparison."""
 

@@ -14,7 +14,6 @@ test passes.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -112,11 +111,11 @@ def run_tests(folder: Path, selected: Sequence[str], options: Sequence[str] = ()
     with tempfile.TemporaryDirectory() as name:
         project = Path(name)
         (project / "tests").symlink_to(folder)
+        (project / "utils").symlink_to(folder.parent / "utils")  # has modules that the tests import
         (project / "pytest.ini").write_text("[pytest]\naddopts = -p no:cacheprovider --import-mode=importlib\n")
         shutil.copy(HERE / "cases.py", project / "test_processing_cumo.py")
         shutil.copy(HERE / "recorder.py", project / "conftest.py")
-        if importlib.util.find_spec("parameterized") is None:
-            shutil.copy(HERE / "parameterized_stand_in.py", project / "parameterized.py")
+        shutil.copy(HERE / "stand_ins.py", project)
         results = project / "results.jsonl"
         results.touch()
         (project / "selected.json").write_text(json.dumps(list(selected)))
@@ -130,9 +129,9 @@ def run_tests(folder: Path, selected: Sequence[str], options: Sequence[str] = ()
         command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "--tb=short", "-rN", *options]
         command.append("test_processing_cumo.py")
         done = subprocess.run(command, cwd=project, env=environment, text=True, capture_output=True)
-        if done.returncode not in (0, 1, 5):  # passed, failed, nothing selected
-            raise RuntimeError(f"pytest stopped with code {done.returncode}:\n{done.stdout}{done.stderr}")
         lines = [json.loads(line) for line in results.read_text().splitlines()]
+        if done.returncode not in (0, 1, 5) or (not lines and done.returncode != 5):  # 5: nothing selected
+            raise RuntimeError(f"pytest stopped with code {done.returncode}:\n{done.stdout}{done.stderr}")
     found: dict[str, Outcome] = {}
     for line in lines:
         first = line["why"].strip().splitlines()[:1]
