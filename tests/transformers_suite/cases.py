@@ -13,6 +13,7 @@ from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 from tests.test_processing_common import ProcessorTesterMixin
 from transformers import LlavaProcessor
+from transformers.models.auto import modeling_auto
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from cumo_model import CumoConfig, CumoForConditionalGeneration, CumoModel
@@ -29,6 +30,7 @@ TEXT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 8,
     "max_position_embeddings": 512,
     "sliding_window": None,
     "pad_token_id": PAD,
@@ -43,10 +45,16 @@ VISION = {
 }
 
 
+# the tests know by these names which class has a loss and which has none
+modeling_auto.MODEL_MAPPING_NAMES["cumo"] = "CumoModel"
+modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["cumo"] = "CumoForConditionalGeneration"
+
+
 class CumoTester:
     """What the mixins ask of a `model_tester`: a small configuration, and inputs with pictures."""
 
-    batch_size, is_training, seq_length_of_text = 3, True, 7
+    # 7 rows, because a test adds rows of random ids, without pictures, to fewer
+    batch_size, is_training, seq_length_of_text = 7, True, 7
 
     def __init__(self, parent, experts: int = 1, text=(), **options):
         self.parent, self.options = parent, options
@@ -84,7 +92,7 @@ class CumoCase(ModelTesterMixin, GenerationTesterMixin):
     """The tests of both CuMo models. A variant is a subclass with the arguments of its tester."""
 
     all_model_classes = (CumoModel, CumoForConditionalGeneration)
-    pipeline_model_mapping = {}
+    additional_model_inputs = ["pixel_values"]
     _is_composite = True
     arguments: dict = {}
 
@@ -96,7 +104,7 @@ class CumoCase(ModelTesterMixin, GenerationTesterMixin):
         )
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
-        """With labels, as for the classes that transformers knows by name."""
+        """As in the mixin, but with labels that are not image tokens, which are never predicted."""
         inputs = super()._prepare_for_class(inputs_dict, model_class)
         if return_labels and model_class is CumoForConditionalGeneration:
             inputs["labels"] = copy.deepcopy(inputs["input_ids"])
@@ -155,9 +163,11 @@ class LlavaModelTest(
 
 
 class ProcessorCase(ProcessorTesterMixin):
-    """Processor with a tokenizer trained here, because nothing is downloaded."""
+    """Processor with a tokenizer trained here, because nothing is downloaded.
 
-    side, patch = 336, 14
+    Four tokens per tile: some tests truncate the text to a length that they give."""
+
+    side, patch = 336, 168
     processor_options: dict = {}
 
     @classmethod
@@ -208,6 +218,4 @@ class LlavaProcessorTest(ProcessorCase, unittest.TestCase):
     @classmethod
     def _setup_image_processor(cls):
         side = cls.side
-        return LlavaImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        )
+        return LlavaImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

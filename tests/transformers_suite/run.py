@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from PIL import Image
+
 from tests.transformers_suite.exceptions import EXCEPTIONS
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
@@ -112,10 +114,13 @@ def run_tests(folder: Path, selected: Sequence[str], options: Sequence[str] = ()
         project = Path(name)
         (project / "tests").symlink_to(folder)
         (project / "utils").symlink_to(folder.parent / "utils")  # has modules that the tests import
-        (project / "pytest.ini").write_text("[pytest]\naddopts = -p no:cacheprovider --import-mode=importlib\n")
+        (project / "pytest.ini").write_text(
+            "[pytest]\naddopts = -p no:cacheprovider --import-mode=importlib\n"
+        )
         shutil.copy(HERE / "cases.py", project / "test_processing_cumo.py")
         shutil.copy(HERE / "recorder.py", project / "conftest.py")
         shutil.copy(HERE / "stand_ins.py", project)
+        Image.new("RGB", (300, 200), "orange").save(project / "picture.png")
         results = project / "results.jsonl"
         results.touch()
         (project / "selected.json").write_text(json.dumps(list(selected)))
@@ -175,7 +180,9 @@ def run_suite(
         for variant, (ours, other) in CLASSES.items()
         if variant in variants
     }
-    counts = {o: Counter(r.outcome for r in of_class(peers, o).values()) for o in others} if with_llava else {}
+    counts = (
+        {o: Counter(r.outcome for r in of_class(peers, o).values()) for o in others} if with_llava else {}
+    )
     return verdicts, counts
 
 
@@ -189,7 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", default="300", help="time limit of one test")
     given = parser.parse_args(arguments)
     if not given.checkout:
-        print("TRANSFORMERS_TESTS must be a checkout of transformers: make test-transformers TRANSFORMERS_TESTS=DIR")
+        print(
+            "TRANSFORMERS_TESTS must be a checkout of transformers: make test-transformers TRANSFORMERS_TESTS=DIR"
+        )
         return 2
     options = ["-n", given.n, f"--timeout={given.seconds}", *(["-k", given.k] if given.k else [])]
     verdicts, counts = run_suite(given.checkout, given.only, options, given.llava)
