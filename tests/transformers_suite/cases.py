@@ -22,6 +22,7 @@ from cumo_model.processing import CumoImageProcessor, CumoProcessor
 from cumo_model.processing.conversation import chat_template
 
 IMAGE_TOKEN, PAD = 0, 1  # within the vocabulary, as in Llava's tests, because some tests clamp the ids
+OUTSIDE = 110  # not in the vocabulary, as in the released checkpoints
 TEXT = {
     "model_type": "mistral",
     "vocab_size": 99,
@@ -64,7 +65,7 @@ class CumoTester:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "pad_token_id"):
             setattr(self, name, self.text_config[name])
         self.image_size, self.num_channels = VISION["image_size"], 3
-        self.image_token_id = self.image_token_index = IMAGE_TOKEN
+        self.image_token_id = self.image_token_index = self.options["image_token_index"]
         self.num_image_tokens = (VISION["image_size"] // VISION["patch_size"]) ** 2
         self.seq_length = self.encoder_seq_length = self.seq_length_of_text + self.num_image_tokens
 
@@ -97,7 +98,10 @@ class CumoCase(ModelTesterMixin, GenerationTesterMixin):
     arguments: dict = {}
 
     def setUp(self):
-        self.model_tester = CumoTester(self, **self.arguments)
+        arguments = dict(self.arguments)
+        if "rope_scaling" in self._testMethodName:  # its random ids have no pictures
+            arguments["image_token_index"] = OUTSIDE
+        self.model_tester = CumoTester(self, **arguments)
         names = ["image_token_index", "vision_feature_layer", "scales"]
         self.config_tester = ConfigTester(
             self, config_class=CumoConfig, has_text_modality=False, common_properties=names
@@ -147,10 +151,11 @@ class MoEModelTest(CumoCase, unittest.TestCase):
 
 
 class MixtralModelTest(CumoCase, unittest.TestCase):
-    """Experts in all three places."""
+    """Experts in all three places; the image token is outside the vocabulary."""
 
     arguments = {
         "experts": 4,
+        "image_token_index": OUTSIDE,
         "scales": [1],
         "text": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     }

@@ -68,7 +68,7 @@ def tests_folder(checkout: str | os.PathLike) -> Path:
         if (folder / "test_modeling_common.py").is_file():
             return folder.resolve()
     raise ValueError(
-        f"TRANSFORMERS_TESTS must be a checkout of transformers, with tests/test_modeling_common.py, "
+        "TRANSFORMERS_TESTS must be a checkout of transformers, with tests/test_modeling_common.py, "
         f"got {os.fspath(checkout)!r}"
     )
 
@@ -186,37 +186,40 @@ def run_suite(
     return verdicts, counts
 
 
+def told(counts: Counter) -> str:
+    return ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items())) or "no tests"
+
+
+def report(verdicts: dict[str, Verdict], counts: dict[str, Counter]) -> str:
+    """The outcomes as text: a line of counts per variant, and a line per test that needs attention."""
+    lines = []
+    for variant, verdict in verdicts.items():
+        lines.append(
+            f"{variant}: {told(verdict.counts)}; of the failed, {len(verdict.listed)} are listed and "
+            f"{len(verdict.of_llava)} fail on Llava too"
+        )
+        lines += [f"  fails on Llava too: {name}: {why}" for name, why in verdict.of_llava.items()]
+        lines += [f"  FAILED: {name}: {why}" for name, why in verdict.unexpected.items()]
+        lines += [f"  LISTED, BUT PASSES: {name}" for name in verdict.now_passing]
+    return "\n".join(lines + [f"{name}: {told(count)}" for name, count in counts.items()])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", nargs="?", default=os.environ.get("TRANSFORMERS_TESTS"))
     parser.add_argument("--only", nargs="+", choices=CLASSES, default=list(CLASSES), metavar="VARIANT")
     parser.add_argument("--llava", action="store_true", help="run all of Llava's tests too, and count them")
-    parser.add_argument("-k", help="as in pytest; listed tests that are left out do not count")
-    parser.add_argument("-n", default="2", help="processes")
+    parser.add_argument("-k", metavar="WORDS", help="as in pytest")
+    parser.add_argument("-n", default="2", metavar="N", help="processes")
     parser.add_argument("--seconds", default="300", help="time limit of one test")
     given = parser.parse_args(arguments)
     if not given.checkout:
-        print(
-            "TRANSFORMERS_TESTS must be a checkout of transformers: make test-transformers TRANSFORMERS_TESTS=DIR"
-        )
+        print("set TRANSFORMERS_TESTS to a checkout of transformers")
         return 2
     options = ["-n", given.n, f"--timeout={given.seconds}", *(["-k", given.k] if given.k else [])]
     verdicts, counts = run_suite(given.checkout, given.only, options, given.llava)
-    for variant, verdict in verdicts.items():
-        print(f"{variant}: {told(verdict.counts)}; {len(verdict.of_llava)} fail for Llava too")
-        for name, why in verdict.of_llava.items():
-            print(f"  for Llava too: {name}: {why}")
-        for name, why in verdict.unexpected.items():
-            print(f"  FAILED: {name}: {why}")
-        for name in verdict.now_passing:
-            print(f"  LISTED, BUT PASSES: {name}")
-    for name, count in counts.items():
-        print(f"{name}: {told(count)}")
+    print(report(verdicts, counts))
     return int(any(verdict.unexpected or verdict.now_passing for verdict in verdicts.values()))
-
-
-def told(counts: Counter) -> str:
-    return ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items())) or "no tests"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import types
 import unittest
 from typing import Any, NamedTuple
 
-
 PIPELINES = "tests.test_pipeline_mixin"  # its tests download their models, and it imports packages for that
 
 
