@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cumo_kernels import expert_mlp, route
 from cumo_kernels.integrations.transformers import GATED, PLAIN
 from cumo_model.model.losses import load_balancing_loss, router_z_loss
-from cumo_model.model.moe import note_routing
+from cumo_model.model.moe import is_untouched, note_routing
 
 log = logging.getLogger(__name__)
 
@@ -101,12 +101,17 @@ class _Forward:
         return vars(self) | {"shared": {}}
 
     def foreign(self) -> str | None:
-        """Describe the first linear layer of the experts that is no plain nn.Linear (LoRA), or None."""
+        """Describe the first linear layer of the experts that is not a plain nn.Linear, or None.
+
+        LoRA replaces the module; hooks and offloading replace or surround its forward.
+        """
         for number, expert in enumerate(self.layer.experts):
             for path in (*self.ups, self.down):
                 found = expert.get_submodule(path)
                 if type(found) is not nn.Linear:
                     return f"{type(found).__module__}.{type(found).__name__} as experts.{number}.{path}"
+                if not is_untouched(found):
+                    return f"hooks or a replaced forward of experts.{number}.{path}"
         return None
 
     def parts(self, paths: Sequence[str], name: str) -> list[nn.Parameter | None]:
@@ -141,7 +146,7 @@ class _Forward:
         logits = layer.gate(rows)
         top_k = layer.top_k if kind == "MixtralSparseMoeBlock" else layer.num_selected
         routing = route(logits, top_k, groups=groups, compat=self.compat)
-        note_routing(PLACE[kind], self.index, routing)
+        note_routing(PLACE[kind], self.index, routing, logits)
         up, up_bias = (self.weights(self.ups, name) for name in ("weight", "bias"))
         down, down_bias = (self.weights((self.down,), name) for name in ("weight", "bias"))
         out = expert_mlp(rows, routing, up, down, up_bias, down_bias, self.activation)

@@ -7,12 +7,14 @@ Shape letters are those of cumo_kernels/types.py.
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cumo_kernels import ACTIVATIONS, Routing, expert_mlp, grouped_gemm, route
 
@@ -27,41 +29,67 @@ class RoutingRecord:
         place: "clip" (vision tower), "mlp" (connector) or "llm" (language model).
         layer: index of the layer within its place.
         routing: the layer's routing plan and its statistics.
+        logits: (T, E) router logits if `record_routing` was asked for them, else None.
     """
 
     place: str
     layer: int
     routing: Routing
+    logits: Tensor | None = None
 
 
-_recorders: list[list[RoutingRecord]] = []
+@dataclass(frozen=True)
+class _Recorder:
+    records: list[RoutingRecord]
+    logits: bool
+    backward: int  # the backward pass in which recording began; -1: none
+
+
+class _Recorders(threading.local):
+    """Recorders that are active in the current thread, outermost first."""
+
+    def __init__(self):
+        # set for each thread: torch.compile does not guard on a class attribute of a threading.local
+        self.active: tuple[_Recorder, ...] = ()
+
+
+_recorders = _Recorders()
 
 
 @contextmanager
-def record_routing() -> Iterator[list[RoutingRecord]]:
-    """Record the routing of every MoE layer that runs inside the `with` block, in order of execution.
+def record_routing(logits: bool = False) -> Iterator[list[RoutingRecord]]:
+    """Record the routing of every MoE layer that this thread runs inside the `with` block, in order.
 
-    When activation checkpointing recomputes a layer during backward, the layer is not recorded again.
+    Other threads are not recorded, also not those that nn.DataParallel starts. Blocks can be nested: each
+    gets all records. When activation checkpointing recomputes a layer during backward, the layer is not
+    recorded again. Under torch.compile use a new block for each call: the compiled code depends on the
+    number of records that the block already has.
+
+    Args:
+        logits: also record router logits. The routers then write them to memory, which they otherwise do not.
     """
-    records: list[RoutingRecord] = []
-    _recorders.append(records)
+    outer, records = _recorders.active, []
+    _recorders.active = (*outer, _Recorder(records, logits, _backward_pass()))
     try:
         yield records
     finally:
-        # by identity, because two empty lists compare equal
-        del _recorders[next(i for i, active in enumerate(_recorders) if active is records)]
+        _recorders.active = outer
 
 
-def note_routing(place: str, layer: int, routing: Routing) -> None:
-    """Append the routing of one layer to the list of every active `record_routing`."""
-    if _recorders and not _in_backward():
-        record = RoutingRecord(place, layer, routing)
-        for records in _recorders:
-            records.append(record)
+def note_routing(place: str, layer: int, routing: Routing, logits: Tensor | None = None) -> None:
+    """Give the routing of one layer to every active `record_routing` of this thread."""
+    for recorder in _active_recorders():
+        kept = logits if recorder.logits else None
+        recorder.records.append(RoutingRecord(place, layer, routing, kept))
 
 
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def _active_recorders() -> list[_Recorder]:
+    current = _backward_pass()
+    return [recorder for recorder in _recorders.active if recorder.backward == current]
+
+
+def _backward_pass() -> int:
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 class MoEHostMixin:
@@ -77,8 +105,41 @@ class MoEHostMixin:
         super()._initialize_weights(module, is_custom_code=False)
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling `module` runs its class's forward and nothing else.
+
+    False with hooks of the module, and with a forward replaced on this instance, as accelerate's offloading
+    does. Parameters of such a module may be read only inside its forward. Hooks of all modules do not count:
+    profilers and FLOP counters set them, and must not change what they measure.
+    """
+    return not ("forward" in module.__dict__ or any(getattr(module, name) for name in HOOKS))
+
+
 class Gate(nn.Linear):
     """The router's linear layer. A subclass, because quantisers replace modules of class nn.Linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, H) -> (T, E) logits, in the wider dtype of x and weight: a gate may be fp32 in a bf16 model."""
+        if torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias)
+
+    def may_be_fused(self, x: Tensor) -> bool:
+        """Whether a kernel may read the weight instead of calling this module.
+
+        False for a touched gate, a subclass, and a weight that is not a plain tensor of the dtype of x.
+        """
+        return (
+            type(self) is Gate
+            and is_untouched(self)
+            and self.bias is None
+            and not is_traceable_wrapper_subclass(self.weight)
+            and self.weight.dtype == x.dtype
+        )
 
 
 class Experts(nn.Module):
@@ -216,17 +277,15 @@ class MoELayer(nn.Module):
         """
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must be (..., {self.hidden_size}), got {tuple(x.shape)}")
-        rows, gate = x.reshape(-1, self.hidden_size), self.gate
-        # a gate with hooks, a wrapped gate or a compat gate must compute its logits itself
-        if (
-            type(gate) is Gate
-            and self.compat is None
-            and not (gate._forward_hooks or gate._forward_pre_hooks)
-        ):
-            routing = route(rows, self.top_k, gate.weight, groups=groups)
+        rows = x.reshape(-1, self.hidden_size)
+        logits = None
+        want_logits = any(recorder.logits for recorder in _active_recorders())
+        if not want_logits and self.compat is None and self.gate.may_be_fused(rows):
+            routing = route(rows, self.top_k, self.gate.weight, groups=groups)
         else:
-            routing = route(gate(rows), self.top_k, groups=groups, compat=self.compat)
-        note_routing(self.place, self.layer, routing)
+            logits = self.gate(rows)
+            routing = route(logits, self.top_k, groups=groups, compat=self.compat)
+        note_routing(self.place, self.layer, routing, logits)
         return routing
 
     def forward(self, x: Tensor, groups: int = 1, router_only: bool = False) -> Tensor:
