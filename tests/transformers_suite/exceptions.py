@@ -1,3 +1,17 @@
-"""Tests of transformers that do not apply to CuMo, each with its reason."""
+"""Tests of transformers that do not apply to CuMo, each with its reason.
 
-EXCEPTIONS: dict[str, str] = {}
+Keys are `VARIANT::TEST`, both with wildcards. A listed test that passes is an error: remove it then.
+"""
+
+EXCEPTIONS = {
+    "*::test_training_gradient_checkpointing_use_reentrant_true": (
+        "refused with a ValueError: with use_reentrant=True the gradients of the router losses are lost"
+    ),
+    "Mixtral::test_reverse_loading_mapping": (
+        "experts are saved as stacked tensors, which load_state_dict reads when a run resumes; "
+        "save_original_format=True writes one tensor per expert"
+    ),
+    "AnyresProcessor::test_apply_chat_template_image_[01]": (
+        "pixel_values has a row for each tile, and a picture has several; the test expects one row per picture"
+    ),
+}
