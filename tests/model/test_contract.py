@@ -12,7 +12,7 @@ IMAGE = 3  # within the vocabulary, so that it has an embedding
 
 @pytest.fixture
 def contract(tiny_model, tiny_batch):
-    """Factory: a model in evaluation mode, and a batch without labels whose image tokens have the id IMAGE."""
+    """Factory: a model in evaluation mode, and a batch without labels; the image tokens have the id IMAGE."""
 
     def make(text="mistral", **options):
         options = {"image_token_index": IMAGE, "text_options": {"eos_token_id": None}, **options}

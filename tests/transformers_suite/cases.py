@@ -106,6 +106,7 @@ class CumoCase(ModelTesterMixin, GenerationTesterMixin):
             # with all experts, rounding in fp16 does not change a choice, and so the whole feature of a patch
             arguments["projector_num_experts_per_tok"] = arguments["experts"]
         self.model_tester = CumoTester(self, **arguments)
+        names = ["image_token_index", "vision_feature_layer", "scales"]
         self.config_tester = ConfigTester(
             self, config_class=CumoConfig, has_text_modality=False, common_properties=names
         )

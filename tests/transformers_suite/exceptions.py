@@ -12,6 +12,6 @@ EXCEPTIONS = {
         "save_original_format=True writes one tensor per expert"
     ),
     "AnyresProcessor::test_apply_chat_template_image_[01]": (
-        "pixel_values has a row for each tile, and a picture has several; the test expects one row per picture"
+        "pixel_values has a row per tile, and a picture has several; the test expects one row per picture"
     ),
 }

@@ -7,9 +7,9 @@ from stand_ins import import_tests
 
 for module in ("generation.test_utils", "test_modeling_common", "test_processing_common"):
     common = import_tests(f"tests.{module}")
-# a local picture instead of downloads
-common.MODALITY_INPUT_DATA["images"] = [os.path.abspath("picture.png")] * 2
-common.url_to_local_path = lambda *_, picture=os.path.abspath("picture.png"): picture
+PICTURE = os.path.abspath("picture.png")  # instead of downloads
+common.MODALITY_INPUT_DATA["images"] = [PICTURE] * 2
+common.url_to_local_path = lambda *_: PICTURE
 
 
 def pytest_collection_modifyitems(config, items):
