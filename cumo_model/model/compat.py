@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
 
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # transformers 5.24 renamed the argument and output `past_key_values` to `cache`. Remove once 5.24 is
@@ -34,6 +34,14 @@ def _cache_under(name: str) -> Callable[[Callable], Callable]:
 
 either_cache_name = _cache_under("cache")  # for this project's methods, whose argument is `cache`
 this_cache_name = _cache_under(CACHE)  # for methods of transformers
+
+
+def cache_argument(cache) -> dict:
+    """The cache as a keyword argument of a decoder.
+
+    The paged cache of `generate_batch` is no Cache; the attention takes it under a name of its own.
+    """
+    return {CACHE: cache} if cache is None or isinstance(cache, Cache) else {"cache": cache}
 
 
 def cache_of(outputs) -> dict:

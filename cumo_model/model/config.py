@@ -19,6 +19,9 @@ MISTRAL_7B = {  # values of Mistral-7B-Instruct-v0.2 that differ from the defaul
 }
 
 
+AVERAGES = ("tokens", "micro_batches")
+
+
 @strict
 class CumoVisionConfig(CLIPVisionConfig):
     """Configuration of a CLIP vision tower with dense or Mixture-of-Experts MLPs.
@@ -72,6 +75,10 @@ class CumoConfig(PreTrainedConfig):
             multiples of the tower's image_size. None: each picture is one tile, or is passed as tiles.
         balance_loss_coef: weight of the load balancing loss in training.
         router_z_loss_coef: weight of the router z-loss in training.
+        average_loss_over: "tokens": a step's loss is the mean over its tokens, however they are divided into
+            micro-batches and processes. "micro_batches": the mean of the micro-batches' means, as in the
+            original code.
+        output_router_logits: whether `forward` returns router logits by default.
         compat: "cumo" reproduces the rounding of the original code in routers and experts. None is more
             accurate and faster.
         tie_word_embeddings: whether lm_head shares the embedding's weight.
@@ -87,6 +94,10 @@ class CumoConfig(PreTrainedConfig):
         *CACHE_NAMES,
         "loss_parts",
         "router_stats",
+        "aux_loss",
+        "router_logits",
+        "vision_router_logits",
+        "projector_router_logits",
         "image_hidden_states",
         "hidden_states",
         "attentions",
@@ -104,6 +115,8 @@ class CumoConfig(PreTrainedConfig):
     image_grid_pinpoints: list | None = None
     balance_loss_coef: float = 0.1
     router_z_loss_coef: float = 0.01
+    average_loss_over: Literal[AVERAGES] = "tokens"
+    output_router_logits: bool = False
     compat: Literal["cumo"] | None = None
     tie_word_embeddings: bool = False
     original: dict | None = None
@@ -167,6 +180,11 @@ class CumoConfig(PreTrainedConfig):
     def feature_size(self) -> int:
         """Width of the features that enter the connector: all scales and all selected layers."""
         return self.vision_config.hidden_size * len(self.scales) * len(self.feature_layers)
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """1: `aux_loss` is already weighted. Trainers that add it themselves (TRL) multiply it by this."""
+        return 1.0
 
     @property
     def image_seq_length(self) -> int:

@@ -16,19 +16,31 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.auto import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
 from cumo_model.model.base import CumoPreTrainedModel
 from cumo_model.model.clip_moe import CumoVisionModel
-from cumo_model.model.compat import CACHE, cache_of, either_cache_name
+from cumo_model.model.compat import cache_argument, cache_of, either_cache_name
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.generation import CumoGenerationMixin
-from cumo_model.model.image_tokens import as_tiles, check_no_placeholders, check_placeholders
+from cumo_model.model.image_tokens import (
+    as_tiles,
+    check_no_placeholders,
+    check_placeholders,
+    picture_sizes,
+)
 from cumo_model.model.llm_moe import build_language_model
-from cumo_model.model.losses import check_labels, language_loss, place_losses
+from cumo_model.model.losses import Targets, router_losses
 from cumo_model.model.mlp_moe import CumoProjector
-from cumo_model.model.moe import PLACES, RoutingRecord, record_routing
-from cumo_model.model.outputs import CumoModelOutput, CumoOutput, stacked_stats
+from cumo_model.model.moe import RoutingRecord, record_routing
+from cumo_model.model.outputs import (
+    CumoImageFeatures,
+    CumoModelOutput,
+    CumoOutput,
+    router_logits,
+    stacked_stats,
+)
 from cumo_model.model.pyramid import crop_counts, image_pyramid, merge_scales
 from cumo_model.model.quantize import are_experts_quantized
 
@@ -48,77 +60,134 @@ class CumoModel(CumoPreTrainedModel):
         )
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor, all_routers: bool = False) -> Tensor:
-        """Image features after the connector.
+    def get_image_features(
+        self,
+        pixel_values: Tensor | Sequence[Tensor],
+        image_sizes: Tensor | None = None,
+        vision_feature_layer: int | Sequence[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> CumoImageFeatures | tuple:
+        """Image features as the text takes them: after the connector, one tensor for each picture.
 
         Args:
-            pixel_values: (N, 3, s, s), N tiles; s is the tower's image_size.
-            all_routers: as in `CumoVisionModel.forward`.
+            pixel_values: as in `CumoForConditionalGeneration.forward`.
+            image_sizes: likewise.
+            vision_feature_layer: hidden state or states of the tower, instead of the config's.
+            vision_feature_select_strategy: "default" or "full", instead of the config's.
+            **kwargs (Any): output_hidden_states, output_attentions and interpolate_pos_encoding of the tower;
+                return_dict.
 
         Returns:
-            (N, image_seq_length, H), H the hidden size of the language model.
+            CumoImageFeatures with pooler_output, a list of (tokens, H) for the pictures, H the hidden size of
+            the language model.
 
         Raises:
-            ValueError: `pixel_values` has another shape.
+            ValueError: `pixel_values` has another shape, or does not fit `image_sizes`.
         """
+        # through __call__: the hooks of this module (offloading, FSDP) make its parameters available
+        options = {
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+        }
+        return_dict = kwargs.pop("return_dict", None)
+        given = options | {name: value for name, value in kwargs.items() if value is not None}
+        return self(
+            pixel_values=pixel_values, image_sizes=image_sizes, image_options=given, return_dict=return_dict
+        )
+
+    def _encode_tiles(
+        self,
+        pixel_values: Tensor,
+        all_routers: bool = False,
+        vision_feature_layer: int | Sequence[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> CumoImageFeatures:
+        """Tower and connector: (N, 3, s, s) tiles -> pooler_output (N, image_seq_length, H), not arranged."""
         config, vision = self.config, self.config.vision_config
+        layer = config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        strategy = vision_feature_select_strategy or config.vision_feature_select_strategy
         wanted = (vision.num_channels, vision.image_size, vision.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != wanted:
             raise ValueError(
                 f"pixel_values must be (B, {', '.join(map(str, wanted))}), got {tuple(pixel_values.shape)}"
             )
         crops = image_pyramid(pixel_values, config.scales)
-        features = self.vision_tower(
-            crops, feature_layer=config.vision_feature_layer, all_routers=all_routers
-        ).last_hidden_state
-        if config.vision_feature_select_strategy == "default":
+        encoded = self.vision_tower(crops, feature_layer=layer, all_routers=all_routers, **kwargs)
+        features = encoded.last_hidden_state
+        if strategy == "default":
             features = merge_scales(features[:, 1:], config.scales, vision.image_size // vision.patch_size)
-        return self.multi_modal_projector(features)
+        return CumoImageFeatures(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=self.multi_modal_projector(features),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def _arrange(self, features: Tensor, image_sizes: Tensor | None) -> list[Tensor]:
+        """Features (N, image_seq_length, H) of tiles -> a (tokens, H) for each picture."""
+        layout = self.config.picture_layout
+        sizes = picture_sizes(features.shape[0], image_sizes)
+        parts = features.split(layout.tiles_of(sizes, features.shape[0]))
+        return [
+            layout.arrange(part, size, self.image_newline) for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def is_image(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, S) bool, True at the placeholders of pictures."""
+        token, words = self.config.image_token_index, self.config.text_config.vocab_size
+        if input_ids is not None:
+            return input_ids == token
+        if not 0 <= token < words:
+            raise ValueError(
+                "input_ids must be given with inputs_embeds and pixel_values, to mark the image tokens: "
+                f"their id {token} has no embedding in a vocabulary of {words}"
+            )
+        marker = self.get_input_embeddings()(torch.tensor([token], device=inputs_embeds.device))
+        return (inputs_embeds == marker.to(inputs_embeds)).all(-1)
 
     def _embed(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
         pixel_values: Tensor | None,
         image_sizes: Tensor | None,
         image_lengths: Tensor | None,
-        continues: bool,
+        has_cache: bool,
         all_routers: bool,
         num_dummy_images: int,
     ) -> tuple[Tensor, Tensor | None]:
         """Embeddings (B, S, H) with the image features at the placeholders, and the features of all tiles."""
-        embed_tokens = self.get_input_embeddings()
-        if pixel_values is None and continues and (input_ids.shape[1] == 1 or torch.compiler.is_compiling()):
-            return embed_tokens(input_ids), None  # decoding one token; a further turn is checked below
-        token, layout = self.config.image_token_index, self.config.picture_layout
-        is_image = input_ids == token
+        embed_tokens, token = self.get_input_embeddings(), self.config.image_token_index
         if pixel_values is None:
-            check_no_placeholders(is_image, token)
+            if input_ids is None:
+                return inputs_embeds, None
+            # Decoding one token needs no check, but a further turn does. The length of the cache is not read:
+            # that of a static cache is a tensor, on which a compiled graph cannot branch.
+            if not (torch.compiler.is_compiling() or (has_cache and input_ids.shape[1] == 1)):
+                check_no_placeholders(input_ids == token, token)
             return embed_tokens(input_ids), None
+        is_image, layout = self.is_image(input_ids, inputs_embeds), self.config.picture_layout
         num_tiles = pixel_values.shape[0] - num_dummy_images
-        sizes = [None] * num_tiles if image_sizes is None else [tuple(size) for size in image_sizes.tolist()]
-        tiles = [layout.tiles(size) for size in sizes]
-        if sum(tiles) != num_tiles:
-            raise ValueError(
-                f"pixel_values must have {sum(tiles)} tiles for the {len(sizes)} image_sizes, got {num_tiles}"
-            )
+        sizes = picture_sizes(num_tiles, image_sizes)
+        layout.tiles_of(sizes, num_tiles)
         what = "images" if image_sizes is None else "pictures"
         check_placeholders(is_image, token, [layout.tokens(size) for size in sizes], image_lengths, what)
-        # the placeholder id may be outside the vocabulary
-        embeds = embed_tokens(input_ids.masked_fill(is_image, 0))
-        features = self.get_image_features(pixel_values, all_routers)
+        if inputs_embeds is None:  # the placeholder id may be outside the vocabulary
+            inputs_embeds = embed_tokens(input_ids.masked_fill(is_image, 0))
+        features = self._encode_tiles(pixel_values, all_routers).pooler_output
         used = features[:num_tiles]
         if layout.merge != "flat" or image_sizes is not None:
-            pictures = [
-                layout.arrange(part, size, self.image_newline)
-                for part, size in zip(used.split(tiles), sizes, strict=True)
-            ]
+            pictures = self._arrange(used, image_sizes)
             if image_lengths is not None:
                 pictures = [p[:n] for p, n in zip(pictures, image_lengths.tolist(), strict=True)]
             used = torch.cat(pictures) if pictures else used
         elif image_lengths is not None:
             order = torch.arange(features.shape[1], device=features.device)
             used = used[order < image_lengths[:, None].to(features.device)]
-        return embeds.masked_scatter(is_image[:, :, None], used.to(embeds.dtype)), features
+        used = used.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(is_image[:, :, None], used), features
 
     @either_cache_name
     @can_return_tuple
@@ -135,39 +204,50 @@ class CumoModel(CumoPreTrainedModel):
         use_cache: bool | None = None,
         all_routers: bool = False,
         num_dummy_images: int = 0,
+        image_options: dict | None = None,
         **kwargs,
-    ) -> CumoModelOutput:
+    ) -> CumoModelOutput | CumoImageFeatures:
         """As `CumoForConditionalGeneration.forward`, without head and loss.
 
         The last `num_dummy_images` of pixel_values have no placeholders in the text. They run through tower
         and connector and count in the router losses. They serve two purposes: the original code adds one for
         every row without an image, and all ranks of a sharded model must run the same modules.
+        `image_options` is for `get_image_features` only.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        pixel_values = as_tiles(pixel_values)
+        if image_options is not None:
+            found = self._encode_tiles(pixel_values, **image_options)
+            found.pooler_output = self._arrange(found.pooler_output, image_sizes)
+            return found
+        if (inputs_embeds is None and input_ids is None) or (
+            inputs_embeds is not None and input_ids is not None and pixel_values is None
+        ):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given, got both or neither")
-        features = None
-        if input_ids is not None:
-            continues = cache is not None and cache.get_seq_length() > 0
-            inputs_embeds, features = self._embed(
-                input_ids,
-                as_tiles(pixel_values),
-                image_sizes,
-                image_lengths,
-                continues,
-                all_routers,
-                num_dummy_images,
+        if inputs_embeds is not None and input_ids is not None and input_ids.shape != inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"input_ids must be {tuple(inputs_embeds.shape[:2])} like inputs_embeds, "
+                f"got {tuple(input_ids.shape)}"
             )
-            if self.training and attention_mask is not None and attention_mask.shape == input_ids.shape:
-                # padding counts in Mixtral's router losses; the original code pads with zero vectors
-                inputs_embeds = inputs_embeds * attention_mask[:, :, None].to(inputs_embeds.dtype)
-        elif pixel_values is not None:
-            raise ValueError("pixel_values must come with input_ids, whose image tokens mark their positions")
+        inputs_embeds, features = self._embed(
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            image_sizes,
+            image_lengths,
+            cache is not None,
+            all_routers,
+            num_dummy_images,
+        )
+        if self.training and attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
+            # padding counts in Mixtral's router losses; the original code pads with zero vectors
+            inputs_embeds = inputs_embeds * attention_mask[:, :, None].to(inputs_embeds.dtype)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{CACHE: cache},
+            **cache_argument(cache),
             inputs_embeds=inputs_embeds,
             use_cache=not self.training if use_cache is None else use_cache,
+            return_dict=True,
             **kwargs,
         )
         return CumoModelOutput(
@@ -184,14 +264,20 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    # so the Trainer divides the whole loss, auxiliary losses included, by the accumulation steps
-    accepts_loss_kwargs = False
 
     def __init__(self, config: CumoConfig):
         super().__init__(config)
         self.model = CumoModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss is averaged over the tokens of a step; transformers' Trainer reads this.
+
+        If not, the Trainer divides the micro-batches' losses by their number, as the original code does.
+        """
+        return self.config.average_loss_over == "tokens"
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """Save as transformers does, with the names and shapes of this model's state_dict.
@@ -208,9 +294,9 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
             save_directory, *args, save_original_format=save_original_format, **kwargs
         )
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+    def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs):
         """As `CumoModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values)
+        return self.model.get_image_features(pixel_values, **kwargs)
 
     @either_cache_name
     @can_return_tuple
@@ -229,6 +315,9 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
         output_router_stats: bool = False,
+        output_router_logits: bool | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> CumoOutput:
         """Compute logits and, if `labels` are given, the loss.
@@ -237,7 +326,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
             input_ids: (B, S) int64. Each picture is represented by `config.picture_layout.tokens(size)`
                 placeholders (id image_token_index), in order: image_seq_length per tile for "flat".
             pixel_values: (number of tiles, 3, s, s), or (B, tiles, 3, s, s), or a list of pictures of shape
-                (3, s, s) or (tiles, 3, s, s).
+                (3, s, s) or (tiles, 3, s, s). No tiles and an empty list are the same as None.
             image_sizes: (number of pictures, 2) integers: height and width in pixels of the pictures that
                 anyres has cut into tiles, needed by `patch_merge_type`. None: each tile is one picture.
             image_lengths: (number of pictures,) integers: how many placeholders `input_ids` has for each
@@ -246,7 +335,8 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
             attention_mask: (B, S), 0 on padding, which may be left or right.
             position_ids: (B, S) int64, as in transformers.
             cache: key-value cache of transformers; also accepted as past_key_values.
-            inputs_embeds: (B, S, H), instead of `input_ids`; without pictures.
+            inputs_embeds: (B, S, H), instead of `input_ids`. With pictures, `input_ids` may also be given, to
+                mark the placeholders; otherwise they are where the embedding is that of the image token.
             labels: (B, S) int64, -100 where no token is predicted. Image tokens are never predicted.
             use_cache: as in transformers; by default True in evaluation and False in training.
             logits_to_keep: number of last positions, or indices of the positions, that get logits. 0: all
@@ -256,6 +346,13 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
             output_router_stats: also return, for each place with experts ("clip", "mlp", "llm"), mean_probs
                 and top1_density (L, G, E), mean_squared_logsumexp (L, G) and tokens_per_expert (L, E) of the
                 L layers that ran, detached.
+            output_router_logits: also return the router logits of every layer, differentiable; by default as
+                config.output_router_logits.
+            shift_labels: (B, S) int64, `labels` that are already shifted: position t predicts
+                shift_labels[:, t].
+            num_items_in_batch: number of labels in all calls of an optimizer step, on all processes. The
+                language loss is then the sum over tokens divided by it, and the router losses are weighted by
+                this call's share of the labels. None: the mean over this call's tokens.
             **kwargs (Any): passed on to the language model.
 
         Returns:
@@ -265,8 +362,11 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
             ValueError: placeholders and pictures do not match, or an argument has a wrong shape.
         """
         pixel_values = as_tiles(pixel_values)
-        with_aux = self.training and labels is not None and self._has_expert_losses()
-        with record_routing() if with_aux or output_router_stats else nullcontext([]) as records:
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        with_aux = self._has_expert_losses() and (self.training or output_router_logits)
+        recorded = with_aux or output_router_stats or output_router_logits
+        with record_routing(output_router_logits) if recorded else nullcontext([]) as records:
             outputs = self.model(
                 input_ids=input_ids,
                 pixel_values=pixel_values,
@@ -278,65 +378,62 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 all_routers=with_aux,
+                return_dict=True,
                 **kwargs,
             )
-        if labels is not None:  # image tokens are not predicted, and their id may be outside the vocabulary
-            labels = labels.masked_fill(labels == self.config.image_token_index, -100)
         hidden_states = outputs.last_hidden_state
-        loss, logits, loss_parts = None, None, None
-        if skip_logits and labels is not None:
-            loss = self._loss_without_logits(hidden_states, labels)
+        targets = Targets.of(
+            labels, shift_labels, num_items_in_batch, self.config.image_token_index, hidden_states.shape[:2]
+        )
+        loss, logits, parts, aux_loss = None, None, {}, None
+        if skip_logits and targets is not None:
+            predicts = targets.tokens != -100
+            loss = targets.loss(self.loss_function, self.lm_head(hidden_states[predicts]), predicts)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept, :])
-            if labels is not None:
-                loss = language_loss(logits, labels)
+            if targets is not None:
+                loss = targets.loss(self.loss_function, logits)
         if loss is not None:
-            loss_parts = {"language": loss.detach()}
-            if with_aux:
-                num_images = 0 if pixel_values is None else pixel_values.shape[0]
-                loss = self._add_expert_losses(loss, loss_parts, records, num_images)
+            mean = loss if num_items_in_batch is None else loss * (targets.num_items / targets.count)
+            parts["language"] = mean.detach()
+        if with_aux:
+            aux_loss = self._aux_loss(records, parts, 0 if pixel_values is None else pixel_values.shape[0])
+            if targets is not None:
+                aux_loss = targets.share * aux_loss
+            if self.training and loss is not None:
+                loss = loss + aux_loss
         return CumoOutput(
             loss=loss,
             logits=logits,
+            aux_loss=aux_loss,
             **cache_of(outputs),
+            **(router_logits(records) if output_router_logits else {}),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
-            loss_parts=loss_parts,
+            loss_parts=parts or None,
             router_stats=stacked_stats(records) if output_router_stats else None,
         )
-
-    def _loss_without_logits(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
-        """`language_loss` of hidden states (B, S, H); the head runs only where a token is predicted."""
-        check_labels(labels, hidden_states)
-        targets = labels[:, 1:]
-        predicts = targets != -100
-        logits = self.lm_head(hidden_states[:, :-1][predicts]).float()
-        total = nn.functional.cross_entropy(logits, targets[predicts], reduction="sum")
-        return total / max(1, len(logits))
 
     def _has_expert_losses(self) -> bool:
         return self.config.vision_config.num_experts > 1 or self.config.projector_num_experts > 1
 
-    def _add_expert_losses(
-        self, loss: Tensor, loss_parts: dict[str, Tensor], records: list[RoutingRecord], num_images: int
-    ) -> Tensor:
-        for place in PLACES:
-            layers = [record.routing.stats for record in records if record.place == place]
-            if not layers:
-                continue
-            scales = crop_counts(num_images, self.config.scales) if place == "clip" else None
-            terms = zip(("balance", "z"), place_losses(layers, scales), strict=True)
-            for (name, value), coef in zip(
-                terms, (self.config.balance_loss_coef, self.config.router_z_loss_coef), strict=True
-            ):
-                loss_parts[f"{place}_{name}"] = value.detach()
+    def _aux_loss(self, records: list[RoutingRecord], parts: dict[str, Tensor], num_images: int) -> Tensor:
+        """Weighted sum of the router losses; adds the terms without their weights to `parts`."""
+        coefficients = self.config.balance_loss_coef, self.config.router_z_loss_coef
+        losses = router_losses(records, crop_counts(num_images, self.config.scales))
+        total = self.lm_head.weight.new_zeros((), dtype=torch.float32)
+        for place, terms in losses.items():
+            for name, value, coef in zip(("balance", "z"), terms, coefficients, strict=True):
+                parts[f"{place}_{name}"] = value.detach()
                 if coef:
-                    loss = loss + coef * value
-        return loss
+                    total = total + coef * value
+        return total
 
 
+# transformers' Trainer shifts the labels for label smoothing only if it finds the class here
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[CumoConfig.model_type] = CumoForConditionalGeneration.__name__
 AutoModel.register(CumoConfig, CumoModel)
 AutoModelForImageTextToText.register(CumoConfig, CumoForConditionalGeneration)
 AutoModelForMultimodalLM.register(CumoConfig, CumoForConditionalGeneration)

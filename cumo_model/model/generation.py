@@ -1,17 +1,259 @@
-"""CumoGenerationMixin: transformers' generation for a model whose prompts contain pictures."""
+"""CumoGenerationMixin: transformers' generation for a model whose prompts contain pictures.
+
+The id of the image token may be outside the vocabulary: in the released checkpoints it is 32000 of 32000
+words. Logits processors, stopping criteria and drafts therefore work on ids without it (`text_ids`).
+"""
+
+import inspect
+from functools import wraps
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from torch.nn.functional import pad
+from transformers import GenerationMixin, LogitsProcessorList
+from transformers.generation import (
+    CandidateGenerator,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+)
 
-from cumo_model.model.compat import this_cache_name
-from cumo_model.model.image_tokens import as_tiles, pictures_per_row
+from cumo_model.model.compat import CACHE_NAMES, this_cache_name
+from cumo_model.model.image_tokens import as_tiles, check_placeholders, picture_sizes, pictures_per_row
+
+PICTURES = ("pixel_values", "image_sizes", "image_lengths")
+
+# they compare ids or use them as indices of the scores, so the image token can be a word of its own for them
+BY_ID = (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
+
+
+def text_ids(input_ids: Tensor, image_token: int) -> Tensor:
+    """(B, S) ids with each image token replaced by the first text token of its row (0 if it has none)."""
+    if not input_ids.shape[1]:
+        return input_ids
+    is_image = input_ids == image_token
+    first = input_ids.gather(1, (~is_image).int().argmax(1, keepdim=True))
+    return torch.where(is_image, first.masked_fill(first == image_token, 0), input_ids)
+
+
+class TextProcessors(LogitsProcessorList):
+    """Logits processors that never see the image token.
+
+    Those of transformers that look up ids get one more column of scores, -inf, for the image token; so a
+    picture is one unknown word for repetition penalties and n-grams. All others get `text_ids`.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, image_token: int):
+        super().__init__(processors)
+        self.image_token = image_token
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        words = scores.shape[-1]
+        word = image_word(self.image_token, words)
+        extended, text = (
+            input_ids.masked_fill(input_ids == self.image_token, word),
+            text_ids(input_ids, self.image_token),
+        )
+        for processor in self:
+            if isinstance(processor, BY_ID):
+                wide = pad(scores, (0, word + 1 - words), value=-torch.inf)
+                scores = processor(extended, wide)[..., :words]
+            else:
+                more = {key: kwargs[key] for key in kwargs if key in inspect.signature(processor).parameters}
+                scores = processor(text, scores, **more)
+        return scores
+
+
+def image_word(image_token: int, words: int) -> int:
+    """The id of the image token among scores that are extended beyond a vocabulary of `words`."""
+    return max(image_token, words)
+
+
+class TextCriteria(StoppingCriteriaList):
+    """Stopping criteria that get `text_ids`."""
+
+    def __init__(self, criteria: StoppingCriteriaList, image_token: int):
+        super().__init__(criteria)
+        self.image_token = image_token
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        return super().__call__(text_ids(input_ids, self.image_token), scores, **kwargs)
+
+
+class TextCandidates(CandidateGenerator):
+    """Drafts of another generator, without image tokens.
+
+    Args:
+        inner: the generator.
+        image_token: id of the image token.
+        takes_pictures: whether `inner` knows image tokens; otherwise it gets `text_ids`.
+    """
+
+    def __init__(self, inner: CandidateGenerator, image_token: int, takes_pictures: bool):
+        self.inner, self.image_token, self.takes_pictures = inner, image_token, takes_pictures
+
+    def __getattr__(self, name: str):
+        return getattr(self.inner, name)
+
+    def get_candidates(self, input_ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        given = input_ids if self.takes_pictures else text_ids(input_ids, self.image_token)
+        ids, logits = self.inner.get_candidates(given, *args, **kwargs)
+        drafts = ids[:, input_ids.shape[1] :].to(input_ids.device)
+        length = int((drafts[0] != self.image_token).int().cumprod(0).sum()) if drafts.shape[1] else 0
+        if length < drafts.shape[1]:
+            logits = logits[:, :length] if logits is not None and length else None
+        return torch.cat([input_ids, drafts[:, :length]], 1), logits
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        given = input_ids if self.takes_pictures else text_ids(input_ids, self.image_token)
+        self.inner.update_candidate_strategy(given, scores, num_matches)
+
+
+# the base class defines it, so __getattr__ would not reach the one of `inner`
+TextCandidates.requires_model_outputs = property(lambda self: self.inner.requires_model_outputs)
 
 
 class CumoGenerationMixin(GenerationMixin):
-    """GenerationMixin with pictures."""
+    """GenerationMixin with pictures. The image token is never generated."""
 
     generate = this_cache_name(GenerationMixin.generate)
+
+    def _has_image_word(self) -> bool:
+        return 0 <= self.config.image_token_index < self.config.text_config.vocab_size
+
+    def _get_logits_processor(self, generation_config, *args, **kwargs) -> LogitsProcessorList:
+        token = self.config.image_token_index
+        ids = kwargs.get("encoder_input_ids")
+        if ids is not None and ids.ndim == 2 and not self._has_image_word():
+            word = image_word(token, self.config.text_config.vocab_size)
+            kwargs["encoder_input_ids"] = ids.masked_fill(ids == token, word)
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        if not self._has_image_word():
+            return TextProcessors(processors, token)
+        return LogitsProcessorList([SuppressTokensLogitsProcessor([token], self.device), *processors])
+
+    def _get_stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        return criteria if self._has_image_word() else TextCriteria(criteria, self.config.image_token_index)
+
+    def _get_candidate_generator(
+        self,
+        generation_config,
+        input_ids,
+        inputs_tensor,
+        logits_processor,
+        model_kwargs,
+        assistant_model=None,
+        **more,
+    ) -> CandidateGenerator:
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit must be None, because transformers cuts layers only of models that "
+                f"consist of a decoder, got {generation_config.assistant_early_exit}"
+            )
+        token = self.config.image_token_index
+        takes_pictures = assistant_model is None or (
+            isinstance(assistant_model, CumoGenerationMixin)
+            and assistant_model.config.image_token_index == token
+            and assistant_model.config.picture_layout == self.config.picture_layout
+        )
+        if not takes_pictures:
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key not in PICTURES}
+        if not (takes_pictures and (assistant_model is not None or self._has_image_word())):
+            input_ids, takes_pictures = text_ids(input_ids, token), False
+        found = super()._get_candidate_generator(
+            generation_config=generation_config,
+            input_ids=input_ids,
+            inputs_tensor=inputs_tensor,
+            logits_processor=logits_processor,
+            model_kwargs=model_kwargs,
+            assistant_model=assistant_model,
+            **more,
+        )
+        return TextCandidates(found, token, takes_pictures)
+
+    def heal_tokens(self, input_ids: Tensor, tokenizer=None) -> Tensor:
+        if (input_ids == self.config.image_token_index).any():
+            raise ValueError(
+                "token_healing must be False for prompts with pictures, whose tokens it removes, got True"
+            )
+        return super().heal_tokens(input_ids, tokenizer)
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # generate looks for arguments in the signature
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ) -> dict:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        embeds = inputs.get("inputs_embeds")
+        marks = embeds is not None and inputs.get("pixel_values") is not None and not self._has_image_word()
+        if marks and input_ids is not None and input_ids.shape[1] >= embeds.shape[1]:
+            inputs["input_ids"] = input_ids[:, -embeds.shape[1] :]
+        return inputs
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """As in transformers, with pictures also for an assistant and in chunks.
+
+        transformers says that no call of an assistant is the first, so its pictures would be dropped.
+        """
+        cache = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
+        first = is_first_iteration or cache is None or cache.get_seq_length() == 0
+        has_pictures = as_tiles(model_kwargs.get("pixel_values")) is not None
+        if generation_config.prefill_chunk_size is None or not (first and has_pictures):
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=first)
+        if cache is None:
+            raise ValueError("prefill_chunk_size must be None without a cache")
+        return self._prefill_chunks(input_ids, generation_config.prefill_chunk_size, cache, model_kwargs)
+
+    def _prefill_chunks(self, input_ids: Tensor, size: int, cache, model_kwargs: dict):
+        """Embed the whole prompt with its pictures, then run the decoder on chunks of `size` tokens."""
+        rest = {key: value for key, value in model_kwargs.items() if key not in (*PICTURES, "inputs_embeds")}
+        mask, positions = rest.pop("attention_mask", None), rest.pop("position_ids", None)
+        begin = cache.get_seq_length()
+        if begin and (mask is None or input_ids.shape[1] == mask.shape[1]):
+            input_ids = input_ids[:, begin:]
+        pictures = {key: model_kwargs.get(key) for key in PICTURES}
+        embeds = self._embed_prompt(input_ids, model_kwargs.get("inputs_embeds"), **pictures)
+        length, outputs = embeds.shape[1], None
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            chunk = dict(rest)
+            if mask is not None:
+                chunk["attention_mask"] = mask[:, : begin + stop]
+            if positions is not None:
+                offset = positions.shape[-1] - length
+                chunk["position_ids"] = positions[..., offset + start : offset + stop]
+            inputs = self.prepare_inputs_for_generation(
+                input_ids, inputs_embeds=embeds[:, start:stop], is_first_iteration=True, **chunk
+            )
+            outputs = self(**inputs, return_dict=True)
+        return outputs
+
+    def _embed_prompt(self, input_ids, inputs_embeds, pixel_values, image_sizes, image_lengths) -> Tensor:
+        """(B, S, H): the prompt's embeddings with the features of its pictures."""
+        layout, token = self.config.picture_layout, self.config.image_token_index
+        pixel_values = as_tiles(pixel_values)
+        marked = inputs_embeds is None or input_ids.shape == inputs_embeds.shape[:2]
+        is_image = self.model.is_image(input_ids if marked else None, inputs_embeds)
+        sizes = picture_sizes(pixel_values.shape[0], image_sizes)
+        check_placeholders(is_image, token, [layout.tokens(size) for size in sizes], image_lengths)
+        pictures = self.get_image_features(pixel_values, image_sizes=image_sizes).pooler_output
+        if image_lengths is not None:
+            pictures = [p[:n] for p, n in zip(pictures, image_lengths.tolist(), strict=True)]
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        return inputs_embeds.masked_scatter(is_image[:, :, None], torch.cat(pictures).to(inputs_embeds))
 
     def _expand_inputs_for_generation(
         self,
@@ -21,14 +263,14 @@ class CumoGenerationMixin(GenerationMixin):
         **kwargs,
     ):
         """Repeat each row for beams or samples, together with all pictures of the row, in order."""
-        names = ("pixel_values", "image_sizes", "image_lengths")
-        images = {key: value for key in names if (value := kwargs.pop(key, None)) is not None}
+        images = {key: value for key in PICTURES if (value := kwargs.pop(key, None)) is not None}
         pixels = as_tiles(images.get("pixel_values"))
-        if expand_size > 1 and input_ids is not None and pixels is not None:
-            layout, sizes = self.config.picture_layout, [None] * len(pixels)
-            if "image_sizes" in images:
-                sizes = [tuple(size) for size in images["image_sizes"].tolist()]
-            tokens = (input_ids == self.config.image_token_index).sum(1)
+        if expand_size > 1 and pixels is not None:
+            layout = self.config.picture_layout
+            sizes = picture_sizes(len(pixels), images.get("image_sizes"))
+            embeds = kwargs.get("inputs_embeds")
+            marked = input_ids is not None and (embeds is None or input_ids.shape == embeds.shape[:2])
+            tokens = self.model.is_image(input_ids if marked else None, embeds).sum(1)
             lengths = images.get("image_lengths", tokens.new_tensor([layout.tokens(size) for size in sizes]))
             counts = pictures_per_row(tokens, lengths.to(tokens.device))
             tiles = torch.tensor([layout.tiles(size) for size in sizes]).split(counts)

@@ -48,6 +48,19 @@ class PictureLayout:
         rows, columns = self._shape(size)
         return 1 if size is None else 1 + rows * columns
 
+    def tiles_of(self, sizes: Sequence[Size | None], num_tiles: int) -> list[int]:
+        """Number of tiles of each picture.
+
+        Raises:
+            ValueError: they do not sum to `num_tiles`.
+        """
+        tiles = [self.tiles(size) for size in sizes]
+        if sum(tiles) != num_tiles:
+            raise ValueError(
+                f"pixel_values must have {sum(tiles)} tiles for the {len(sizes)} image_sizes, got {num_tiles}"
+            )
+        return tiles
+
     def tokens(self, size: Size | None) -> int:
         """Number of tokens of a picture."""
         if self.merge != "spatial_unpad":
@@ -94,11 +107,26 @@ class PictureLayout:
         return slice(0, rows), slice(cut, columns - cut)
 
 
+def picture_sizes(num_tiles: int, image_sizes: Tensor | None) -> list[Size | None]:
+    """The size of each picture, None for a picture of one tile.
+
+    Args:
+        num_tiles: number of all tiles.
+        image_sizes: (number of pictures, 2); None: each tile is one picture.
+    """
+    if image_sizes is None:
+        return [None] * num_tiles
+    return [tuple(size) for size in torch.as_tensor(image_sizes).tolist()]
+
+
 def as_tiles(pixel_values: Tensor | Sequence[Tensor] | None) -> Tensor | None:
     """Convert the accepted forms of pixel_values to one tensor of tiles (N, 3, s, s).
 
     Args:
         pixel_values: (N, 3, s, s), (B, tiles, 3, s, s), or a list of (3, s, s) or (tiles, 3, s, s) tensors.
+
+    Returns:
+        The tiles; None if there are none, as in a batch of texts.
 
     Raises:
         ValueError: an element has another shape, or tiles differ in size.
@@ -107,7 +135,9 @@ def as_tiles(pixel_values: Tensor | Sequence[Tensor] | None) -> Tensor | None:
         return None
     if not isinstance(pixel_values, Tensor):
         items = list(pixel_values)
-        if not items or not all(isinstance(item, Tensor) and item.ndim in (3, 4) for item in items):
+        if not items:
+            return None
+        if not all(isinstance(item, Tensor) and item.ndim in (3, 4) for item in items):
             found = [tuple(getattr(item, "shape", ())) or type(item).__name__ for item in items[:3]]
             raise ValueError(
                 f"pixel_values must be a tensor, or a list of (3, s, s) or (tiles, 3, s, s), got {found}"
@@ -118,8 +148,10 @@ def as_tiles(pixel_values: Tensor | Sequence[Tensor] | None) -> Tensor | None:
                 "pixel_values must be tiles of one size (the processor makes them of pictures of any size), "
                 f"got {[tuple(item.shape[1:]) for item in items[:3]]}"
             )
-        return torch.cat(items)
-    return pixel_values.flatten(0, 1) if pixel_values.ndim == 5 else pixel_values
+        pixel_values = torch.cat(items)
+    elif pixel_values.ndim == 5:
+        pixel_values = pixel_values.flatten(0, 1)
+    return pixel_values if pixel_values.shape[0] else None
 
 
 def _assert_on_device(holds: Tensor, words: str) -> None:

@@ -10,12 +10,14 @@ softmax probability. Both are part of every `Routing`. Sources: the load balanci
 (arXiv 2101.03961) and the router z-loss of ST-MoE (arXiv 2202.08906), as used by CuMo (arXiv 2405.05949).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cumo_kernels import RouterStats
+from cumo_model.model.moe import PLACES, RoutingRecord
 
 
 def _balance(mean_probs: Tensor, top1_density: Tensor) -> Tensor:
@@ -76,24 +78,101 @@ def place_losses(
     return balance, z
 
 
-def language_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy over the predicted tokens; position t predicts labels[:, t + 1].
+def router_losses(
+    records: Sequence[RoutingRecord], clip_scales: Sequence[int] | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """`place_losses` of each place that has run, in the order in which the original code adds them.
 
     Args:
-        logits: (B, S, V), converted to fp32.
-        labels: (B, S) int64; -100 is ignored.
-
-    Returns:
-        Scalar fp32; 0 if no token is predicted.
+        records: the routing of all layers of one call.
+        clip_scales: `group_counts` of the tower.
     """
-    check_labels(labels, logits)
-    targets = nn.functional.pad(
-        labels[:, 1:], (0, 1), value=-100
-    ).flatten()  # shifting the labels avoids a copy of the logits
-    total = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
-    return total / (targets != -100).sum().clamp(min=1)
+    found = {}
+    for place in PLACES:
+        layers = [record.routing.stats for record in records if record.place == place]
+        if layers:
+            found[place] = place_losses(layers, clip_scales if place == "clip" else None)
+    return found
 
 
-def check_labels(labels: Tensor, rows: Tensor) -> None:
-    if labels.shape != rows.shape[:2]:
-        raise ValueError(f"labels must be {tuple(rows.shape[:2])} like input_ids, got {tuple(labels.shape)}")
+def smoothed_language_loss(smoothing: float) -> Callable[..., Tensor]:
+    """A `loss_function` for models of transformers: cross entropy with label smoothing.
+
+    The target of a token has 1 - smoothing for the label and smoothing / V for each of the V words
+    (arXiv 1512.00567, section 7), as in transformers' LabelSmoother.
+    """
+
+    def loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **kwargs) -> Tensor:
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+        rows, targets = logits.float().view(-1, vocab_size), shift_labels.reshape(-1).to(logits.device)
+        total = nn.functional.cross_entropy(rows, targets, label_smoothing=smoothing, reduction="sum")
+        return total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    return loss
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What each position predicts, and how the losses of a step are averaged.
+
+    Attributes:
+        tokens: (B, S) int64: position t predicts tokens[:, t]; -100 where it predicts nothing.
+        count: () int64: number of predicted tokens, at least 1.
+        share: weight of this call in the average over the step: its labels / `num_items_in_batch`; 1 without.
+    """
+
+    tokens: Tensor
+    count: Tensor
+    share: Tensor | float
+    num_items: Tensor | int | None
+
+    @classmethod
+    def of(
+        cls,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        num_items: Tensor | int | None,
+        image_token: int,
+        shape: tuple[int, int],
+    ) -> "Targets | None":
+        """Targets of labels or already shifted labels, None without either.
+
+        Labels that are image tokens are not predicted, but count in the share, because those who compute
+        `num_items_in_batch` (transformers' Trainer) count them.
+
+        Raises:
+            ValueError: the labels' shape is not `shape`.
+        """
+        given, name = (labels, "labels") if shift_labels is None else (shift_labels, "shift_labels")
+        if given is None:
+            return None
+        if tuple(given.shape) != tuple(shape):
+            raise ValueError(f"{name} must be {tuple(shape)} like input_ids, got {tuple(given.shape)}")
+        if shift_labels is None:  # shifting the labels avoids a copy of the logits
+            given = nn.functional.pad(given[:, 1:], (0, 1), value=-100)
+        tokens = given.masked_fill(given == image_token, -100)
+        share: Tensor | float = 1.0
+        if num_items is not None:
+            if isinstance(num_items, Tensor):  # nn.DataParallel passes one element
+                num_items = num_items.to(given.device).reshape(())
+            share = (given != -100).sum() / num_items
+        return cls(tokens, (tokens != -100).sum().clamp(min=1), share, num_items)
+
+    def loss(self, loss_function: Callable, logits: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Language loss: the sum over the predicted tokens / `num_items_in_batch`, or their mean without it.
+
+        Args:
+            loss_function: as `PreTrainedModel.loss_function`.
+            logits: (B, S, V), or those of the `chosen` positions (n, V).
+            chosen: (B, S) bool.
+        """
+        tokens = self.tokens if chosen is None else self.tokens[chosen]
+        divisor = self.count if self.num_items is None else self.num_items
+        return loss_function(
+            logits=logits,
+            labels=None,
+            shift_labels=tokens,
+            vocab_size=logits.shape[-1],
+            num_items_in_batch=divisor,
+        )

@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from cumo_model.model.config import AVERAGES
 from cumo_model.training.parallel import EXCHANGES
 
 SHIPPED = Path(__file__).with_name("recipes")
@@ -99,6 +100,7 @@ class StageSection:
     projector_learning_rate: float | None = None
     balance_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
+    average_loss_over: str = "tokens"  # of a step; "micro_batches" as in the original code
     expert_parallel: int = 1  # processes that share the experts of a layer
     expert_exchange: str = "exact"  # "padded" needs more memory but no host synchronisation
     lora: LoraSection | None = None
@@ -106,6 +108,11 @@ class StageSection:
     def __post_init__(self):
         if not self.trains or set(self.trains) - set(PARTS):
             raise ValueError(f"stage.trains must name some of {sorted(PARTS)}, got {list(self.trains)}")
+        if self.average_loss_over not in AVERAGES:
+            names = ", ".join(AVERAGES)
+            raise ValueError(
+                f"stage.average_loss_over must be one of {names}, got {self.average_loss_over!r}"
+            )
         if self.expert_exchange not in EXCHANGES:
             raise ValueError(
                 f"stage.expert_exchange must be one of {', '.join(EXCHANGES)}, got {self.expert_exchange!r}"

@@ -24,6 +24,7 @@ from cumo_model.training.expert_checkpoints import SpreadCheckpoints
 from cumo_model.training.monitor import Monitor, MonitorCallback, ShortProgress
 from cumo_model.training.recipe import Recipe, plain
 from cumo_model.training.recover import SAVING, Interrupted, StopRequests, last_sound
+from cumo_model.training.router_losses import RouterLosses
 
 RECIPE_FILE = "recipe.json"  # file in a run's folder: identity of the recipe
 DATA_FILE = "data.json"  # file in a run's folder: identity of the data
@@ -47,7 +48,7 @@ def _ignore_stop_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class StageTrainer(SpreadCheckpoints):
+class StageTrainer(RouterLosses, SpreadCheckpoints):
     """A Trainer whose batches are a function of the step, and whose log is the same after an interruption.
 
     Args:

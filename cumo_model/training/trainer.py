@@ -203,6 +203,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     stage, data = recipe.stage, recipe.data
     model.config.balance_loss_coef = stage.balance_loss_coef
     model.config.router_z_loss_coef = stage.router_z_loss_coef
+    model.config.average_loss_over = stage.average_loss_over
     cache = data.cache_dir or os.path.join(os.path.dirname(os.path.abspath(recipe.output_dir)), "index")
     with args.main_process_first(desc="indexing the data"):
         dataset = StreamedConversations(

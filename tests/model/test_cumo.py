@@ -11,10 +11,9 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from cumo_model import CumoConfig, MoELayer, record_routing
-from cumo_model.model.losses import language_loss
 from cumo_model.model.pyramid import image_pyramid
 from tests.model.gradients import gradients
-from tests.rounding import assert_same_formula, assert_same_sums, in_fp64, rounding_of
+from tests.rounding import assert_same_formula, assert_same_sums, rounding_of
 
 
 def gate_logits(model, batch):
@@ -109,7 +108,7 @@ def test_one_call_is_the_originals_pass_per_scale(tiny_model):
     model = tiny_model().train()
     pixels = torch.randn(2, 3, 12, 12)
     with record_routing() as together:
-        model.model.get_image_features(pixels, all_routers=True)
+        model.model._encode_tiles(pixels, all_routers=True)
     crops = image_pyramid(pixels, (1, 3))
     apart = []
     for part in (crops[:2], crops[2:]):
@@ -153,17 +152,6 @@ def test_only_dead_experts_are_without_gradient(tiny_model, tiny_batch):
     assert without and all(
         name.startswith("model.vision_tower.encoder.layers.2.mlp.experts.") for name in without
     )
-
-
-def test_language_loss_is_the_mean_over_tokens_not_rows():
-    logits = torch.randn(2, 5, 7, dtype=torch.float64)
-    labels = torch.tensor([[1, 2, 3, 4, 5], [-100, -100, -100, -100, 6]])
-    terms = [-logits[0, t].log_softmax(-1)[labels[0, t + 1]] for t in range(4)]
-    terms.append(-logits[1, 3].log_softmax(-1)[6])
-    with in_fp64():
-        assert_same_formula(language_loss(logits, labels), torch.stack(terms).mean())
-    assert language_loss(logits, torch.full((2, 5), -100)) == 0
-    assert language_loss(logits.bfloat16(), labels).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
@@ -250,7 +238,7 @@ def test_features_take_the_places_of_their_markers(tiny_model, tiny_batch):
     for row, start in places:
         input_ids[row, start : start + 9] = 60
     pixels = torch.randn(3, 3, 12, 12)
-    features = model.get_image_features(pixels)
+    features = torch.stack(model.get_image_features(pixels).pooler_output)
     wanted = embed(input_ids.masked_fill(input_ids == 60, 0)).clone()
     for (row, start), feature in zip(places, features, strict=True):
         wanted[row, start : start + 9] = feature
@@ -276,7 +264,10 @@ def test_full_strategy_keeps_the_class_token(tiny_model):
     assert model.config.image_seq_length == 10
     pixels = torch.randn(1, 3, 12, 12)
     features = model.model.vision_tower(pixels, feature_layer=-2).last_hidden_state
-    assert torch.equal(model.get_image_features(pixels), model.model.multi_modal_projector(features))
+    assert torch.equal(
+        torch.stack(model.get_image_features(pixels).pooler_output),
+        model.model.multi_modal_projector(features),
+    )
 
 
 @pytest.mark.parametrize("layer", [-1, -3, 1])
@@ -285,7 +276,8 @@ def test_feature_layer_is_honoured(tiny_model, layer):
     pixels = torch.randn(1, 3, 12, 12)
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
     assert torch.equal(
-        model.get_image_features(pixels), model.model.multi_modal_projector(states[layer][:, 1:])
+        torch.stack(model.get_image_features(pixels).pooler_output),
+        model.model.multi_modal_projector(states[layer][:, 1:]),
     )
 
 

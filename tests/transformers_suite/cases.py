@@ -100,9 +100,12 @@ class CumoCase(ModelTesterMixin, GenerationTesterMixin):
 
     def setUp(self):
         arguments = dict(self.arguments)
-        if "rope_scaling" in self._testMethodName:  # its random ids have no pictures
+        name = self._testMethodName
+        if "rope_scaling" in name:  # its random ids have no pictures
             arguments["image_token_index"] = OUTSIDE
-        if "eager_matches_sdpa" in self._testMethodName:
+        if "inputs_embeds" in name or "resize" in name:  # these embed or clamp the ids
+            arguments["image_token_index"] = IMAGE_TOKEN
+        if "eager_matches_sdpa" in name:
             # with all experts, rounding in fp16 does not change a choice, and so the whole feature of a patch
             arguments["projector_num_experts_per_tok"] = arguments["experts"]
         self.model_tester = CumoTester(self, **arguments)

@@ -11,6 +11,9 @@ EXCEPTIONS = {
         "experts are saved as stacked tensors, which load_state_dict reads when a run resumes; "
         "save_original_format=True writes one tensor per expert"
     ),
+    "MoE::test_get_image_features_output_[02]": (
+        "last_hidden_state has a row for each crop of every scale; the test expects one row per picture"
+    ),
     "AnyresProcessor::test_apply_chat_template_image_[01]": (
         "pixel_values has a row per tile, and a picture has several; the test expects one row per picture"
     ),

@@ -14,7 +14,6 @@ from cumo_model.demo.pretrain import Contrast, Lines, Pairs
 from cumo_model.demo.processes import claim
 from cumo_model.demo.settings import Settings
 from cumo_model.model.clip_moe import CumoVisionModel
-from cumo_model.model.losses import language_loss
 from cumo_model.training.stage import read_history
 from tests.model.training.small_runs import COLOURS, write_data, write_model
 from tests.rounding import assert_same_formula
@@ -69,7 +68,8 @@ def test_a_line_is_predicted_from_its_second_token_on(run):
     model = MistralForCausalLM(run.settings.text_config(run.tokenizer)).double()
     options = {"use_cache": False, "num_items_in_batch": int(kept.sum())}
     output = model(**batch, **options)
-    assert_same_formula(output.loss, language_loss(output.logits, batch["labels"]))
+    logits, targets = output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    assert_same_formula(output.loss, torch.nn.functional.cross_entropy(logits, targets))
 
 
 def test_pairs_are_pictures_with_their_own_words(run):
