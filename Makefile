@@ -5,6 +5,7 @@
 #                   make gpu does this by itself if there is no .venv and torch, triton, transformers, pytest are installed
 #   VENV_LATEST=DIR environment of make test-latest; each PYTHON needs a separate one
 #   BUDGET=SECONDS  time limit of make gpu, instead of the limits of its parts
+#   TRANSFORMERS_TESTS=DIR  checkout of transformers, for make test-transformers
 #   VENV_DOCS=DIR   environment of make docs: only mkdocs, no torch
 #   WORKERS=N       number of test processes, with one torch thread each
 #   VENV_GPU=DIR    environment of make gpu-artifacts: with the Python, torch and triton of the GPU machine
@@ -28,7 +29,7 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-ci test-latest latest lint format docs bench peers gpu gpu-artifacts clean
+.PHONY: help setup demo test test-all test-ci test-latest test-transformers named-checkout latest lint format docs bench peers gpu gpu-artifacts clean
 .DEFAULT_GOAL := help
 
 ifeq ($(VENV),system)
@@ -61,6 +62,7 @@ help:
 	@echo "make test     the tests, except those that download something          (ARGS are arguments of pytest)"
 	@echo "make test-all the same and the sweeps: all rows of the kernels in Triton's interpreter and csrc's emulation"
 	@echo "make test-latest  the tests with the newest torch, Triton and transformers, in a separate environment"
+	@echo "make test-transformers TRANSFORMERS_TESTS=DIR   the common tests of transformers, from a checkout, on CuMo"
 	@echo "make latest   write the newest versions of today to constraints-latest.txt"
 	@echo "make lint     ruff check and ruff format --check                       (make format applies fixes)"
 	@echo "make docs     build the documentation site in build/site; any warning is an error"
@@ -123,6 +125,13 @@ test-latest:
 	@git ls-files -z --cached --others --exclude-standard | tar -c --null -T - --ignore-failed-read | tar -x -C $(LATEST)
 	@$(MAKE) --no-print-directory -C $(LATEST) test CONSTRAINTS=constraints-latest.txt \
 	  VENV='$(if $(filter /%,$(VENV_LATEST)),,../../)$(VENV_LATEST)' ARGS='$(subst ','\'',$(ARGS))'
+
+# nothing is downloaded: the tests are those of a checkout that is already there
+test-transformers: named-checkout $(READY)
+	@$(PY) -m tests.transformers_suite.run '$(TRANSFORMERS_TESTS)' -n $(WORKERS) $(ARGS)
+
+named-checkout:
+	@test -n '$(TRANSFORMERS_TESTS)' || { echo "set TRANSFORMERS_TESTS to a checkout of transformers"; exit 2; }
 
 lint: $(INSTALLED)
 	@$(PY) -m ruff check .

@@ -1,16 +1,21 @@
 """CLIP vision tower with Mixture-of-Experts MLPs: transformers' CLIP in which only `mlp` is replaced.
 
 The balance loss uses statistics per crop; the class token is included. The tower has no final layer norm,
-because CuMo uses an earlier hidden state and its checkpoints do not contain that norm.
+because CuMo uses an earlier hidden state and its checkpoints do not contain that norm. In CLIP that norm is
+applied to the class token only, for `pooler_output`; so that field is None here.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPPreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
+from transformers.utils.output_capturing import capture_outputs
 
 from cumo_model.model.config import CumoConfig, CumoVisionConfig
 from cumo_model.model.layouts import layout_of, read_config
@@ -20,46 +25,6 @@ ACTIVATION_OF = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }  # transformers' name -> name in cumo_kernels, where they differ
-
-
-class CumoVisionEncoderLayer(CLIPEncoderLayer):
-    """Pre-norm attention and MLP. The MLP is an MoELayer if the config has more than one expert."""
-
-    def __init__(self, config: CumoVisionConfig, layer_idx: int):
-        super().__init__(config)
-        if config.num_experts > 1:
-            self.mlp = MoELayer(
-                config.hidden_size,
-                config.intermediate_size,
-                config.num_experts,
-                config.num_experts_per_tok,
-                ACTIVATION_OF.get(config.hidden_act, config.hidden_act),
-                compat=config.compat,
-                place="clip",
-                layer=layer_idx,
-            )
-
-    def forward(self, hidden_states: Tensor, router_only: bool = False) -> Tensor:
-        """(N, n, H) -> (N, n, H). With `router_only` only the router runs, for its statistics."""
-        attended, _ = self.self_attn(self.layer_norm1(hidden_states))
-        hidden_states = hidden_states + attended
-        x = self.layer_norm2(hidden_states)
-        if not isinstance(self.mlp, MoELayer):
-            return hidden_states + self.mlp(x)
-        if router_only:
-            self.mlp(x, groups=x.shape[0], router_only=True)
-            return hidden_states.view_as(hidden_states)  # created after the router: backward visits it first
-        return hidden_states + self.mlp(x, groups=x.shape[0])
-
-
-class CumoVisionEncoder(nn.Module):
-    """The stack of encoder layers."""
-
-    def __init__(self, config: CumoVisionConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(
-            CumoVisionEncoderLayer(config, i) for i in range(config.num_hidden_layers)
-        )
 
 
 class _ZeroGradientEdge(torch.autograd.Function):
@@ -72,6 +37,47 @@ class _ZeroGradientEdge(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, torch.zeros_like(grad)
+
+
+class CumoVisionEncoderLayer(CLIPEncoderLayer):
+    """Pre-norm attention and MLP. The MLP is an MoELayer if the config has more than one expert."""
+
+    def __init__(self, config: CumoVisionConfig, layer_idx: int):
+        super().__init__(config)
+        self.config = config
+        if config.num_experts > 1:
+            self.mlp = MoELayer(
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_experts,
+                config.num_experts_per_tok,
+                ACTIVATION_OF.get(config.hidden_act, config.hidden_act),
+                compat=config.compat,
+                place="clip",
+                layer=layer_idx,
+            )
+
+    def forward(self, hidden_states: Tensor, router_only: bool = False, **kwargs: Any) -> Tensor:
+        """(N, n, H) -> (N, n, H). With `router_only` only the router runs, for its statistics."""
+        attended, _ = self.self_attn(self.layer_norm1(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        x = self.layer_norm2(hidden_states)
+        if self.config.num_experts == 1:
+            return hidden_states + self.mlp(x)
+        if router_only:
+            # the output is created after the router, so that backward visits it first
+            return _ZeroGradientEdge.apply(hidden_states, self.mlp(x, groups=len(x), router_only=True))
+        return hidden_states + self.mlp(x, groups=len(x))
+
+
+class CumoVisionEncoder(nn.Module):
+    """The stack of encoder layers."""
+
+    def __init__(self, config: CumoVisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            CumoVisionEncoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
 
 
 class CumoVisionModel(MoEHostMixin, CLIPPreTrainedModel):
@@ -121,47 +127,68 @@ class CumoVisionModel(MoEHostMixin, CLIPPreTrainedModel):
             init.zeros_(experts.down_proj_bias)
             module.reset_gate()
 
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         pixel_values: Tensor,
-        feature_layer: int = -1,
+        feature_layer: int | Sequence[int] = -1,
         all_routers: bool = False,
-        output_hidden_states: bool = False,
-    ) -> BaseModelOutput:
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
         """Encode N crops independently.
 
         Args:
             pixel_values: (N, 3, s, s); s is the config's image_size.
-            feature_layer: index of the hidden state to return, out of num_hidden_layers + 1. Layers after it
-                do not run.
+            feature_layer: index of the hidden state to return, out of num_hidden_layers + 1, or indices of
+                several, which are concatenated on the channel axis. Layers after them do not run.
             all_routers: run the router of every layer, as the auxiliary losses require. The last layer runs
                 without its experts if only its router is needed.
-            output_hidden_states: also return all hidden states; every layer runs.
+            interpolate_pos_encoding: accept crops of another size than image_size; the position embeddings
+                are interpolated to it, as in CLIP.
+            output_hidden_states: also return all hidden states; every layer runs. None: as in the config.
+            output_attentions: also return the attention weights of all layers (N, heads, 1 + patches,
+                1 + patches), which the attention implementation "eager" has; every layer runs. None: as in
+                the config.
+            **kwargs (Any): passed on to the attention; `return_dict=False` gives a tuple.
 
         Returns:
-            last_hidden_state (N, 1 + patches, H), the selected state; hidden_states, a tuple or None.
+            last_hidden_state (N, 1 + patches, H), or (N, 1 + patches, number of indices * H): the selected
+            state; hidden_states and attentions: tuples, or None. pooler_output is None: CLIP computes it
+            with a layer norm that this tower does not have.
         """
         layers = self.encoder.layers
-        selected = range(len(layers) + 1)[feature_layer]
+        several = not isinstance(feature_layer, int)
+        indices = [range(len(layers) + 1)[i] for i in (feature_layer if several else [feature_layer])]
+        deepest = max(indices)
         all_routers = all_routers and self.config.num_experts > 1
-        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values))
-        state, states = hidden_states, [hidden_states]
+        wants_attentions = self._records("attentions", output_attentions)
+        wants_all = wants_attentions or self._records("hidden_states", output_hidden_states)
+        if wants_attentions:
+            kwargs["output_attentions"] = True  # an attention implementation without weights warns
+        hidden_states = self.pre_layrnorm(
+            self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        )
+        states = {0: hidden_states}
         for i, layer in enumerate(layers):
-            if i >= selected and not (all_routers or output_hidden_states):
+            if i >= deepest and not (all_routers or wants_all):
                 break
-            router_only = i >= selected and i == len(layers) - 1 and not output_hidden_states
-            hidden_states = layer(hidden_states, router_only=router_only)
-            if i < selected:
-                state = hidden_states
-            if output_hidden_states:
-                states.append(hidden_states)
-        if state is not hidden_states and not output_hidden_states:
+            router_only = i >= deepest and i == len(layers) - 1 and not wants_all
+            hidden_states = layer(hidden_states, router_only=router_only, **kwargs)
+            if i + 1 in indices:
+                states[i + 1] = hidden_states
+        if states[deepest] is not hidden_states and not wants_all:
             # FSDP gathers a layer for backward when its output gets a gradient; the last layer's output gets
             # none
-            state = _ZeroGradientEdge.apply(state, hidden_states)
-        return BaseModelOutput(
-            last_hidden_state=state, hidden_states=tuple(states) if output_hidden_states else None
-        )
+            states[deepest] = _ZeroGradientEdge.apply(states[deepest], hidden_states)
+        chosen = [states[i] for i in indices]
+        return BaseModelOutputWithPooling(last_hidden_state=torch.cat(chosen, -1) if several else chosen[0])
+
+    def _records(self, name: str, given: bool | None) -> bool:
+        """Whether `capture_outputs` records this output: the argument, or else the config, requests it."""
+        return bool(getattr(self.config, f"output_{name}", False) if given is None else given)
 
 
 AutoModel.register(CumoVisionConfig, CumoVisionModel)

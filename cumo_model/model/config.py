@@ -64,7 +64,9 @@ class CumoConfig(PreTrainedConfig):
         projector_num_experts_per_tok: experts of the connector that each token uses.
         scales: integer factors by which the image is enlarged before it enters the tower. The features of all
             scales are concatenated on the channel axis, in this order.
-        vision_feature_layer: index into the tower's num_hidden_layers + 1 hidden states.
+        vision_feature_layer: index into the tower's num_hidden_layers + 1 hidden states, or a list of
+            indices. The features of several layers are concatenated on the channel axis, in this order, at
+            each scale.
         vision_feature_select_strategy: "default" drops the class token, "full" keeps it (scales [1] only).
         image_token_index: id of the placeholders in `input_ids`; may be outside the vocabulary.
         patch_merge_type: how the tiles of a picture become tokens, see image_tokens.py. "spatial_unpad" adds
@@ -106,7 +108,7 @@ class CumoConfig(PreTrainedConfig):
     projector_num_experts: int = 4
     projector_num_experts_per_tok: int = 2
     scales: list[int] | tuple[int, ...] = (1, 3)
-    vision_feature_layer: int = -2
+    vision_feature_layer: int | list[int] | tuple[int, ...] = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     image_token_index: int = 32000
     patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = "flat"
@@ -161,11 +163,23 @@ class CumoConfig(PreTrainedConfig):
             )
         check_pinpoints(self.image_grid_pinpoints, self.vision_config.image_size)
         num_states = self.vision_config.num_hidden_layers + 1
-        if not -num_states <= self.vision_feature_layer < num_states:
+        indices = self.feature_layers
+        if not indices or any(not -num_states <= index < num_states for index in indices):
             raise ValueError(
                 f"vision_feature_layer must index the tower's {num_states} hidden states, "
                 f"got {self.vision_feature_layer}"
             )
+
+    @property
+    def feature_layers(self) -> list[int]:
+        """The indices of vision_feature_layer, which may be one integer."""
+        layers = self.vision_feature_layer
+        return [layers] if isinstance(layers, int) else list(layers)
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the features that enter the connector: all scales and all selected layers."""
+        return self.vision_config.hidden_size * len(self.scales) * len(self.feature_layers)
 
     @property
     def router_aux_loss_coef(self) -> float:

@@ -23,14 +23,14 @@ class DenseMLP(nn.Module):
 
 
 class CumoProjector(nn.Module):
-    """The connector: (B, n, len(scales) * vision hidden) -> (B, n, text hidden).
+    """The connector: (B, n, feature_size of the config) -> (B, n, text hidden).
 
     It has no residual connection. Router statistics are per image.
     """
 
     def __init__(self, config: CumoConfig):
         super().__init__()
-        self.input_size = config.vision_config.hidden_size * len(config.scales)
+        self.input_size = config.feature_size
         output_size = config.text_config.hidden_size
         self.is_moe = config.projector_num_experts > 1
         if self.is_moe:

@@ -293,10 +293,11 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor, groups: int = 1, router_only: bool = False) -> Tensor:
         """Apply the layer: x (..., H) -> (..., O). `groups` as in `route`.
 
-        With `router_only` only gate and routing run, for their statistics, and x is returned.
+        With `router_only` the experts do not run, and x is returned. A call of the layer, unlike a call of
+        `route`, runs hooks, such as those of FSDP and of accelerate's offloading.
         """
         routing = self.route(x, groups)
         if router_only:
-            return x
+            return x.view_as(x)  # created after the router: backward visits it, and its hooks, first
         out = self.experts(x.reshape(-1, self.hidden_size), routing, self.compat)
         return out.view(*x.shape[:-1], out.shape[-1])

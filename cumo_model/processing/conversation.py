@@ -31,6 +31,7 @@ from cumo_model.processing.templates import IMAGE_MARKER, Template, get_template
 
 IGNORE_INDEX = -100
 ROLES = ("human", "gpt")  # in turn, human first
+GENERATION = ("{% generation %}", "{% endgeneration %}")  # around an answer in a chat template
 
 
 def turn_problem(turns: Any) -> str | None:
@@ -201,8 +202,11 @@ def chat_template(template: str) -> str:
     Apply it with `tokenize=True`, which adds no second BOS. A leading system message replaces the system
     text of the template. If the last message is from the user, the result is a prompt and ends with the text
     that precedes an answer. Plain accepts no system message and uses only the images of a user message.
+    Answers are marked, for `return_assistant_tokens_mask`: the mask selects the tokens that have labels.
     """
     form = get_template(template)
+    answer = f"{_jinja_string(form.lead)}{_JINJA_TEXT}{_jinja_string(form.end)}"
+    answer = GENERATION[0] + answer + GENERATION[1]
     if not form.instruct:
         return (
             "{{ bos_token }}{% for message in messages %}"
@@ -214,7 +218,7 @@ def chat_template(template: str) -> str:
             f"{{{{ '{IMAGE_MARKER}' * message['content'].count('{IMAGE_MARKER}') }}}}{{% endif %}}"
             "{% endset %}{% if not marks %}"
             "{{ raise_exception('messages must begin with an image in template plain') }}{% endif %}"
-            f"{{{{ marks }}}}{{% else %}}{_JINJA_TEXT}{_jinja_string(form.end)}{{% endif %}}{{% endfor %}}"
+            f"{{{{ marks }}}}{{% else %}}{answer}{{% endif %}}{{% endfor %}}"
         )
     frame = [_jinja_string(side) for side in form.frame]
     default = f"{frame[0]}{_jinja_string(form.system)}{frame[1]}" if form.system else ""
@@ -239,9 +243,30 @@ def chat_template(template: str) -> str:
         "{{ raise_exception('messages must alternate user and assistant, user first, with at most one system "
         "message before them, got ' + message['role'] + ' as number ' + loop.index | string) }}{% endif %}"
         f"{{% if message['role'] == 'user' %}}{begin}{question}{_jinja_string(form.reply)}"
-        f"{{% else %}}{_jinja_string(form.lead)}{_JINJA_TEXT}{_jinja_string(form.end)}{{% endif %}}"
-        "{% endfor %}"
+        f"{{% else %}}{answer}{{% endif %}}{{% endfor %}}"
     )
+
+
+def template_of(chat: str | None, names: Sequence[str]) -> str | None:
+    """The one of `names` whose chat template is `chat`, or None.
+
+    A processor that was saved by an earlier version has the same template without the marks of answers.
+    """
+
+    def plain(text: str) -> str:
+        return text.replace(GENERATION[0], "").replace(GENERATION[1], "")
+
+    return next((name for name in names if chat and plain(chat_template(name)) == plain(chat)), None)
+
+
+def answer_mask(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for the tokens that lie in a span of text, by the rule that also selects the labels.
+
+    Args:
+        places: (start, end) characters of each token of a text.
+        spans: (start, end) characters of the answers, in order.
+    """
+    return [int(label != IGNORE_INDEX) for label in _labels([0] * len(places), places, spans, 0)]
 
 
 def _jinja_string(text: str) -> str:

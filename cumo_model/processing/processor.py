@@ -1,6 +1,7 @@
 """Conversion of pictures and prompts to tensors: transformers' LLaVA processor with the settings of CuMo."""
 
 import os
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorKwargs,
     LlavaNextImageProcessorPil,
 )
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from cumo_model.model.config import CumoConfig, check_pinpoints
 from cumo_model.model.image_tokens import MERGES, PictureLayout
 from cumo_model.model.layouts import layout_of, read_config
-from cumo_model.processing.conversation import IMAGE_MARKER, chat_template
+from cumo_model.processing.conversation import IMAGE_MARKER, answer_mask, chat_template
 from cumo_model.processing.sentencepieces import like_sentencepiece
 
 ASPECT_RATIOS = ("pad", "square", "anyres")
@@ -54,7 +56,7 @@ class CumoImageProcessor(LlavaNextImageProcessorPil):
     standard deviation of CLIP.
     """
 
-    model_input_names = ["pixel_values"]
+    model_input_names = ["pixel_values", "image_sizes"]
     valid_kwargs = CumoImageProcessorKwargs
     size = {"shortest_edge": 336}
     crop_size = {"height": 336, "width": 336}
@@ -125,6 +127,73 @@ class CumoProcessor(LlavaProcessor):
             return processor_from(path, CumoConfig.from_pretrained(path))
         return super().from_pretrained(path, *args, **kwargs)
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """The names of all tensors that a call returns with the settings of this processor."""
+        names = super().model_input_names
+        return names if self._has_sizes() else [name for name in names if name != "image_sizes"]
+
+    def _has_sizes(self, **kwargs) -> bool:
+        """Whether the model needs image_sizes; else it takes tile after tile."""
+        return self.patch_merge_type != "flat" and self.is_tiled(**kwargs)
+
+    def prepare_inputs_layout(self, images=None, text=None, *args, **kwargs):
+        """As in transformers; an empty list of pictures, nested or not, is no picture."""
+        return super().prepare_inputs_layout(images if _any_picture(images) else None, text, *args, **kwargs)
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As in transformers; `return_assistant_tokens_mask=True` gives exact masks.
+
+        With `tokenize` and `return_dict` it adds assistant_masks: 1 for each token of the answers, end marks
+        included, and 0 elsewhere. These are the tokens that have labels in training. (In transformers, the
+        positions of the answers are those before the placeholders of the pictures are inserted.)
+        """
+        given = (
+            signature(LlavaProcessor.apply_chat_template).bind(self, conversation, *args, **kwargs).arguments
+        )
+        more = given.pop("kwargs", {})
+        del given["self"]
+        with_mask = all(
+            given.get(name) for name in ("return_assistant_tokens_mask", "tokenize", "return_dict")
+        )
+        if not with_mask or given.get("continue_final_message"):  # transformers refuses both together
+            return super().apply_chat_template(**given, **more)
+        del given["return_assistant_tokens_mask"]
+        wanted = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+        given["processor_kwargs"] = {**(given.get("processor_kwargs") or {}), **wanted}
+        if more:  # they may be options of the processor too, and then transformers ignores processor_kwargs
+            more |= given["processor_kwargs"]
+        out = super().apply_chat_template(**given, **more)
+        offsets, moved = out.pop("offset_mapping"), out.pop("text_replacement_offsets")
+        masks = [
+            answer_mask([tuple(map(int, pair)) for pair in row], _spans_after(spans, pictures))
+            for row, spans, pictures in zip(offsets, self._answers(given, more), moved, strict=True)
+        ]
+        if "attention_mask" in out:  # padding has no place in the text
+            masks = [
+                [int(m and a) for m, a in zip(mask, row, strict=True)]
+                for mask, row in zip(masks, out["attention_mask"], strict=True)
+            ]
+        out["assistant_masks"] = masks
+        return out.convert_to_tensors(tensor_type=given.get("return_tensors"))
+
+    def _answers(self, given: dict, more: dict) -> list[list[tuple[int, int]]]:
+        """The spans of the answers in the text of each conversation."""
+        talks, template = given["conversation"], given.get("chat_template")
+        is_batch = isinstance(talks[0], list | tuple) or hasattr(talks[0], "content")
+        if isinstance(self.chat_template, dict):
+            template = self.chat_template.get("default" if template is None else template, template)
+        options = {
+            name: given[name] for name in ("tools", "documents", "add_generation_prompt") if name in given
+        }
+        return render_jinja_template(
+            conversations=talks if is_batch else [talks],
+            chat_template=template or self.chat_template,
+            return_assistant_tokens_mask=True,
+            **options,
+            **{**self.tokenizer.special_tokens_map, **more},
+        )[1]
+
     def validate_inputs(self, images=None, text=None, *args, **kwargs):
         """As in transformers; the number of pictures must also be the number of image markers in `text`."""
         if text is not None:
@@ -158,8 +227,8 @@ class CumoProcessor(LlavaProcessor):
 
     def _process_images(self, images, **kwargs) -> tuple[BatchFeature, list[str]]:
         processed, replacements = super()._process_images(images, **kwargs)
-        if self.patch_merge_type == "flat" or not self.is_tiled(**kwargs):
-            processed.pop("image_sizes")  # the model takes tile after tile
+        if not self._has_sizes(**kwargs):
+            processed.pop("image_sizes")
         return processed, replacements
 
     def _get_num_multimodal_tokens(self, image_sizes=None, image_grid_pinpoints=None, **kwargs):
@@ -171,6 +240,23 @@ class CumoProcessor(LlavaProcessor):
             found.num_image_tokens = [layout.tokens(size) for size in sizes]
             found.num_image_patches = [layout.tiles(size) for size in sizes]
         return found
+
+
+def _any_picture(images) -> bool:
+    if isinstance(images, list | tuple):
+        return any(map(_any_picture, images))
+    return images is not None
+
+
+def _spans_after(spans: list[tuple[int, int]], replaced: list[dict]) -> list[tuple[int, int]]:
+    """Move spans of a text by the lengths of the replacements before them."""
+
+    def after(place: int) -> int:
+        return place + sum(
+            len(part["replacement"]) - len(part["text"]) for part in replaced if part["span"][1] <= place
+        )
+
+    return [(after(start), after(end)) for start, end in spans]
 
 
 AutoImageProcessor.register(CumoConfig, image_processor_classes={"pil": CumoImageProcessor})

@@ -10,7 +10,7 @@ from transformers import TextStreamer
 from cumo_model.checkpoints.assemble import assemble
 from cumo_model.checkpoints.folders import first_line
 from cumo_model.model.cumo import CumoForConditionalGeneration
-from cumo_model.processing.conversation import chat_template, reserved_marker, tokenize_prompt
+from cumo_model.processing.conversation import reserved_marker, template_of, tokenize_prompt
 from cumo_model.processing.processor import CumoProcessor, load_image
 from cumo_model.processing.templates import IMAGE_MARKER, TEMPLATES, get_template
 
@@ -117,8 +117,8 @@ def chat(
 
 def own_template(processor) -> str:
     """Name of the template that matches the processor's chat template; `DEFAULT` if none matches."""
-    known = (name for name, form in TEMPLATES.items() if form.instruct)
-    return next((name for name in known if chat_template(name) == processor.chat_template), DEFAULT)
+    known = [name for name, form in TEMPLATES.items() if form.instruct]
+    return template_of(processor.chat_template, known) or DEFAULT
 
 
 def _unaskable(text: str, template: str) -> str | None:

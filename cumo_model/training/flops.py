@@ -44,7 +44,7 @@ def vision_flops(config: CumoConfig, with_routers: bool) -> float:
     active = vision.num_experts_per_tok if moe else 1
     layer = attention + gate + tokens * active * 2 * hidden * vision.intermediate_size
     states = range(vision.num_hidden_layers + 1)
-    selected = states[config.vision_feature_layer]
+    selected = max(states[index] for index in config.feature_layers)
     total = selected * layer
     if moe and with_routers and selected < vision.num_hidden_layers:
         total += (vision.num_hidden_layers - 1 - selected) * layer + attention + gate
@@ -54,7 +54,7 @@ def vision_flops(config: CumoConfig, with_routers: bool) -> float:
 
 def projector_flops(config: CumoConfig) -> float:
     """Forward FLOPs of the connector for one image."""
-    wide, out = config.vision_config.hidden_size * len(config.scales), config.text_config.hidden_size
+    wide, out = config.feature_size, config.text_config.hidden_size
     moe = config.projector_num_experts > 1
     active = config.projector_num_experts_per_tok if moe else 1
     gate = config.projector_num_experts * wide if moe else 0

@@ -125,6 +125,78 @@ def test_dense_tower_is_transformers_clip(layer):
     assert_same_formula(ours, theirs)
 
 
+def clip_of(model: CumoVisionModel, attention: str = "eager") -> CLIPVisionModel:
+    """transformers' CLIP with the weights of a dense tower."""
+    clip = CLIPVisionModel(CLIPVisionConfig(**SIZES, attn_implementation=attention)).eval()
+    clip.load_state_dict(model.state_dict(), strict=False)
+    return clip
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", [12, 20])
+def test_every_output_of_the_dense_tower_is_clips(attention, side):
+    model = tower(num_experts=1, attention=attention).eval()
+    options = {"output_hidden_states": True, "output_attentions": True, "interpolate_pos_encoding": side > 12}
+    pixels = torch.randn(2, 3, side, side)
+    wanted, got = clip_of(model, attention)(pixels, **options), model(pixels, **options)
+    assert torch.equal(got.last_hidden_state, wanted.last_hidden_state)
+    assert len(got.hidden_states) == len(wanted.hidden_states) == 4
+    assert all(map(torch.equal, got.hidden_states, wanted.hidden_states))
+    assert len(got.attentions) == len(wanted.attentions) == (3 if attention == "eager" else 0)
+    assert all(map(torch.equal, got.attentions, wanted.attentions))
+    assert wanted.pooler_output is not None and got.pooler_output is None
+    last, states, weights = model(pixels, return_dict=False, **options)
+    assert torch.equal(last, got.last_hidden_state)
+    assert all(map(torch.equal, states + weights, got.hidden_states + got.attentions))
+
+
+def test_outputs_may_be_requested_by_the_config():
+    model, pixels = tower(), torch.randn(1, 3, 12, 12)
+    plain = model(pixels, feature_layer=-2)
+    assert "hidden_states" not in plain and "attentions" not in plain
+    model.config.output_hidden_states = model.config.output_attentions = True
+    asked = model(pixels, feature_layer=-2)
+    assert torch.equal(asked.last_hidden_state, plain.last_hidden_state)
+    assert len(asked.hidden_states) == 4 and len(asked.attentions) == 3
+    assert torch.equal(asked.hidden_states[-2], plain.last_hidden_state)
+
+
+def test_features_of_several_layers_are_concatenated():
+    model, pixels = tower().eval(), torch.randn(2, 3, 12, 12)
+    states = model(pixels, output_hidden_states=True).hidden_states
+    with record_routing() as records:
+        several = model(pixels, feature_layer=[-2, 0, -3], all_routers=True).last_hidden_state
+    assert torch.equal(several, torch.cat([states[-2], states[0], states[-3]], -1))
+    assert [record.layer for record in records] == [0, 1, 2]
+    one = model(pixels, feature_layer=[1]).last_hidden_state
+    assert torch.equal(one, model(pixels, feature_layer=1).last_hidden_state)
+
+
+@pytest.mark.parametrize("place", ["layer", "gate"])
+def test_hooks_run_where_only_the_router_runs(place):
+    """As accelerate's offloading and FSDP units need, which prepare the weights in a hook."""
+    model, seen = tower(), []
+    mlp = model.encoder.layers[-1].mlp
+    (mlp if place == "layer" else mlp.gate).register_forward_pre_hook(lambda *_: seen.append("before"))
+    (mlp if place == "layer" else mlp.gate).register_forward_hook(lambda *_: seen.append("after"))
+    model(torch.randn(1, 3, 12, 12), feature_layer=-2, all_routers=True)
+    assert seen == ["before", "after"]
+
+
+def test_a_layer_without_experts_gets_its_gradient_before_its_router():
+    """FSDP gathers the weights of a unit when its output gets a gradient, which must come first."""
+    model, order = tower(), []
+    mlp = model.encoder.layers[-1].mlp
+    mlp.register_forward_hook(
+        lambda *given: given[-1].register_hook(lambda _: order.append("output")) and None
+    )
+    mlp.gate.weight.register_hook(lambda _: order.append("gate"))
+    with record_routing() as records:
+        state = model(torch.randn(1, 3, 12, 12), feature_layer=-2, all_routers=True).last_hidden_state
+    (state.sum() + sum(place_losses([r.routing.stats for r in records]))).backward()
+    assert order == ["output", "gate"]
+
+
 def run_count(model, **options):
     """Counts the calls of each layer's attention and of each layer's experts."""
     attended, expert = [0] * 3, [0] * 3
@@ -151,6 +223,10 @@ def run_count(model, **options):
         pytest.param(4, {"feature_layer": -2}, [1, 1, 0], [1, 1, 0], id="dead-layers-do-not-run"),
         pytest.param(4, {"feature_layer": 1}, [1, 0, 0], [1, 0, 0], id="as-early-as-asked"),
         pytest.param(4, {"feature_layer": -1}, [1, 1, 1], [1, 1, 1], id="last-state-needs-all"),
+        pytest.param(4, {"feature_layer": [1, 0]}, [1, 0, 0], [1, 0, 0], id="up-to-the-last-of-several"),
+        pytest.param(
+            4, {"feature_layer": 1, "output_attentions": True}, [1, 1, 1], [1, 1, 1], id="attentions-need-all"
+        ),
         pytest.param(
             4, {"feature_layer": -2, "all_routers": True}, [1, 1, 1], [1, 1, 0], id="last-router-only"
         ),

@@ -299,3 +299,34 @@ def test_markers_and_pictures_of_different_number_are_named(tokenizer):
     for images, count in ((None, 0), ([image], 1), ([image] * 3, 3)):
         with pytest.raises(ValueError, match=f"each of the 2 <image> in text, got {count}"):
             processor(images=images, text="<image> or <image>?", return_tensors="pt")
+
+
+@pytest.mark.parametrize("merge", ["flat", "spatial", "spatial_unpad"])
+@pytest.mark.parametrize("ratio", ["pad", "square", "anyres"])
+def test_every_tensor_has_its_name_in_model_input_names(tokenizer, ratio, merge):
+    grid = {"image_grid_pinpoints": [[48, 96]]} if ratio == "anyres" else {}
+    processor = build_processor(tokenizer, 48, 8, image_aspect_ratio=ratio, patch_merge_type=merge, **grid)
+    batch = processor(images=load_image(PICTURES / "banana-tall.png"), text="<image>", return_tensors="pt")
+    assert set(batch) == set(processor.model_input_names)
+    assert ("image_sizes" in batch) == (ratio == "anyres" and merge != "flat")
+    pictures = processor.image_processor(load_image(PICTURES / "banana-tall.png"), return_tensors="pt")
+    assert set(pictures) == set(processor.image_processor.model_input_names)
+
+
+@pytest.mark.parametrize("none", [None, [], [[], []]])
+def test_no_pictures_give_no_pixels(tokenizer, none):
+    processor = build_processor(tokenizer, 48, 8)
+    wanted = processor(text=["what colour?", "red"], padding=True, return_tensors="pt")
+    got = processor(text=["what colour?", "red"], images=none, padding=True, return_tensors="pt")
+    assert set(got) == set(wanted) == {"input_ids", "attention_mask"}
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    with pytest.raises(ValueError, match=r"each of the 1 <image> in text, got 0"):
+        processor(text="<image>", images=none)
+
+
+def test_a_row_without_pictures_takes_none(tokenizer):
+    processor = build_processor(tokenizer, 48, 8)
+    image = load_image(PICTURES / "penguin-square.png")
+    batch = processor(text=["red", "<image>"], images=[[], [image]], padding=True, return_tensors="pt")
+    assert batch["pixel_values"].shape == (1, 3, 48, 48)
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [0, 36]

@@ -11,6 +11,7 @@ from cumo_model.processing.conversation import (
     IGNORE_INDEX,
     chat_template,
     render,
+    template_of,
     tokenize_conversation,
     tokenize_conversations,
     tokenize_prompt,
@@ -197,6 +198,72 @@ def test_the_chat_template_gives_the_same_ids(mistral, name):
     messages.append({"role": "assistant", "content": "red"})
     got = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     assert torch.equal(got["input_ids"][0], tokenize_conversation(TWO_ROUNDS, tokenizer, name, 9)[0])
+
+
+def chats(name: str, with_picture: bool):
+    """TWO_ROUNDS, or its caption for plain, with or without a picture, as turns and as messages."""
+    turns = [dict(turn) for turn in TWO_ROUNDS[: 2 if name == "plain" else 4]]
+    question = turns[0]["value"].replace("<image>", "").strip()
+    picture = [{"type": "image", "image": Image.new("RGB", (9, 9))}] * with_picture
+    if not with_picture:
+        turns[0]["value"] = question
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
+    messages[0]["content"] = [*picture, {"type": "text", "text": question}]
+    return turns, messages
+
+
+MASKED = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True}
+
+
+@pytest.mark.parametrize("with_picture", [False, True])
+@pytest.mark.parametrize("kind", ["mistral", "demo"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_mask_of_the_answers_selects_the_tokens_with_labels(request, kind, name, with_picture):
+    if name == "plain" and not with_picture:
+        pytest.skip("a caption has a picture")
+    tokenizer = request.getfixturevalue(kind)
+    tokenizer = tokenizer[0] if kind == "mistral" else tokenizer
+    turns, messages = chats(name, with_picture)
+    processor = build_processor(tokenizer, 12, 4, template=name)
+    got = processor.apply_chat_template(messages, **MASKED)
+    ids, labels = tokenize_conversation(turns, tokenizer, name, 9)
+    assert torch.equal(got["input_ids"][0], ids)
+    assert got["assistant_masks"][0].tolist() == (labels != IGNORE_INDEX).int().tolist()
+
+
+def test_masks_of_a_padded_batch_are_those_of_its_rows(demo):
+    """Padding on either side, pictures of several sizes, other arguments of the call."""
+    options = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[12, 24], [24, 24]]}
+    processor = build_processor(
+        demo, 12, 4, template="vicuna_v1", patch_merge_type="spatial_unpad", **options
+    )
+    with_picture, without = chats("vicuna_v1", True)[1], chats("vicuna_v1", False)[1]
+    wide = chats("vicuna_v1", True)[1]
+    wide[0]["content"][0] = {"type": "image", "image": Image.new("RGB", (40, 9))}
+    rows = [without[:2], wide, with_picture]
+    for side in ("left", "right"):
+        padding = {"padding": True, "padding_side": side}
+        got = processor.apply_chat_template(rows, processor_kwargs=dict(padding), **MASKED)
+        again = processor.apply_chat_template(rows, **MASKED, **padding)  # as older code passes them
+        assert torch.equal(got["assistant_masks"], again["assistant_masks"])
+        assert got["assistant_masks"].shape == got["input_ids"].shape
+        for messages, mask, ids in zip(rows, got["assistant_masks"], got["input_ids"], strict=True):
+            alone = processor.apply_chat_template(messages, **MASKED)
+            wanted = alone["input_ids"][0][alone["assistant_masks"][0].bool()]
+            assert len(wanted) and torch.equal(ids[mask.bool()], wanted)
+    plain = processor.apply_chat_template(rows[:1], None, None, None, True, tokenize=True, return_dict=True)
+    assert "assistant_masks" not in plain
+    with pytest.raises(ValueError, match="continue_final_message is not compatible"):
+        processor.apply_chat_template(without, continue_final_message=True, **MASKED)
+
+
+def test_a_chat_template_without_marks_is_recognised():
+    """As processors of earlier versions have it."""
+    saved = chat_template("mpt").replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    assert saved != chat_template("mpt") and template_of(saved, list(TEMPLATES)) == "mpt"
+    assert template_of(chat_template("llama_2"), list(TEMPLATES)) == "llama_2"
+    assert template_of("{{ messages }}", list(TEMPLATES)) is template_of(None, list(TEMPLATES)) is None
 
 
 def test_a_system_message_takes_the_place_of_the_system_text(demo):

@@ -1,0 +1,20 @@
+"""Tests of transformers that do not apply to CuMo, each with its reason.
+
+Keys are `VARIANT::TEST`, both with wildcards. A listed test that passes is an error: remove it then.
+"""
+
+EXCEPTIONS = {
+    "*::test_training_gradient_checkpointing_use_reentrant_true": (
+        "refused with a ValueError: with use_reentrant=True the gradients of the router losses are lost"
+    ),
+    "Mixtral::test_reverse_loading_mapping": (
+        "experts are saved as stacked tensors, which load_state_dict reads when a run resumes; "
+        "save_original_format=True writes one tensor per expert"
+    ),
+    "MoE::test_get_image_features_output_[02]": (
+        "last_hidden_state has a row for each crop of every scale; the test expects one row per picture"
+    ),
+    "AnyresProcessor::test_apply_chat_template_image_[01]": (
+        "pixel_values has a row per tile, and a picture has several; the test expects one row per picture"
+    ),
+}
