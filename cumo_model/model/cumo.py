@@ -23,6 +23,7 @@ from cumo_model.model.clip_moe import CumoVisionModel
 from cumo_model.model.compat import CACHE, cache_of, either_cache_name
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.generation import CumoGenerationMixin
+from cumo_model.model.head import head_of, input_embedding_name
 from cumo_model.model.image_tokens import as_tiles, check_no_placeholders, check_placeholders
 from cumo_model.model.llm_moe import build_language_model
 from cumo_model.model.losses import check_labels, language_loss, place_losses
@@ -182,7 +183,6 @@ class CumoModel(CumoPreTrainedModel):
 class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
     """CuMo with a language model head, for training and generation."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
     # so the Trainer divides the whole loss, auxiliary losses included, by the accumulation steps
     accepts_loss_kwargs = False
@@ -190,7 +190,10 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
     def __init__(self, config: CumoConfig):
         super().__init__(config)
         self.model = CumoModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text, self._head = config.text_config, head_of(config.text_config)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=self._head.has_bias)
+        embedding = input_embedding_name(self.model.language_model)
+        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{embedding}.weight"}
         self.post_init()
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
@@ -288,7 +291,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
             loss = self._loss_without_logits(hidden_states, labels)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept, :])
+            logits = self._head.logits(self.lm_head, hidden_states[:, kept, :])
             if labels is not None:
                 loss = language_loss(logits, labels)
         if loss is not None:
@@ -312,7 +315,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
         check_labels(labels, hidden_states)
         targets = labels[:, 1:]
         predicts = targets != -100
-        logits = self.lm_head(hidden_states[:, :-1][predicts]).float()
+        logits = self._head.logits(self.lm_head, hidden_states[:, :-1][predicts]).float()
         total = nn.functional.cross_entropy(logits, targets[predicts], reduction="sum")
         return total / max(1, len(logits))
 
