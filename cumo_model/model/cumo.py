@@ -189,8 +189,8 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
 
     def __init__(self, config: CumoConfig):
         super().__init__(config)
-        self.model = CumoModel(config)
         text, self._head = config.text_config, head_of(config.text_config)
+        self.model = CumoModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=self._head.has_bias)
         embedding = input_embedding_name(self.model.language_model)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{embedding}.weight"}

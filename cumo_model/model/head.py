@@ -138,7 +138,7 @@ def _refusal_of_config(config: PreTrainedConfig) -> str | None:
 
 def _examine(config: PreTrainedConfig) -> Head | str:
     """The head, or the reason why there is none."""
-    with _outside_zero_init(), torch.random.fork_rng(devices=[]):
+    with _outside_zero_init(), _fp32(), torch.random.fork_rng(devices=[]):
         causal = _skeleton(config)
         name, decoder = _decoder_of(causal, config)
         kind = type(causal).__name__
@@ -157,10 +157,11 @@ def _examine(config: PreTrainedConfig) -> Head | str:
         if type(output) is not nn.Linear:
             return _not_supported(config, f"the output embedding of {kind} is a {type(output).__name__}")
         if output.in_features != config.hidden_size or embedding.embedding_dim != config.hidden_size:
-            field = "word_embed_proj_dim" if hasattr(config, "word_embed_proj_dim") else "embedding"
+            field = " word_embed_proj_dim" if hasattr(config, "word_embed_proj_dim") else ""
             return (
-                f"text_config.hidden_size must be the width of the embeddings ({field} {embedding.embedding_dim} "
-                f"in, {output.in_features} out), got {config.hidden_size} for {config.model_type!r}"
+                f"text_config.hidden_size must be the width of input and output embeddings,{field} "
+                f"{embedding.embedding_dim} and {output.in_features}, got {config.hidden_size} for "
+                f"{config.model_type!r}"
             )
         if output.out_features != config.vocab_size:
             return _not_supported(config, f"it has {output.out_features} outputs and vocab_size {config.vocab_size}")
@@ -194,17 +195,23 @@ def _outside_zero_init() -> Iterator[None]:
         restore_init_context()
 
 
-def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The CausalLM on the meta device, in fp32."""
-    config = copy.deepcopy(config)
-    config._attn_implementation = "eager"  # others check for a GPU
+@contextlib.contextmanager
+def _fp32() -> Iterator[None]:
+    """Create tensors in fp32; `from_pretrained` builds models in their own dtype."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("meta"), no_init_weights(), meta_device_safe_creation_ops():
-            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+        yield
     finally:
         torch.set_default_dtype(dtype)
+
+
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The CausalLM on the meta device."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # others check for a GPU
+    with torch.device("meta"), no_init_weights(), meta_device_safe_creation_ops():
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
 
 
 def _decoder_of(causal: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, PreTrainedModel | None]:
@@ -300,14 +307,23 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+FEW = 4  # layers that are enough to see what a decoder does with its inputs
+
+
 @torch.no_grad()
 def _ids_beyond_embedding(decoder: PreTrainedModel) -> str | None:
     """Whether the decoder does more with token ids than to look up their embeddings.
 
-    Runs it on the meta device with `input_ids` and with `inputs_embeds` and compares the operations. Returns
-    None if it cannot run there.
+    Runs it on the meta device with `input_ids` and with `inputs_embeds` and compares the operations. The layers
+    after the first FEW are left out to save time, unless the decoder cannot run without them. Returns None if
+    it cannot run on the meta device.
     """
-
+    stacks = [
+        (module, name, part)
+        for module in decoder.modules()
+        for name, part in module.named_children()
+        if isinstance(part, nn.ModuleList) and len(part) == decoder.config.num_hidden_layers > FEW
+    ]
     input_ids = torch.zeros(1, 3, dtype=torch.int64, device="meta")
     mask = torch.ones_like(input_ids)
 
@@ -316,17 +332,23 @@ def _ids_beyond_embedding(decoder: PreTrainedModel) -> str | None:
             output = decoder(**inputs, attention_mask=mask, use_cache=False)
         return operations.seen, hasattr(output, CACHE)
 
-    embedding = decoder.get_input_embeddings()
-    try:
-        with _Operations() as lookup, torch.device("meta"):
-            embeds = embedding(input_ids)
-        of_ids, _ = run(input_ids=input_ids)
-    except Exception:  # any kind: the decoder is not written for this device
+    of_ids = None
+    for shortened in (True, False) if stacks else (False,):
+        for module, name, part in stacks:
+            setattr(module, name, part[:FEW] if shortened else part)
+        try:
+            of_ids, _ = run(input_ids=input_ids)
+            break
+        except Exception:  # any kind: the decoder is not written for this device, or needs all layers
+            continue
+    if of_ids is None:
         return None
     try:
+        with _Operations() as lookup, torch.device("meta"):
+            embeds = decoder.get_input_embeddings()(input_ids)
         of_embeds, has_cache = run(inputs_embeds=embeds)
     except Exception as error:  # with input_ids it ran
-        return f"its decoder does not run with inputs_embeds alone ({type(error).__name__}: {error})"
+        return f"its decoder does not run with inputs_embeds alone ({type(error).__name__}: {str(error)[:80]})"
     if not has_cache:
         return f"its decoder returns no {CACHE}"
     more, fewer = of_ids - of_embeds - lookup.seen, of_embeds - of_ids
