@@ -113,7 +113,7 @@ def assemble(
                 options["use_safetensors"] = True  # .bin files are checked in the released layout only
             if attn_implementation is not None:
                 options["attn_implementation"] = attn_implementation
-            model = load_whole(CumoForConditionalGeneration, checkpoint, dtype or "auto", **options)
+            model = load_whole(CumoForConditionalGeneration, checkpoint, dtype or "auto", known=(), **options)
         else:
             model = from_parts(vision, text, projector, dtype, clip, **options)
             if attn_implementation is not None:

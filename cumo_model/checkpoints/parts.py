@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
     AutoConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -25,6 +24,7 @@ from cumo_model.checkpoints.shards import Shards, check_tensors, read_bin
 from cumo_model.model.clip_moe import CumoVisionModel
 from cumo_model.model.config import CumoConfig, CumoVisionConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.model.head import head_of
 from cumo_model.model.llm_moe import CumoMixtralModel
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -90,13 +90,7 @@ def from_parts(
         "projector_num_experts": len(experts) or 1,
     } | options
     config = CumoConfig(vision_config=tower_config, text_config=text_config, **options)
-    is_mixtral = text_config.model_type == "mixtral"
-    language_class = CumoMixtralModel if is_mixtral else MODEL_MAPPING[type(text_config)]
-
-    language = load_whole(language_class, text, dtype or "auto")
-    if not hasattr(language, "embed_tokens"):
-        kind = text_config.model_type
-        raise ValueError(f"text must be a decoder with embed_tokens, such as mistral, got a {kind}")
+    language, lm_head = _decoder_and_head(text, config, dtype)
     dtype = dtype or language.dtype
     config.text_config = language.config
     with no_init_weights(), torch.device("meta"):  # the parts replace these modules
@@ -118,7 +112,7 @@ def from_parts(
         _load(
             model.model.multi_modal_projector, connector, "multi_modal_projector.", "mm_projector.", projector
         )
-    model.lm_head = _head(text, model, dtype)
+    model.lm_head = lm_head
     model.config.dtype = dtype
     model.tie_weights()
     if Path(text, "generation_config.json").is_file():
@@ -140,6 +134,7 @@ def load_whole(
     folder: str | os.PathLike,
     dtype: torch.dtype | str,
     unused: str | None = None,
+    known: tuple[str, ...] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """`from_pretrained` that raises an error for missing tensors instead of initialising them randomly.
@@ -149,10 +144,13 @@ def load_whole(
         folder: contains config.json and the tensors.
         dtype: as in transformers.
         unused: prefix of tensor names that may be missing.
+        known: names of tensors in the folder that the model may lack; others are an error, unless the class
+            ignores them by itself. None: all are ignored.
         **options: further keyword arguments of from_pretrained.
 
     Raises:
-        ValueError: a tensor of the model is missing in the folder, or has another shape there.
+        ValueError: a tensor of the model is missing in the folder or has another shape there, or the model
+            has no place for a tensor of the folder.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the error below replaces the long report of the loader
@@ -169,9 +167,10 @@ def load_whole(
         f"{name} is {tuple(found)}, config.json says {tuple(wanted)}"
         for name, found, wanted in info["mismatched_keys"]
     ]
+    extra = [] if known is None else sorted(set(info["unexpected_keys"]) - set(known))
     problems = [
         f"{len(names)} {what} ({', '.join(sorted(names)[:3])})"
-        for what, names in (("missing", missing), ("of another shape", wrong))
+        for what, names in (("missing", missing), ("of another shape", wrong), ("not known", extra))
         if names
     ]
     if problems:
@@ -216,14 +215,34 @@ def _load(
             parameter.copy_(torch.cat(pieces).view(parameter.shape))
 
 
-def _head(text: str | os.PathLike, model: CumoForConditionalGeneration, dtype: torch.dtype) -> nn.Linear:
-    config = model.config.text_config
-    head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
-    if model.config.tie_word_embeddings:
-        head.weight = model.get_input_embeddings().weight
-        return head
-    shards = Shards(text)
+def _decoder_and_head(
+    folder: str | os.PathLike, config: CumoConfig, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, nn.Linear]:
+    """The decoder and the output embedding of a language model, loaded under its own names."""
+    text = config.text_config
+    try:
+        head = head_of(text)
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be the language model: {error}") from None
+    if text.model_type == "mixtral":
+        decoder = load_whole(CumoMixtralModel, folder, dtype or "auto", known=("lm_head.weight",))
+        output = nn.Linear(text.hidden_size, text.vocab_size, bias=False, device="meta")
+        output.weight = decoder.get_input_embeddings().weight
+        if not text.tie_word_embeddings:
+            output.weight = _mixtral_head(folder, decoder.dtype)
+    else:
+        causal = load_whole(MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], folder, dtype or "auto", known=())
+        decoder, output = causal.get_submodule(head.decoder), causal.get_submodule(head.weight)
+    if config.tie_word_embeddings and output.weight is not decoder.get_input_embeddings().weight:
+        raise ValueError(
+            f"tie_word_embeddings must be False for {folder}, whose output embedding has weights of its own, "
+            "got True"
+        )
+    return decoder, output
+
+
+def _mixtral_head(folder: str | os.PathLike, dtype: torch.dtype) -> nn.Parameter:
+    shards = Shards(folder)
     if "lm_head.weight" not in shards.files:
-        raise ValueError(f"{text} has no lm_head.weight and config.json does not tie it to the embedding")
-    head.weight = nn.Parameter(shards["lm_head.weight"].to(dtype).clone())
-    return head
+        raise ValueError(f"{folder} has no lm_head.weight and config.json does not tie it to the embedding")
+    return nn.Parameter(shards["lm_head.weight"].to(dtype).clone())

@@ -142,7 +142,8 @@ class CumoConfig(PreTrainedConfig):
             self.text_config = CONFIG_MAPPING[text.pop("model_type", "mistral")](**text)
         self.vision_config.compat = self.compat
         # lm_head belongs to this model, but the text model's flag also applies
-        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        text_ties = getattr(self.text_config, "tie_word_embeddings", False)
+        self.tie_word_embeddings = self.tie_word_embeddings or text_ties
         self.scales = tuple(self.scales)
         self._check()
         super().__post_init__(**kwargs)

@@ -24,6 +24,7 @@ from cumo_model.model.clip_moe import CumoVisionModel
 from cumo_model.model.compat import cache_argument, cache_of, either_cache_name
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.generation import CumoGenerationMixin
+from cumo_model.model.head import head_of, input_embedding_name
 from cumo_model.model.image_tokens import (
     as_tiles,
     check_no_placeholders,
@@ -262,13 +263,15 @@ class CumoModel(CumoPreTrainedModel):
 class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
     """CuMo with a language model head, for training and generation."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: CumoConfig):
         super().__init__(config)
+        text, self._head = config.text_config, head_of(config.text_config)
         self.model = CumoModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=self._head.has_bias)
+        embedding = input_embedding_name(self.model.language_model)
+        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{embedding}.weight"}
         self.post_init()
 
     @property
@@ -388,10 +391,11 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
         loss, logits, parts, aux_loss = None, None, {}, None
         if skip_logits and targets is not None:
             predicts = targets.tokens != -100
-            loss = targets.loss(self.loss_function, self.lm_head(hidden_states[predicts]), predicts)
+            chosen = self._head.logits(self.lm_head, hidden_states[predicts])
+            loss = targets.loss(self.loss_function, chosen, predicts)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept, :])
+            logits = self._head.logits(self.lm_head, hidden_states[:, kept, :])
             if targets is not None:
                 loss = targets.loss(self.loss_function, logits)
         if loss is not None:

@@ -18,6 +18,7 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralRotaryEmbedding,
 )
 
+from cumo_model.model.head import head_of
 from cumo_model.model.moe import MoEHostMixin, MoELayer
 
 GATED_ACTIVATION_OF = {
@@ -95,15 +96,10 @@ def build_language_model(text_config: PreTrainedConfig, compat: str | None = Non
         compat: "cumo" reproduces the rounding of the original code in Mixtral.
 
     Raises:
-        ValueError: text_config is another sparse model, whose experts cumo_kernels would not run.
+        ValueError: `head_of` refuses text_config, such as another sparse model, whose experts cumo_kernels
+            would not run.
     """
+    head_of(text_config)
     if text_config.model_type == "mixtral":
         return CumoMixtralModel(text_config, compat="cumo_llm" if compat else None)
-    if type(text_config) not in MODEL_MAPPING:
-        raise ValueError(f"text_config must be a text model of transformers, got {text_config.model_type!r}")
-    model = MODEL_MAPPING[type(text_config)](text_config)
-    if any(name.endswith(".experts") for name, _ in model.named_modules()):
-        raise ValueError(
-            f"text_config.model_type must be mixtral or a dense model, got {text_config.model_type!r}"
-        )
-    return model
+    return MODEL_MAPPING[type(text_config)](text_config)

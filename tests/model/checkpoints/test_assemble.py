@@ -8,10 +8,10 @@ import torch
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
-    GPT2Config,
-    GPT2LMHeadModel,
     MistralConfig,
     MistralForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
 )
 
 from cumo_model import CumoForConditionalGeneration, CumoVisionModel, MoELayer, convert
@@ -237,15 +237,15 @@ def test_a_place_without_a_number_stays_dense(start):
     assert layers(model) == []
 
 
-@pytest.mark.parametrize("kind", ["clip", "gpt2"])
+@pytest.mark.parametrize("kind", ["clip", "openai-gpt"])
 def test_a_language_model_of_another_kind_is_refused(start, tmp_path, kind):
     where, words = start("parts"), "text must be a folder of a causal language model, got a clip_vision_model"
-    if kind == "gpt2":
-        config = GPT2Config(vocab_size=320, n_embd=24, n_layer=2, n_head=2)
-        GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-        words = "text must be a decoder with embed_tokens, such as mistral, got a gpt2"
+    if kind == "openai-gpt":
+        config = OpenAIGPTConfig(vocab_size=320, n_embd=24, n_layer=2, n_head=2)
+        OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path / kind)
+        words = "openai-gpt cannot be the language model: .* 'openai-gpt': its decoder does not take"
     with pytest.raises(ValueError, match=words):
-        assemble(vision=where["vision"], text=tmp_path / "gpt2" if kind == "gpt2" else where["vision"])
+        assemble(vision=where["vision"], text=tmp_path / kind if kind == "openai-gpt" else where["vision"])
 
 
 def test_a_processor_that_is_damaged_is_named(start, tmp_path):
