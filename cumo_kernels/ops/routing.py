@@ -18,6 +18,7 @@ from cumo_kernels.ops.checks import (
     check_top_k,
 )
 from cumo_kernels.ops.define import define
+from cumo_kernels.ops.forward_mode import refuse_forward_mode
 from cumo_kernels.types import RouterStats, Routing, accumulate_dtype
 
 COMPAT = (None, "cumo", "cumo_llm")
@@ -256,6 +257,7 @@ def routing_from_topk(topk_weights: Tensor, topk_indices: Tensor, num_experts: i
         low, high = (int(v) for v in topk_indices.aminmax())
         if low < 0 or high > num_experts:
             raise ValueError(f"topk_indices must lie in [0, {num_experts}], got values from {low} to {high}")
+    refuse_forward_mode("routing_from_topk", topk_weights)
     weights = topk_weights.to(accumulate_dtype(topk_weights.dtype))
     indices = topk_indices.int()
     backend = dispatch.choose("sort_by_expert", topk_weights, num_experts)
