@@ -156,7 +156,7 @@ def _check_groups(groups: int | Tensor, num_tokens: int, x: Tensor) -> tuple[Ten
             )
         check_offsets("groups", groups, num_tokens)
         return groups.contiguous(), groups.shape[0] - 1
-    if not isinstance(groups, int):
+    if not isinstance(groups, int | torch.SymInt):
         raise ValueError(f"groups must be an integer or an int32 tensor, got {type(groups).__name__}")
     if groups < 1 or num_tokens % groups:
         raise ValueError(f"groups must divide the {num_tokens} tokens evenly, got {groups}")

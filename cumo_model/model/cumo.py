@@ -23,7 +23,12 @@ from cumo_model.model.clip_moe import CumoVisionModel
 from cumo_model.model.compat import CACHE, cache_of, either_cache_name
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.generation import CumoGenerationMixin
-from cumo_model.model.image_tokens import as_tiles, check_no_placeholders, check_placeholders
+from cumo_model.model.image_tokens import (
+    as_tiles,
+    check_lengths,
+    check_no_placeholders,
+    check_placeholders,
+)
 from cumo_model.model.llm_moe import build_language_model
 from cumo_model.model.losses import check_labels, language_loss, place_losses
 from cumo_model.model.mlp_moe import CumoProjector
@@ -95,19 +100,25 @@ class CumoModel(CumoPreTrainedModel):
             check_no_placeholders(is_image, token)
             return embed_tokens(input_ids), None
         num_tiles = pixel_values.shape[0] - num_dummy_images
-        sizes = [None] * num_tiles if image_sizes is None else [tuple(size) for size in image_sizes.tolist()]
-        tiles = [layout.tiles(size) for size in sizes]
-        if sum(tiles) != num_tiles:
-            raise ValueError(
-                f"pixel_values must have {sum(tiles)} tiles for the {len(sizes)} image_sizes, got {num_tiles}"
-            )
-        what = "images" if image_sizes is None else "pictures"
-        check_placeholders(is_image, token, [layout.tokens(size) for size in sizes], image_lengths, what)
+        if image_sizes is None and torch.compiler.is_compiling():
+            check_lengths(image_lengths, num_tiles)  # a list of pictures would make their number a constant
+        else:
+            sizes = [None] * num_tiles
+            if image_sizes is not None:
+                sizes = [tuple(size) for size in image_sizes.tolist()]
+            tiles = [layout.tiles(size) for size in sizes]
+            if sum(tiles) != num_tiles:
+                raise ValueError(
+                    f"pixel_values must have {sum(tiles)} tiles for the {len(sizes)} image_sizes, "
+                    f"got {num_tiles}"
+                )
+            what = "images" if image_sizes is None else "pictures"
+            check_placeholders(is_image, token, [layout.tokens(size) for size in sizes], image_lengths, what)
         # the placeholder id may be outside the vocabulary
         embeds = embed_tokens(input_ids.masked_fill(is_image, 0))
         features = self.get_image_features(pixel_values, all_routers)
         used = features[:num_tiles]
-        if layout.merge != "flat" or image_sizes is not None:
+        if image_sizes is not None:
             pictures = [
                 layout.arrange(part, size, self.image_newline)
                 for part, size in zip(used.split(tiles), sizes, strict=True)
@@ -115,9 +126,11 @@ class CumoModel(CumoPreTrainedModel):
             if image_lengths is not None:
                 pictures = [p[:n] for p, n in zip(pictures, image_lengths.tolist(), strict=True)]
             used = torch.cat(pictures) if pictures else used
-        elif image_lengths is not None:
-            order = torch.arange(features.shape[1], device=features.device)
-            used = used[order < image_lengths[:, None].to(features.device)]
+        else:
+            used = layout.arrange_single(used, self.image_newline)
+            if image_lengths is not None:
+                order = torch.arange(used.shape[1], device=used.device)
+                used = used[order < image_lengths[:, None].to(used.device)]
         return embeds.masked_scatter(is_image[:, :, None], used.to(embeds.dtype)), features
 
     @either_cache_name
