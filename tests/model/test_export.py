@@ -54,7 +54,10 @@ def check(model, batches, rows, tokens, strict):
     return program
 
 
-@pytest.mark.parametrize("strict", [True, False])
+STRICT = pytest.param(True, marks=pytest.mark.slow, id="strict")
+
+
+@pytest.mark.parametrize("strict", [STRICT, False])
 @pytest.mark.parametrize("options", PARTS)
 def test_program_with_pictures_equals_the_model(tiny_model, options, strict):
     model = tiny_model(**options).eval()
@@ -63,20 +66,21 @@ def test_program_with_pictures_equals_the_model(tiny_model, options, strict):
     check(model, batches, rows, tokens, strict)
 
 
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [STRICT, False])
 @pytest.mark.parametrize("text", ["mistral", "mixtral"])
 def test_program_of_text_equals_the_model(tiny_model, text, strict):
     model = tiny_model(text=text).eval()
     check(model, [make_batch(*size, None) for size in SIZES], Dim.DYNAMIC, Dim.DYNAMIC, strict)
 
 
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [STRICT, False])
 def test_program_with_cut_pictures_equals_the_model(tiny_model, strict):
     model = tiny_model().eval()
-    batches = [make_batch(*size, picture_tokens(model), lengths=n) for size, n in zip(SIZES, (4, 9, 7, 2))]
+    batches = [make_batch(*size, picture_tokens(model), lengths=n) for size, n in zip(SIZES, (4, 9, 7, 2), strict=True)]
     check(model, batches, Dim.DYNAMIC, Dim.DYNAMIC, strict)
 
 
+@pytest.mark.slow
 def test_a_saved_program_equals_the_model(tiny_model, tmp_path):
     model = tiny_model(text="mixtral").eval()
     batches = [make_batch(*size, picture_tokens(model)) for size in SIZES]
@@ -112,10 +116,10 @@ def test_program_of_a_layer_equals_the_layer(strict, compat):
 def test_one_graph_for_all_batches(tiny_model, options):
     torch._dynamo.reset()
     model = tiny_model(**options).eval()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")  # the same operators: equal bit for bit
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     with torch.no_grad():
-        for size in SIZES[:2] + SIZES[3:]:  # torch compiles again for a size of 1
+        for size in (size for size in SIZES if size[0] > 1):  # torch compiles again for a size of 1
             batch = make_batch(*size, picture_tokens(model))
             assert torch.equal(compiled(**batch).logits, model(**batch).logits), size
     assert counter.frame_count == 1
