@@ -22,7 +22,7 @@ from cumo_model.model.base import CumoPreTrainedModel
 from cumo_model.model.clip_moe import CumoVisionModel
 from cumo_model.model.compat import CACHE, cache_of, either_cache_name
 from cumo_model.model.config import CumoConfig
-from cumo_model.model.generation import CumoGenerationMixin
+from cumo_model.model.generation import CumoGenerationMixin, is_filled
 from cumo_model.model.image_tokens import (
     as_tiles,
     check_lengths,
@@ -160,7 +160,7 @@ class CumoModel(CumoPreTrainedModel):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given, got both or neither")
         features = None
         if input_ids is not None:
-            continues = cache is not None and cache.get_seq_length() > 0
+            continues = cache is not None and is_filled(cache)
             inputs_embeds, features = self._embed(
                 input_ids,
                 as_tiles(pixel_values),

@@ -2,10 +2,23 @@
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import Cache, GenerationMixin
 
+from cumo_kernels.hostsync import values_at_hand
 from cumo_model.model.compat import this_cache_name
 from cumo_model.model.image_tokens import as_tiles, pictures_per_row
+
+
+def is_filled(cache: Cache) -> bool:
+    """Whether a cache has tokens, without host synchronisation.
+
+    The length of a static cache is a tensor. In compiled code and on a GPU, where it cannot be read, a static
+    cache that has been allocated counts as filled.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    length = cache.get_seq_length()
+    return length > 0 if not isinstance(length, Tensor) else not values_at_hand(length) or bool(length > 0)
 
 
 class CumoGenerationMixin(GenerationMixin):
