@@ -11,7 +11,9 @@ from types import NoneType
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
+
+from cumo_kernels.ops.forward_mode import refuse_forward_mode
 
 _PLAIN = {Tensor, torch.nn.Parameter, NoneType, bool, int, str}
 
@@ -48,6 +50,7 @@ class Op:
     """The result of `define`, called like the function; `op` is the op registered with the dispatcher."""
 
     def __init__(self, name: str, function: Callable):
+        self._name = name.removeprefix("cumo::")
         self._function = _without_autocast(function)
         self.op = torch.library.custom_op(name, self._function, mutates_args=())
         self._node: type[Function] | None = None
@@ -67,6 +70,8 @@ class Op:
         self._node = type(self.op._qualname.replace("::", "_"), (Function,), methods)
 
     def __call__(self, *args):
+        if forward_ad._current_level >= 0:
+            refuse_forward_mode(self._name, *args)
         if not _is_plain(args):
             return self.op(*args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):

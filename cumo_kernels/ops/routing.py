@@ -13,12 +13,12 @@ from cumo_kernels.ops.checks import (
     check_device,
     check_float,
     check_int32,
-    check_like,
     check_offsets,
     check_shape,
     check_top_k,
 )
 from cumo_kernels.ops.define import define
+from cumo_kernels.ops.forward_mode import refuse_forward_mode
 from cumo_kernels.types import RouterStats, Routing, accumulate_dtype
 
 COMPAT = (None, "cumo", "cumo_llm")
@@ -156,7 +156,7 @@ def _check_groups(groups: int | Tensor, num_tokens: int, x: Tensor) -> tuple[Ten
             )
         check_offsets("groups", groups, num_tokens)
         return groups.contiguous(), groups.shape[0] - 1
-    if not isinstance(groups, int):
+    if not isinstance(groups, int | torch.SymInt):
         raise ValueError(f"groups must be an integer or an int32 tensor, got {type(groups).__name__}")
     if groups < 1 or num_tokens % groups:
         raise ValueError(f"groups must divide the {num_tokens} tokens evenly, got {groups}")
@@ -180,7 +180,9 @@ def route(
     Args:
         x: (T, E) router logits, or (T, H) hidden states when `gate_weight` is given.
         top_k: experts per token, 1 <= top_k <= E.
-        gate_weight: (E, H), dtype of `x`; logits are x @ gate_weight.T.
+        gate_weight: (E, H) float; logits are x @ gate_weight.T. If its dtype is not that of `x`, such as an
+            fp32 gate in a bf16 model, torch computes the logits in the wider of the two (fp32 for bf16 and
+            fp16), and the kernels start from them.
         groups: the sets of tokens over which a balance loss averages. An int G: G equal runs of consecutive
             tokens (crops, images). A (G + 1,) int32 tensor of offsets: runs of any length; tokens outside
             all runs are not counted.
@@ -190,13 +192,14 @@ def route(
             the backend then sorts and computes the gradients.
 
     Returns:
-        Routing with `stats`. Weights and statistics are fp32 (fp64 for fp64 input).
+        Routing with `stats`. Weights and statistics are fp32 (fp64 for fp64 logits).
 
     Raises:
         ValueError: a shape, dtype or value is wrong. On the CPU also when a row of logits has no finite
             maximum (NaN, +inf, or only -inf); on a GPU such a row yields NaN weights instead of a sync.
     """
     check_float("x", x)
+    trains = dispatch.trains(x, gate_weight)
     if gate_weight is None:
         check_shape("x", x, "T", "E")
         num_experts = x.shape[1]
@@ -204,13 +207,17 @@ def route(
         x, gate_weight = autocast(x, gate_weight)
         check_shape("x", x, "T", "H")
         check_shape("gate_weight", gate_weight, "E", x.shape[1])
-        check_like("gate_weight", gate_weight, "x", x)
+        check_float("gate_weight", gate_weight)
+        check_device("gate_weight", gate_weight, "x", x)
         num_experts = gate_weight.shape[0]
+        if gate_weight.dtype != x.dtype:  # kernels read one dtype
+            wide = torch.promote_types(x.dtype, gate_weight.dtype)
+            x, gate_weight = x.to(wide) @ gate_weight.to(wide).T, None
     check_top_k(top_k, num_experts)
     if compat not in COMPAT:
         raise ValueError(f"compat must be one of {COMPAT}, got {compat!r}")
     group_offsets, num_groups = _check_groups(groups, x.shape[0], x)
-    backend = dispatch.choose("route", x, num_experts, dispatch.trains(x, gate_weight))
+    backend = dispatch.choose("route", x, num_experts, trains)
     weights, indices, mean_probs, top1_density, z = _route(
         x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat, backend
     )
@@ -250,6 +257,7 @@ def routing_from_topk(topk_weights: Tensor, topk_indices: Tensor, num_experts: i
         low, high = (int(v) for v in topk_indices.aminmax())
         if low < 0 or high > num_experts:
             raise ValueError(f"topk_indices must lie in [0, {num_experts}], got values from {low} to {high}")
+    refuse_forward_mode("routing_from_topk", topk_weights)
     weights = topk_weights.to(accumulate_dtype(topk_weights.dtype))
     indices = topk_indices.int()
     backend = dispatch.choose("sort_by_expert", topk_weights, num_experts)

@@ -7,7 +7,8 @@ without gradients or "both" with backward. `python -m benchmarks.choose` writes 
 passed the accuracy check; do not edit it by hand. The entry with the nearest number of rows, then of columns,
 is used. The backend that is fastest over all entries is chosen there, unless another is faster by more than
 `NOISE`. Graphs being compiled get the same choice; where it depends on a symbolic size, they are guarded only
-at the size at which it changes. Without entries the first of dispatch.BACKENDS that can run is chosen.
+at the size at which it changes. An exported program must not depend on its example's sizes: where a size is
+symbolic and not known to be below a limit, the choice for larger sizes is used. Without entries the first of dispatch.BACKENDS that can run is chosen.
 """
 
 import json
@@ -60,11 +61,27 @@ def pick(by_rows: Decisions, shape: Sequence[int]) -> str:
         return by_rows[0][1][0][1]
     rows, columns = _size(shape)
     for most_rows, by_columns in by_rows:
-        if most_rows is None or rows <= most_rows:
+        if most_rows is None or _is_true(rows <= most_rows):
             for most_columns, name in by_columns:
-                if most_columns is None or columns <= most_columns:
+                if most_columns is None or _is_true(columns <= most_columns):
                     return name
     raise AssertionError("the last entry must have no limit")
+
+
+@constant
+def _exporting() -> bool:
+    return (
+        torch.compiler.is_exporting()
+    )  # asked in a traced function, torch answers True for torch.compile too
+
+
+def _is_true(condition: bool | torch.SymBool) -> bool:
+    """The condition; in an exported program whether it is true for all its sizes, without a guard."""
+    if not _exporting():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    return statically_known_true(condition)
 
 
 def reason(op: str, x: torch.Tensor, among: Sequence[str], with_backward: bool) -> str | None:

@@ -24,6 +24,7 @@ class CumoPreTrainedModel(MoEHostMixin, EitherCheckpointing, PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True  # one decoding step with a static cache
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

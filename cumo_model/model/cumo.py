@@ -27,6 +27,7 @@ from cumo_model.model.generation import CumoGenerationMixin
 from cumo_model.model.head import head_of, input_embedding_name
 from cumo_model.model.image_tokens import (
     as_tiles,
+    check_lengths,
     check_no_placeholders,
     check_placeholders,
     picture_sizes,
@@ -171,22 +172,27 @@ class CumoModel(CumoPreTrainedModel):
             return embed_tokens(input_ids), None
         is_image, layout = self.is_image(input_ids, inputs_embeds), self.config.picture_layout
         num_tiles = pixel_values.shape[0] - num_dummy_images
-        sizes = picture_sizes(num_tiles, image_sizes)
-        layout.tiles_of(sizes, num_tiles)
-        what = "images" if image_sizes is None else "pictures"
-        check_placeholders(is_image, token, [layout.tokens(size) for size in sizes], image_lengths, what)
+        if image_sizes is None and torch.compiler.is_compiling():
+            check_lengths(image_lengths, num_tiles)  # a list of pictures would make their number a constant
+        else:
+            sizes = picture_sizes(num_tiles, image_sizes)
+            layout.tiles_of(sizes, num_tiles)
+            what = "images" if image_sizes is None else "pictures"
+            check_placeholders(is_image, token, [layout.tokens(size) for size in sizes], image_lengths, what)
         if inputs_embeds is None:  # the placeholder id may be outside the vocabulary
             inputs_embeds = embed_tokens(input_ids.masked_fill(is_image, 0))
         features = self._encode_tiles(pixel_values, all_routers).pooler_output
         used = features[:num_tiles]
-        if layout.merge != "flat" or image_sizes is not None:
+        if image_sizes is not None:
             pictures = self._arrange(used, image_sizes)
             if image_lengths is not None:
                 pictures = [p[:n] for p, n in zip(pictures, image_lengths.tolist(), strict=True)]
             used = torch.cat(pictures) if pictures else used
-        elif image_lengths is not None:
-            order = torch.arange(features.shape[1], device=features.device)
-            used = used[order < image_lengths[:, None].to(features.device)]
+        else:
+            used = layout.arrange_single(used, self.image_newline)
+            if image_lengths is not None:
+                order = torch.arange(used.shape[1], device=used.device)
+                used = used[order < image_lengths[:, None].to(used.device)]
         used = used.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(is_image[:, :, None], used), features
 

@@ -88,6 +88,13 @@ class PictureLayout:
             image = torch.cat([image, ends], 1)
         return torch.cat([whole, image.flatten(0, 1)])
 
+    def arrange_single(self, features: Tensor, newline: Tensor | None) -> Tensor:
+        """`arrange` of N pictures of one tile each: (N, tile_tokens, H) -> (N, tokens, H)."""
+        if self.merge != "spatial_unpad":
+            return features
+        ends = newline.to(features).expand(features.shape[0], 1, features.shape[2])
+        return torch.cat([features, ends], 1)
+
     def _shape(self, size: Size | None) -> Size:
         if size is None:
             return 0, 0
@@ -180,6 +187,15 @@ def check_no_placeholders(is_image: Tensor, token: int) -> None:
         )
 
 
+def check_lengths(lengths: Tensor | None, num_pictures: int) -> None:
+    """Check shape and dtype of image_lengths."""
+    if lengths is not None and (lengths.shape != (num_pictures,) or lengths.is_floating_point()):
+        raise ValueError(
+            f"image_lengths must be ({num_pictures},) integers, one for each image, "
+            f"got {tuple(lengths.shape)} {lengths.dtype}"
+        )
+
+
 def check_placeholders(
     is_image: Tensor, token: int, wanted: list[int], lengths: Tensor | None, what: str = "images"
 ) -> None:
@@ -199,11 +215,7 @@ def check_placeholders(
         ValueError: the check fails, for CPU tensors. On a GPU this would need a host synchronisation. There
             the same condition is a device assertion, which a later CUDA call raises.
     """
-    if lengths is not None and (lengths.shape != (len(wanted),) or lengths.is_floating_point()):
-        raise ValueError(
-            f"image_lengths must be ({len(wanted)},) integers, one for each image, "
-            f"got {tuple(lengths.shape)} {lengths.dtype}"
-        )
+    check_lengths(lengths, len(wanted))
     if not values_at_hand(is_image):
         _assert_on_device(
             _are_whole(is_image, wanted, lengths),

@@ -3,13 +3,24 @@
 import contextlib
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim, export
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cumo_kernels import activate, combine, dispatch, expert_mlp, grouped_gemm, permute, route
+from cumo_kernels import (
+    activate,
+    combine,
+    dispatch,
+    expert_mlp,
+    grouped_gemm,
+    permute,
+    route,
+    routing_from_topk,
+)
 from cumo_kernels.ops.activation import _activate
 from cumo_kernels.ops.experts import _expert_mlp, _expert_mlp_backward
 from cumo_kernels.ops.grouped_gemm import _grouped_gemm, _grouped_gemm_weight_grad
@@ -193,10 +204,16 @@ DECIDED = [
 ]
 
 
-@pytest.mark.parametrize("dynamic", [True, False])
-@pytest.mark.parametrize(("times", "compiled"), DECIDED)
-def test_graphs_get_the_choice_of_eager_code(monkeypatch, times, compiled, dynamic):
-    """CPU tensors replace a GPU's, and the reference replaces its kernels."""
+@pytest.fixture
+def measured_as(monkeypatch):
+    """Factory: timings replace those of measured.json; CPU tensors and the reference, a GPU's kernels.
+
+    It returns the list of backends that have run."""
+    yield partial(_pretend, monkeypatch)
+    measured.forget()
+
+
+def _pretend(monkeypatch, times) -> list[str]:
     row = {"op": "activate", "dtype": "float32", "mode": "forward"}
     rows = [{**row, "shape": [t, h], "ms": {"triton": a, "cuda": b}} for t, h, a, b in times]
     monkeypatch.setattr(measured, "TABLE", {"nvidia_h100": rows})
@@ -208,6 +225,13 @@ def test_graphs_get_the_choice_of_eager_code(monkeypatch, times, compiled, dynam
         spy = lambda *args, name=name: ran.append(name) or plain(*args)
         monkeypatch.setitem(dispatch._implementations, (name, "activate"), spy)
     measured.forget()
+    return ran
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(("times", "compiled"), DECIDED)
+def test_graphs_get_the_choice_of_eager_code(measured_as, times, compiled, dynamic):
+    ran = measured_as(times)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     function = torch.compile(lambda x: activate(x, "gelu"), backend=counter, fullgraph=True, dynamic=dynamic)
@@ -217,7 +241,107 @@ def test_graphs_get_the_choice_of_eager_code(monkeypatch, times, compiled, dynam
             x = torch.randn(size)
             function(x)
             chosen.append(dispatch.choose("activate", x))
-    measured.forget()
     assert ran == chosen
     assert counter.frame_count == (compiled if dynamic else len(SIZES))
     assert len(set(chosen)) == (1 if compiled == 1 else 2)
+
+
+class Activate(torch.nn.Module):
+    def forward(self, x):
+        return activate(x, "gelu")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("times", [pytest.param(row.values[0], id=row.id) for row in DECIDED])
+def test_an_exported_program_has_one_choice_for_all_sizes(measured_as, times, strict):
+    ran = measured_as(times)
+    largest = SIZES[-1]
+    rows, columns = Dim("rows"), Dim("columns")
+    below = Dim("below", max=100)  # fewer rows than the limit between 16 and 1000
+    with hardware.assume(hardware.find("nvidia_h100")):
+        wanted = {
+            (rows, columns): dispatch.choose("activate", torch.empty(largest)),
+            (below, None): dispatch.choose("activate", torch.empty(5, 8)),
+            (None, None): dispatch.choose("activate", torch.empty(5, 8)),
+        }
+        for dims, name in wanted.items():
+            shapes = {"x": dict(enumerate(dims))}
+            program = export(Activate(), (torch.randn(5, 8),), dynamic_shapes=shapes, strict=strict)
+            for size in SIZES[:2] if dims[0] is None else SIZES[:3] if dims[1] is None else SIZES:
+                if dims[0] is None and size[0] != 5:
+                    continue
+                ran.clear()
+                x = torch.randn(size)
+                assert torch.equal(program.module()(x), activate(x, "gelu"))
+                assert ran[0] == name, (dims, size)
+
+
+class Layer(torch.nn.Module):
+    """`layer`, its primitives, or the experts alone, as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def experts_alone(x, weights, indices, up_proj, down_proj):
+    return (expert_mlp(x, routing_from_topk(weights, indices, E), up_proj, down_proj, activation="gelu"),)
+
+
+def route_alone(x):
+    plan = route(x, K)
+    return plan.topk_weights, plan.topk_indices, plan.stats.mean_probs, plan.expert_offsets
+
+
+def make_weights(dtype):
+    shapes = [(E, H), (E, I, H), (E, O, I), (E, I), (E, O)]
+    return [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+SYMBOLIC = {  # function -> inputs for a number of tokens; those with True have it as first dimension
+    layer: lambda t, dtype: ([torch.randn(t, H, dtype=dtype), *make_weights(dtype)], [True] + [False] * 5),
+    layer_of_primitives: lambda t, dtype: (
+        [torch.randn(t, H, dtype=dtype), *make_weights(dtype)],
+        [True] + [False] * 5,
+    ),
+    experts_alone: lambda t, dtype: (
+        [
+            torch.randn(t, H, dtype=dtype),
+            torch.rand(t, K, dtype=dtype),
+            torch.randint(0, E + 1, (t, K)),
+            *make_weights(dtype)[1:3],
+        ],
+        [True] * 3 + [False] * 2,
+    ),
+    route_alone: lambda t, dtype: ([torch.randn(t, E, dtype=dtype)], [True]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("function", SYMBOLIC)
+def test_export_with_any_number_of_tokens(function, strict, dtype):
+    inputs, counted = SYMBOLIC[function](T, dtype)
+    tokens = 3 * Dim("tokens")  # `layer` has 3 groups of tokens
+    shapes = (tuple({0: tokens} if is_counted else None for is_counted in counted),)
+    program = export(Layer(function), tuple(inputs), dynamic_shapes=shapes, strict=strict)
+    for num_tokens in (T, 3, 300):
+        others, _ = SYMBOLIC[function](num_tokens, dtype)
+        found, wanted = program.module()(*others), function(*others)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), num_tokens
+
+
+@pytest.mark.parametrize("function", SYMBOLIC)
+def test_one_graph_for_any_number_of_tokens(function):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for num_tokens in (T, 6, 300):
+        inputs, _ = SYMBOLIC[function](num_tokens, torch.float32)
+        found, wanted = compiled(*inputs), function(*inputs)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), num_tokens
+    assert counter.frame_count == 1
+    torch._dynamo.reset()

@@ -264,6 +264,44 @@ def test_logits_of_the_gate_are_rounded_as_those_of_a_linear_layer(backend, devi
     assert dtype == torch.float32 or not torch.equal(logits.double(), x.double() @ gate.double().T)
 
 
+MIXED = [  # x, gate_weight, logits
+    pytest.param(torch.bfloat16, torch.float32, torch.float32, id="fp32-gate-of-bf16"),
+    pytest.param(torch.float16, torch.float32, torch.float32, id="fp32-gate-of-fp16"),
+    pytest.param(torch.float32, torch.bfloat16, torch.float32, id="bf16-gate-of-fp32"),
+    pytest.param(torch.bfloat16, torch.float16, torch.float32, id="fp16-gate-of-bf16"),
+]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 33])
+@pytest.mark.parametrize("of_x, of_gate, of_logits", MIXED)
+def test_gate_of_another_dtype(backend, device, of_x, of_gate, of_logits, num_tokens):
+    """The logits are those of the wider dtype, and each gradient has the dtype of its argument."""
+    x, gate = torch.randn(num_tokens, 24, device=device), torch.randn(5, 24, device=device)
+    x, gate = x.to(of_x).requires_grad_(), gate.to(of_gate).requires_grad_()
+    with use_backend(backend):
+        found = route(x, 2, gate, groups=3)
+        wide = [t.detach().to(of_logits).requires_grad_() for t in (x, gate)]
+        wanted = route(wide[0] @ wide[1].T, 2, groups=3)
+        grads = []
+        for routing, leaves in ((found, (x, gate)), (wanted, wide)):
+            grads.append(torch.autograd.grad(sum(o.sin().sum() for o in outputs(routing)), leaves))
+    assert found.topk_weights.dtype == of_logits
+    assert torch.equal(found.topk_indices, wanted.topk_indices)
+    for one, other in zip(outputs(found), outputs(wanted), strict=True):
+        assert torch.equal(one, other)
+    for leaf, one, other in zip((x, gate), *grads, strict=True):
+        assert one.dtype == leaf.dtype and torch.equal(one, other.to(leaf.dtype))
+
+
+def test_gate_in_fp64_of_other_dtypes():
+    x, gate = torch.randn(33, 24).bfloat16(), torch.randn(5, 24, dtype=torch.float64)
+    routing = route(x, 2, gate)
+    assert routing.topk_weights.dtype == torch.float64
+    assert torch.equal(routing.topk_weights, route(x.double() @ gate.T, 2).topk_weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # like torch's own autocast, fp64 stays fp64
+        assert torch.equal(route(x, 2, gate).topk_weights, routing.topk_weights)
+
+
 @pytest.mark.parametrize("num_experts", [5, 40])  # the gate inside the kernels, and before them
 def test_backward_under_an_autocast_not_active_in_forward(backend, device, num_experts):
     """Routers compute in fp32 outside autocast, and loss.backward() is called inside it."""
@@ -425,6 +463,8 @@ def test_names_the_bad_argument():
         route(logits, 2, compat="llava")
     with pytest.raises(ValueError, match=r"x must be float32, .*, got torch.int64"):
         route(logits.long(), 2)
+    with pytest.raises(ValueError, match="gate_weight must be float32, .*, got torch.int32"):
+        route(logits, 2, torch.ones(4, 4, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"gate_weight must be \(E, 4\), got \(4, 5\)"):
         route(logits, 2, torch.randn(4, 5))
     with pytest.raises(ValueError, match="x must be a tensor, got list"):

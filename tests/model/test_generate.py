@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import CompileConfig, MixtralForCausalLM, TextIteratorStreamer
+from transformers.generation import configuration_utils as caches
 
+from cumo_kernels.hostsync import no_host_sync
 from cumo_model.demo.tokenizer import train_tokenizer
-from tests.rounding import assert_close_after, assert_same_sums, rounding_of
+from tests.rounding import assert_close_after
 
 OPTIONS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 
@@ -33,8 +36,8 @@ def rows(images, lengths):
 def test_a_left_padded_batch_with_zero_to_two_images_a_row(tiny_model, text, cache):
     model = tiny_model(text=text, text_options={"pad_token_id": 0, "max_position_embeddings": 64}).eval()
     ids, mask, alone, pixels = rows([1, 2, 0], [3, 1, 8])
-    options = OPTIONS if cache == "dynamic" else {**OPTIONS, "cache_implementation": "static"}
-    options["disable_compile"] = True
+    options = {**OPTIONS, "disable_compile": True}
+    options |= {} if cache == "dynamic" else {"cache_implementation": "static"}
     together = model.generate(ids, attention_mask=mask, pixel_values=torch.cat(pixels), **options)
     for i, row in enumerate(alone):
         inputs = {"pixel_values": pixels[i]} if len(pixels[i]) else {}
@@ -64,24 +67,73 @@ def test_streaming_gives_the_text_piece_by_piece(tiny_model):
     assert "".join(streamer) == tokenizer.decode(out[0, ids.shape[1] :])
 
 
-def test_static_cache_step_compiles_without_a_break(tiny_model):
-    """generate compiles this on a GPU: one decoding step with a static cache."""
-    from transformers import StaticCache
+# the released language models: all layers attend to all tokens
+RELEASED = {"sliding_window": None, "pad_token_id": 0, "max_position_embeddings": 64}
 
-    model = tiny_model(text="mixtral", text_options={"num_hidden_layers": 1, "max_position_embeddings": 64})
-    model.eval()
-    ids, _, _, pixels = rows([1], [3])
-    cache = StaticCache(config=model.config.text_config, max_cache_len=32)
-    with torch.no_grad():
-        first = model(input_ids=ids, pixel_values=pixels[0], past_key_values=cache, use_cache=True)
-        token = first.logits[:, -1:].argmax(-1)
-        step = torch.compile(model.model.language_model, backend="aot_eager", fullgraph=True)
-        position = torch.tensor([[ids.shape[1]]])
-        embeds = model.get_input_embeddings()(token)
-        compiled = step(inputs_embeds=embeds, past_key_values=cache, position_ids=position, use_cache=True)
-        again = lambda: model(input_ids=torch.cat([ids, token], 1), pixel_values=pixels[0]).logits[:, -1]
-        assert_same_sums(model.lm_head(compiled.last_hidden_state)[:, -1], again(), rounding_of(again))
+
+def compiled_as_on_a_gpu(counter):
+    """With this transformers compiles decoding with a static cache on a CPU too, as one graph."""
+    backend = lambda graph, inputs: counter(graph, inputs)  # generate copies an object, but not a function
+    config = CompileConfig(backend=backend, fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.mark.parametrize("vision_experts", [4, 1])
+@pytest.mark.parametrize("text", ["mistral", "mixtral"])
+def test_compiled_decoding_gives_the_tokens_of_the_dynamic_cache(tiny_model, text, vision_experts):
+    """One graph for all tokens and all calls; left-padded rows with zero to two images."""
     torch._dynamo.reset()
+    model = tiny_model(text=text, vision_experts=vision_experts, text_options=RELEASED).eval()
+    ids, mask, _, pixels = rows([1, 2, 0], [3, 1, 8])
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat(pixels)}
+    counter = CompileCounterWithBackend("aot_eager")
+    options = {"cache_implementation": "static", "compile_config": compiled_as_on_a_gpu(counter)}
+    options |= {"max_cache_len": 64}
+    wanted = model.generate(**inputs, **OPTIONS)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            assert torch.equal(model.generate(**inputs, **options, **OPTIONS), wanted)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def result(call):
+    """What a call returns, or the error that it raises."""
+    try:
+        return call()
+    except Exception as error:
+        return error
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("cache", caches.ALL_CACHE_IMPLEMENTATIONS)
+def test_every_cache_of_transformers(tiny_model, cache, beams):
+    """Mixtral of transformers has the same errors: some caches need streams of a GPU or another package."""
+    torch._dynamo.reset()
+    model = tiny_model(text="mixtral", text_options=RELEASED).eval()
+    ids, mask, _, pixels = rows([1, 2], [3, 1])
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat(pixels), "num_beams": beams}
+    counter = CompileCounterWithBackend("eager")
+    options = {"cache_implementation": cache, "compile_config": compiled_as_on_a_gpu(counter), **OPTIONS}
+    found, frames = result(lambda: model.generate(**inputs, **options)), counter.frame_count
+    plain = MixtralForCausalLM(model.config.text_config).eval()
+    del options["compile_config"]  # it would compile experts of transformers
+    if isinstance(error := result(lambda: plain.generate(torch.tensor([[5, 6]]), **options)), Exception):
+        assert type(found) is type(error) and str(found) == str(error)
+        return
+    assert torch.equal(found, model.generate(**inputs, **OPTIONS))
+    # "hybrid" stands for the dynamic cache, and transformers does not compile beam search
+    is_static = cache in caches.ALL_STATIC_CACHE_IMPLEMENTATIONS and cache != "hybrid"
+    assert frames == (beams == 1 and is_static)
+    torch._dynamo.reset()
+
+
+def test_embedding_a_decoded_token_needs_no_host_sync(tiny_model):
+    """Neither the id nor the length of a static cache, which is a tensor, is read."""
+    model = tiny_model().eval().model
+    with torch.no_grad(), no_host_sync():
+        model._embed(torch.tensor([[7]]), None, None, None, None, True, False, 0)
 
 
 def test_router_statistics_on_request(tiny_model, tiny_batch):
