@@ -11,6 +11,7 @@ forward. In a graph that is being compiled, the choice is a constant, equal to t
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -212,7 +213,14 @@ def _check_name(source: str, name: str) -> str:
     return name
 
 
-_forced: str | None = os.environ.get("CUMO_BACKEND") or None
+class _Forced(threading.local):
+    """The backend that the current thread has forced, at first that of CUMO_BACKEND."""
+
+    def __init__(self):
+        self.name: str | None = os.environ.get("CUMO_BACKEND") or None
+
+
+_forced = _Forced()
 
 
 def trains(*tensors: torch.Tensor | None) -> bool:
@@ -232,7 +240,7 @@ def choose(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool =
     if x.device.type != "cuda" or torch.compiler.is_compiling():
         return measured.pick(_decide(op, x.device, x.dtype, num_experts, with_backward)[0], x.shape)
     # cached, since deciding at every call would keep a GPU waiting for the host
-    key = (op, x.device, x.dtype, num_experts, with_backward, _forced, _capturing(x.device))
+    key = (op, x.device, x.dtype, num_experts, with_backward, _forced.name, _capturing(x.device))
     if (known := _decided.get(key)) is None:
         known, is_final = _decide(op, x.device, x.dtype, num_experts, with_backward)
         if is_final:
@@ -255,14 +263,14 @@ def _decide(
 ) -> tuple[measured.Decisions, bool]:
     """-> the backends for such a call, by size; and whether that is final for this process."""
     reasons, able, unproven, is_final = [], [], [], True
-    if _forced is not None:
-        _check_name("CUMO_BACKEND", _forced)
+    if _forced.name is not None:
+        _check_name("CUMO_BACKEND", _forced.name)
     for backend in BACKENDS:
-        if _forced is None or _forced == backend.name:
+        if _forced.name is None or _forced.name == backend.name:
             reason = backend.refuse(op, device, dtype, num_experts)
             if reason is not None:
                 reasons.append(f"{backend.name}: {reason}")
-            elif _forced is None and backend.needs_proof:
+            elif _forced.name is None and backend.needs_proof:
                 unproven.append(backend.name)
             else:
                 able.append(backend.name)
@@ -277,7 +285,7 @@ def _decide(
                 reasons.append(f"{name}: {words}")
         able = trusted + able
     if not able:
-        raise RuntimeError(f"no backend runs {op} (forced: {_forced}): {'; '.join(reasons)}")
+        raise RuntimeError(f"no backend runs {op} (forced: {_forced.name}): {'; '.join(reasons)}")
     return measured.decisions(op, device, dtype, _rivals(device, able), with_backward), is_final
 
 
@@ -301,18 +309,20 @@ def implementation(backend: str, op: str) -> Callable:
 
 @contextmanager
 def use_backend(name: str | None):
-    """Force one backend inside the `with`; None restores the automatic choice.
+    """Force one backend inside the `with`, in this thread; None restores the automatic choice.
+
+    The backward pass runs on the backend that ran forward. A layer that activation checkpointing recomputes
+    on a GPU runs in a thread of autograd, for which only CUMO_BACKEND forces a backend.
 
     Raises:
         ValueError: no backend has that name. A refusal is raised by the call that is refused.
     """
-    global _forced
-    previous = _forced
-    _forced = None if name is None else _check_name("backend", name)
+    previous = _forced.name
+    _forced.name = None if name is None else _check_name("backend", name)
     try:
         yield
     finally:
-        _forced = previous
+        _forced.name = previous
 
 
 @dataclass(frozen=True)
@@ -343,19 +353,19 @@ def judge(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool = 
     if op not in OPS:
         raise ValueError(f"op must be one of {sorted(OPS)}, got {op!r}")
     op = FORWARD.get(op, op)
-    if _forced is not None:
-        _check_name("CUMO_BACKEND", _forced)
+    if _forced.name is not None:
+        _check_name("CUMO_BACKEND", _forced.name)
     states: dict[str, tuple[str, list[str | None]]] = {}
     for backend in BACKENDS:
         name, reason = backend.name, backend.refuse(op, x.device, x.dtype, num_experts)
         trusted, proof = True, None
         if reason is None and backend.needs_proof:
             ((trusted, proof, _),) = _trusted([name], op, x.device, x.dtype, num_experts, asking=True)
-        if _forced not in (None, name):
-            states[name] = "not asked", [f"{_forced} is forced"]
+        if _forced.name not in (None, name):
+            states[name] = "not asked", [f"{_forced.name} is forced"]
         elif reason is not None:
             states[name] = "refused", [reason]
-        elif not trusted and _forced is None:
+        elif not trusted and _forced.name is None:
             states[name] = "refused", [proof, f"CUMO_BACKEND={name} forces it"]
         else:
             states[name] = "able", [proof, asks_host(name, op, x.device, x.dtype)]

@@ -4,6 +4,7 @@ It works on CPU tensors too, so that such calls are found without a GPU.
 """
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,12 +28,19 @@ _SILENT = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
 INTERPRETER = "triton.runtime.interpreter"  # emulates a GPU and reads tensors on its behalf
 
 
-_guarding = False  # inside no_host_sync, CPU tensors are treated as CUDA tensors
+class _Guard(threading.local):
+    """Whether this thread is inside no_host_sync, where CPU tensors are treated as CUDA tensors."""
+
+    def __init__(self):
+        self.active = False
+
+
+_guard = _Guard()
 
 
 def values_at_hand(tensor: Tensor) -> bool:
     """Whether reading the values needs no sync and happens at run time (not while a graph is traced)."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not _guarding
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not _guard.active
     return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -102,11 +110,10 @@ def no_host_sync(*excused: str) -> Iterator[None]:
     Args:
         excused: modules whose calls may wait, such as "transformers.masking_utils".
     """
-    global _guarding
-    before, _guarding = _guarding, True
+    before, _guard.active = _guard.active, True
     try:
         excused = (INTERPRETER, *excused)
         with _Called(excused), _Dispatched(excused):
             yield
     finally:
-        _guarding = before
+        _guard.active = before

@@ -219,7 +219,7 @@ def _pretend(monkeypatch, times) -> list[str]:
     monkeypatch.setattr(measured, "TABLE", {"nvidia_h100": rows})
     able = tuple(replace(row, refuse=lambda *_: None, needs_proof=False) for row in dispatch.BACKENDS)
     monkeypatch.setattr(dispatch, "BACKENDS", able)
-    monkeypatch.setattr(dispatch, "_forced", None)
+    monkeypatch.setattr(dispatch._forced, "name", None)
     plain, ran = dispatch.implementation("reference", "activate"), []
     for name in ("triton", "cuda"):
         spy = lambda *args, name=name: ran.append(name) or plain(*args)

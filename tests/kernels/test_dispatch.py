@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import threading
 import types
 from dataclasses import replace
 from functools import partial
@@ -161,8 +162,29 @@ def test_use_backend_restores_and_rejects_unknown_names():
             use_backend("tpu"),
         ):
             pass
-        assert dispatch._forced == "reference"
-    assert dispatch._forced == (os.environ.get("CUMO_BACKEND") or None)
+        assert dispatch._forced.name == "reference"
+    assert dispatch._forced.name == (os.environ.get("CUMO_BACKEND") or None)
+
+
+def test_a_thread_forces_its_own_backend():
+    """Threads that end in another order than they began leave nothing forced."""
+    inside, leave, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        with use_backend("torch"):
+            inside.set()
+            leave.wait()
+            seen.append(dispatch._forced.name)
+
+    default, thread = dispatch._forced.name, threading.Thread(target=other)
+    with use_backend("reference"):
+        thread.start()
+        inside.wait()
+        seen.append(dispatch._forced.name)
+    seen.append(dispatch._forced.name)
+    leave.set()
+    thread.join()
+    assert [*seen, dispatch._forced.name] == ["reference", default, "torch", default]
 
 
 def test_explain_names_every_backend():

@@ -122,7 +122,7 @@ def test_backends_are_as_accurate_where_no_value_can_be_read(
         return reference.expert_mlp(x, topk_weights, *plan, *rest, activation, "none")[0]
 
     yardstick = Yardstick(expected, inputs)
-    monkeypatch.setattr(hostsync, "_guarding", True)
+    monkeypatch.setattr(hostsync._guard, "active", True)
     with use_backend(backend):
         found = yardstick.measure(op)
     assert [accuracy.reason for accuracy in found if accuracy.reason] == []

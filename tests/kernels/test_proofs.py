@@ -43,7 +43,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr(proofs, "_ask", ask)
     monkeypatch.setattr(verified, "TABLE", {})
-    monkeypatch.setattr(dispatch, "_forced", None)
+    monkeypatch.setattr(dispatch._forced, "name", None)
     monkeypatch.setattr(dispatch, "_INTERPRET", True)
     monkeypatch.setattr(dispatch, "_TRITON_MISSING", False)
     monkeypatch.setattr(dispatch, "_CUDA_MISSING", "not here")

@@ -55,7 +55,7 @@ def gpu(monkeypatch, tmp_path):
         for name in ("EMULATE", "JIT"):
             monkeypatch.setattr(extension, name, False)
         monkeypatch.setattr(extension, "unfit", lambda device: None)
-        monkeypatch.setattr(dispatch, "_forced", None)
+        monkeypatch.setattr(dispatch._forced, "name", None)
         for name in (*verified.OTHER_CODE, verify.NO_CACHE):
             monkeypatch.delenv(name, raising=False)
 
@@ -188,7 +188,7 @@ def test_without_a_gpu_its_tensors_are_not_trusted(gpu, monkeypatch):
 @pytest.mark.parametrize("proven", [True, False])
 def test_compiled_code_gets_the_same_answer(monkeypatch, tmp_path, proven):
     """On CPU tensors instead of a GPU's: only tests the choice, and which function runs."""
-    monkeypatch.setattr(dispatch, "_forced", None)
+    monkeypatch.setattr(dispatch._forced, "name", None)
     monkeypatch.setattr(verified, "TABLE", {"nvidia_h100": [entry(dtype="float32")] if proven else []})
     monkeypatch.setenv("CUMO_CACHE", str(tmp_path))
     monkeypatch.setattr(dispatch, "_INTERPRET", False)

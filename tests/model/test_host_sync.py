@@ -83,7 +83,7 @@ def test_the_device_asserts_what_the_host_checks(rows, wanted, lengths, right, m
     is_image = torch.arange(9) < torch.tensor(rows)[:, None]
     lengths = None if lengths is None else torch.tensor(lengths)
     for guarding, error in ((False, ValueError), (True, RuntimeError)):
-        monkeypatch.setattr(hostsync, "_guarding", guarding)
+        monkeypatch.setattr(hostsync._guard, "active", guarding)
         with nullcontext() if right else pytest.raises(error, match="image"):
             check_placeholders(is_image, 60, wanted, lengths)
         with nullcontext() if not any(rows) else pytest.raises(error, match="pixel_values must come with"):
