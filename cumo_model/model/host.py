@@ -14,7 +14,7 @@ from cumo_model.model.quantize import are_experts_quantized
 
 
 class MoEHostMixin(EitherCheckpointing):
-    """Overrides for transformers models whose experts are MoELayers: saving, checkpointing, implementation."""
+    """Overrides for transformers models whose experts are MoELayers."""
 
     def post_init(self) -> None:
         super().post_init()

@@ -40,9 +40,15 @@ def load(folder):
 def test_every_order_of_quantising_and_preparing_trains(saved, tiny_batch, order, autocast):
     model = ORDERS[order](load(saved))
     packed = [
-        p for m in model.modules() if isinstance(m, MoELayer) for n, p in m.experts.named_parameters() if "original" in n
+        p
+        for m in model.modules()
+        if isinstance(m, MoELayer)
+        for n, p in m.experts.named_parameters()
+        if "original" in n
     ]
-    assert all(p.dtype == torch.uint8 for p in packed) and bool(packed) == ("experts" in order or "without" in order)
+    assert all(p.dtype == torch.uint8 for p in packed) and bool(packed) == (
+        "experts" in order or "without" in order
+    )
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"])).train()
     assert model.is_gradient_checkpointing == ("prepared" in order)
     batch = tiny_batch(dtype=torch.bfloat16 if order == "experts" else torch.float32)
