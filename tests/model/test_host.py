@@ -189,15 +189,11 @@ def test_the_implementation_can_be_chosen_at_any_time_and_for_each_part(tiny_mod
 def test_eager_experts_cannot_be_spread_over_processes(tiny_model):
     model = tiny_model(text="mixtral")
     model.set_experts_implementation("eager")
-    with pytest.raises(
-        ValueError, match="must be 'cumo' for experts spread over processes, got 'eager' for "
-    ):
+    with pytest.raises(ValueError, match=r"must be 'cumo' for experts spread .* got 'eager' for "):
         expert_parallel(model, None)
     model.set_experts_implementation("cumo")
     model.model.language_model.layers[0].mlp.experts.exchange = "exact"  # as expert_parallel leaves it
-    with pytest.raises(
-        ValueError, match="must be 'cumo' where experts are spread over processes, got 'eager'"
-    ):
+    with pytest.raises(ValueError, match=r"must be 'cumo' where experts are spread .* got 'eager'"):
         model.set_experts_implementation("eager")
 
 
