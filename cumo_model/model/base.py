@@ -5,14 +5,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from cumo_model.model.compat import CACHE_NAMES, EitherCheckpointing, enable_checkpointing
+from cumo_model.model.compat import CACHE_NAMES
 from cumo_model.model.config import CumoConfig
+from cumo_model.model.host import MoEHostMixin
 from cumo_model.model.layouts import layout_of, read_config
 from cumo_model.model.mlp_moe import CumoProjector
-from cumo_model.model.moe import MoEHostMixin
 
 
-class CumoPreTrainedModel(MoEHostMixin, EitherCheckpointing, PreTrainedModel):
+class CumoPreTrainedModel(MoEHostMixin, PreTrainedModel):
     """Base class: initialisation, loading and activation checkpointing of both CuMo models."""
 
     config: CumoConfig
@@ -43,13 +43,3 @@ class CumoPreTrainedModel(MoEHostMixin, EitherCheckpointing, PreTrainedModel):
         if layout is None or layout.is_loader(cls):
             return super().from_pretrained(path, *args, **kwargs)
         return layout.load(cls, path, *args, **kwargs)
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs) -> None:
-        """As in transformers; ValueError if use_reentrant is True."""
-        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
-            raise ValueError(
-                "activation_checkpointing_kwargs (gradient_checkpointing_kwargs) must have use_reentrant "
-                "False, got True: reentrant recomputation loses the gradients of the router losses"
-            )
-        enable_checkpointing(self, options, **kwargs)

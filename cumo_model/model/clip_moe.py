@@ -18,8 +18,9 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionE
 from transformers.utils.output_capturing import capture_outputs
 
 from cumo_model.model.config import CumoConfig, CumoVisionConfig
+from cumo_model.model.host import MoEHostMixin
 from cumo_model.model.layouts import layout_of, read_config
-from cumo_model.model.moe import MoEHostMixin, MoELayer
+from cumo_model.model.moe import MoELayer
 
 ACTIVATION_OF = {
     "gelu_pytorch_tanh": "gelu_tanh",

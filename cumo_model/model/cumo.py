@@ -25,6 +25,7 @@ from cumo_model.model.compat import cache_argument, cache_of, either_cache_name
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.generation import CumoGenerationMixin
 from cumo_model.model.head import head_of, input_embedding_name
+from cumo_model.model.host import check_router_gradients
 from cumo_model.model.image_tokens import (
     as_tiles,
     check_lengths,
@@ -44,7 +45,6 @@ from cumo_model.model.outputs import (
     stacked_stats,
 )
 from cumo_model.model.pyramid import crop_counts, image_pyramid, merge_scales
-from cumo_model.model.quantize import are_experts_quantized
 
 
 class CumoModel(CumoPreTrainedModel):
@@ -288,21 +288,6 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
         """
         return self.config.average_loss_over == "tokens"
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """Save as transformers does, with the names and shapes of this model's state_dict.
-
-        Experts are saved as stacked tensors, so that `load_state_dict` can read them; the Trainer resumes
-        this way. `save_original_format=True` writes one tensor per expert of Mixtral.
-
-        Raises:
-            ValueError: the experts are quantised; no loader could read such a checkpoint.
-        """
-        if are_experts_quantized(self):
-            raise ValueError("save_pretrained must come before quantize_experts, got experts in 4 bits")
-        return super().save_pretrained(
-            save_directory, *args, save_original_format=save_original_format, **kwargs
-        )
-
     def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs):
         """As `CumoModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
@@ -408,6 +393,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
             mean = loss if num_items_in_batch is None else loss * (targets.num_items / targets.count)
             parts["language"] = mean.detach()
         if with_aux:
+            check_router_gradients(self, records)
             aux_loss = self._aux_loss(records, parts, 0 if pixel_values is None else pixel_values.shape[0])
             if targets is not None:
                 aux_loss = targets.share * aux_loss

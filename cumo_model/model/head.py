@@ -1,7 +1,7 @@
 """The language model head: what the decoder's own CausalLM class computes from hidden states to logits.
 
-CuMo takes the decoder of a CausalLM and has its own `lm_head`. Some architectures scale or cap their logits, or
-scale the hidden states first. The names of the configuration fields do not determine the formula: granite
+CuMo takes the decoder of a CausalLM and has its own `lm_head`. Some architectures scale or cap their logits,
+or scale the hidden states first. The names of the configuration fields do not determine the formula: granite
 divides by logits_scaling, hyperclovax multiplies by it, and minicpm3 divides the hidden states by it. So the
 CausalLM class is run once, on the meta device and with known values in the place of decoder and output
 embedding, and the formula is the one of FORMULAS that gives the same numbers. No formula gives them: refused.
@@ -108,8 +108,8 @@ def head_of(text_config: PreTrainedConfig) -> Head:
         text_config: configuration of a mixtral or of a dense decoder of transformers.
 
     Raises:
-        ValueError: CuMo cannot run this decoder, or does not know what its head computes; the message names the
-            field or the model_type, and the reason.
+        ValueError: CuMo cannot run this decoder, or does not know what its head computes; the message names
+            the field or the model_type, and the reason.
     """
     key = (type(text_config), json.dumps(text_config.to_dict(), default=str, sort_keys=True))
     if key not in _heads:
@@ -160,8 +160,8 @@ def _examine(config: PreTrainedConfig) -> Head | str:
             return _not_supported(config, f"{kind} has no {wanted}")
         if config.model_type != "mixtral" and (sparse := _sparse_module(decoder)):
             return (
-                f"text_config.model_type must be mixtral or a dense model, got {config.model_type!r}, which has "
-                f"experts or routers ({sparse})"
+                f"text_config.model_type must be mixtral or a dense model, got {config.model_type!r}, which "
+                f"has experts or routers ({sparse})"
             )
         embedding, output = causal.get_input_embeddings(), causal.get_output_embeddings()
         known = {id(p) for part in (decoder, output) if part is not None for p in part.parameters()}
@@ -333,9 +333,9 @@ FEW = 4  # layers that are enough to see what a decoder does with its inputs
 def _ids_beyond_embedding(decoder: PreTrainedModel) -> str | None:
     """Whether the decoder does more with token ids than to look up their embeddings.
 
-    Runs it on the meta device with `input_ids` and with `inputs_embeds` and compares the operations. The layers
-    after the first FEW are left out to save time, unless the decoder cannot run without them. Returns None if
-    it cannot run on the meta device.
+    Runs it on the meta device with `input_ids` and with `inputs_embeds` and compares the operations. The
+    layers after the first FEW are left out to save time, unless the decoder cannot run without them. Returns
+    None if it cannot run on the meta device.
     """
     stacks = [
         (module, name, part)

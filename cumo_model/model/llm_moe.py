@@ -19,7 +19,8 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 
 from cumo_model.model.head import head_of
-from cumo_model.model.moe import MoEHostMixin, MoELayer
+from cumo_model.model.host import MoEHostMixin
+from cumo_model.model.moe import MoELayer
 
 GATED_ACTIVATION_OF = {
     "silu": "swiglu",

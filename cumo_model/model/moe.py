@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cumo_kernels import ACTIVATIONS, Routing, expert_mlp, grouped_gemm, route
 
+IMPLEMENTATIONS = ("cumo", "eager")  # of experts: cumo_kernels, or a loop in plain PyTorch
 PLACES = ("mlp", "clip", "llm")  # the order in which the original code adds their losses
 
 
@@ -92,19 +94,6 @@ def _backward_pass() -> int:
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
-class MoEHostMixin:
-    """Overrides for transformers models whose experts are MoELayers."""
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return False  # cumo_kernels selects the implementation, not transformers
-
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # For custom code transformers skips modules without direct parameters, and so the initialisation of
-        # every block. That rule is for classes whose _init_weights would overwrite loaded weights.
-        super()._initialize_weights(module, is_custom_code=False)
-
-
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -150,7 +139,12 @@ class Experts(nn.Module):
     The weights are up_proj (E, I, H) and down_proj (E, O, I). Gated experts have gate_up_proj (E, 2I, H)
     instead of up_proj, with the gate rows first. The biases, if any, are up_proj_bias (E, I) or
     gate_up_proj_bias (E, 2I), and down_proj_bias (E, O).
+
+    Attributes:
+        implementation: one of IMPLEMENTATIONS; set by `set_experts_implementation` of the model.
     """
+
+    implementation = "cumo"
 
     def __init__(
         self,
@@ -195,17 +189,53 @@ class Experts(nn.Module):
         With `compat` each step is rounded to the dtype of x, as in the original code (cumo_spec.md 2.4), and
         the outputs of a token's experts are added in the order of the experts. This is slow.
         """
-        up_proj, up_bias = self.up
+        up_proj, up_bias, down_proj, down_bias = self._weights(x)
+        if self.implementation == "eager":
+            return self._loop(x, routing, compat, up_proj, up_bias, down_proj, down_bias)
         if compat is not None:
             z = grouped_gemm(x, up_proj, routing.expert_offsets, bias=up_bias, gather=routing)
             a = ACTIVATIONS[self.activation].forward(z)
-            rows = grouped_gemm(a, self.down_proj, routing.expert_offsets, bias=self.down_proj_bias)
+            rows = grouped_gemm(a, down_proj, routing.expert_offsets, bias=down_bias)
             slots = rows[routing.inverse_permutation].view(*routing.topk_indices.shape, -1)
             slots = slots * routing.topk_weights.to(rows.dtype)[:, :, None]
             order = routing.topk_indices.argsort(1)[:, :, None].expand_as(slots)
             first, *rest = slots.gather(1, order).unbind(1)
             return sum(rest, first)
-        return expert_mlp(x, routing, up_proj, self.down_proj, up_bias, self.down_proj_bias, self.activation)
+        return expert_mlp(x, routing, up_proj, down_proj, up_bias, down_bias, self.activation)
+
+    def _weights(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """up, its bias, down, its bias.
+
+        Quantised weights are dequantised to the dtype in which they were quantised. They are converted to the
+        dtype of x, because `prepare_model_for_kbit_training` of peft converts all other parameters to fp32.
+        """
+        (up, up_bias), down, down_bias = self.up, self.down_proj, self.down_proj_bias
+        if is_parametrized(self) and not torch.is_autocast_enabled(x.device.type):
+            up, down = up.to(x.dtype), down.to(x.dtype)
+            up_bias, down_bias = (None if b is None else b.to(x.dtype) for b in (up_bias, down_bias))
+        return up, up_bias, down, down_bias
+
+    def _loop(
+        self,
+        x: Tensor,
+        routing: Routing,
+        compat: str | None,
+        up: Tensor,
+        up_bias: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+    ) -> Tensor:
+        """The same in plain PyTorch: one expert after the other, with a host synchronisation for each."""
+        dtype = x.dtype if compat is not None else torch.promote_types(x.dtype, torch.float32)
+        out = x.new_zeros(x.shape[0], down.shape[1], dtype=dtype)
+        for e in range(up.shape[0]):
+            token, slot = (routing.topk_indices == e).nonzero(as_tuple=True)
+            z = nn.functional.linear(x[token], up[e], None if up_bias is None else up_bias[e])
+            a = ACTIVATIONS[self.activation].forward(z)
+            rows = nn.functional.linear(a, down[e], None if down_bias is None else down_bias[e])
+            weights = routing.topk_weights[token, slot, None].to(dtype)
+            out = out.index_add(0, token, rows.to(dtype) * weights)
+        return out.to(x.dtype)
 
 
 class MoELayer(nn.Module):

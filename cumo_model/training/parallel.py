@@ -178,6 +178,11 @@ def expert_parallel(model: nn.Module, mesh: DeviceMesh, exchange: str = "exact")
         raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
     layers = {name: module for name, module in model.named_modules() if type(module) is Experts}
     for name, experts in layers.items():
+        if experts.implementation != "cumo":
+            raise ValueError(
+                f"experts_implementation must be 'cumo' for experts spread over processes, got "
+                f"{experts.implementation!r} for {name}"
+            )
         if experts.down_proj.shape[0] % mesh.size():
             raise ValueError(
                 f"{name} must have a multiple of {mesh.size()} experts, got {experts.down_proj.shape[0]}"

@@ -24,6 +24,13 @@ OWN_SIZES = {
     "blenderbot-small": {"encoder_layers": 1, "decoder_layers": 1},
     "codegen": {"rotary_dim": 8, "num_attention_heads": 4},
     "ctrl": {"dff": 48},
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 8,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
     "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.3},
     "gemma2": {"head_dim": 16, "final_logit_softcapping": 2.0},
     "gemma3_text": {"final_logit_softcapping": 2.0},
@@ -50,6 +57,9 @@ OWN_SIZES = {
     "ministral": {"head_dim": 16},
     "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "prophetnet": dict.fromkeys(
+        ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"), LEFT_OUT
+    ),
     "qwen3_5_text": LINEAR
     | {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
     "recurrent_gemma": {
@@ -69,28 +79,32 @@ OWN_SIZES = {
     },
 }
 
-RUN = """apertus arcee bamba biogpt bitnet bloom codegen cohere cohere2 ctrl cwm deepseek_v3 deepseek_v32 diffllama
-doge ernie4_5 exaone4 falcon gemma gemma2 gemma3_text gemma4_unified_text glm glm4 glm_moe_dsa gpt-sw3 gpt2
-gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj granite granite_swa granitemoehybrid helium hrm_text
-hunyuan_v1_dense hyperclovax jais2 jamba lfm2 llama minicpm3 ministral ministral3 mistral mixtral mpt nanochat
-nemotron olmo olmo2 olmo3 olmo_hybrid opt persimmon phi phi3 qwen2 qwen3 qwen3_5_text seed_oss smollm3 stablelm
-starcoder2 vaultgemma xglm youtu zamba""".split()
+RUN = """
+apertus arcee bamba biogpt bitnet bloom codegen cohere cohere2 ctrl cwm deepseek_v3 deepseek_v32 diffllama
+doge ernie4_5 exaone4 falcon gemma gemma2 gemma3_text gemma4_unified_text glm glm4 glm_moe_dsa gpt-sw3
+gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj granite granite_swa granitemoehybrid helium
+hrm_text hunyuan_v1_dense hyperclovax jais2 jamba lfm2 llama minicpm3 ministral ministral3 mistral mixtral
+mpt nanochat nemotron olmo olmo2 olmo3 olmo_hybrid opt persimmon phi phi3 qwen2 qwen3 qwen3_5_text
+seed_oss smollm3 stablelm starcoder2 vaultgemma xglm youtu zamba""".split()
 
 _REFUSED = {
-    "which has experts or routers": """afmoe aria_text axk1 axk2 cohere2_moe deepseek_v2 deepseek_v4 ernie4_5_moe
-        exaone_moe flex_olmo glm4_moe glm4_moe_lite gpt_oss granitemoe granitemoe_swa granitemoeshared hunyuan_v1_moe
-        hy_v3 hy_v4 inkling_text jetmoe kimi_linear laguna lfm2_moe llama4_text longcat_flash mellum mimo_v2_flash
-        minimax minimax_m2 minimax_m3_vl_text nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next
-        qwen4_exp_text solar_open zaya""",
-    "is_encoder_decoder is True": """bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart
+    "which has experts or routers": """
+        afmoe aria_text axk1 axk2 cohere2_moe deepseek_v2 deepseek_v4 dots1 ernie4_5_moe exaone_moe
+        flex_olmo glm4_moe glm4_moe_lite gpt_oss granitemoe granitemoe_swa granitemoeshared
+        hunyuan_v1_moe hy_v3 hy_v4 inkling_text jetmoe kimi_linear laguna lfm2_moe llama4_text
+        longcat_flash mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text nemotron_h olmoe
+        phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp_text solar_open zaya""",
+    "is_encoder_decoder is True": """
+        bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet
         whisper""",
-    "is_decoder is False, its attention is bidirectional": """bert bert-generation big_bird camembert data2vec-text
-        electra ernie megatron-bert rembert roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl
-        xmod""",
-    "it has parts of its own": """blt emu3 fuyu gemma3 gemma3n gemma4 gemma4_unified git got_ocr2 llama4 mllama moshi
+    "is_decoder is False, its attention is bidirectional": """
+        bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert
+        roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod""",
+    "it has parts of its own": """
+        blt emu3 fuyu gemma3 gemma3n gemma4 gemma4_unified git got_ocr2 llama4 mllama moshi
         phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp""",
-    "its decoder does not take (inputs_embeds|past_key_values|cache|attention_mask|use_cache)": """cpmant falcon_mamba
-        mamba mamba2 openai-gpt reformer rwkv xlm xlnet xlstm""",
+    "its decoder does not take (inputs_embeds|past_key_values|cache|attention_mask|use_cache)": """
+        cpmant falcon_mamba mamba mamba2 openai-gpt reformer rwkv xlm xlnet xlstm""",
     "something else with input_ids than with their inputs_embeds": "falcon_h1 gemma3n_text",
     "does not run with inputs_embeds alone": "gemma4_text",
     "its decoder returns no (past_key_values|cache)": "recurrent_gemma",
@@ -100,7 +114,7 @@ _REFUSED = {
 REFUSED = {kind: reason for reason, kinds in _REFUSED.items() for kind in kinds.split()}
 
 # no tiny configuration: transformers fails with these sizes, or the configuration needs those of other models
-WITHOUT = ("cohere_compass_text", "dbrx", "dots1", "musicgen", "musicgen_melody", "prophetnet", "zamba2")
+WITHOUT = ("cohere_compass_text", "dbrx", "musicgen", "musicgen_melody", "zamba2")
 
 
 def decoder_config(model_type: str, **options) -> PreTrainedConfig:

@@ -1,8 +1,10 @@
-"""The text logits and tokens of CuMo are those of the decoder's own CausalLM; what cannot run is refused by name."""
+"""Text logits and tokens of CuMo are those of the decoder's own CausalLM; others are refused by name."""
 
 import copy
 import inspect
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cumo_model import CumoConfig, CumoForConditionalGeneration
+from cumo_model.model import head as head_module
 from cumo_model.model.head import head_of
 from cumo_model.model.llm_moe import build_language_model
 from tests.model.decoders import REFUSED, RUN, SIZES, VOCABULARY, WITHOUT, decoder_config
@@ -236,6 +239,24 @@ def test_the_examination_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), before) and config.to_dict() == values
     assert torch.get_default_dtype() == torch.float32
     assert head_of(config) is head and pickle.loads(pickle.dumps(head)) == head
+
+
+def test_zero_init_of_deepspeed_is_suspended(monkeypatch):
+    """It would partition the parameters of the model that is examined."""
+    calls, place = [], "deepspeed.runtime.zero.partition_parameters"
+    module = types.ModuleType(place)
+    module.shutdown_init_context = lambda: calls.append("shutdown")
+    module.restore_init_context = lambda: calls.append("restore")
+    for name in ("deepspeed", "deepspeed.runtime", "deepspeed.runtime.zero"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, place, module)
+    monkeypatch.setattr(head_module, "is_deepspeed_zero3_enabled", lambda: True)
+    skeleton = head_module._skeleton
+    monkeypatch.setattr(head_module, "_skeleton", lambda config: calls.append("build") or skeleton(config))
+    head_of(decoder_config("mistral", hidden_size=48))
+    with pytest.raises(ValueError, match="falcon_h1"):
+        head_of(decoder_config("falcon_h1", vocab_size=60))
+    assert calls == ["shutdown", "build", "restore"] * 2
 
 
 def test_the_values_of_the_configuration_decide(fp64):

@@ -1,4 +1,4 @@
-"""Language models of many architectures as part of a CuMo: loaded, upcycled, saved and read again, with their head."""
+"""Language models of many architectures in a CuMo: loaded, upcycled, saved and read, with their head."""
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ from tests.model.decoders import decoder_config
 from tests.model.test_head import own_and_ours, padded_rows
 from tests.rounding import assert_same_formula
 
-SAMPLE = """bloom cohere falcon gemma2 glm gpt2 gpt_neox gpt_neox_japanese granite hyperclovax llama minicpm3 mistral
-mixtral mpt olmo2 opt phi phi3 qwen2 qwen3 smollm3 stablelm starcoder2""".split()
+SAMPLE = """bloom cohere falcon gemma2 glm gpt2 gpt_neox gpt_neox_japanese granite hyperclovax llama minicpm3
+mistral mixtral mpt olmo2 opt phi phi3 qwen2 qwen3 smollm3 stablelm starcoder2""".split()
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Factory: the folder of a tiny causal language model and the model; beside it is the folder of a CLIP."""
+    """Factory: the folder of a tiny causal language model, and the model; a CLIP's folder is beside it."""
 
     def make(model_type, **options):
         CLIPVisionModel(CLIPVisionConfig(**original.CLIP_CONFIG)).save_pretrained(tmp_path / "clip")
@@ -74,7 +74,7 @@ def test_a_tensor_that_its_own_class_ignores_is_ignored(folder, tmp_path):
 
 @pytest.mark.parametrize("model_type, name", [("phi", "lm_head.bias"), ("gpt_neox", "embed_out.weight")])
 def test_a_head_that_is_missing_is_named(folder, tmp_path, model_type, name):
-    text, own = folder(model_type)
+    text, _ = folder(model_type)
 
     def remove(tensors):
         del tensors[name]
@@ -89,7 +89,7 @@ def test_a_head_that_is_missing_is_named(folder, tmp_path, model_type, name):
 def test_a_head_of_its_own_is_not_replaced_by_the_embedding(folder, tmp_path):
     text, _ = folder("mistral")
     with pytest.raises(
-        ValueError, match="tie_word_embeddings must be False for .*text, whose output embedding"
+        ValueError, match=r"tie_word_embeddings must be False for .*text, whose output embedding"
     ):
         from_parts(tmp_path / "clip", text, tie_word_embeddings=True)
 

@@ -1,0 +1,78 @@
+"""QLoRA: quantised linear layers and experts with peft's preparation, in any order."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+from cumo_model import quantize_experts
+from cumo_model.model.moe import MoELayer
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+PLAIN = peft.prepare_model_for_kbit_training
+ORDERS = {
+    "experts": lambda model: quantize_experts(model),
+    "prepared": lambda model: PLAIN(model),
+    "experts-prepared": lambda model: PLAIN(quantize_experts(model)),
+    "prepared-experts": lambda model: quantize_experts(PLAIN(model)),
+    "without-checkpointing": lambda model: PLAIN(quantize_experts(model), use_gradient_checkpointing=False),
+}
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    text = sizes | {"num_key_value_heads": 2}
+    tiny_model(text="mixtral", vision=sizes, text_options=text).bfloat16().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(folder):
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    return AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=options
+    )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_every_order_of_quantising_and_preparing_trains(saved, tiny_batch, order, autocast):
+    model = ORDERS[order](load(saved))
+    packed = [
+        p
+        for m in model.modules()
+        if isinstance(m, MoELayer)
+        for n, p in m.experts.named_parameters()
+        if "original" in n
+    ]
+    assert all(p.dtype == torch.uint8 for p in packed) and bool(packed) == (
+        "experts" in order or "without" in order
+    )
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"])).train()
+    assert model.is_gradient_checkpointing == ("prepared" in order)
+    batch = tiny_batch(dtype=torch.bfloat16 if order == "experts" else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        first = model(**batch).loss
+    first.backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora" in name for name in trained)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+    moved = [p for n, p in trained.items() if "lora_B" in n]
+    # the tower's last layer runs only for the router losses
+    assert sum(bool(p.grad.any()) for p in moved) >= len(moved) - 2
+    optimizer = torch.optim.SGD(trained.values(), lr=1e-3)
+    optimizer.step()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert model(**batch).loss != first
+
+
+def test_experts_quantised_before_the_preparation_keep_their_values(saved, tiny_batch):
+    """peft makes the other parameters fp32; the experts are the same numbers, in a wider dtype."""
+    first, second = quantize_experts(load(saved)), PLAIN(quantize_experts(load(saved)))
+    for one, other in zip(first.modules(), second.modules(), strict=True):
+        if isinstance(one, MoELayer):
+            x = torch.zeros(1, one.hidden_size)
+            for a, b in zip(one.experts._weights(x), other.experts._weights(x), strict=True):
+                assert (a is None and b is None) or torch.equal(a.float(), b)
+                assert b is None or b.dtype == torch.float32
