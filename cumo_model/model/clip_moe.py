@@ -66,8 +66,8 @@ class CumoVisionEncoderLayer(CLIPEncoderLayer):
             return hidden_states + self.mlp(x)
         if router_only:
             # the output is created after the router, so that backward visits it first
-            return _ZeroGradientEdge.apply(hidden_states, self.mlp(x, groups=len(x), router_only=True))
-        return hidden_states + self.mlp(x, groups=len(x))
+            return _ZeroGradientEdge.apply(hidden_states, self.mlp(x, groups=x.shape[0], router_only=True))
+        return hidden_states + self.mlp(x, groups=x.shape[0])
 
 
 class CumoVisionEncoder(nn.Module):

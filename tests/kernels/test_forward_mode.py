@@ -10,7 +10,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import cumo_kernels
-import cumo_kernels.integrations.transformers  # noqa: F401
+import cumo_kernels.integrations.transformers
 from cumo_kernels import (
     activate,
     combine,
