@@ -1,17 +1,18 @@
 """Runs the common tests of transformers on CuMo and compares the outcomes with the list of exceptions.
 
-    python -m tests.transformers_suite.run CHECKOUT                    all variants
+    python -m tests.transformers_suite.run CHECKOUT   all variants
     python -m tests.transformers_suite.run CHECKOUT --only Dense -k generate
-    python -m tests.transformers_suite.run CHECKOUT --peers            also count the outcomes of Llava and CLIP
+    python -m tests.transformers_suite.run CHECKOUT --peers   and count the peers' outcomes
 
 CHECKOUT is a checkout of transformers, or its folder `tests`; nothing is downloaded and nothing is written
 there. The tests run in a process of their own, in a temporary project in which `tests` is the package of the
-checkout. A test that fails here is repeated on the peer, which is Llava, or CLIP for the tower: the checkout
+checkout. A test that fails here is repeated on the peer, which is Llava, or CLIP for the tower. The checkout
 may be of another release than the installed transformers, and a test that fails on the peer too says nothing
-about CuMo. A test that is skipped here is repeated too: many tests ask the model what it supports, and a skip may hide a missing promise.
+about CuMo. A test that is skipped here is repeated too: many tests ask the model what it supports, and a skip
+may hide a missing promise.
 
-The exit code is 1 if a test is not listed in `exceptions.py` and fails here but not on the peer, or is skipped
-here and passes on the peer. It is also 1 if a listed test passes.
+The exit code is 1 if a test that is not listed in `exceptions.py` fails here but not on the peer, or is
+skipped here and passes on the peer. It is also 1 if a listed test passes.
 """
 
 import argparse
