@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.auto import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from cumo_model.model.base import CumoPreTrainedModel
@@ -212,7 +214,7 @@ class CumoModel(CumoPreTrainedModel):
         all_routers: bool = False,
         num_dummy_images: int = 0,
         image_options: dict | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CumoModelOutput | CumoImageFeatures:
         """As `CumoForConditionalGeneration.forward`, without head and loss.
 
@@ -312,7 +314,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
         output_router_logits: bool | None = None,
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CumoOutput:
         """Compute logits and, if `labels` are given, the loss.
 

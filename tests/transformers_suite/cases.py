@@ -1,11 +1,13 @@
-"""CuMo under the common tests of transformers: three model variants, their processors, and Llava beside them.
+"""CuMo under the common tests of transformers: models, towers and processors, and their peers Llava and CLIP.
 
 `run.py` copies this file into a temporary project in which the package `tests` is that of transformers.
 """
 
 import copy
 import random
+import tempfile
 import unittest
+import unittest.mock
 
 import torch
 from stand_ins import import_tests
@@ -13,11 +15,17 @@ from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 from tests.test_processing_common import ProcessorTesterMixin
-from transformers import LlavaProcessor
+from transformers import CLIPVisionModel, LlavaProcessor
 from transformers.models.auto import modeling_auto
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from cumo_model import CumoConfig, CumoForConditionalGeneration, CumoModel
+from cumo_model import (
+    CumoConfig,
+    CumoForConditionalGeneration,
+    CumoModel,
+    CumoVisionConfig,
+    CumoVisionModel,
+)
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing import CumoImageProcessor, CumoProcessor
 from cumo_model.processing.conversation import chat_template
@@ -121,6 +129,14 @@ class CumoCase(ModelTesterMixin, GenerationTesterMixin):
             inputs["labels"] = copy.deepcopy(inputs["input_ids"])
         return inputs
 
+    def test_can_init_all_missing_weights(self):
+        """The mixin skips models by the year in the head of their configuration's file."""
+        with tempfile.NamedTemporaryFile("w") as head:
+            head.write("# Copyright 2026\n")
+            head.flush()
+            with unittest.mock.patch("inspect.getfile", return_value=head.name):
+                super().test_can_init_all_missing_weights()
+
     def test_config(self):
         self.config_tester.run_common_tests()
 
@@ -172,6 +188,45 @@ class LlavaModelTest(
     import_tests("tests.models.llava.test_modeling_llava").LlavaForConditionalGenerationModelTest
 ):
     """Llava's own test class, for comparison."""
+
+
+clip = import_tests("tests.models.clip.test_modeling_clip")
+
+
+class ClipModelTest(clip.CLIPVisionModelTest):
+    """CLIP's own test class, for comparison."""
+
+    all_model_classes = (CLIPVisionModel,)
+
+
+class TowerTester(clip.CLIPVisionModelTester):
+    def __init__(self, parent, experts: int):
+        super().__init__(parent, batch_size=3, image_size=12)
+        self.experts = experts
+
+    def get_config(self) -> CumoVisionConfig:
+        values = super().get_config().to_dict()
+        return CumoVisionConfig(**{**values, "model_type": "cumo_vision_model", "num_experts": self.experts})
+
+
+class DenseTowerModelTest(clip.CLIPVisionModelTest):
+    """The tower without experts."""
+
+    all_model_classes = (CumoVisionModel,)
+    experts = 1
+    test_model = test_model_with_projection = None  # of CLIP's classes only
+
+    def setUp(self):
+        self.model_tester = TowerTester(self, self.experts)
+        self.config_tester = ConfigTester(
+            self, config_class=CumoVisionConfig, has_text_modality=False, hidden_size=48
+        )
+
+
+class TowerModelTest(DenseTowerModelTest):
+    """The tower with experts."""
+
+    experts = 4
 
 
 class ProcessorCase(ProcessorTesterMixin):

@@ -11,6 +11,14 @@ EXCEPTIONS = {
         "experts are saved as stacked tensors, which load_state_dict reads when a run resumes; "
         "save_original_format=True writes one tensor per expert"
     ),
+    **{
+        f"{variant}::{test}": "no name or shape of a checkpoint is converted: only Mixtral has such a table"
+        for variant in ("Dense", "MoE")
+        for test in ("test_reverse_loading_mapping", "test_can_load_from_already_mapped_keys")
+    },
+    "*Tower::test_can_load_from_already_mapped_keys": (
+        "transformers converts names of CLIP's checkpoints; those of the tower are written as they are"
+    ),
     "MoE::test_get_image_features_output_[02]": (
         "last_hidden_state has a row for each crop of every scale; the test expects one row per picture"
     ),

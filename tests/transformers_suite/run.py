@@ -1,16 +1,18 @@
 """Runs the common tests of transformers on CuMo and compares the outcomes with the list of exceptions.
 
-    python -m tests.transformers_suite.run CHECKOUT                    all variants
+    python -m tests.transformers_suite.run CHECKOUT   all variants
     python -m tests.transformers_suite.run CHECKOUT --only Dense -k generate
-    python -m tests.transformers_suite.run CHECKOUT --llava            also count Llava's own outcomes
+    python -m tests.transformers_suite.run CHECKOUT --peers   and count the peers' outcomes
 
 CHECKOUT is a checkout of transformers, or its folder `tests`; nothing is downloaded and nothing is written
 there. The tests run in a process of their own, in a temporary project in which `tests` is the package of the
-checkout. A test that fails here is repeated on Llava: the checkout may be of another release than the
-installed transformers, and a test that fails on Llava too says nothing about CuMo.
+checkout. A test that fails here is repeated on the peer, which is Llava, or CLIP for the tower. The checkout
+may be of another release than the installed transformers, and a test that fails on the peer too says nothing
+about CuMo. A test that is skipped here is repeated too: many tests ask the model what it supports, and a skip
+may hide a missing promise.
 
-The exit code is 1 if a test fails that is not listed in `exceptions.py` and passes on Llava, or if a listed
-test passes.
+The exit code is 1 if a test that is not listed in `exceptions.py` fails here but not on the peer, or is
+skipped here and passes on the peer. It is also 1 if a listed test passes.
 """
 
 import argparse
@@ -31,9 +33,10 @@ from PIL import Image
 from tests.transformers_suite.exceptions import EXCEPTIONS
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
-MODELS, PROCESSORS = ("Dense", "MoE", "Mixtral"), ("Cumo", "Anyres")
+MODELS, TOWERS, PROCESSORS = ("Dense", "MoE", "Mixtral"), ("DenseTower", "Tower"), ("Cumo", "Anyres")
 CLASSES = {
     **{name: (f"{name}ModelTest", "LlavaModelTest") for name in MODELS},
+    **{name: (f"{name}ModelTest", "ClipModelTest") for name in TOWERS},
     **{f"{name}Processor": (f"{name}ProcessorTest", "LlavaProcessorTest") for name in PROCESSORS},
 }  # variant -> its class in cases.py, and the class that it is compared with
 FAILED = ("failed", "xfailed")
@@ -51,9 +54,10 @@ class Outcome:
 class Verdict:
     """Tests of one variant, by what they mean."""
 
-    unexpected: dict[str, str]  # fails, is not listed, passes on Llava: name -> error
-    of_llava: dict[str, str]  # fails, is not listed, fails on Llava too
-    listed: dict[str, str]  # fails and is listed: name -> reason of the list
+    unexpected: dict[str, str]  # fails, is not listed, does not fail on the peer: name -> error
+    skipped: dict[str, str]  # is skipped, is not listed, passes on the peer: name -> reason of the skip
+    of_peer: dict[str, str]  # fails, is not listed, fails on the peer too
+    listed: dict[str, str]  # fails or is skipped, and is listed: name -> reason of the list
     now_passing: list[str]  # is listed and passes
     counts: Counter
 
@@ -79,21 +83,22 @@ def reason_of(variant: str, name: str, exceptions: dict[str, str]) -> str | None
 
 
 def judge(
-    variant: str, found: dict[str, Outcome], llava: dict[str, Outcome], exceptions: dict[str, str]
+    variant: str, found: dict[str, Outcome], peer: dict[str, Outcome], exceptions: dict[str, str]
 ) -> Verdict:
-    """Compare the outcomes of one variant with the list of exceptions and with Llava's outcomes."""
-    verdict = Verdict({}, {}, {}, [], Counter(outcome.outcome for outcome in found.values()))
+    """Compare the outcomes of one variant with the list of exceptions and with the peer's outcomes."""
+    verdict = Verdict({}, {}, {}, {}, [], Counter(outcome.outcome for outcome in found.values()))
     for name, result in found.items():
         reason = reason_of(variant, name, exceptions)
-        if result.outcome in FAILED:
-            if reason is not None:
-                verdict.listed[name] = reason
-            elif name in llava and llava[name].outcome in FAILED:
-                verdict.of_llava[name] = result.why
+        other = peer[name].outcome if name in peer else None
+        if reason is not None:
+            if result.outcome == "passed":
+                verdict.now_passing.append(name)
             else:
-                verdict.unexpected[name] = result.why
-        elif result.outcome == "passed" and reason is not None:
-            verdict.now_passing.append(name)
+                verdict.listed[name] = reason
+        elif result.outcome in FAILED:
+            (verdict.of_peer if other in FAILED else verdict.unexpected)[name] = result.why
+        elif result.outcome == "skipped" and other == "passed":
+            verdict.skipped[name] = result.why
     return verdict
 
 
@@ -155,35 +160,39 @@ def run_suite(
     checkout: str | os.PathLike,
     variants: Iterable[str] = tuple(CLASSES),
     options: Sequence[str] = (),
-    with_llava: bool = False,
+    with_peers: bool = False,
 ) -> tuple[dict[str, Verdict], dict[str, Counter]]:
-    """Run the variants, then Llava: all its tests, or those that a variant fails.
+    """Run the variants, then the peers: all its tests, or those that do not pass on a variant.
 
     Returns:
-        The verdict of each variant, and the counts of Llava's outcomes if it ran completely.
+        The verdict of each variant, and the counts of the peers' outcomes if they ran completely.
     """
     folder, variants = tests_folder(checkout), list(variants)
     found = run_tests(folder, [CLASSES[variant][0] for variant in variants], options)
     others = sorted({CLASSES[variant][1] for variant in variants})
-    if with_llava:
+    if with_peers:
         peers = run_tests(folder, others, options)
     else:
-        failed = {
+        open_ = {
             f"{CLASSES[variant][1]}::{name}"
             for variant in variants
             for name, result in of_class(found, CLASSES[variant][0]).items()
-            if result.outcome in FAILED and reason_of(variant, name, EXCEPTIONS) is None
+            if result.outcome != "passed" and reason_of(variant, name, EXCEPTIONS) is None
         }
-        peers = run_tests(folder, sorted(failed), options)
+        peers = run_tests(folder, sorted(open_), options)
     verdicts = {
         variant: judge(variant, of_class(found, ours), of_class(peers, other), EXCEPTIONS)
         for variant, (ours, other) in CLASSES.items()
         if variant in variants
     }
     counts = (
-        {o: Counter(r.outcome for r in of_class(peers, o).values()) for o in others} if with_llava else {}
+        {o: Counter(r.outcome for r in of_class(peers, o).values()) for o in others} if with_peers else {}
     )
     return verdicts, counts
+
+
+def is_bad(verdict: Verdict) -> bool:
+    return bool(verdict.unexpected or verdict.skipped or verdict.now_passing)
 
 
 def told(counts: Counter) -> str:
@@ -195,11 +204,14 @@ def report(verdicts: dict[str, Verdict], counts: dict[str, Counter]) -> str:
     lines = []
     for variant, verdict in verdicts.items():
         lines.append(
-            f"{variant}: {told(verdict.counts)}; of the failed, {len(verdict.listed)} are listed and "
-            f"{len(verdict.of_llava)} fail on Llava too"
+            f"{variant}: {told(verdict.counts)}; {len(verdict.listed)} are listed, "
+            f"{len(verdict.of_peer)} fail on the peer too"
         )
-        lines += [f"  fails on Llava too: {name}: {why}" for name, why in verdict.of_llava.items()]
+        lines += [f"  fails on the peer too: {name}: {why}" for name, why in verdict.of_peer.items()]
         lines += [f"  FAILED: {name}: {why}" for name, why in verdict.unexpected.items()]
+        lines += [
+            f"  SKIPPED, BUT PASSES ON THE PEER: {name}: {why}" for name, why in verdict.skipped.items()
+        ]
         lines += [f"  LISTED, BUT PASSES: {name}" for name in verdict.now_passing]
     return "\n".join(lines + [f"{name}: {told(count)}" for name, count in counts.items()])
 
@@ -208,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", nargs="?", default=os.environ.get("TRANSFORMERS_TESTS"))
     parser.add_argument("--only", nargs="+", choices=CLASSES, default=list(CLASSES), metavar="VARIANT")
-    parser.add_argument("--llava", action="store_true", help="run all of Llava's tests too, and count them")
+    parser.add_argument("--peers", action="store_true", help="run all tests of the peers too, and count them")
     parser.add_argument("-k", metavar="WORDS", help="as in pytest")
     parser.add_argument("-n", default="2", metavar="N", help="processes")
     parser.add_argument("--seconds", default="300", help="time limit of one test")
@@ -217,9 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("set TRANSFORMERS_TESTS to a checkout of transformers")
         return 2
     options = ["-n", given.n, f"--timeout={given.seconds}", *(["-k", given.k] if given.k else [])]
-    verdicts, counts = run_suite(given.checkout, given.only, options, given.llava)
+    verdicts, counts = run_suite(given.checkout, given.only, options, given.peers)
     print(report(verdicts, counts))
-    return int(any(verdict.unexpected or verdict.now_passing for verdict in verdicts.values()))
+    return int(any(map(is_bad, verdicts.values())))
 
 
 if __name__ == "__main__":
