@@ -10,9 +10,10 @@ from cumo_model.model.config import CumoConfig
 from cumo_model.model.layouts import layout_of, read_config
 from cumo_model.model.mlp_moe import CumoProjector
 from cumo_model.model.moe import MoEHostMixin
+from cumo_model.model.tensor_parallel import ParallelMixin
 
 
-class CumoPreTrainedModel(MoEHostMixin, EitherCheckpointing, PreTrainedModel):
+class CumoPreTrainedModel(ParallelMixin, MoEHostMixin, EitherCheckpointing, PreTrainedModel):
     """Base class: initialisation, loading and activation checkpointing of both CuMo models."""
 
     config: CumoConfig

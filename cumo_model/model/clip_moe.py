@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from cumo_model.model.config import CumoConfig, CumoVisionConfig
 from cumo_model.model.layouts import layout_of, read_config
 from cumo_model.model.moe import MoEHostMixin, MoELayer
+from cumo_model.model.tensor_parallel import ParallelMixin
 
 ACTIVATION_OF = {
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -80,7 +81,7 @@ class CumoVisionEncoder(nn.Module):
         )
 
 
-class CumoVisionModel(MoEHostMixin, CLIPPreTrainedModel):
+class CumoVisionModel(ParallelMixin, MoEHostMixin, CLIPPreTrainedModel):
     """CLIP vision tower with dense or Mixture-of-Experts MLPs, without the final layer norm."""
 
     config: CumoVisionConfig
