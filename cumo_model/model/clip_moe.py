@@ -65,10 +65,11 @@ class CumoVisionEncoderLayer(CLIPEncoderLayer):
         x = self.layer_norm2(hidden_states)
         if self.config.num_experts == 1:
             return hidden_states + self.mlp(x)
+        groups = x.shape[0]  # len(x) would be a constant in an exported program
         if router_only:
             # the output is created after the router, so that backward visits it first
-            return _ZeroGradientEdge.apply(hidden_states, self.mlp(x, groups=x.shape[0], router_only=True))
-        return hidden_states + self.mlp(x, groups=x.shape[0])
+            return _ZeroGradientEdge.apply(hidden_states, self.mlp(x, groups=groups, router_only=True))
+        return hidden_states + self.mlp(x, groups=groups)
 
 
 class CumoVisionEncoder(nn.Module):

@@ -169,8 +169,8 @@ def check_parallel(model: nn.Module, distributed_config) -> None:
     ask = lambda name: getattr(distributed_config, name, None) or 1
     if getattr(distributed_config, "enable_expert_parallel", False) or ask("ep_size") > 1:
         raise ValueError(
-            f"distributed_config must not ask for expert parallelism (enable_expert_parallel, ep_size) of {kind}, "
-            "whose experts are not those of transformers: use tp_size, or for training "
+            "distributed_config must not ask for expert parallelism (enable_expert_parallel, ep_size) of "
+            f"{kind}, whose experts are not those of transformers: use tp_size, or for training "
             "cumo_model.training.parallel.expert_parallel"
         )
     if ask("pp_size") > 1:

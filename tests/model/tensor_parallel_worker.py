@@ -33,10 +33,10 @@ def results(model: CumoForConditionalGeneration, batch: dict) -> dict:
     loss = model(**batch, use_cache=False).loss
     loss.backward()
     trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
-    grads = {name: whole(p.grad) for name, p in trained.items()}
+    grads = beside_weights({name: whole(p.grad) for name, p in trained.items()})
     torch.optim.SGD(trained.values(), lr=0.01, momentum=0.9).step()
-    after = {name: whole(p.detach()) for name, p in trained.items()}
-    return found | {"loss": loss.detach(), "tokens": tokens, "grads": beside_weights(grads), "after": beside_weights(after)}
+    after = beside_weights({name: whole(p.detach()) for name, p in trained.items()})
+    return found | {"loss": loss.detach(), "tokens": tokens, "grads": grads, "after": after}
 
 
 def refused(folder: Path) -> str:
