@@ -8,7 +8,8 @@ passed the accuracy check; do not edit it by hand. The entry with the nearest nu
 is used. The backend that is fastest over all entries is chosen there, unless another is faster by more than
 `NOISE`. Graphs being compiled get the same choice; where it depends on a symbolic size, they are guarded only
 at the size at which it changes. An exported program must not depend on its example's sizes: where a size is
-symbolic and not known to be below a limit, the choice for larger sizes is used. Without entries the first of dispatch.BACKENDS that can run is chosen.
+symbolic and not known to be below a limit, the choice for larger sizes is used. Without entries the first
+of dispatch.BACKENDS that can run is chosen.
 """
 
 import json

@@ -10,9 +10,10 @@ from cumo_model.model.config import CumoConfig
 from cumo_model.model.host import MoEHostMixin
 from cumo_model.model.layouts import layout_of, read_config
 from cumo_model.model.mlp_moe import CumoProjector
+from cumo_model.model.tensor_parallel import ParallelMixin
 
 
-class CumoPreTrainedModel(MoEHostMixin, PreTrainedModel):
+class CumoPreTrainedModel(ParallelMixin, MoEHostMixin, PreTrainedModel):
     """Base class: initialisation, loading and activation checkpointing of both CuMo models."""
 
     config: CumoConfig

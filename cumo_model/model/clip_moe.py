@@ -21,6 +21,7 @@ from cumo_model.model.config import CumoConfig, CumoVisionConfig
 from cumo_model.model.host import MoEHostMixin
 from cumo_model.model.layouts import layout_of, read_config
 from cumo_model.model.moe import MoELayer
+from cumo_model.model.tensor_parallel import ParallelMixin
 
 ACTIVATION_OF = {
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -65,10 +66,11 @@ class CumoVisionEncoderLayer(CLIPEncoderLayer):
         x = self.layer_norm2(hidden_states)
         if self.config.num_experts == 1:
             return hidden_states + self.mlp(x)
+        groups = x.shape[0]  # len(x) would be a constant in an exported program
         if router_only:
             # the output is created after the router, so that backward visits it first
-            return _ZeroGradientEdge.apply(hidden_states, self.mlp(x, groups=x.shape[0], router_only=True))
-        return hidden_states + self.mlp(x, groups=x.shape[0])
+            return _ZeroGradientEdge.apply(hidden_states, self.mlp(x, groups=groups, router_only=True))
+        return hidden_states + self.mlp(x, groups=groups)
 
 
 class CumoVisionEncoder(nn.Module):
@@ -81,7 +83,7 @@ class CumoVisionEncoder(nn.Module):
         )
 
 
-class CumoVisionModel(MoEHostMixin, CLIPPreTrainedModel):
+class CumoVisionModel(ParallelMixin, MoEHostMixin, CLIPPreTrainedModel):
     """CLIP vision tower with dense or Mixture-of-Experts MLPs, without the final layer norm."""
 
     config: CumoVisionConfig

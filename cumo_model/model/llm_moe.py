@@ -21,6 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import (
 from cumo_model.model.head import head_of
 from cumo_model.model.host import MoEHostMixin
 from cumo_model.model.moe import MoELayer
+from cumo_model.model.tensor_parallel import ParallelMixin
 
 GATED_ACTIVATION_OF = {
     "silu": "swiglu",
@@ -53,7 +54,7 @@ class CumoMixtralDecoderLayer(MixtralDecoderLayer):
         )
 
 
-class CumoMixtralModel(MoEHostMixin, MixtralModel):
+class CumoMixtralModel(ParallelMixin, MoEHostMixin, MixtralModel):
     """Mixtral's decoder without its head, built of CumoMixtralDecoderLayer."""
 
     _no_split_modules = ["CumoMixtralDecoderLayer"]

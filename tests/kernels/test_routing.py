@@ -463,7 +463,7 @@ def test_names_the_bad_argument():
         route(logits, 2, compat="llava")
     with pytest.raises(ValueError, match=r"x must be float32, .*, got torch.int64"):
         route(logits.long(), 2)
-    with pytest.raises(ValueError, match="gate_weight must be float32, .*, got torch.int32"):
+    with pytest.raises(ValueError, match=r"gate_weight must be float32, .*, got torch.int32"):
         route(logits, 2, torch.ones(4, 4, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"gate_weight must be \(E, 4\), got \(4, 5\)"):
         route(logits, 2, torch.randn(4, 5))
