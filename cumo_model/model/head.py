@@ -372,8 +372,13 @@ def _ids_beyond_embedding(decoder: PreTrainedModel) -> str | None:
         )
     if not has_cache:
         return f"its decoder returns no {CACHE}"
-    more, fewer = of_ids - of_embeds - lookup.seen, of_embeds - of_ids
-    if more or fewer:
-        named = ", ".join(sorted(more | fewer))
+    different = lambda: (of_ids - of_embeds - lookup.seen) + (of_embeds - of_ids)
+    # a run may change a state, such as the largest length that dynamic rope has seen
+    if different():
+        of_embeds, _ = run(inputs_embeds=embeds)
+    if different():
+        of_ids, _ = run(input_ids=input_ids)
+    if more := different():
+        named = ", ".join(sorted(more))
         return f"its decoder computes something else with input_ids than with their inputs_embeds ({named})"
     return None

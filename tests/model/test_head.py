@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MistralConfig,
     OPTConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -270,3 +271,9 @@ def test_the_values_of_the_configuration_decide(fp64):
         got = ours(ids).logits
         assert_same_formula(got, own(ids).logits)
     assert got.abs().max() < 5
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "linear", "yarn"])
+def test_a_decoder_whose_rope_has_a_state_is_not_refused(kind):
+    config = MistralConfig(**SIZES, rope_parameters={"rope_type": kind, "factor": 4.0, "rope_theta": 1e4})
+    assert head_of(config).steps == ()
