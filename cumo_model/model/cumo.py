@@ -263,7 +263,7 @@ class CumoModel(CumoPreTrainedModel):
             last_hidden_state=outputs.last_hidden_state,
             **cache_of(outputs),
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=getattr(outputs, "attentions", None),  # a decoder without attention has none
             image_hidden_states=features,
         )
 

@@ -22,7 +22,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -146,6 +152,10 @@ def _refusal_of_config(config: PreTrainedConfig) -> str | None:
         return _not_supported(config, f"its decoder does not take {', '.join(missing)}")
     if "encoder_hidden_states" in parameters and getattr(config, "is_decoder", True) is False:
         return _not_supported(config, "is_decoder is False, its attention is bidirectional")
+    try:
+        DynamicCache(config=config).get_seq_length()
+    except ValueError:  # padding and positions of a prompt depend on it
+        return _not_supported(config, "no layer has attention, so its cache has no length")
     return None
 
 

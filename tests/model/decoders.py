@@ -103,7 +103,8 @@ _REFUSED = {
     "it has parts of its own": """
         blt emu3 fuyu gemma3 gemma3n gemma4 gemma4_unified git got_ocr2 llama4 mllama moshi
         phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp""",
-    "its decoder does not take (inputs_embeds|past_key_values|cache|attention_mask|use_cache)": """
+    # transformers 5.24 gave the recurrent ones a cache
+    "does not take (inputs_embeds|past_key_values|cache|attention_mask|use_cache)|no layer has attention": """
         cpmant falcon_mamba mamba mamba2 openai-gpt reformer rwkv xlm xlnet xlstm""",
     "something else with input_ids than with their inputs_embeds": "falcon_h1 gemma3n_text",
     "does not run with inputs_embeds alone": "gemma4_text",

@@ -3,11 +3,14 @@
 import copy
 import inspect
 import pickle
+import re
 import sys
 import types
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
@@ -65,6 +68,7 @@ def padded_rows():
     return ids, mask
 
 
+LISTED = (5, 17)  # the release of transformers of which decoders.py lists all models
 MANY_KERNELS = {
     "bamba",
     "deepseek_v32",
@@ -76,29 +80,32 @@ MANY_KERNELS = {
 EVERY = [
     pytest.param(kind, marks=pytest.mark.slow) if kind in MANY_KERNELS else kind
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if kind != CumoConfig.model_type
 ]
 
 
 @pytest.mark.parametrize("model_type", EVERY)
 def test_every_causal_language_model_runs_as_its_own_or_is_refused(model_type):
+    """The lists of decoders.py are those of LISTED; models of another release may have become able to run."""
     if model_type in WITHOUT:
         pytest.skip("no tiny configuration")
+    listed = version.parse(transformers.__version__).release[:2] == LISTED
     try:
         config = decoder_config(model_type)
     except Exception as error:
-        assert model_type not in RUN and model_type not in REFUSED, error
-        pytest.skip(f"no tiny configuration of a model newer than these tests: {error}")
-    if model_type in REFUSED:
-        with pytest.raises(ValueError, match=REFUSED[model_type]) as refused:
-            with_decoder(config)
-        assert repr(config.model_type) in str(refused.value) and "text_config" in str(refused.value)
-        return
+        assert not listed or (model_type not in RUN and model_type not in REFUSED), error
+        pytest.skip(f"no tiny configuration of a model of another release: {error}")
     try:
         head_of(config)
-    except ValueError as error:
-        assert model_type not in RUN, error
-        assert repr(config.model_type) in str(error)
+    except ValueError as refused:
+        assert model_type not in RUN, refused
+        assert repr(config.model_type) in str(refused) and "text_config" in str(refused)
+        if listed or model_type in REFUSED:
+            assert re.search(REFUSED[model_type], str(refused)), refused
+        with pytest.raises(ValueError, match=re.escape(str(refused))):
+            with_decoder(config)
         return
+    assert not listed or model_type in RUN
     own, ours = own_and_ours(config)
     is_tied = own.get_output_embeddings().weight is own.get_input_embeddings().weight
     assert (ours.lm_head.weight is ours.get_input_embeddings().weight) == is_tied
@@ -106,7 +113,12 @@ def test_every_causal_language_model_runs_as_its_own_or_is_refused(model_type):
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     rows = ({}, {"attention_mask": mask})
     for more in rows:
-        assert torch.equal(ours.generate(ids, **more, **options), own.generate(ids, **more, **options))
+        try:
+            wanted = own.generate(ids, **more, **options)
+        except Exception as error:
+            assert not listed, error
+            pytest.skip(f"its own generate does not run with this configuration: {error}")
+        assert torch.equal(ours.generate(ids, **more, **options), wanted)
     own, ours = own.double(), ours.double()
     with in_fp64(), torch.no_grad():
         for more in rows:
