@@ -152,10 +152,6 @@ def _refusal_of_config(config: PreTrainedConfig) -> str | None:
         return _not_supported(config, f"its decoder does not take {', '.join(missing)}")
     if "encoder_hidden_states" in parameters and getattr(config, "is_decoder", True) is False:
         return _not_supported(config, "is_decoder is False, its attention is bidirectional")
-    try:
-        DynamicCache(config=config).get_seq_length()
-    except ValueError:  # padding and positions of a prompt depend on it
-        return _not_supported(config, "no layer has attention, so its cache has no length")
     return None
 
 
@@ -173,6 +169,10 @@ def _examine(config: PreTrainedConfig) -> Head | str:
                 f"text_config.model_type must be mixtral or a dense model, got {config.model_type!r}, which "
                 f"has experts or routers ({sparse})"
             )
+        try:
+            DynamicCache(config=config).get_seq_length()
+        except ValueError:  # padding and positions of a prompt depend on it
+            return _not_supported(config, "no layer has attention, so its cache has no length")
         embedding, output = causal.get_input_embeddings(), causal.get_output_embeddings()
         known = {id(p) for part in (decoder, output) if part is not None for p in part.parameters()}
         if more := [key for key, p in causal.named_parameters() if id(p) not in known]:
