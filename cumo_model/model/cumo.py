@@ -36,7 +36,7 @@ from cumo_model.model.image_tokens import (
     picture_sizes,
 )
 from cumo_model.model.llm_moe import build_language_model
-from cumo_model.model.losses import Targets, router_losses
+from cumo_model.model.losses import Targets, router_losses, takes_rows
 from cumo_model.model.mlp_moe import CumoProjector
 from cumo_model.model.moe import RoutingRecord, record_routing
 from cumo_model.model.outputs import (
@@ -112,6 +112,8 @@ class CumoModel(CumoPreTrainedModel):
         config, vision = self.config, self.config.vision_config
         layer = config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or config.vision_feature_select_strategy
+        if strategy not in ("default", "full"):
+            raise ValueError(f"vision_feature_select_strategy must be 'default' or 'full', got {strategy!r}")
         wanted = (vision.num_channels, vision.image_size, vision.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != wanted:
             raise ValueError(
@@ -165,7 +167,7 @@ class CumoModel(CumoPreTrainedModel):
         """Embeddings (B, S, H) with the image features at the placeholders, and the features of all tiles."""
         embed_tokens, token = self.get_input_embeddings(), self.config.image_token_index
         if pixel_values is None:
-            if input_ids is None:
+            if inputs_embeds is not None:
                 return inputs_embeds, None
             # Decoding one token needs no check, but a further turn does. The length of the cache is not read:
             # that of a static cache is a tensor, on which a compiled graph cannot branch.
@@ -223,13 +225,15 @@ class CumoModel(CumoPreTrainedModel):
         every row without an image, and all ranks of a sharded model must run the same modules.
         `image_options` is for `get_image_features` only.
         """
-        pixel_values = as_tiles(pixel_values)
+        has_argument, pixel_values = pixel_values is not None, as_tiles(pixel_values)
         if image_options is not None:
+            if pixel_values is None:
+                return CumoImageFeatures(pooler_output=[])
             found = self._encode_tiles(pixel_values, **image_options)
             found.pooler_output = self._arrange(found.pooler_output, image_sizes)
             return found
         if (inputs_embeds is None and input_ids is None) or (
-            inputs_embeds is not None and input_ids is not None and pixel_values is None
+            inputs_embeds is not None and input_ids is not None and not has_argument
         ):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given, got both or neither")
         if inputs_embeds is not None and input_ids is not None and input_ids.shape != inputs_embeds.shape[:2]:
@@ -290,9 +294,9 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
         """
         return self.config.average_loss_over == "tokens"
 
-    def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs):
+    def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], *args, **kwargs):
         """As `CumoModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, *args, **kwargs)
 
     @either_cache_name
     @can_return_tuple
@@ -312,7 +316,6 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
         skip_logits: bool = False,
         output_router_stats: bool = False,
         output_router_logits: bool | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CumoOutput:
@@ -344,12 +347,12 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
                 L layers that ran, detached.
             output_router_logits: also return the router logits of every layer, differentiable; by default as
                 config.output_router_logits.
-            shift_labels: (B, S) int64, `labels` that are already shifted: position t predicts
-                shift_labels[:, t].
             num_items_in_batch: number of labels in all calls of an optimizer step, on all processes. The
                 language loss is then the sum over tokens divided by it, and the router losses are weighted by
                 this call's share of the labels. None: the mean over this call's tokens.
-            **kwargs (Any): passed on to the language model.
+            **kwargs (Any): passed on to the language model and, with labels, to `loss_function`; except
+                shift_labels, (B, S) int64, `labels` that are already shifted: position t predicts
+                shift_labels[:, t].
 
         Returns:
             CumoOutput with logits (B, S, V), or (B, kept positions, V) with `logits_to_keep`.
@@ -357,15 +360,18 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
         Raises:
             ValueError: placeholders and pictures do not match, or an argument has a wrong shape.
         """
-        pixel_values = as_tiles(pixel_values)
+        # no parameter of its own: the Trainer would take it for a label that every batch must have
+        shift_labels = kwargs.pop("shift_labels", None)
+        tiles = as_tiles(pixel_values)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        with_aux = self._has_expert_losses() and (self.training or output_router_logits)
-        recorded = with_aux or output_router_stats or output_router_logits
-        with record_routing(output_router_logits) if recorded else nullcontext([]) as records:
+        with_aux = self.training or output_router_logits
+        has_losses = with_aux and self._has_expert_losses()
+        recorded = has_losses or output_router_stats or output_router_logits
+        with record_routing(output_router_logits, of=self) if recorded else nullcontext([]) as records:
             outputs = self.model(
                 input_ids=input_ids,
-                pixel_values=pixel_values,
+                pixel_values=pixel_values if tiles is None else tiles,
                 image_sizes=image_sizes,
                 image_lengths=image_lengths,
                 attention_mask=attention_mask,
@@ -373,7 +379,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
                 cache=cache,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
-                all_routers=with_aux,
+                all_routers=has_losses,
                 return_dict=True,
                 **kwargs,
             )
@@ -382,25 +388,29 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
             labels, shift_labels, num_items_in_batch, self.config.image_token_index, hidden_states.shape[:2]
         )
         loss, logits, parts, aux_loss = None, None, {}, None
-        if skip_logits and targets is not None:
-            predicts = targets.tokens != -100
-            chosen = self._head.logits(self.lm_head, hidden_states[predicts])
-            loss = targets.loss(self.loss_function, chosen, predicts)
+        loss_function = self.loss_function
+        if skip_logits and targets is not None and takes_rows(loss_function):
+            rows = self._head.logits(self.lm_head, hidden_states[targets.tokens != -100])
+            loss = targets.loss_of_rows(loss_function, rows)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self._head.logits(self.lm_head, hidden_states[:, kept, :])
             if targets is not None:
-                loss = targets.loss(self.loss_function, logits)
+                if logits.shape[1] != hidden_states.shape[1]:
+                    raise ValueError(f"logits_to_keep must be 0 with labels, got {logits_to_keep}")
+                loss = targets.loss(loss_function, logits, **kwargs)
+                logits = None if skip_logits else logits
         if loss is not None:
             mean = loss if num_items_in_batch is None else loss * (targets.num_items / targets.count)
             parts["language"] = mean.detach()
         if with_aux:
             check_router_gradients(self, records)
-            aux_loss = self._aux_loss(records, parts, 0 if pixel_values is None else pixel_values.shape[0])
+            num_images = 0 if tiles is None else tiles.shape[0]
+            aux_loss = self._aux_loss(records if has_losses else [], parts, num_images, hidden_states)
             if targets is not None:
                 aux_loss = targets.share * aux_loss
             if self.training and loss is not None:
-                loss = loss + aux_loss
+                loss = loss + aux_loss.to(loss.device)
         return CumoOutput(
             loss=loss,
             logits=logits,
@@ -417,16 +427,21 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
     def _has_expert_losses(self) -> bool:
         return self.config.vision_config.num_experts > 1 or self.config.projector_num_experts > 1
 
-    def _aux_loss(self, records: list[RoutingRecord], parts: dict[str, Tensor], num_images: int) -> Tensor:
-        """Weighted sum of the router losses; adds the terms without their weights to `parts`."""
+    def _aux_loss(
+        self, records: list[RoutingRecord], parts: dict[str, Tensor], num_images: int, like: Tensor
+    ) -> Tensor:
+        """Weighted sum of the router losses, on the device of `like`.
+
+        Adds the terms without their weights to `parts`.
+        """
         coefficients = self.config.balance_loss_coef, self.config.router_z_loss_coef
         losses = router_losses(records, crop_counts(num_images, self.config.scales))
-        total = self.lm_head.weight.new_zeros((), dtype=torch.float32)
+        total = like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
         for place, terms in losses.items():
             for name, value, coef in zip(("balance", "z"), terms, coefficients, strict=True):
                 parts[f"{place}_{name}"] = value.detach()
                 if coef:
-                    total = total + coef * value
+                    total = total + coef * value.to(like.device)
         return total
 
 

@@ -23,7 +23,13 @@ from transformers.generation import (
 )
 
 from cumo_model.model.compat import CACHE_NAMES, this_cache_name
-from cumo_model.model.image_tokens import as_tiles, check_placeholders, picture_sizes, pictures_per_row
+from cumo_model.model.image_tokens import (
+    as_tiles,
+    check_no_placeholders,
+    check_placeholders,
+    picture_sizes,
+    pictures_per_row,
+)
 
 PICTURES = ("pixel_values", "image_sizes", "image_lengths")
 
@@ -140,7 +146,8 @@ class CumoGenerationMixin(GenerationMixin):
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         if not self._has_image_word():
             return TextProcessors(processors, token)
-        return LogitsProcessorList([SuppressTokensLogitsProcessor([token], self.device), *processors])
+        device = kwargs.get("device") or self.device  # self.device is meta while the model is offloaded
+        return LogitsProcessorList([SuppressTokensLogitsProcessor([token], device), *processors])
 
     def _get_stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
         criteria = super()._get_stopping_criteria(*args, **kwargs)
@@ -166,6 +173,7 @@ class CumoGenerationMixin(GenerationMixin):
             isinstance(assistant_model, CumoGenerationMixin)
             and assistant_model.config.image_token_index == token
             and assistant_model.config.picture_layout == self.config.picture_layout
+            and None in (more.get("target_tokenizer"), more.get("assistant_tokenizer"))
         )
         if not takes_pictures:
             model_kwargs = {key: value for key, value in model_kwargs.items() if key not in PICTURES}
@@ -197,7 +205,8 @@ class CumoGenerationMixin(GenerationMixin):
             input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         embeds = inputs.get("inputs_embeds")
-        marks = embeds is not None and inputs.get("pixel_values") is not None and not self._has_image_word()
+        has_pictures = as_tiles(inputs.get("pixel_values")) is not None
+        marks = embeds is not None and has_pictures and not self._has_image_word()
         if marks and input_ids is not None and input_ids.shape[1] >= embeds.shape[1]:
             inputs["input_ids"] = input_ids[:, -embeds.shape[1] :]
         return inputs
@@ -208,23 +217,29 @@ class CumoGenerationMixin(GenerationMixin):
         transformers says that no call of an assistant is the first, so its pictures would be dropped.
         """
         cache = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
+        size = generation_config.prefill_chunk_size
         first = is_first_iteration or cache is None or cache.get_seq_length() == 0
-        has_pictures = as_tiles(model_kwargs.get("pixel_values")) is not None
-        if generation_config.prefill_chunk_size is None or not (first and has_pictures):
+        pictures = {key: model_kwargs.get(key) for key in PICTURES} if first else {}
+        has_pictures = as_tiles(pictures.get("pixel_values")) is not None
+        # transformers' chunks begin at the first token, whatever the cache holds
+        begin = 0 if size is None or cache is None else int(cache.get_seq_length())
+        if size is None or not (has_pictures or begin):
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=first)
         if cache is None:
             raise ValueError("prefill_chunk_size must be None without a cache")
-        return self._prefill_chunks(input_ids, generation_config.prefill_chunk_size, cache, model_kwargs)
+        return self._prefill_chunks(input_ids, size, begin, pictures, model_kwargs)
 
-    def _prefill_chunks(self, input_ids: Tensor, size: int, cache, model_kwargs: dict):
-        """Embed the whole prompt with its pictures, then run the decoder on chunks of `size` tokens."""
+    def _prefill_chunks(self, input_ids: Tensor, size: int, begin: int, pictures: dict, model_kwargs: dict):
+        """Embed the prompt with its pictures, then run the decoder on chunks of `size` tokens.
+
+        The first `begin` tokens are in the cache.
+        """
         rest = {key: value for key, value in model_kwargs.items() if key not in (*PICTURES, "inputs_embeds")}
         mask, positions = rest.pop("attention_mask", None), rest.pop("position_ids", None)
-        begin = cache.get_seq_length()
+        embeds = model_kwargs.get("inputs_embeds")
         if begin and (mask is None or input_ids.shape[1] == mask.shape[1]):
             input_ids = input_ids[:, begin:]
-        pictures = {key: model_kwargs.get(key) for key in PICTURES}
-        embeds = self._embed_prompt(input_ids, model_kwargs.get("inputs_embeds"), **pictures)
+        embeds = self._embed_prompt(input_ids, embeds if embeds is None else embeds[:, begin:], **pictures)
         length, outputs = embeds.shape[1], None
         for start in range(0, length, size):
             stop = min(start + size, length)
@@ -240,19 +255,27 @@ class CumoGenerationMixin(GenerationMixin):
             outputs = self(**inputs, return_dict=True)
         return outputs
 
-    def _embed_prompt(self, input_ids, inputs_embeds, pixel_values, image_sizes, image_lengths) -> Tensor:
+    def _embed_prompt(
+        self, input_ids, inputs_embeds, pixel_values=None, image_sizes=None, image_lengths=None
+    ) -> Tensor:
         """(B, S, H): the prompt's embeddings with the features of its pictures."""
         layout, token = self.config.picture_layout, self.config.image_token_index
-        pixel_values = as_tiles(pixel_values)
+        pixel_values, embed_tokens = as_tiles(pixel_values), self.get_input_embeddings()
+        if pixel_values is None:
+            if inputs_embeds is not None:
+                return inputs_embeds
+            check_no_placeholders(input_ids == token, token)
+            return embed_tokens(input_ids)
         marked = inputs_embeds is None or input_ids.shape == inputs_embeds.shape[:2]
         is_image = self.model.is_image(input_ids if marked else None, inputs_embeds)
         sizes = picture_sizes(pixel_values.shape[0], image_sizes)
         check_placeholders(is_image, token, [layout.tokens(size) for size in sizes], image_lengths)
-        pictures = self.get_image_features(pixel_values, image_sizes=image_sizes).pooler_output
+        found = self.get_image_features(pixel_values, image_sizes=image_sizes, return_dict=True)
+        pictures = found.pooler_output
         if image_lengths is not None:
             pictures = [p[:n] for p, n in zip(pictures, image_lengths.tolist(), strict=True)]
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+            inputs_embeds = embed_tokens(input_ids.masked_fill(is_image, 0))
         return inputs_embeds.masked_scatter(is_image[:, :, None], torch.cat(pictures).to(inputs_embeds))
 
     def _expand_inputs_for_generation(
@@ -270,7 +293,12 @@ class CumoGenerationMixin(GenerationMixin):
             sizes = picture_sizes(len(pixels), images.get("image_sizes"))
             embeds = kwargs.get("inputs_embeds")
             marked = input_ids is not None and (embeds is None or input_ids.shape == embeds.shape[:2])
-            tokens = self.model.is_image(input_ids if marked else None, embeds).sum(1)
+            is_image = self.model.is_image(input_ids if marked else None, embeds)
+            cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+            cached = 0 if cache is None else int(cache.get_seq_length())
+            if cached < is_image.shape[1]:  # pictures in the cache are not given again
+                is_image = is_image[:, cached:]
+            tokens = is_image.sum(1)
             lengths = images.get("image_lengths", tokens.new_tensor([layout.tokens(size) for size in sizes]))
             counts = pictures_per_row(tokens, lengths.to(tokens.device))
             tiles = torch.tensor([layout.tiles(size) for size in sizes]).split(counts)

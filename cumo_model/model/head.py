@@ -15,6 +15,7 @@ import inspect
 import itertools
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+from transformers.initialization import meta_device_safe_creation_ops
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -103,6 +104,7 @@ def input_embedding_name(decoder: PreTrainedModel) -> str:
 
 
 _heads: dict[tuple[type, str], Head | str] = {}
+_lock = threading.RLock()
 
 
 def head_of(text_config: PreTrainedConfig) -> Head:
@@ -157,7 +159,7 @@ def _refusal_of_config(config: PreTrainedConfig) -> str | None:
 
 def _examine(config: PreTrainedConfig) -> Head | str:
     """The head, or the reason why there is none."""
-    with _outside_zero_init(), _fp32(), torch.random.fork_rng(devices=[]):
+    with _lock, _outside_zero_init(), _fp32():
         causal = _skeleton(config)
         name, decoder = _decoder_of(causal, config)
         kind = type(causal).__name__
@@ -226,6 +228,9 @@ def _outside_zero_init() -> Iterator[None]:
 def _fp32() -> Iterator[None]:
     """Create tensors in fp32; `from_pretrained` builds models in their own dtype."""
     dtype = torch.get_default_dtype()
+    if dtype == torch.float32:  # nothing is set, as other threads may build models at the same time
+        yield
+        return
     torch.set_default_dtype(torch.float32)
     try:
         yield
@@ -237,8 +242,13 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The CausalLM on the meta device."""
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"  # others check for a GPU
-    with torch.device("meta"), no_init_weights(), meta_device_safe_creation_ops():
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        try:  # without no_init_weights of transformers, which replaces torch.nn.init for all threads
+            return kind(config).eval()
+        except NotImplementedError:  # it reads values while it is built
+            with meta_device_safe_creation_ops():
+                return kind(config).eval()
 
 
 def _decoder_of(causal: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, PreTrainedModel | None]:

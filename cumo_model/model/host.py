@@ -113,5 +113,6 @@ def check_router_gradients(model: nn.Module, records: Sequence[RoutingRecord]) -
         ):
             raise ValueError(
                 f"use_reentrant must be False where there are experts: {name} ran without gradients, so the "
-                "router losses would not train its gate"
+                "router losses would not train its gate (a part that is run under torch.no_grad() on purpose "
+                "must have requires_grad_(False))"
             )

@@ -141,7 +141,11 @@ def as_tiles(pixel_values: Tensor | Sequence[Tensor] | None) -> Tensor | None:
     if pixel_values is None:
         return None
     if not isinstance(pixel_values, Tensor):
-        items = list(pixel_values)
+        items = []
+        for (
+            item
+        ) in pixel_values:  # one level of lists, as processors of transformers return; None: no picture
+            items += list(item) if isinstance(item, list | tuple) else [] if item is None else [item]
         if not items:
             return None
         if not all(isinstance(item, Tensor) and item.ndim in (3, 4) for item in items):

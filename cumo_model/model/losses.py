@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from cumo_kernels import RouterStats
 from cumo_model.model.moe import PLACES, RoutingRecord
@@ -109,6 +110,7 @@ def smoothed_language_loss(smoothing: float) -> Callable[..., Tensor]:
         total = nn.functional.cross_entropy(rows, targets, label_smoothing=smoothing, reduction="sum")
         return total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
+    loss.takes_rows = True
     return loss
 
 
@@ -118,11 +120,14 @@ class Targets:
 
     Attributes:
         tokens: (B, S) int64: position t predicts tokens[:, t]; -100 where it predicts nothing.
+        labels: (B, S) int64, not shifted; None if only shifted labels are given.
         count: () int64: number of predicted tokens, at least 1.
         share: weight of this call in the average over the step: its labels / `num_items_in_batch`; 1 without.
+        num_items: `num_items_in_batch`, at least 1.
     """
 
     tokens: Tensor
+    labels: Tensor | None
     count: Tensor
     share: Tensor | float
     num_items: Tensor | int | None
@@ -150,29 +155,44 @@ class Targets:
         if tuple(given.shape) != tuple(shape):
             raise ValueError(f"{name} must be {tuple(shape)} like input_ids, got {tuple(given.shape)}")
         if shift_labels is None:  # shifting the labels avoids a copy of the logits
+            labels = labels.masked_fill(labels == image_token, -100)
             given = nn.functional.pad(given[:, 1:], (0, 1), value=-100)
         tokens = given.masked_fill(given == image_token, -100)
         share: Tensor | float = 1.0
         if num_items is not None:
             if isinstance(num_items, Tensor):  # nn.DataParallel passes one element
                 num_items = num_items.to(given.device).reshape(())
+            num_items = torch.clamp(torch.as_tensor(num_items, device=given.device), min=1)
             share = (given != -100).sum() / num_items
-        return cls(tokens, (tokens != -100).sum().clamp(min=1), share, num_items)
+        return cls(tokens, labels, (tokens != -100).sum().clamp(min=1), share, num_items)
 
-    def loss(self, loss_function: Callable, logits: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Language loss: the sum over the predicted tokens / `num_items_in_batch`, or their mean without it.
+    def loss(self, loss_function: Callable, logits: Tensor, **kwargs) -> Tensor:
+        """Language loss of all logits (B, S, V), as transformers calls a `loss_function`.
 
-        Args:
-            loss_function: as `PreTrainedModel.loss_function`.
-            logits: (B, S, V), or those of the `chosen` positions (n, V).
-            chosen: (B, S) bool.
+        The default one gives the sum over the predicted tokens / `num_items_in_batch`, or their mean without
+        it, and 0 if nothing is predicted.
         """
-        tokens = self.tokens if chosen is None else self.tokens[chosen]
-        divisor = self.count if self.num_items is None else self.num_items
+        num_items = self.num_items
+        if num_items is None and takes_rows(loss_function):
+            num_items = self.count
+        kwargs |= {} if num_items is None else {"num_items_in_batch": num_items}
+        if self.labels is None or takes_rows(loss_function):
+            kwargs["shift_labels"] = self.tokens
+        return loss_function(logits=logits, labels=self.labels, vocab_size=logits.shape[-1], **kwargs)
+
+    def loss_of_rows(self, loss_function: Callable, rows: Tensor) -> Tensor:
+        """The same of the logits (n, V) of the predicted tokens only; `loss_function` must take rows."""
+        tokens = self.tokens[self.tokens != -100]
+        num_items = self.count if self.num_items is None else self.num_items
         return loss_function(
-            logits=logits,
+            logits=rows,
             labels=None,
             shift_labels=tokens,
-            vocab_size=logits.shape[-1],
-            num_items_in_batch=divisor,
+            vocab_size=rows.shape[-1],
+            num_items_in_batch=num_items,
         )
+
+
+def takes_rows(loss_function: Callable) -> bool:
+    """Whether a loss function reads nothing but logits, shifted labels and their number."""
+    return loss_function is ForCausalLMLoss or getattr(loss_function, "takes_rows", False)

@@ -9,7 +9,7 @@ Shape letters are those of cumo_kernels/types.py.
 import math
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,7 @@ class RoutingRecord:
 class _Recorder:
     records: list[RoutingRecord]
     logits: bool
+    layers: frozenset[int] | None  # ids of the layers to record; None: all
     backward: int  # the backward pass in which recording began; -1: none
 
 
@@ -59,7 +60,7 @@ _recorders = _Recorders()
 
 
 @contextmanager
-def record_routing(logits: bool = False) -> Iterator[list[RoutingRecord]]:
+def record_routing(logits: bool = False, of: nn.Module | None = None) -> Iterator[list[RoutingRecord]]:
     """Record the routing of every MoE layer that this thread runs inside the `with` block, in order.
 
     Other threads are not recorded, also not those that nn.DataParallel starts. Blocks can be nested: each
@@ -69,25 +70,42 @@ def record_routing(logits: bool = False) -> Iterator[list[RoutingRecord]]:
 
     Args:
         logits: also record router logits. The routers then write them to memory, which they otherwise do not.
+        of: record only the layers of this module. None, and always under torch.compile: all layers.
     """
-    outer, records = _recorders.active, []
-    _recorders.active = (*outer, _Recorder(records, logits, _backward_pass()))
+    layers = None
+    if of is not None and not torch.compiler.is_compiling():
+        layers = frozenset(id(module) for module in of.modules() if isinstance(module, MoELayer))
+    recorder = _Recorder([], logits, layers, _backward_pass())
+    _recorders.active = (*_recorders.active, recorder)
     try:
-        yield records
-    finally:
-        _recorders.active = outer
+        yield recorder.records
+    finally:  # blocks of generators and tasks may end in another order than they began
+        _recorders.active = tuple(other for other in _recorders.active if other is not recorder)
 
 
-def note_routing(place: str, layer: int, routing: Routing, logits: Tensor | None = None) -> None:
-    """Give the routing of one layer to every active `record_routing` of this thread."""
-    for recorder in _active_recorders():
+def note_routing(
+    place: str, layer: int, routing: Routing, logits: Tensor | None = None, module: nn.Module | None = None
+) -> None:
+    """Give the routing of `module`, the layer, to every active `record_routing` of this thread."""
+    for recorder in _active_recorders(module):
         kept = logits if recorder.logits else None
         recorder.records.append(RoutingRecord(place, layer, routing, kept))
 
 
-def _active_recorders() -> list[_Recorder]:
+def _active_recorders(module: nn.Module | None) -> list[_Recorder]:
     current = _backward_pass()
-    return [recorder for recorder in _recorders.active if recorder.backward == current]
+    return [
+        recorder
+        for recorder in _recorders.active
+        if recorder.backward == current and (recorder.layers is None or id(module) in recorder.layers)
+    ]
+
+
+def _saved_as_they_are():
+    """Inside, autograd saves tensors without the hooks of activation checkpointing."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _backward_pass() -> int:
@@ -118,14 +136,18 @@ class Gate(nn.Linear):
         return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias)
 
 
+_GATE_FORWARD = Gate.forward
+
+
 def may_be_fused(gate: nn.Module, x: Tensor) -> bool:
     """Whether the router's kernel may read the weight of `gate` instead of calling it.
 
-    False for a module of another class, a touched gate, and a weight that is not a plain tensor of the dtype
-    of x.
+    False for a module of another class, a touched or patched gate, and a weight that is not a plain tensor of
+    the dtype of x.
     """
     return (
         type(gate) is Gate
+        and Gate.forward is _GATE_FORWARD
         and is_untouched(gate)
         and gate.bias is None
         and not is_traceable_wrapper_subclass(gate.weight)
@@ -311,13 +333,16 @@ class MoELayer(nn.Module):
             raise ValueError(f"x must be (..., {self.hidden_size}), got {tuple(x.shape)}")
         rows = x.reshape(-1, self.hidden_size)
         logits = None
-        want_logits = any(recorder.logits for recorder in _active_recorders())
-        if not want_logits and self.compat is None and may_be_fused(self.gate, rows):
+        if self.compat is None and may_be_fused(self.gate, rows):
             routing = route(rows, self.top_k, self.gate.weight, groups=groups)
+            if any(recorder.logits for recorder in _active_recorders(self)):
+                # activation checkpointing must not count these tensors: recomputation does not record
+                with _saved_as_they_are():
+                    logits = self.gate(rows)
         else:
             logits = self.gate(rows)
             routing = route(logits, self.top_k, groups=groups, compat=self.compat)
-        note_routing(self.place, self.layer, routing, logits)
+        note_routing(self.place, self.layer, routing, logits, self)
         return routing
 
     def forward(self, x: Tensor, groups: int = 1, router_only: bool = False) -> Tensor:

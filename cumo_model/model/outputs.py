@@ -40,8 +40,8 @@ class CumoOutput(CausalLMOutputWithPast):
 
     Attributes:
         loss: language loss; in training plus `aux_loss`.
-        aux_loss: the weighted sum of the router losses, differentiable; always given in training if tower or
-            connector have experts, and in evaluation if router logits are requested. With labels and
+        aux_loss: the weighted sum of the router losses, differentiable; 0 unless tower or connector have
+            experts. Given in training, and in evaluation if router logits are requested. With labels and
             `num_items_in_batch` it is also weighted by the share of this call's tokens, as in `loss`.
         router_logits: (T, E) for each sparse layer of the language model. None unless requested, like the
             two below.

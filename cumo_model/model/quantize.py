@@ -64,4 +64,10 @@ def quantize_experts(
 
 def are_experts_quantized(model: nn.Module) -> bool:
     """Whether any MoELayer of `model` has quantised experts."""
-    return any(is_parametrized(module.experts) for module in model.modules() if isinstance(module, MoELayer))
+    return any(
+        type(step).__module__.startswith("bitsandbytes")
+        for module in model.modules()
+        if isinstance(module, MoELayer) and is_parametrized(module.experts)
+        for steps in module.experts.parametrizations.values()
+        for step in steps
+    )

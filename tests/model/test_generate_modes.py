@@ -1,11 +1,13 @@
 """Every mode of generate with pictures; ids outside the vocabulary reach no processor, criterion or draft."""
 
+import copy
 from itertools import pairwise
 
 import pytest
 import torch
 from transformers import (
     ContinuousBatchingConfig,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     MistralConfig,
@@ -229,6 +231,41 @@ def test_prefill_in_chunks_through_a_picture(prompt, size, token):
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("size", [2, 5])
+def test_chunks_of_a_later_turn_begin_behind_the_cache(prompt, size):
+    """A text-only turn after one with a picture, a turn with a new picture, and an assistant."""
+    model, inputs = prompt()
+    first = model.generate(**inputs, **OPTIONS, return_dict_in_generate=True)
+    more = torch.randint(3, 50, (1, 5))
+    for pictures in ({}, {"pixel_values": inputs["pixel_values"] + 1}):
+        ids = torch.cat([first.sequences, inputs["input_ids"] if pictures else more], 1)
+        options = {**OPTIONS, "past_key_values": first.past_key_values, **pictures}
+        wanted = model.generate(ids, **copy.deepcopy(options))
+        found = model.generate(ids, **copy.deepcopy(options), prefill_chunk_size=size)
+        assert torch.equal(found, wanted)
+    wanted = model.generate(**inputs, **OPTIONS)
+    found = model.generate(**inputs, **OPTIONS, assistant_model=copy.deepcopy(model), prefill_chunk_size=size)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_return_sequences": 2, "do_sample": True, "top_k": 1}, {"num_beams": 3}]
+)
+def test_new_pictures_of_a_later_turn_stay_with_their_rows(prompt, options):
+    model, inputs = prompt(rows=2)
+    copies = options.get("num_beams", options.get("num_return_sequences"))
+    cache = DynamicCache(config=model.config.text_config)
+    spread = {key: value.repeat_interleave(copies, 0) for key, value in inputs.items()}
+    model(**spread, past_key_values=cache, use_cache=True)
+    new = torch.stack([torch.full((3, 12, 12), 1.0), torch.full((3, 12, 12), 2.0)])
+    ids, seen = torch.cat([inputs["input_ids"], inputs["input_ids"]], 1), []
+    model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0][:, 0, 0, 0].tolist()), with_kwargs=True
+    )
+    model.generate(ids, pixel_values=new, past_key_values=cache, **{**OPTIONS, **options})
+    assert seen[0][: 2 * copies] == [1.0] * copies + [2.0] * copies
+
+
 def test_prefill_in_chunks_with_padding_and_without_a_picture(prompt):
     model, inputs = prompt(rows=2)
     ids = torch.cat([torch.zeros(2, 3, dtype=torch.long), inputs["input_ids"]], 1)
@@ -328,7 +365,13 @@ def test_no_tiles_are_no_pictures(prompt):
     model, inputs = prompt()
     ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == OUTSIDE, 4)
     wanted = model(input_ids=ids).logits
-    for empty in (torch.zeros(0, 3, 12, 12), torch.zeros(0), [], torch.zeros(1, 0, 3, 12, 12)):
+    empties = [torch.zeros(0, 3, 12, 12), torch.zeros(0), [], torch.zeros(1, 0, 3, 12, 12), [None, None]]
+    embeds = model.get_input_embeddings()(ids)
+    for empty in (*empties, [[], []]):
+        assert model.get_image_features(empty).pooler_output == []
+        both = {"input_ids": ids, "inputs_embeds": embeds, "pixel_values": empty}
+        assert torch.equal(model(**both).logits, wanted)
+        assert torch.equal(model.generate(**both, **OPTIONS), model.generate(ids, **OPTIONS))
         assert torch.equal(model(input_ids=ids, pixel_values=empty).logits, wanted)
         out = model.generate(ids, pixel_values=empty, **OPTIONS)
         assert torch.equal(out, model.generate(ids, **OPTIONS))
@@ -342,6 +385,13 @@ def test_tuples_on_request(prompt):
     assert torch.equal(model(**inputs, return_dict=False)[0], wanted.logits)
     picture = {"pixel_values": inputs["pixel_values"]}
     features = model.get_image_features(**picture)
+    assert torch.equal(
+        model.get_image_features(picture["pixel_values"], None).pooler_output[0], features[1][0]
+    )
+    with pytest.raises(
+        ValueError, match="vision_feature_select_strategy must be 'default' or 'full', got 'x'"
+    ):
+        model.get_image_features(**picture, vision_feature_select_strategy="x")
     found = model.get_image_features(**picture, return_dict=False)
     assert isinstance(found, tuple) and torch.equal(found[1][0], features.pooler_output[0])
     model.config.return_dict = model.config.text_config.return_dict = False
@@ -350,7 +400,9 @@ def test_tuples_on_request(prompt):
     assert isinstance(model.get_image_features(**picture), tuple)
     out = model.train()(**inputs, labels=inputs["input_ids"])
     assert out[0].requires_grad
-    assert torch.equal(model.eval().generate(**inputs, **OPTIONS), greedy_of_dict(model, inputs))
+    found = [model.eval().generate(**inputs, **OPTIONS, prefill_chunk_size=n) for n in (None, 5)]
+    wanted = greedy_of_dict(model, inputs)
+    assert all(torch.equal(ids, wanted) for ids in found)
 
 
 def greedy_of_dict(model, inputs):

@@ -47,6 +47,10 @@ def test_offloaded_models_compute_the_same(tiny_config, tmp_path, text, where):
     assert torch.equal(model(**batch).logits, wanted)
     assert torch.equal(model.get_image_features(**picture).pooler_output[0], features)
     assert torch.equal(model.generate(**batch, max_new_tokens=4, do_sample=False, eos_token_id=None), tokens)
+    training = {"labels": batch["input_ids"], "output_router_logits": True}
+    assert (
+        model.train()(**batch, **training).loss.isfinite() and model.eval()(**batch, **training).aux_loss > 0
+    )
     stats = model(**batch, output_router_stats=True).router_stats
     assert stats["clip"]["mean_probs"].shape[0] == 2  # the last layer's router does not run
 
@@ -91,6 +95,22 @@ def test_hooks_of_a_gate_change_its_logits(register):
     register(layer.gate)
     assert not is_untouched(layer.gate)
     assert layer.route(x).topk_indices.unique().tolist() == [0, 1]
+
+
+def test_a_gates_class_may_be_patched(monkeypatch):
+    monkeypatch.setattr(Gate, "forward", lambda self, x: always_first(self)(x))
+    layer = MoELayer(8, 6, 4, 2, "gelu")
+    assert layer.route(torch.randn(5, 8)).topk_indices.unique().tolist() == [0, 1]
+
+
+def test_a_model_generates_with_its_head_alone_on_disk(tiny_config, tmp_path):
+    model, batch = anyres(tiny_config, "mistral")
+    model.config.image_token_index = 2
+    batch["input_ids"][batch["input_ids"] == 2], batch["input_ids"][batch["input_ids"] == 60] = 3, 2
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    wanted = model.generate(**batch, **options)
+    disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    assert torch.equal(model.generate(**batch, **options), wanted)
 
 
 def test_a_gate_of_another_class_or_with_a_bias_is_called():

@@ -100,6 +100,24 @@ def test_recomputation_is_not_recorded_but_a_call_inside_backward_is():
     assert len(records) == 1 and inside == [1]
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_router_logits_under_activation_checkpointing(tiny_model, tiny_batch, whole):
+    """Recomputation runs without the recorder that asked for them."""
+    model, batch = tiny_model(text="mixtral").train(), tiny_batch()
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        out = model(**batch, output_router_logits=True, use_cache=False)
+        logits = (*out.router_logits, *out.vision_router_logits, *out.projector_router_logits)
+        ((out.loss if whole else out.aux_loss) + sum(x.square().mean() for x in logits)).backward()
+        found.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+    assert sum(grad is not None for grad in found[0]) > 60
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
 def test_compiled_calls_record_in_their_own_block_and_in_one_around_them():
     layer, x = MoELayer(8, 6, 4, 2, "gelu"), torch.randn(5, 8)
 
@@ -125,3 +143,50 @@ def test_compiled_calls_record_in_their_own_block_and_in_one_around_them():
     assert counts == [1] * THREADS
     call(x)
     assert len(outer) == 1
+
+
+def test_blocks_may_end_in_another_order_than_they_began():
+    """As those of generators do."""
+    layer, x = MoELayer(8, 6, 4, 2, "gelu"), torch.randn(5, 8)
+
+    def steps():
+        with record_routing() as records:
+            layer(x)
+            yield
+            layer(x)
+        yield records
+
+    first, second = steps(), steps()
+    next(first), next(second)
+    assert [len(next(first)), len(next(second))] == [3, 3]
+    layer(x)
+    with record_routing() as records:
+        layer(x)
+    assert len(records) == 1
+
+
+def test_only_the_layers_of_one_module_on_request():
+    layers, x = [MoELayer(8, 6, 4, 2, "gelu") for _ in range(2)], torch.randn(5, 8)
+    with record_routing(of=layers[1]) as records:
+        for layer in layers:
+            layer(x)
+    assert len(records) == 1
+    assert torch.equal(records[0].routing.topk_indices, layers[1].route(x).topk_indices)
+
+
+def test_models_built_in_threads_have_initial_weights(tiny_config):
+    """Looking at a decoder that is not known yet must not change how other threads initialise theirs."""
+    from cumo_model import CumoForConditionalGeneration
+
+    before, bad = torch.nn.init.normal_, []
+
+    def build(i):
+        for size in range(3):
+            config = tiny_config(text_options={"vocab_size": 50 + 10 * i + size})
+            for name, parameter in CumoForConditionalGeneration(config).named_parameters():
+                if not parameter.isfinite().all() or parameter.abs().max() > 10:
+                    bad.append(name)
+
+    in_threads(build)
+    assert bad == [] and torch.nn.init.normal_ is before
+    assert torch.nn.Linear(8, 8).weight.abs().max() < 1

@@ -168,10 +168,10 @@ def test_aux_loss_is_given_in_training_with_and_without_labels(tiny_model, tiny_
     model(**batch, labels=labels).loss.backward()
     assert_same_formula(found, gradients(model))
     assert model.eval()(**batch).aux_loss is None
-    assert (
-        tiny_model(text="mixtral", vision_experts=1, projector_num_experts=1).train()(**batch).aux_loss
-        is None
-    )
+    without = tiny_model(text="mixtral", vision_experts=1, projector_num_experts=1).train()
+    out = without(**batch, labels=labels, output_router_logits=True)
+    assert out.aux_loss == 0 and len(out.router_logits) == 2
+    assert set(out.loss_parts) == {"language"} and out.loss == out.loss_parts["language"]
 
 
 def test_router_logits_as_mixtral_has_them(tiny_model, tiny_batch):
@@ -230,3 +230,66 @@ def test_num_items_shifted_labels_and_the_loss_function_are_those_of_transformer
         == model(**batch, num_items_in_batch=3, skip_logits=True).loss
     )
     assert seen == [(50, 3), (50, 3)]
+
+
+def test_a_loss_function_is_called_as_transformers_calls_it(tiny_model, tiny_batch):
+    """With the labels, image tokens masked, and the keyword arguments of the call; also without logits."""
+    model, batch, seen = tiny_model(**OFF).train(), tiny_batch(), []
+    batch["labels"][0, 5] = 60
+
+    def own(logits, labels, vocab_size, weight=1.0, **kwargs):
+        seen.append(sorted(kwargs))
+        return weight * cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    wanted = model(**batch).loss
+    model.loss_function = own
+    for skip in (False, True):
+        out = model(**batch, weight=3.0, skip_logits=skip)
+        assert_same_formula(out.loss, 3 * wanted)
+        assert (out.logits is None) == skip
+    model(**batch, num_items_in_batch=7)
+    assert seen == [[], [], ["num_items_in_batch"]]
+
+
+def test_the_trainer_evaluates_and_keeps_the_best_model(tiny_model, tmp_path):
+    """It looks for labels among the parameters of forward: all that it finds must be in a batch."""
+    arguments = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False}
+    arguments |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    arguments |= {"max_steps": 1, "load_best_model_at_end": True, "dataloader_pin_memory": False}
+    model = tiny_model(**COEFFICIENTS)
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), **arguments),
+        train_dataset=rows(),
+        eval_dataset=rows()[:3],
+        data_collator=collate,
+    )
+    trainer.train()
+    assert trainer.state.best_metric == trainer.evaluate()["eval_loss"] > 0
+
+
+def test_no_label_in_a_whole_step_is_no_division_by_zero(tiny_model, tiny_batch):
+    model, batch = tiny_model().train(), tiny_batch()
+    batch["labels"].fill_(-100)
+    for none in (0, torch.tensor(0)):
+        assert model(**batch, num_items_in_batch=none).loss == 0
+    with pytest.raises(ValueError, match="logits_to_keep must be 0 with labels, got 3"):
+        model(**batch, logits_to_keep=3)
+
+
+def test_a_model_called_inside_another_has_no_part_in_its_losses(tiny_model, tiny_batch):
+    """A teacher in a hook, a copy of the model, with and without gradients; and a tower of its own."""
+    model, batch = tiny_model(text="mixtral", **COEFFICIENTS).train(), tiny_batch()
+    wanted = model(**batch)
+    inner = copy.deepcopy(model)
+
+    def run(*_):
+        inner(**batch)
+        with torch.no_grad():
+            inner(**batch)
+            inner.model.vision_tower(batch["pixel_values"])
+
+    handle = model.model.multi_modal_projector.register_forward_hook(run)
+    found = model(**batch)
+    handle.remove()
+    assert torch.equal(found.loss, wanted.loss) and found.loss_parts == wanted.loss_parts
