@@ -19,7 +19,7 @@ from cumo_model.checkpoints.parts import check_dtype, from_parts, load_whole
 from cumo_model.checkpoints.upcycle import scratch_experts, upcycle
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
-from cumo_model.model.layouts import LAYOUTS, layout_of
+from cumo_model.model.layouts import LAYOUTS, layout_of, read_config
 from cumo_model.processing.processor import (
     ASPECT_RATIOS,
     DEFAULT_TEMPLATE,
@@ -102,6 +102,13 @@ def assemble(
     experts = dict(experts or {})
     if unknown := sorted(set(experts) - EXPERT_OPTIONS):
         raise ValueError(f"experts must be keyword arguments of upcycle, got {', '.join(unknown)}")
+    wanted = [name for name in PLACES if experts.get(name)]
+    for folder in (checkpoint, text):
+        if wanted and folder is not None and read_config(folder).get("quantization_config"):
+            raise ValueError(
+                f"experts must be None for {os.fspath(folder)!r}, whose quantization_config says that its "
+                f"weights are quantised, got {', '.join(wanted)}"
+            )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if checkpoint is not None:

@@ -129,6 +129,13 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype must be None or a floating-point torch.dtype, got {dtype!r}")
 
 
+# masks, positions and versions that earlier releases of transformers saved and that models now compute
+OLD_BUFFERS = re.compile(
+    r"(^|\.)(attn|attention|self_attn)\.(attention\.)?(bias|masked_bias|causal_mask|embed_positions)$"
+    r"|(^|\.)(rotary_emb\.inv_freq|position_ids|embed_positions\.weights|(de|en)coder\.version)$"
+)
+
+
 def load_whole(
     kind: type,
     folder: str | os.PathLike,
@@ -168,6 +175,7 @@ def load_whole(
         for name, found, wanted in info["mismatched_keys"]
     ]
     extra = [] if known is None else sorted(set(info["unexpected_keys"]) - set(known))
+    extra = [name for name in extra if not OLD_BUFFERS.search(name)]
     problems = [
         f"{len(names)} {what} ({', '.join(sorted(names)[:3])})"
         for what, names in (("missing", missing), ("of another shape", wrong), ("not known", extra))
@@ -228,8 +236,10 @@ def _decoder_and_head(
         decoder = load_whole(CumoMixtralModel, folder, dtype or "auto", known=("lm_head.weight",))
         output = nn.Linear(text.hidden_size, text.vocab_size, bias=False, device="meta")
         output.weight = decoder.get_input_embeddings().weight
-        if not text.tie_word_embeddings:
-            output.weight = _mixtral_head(folder, decoder.dtype)
+        if not text.tie_word_embeddings or "lm_head.weight" in Shards(folder).shapes:
+            weight = _mixtral_head(folder, decoder.dtype)
+            if not (text.tie_word_embeddings and torch.equal(weight, output.weight)):
+                output.weight = weight
     else:
         causal = load_whole(MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], folder, dtype or "auto", known=())
         decoder, output = causal.get_submodule(head.decoder), causal.get_submodule(head.weight)

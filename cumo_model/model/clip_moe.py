@@ -164,7 +164,12 @@ class CumoVisionModel(ParallelMixin, MoEHostMixin, CLIPPreTrainedModel):
         """
         layers = self.encoder.layers
         several = not isinstance(feature_layer, int)
-        indices = [range(len(layers) + 1)[i] for i in (feature_layer if several else [feature_layer])]
+        asked, states = list(feature_layer) if several else [feature_layer], len(layers) + 1
+        if not asked or any(not -states <= i < states for i in asked):
+            raise ValueError(
+                f"feature_layer must index the tower's {states} hidden states, got {feature_layer}"
+            )
+        indices = [range(states)[i] for i in asked]
         deepest = max(indices)
         all_routers = all_routers and self.config.num_experts > 1
         wants_attentions = self._records("attentions", output_attentions)

@@ -139,7 +139,10 @@ class CumoConfig(PreTrainedConfig):
             )
         if self.text_config is None or isinstance(self.text_config, dict):
             text = dict(self.text_config or MISTRAL_7B)
-            self.text_config = CONFIG_MAPPING[text.pop("model_type", "mistral")](**text)
+            kind = text.pop("model_type", "mistral")
+            if kind not in CONFIG_MAPPING:
+                raise ValueError(f"text_config.model_type must be known to transformers, got {kind!r}")
+            self.text_config = CONFIG_MAPPING[kind](**text)
         self.vision_config.compat = self.compat
         # lm_head belongs to this model, but the text model's flag also applies
         text_ties = getattr(self.text_config, "tie_word_embeddings", False)

@@ -115,7 +115,13 @@ class CumoModel(CumoPreTrainedModel):
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy must be 'default' or 'full', got {strategy!r}")
         wanted = (vision.num_channels, vision.image_size, vision.image_size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != wanted:
+        other_sizes = kwargs.get("interpolate_pos_encoding", False)
+        if other_sizes and config.scales != (1,):
+            raise ValueError(
+                "interpolate_pos_encoding must be False unless scales is [1], "
+                f"got True with scales {list(config.scales)}"
+            )
+        if pixel_values.ndim != 4 or (tuple(pixel_values.shape[1:]) != wanted and not other_sizes):
             raise ValueError(
                 f"pixel_values must be (B, {', '.join(map(str, wanted))}), got {tuple(pixel_values.shape)}"
             )
@@ -266,8 +272,8 @@ class CumoModel(CumoPreTrainedModel):
         return CumoModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             **cache_of(outputs),
-            hidden_states=outputs.hidden_states,
-            attentions=getattr(outputs, "attentions", None),  # a decoder without attention has none
+            hidden_states=getattr(outputs, "hidden_states", None),  # some decoders give neither
+            attentions=getattr(outputs, "attentions", None),
             image_hidden_states=features,
         )
 

@@ -11,6 +11,7 @@ The same run finds decoders that need more than `inputs_embeds`, which CuMo cann
 
 import contextlib
 import copy
+import gc
 import inspect
 import itertools
 import json
@@ -123,6 +124,8 @@ def head_of(text_config: PreTrainedConfig) -> Head:
     if key not in _heads:
         refusal = _refusal_of_config(text_config)
         _heads[key] = refusal or _examine(text_config)
+        if getattr(text_config, "num_hidden_layers", 0) > FEW:
+            gc.collect()  # the skeleton of a large model, which has reference cycles
     if isinstance(found := _heads[key], str):
         raise ValueError(found)
     return found

@@ -143,7 +143,14 @@ class ParallelMixin:
             for part, style in RULES.get(type(module), {}).items():
                 own[re.sub(r"\.\d+(?=\.|$)", ".*", f"{name}.{part}".rstrip("."))] = style
         experts = tuple(name for name, style in own.items() if style == STYLE)
-        rest = {name: style for name, style in self._tp_plan.items() if not name.startswith(experts)}
+        # replicated: they may share one weight, of which transformers would split only the embedding
+        whole = {name for name, module in self.named_modules() if isinstance(module, nn.Embedding)}
+        whole.add("lm_head")
+        rest = {
+            name: style
+            for name, style in self._tp_plan.items()
+            if not name.startswith(experts) and name not in whole
+        }
         self._tp_plan = rest | own
 
     def gather_sharded_state_dict_for_save(self, model_to_save: nn.Module, state_dict: dict, *args, **kwargs):
@@ -184,9 +191,14 @@ def check_parallel(model: nn.Module, distributed_config) -> None:
         for config in [model.config if part == "config" else getattr(model.config, part, None)]
         for field in ("num_attention_heads", "num_key_value_heads")
     }
+    text = getattr(model.config, "text_config", model.config)
+    if text.model_type != "mixtral" and "vision" not in text.model_type:
+        sizes["text_config.intermediate_size"] = getattr(text, "intermediate_size", None)
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             sizes[f"the inner size of {name}"] = module.down_proj.shape[2]
+        if isinstance(module, CLIPMLP | DenseMLP):
+            sizes[f"the inner size of {name}"] = module.fc1.out_features
         if isinstance(module, MoELayer) and module.compat is not None:
             raise ValueError(
                 f"tp_size must be 1 with compat {module.compat!r}, which repeats the rounding of whole sums, "

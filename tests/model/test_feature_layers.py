@@ -63,3 +63,30 @@ def test_a_layer_that_does_not_exist_is_named(tiny_config, layers, got):
 def test_the_original_layout_holds_one_layer(tiny_config):
     with pytest.raises(ValueError, match=r"vision_feature_layer must be -2 for .* layout, got \[-2, -3\]"):
         to_original(tiny_config(vision_feature_layer=[-2, -3]))
+
+
+def test_pictures_of_another_size_on_request(tiny_config):
+    """interpolate_pos_encoding for pictures of 16 x 16 pixels, so 16 tokens; not with several scales."""
+    model = CumoForConditionalGeneration(tiny_config(scales=(1,))).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    found = model.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
+    states = model.model.vision_tower(pixels, feature_layer=-2, interpolate_pos_encoding=True)
+    wanted = model.model.multi_modal_projector(states.last_hidden_state[:, 1:])
+    assert [x.shape for x in found] == [(16, 24)] * 2 and torch.equal(torch.stack(found), wanted)
+    with pytest.raises(ValueError, match=r"pixel_values must be \(B, 3, 12, 12\)"):
+        model.get_image_features(pixels)
+    scaled = CumoForConditionalGeneration(tiny_config(scales=(1, 2))).eval()
+    with pytest.raises(ValueError, match=r"interpolate_pos_encoding must be False unless scales is \[1\]"):
+        scaled.get_image_features(pixels, interpolate_pos_encoding=True)
+
+
+@pytest.mark.parametrize("layer", [4, -5, [], [1, 9]])
+def test_a_layer_of_one_call_that_does_not_exist_is_named(tiny_config, layer):
+    model = CumoForConditionalGeneration(tiny_config(scales=(1,)))
+    with pytest.raises(ValueError, match=r"feature_layer must index the tower's 4 hidden states, got"):
+        model.get_image_features(torch.randn(1, 3, 12, 12), vision_feature_layer=layer)
+
+
+def test_a_text_model_that_transformers_does_not_know_is_named(tiny_config):
+    with pytest.raises(ValueError, match=r"text_config.model_type must be known .*, got 'nonsense'"):
+        tiny_config(text="nonsense")

@@ -19,6 +19,8 @@ MODELS = {
     "mixtral-moe": {"text": "mixtral"},
     "mistral-dense": {"text": "mistral", "vision_experts": 1, "projector_num_experts": 1},
     "mixtral-dense": {"text": "mixtral", "vision_experts": 1, "projector_num_experts": 1},
+    "mistral-tied": {"text": "mistral", "tie_word_embeddings": True},
+    "mixtral-tied": {"text": "mixtral", "tie_word_embeddings": True},
 }
 
 
@@ -59,7 +61,8 @@ def test_two_processes_compute_the_same_as_one(tiny_model, tmp_path):
             assert_same_formula(found, {k: v for k, v in wanted[name][0].items() if k != "tokens"})
             check_sizes(sizes, wanted[name][1])
         saved = load_file(tmp_path / f"{name}-saved" / "model.safetensors")
-        assert saved.keys() == wanted[name][1].keys()
+        tied = {"lm_head.weight"} if name.endswith("tied") else set()
+        assert saved.keys() == wanted[name][1].keys() - tied
         assert all(torch.equal(value, wanted[name][1][key]) for key, value in saved.items())
 
 
@@ -69,8 +72,6 @@ def check_sizes(sizes, state):
     halves += ("gate_proj", "up_proj", "down_proj.weight", "fc1", "fc2.weight")  # dense MLPs
     halves += ("experts.down_proj", "experts.gate_up_proj", "experts.up_proj", "experts.up_proj_bias")
     for name in state:
-        if name.endswith("embed_tokens.weight"):  # transformers 5.24 splits it too
-            continue
         is_half = any(f"{half}." in f"{name}." for half in halves)
         assert sizes.get(name, 1.0) == (0.5 if is_half else 1.0), name
 
@@ -90,6 +91,18 @@ REFUSED = [
         {"tp_size": 2},
         "tp_size must divide the inner size of model.vision_tower.encoder.layers.0.mlp.experts, 49, got 2",
         id="experts",
+    ),
+    pytest.param(
+        {"vision_experts": 1, "vision": {"intermediate_size": 49}},
+        {"tp_size": 2},
+        "tp_size must divide the inner size of model.vision_tower.encoder.layers.0.mlp, 49, got 2",
+        id="dense-mlp",
+    ),
+    pytest.param(
+        {"text_options": {**HEADS, "intermediate_size": 41}},
+        {"tp_size": 2},
+        "tp_size must divide text_config.intermediate_size, 41, got 2",
+        id="dense-text",
     ),
     pytest.param({"compat": "cumo"}, {"tp_size": 2}, "tp_size must be 1 with compat 'cumo'", id="compat"),
     pytest.param({}, {"pp_size": 2}, "pp_size 1 for CumoForConditionalGeneration, got 2", id="pipeline"),

@@ -1,5 +1,7 @@
 """Language models of many architectures in a CuMo: loaded, upcycled, saved and read, with their head."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -113,3 +115,39 @@ def test_a_language_model_is_refused_while_its_checkpoint_is_loaded(folder, tmp_
     config.text_config = decoder_config("falcon_h1")
     with pytest.raises(ValueError, match="'falcon_h1': its decoder computes something else with input_ids"):
         CumoForConditionalGeneration.from_pretrained(tmp_path / "saved", config=config, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "model_type, name",
+    [
+        ("gptj", "transformer.h.0.attn.masked_bias"),
+        ("gpt_neo", "transformer.h.0.attn.attention.bias"),
+        ("codegen", "transformer.h.0.attn.causal_mask"),
+        ("xglm", "model.embed_positions.weights"),
+        ("opt", "model.decoder.version"),
+    ],
+)
+def test_buffers_of_older_releases_are_ignored(folder, tmp_path, model_type, name):
+    """Masks and positions that models now compute."""
+    text, own = folder(model_type)
+    edit(text, lambda tensors: tensors.update({name: torch.ones(1, 1, 4, 4)}))
+    ids = torch.tensor([[5, 6, 7]])
+    model = from_parts(tmp_path / "clip", text).eval()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, own(ids).logits)
+
+
+def test_a_mixtral_whose_tied_head_has_weights_of_its_own_is_refused(folder, tmp_path):
+    text, _ = folder("mixtral", tie_word_embeddings=True)
+    from_parts(tmp_path / "clip", text)
+    edit(text, lambda tensors: tensors.update({"lm_head.weight": torch.ones(50, 32)}))
+    with pytest.raises(ValueError, match=r"tie_word_embeddings must be False for .*text, whose output"):
+        from_parts(tmp_path / "clip", text)
+
+
+def test_new_experts_beside_quantised_weights_are_refused_before_loading(folder, tmp_path):
+    text, _ = folder("mistral")
+    config = json.loads((text / "config.json").read_text())
+    (text / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(ValueError, match=r"experts must be None for .*text', whose quantization_config"):
+        assemble(vision=tmp_path / "clip", text=text, experts={"vision_experts": 4})
