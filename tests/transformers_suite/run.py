@@ -129,8 +129,10 @@ def run_tests(folder: Path, selected: Sequence[str], options: Sequence[str] = ()
         results = project / "results.jsonl"
         results.touch()
         (project / "selected.json").write_text(json.dumps(list(selected)))
+        # pytest-xdist of an outer run must not make the recorder take this one for a worker of it
+        outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         environment = {
-            **os.environ,
+            **outer,
             "PYTHONPATH": os.pathsep.join([str(project), str(ROOT)]),
             "CUMO_SUITE_RESULTS": str(results),
             "HF_HUB_OFFLINE": "1",
