@@ -36,6 +36,11 @@ either_cache_name = _cache_under("cache")  # for this project's methods, whose a
 this_cache_name = _cache_under(CACHE)  # for methods of transformers
 
 
+def given_cache(arguments: dict) -> Cache | None:
+    """The cache in a dict of keyword arguments, under either name."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
 def cache_argument(cache) -> dict:
     """The cache as a keyword argument of a decoder.
 

@@ -147,9 +147,9 @@ class CumoModel(CumoPreTrainedModel):
         ]
 
     def is_image(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """(B, S) bool, True at the placeholders of pictures."""
+        """(B, S) bool, True at the placeholders of pictures: by id if the ids are those of the embeddings."""
         token, words = self.config.image_token_index, self.config.text_config.vocab_size
-        if input_ids is not None:
+        if input_ids is not None and (inputs_embeds is None or input_ids.shape == inputs_embeds.shape[:2]):
             return input_ids == token
         if not 0 <= token < words:
             raise ValueError(
@@ -158,6 +158,20 @@ class CumoModel(CumoPreTrainedModel):
             )
         marker = self.get_input_embeddings()(torch.tensor([token], device=inputs_embeds.device))
         return (inputs_embeds == marker.to(inputs_embeds)).all(-1)
+
+    def embed(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, pixel_values=None, **pictures
+    ) -> Tensor:
+        """Embeddings (B, S, H) of a prompt with its pictures; arguments as in `forward`.
+
+        `input_ids` of another length than `inputs_embeds` are ignored.
+        """
+        if inputs_embeds is not None and (
+            as_tiles(pixel_values) is None or input_ids.shape != inputs_embeds.shape[:2]
+        ):
+            input_ids = None
+        prompt = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "pixel_values": pixel_values}
+        return self(**prompt, **pictures, embed_only=True, return_dict=True).last_hidden_state
 
     def _embed(
         self,
@@ -222,6 +236,7 @@ class CumoModel(CumoPreTrainedModel):
         all_routers: bool = False,
         num_dummy_images: int = 0,
         image_options: dict | None = None,
+        embed_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CumoModelOutput | CumoImageFeatures:
         """As `CumoForConditionalGeneration.forward`, without head and loss.
@@ -229,7 +244,7 @@ class CumoModel(CumoPreTrainedModel):
         The last `num_dummy_images` of pixel_values have no placeholders in the text. They run through tower
         and connector and count in the router losses. They serve two purposes: the original code adds one for
         every row without an image, and all ranks of a sharded model must run the same modules.
-        `image_options` is for `get_image_features` only.
+        `image_options` is for `get_image_features` only, and `embed_only` for `embed`.
         """
         has_argument, pixel_values = pixel_values is not None, as_tiles(pixel_values)
         if image_options is not None:
@@ -257,6 +272,8 @@ class CumoModel(CumoPreTrainedModel):
             all_routers,
             num_dummy_images,
         )
+        if embed_only:
+            return CumoModelOutput(last_hidden_state=inputs_embeds, image_hidden_states=features)
         if self.training and attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
             # padding counts in Mixtral's router losses; the original code pads with zero vectors
             inputs_embeds = inputs_embeds * attention_mask[:, :, None].to(inputs_embeds.dtype)

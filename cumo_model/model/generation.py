@@ -22,14 +22,8 @@ from transformers.generation import (
     SuppressTokensLogitsProcessor,
 )
 
-from cumo_model.model.compat import CACHE_NAMES, this_cache_name
-from cumo_model.model.image_tokens import (
-    as_tiles,
-    check_no_placeholders,
-    check_placeholders,
-    picture_sizes,
-    pictures_per_row,
-)
+from cumo_model.model.compat import given_cache, this_cache_name
+from cumo_model.model.image_tokens import as_tiles, picture_sizes, pictures_per_row
 
 PICTURES = ("pixel_values", "image_sizes", "image_lengths")
 
@@ -66,10 +60,8 @@ class TextProcessors(LogitsProcessorList):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         words = scores.shape[-1]
         word = image_word(self.image_token, words)
-        extended, text = (
-            input_ids.masked_fill(input_ids == self.image_token, word),
-            text_ids(input_ids, self.image_token),
-        )
+        extended = input_ids.masked_fill(input_ids == self.image_token, word)
+        text = text_ids(input_ids, self.image_token)
         for processor in self:
             if isinstance(processor, BY_ID):
                 wide = pad(scores, (0, word + 1 - words), value=-torch.inf)
@@ -111,9 +103,15 @@ class TextCandidates(CandidateGenerator):
     def __getattr__(self, name: str):
         return getattr(self.inner, name)
 
+    @property
+    def requires_model_outputs(self) -> bool:  # the base class has a value, so __getattr__ is not asked
+        return self.inner.requires_model_outputs
+
+    def _ids_for_inner(self, input_ids: Tensor) -> Tensor:
+        return input_ids if self.takes_pictures else text_ids(input_ids, self.image_token)
+
     def get_candidates(self, input_ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        given = input_ids if self.takes_pictures else text_ids(input_ids, self.image_token)
-        ids, logits = self.inner.get_candidates(given, *args, **kwargs)
+        ids, logits = self.inner.get_candidates(self._ids_for_inner(input_ids), *args, **kwargs)
         drafts = ids[:, input_ids.shape[1] :].to(input_ids.device)
         length = int((drafts[0] != self.image_token).int().cumprod(0).sum()) if drafts.shape[1] else 0
         if length < drafts.shape[1]:
@@ -121,12 +119,7 @@ class TextCandidates(CandidateGenerator):
         return torch.cat([input_ids, drafts[:, :length]], 1), logits
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
-        given = input_ids if self.takes_pictures else text_ids(input_ids, self.image_token)
-        self.inner.update_candidate_strategy(given, scores, num_matches)
-
-
-# the base class defines it, so __getattr__ would not reach the one of `inner`
-TextCandidates.requires_model_outputs = property(lambda self: self.inner.requires_model_outputs)
+        self.inner.update_candidate_strategy(self._ids_for_inner(input_ids), scores, num_matches)
 
 
 class CumoGenerationMixin(GenerationMixin):
@@ -205,9 +198,9 @@ class CumoGenerationMixin(GenerationMixin):
             input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         embeds = inputs.get("inputs_embeds")
-        has_pictures = as_tiles(inputs.get("pixel_values")) is not None
-        marks = embeds is not None and has_pictures and not self._has_image_word()
-        if marks and input_ids is not None and input_ids.shape[1] >= embeds.shape[1]:
+        if embeds is None or self._has_image_word() or as_tiles(inputs.get("pixel_values")) is None:
+            return inputs
+        if input_ids is not None and input_ids.shape[1] >= embeds.shape[1]:  # they mark the pictures
             inputs["input_ids"] = input_ids[:, -embeds.shape[1] :]
         return inputs
 
@@ -216,18 +209,18 @@ class CumoGenerationMixin(GenerationMixin):
 
         transformers says that no call of an assistant is the first, so its pictures would be dropped.
         """
-        cache = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
-        size = generation_config.prefill_chunk_size
+        cache, size = given_cache(model_kwargs), generation_config.prefill_chunk_size
         first = is_first_iteration or cache is None or cache.get_seq_length() == 0
-        pictures = {key: model_kwargs.get(key) for key in PICTURES} if first else {}
-        has_pictures = as_tiles(pictures.get("pixel_values")) is not None
-        # transformers' chunks begin at the first token, whatever the cache holds
-        begin = 0 if size is None or cache is None else int(cache.get_seq_length())
-        if size is None or not (has_pictures or begin):
-            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=first)
-        if cache is None:
-            raise ValueError("prefill_chunk_size must be None without a cache")
-        return self._prefill_chunks(input_ids, size, begin, pictures, model_kwargs)
+        if size is not None:
+            pictures = {key: model_kwargs.get(key) for key in PICTURES} if first else {}
+            has_pictures = as_tiles(pictures.get("pixel_values")) is not None
+            if cache is None and has_pictures:
+                raise ValueError("prefill_chunk_size must be None without a cache")
+            # transformers' chunks begin at the first token, whatever the cache holds
+            begin = 0 if cache is None else int(cache.get_seq_length())
+            if has_pictures or begin:
+                return self._prefill_chunks(input_ids, size, begin, pictures, model_kwargs)
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=first)
 
     def _prefill_chunks(self, input_ids: Tensor, size: int, begin: int, pictures: dict, model_kwargs: dict):
         """Embed the prompt with its pictures, then run the decoder on chunks of `size` tokens.
@@ -239,7 +232,7 @@ class CumoGenerationMixin(GenerationMixin):
         embeds = model_kwargs.get("inputs_embeds")
         if begin and (mask is None or input_ids.shape[1] == mask.shape[1]):
             input_ids = input_ids[:, begin:]
-        embeds = self._embed_prompt(input_ids, embeds if embeds is None else embeds[:, begin:], **pictures)
+        embeds = self.model.embed(input_ids, embeds if embeds is None else embeds[:, begin:], **pictures)
         length, outputs = embeds.shape[1], None
         for start in range(0, length, size):
             stop = min(start + size, length)
@@ -255,29 +248,6 @@ class CumoGenerationMixin(GenerationMixin):
             outputs = self(**inputs, return_dict=True)
         return outputs
 
-    def _embed_prompt(
-        self, input_ids, inputs_embeds, pixel_values=None, image_sizes=None, image_lengths=None
-    ) -> Tensor:
-        """(B, S, H): the prompt's embeddings with the features of its pictures."""
-        layout, token = self.config.picture_layout, self.config.image_token_index
-        pixel_values, embed_tokens = as_tiles(pixel_values), self.get_input_embeddings()
-        if pixel_values is None:
-            if inputs_embeds is not None:
-                return inputs_embeds
-            check_no_placeholders(input_ids == token, token)
-            return embed_tokens(input_ids)
-        marked = inputs_embeds is None or input_ids.shape == inputs_embeds.shape[:2]
-        is_image = self.model.is_image(input_ids if marked else None, inputs_embeds)
-        sizes = picture_sizes(pixel_values.shape[0], image_sizes)
-        check_placeholders(is_image, token, [layout.tokens(size) for size in sizes], image_lengths)
-        found = self.get_image_features(pixel_values, image_sizes=image_sizes, return_dict=True)
-        pictures = found.pooler_output
-        if image_lengths is not None:
-            pictures = [p[:n] for p, n in zip(pictures, image_lengths.tolist(), strict=True)]
-        if inputs_embeds is None:
-            inputs_embeds = embed_tokens(input_ids.masked_fill(is_image, 0))
-        return inputs_embeds.masked_scatter(is_image[:, :, None], torch.cat(pictures).to(inputs_embeds))
-
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
@@ -291,10 +261,8 @@ class CumoGenerationMixin(GenerationMixin):
         if expand_size > 1 and pixels is not None:
             layout = self.config.picture_layout
             sizes = picture_sizes(len(pixels), images.get("image_sizes"))
-            embeds = kwargs.get("inputs_embeds")
-            marked = input_ids is not None and (embeds is None or input_ids.shape == embeds.shape[:2])
-            is_image = self.model.is_image(input_ids if marked else None, embeds)
-            cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+            is_image = self.model.is_image(input_ids, kwargs.get("inputs_embeds"))
+            cache = given_cache(kwargs)
             cached = 0 if cache is None else int(cache.get_seq_length())
             if cached < is_image.shape[1]:  # pictures in the cache are not given again
                 is_image = is_image[:, cached:]

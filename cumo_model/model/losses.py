@@ -114,6 +114,23 @@ def smoothed_language_loss(smoothing: float) -> Callable[..., Tensor]:
     return loss
 
 
+def label_count(num_items_in_batch: Tensor | int, device: torch.device) -> Tensor:
+    """`num_items_in_batch` as a () tensor, at least 1. nn.DataParallel passes tensors of one element."""
+    return torch.as_tensor(num_items_in_batch, device=device).reshape(-1)[0].clamp(min=1)
+
+
+def share_of_labels(shifted: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """Weight of a micro-batch in the average over a step: its share of the step's labels.
+
+    Args:
+        shifted: labels of this micro-batch, without those of the first position, which nothing predicts.
+        num_items_in_batch: labels of the step, as transformers' Trainer counts them; None: the weight is 1.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    return (shifted != -100).sum() / label_count(num_items_in_batch, shifted.device)
+
+
 @dataclass(frozen=True)
 class Targets:
     """What each position predicts, and how the losses of a step are averaged.
@@ -130,7 +147,7 @@ class Targets:
     labels: Tensor | None
     count: Tensor
     share: Tensor | float
-    num_items: Tensor | int | None
+    num_items: Tensor | None
 
     @classmethod
     def of(
@@ -158,13 +175,15 @@ class Targets:
             labels = labels.masked_fill(labels == image_token, -100)
             given = nn.functional.pad(given[:, 1:], (0, 1), value=-100)
         tokens = given.masked_fill(given == image_token, -100)
-        share: Tensor | float = 1.0
+        share = share_of_labels(given, num_items)
         if num_items is not None:
-            if isinstance(num_items, Tensor):  # nn.DataParallel passes one element
-                num_items = num_items.to(given.device).reshape(())
-            num_items = torch.clamp(torch.as_tensor(num_items, device=given.device), min=1)
-            share = (given != -100).sum() / num_items
+            num_items = label_count(num_items, given.device)
         return cls(tokens, labels, (tokens != -100).sum().clamp(min=1), share, num_items)
+
+    @property
+    def divisor(self) -> Tensor:
+        """What the sum over the predicted tokens is divided by."""
+        return self.count if self.num_items is None else self.num_items
 
     def loss(self, loss_function: Callable, logits: Tensor, **kwargs) -> Tensor:
         """Language loss of all logits (B, S, V), as transformers calls a `loss_function`.
@@ -172,24 +191,20 @@ class Targets:
         The default one gives the sum over the predicted tokens / `num_items_in_batch`, or their mean without
         it, and 0 if nothing is predicted.
         """
-        num_items = self.num_items
-        if num_items is None and takes_rows(loss_function):
-            num_items = self.count
-        kwargs |= {} if num_items is None else {"num_items_in_batch": num_items}
+        if self.num_items is not None or takes_rows(loss_function):
+            kwargs["num_items_in_batch"] = self.divisor
         if self.labels is None or takes_rows(loss_function):
             kwargs["shift_labels"] = self.tokens
         return loss_function(logits=logits, labels=self.labels, vocab_size=logits.shape[-1], **kwargs)
 
     def loss_of_rows(self, loss_function: Callable, rows: Tensor) -> Tensor:
         """The same of the logits (n, V) of the predicted tokens only; `loss_function` must take rows."""
-        tokens = self.tokens[self.tokens != -100]
-        num_items = self.count if self.num_items is None else self.num_items
         return loss_function(
             logits=rows,
             labels=None,
-            shift_labels=tokens,
+            shift_labels=self.tokens[self.tokens != -100],
             vocab_size=rows.shape[-1],
-            num_items_in_batch=num_items,
+            num_items_in_batch=self.divisor,
         )
 
 

@@ -27,10 +27,9 @@ from transformers import ProgressCallback, TrainerCallback
 from cumo_kernels.tiles import hardware
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.losses import load_balancing_loss, router_z_loss
-from cumo_model.model.moe import MoELayer, RoutingRecord, record_routing
+from cumo_model.model.moe import PLACES, MoELayer, RoutingRecord, record_routing
 from cumo_model.training.flops import step_flops
 
-PLACES = ("mlp", "clip", "llm")
 LOSSES = ("language", *(f"{place}_{kind}" for place in PLACES for kind in ("balance", "z")))
 # sums per layer, in addition to the load
 EXTRA = ("slots", "balance", "z", "calls", "router_entropy", "entropy_calls")

@@ -3,24 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.trainer_pt_utils import LabelSmoother
 
-from cumo_model.model.losses import smoothed_language_loss
-
-
-def share_of_labels(labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-    """Weight of a micro-batch in the average over a step: its share of the step's labels.
-
-    Args:
-        labels: (B, S), not shifted.
-        num_items_in_batch: labels of the step, as transformers' Trainer counts them; None: the weight is 1.
-    """
-    if labels is None or num_items_in_batch is None:
-        return 1.0
-    items = torch.as_tensor(num_items_in_batch, device=labels.device).reshape(-1)[0]
-    return (labels[..., 1:] != -100).sum() / items
+from cumo_model.model.losses import share_of_labels, smoothed_language_loss
 
 
 class RouterLosses:
@@ -45,7 +31,7 @@ class RouterLosses:
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 scale = self.accelerator.num_processes
             # nn.DataParallel gives one aux_loss for each replica
-            loss = loss + scale * share_of_labels(labels, num_items_in_batch) * aux_loss.mean()
+            loss = loss + scale * share_of_labels(labels[..., 1:], num_items_in_batch) * aux_loss.mean()
         return (loss, outputs) if return_outputs else loss
 
     @contextmanager

@@ -19,12 +19,13 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from cumo_model.checkpoints.folders import fingerprint, new_directory, read_object, write_json
 from cumo_model.data.sampling import StepSampler
+from cumo_model.model.losses import share_of_labels
 from cumo_model.training.deepspeed import clear
 from cumo_model.training.expert_checkpoints import SpreadCheckpoints
 from cumo_model.training.monitor import Monitor, MonitorCallback, ShortProgress
 from cumo_model.training.recipe import Recipe, plain
 from cumo_model.training.recover import SAVING, Interrupted, StopRequests, last_sound
-from cumo_model.training.router_losses import RouterLosses, share_of_labels
+from cumo_model.training.router_losses import RouterLosses
 
 RECIPE_FILE = "recipe.json"  # file in a run's folder: identity of the recipe
 DATA_FILE = "data.json"  # file in a run's folder: identity of the data
@@ -118,8 +119,9 @@ class StageTrainer(RouterLosses, SpreadCheckpoints):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {**self.forward_options, **inputs}
-        items = num_items_in_batch if self.model_accepts_loss_kwargs else None
-        weight = share_of_labels(inputs.get("labels"), items)
+        weight = 1.0
+        if "labels" in inputs and self.model_accepts_loss_kwargs:
+            weight = share_of_labels(inputs["labels"][..., 1:], num_items_in_batch)
         with self.monitor.watching(inputs, model.training):
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
