@@ -1,4 +1,4 @@
-"""File helpers: atomic writes, and the location of the user's cache."""
+"""File helpers: atomic writes, names that must stay in a folder, and the location of the user's cache."""
 
 import contextlib
 import os
@@ -18,6 +18,32 @@ def write_whole(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
+
+
+def inside(folder: str | os.PathLike, name: str) -> Path:
+    """The path of a file that other data name, such as a picture of a record or a shard of an index.
+
+    Args:
+        folder: the file must be in this folder. The folder itself may be reached through links.
+        name: path relative to `folder`.
+
+    Raises:
+        ValueError: the name is empty or absolute, has `..`, or a symbolic link in it leads out of the folder.
+            Links into the blobs of the same repository of a Hugging Face cache are allowed.
+    """
+    path = Path(folder, name)
+    if not name or "\0" in name or os.path.isabs(name) or ".." in Path(name).parts:
+        raise ValueError(f"{name!r} must be a path inside {os.fspath(folder)!r}")
+    root, target = os.path.realpath(folder), os.path.realpath(path)
+    roots = [root]
+    parents = Path(root).parents
+    roots += [str(parents[i + 1] / "blobs") for i, p in enumerate(parents) if p.name == "snapshots"]
+    if not any(target == place or target.startswith(os.path.join(place, "")) for place in roots):
+        raise ValueError(
+            f"{name!r} is a link that leads out of {os.fspath(folder)!r}, to {target!r}; "
+            "name the folder that it leads to as well"
+        )
+    return path
 
 
 def user_cache() -> Path:
