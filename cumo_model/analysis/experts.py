@@ -145,6 +145,14 @@ def _batches(dataset: StreamedConversations, kinds: dict[str, list[int]], size: 
                 bar.update(len(part))
 
 
+def _as_seen(pixels: Tensor, image_processor) -> np.ndarray:
+    """A tile (3, s, s) as the tower sees it, padded or cropped: (s, s, 3) uint8."""
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (image_processor.image_mean, image_processor.image_std)
+    )
+    return ((pixels * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
 def report_experts(
     checkpoint: str | os.PathLike,
     files: Sequence[str],
@@ -176,7 +184,7 @@ def report_experts(
         ValueError: the checkpoint has no experts or no tokenizer, or a file cannot be read.
     """
     from cumo_model.analysis import plots
-    from cumo_model.processing.processor import load_image
+    from cumo_model.processing.pictures import load_image
 
     model, processor = assemble(checkpoint)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -200,9 +208,9 @@ def report_experts(
         (work / "load.json").write_text(json.dumps(found, indent=1))
         plots.plot_expert_load(load, work / "load.png")
         for name in pictures:
-            picture = load_image(name)
-            pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+            # of a picture that is cut into tiles, the first shows the whole
+            pixels = processor.image_processor(load_image(name), return_tensors="pt")["pixel_values"][:1]
             chosen = {key: value.numpy() for key, value in patch_experts(model, pixels).items()}
-            shown = np.asarray(picture.resize(pixels.shape[-2:]))
+            shown = _as_seen(pixels[0], processor.image_processor)
             plots.plot_patches(shown, chosen, work / f"patches-{Path(name).stem}.png")
     return found

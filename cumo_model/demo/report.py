@@ -15,7 +15,7 @@ from cumo_model.checkpoints.folders import write_whole
 from cumo_model.demo.folder import RESULT, read_json
 from cumo_model.demo.plots import plot_losses
 from cumo_model.demo.settings import TEMPLATE, Settings
-from cumo_model.processing.processor import load_image
+from cumo_model.processing.pictures import load_image
 from cumo_model.serving.chat import answer, load
 from cumo_model.training.stage import read_history
 

@@ -12,13 +12,15 @@ Mistral's SentencePiece does, that token is trained on too.
 
 Tokens: one BOS always comes first. Mistral's templates also write `<s>`, so they start with two. If a turn
 has exactly one image marker, it is moved to the start of the turn as `<image>\\n`; several markers keep their
-places. The text is split at the markers, each part is tokenised separately, and each marker becomes
+places. In a chat, the parts of a message are joined to such a text: a picture is `<image>`, and `<image>\\n`
+before all text. The text is split at the markers, each part is tokenised separately, and each marker becomes
 `image_seq_length` image tokens.
 
 LLaVA's masks differ for two template families that CuMo never used: with `###` LLaVA also trains on the first
 mark of each turn, and with `<|im_end|>` it does not train on that mark.
 """
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from cumo_model.processing.templates import IMAGE_MARKER, Template, get_template
 
@@ -196,16 +199,18 @@ def tokenize_prompt(
     return tokenize_conversation(turns, tokenizer, template, image_seq_length)[0]
 
 
+@functools.cache
 def chat_template(template: str) -> str:
     """Write a template as a transformers chat template (Jinja).
 
-    Apply it with `tokenize=True`, which adds no second BOS. A leading system message replaces the system
-    text of the template. If the last message is from the user, the result is a prompt and ends with the text
-    that precedes an answer. Plain accepts no system message and uses only the images of a user message.
-    Answers are marked, for `return_assistant_tokens_mask`: the mask selects the tokens that have labels.
+    The text that it writes starts with the tokenizer's BOS. A leading system message replaces the system text
+    of the template. If the last message is from the user, the result is a prompt and ends with the text that
+    precedes an answer. Plain accepts no system message and uses only the picture of a user message. Pictures
+    in other messages and parts of other types are errors. Answers are marked, for
+    `return_assistant_tokens_mask`: the mask selects the tokens that have labels.
     """
     form = get_template(template)
-    answer = f"{_jinja_string(form.lead)}{_JINJA_TEXT}{_jinja_string(form.end)}"
+    answer = f"{_jinja_string(form.lead)}{{{{ content }}}}{_jinja_string(form.end)}"
     answer = GENERATION[0] + answer + GENERATION[1]
     if not form.instruct:
         return (
@@ -213,12 +218,11 @@ def chat_template(template: str) -> str:
             "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') or loop.index > 2 %}"
             "{{ raise_exception('messages must be one of user with an image and at most one of assistant, "
             "its caption, for plain, got ' + message['role'] + ' as number ' + loop.index | string) }}"
-            "{% endif %}{% if message['role'] == 'user' %}{% set marks %}"
-            f"{_jinja_parts('image', IMAGE_MARKER)}{{% if message['content'] is string %}}"
-            f"{{{{ '{IMAGE_MARKER}' * message['content'].count('{IMAGE_MARKER}') }}}}{{% endif %}}"
-            "{% endset %}{% if not marks %}"
-            "{{ raise_exception('messages must begin with an image in template plain') }}{% endif %}"
-            f"{{{{ marks }}}}{{% else %}}{answer}{{% endif %}}{{% endfor %}}"
+            f"{{% endif %}}{_JINJA_CONTENT}{{% if message['role'] == 'user' %}}"
+            f"{{% if content.count({IMAGE_MARKER!r}) != 1 %}}"
+            "{{ raise_exception('messages must have exactly one image for plain, got ' + "
+            f"content.count({IMAGE_MARKER!r}) | string) }}}}{{% endif %}}"
+            f"{IMAGE_MARKER}{{% else %}}{answer}{{% endif %}}{{% endfor %}}"
         )
     frame = [_jinja_string(side) for side in form.frame]
     default = f"{frame[0]}{_jinja_string(form.system)}{frame[1]}" if form.system else ""
@@ -226,37 +230,47 @@ def chat_template(template: str) -> str:
         f"{{% if loop.first %}}{{{{ system }}}}{_jinja_string(form.first)}"
         f"{{% else %}}{_jinja_string(form.again)}{{% endif %}}"
     )
-    content, marks = "message['content']", f"replace({IMAGE_MARKER!r}, {form.picture!r})"
+    marks = f"replace({IMAGE_MARKER!r}, {form.picture!r})"
     # a single marker moves to the start of the text, as in `render`
-    front = f"({IMAGE_MARKER + chr(10)!r} + {content}.replace({IMAGE_MARKER!r}, '').strip()).strip()"
+    front = f"({IMAGE_MARKER + chr(10)!r} + content.replace({IMAGE_MARKER!r}, '').strip()).strip()"
     question = (
-        f"{{% if {content} is not string %}}{_jinja_parts('image', form.picture + chr(10))}{_JINJA_TEXT}"
-        f"{{% elif {content}.count({IMAGE_MARKER!r}) == 1 %}}{{{{ {front}.{marks} }}}}"
-        f"{{% else %}}{{{{ {content}.{marks} }}}}{{% endif %}}"
+        f"{{% if content.count({IMAGE_MARKER!r}) == 1 %}}{{{{ {front}.{marks} }}}}"
+        f"{{% else %}}{{{{ content.{marks} }}}}{{% endif %}}"
     )
     return (
         "{% if messages and messages[0]['role'] == 'system' %}{% set message = messages[0] %}"
-        f"{{% set system %}}{frame[0]}{_JINJA_TEXT}{frame[1]}{{% endset %}}{{% set turns = messages[1:] %}}"
+        f"{_JINJA_CONTENT}{{% set system %}}{frame[0]}{{{{ content }}}}{frame[1]}{{% endset %}}"
+        "{% set turns = messages[1:] %}"
         f"{{% else %}}{{% set system %}}{default}{{% endset %}}{{% set turns = messages %}}{{% endif %}}"
         f"{{{{ bos_token }}}}{_jinja_string(form.opening)}{{% for message in turns %}}"
         "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}"
         "{{ raise_exception('messages must alternate user and assistant, user first, with at most one system "
         "message before them, got ' + message['role'] + ' as number ' + loop.index | string) }}{% endif %}"
-        f"{{% if message['role'] == 'user' %}}{begin}{question}{_jinja_string(form.reply)}"
+        f"{_JINJA_CONTENT}{{% if message['role'] == 'user' %}}{begin}{question}{_jinja_string(form.reply)}"
         f"{{% else %}}{answer}{{% endif %}}{{% endfor %}}"
     )
 
 
 def template_of(chat: str | None, names: Sequence[str]) -> str | None:
-    """The one of `names` whose chat template is `chat`, or None.
+    """The one of `names` whose chat template is `chat`, or writes the same text, or None.
 
-    A processor that was saved by an earlier version has the same template without the marks of answers.
+    Processors that were saved by earlier versions have chat templates that write the same text.
     """
 
-    def plain(text: str) -> str:
-        return text.replace(GENERATION[0], "").replace(GENERATION[1], "")
+    def written(template: str, count: int) -> str | None:
+        turns = [f"{IMAGE_MARKER}\nwhat?", "this", "and now?"][:count]
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        try:
+            special = {"bos_token": "<s>", "eos_token": "</s>"}
+            return render_jinja_template([messages], chat_template=template, **special)[0][0]
+        except Exception:  # templates raise errors of many kinds for conversations that they do not take
+            return None
 
-    return next((name for name in names if chat and plain(chat_template(name)) == plain(chat)), None)
+    for name in names if chat else ():
+        count = 3 if get_template(name).instruct else 2
+        if chat == chat_template(name) or written(chat, count) == written(chat_template(name), count):
+            return name
+    return None
 
 
 def answer_mask(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -279,17 +293,18 @@ def _jinja_string(text: str) -> str:
     return "".join(f"{{{{ {piece} }}}}" for piece in pieces)
 
 
-def _jinja_parts(kind: str, written: str) -> str:
-    """Jinja code that writes `written` for each content part of this type; plain text has no parts."""
-    loop = f"{{% for part in message['content'] if part['type'] == '{kind}' %}}"
-    return (
-        f"{{% if message['content'] is not string %}}{loop}{{{{ {written!r} }}}}{{% endfor %}}{{% endif %}}"
-    )
-
-
-_JINJA_TEXT = (
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+# sets `content` to the text of a message; a newline follows pictures before all text, as in LLaVA
+_JINJA_CONTENT = (
+    "{% set content %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% set place = namespace(is_front=true) %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% if part['text'] %}{% set place.is_front = false %}"
+    "{% endif %}{% elif part['type'] in ('image', 'image_url') %}"
+    f"{{{{ {IMAGE_MARKER + chr(10)!r} if place.is_front else {IMAGE_MARKER!r} }}}}"
+    "{% else %}{{ raise_exception('parts of a message must be of type text or image, got ' "
+    "+ part['type'] | string) }}{% endif %}{% endfor %}{% endif %}{% endset %}"
+    f"{{% if message['role'] != 'user' and {IMAGE_MARKER!r} in content %}}"
+    "{{ raise_exception('only messages of the user may have images, got one of ' + message['role']) }}"
+    "{% endif %}"
 )
 
 

@@ -1,12 +1,10 @@
-"""Conversion of pictures and prompts to tensors: transformers' LLaVA processor with the settings of CuMo."""
+"""The processor: tokenizer and image processor, with the chat templates and settings of CuMo."""
 
 import os
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
@@ -15,74 +13,18 @@ from transformers import (
 )
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import (
-    LlavaNextImageProcessorKwargs,
-    LlavaNextImageProcessorPil,
-)
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from cumo_model.model.config import CumoConfig, check_pinpoints
 from cumo_model.model.image_tokens import MERGES, PictureLayout
 from cumo_model.model.layouts import layout_of, read_config
-from cumo_model.processing.conversation import IMAGE_MARKER, answer_mask, chat_template
+from cumo_model.processing.conversation import IMAGE_MARKER, answer_mask, chat_template, template_of
+from cumo_model.processing.image_processor import ASPECT_RATIOS, CumoImageProcessor
+from cumo_model.processing.messages import in_brief, check_messages
 from cumo_model.processing.sentencepieces import like_sentencepiece
+from cumo_model.processing.templates import TEMPLATES, get_template
 
-ASPECT_RATIOS = ("pad", "square", "anyres")
 DEFAULT_TEMPLATE = "mistral_instruct_system"
-
-
-class CumoImageProcessorKwargs(LlavaNextImageProcessorKwargs, total=False):
-    """
-    image_aspect_ratio (`str`, *optional*):
-        "pad", "square" or "anyres".
-    """
-
-    image_aspect_ratio: str
-
-
-class CumoImageProcessor(LlavaNextImageProcessorPil):
-    """Image processor: pictures of any size -> pixel_values (tiles, 3, s, s) and image_sizes.
-
-    image_sizes is the (height, width) of each picture in pixels. `image_aspect_ratio` has three values:
-
-        pad      pad to a square with the mean colour, as in the later stages of CuMo
-        square   crop the longer side to a square, as in the first stage of CuMo
-        anyres   the whole picture as one tile, then the tiles of the best grid of `image_grid_pinpoints`; the
-                 picture is resized to fit the grid, and the rest of the grid is black
-
-    Tiles are then resized (bicubic, by Pillow, as in CuMo), scaled by 1/255 and normalised with the mean and
-    standard deviation of CLIP.
-    """
-
-    model_input_names = ["pixel_values", "image_sizes"]
-    valid_kwargs = CumoImageProcessorKwargs
-    size = {"shortest_edge": 336}
-    crop_size = {"height": 336, "width": 336}
-    image_aspect_ratio = "pad"
-
-    pad_to_square = LlavaImageProcessorPil.pad_to_square
-
-    def _preprocess(
-        self, images: list[np.ndarray], image_aspect_ratio: str, image_grid_pinpoints, do_pad, **kwargs
-    ) -> BatchFeature:
-        if image_aspect_ratio not in ASPECT_RATIOS:
-            raise ValueError(f"image_aspect_ratio must be one of {ASPECT_RATIOS}, got {image_aspect_ratio!r}")
-        side = kwargs["crop_size"].height
-        tiles = []
-        for image in images:
-            cut = [image]
-            if image_aspect_ratio == "anyres":
-                cut = self.get_image_patches(
-                    image, image_grid_pinpoints, (side, side), side, kwargs["resample"]
-                )
-            tiles += cut
-        # the padding has colour int(255 * mean); its offset is half the difference, rounded down
-        out = LlavaImageProcessorPil._preprocess(self, tiles, do_pad=image_aspect_ratio == "pad", **kwargs)
-        sizes = [image.shape[-2:] for image in images]
-        out.update(BatchFeature({"image_sizes": sizes}, tensor_type=kwargs.get("return_tensors")))
-        return out
 
 
 class CumoProcessor(LlavaProcessor):
@@ -137,12 +79,57 @@ class CumoProcessor(LlavaProcessor):
         """Whether the model needs image_sizes; else it takes tile after tile."""
         return self.patch_merge_type != "flat" and self.is_tiled(**kwargs)
 
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Convert pictures and text to tensors, as in transformers.
+
+        A text that starts with the BOS tokens of the chat template, as `apply_chat_template` writes it, gets
+        no further BOS, unless `add_special_tokens` is given.
+
+        Args:
+            images: pictures as `pictures.read_picture` reads them: one, a list in the order of the markers, or
+                a list of lists, one for each row of `text`.
+            text: one text or several, with `<image>` for each picture.
+            videos: not supported.
+            audio: not supported.
+            **kwargs (Any): as in transformers.
+
+        Raises:
+            ValueError: a picture cannot be read, pictures and markers do not match, or videos or audio are
+                given.
+        """
+        for name, value in (("videos", videos), ("audio", audio)):
+            if value is not None:
+                raise ValueError(f"{name} must be None, the model takes pictures only, got {in_brief(value)}")
+        asked = "add_special_tokens" in {**kwargs, **(kwargs.get("text_kwargs") or {})}
+        if text is not None and not asked and self.tokenizer.bos_token:
+            rows = [text] if isinstance(text, str) else list(text)
+            if all(isinstance(row, str) for row in rows) and any(map(self._has_bos, rows)):
+                adds = self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+                missing = self.tokenizer.bos_token if adds else ""
+                text = [row if self._has_bos(row) else missing + row for row in rows]
+                kwargs["add_special_tokens"] = False
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def _has_bos(self, text: str) -> bool:
+        """Whether a text starts with as many BOS tokens as the chat template writes."""
+        name = template_of(self._default_chat_template(), list(TEMPLATES))
+        wanted = self.tokenizer.bos_token
+        if name is not None and get_template(name).opening.startswith("<s>"):
+            wanted *= 2  # one of the tokenizer, one of the template
+        return text.startswith(wanted)
+
+    def _default_chat_template(self) -> str | None:
+        chat = self.chat_template
+        return chat.get("default") if isinstance(chat, dict) else chat
+
     def prepare_inputs_layout(self, images=None, text=None, *args, **kwargs):
         """As in transformers; an empty list of pictures, nested or not, is no picture."""
         return super().prepare_inputs_layout(images if _any_picture(images) else None, text, *args, **kwargs)
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """As in transformers; `return_assistant_tokens_mask=True` gives exact masks.
+
+        A message with parts that the model does not take, such as a video, is a ValueError.
 
         With `tokenize` and `return_dict` it adds assistant_masks: 1 for each token of the answers, end marks
         included, and 0 elsewhere. These are the tokens that have labels in training. (In transformers, the
@@ -153,6 +140,14 @@ class CumoProcessor(LlavaProcessor):
         )
         more = given.pop("kwargs", {})
         del given["self"]
+        check_messages(given["conversation"], needs_pictures=bool(given.get("tokenize")))
+        for name in ("tools", "documents"):
+            if given.get(name) and name not in (
+                given.get("chat_template") or self._default_chat_template() or ""
+            ):
+                raise ValueError(
+                    f"{name} must be None, the chat template does not use them, got {len(given[name])}"
+                )
         with_mask = all(
             given.get(name) for name in ("return_assistant_tokens_mask", "tokenize", "return_dict")
         )
@@ -195,16 +190,26 @@ class CumoProcessor(LlavaProcessor):
         )[1]
 
     def validate_inputs(self, images=None, text=None, *args, **kwargs):
-        """As in transformers; the number of pictures must also be the number of image markers in `text`."""
+        """As in transformers; the number of pictures must also be the number of image markers in `text`.
+
+        If the pictures are given in rows, this must be so in each row.
+        """
         if text is not None:
-            texts = [text] if isinstance(text, str) else text
-            markers = sum(part.count(self.image_token) for part in texts)
+            texts = [text] if isinstance(text, str) else list(text)
+            markers = [part.count(self.image_token) for part in texts]
             pictures = 0 if images is None else len(make_flat_list_of_images(images))
-            if markers != pictures:
+            if sum(markers) != pictures:
                 raise ValueError(
-                    f"images must have one picture for each of the {markers} {self.image_token} in text, "
-                    f"got {pictures}"
+                    f"images must have one picture for each of the {sum(markers)} {self.image_token} "
+                    f"in text, got {pictures}"
                 )
+            if isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images):
+                rows = [len(make_flat_list_of_images(row)) if row else 0 for row in images]
+                if rows != markers:
+                    raise ValueError(
+                        f"images must have {markers} pictures in the rows, as text has {self.image_token}, "
+                        f"got {rows}"
+                    )
         super().validate_inputs(images, text, *args, **kwargs)
 
     def picture_layout(self, image_grid_pinpoints: list | None = None) -> PictureLayout:
@@ -259,7 +264,6 @@ def _spans_after(spans: list[tuple[int, int]], replaced: list[dict]) -> list[tup
     return [(after(start), after(end)) for start, end in spans]
 
 
-AutoImageProcessor.register(CumoConfig, image_processor_classes={"pil": CumoImageProcessor})
 AutoProcessor.register(CumoConfig, CumoProcessor)
 
 
@@ -408,22 +412,3 @@ def _tile_tokens(processor: LlavaProcessor) -> int:
     side = processor.image_processor.crop_size["height"] // processor.patch_size
     dropped = processor.vision_feature_select_strategy == "default"
     return side * side + processor.num_additional_image_tokens - dropped
-
-
-def load_image(path: str | os.PathLike) -> Image.Image:
-    """Decode a picture completely, as RGB.
-
-    Raises:
-        ValueError: the file is missing, truncated or not a picture; the message names it.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"image {os.fspath(path)!r} does not exist") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError(
-            f"image {os.fspath(path)!r} is not a picture in a format that Pillow supports"
-        ) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {os.fspath(path)!r} cannot be read: {error}") from error

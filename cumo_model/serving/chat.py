@@ -11,7 +11,8 @@ from cumo_model.checkpoints.assemble import assemble
 from cumo_model.checkpoints.folders import first_line
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.processing.conversation import reserved_marker, template_of, tokenize_prompt
-from cumo_model.processing.processor import CumoProcessor, load_image
+from cumo_model.processing.pictures import load_image
+from cumo_model.processing.processor import CumoProcessor
 from cumo_model.processing.templates import IMAGE_MARKER, TEMPLATES, get_template
 
 NEW_TOKENS = 64

@@ -10,7 +10,8 @@ import torch
 from cumo_model.data import ConversationDataset, check, collate, pictures
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing.conversation import IGNORE_INDEX, tokenize_conversation
-from cumo_model.processing.processor import build_processor, load_image
+from cumo_model.processing.pictures import load_image
+from cumo_model.processing.processor import build_processor
 
 PICTURES = Path(__file__).parents[2] / "fixtures" / "emoji"
 NAMES = ("red-apple-wide.png", "banana-tall.png", "penguin-square.png")
