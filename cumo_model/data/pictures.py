@@ -11,16 +11,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cumo_kernels.files import inside
+from cumo_model.data.shards import member_name, read_shard
 from cumo_model.processing.processor import load_image
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+KNOWN_DIRECTORIES = 100_000  # directories that are remembered as inside a root
 
 
 class Pictures:
     """The pictures of a data set.
 
     A root is a folder, a .tar file, or a pattern of .tar files. If several roots contain a name, the first
-    .tar file with that name is used, or else the first folder.
+    .tar file with that name is used, or else the first folder. A name means the same in a folder and in a
+    tar file of that folder. Links are followed inside the roots only.
     """
 
     def __init__(self, roots: str | os.PathLike | Sequence[str | os.PathLike]):
@@ -36,6 +39,8 @@ class Pictures:
         self.folders = [os.fspath(root) for root in self.roots if not os.fspath(root).endswith(".tar")]
         self.tars: list[str] = []
         self._members: dict[str, tuple[int, int, int]] = {}  # name -> tar, offset, size
+        self._refused: dict[str, str] = {}  # name -> reason
+        self._inside: set[tuple[str, str]] = set()  # folder, directory: names there need no further look
         for root in map(os.fspath, self.roots):
             if root.endswith(".tar"):
                 self._index(root)
@@ -47,50 +52,83 @@ class Pictures:
             raise ValueError(f"image_root {pattern!r} fits no tar file")
         for shard in shards:
             try:
-                with tarfile.open(shard, "r:") as tar:
-                    for member in tar:
-                        if member.isfile():
-                            place = (len(self.tars), member.offset_data, member.size)
-                            self._members.setdefault(member.name.removeprefix("./"), place)
+                found = read_shard(shard)
             except (OSError, tarfile.TarError) as error:
                 raise ValueError(
                     f"image_root {str(shard)!r} is not an uncompressed tar file: {error}"
                 ) from None
+            # of two members with one name the last is used, as in the unpacked folder
+            places = {m.name: (len(self.tars), m.offset, m.size) for m in found.members}
+            for name, place in places.items():
+                self._members.setdefault(name, place)
+            for name, reason in found.refused.items():
+                self._refused.setdefault(name, f"in {str(shard)!r} {reason}")
             self.tars.append(str(shard))
 
     @property
     def _named(self) -> str:
         return repr(os.fspath(self.roots[0])) if len(self.roots) == 1 else repr([*map(os.fspath, self.roots)])
 
-    def _file(self, name: str) -> str | None:
-        for folder in self.folders:
-            path = os.path.join(folder, name)
-            if os.path.isfile(path):
-                return path
-        return None
+    def _place(self, name: str) -> str | tuple[int, int, int]:
+        """The path of a picture, or its tar, offset and size; a ValueError says why there is none."""
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise ValueError(f"image {name!r} must lie under image_root {self._named}")
+        if not name.endswith("/") and "\0" not in name:
+            member = member_name(name)
+            if member in self._members:
+                return self._members[member]
+            for folder in self.folders:
+                path = os.path.join(folder, name)
+                if os.path.isfile(path):
+                    self._require_inside(folder, name)
+                    return path
+            if member in self._refused:
+                raise ValueError(f"image {name!r} {self._refused[member]}")
+        raise ValueError(f"image {name!r} does not exist under {self._named}")
+
+    def _require_inside(self, folder: str, name: str) -> None:
+        """Refuse a link that leads out of all folders; each directory is looked at once."""
+        directory = os.path.dirname(name)
+        try:
+            if (folder, directory) not in self._inside:
+                inside(folder, directory or ".")
+                if len(self._inside) >= KNOWN_DIRECTORIES:
+                    self._inside.clear()
+                self._inside.add((folder, directory))
+            if os.path.islink(os.path.join(folder, name)):
+                inside(folder, name)
+        except ValueError as error:
+            target = Path(os.path.realpath(os.path.join(folder, name)))
+            if not any(target.is_relative_to(os.path.realpath(other)) for other in self.folders):
+                raise ValueError(f"image {error}") from None
 
     def problem(self, name: str, decode: bool = False) -> str | None:
         """The reason why there is no picture with this name, or None."""
-        if os.path.isabs(name) or ".." in Path(name).parts:
-            return f"image {name!r} must lie under image_root {self._named}"
-        if name not in self._members and self._file(name) is None:
-            return f"image {name!r} does not exist under {self._named}"
-        if decode:
-            try:
+        try:
+            if decode:
                 self.load(name)
-            except ValueError as error:
-                return str(error)
+            else:
+                self._place(name)
+        except ValueError as error:
+            return str(error)
         return None
 
     def load(self, name: str) -> Image.Image:
         """Decode a picture completely, as RGB.
 
         Raises:
-            ValueError: the picture is missing, truncated or not a picture; the message names it.
+            ValueError: the picture is missing, outside the roots, truncated or not a picture; the message
+                names it.
         """
-        if name not in self._members:
-            return load_image(self._file(name) or os.path.join(*self.folders[:1], name))
-        number, offset, size = self._members[name]
+        place = self._place(name)
+        try:
+            return load_image(place) if isinstance(place, str) else self._load_member(name, *place)
+        except ValueError:
+            raise
+        except Exception as error:  # decoders of damaged files raise all kinds
+            raise ValueError(f"image {name!r} cannot be read: {type(error).__name__}: {error}") from error
+
+    def _load_member(self, name: str, number: int, offset: int, size: int) -> Image.Image:
         with open(self.tars[number], "rb") as file:
             file.seek(offset)
             data = file.read(size)
