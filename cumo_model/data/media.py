@@ -5,7 +5,7 @@ Such a record would be trained on as text, without its picture, video or sound, 
 
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from PIL import Image
@@ -82,12 +82,13 @@ def unread_media(fields: dict[str, Any], pictures: Sequence[str] = ()) -> str | 
     return None
 
 
-def _words(text: str) -> list[str]:
-    found = []
+@lru_cache(4096)
+def _words(text: str) -> tuple[str, ...]:
+    found: list[str] = []
     for word in (part.lower() for part in _WORDS.findall(text)):
         joined = _JOINED.fullmatch(word)
         found += joined.groups() if joined else [word]
-    return found
+    return tuple(found)
 
 
 def _names(value: Any) -> list:

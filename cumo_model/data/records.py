@@ -318,6 +318,9 @@ def record_problem(record: Any) -> str | None:
     names = image if isinstance(image, list) else [image] if image not in (None, "") else []
     if not all(isinstance(name, str) and name for name in names):
         return f"image must be a file name or a list of them, got {image!r}"
+    other = next((name for name in names if name.lower().endswith(OTHER_SUFFIXES)), None)
+    if other:
+        return f"image must name pictures, got {other!r}, which is a video or sound"
     problem = unread_media({key: record[key] for key in record if key not in READ}, names)
     if problem:
         return problem

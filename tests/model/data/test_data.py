@@ -219,6 +219,11 @@ BAD_RECORDS = [
         id="list-of-null",
     ),
     pytest.param(
+        {"id": 9, "image": "a.MP4", "conversations": ONE},
+        "image must name pictures, got 'a.MP4', which is a video or sound",
+        id="video-as-image",
+    ),
+    pytest.param(
         {"id": 9, "messages": _turns("what?", "red")}, "has no conversations, but messages", id="messages"
     ),
     pytest.param(

@@ -8,6 +8,7 @@ from PIL import Image
 
 from cumo_model.__main__ import main
 from cumo_model.data import check
+from cumo_model.data.records import _in_order
 
 
 def _record(number, image=None, question="what?"):
@@ -90,3 +91,15 @@ def test_a_key_that_is_repeated_is_a_problem(folder, capsys):
         f"{path}:2: record 1: has the key 'image' more than once",
         f"{path}:3: record 2: has the key 'value' more than once",
     ]
+
+
+def test_what_was_begun_is_finished_when_reading_fails():
+    def numbers():
+        yield from range(3)
+        raise ValueError("torn")
+
+    done = []
+    with pytest.raises(ValueError, match="torn"):
+        for number in _in_order(lambda number: -number, numbers()):
+            done.append(number)
+    assert done == [0, -1, -2]
