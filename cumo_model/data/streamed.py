@@ -263,7 +263,7 @@ class StreamedConversations(Dataset):
             told += str(error) or type(error).__name__
             if not self.skip_bad:
                 raise ValueError(
-                    f"{told}; the same run goes on without this record with data.skip_bad=true"
+                    f"{told}; a training run goes on without this record with data.skip_bad=true"
                 ) from error
             if name not in self._unread:
                 self._unread.add(name)
