@@ -99,6 +99,7 @@ ARROWS = {
     "cumo_model.training.monitor": ("cumo_model.*", f"{TILES}.hardware"),
     "cumo_model.model.image_tokens": ("cumo_model.*", f"{KERNELS}.hostsync"),
     "cumo_model.checkpoints.folders": ("cumo_model.*", f"{KERNELS}.files"),
+    "cumo_model.data.pictures": ("cumo_model.*", f"{KERNELS}.files"),
     "cumo_model.demo.packages": ("cumo_model.*", f"{KERNELS}.files"),
     "cumo_model": ("cumo_model.*", KERNELS, f"{KERNELS}.integrations.transformers", f"{KERNELS}.moved"),
     "cumo_model*": (

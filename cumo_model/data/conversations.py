@@ -16,12 +16,9 @@ from torch.utils.data import Dataset
 
 from cumo_model.data.batches import pad
 from cumo_model.data.pictures import Pictures, PixelReader
-from cumo_model.data.records import picture_names, row_problems, scan
-from cumo_model.processing.conversation import (
-    IMAGE_MARKER,
-    tokenize_conversations,
-)
-from cumo_model.processing.processor import CumoProcessor, image_seq_length
+from cumo_model.data.records import Problem, picture_names, row_problems, scan
+from cumo_model.data.samples import Tokenising, summaries
+from cumo_model.processing.processor import CumoProcessor
 from cumo_model.processing.templates import get_template
 
 
@@ -46,13 +43,15 @@ class ConversationDataset(Dataset):
             image_root: folder to which the image paths are relative.
             processor: as made by `build_processor`.
             template: a name of templates.TEMPLATES.
-            max_length: ids and labels are truncated to this many tokens; None: not truncated.
+            max_length: ids and labels are truncated to this many tokens, with a warning that counts the
+                records; None: not truncated.
 
         Raises:
-            ValueError: the file, a record or a picture's path is not usable; the message names the file, the
-                record and the reason.
+            ValueError: the file, a record or a picture's path is not usable, or `max_length` leaves a record
+                no label; the message names the file, the record and the reason.
         """
         get_template(template)
+        tokenising = Tokenising(processor, template, max_length)
         path = os.fspath(json_path)
         rows, self.pictures = list(scan(path)), Pictures(image_root)
         if not rows:
@@ -60,37 +59,20 @@ class ConversationDataset(Dataset):
         problems = [
             problem for row in rows for problem in row_problems(row, path, self.pictures, False, template)
         ]
-        fatal = [problem for problem in problems if problem.fatal]
-        if fatal:
-            more = f" (and {len(fatal) - 1} more problems)" if len(fatal) > 1 else ""
-            raise ValueError(f"{fatal[0]}{more}")
-        if problems:
-            warnings.warn(f"{problems[0]} ({len(problems)} such records)", stacklevel=2)
-
+        _refuse(problems)
         self.records: list[dict] = [row.value for row in rows]
         self.reader = PixelReader(processor.image_processor)
         self.pad_id: int = processor.tokenizer.pad_token_id or 0
-        self.samples = self._tokenize(path, processor, template, max_length)
+        whole = tokenising.whole([record["conversations"] for record in self.records])
+        for row, sample in zip(rows, whole, strict=True):
+            reason = tokenising.problem(row.value["conversations"], sample)
+            if reason:
+                problems.append(Problem(path, row.number, row.value.get("id"), reason, line=row.line))
+        _refuse(problems)
+        for said in summaries(problems, sum(map(tokenising.is_cut, whole)), max_length):
+            warnings.warn(said, stacklevel=2)
+        self.samples = [tokenising.cut(sample) for sample in whole]
         self._pixels: dict[str, Tensor] = {}
-
-    def _tokenize(
-        self, path: str, processor, template: str, max_length: int | None
-    ) -> list[tuple[Tensor, Tensor]]:
-        tokens = image_seq_length(processor)
-        conversations = [record["conversations"] for record in self.records]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # reserved markers are reported above
-            samples = tokenize_conversations(conversations, processor.tokenizer, template, tokens)
-        if max_length is None:
-            return samples
-        image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
-        for number, (ids, _) in enumerate(samples):
-            if (ids[max_length:] == image_id).any():
-                raise ValueError(
-                    f"{path}: record {number} (id {self.records[number].get('id')!r}): "
-                    f"max_length {max_length} cuts through the {tokens} tokens of its image"
-                )
-        return [(ids[:max_length], labels[:max_length]) for ids, labels in samples]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -131,3 +113,10 @@ class ConversationDataset(Dataset):
         if pictures:
             batch["pixel_values"] = self.normalise(torch.cat(pictures))
         return batch
+
+
+def _refuse(problems: Sequence[Problem]) -> None:
+    fatal = [problem for problem in problems if problem.fatal]
+    if fatal:
+        more = f" (and {len(fatal) - 1} more problems)" if len(fatal) > 1 else ""
+        raise ValueError(f"{fatal[0]}{more}")

@@ -1,6 +1,5 @@
 """Access to pictures by name, in folders and uncompressed tar shards; shards are not unpacked."""
 
-import io
 import os
 import tarfile
 from collections.abc import Sequence
@@ -11,16 +10,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cumo_model.processing.pictures import load_image
+from cumo_kernels.files import inside
+from cumo_model.data.shards import member_name, read_shard
+from cumo_model.processing.pictures import decode_image, load_image, read_picture
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+KNOWN_DIRECTORIES = 100_000  # directories that are remembered as inside a root
 
 
 class Pictures:
     """The pictures of a data set.
 
     A root is a folder, a .tar file, or a pattern of .tar files. If several roots contain a name, the first
-    .tar file with that name is used, or else the first folder.
+    .tar file with that name is used, or else the first folder. A name means the same in a folder and in a
+    tar file of that folder. Links are followed inside the roots only.
     """
 
     def __init__(self, roots: str | os.PathLike | Sequence[str | os.PathLike]):
@@ -36,6 +38,8 @@ class Pictures:
         self.folders = [os.fspath(root) for root in self.roots if not os.fspath(root).endswith(".tar")]
         self.tars: list[str] = []
         self._members: dict[str, tuple[int, int, int]] = {}  # name -> tar, offset, size
+        self._refused: dict[str, str] = {}  # name -> reason
+        self._inside: set[tuple[str, str]] = set()  # folder, directory: names there need no further look
         for root in map(os.fspath, self.roots):
             if root.endswith(".tar"):
                 self._index(root)
@@ -47,58 +51,81 @@ class Pictures:
             raise ValueError(f"image_root {pattern!r} fits no tar file")
         for shard in shards:
             try:
-                with tarfile.open(shard, "r:") as tar:
-                    for member in tar:
-                        if member.isfile():
-                            place = (len(self.tars), member.offset_data, member.size)
-                            self._members.setdefault(member.name.removeprefix("./"), place)
+                found = read_shard(shard)
             except (OSError, tarfile.TarError) as error:
                 raise ValueError(
                     f"image_root {str(shard)!r} is not an uncompressed tar file: {error}"
                 ) from None
+            # of two members with one name the last is used, as in the unpacked folder
+            places = {m.name: (len(self.tars), m.offset, m.size) for m in found.members}
+            for name, place in places.items():
+                self._members.setdefault(name, place)
+            for name, reason in found.refused.items():
+                self._refused.setdefault(name, f"in {str(shard)!r} {reason}")
             self.tars.append(str(shard))
 
     @property
     def _named(self) -> str:
         return repr(os.fspath(self.roots[0])) if len(self.roots) == 1 else repr([*map(os.fspath, self.roots)])
 
-    def _file(self, name: str) -> str | None:
-        for folder in self.folders:
-            path = os.path.join(folder, name)
-            if os.path.isfile(path):
-                return path
-        return None
+    def _place(self, name: str) -> str | tuple[int, int, int]:
+        """The path of a picture, or its tar, offset and size; a ValueError says why there is none."""
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise ValueError(f"image {name!r} must lie under image_root {self._named}")
+        if not name.endswith("/") and "\0" not in name:
+            member = member_name(name)
+            if member in self._members:
+                return self._members[member]
+            for folder in self.folders:
+                path = os.path.join(folder, name)
+                if os.path.isfile(path):
+                    self._require_inside(folder, name)
+                    return path
+            if member in self._refused:
+                raise ValueError(f"image {name!r} {self._refused[member]}")
+        raise ValueError(f"image {name!r} does not exist under {self._named}")
+
+    def _require_inside(self, folder: str, name: str) -> None:
+        """Refuse a link that leads out of all folders; each directory is looked at once."""
+        directory = os.path.dirname(name)
+        try:
+            if (folder, directory) not in self._inside:
+                inside(folder, directory or ".")
+                if len(self._inside) >= KNOWN_DIRECTORIES:
+                    self._inside.clear()
+                self._inside.add((folder, directory))
+            if os.path.islink(os.path.join(folder, name)):
+                inside(folder, name)
+        except ValueError as error:
+            target = Path(os.path.realpath(os.path.join(folder, name)))
+            if not any(target.is_relative_to(os.path.realpath(other)) for other in self.folders):
+                raise ValueError(f"image {error}") from None
 
     def problem(self, name: str, decode: bool = False) -> str | None:
         """The reason why there is no picture with this name, or None."""
-        if os.path.isabs(name) or ".." in Path(name).parts:
-            return f"image {name!r} must lie under image_root {self._named}"
-        if name not in self._members and self._file(name) is None:
-            return f"image {name!r} does not exist under {self._named}"
-        if decode:
-            try:
-                self.load(name)
-            except ValueError as error:
-                return str(error)
+        try:
+            if decode:
+                read_picture(self.load(name), name)
+            else:
+                self._place(name)
+        except ValueError as error:
+            return str(error)
         return None
 
     def load(self, name: str) -> Image.Image:
-        """Decode a picture completely, as RGB.
+        """Decode a picture completely; it is not converted to upright RGB yet, see `read_picture`.
 
         Raises:
-            ValueError: the picture is missing, truncated or not a picture; the message names it.
+            ValueError: the picture is missing, outside the roots, damaged, too large or not a picture; the
+                message names it.
         """
-        if name not in self._members:
-            return load_image(self._file(name) or os.path.join(*self.folders[:1], name))
-        number, offset, size = self._members[name]
+        place = self._place(name)
+        if isinstance(place, str):
+            return decode_image(place)
+        number, offset, size = place
         with open(self.tars[number], "rb") as file:
             file.seek(offset)
-            data = file.read(size)
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"image {name!r} in {self.tars[number]!r} cannot be read: {error}") from error
+            return decode_image(file.read(size), f"{name} in {self.tars[number]}")
 
 
 class PixelReader:
@@ -121,7 +148,7 @@ class PixelReader:
     def pixels(self, picture: Image.Image) -> Tensor:
         """A picture as (3, s, s) uint8, before normalisation."""
         if picture.size == (self.side, self.side):  # padding, resizing and cropping change nothing
-            return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+            return torch.from_numpy(np.array(load_image(picture))).permute(2, 0, 1).contiguous()
         done = self.image_processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")[
             "pixel_values"
         ][0]

@@ -10,12 +10,16 @@ import os
 import re
 import tarfile
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cumo_model.data.pictures import PICTURE_SUFFIXES, Pictures
+from cumo_model.data.media import OTHER_SUFFIXES, picture_suffixes, unread_mark, unread_media
+from cumo_model.data.pictures import Pictures
+from cumo_model.data.shards import Member, read_shard
 from cumo_model.processing.conversation import IMAGE_MARKER, render, reserved_marker, turn_problem
 from cumo_model.processing.templates import get_template
 
@@ -106,9 +110,24 @@ def read_row(path: str, offset: int, length: int) -> Any:
         return json.loads(file.read(length).decode("utf-8-sig"))
 
 
+class _Repeated(ValueError):
+    pass
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        key = next(key for key in keys if keys.count(key) > 1)
+        raise _Repeated(f"has the key {key!r} more than once")
+    return found
+
+
 def _parse(data: bytes) -> tuple[Any, str | None]:
     try:
-        return json.loads(data.decode("utf-8-sig")), None
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_without_repeats), None
+    except _Repeated as error:
+        return None, str(error)
     except UnicodeDecodeError as error:
         return None, f"is not UTF-8 text: {error}"
     except json.JSONDecodeError as error:
@@ -130,48 +149,48 @@ def _scan_lines(file) -> Iterator[Row]:
 
 def _scan_tar(path: str) -> Iterator[Row]:
     try:
-        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
-            members = [member for member in tar if member.isfile()]
-            records = [member for member in members if member.name.endswith(".json")]
-            beside = _pictures_beside(members, {member.name.removesuffix(".json") for member in records})
+        shard = read_shard(path)
+        records = [member for member in shard.members if member.name.endswith(".json")]
+        names = {member.name.removesuffix(".json") for member in records}
+        beside = _beside(shard.members, names, picture_suffixes())
+        unread, seen = _beside(shard.members, names, OTHER_SUFFIXES), set()
+        with open(path, "rb") as file:
             for number, member in enumerate(records):
-                file.seek(member.offset_data)
+                file.seek(member.offset)
                 value, reason = _parse(file.read(member.size))
-                own: tuple[str, ...] = ()
-                if isinstance(value, dict) and "image" not in value:
-                    own = beside.get(member.name.removesuffix(".json"), ())
+                key, own = member.name.removesuffix(".json"), ()
+                if isinstance(value, dict) and not value.get("image"):
+                    own = beside.get(key, ())
                     value = with_pictures(value, own)
-                yield Row(number, number + 1, member.offset_data, member.size, value, reason, own)
-            if members and _ends_early(file, members[-1]):
-                place = os.path.getsize(path)
-                reason = "the archive is truncated"
-                yield Row(len(records), len(records) + 1, place, 0, None, reason)
+                if key in seen:
+                    reason = reason or f"is the second member with the name {member.name!r}"
+                elif key in unread:
+                    reason = reason or f"has {unread[key][0]!r} beside it, but only pictures are read"
+                seen.add(key)
+                yield Row(number, number + 1, member.offset, member.size, value, reason, own)
+        number = len(records)
+        for name in sorted(shard.refused):
+            if name.endswith(".json"):
+                yield Row(number, number + 1, 0, 0, None, f"{name!r} {shard.refused[name]}")
+                number += 1
+        if shard.ends_early:
+            yield Row(number, number + 1, os.path.getsize(path), 0, None, "the archive is truncated")
     except tarfile.TarError as error:
         raise ValueError(f"{path}: is not an uncompressed tar file: {error}") from None
 
 
-def _ends_early(file, last: tarfile.TarInfo) -> bool:
-    """Whether the archive is truncated after the last member, which tarfile does not report."""
-    end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    file.seek(0, os.SEEK_END)
-    if file.tell() < last.offset_data + last.size:
-        return True
-    file.seek(end)
-    return file.read(tarfile.BLOCKSIZE).strip(tarfile.NUL) != b""
-
-
-def _pictures_beside(members: list[tarfile.TarInfo], records: set[str]) -> dict[str, tuple[str, ...]]:
-    """Picture members by record: the record with the longest name that begins the member's, up to a dot."""
+def _beside(members: list[Member], records: set[str], suffixes: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Members with these suffixes by record: that with the longest name that begins theirs, up to a dot."""
     found: dict[str, list[str]] = {}
     for member in members:
         name, suffix = os.path.splitext(member.name)
-        if suffix.lower() not in PICTURE_SUFFIXES:
+        if suffix.lower() not in suffixes:
             continue
         while name not in records and "." in os.path.basename(name):
             name = os.path.splitext(name)[0]
         if name in records:
             found.setdefault(name, []).append(member.name)
-    return {name: tuple(sorted(names, key=_natural)) for name, names in found.items()}
+    return {name: tuple(sorted(set(names), key=_natural)) for name, names in found.items()}
 
 
 def _natural(name: str) -> list:
@@ -185,7 +204,7 @@ def with_pictures(record: dict, names: Sequence[str]) -> dict:
 
 def picture_names(record: dict) -> list[str]:
     """Picture names of a valid record (see `record_problem`), in the order of their markers."""
-    image = record.get("image", [])
+    image = record.get("image") or []
     return [image] if isinstance(image, str) else list(image)
 
 
@@ -262,15 +281,20 @@ def _next_record(data: mmap.mmap, start: int, end: int | None) -> int | None:
     return end
 
 
+READ = ("id", "image", "conversations")  # keys of a record that have a meaning
 _SURROGATE = re.compile("[\ud800-\udfff]")  # valid in JSON, but not accepted by tokenizers
 
 
 def record_problem(record: Any) -> str | None:
-    """The reason why a record is not a conversation with one `<image>` marker per picture, or None."""
+    """The reason why a record is not a conversation with one `<image>` marker per picture, or None.
+
+    Without a marker, `image` may also be null, "" or [].
+    """
     if not isinstance(record, dict):
         return f"must be an object with conversations, got {type(record).__name__}"
     if "conversations" not in record:
-        return "has no conversations"
+        other = next((key for key in ("messages", "conversation", "dialog") if key in record), None)
+        return "has no conversations" + (f", but {other}, which is not read" if other else "")
     problem = turn_problem(record["conversations"])
     if problem:
         return problem
@@ -279,12 +303,32 @@ def record_problem(record: Any) -> str | None:
     for order, turn in enumerate(record["conversations"], 1):
         if _SURROGATE.search(turn["value"]):
             return f"turn {order} holds half of a surrogate pair, which is not a character"
-    if "image" in record:
-        names = record["image"] if isinstance(record["image"], list) else [record["image"]]
-        if not names or not all(isinstance(name, str) and name for name in names):
-            return f"image must be a file name or a list of them, got {record['image']!r}"
+        if not turn["value"].strip():
+            return f"turn {order} is empty"
+        mark = unread_mark(turn["value"], turn["from"] == "human")
+        if mark:
+            return (
+                f"turn {order} holds {mark}, which would be trained on as text: only {IMAGE_MARKER} is read"
+            )
+        problem = unread_media({key: turn[key] for key in turn if key not in ("from", "value")})
+        if problem:
+            return f"turn {order} {problem}"
     markers = sum(turn["value"].count(IMAGE_MARKER) for turn in record["conversations"])
-    images = len(picture_names(record))
+    image = record.get("image")
+    names = image if isinstance(image, list) else [image] if image not in (None, "") else []
+    if not all(isinstance(name, str) and name for name in names):
+        return f"image must be a file name or a list of them, got {image!r}"
+    other = next((name for name in names if name.lower().endswith(OTHER_SUFFIXES)), None)
+    if other:
+        return f"image must name pictures, got {other!r}, which is a video or sound"
+    problem = unread_media({key: record[key] for key in record if key not in READ}, names)
+    if problem:
+        return problem
+    if isinstance(record.get("system"), str) and record["system"].strip():
+        return "has a text under 'system', which is not read: the template has the system text"
+    if "image" in record and not names and markers:
+        return f"image must be a file name or a list of them where a turn holds {IMAGE_MARKER}, got {image!r}"
+    images = len(names)
     if markers == 0 and images == 1:
         return f"names the image {picture_names(record)[0]!r} but no turn holds {IMAGE_MARKER}"
     if markers != images:
@@ -335,15 +379,59 @@ def check(
     get_template(template)
     name, count = os.fspath(path), [0] if count is None else count
     try:
-        pictures = None if image_root is None else Pictures(image_root)
-        for row in scan(path):
+        for row, problems in checked_rows(path, image_root, decode, template):
             count[0] = row.number + 1
-            yield from row_problems(row, name, pictures, decode, template)
+            yield from problems
     except ValueError as error:
         yield Problem(name, None, None, str(error).removeprefix(f"{name}: "))
         return
     if count[0] == 0:
         yield Problem(name, None, None, "holds no records")
+
+
+def checked_rows(
+    path: str | os.PathLike, image_root, decode: bool, template: str
+) -> Iterator[tuple[Row, list[Problem]]]:
+    """Yield each record with its problems, in order; arguments as in `check`. Decodes pictures in parallel.
+
+    Raises:
+        ValueError: the file or a .tar file of pictures cannot be read.
+    """
+    name, pictures = os.fspath(path), None if image_root is None else Pictures(image_root)
+
+    def checked(row: Row) -> tuple[Row, list[Problem]]:
+        return row, row_problems(row, name, pictures, decode, template)
+
+    if pictures is None or not decode:
+        yield from map(checked, scan(path))
+    else:
+        yield from _in_order(checked, scan(path))
+
+
+def _in_order(function: Callable, items: Iterable) -> Iterator:
+    """`map` with a thread per core. Pillow decodes without the interpreter's lock."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque = deque()
+    remaining, failed = iter(items), None
+    try:
+        while True:
+            try:
+                waiting.append(pool.submit(function, next(remaining)))
+            except StopIteration:
+                break
+            except ValueError as error:  # the items before it are still done
+                failed = error
+                break
+            if len(waiting) > 8 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+        if failed is not None:
+            raise failed
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def record_files(patterns: str | os.PathLike | list) -> list[str]:

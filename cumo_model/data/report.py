@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from cumo_model.data.records import check, record_files
+from cumo_model.data.records import checked_rows, picture_names, record_files
+
+SHOWN = 5  # lines in a summary
 
 
 def check_files(
@@ -35,14 +37,35 @@ def check_files(
             unusable += 1
     for file in found:
         roots = list(image_root or []) + ([file] if file.endswith(".tar") else [])
-        count, fatal, warned = [0], 0, 0
+        count, pictures, fatal, unlabelled = 0, 0, 0, []
         with tqdm(desc=file, unit=" records", mininterval=1, disable=not sys.stderr.isatty()) as bar:
-            for problem in check(file, roots or None, decode, count, template):
-                bar.update(count[0] - bar.n)
-                bar.clear()
-                print(problem, flush=True)
-                fatal, warned = fatal + problem.fatal, warned + (not problem.fatal)
-        also = f", {warned} have no usable label" if warned else ""
-        print(f"{file}: {count[0]} records, {fatal} cannot be used{also}", flush=True)
+            try:
+                for row, problems in checked_rows(file, roots or None, decode, template):
+                    bar.update()
+                    for problem in problems:
+                        bar.clear()
+                        print(problem, flush=True)
+                    bad = any(problem.fatal for problem in problems)
+                    count, fatal = row.number + 1, fatal + bad
+                    unlabelled += [problem.line for problem in problems if not problem.fatal]
+                    pictures += 0 if bad else len(picture_names(row.value))
+            except ValueError as error:
+                print(f"{file}: {str(error).removeprefix(f'{file}: ')}", flush=True)
+                fatal += 1
+            else:
+                if not count:
+                    print(f"{file}: holds no records", flush=True)
+                    fatal += 1
+        also = f", {len(unlabelled)} have no usable label ({_lines(unlabelled)})" if unlabelled else ""
+        print(f"{file}: {count} records, {fatal} cannot be used{also}", flush=True)
+        if pictures and not roots:
+            print(f"{file}: {pictures} pictures were not looked at; --images names their folder", flush=True)
+        elif pictures and not decode:
+            print(f"{file}: {pictures} pictures were found, not decoded; --decode reads them", flush=True)
         unusable += fatal
     return unusable
+
+
+def _lines(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:SHOWN])) + (", ..." if len(numbers) > SHOWN else "")
+    return f"line{'s' if len(numbers) > 1 else ''} {shown}"

@@ -1,7 +1,8 @@
 """Data set over conversation files of any size: the index is in memory, records and pictures stay on disk.
 
-The index has 21 bytes per record: its position in the file and its number of tokens. All records are checked
-and tokenised once, when the index is built. The index is kept in `cache_dir`.
+The index has 25 bytes per record: its position in the file and its number of tokens. All records are checked
+and tokenised once, when the index is built. The index is kept in `cache_dir`. Pictures are decoded when they
+are read, so the list of records does not change if a picture becomes unreadable.
 """
 
 import hashlib
@@ -30,12 +31,13 @@ from cumo_model.data.records import (
     scan,
     with_pictures,
 )
-from cumo_model.processing.conversation import IMAGE_MARKER, tokenize_conversations
-from cumo_model.processing.processor import CumoProcessor, image_seq_length
+from cumo_model.data.samples import Tokenising, summaries
+from cumo_model.processing.conversation import IGNORE_INDEX
+from cumo_model.processing.processor import CumoProcessor
 from cumo_model.processing.templates import get_template
 
 CHUNK = 1024  # records per tokenizer call
-INDEX_FORMAT = 3
+INDEX_FORMAT = 4
 
 
 class StreamedConversations(Dataset):
@@ -62,9 +64,13 @@ class StreamedConversations(Dataset):
             image_root: as in `Pictures`; None: each picture is in the .tar shard of its record.
             processor: as made by `build_processor`.
             template: a name of templates.TEMPLATES.
-            max_length: ids and labels are truncated to this many tokens; None: not truncated.
+            max_length: ids and labels are truncated to this many tokens, with a warning that counts the
+                records; None: not truncated.
             cache_dir: folder in which the index is stored for later runs; None: it is not stored.
-            skip_bad: skip records that cannot be trained on, with one warning, instead of raising an error.
+            skip_bad: leave out records that cannot be trained on, with one warning, instead of raising an
+                error. If a picture cannot be read when its record is used, the record has a grey picture and
+                no labels, with a warning. An index that was stored without `skip_bad` is used with all its
+                records, so that a run can go on with `skip_bad`.
 
         Raises:
             ValueError: a file cannot be used, or a record cannot be used and `skip_bad` is False.
@@ -77,11 +83,15 @@ class StreamedConversations(Dataset):
             raise ValueError("image_root must name a folder or tar files, got None")
         self.pictures = Pictures([*own, *roots])
         self.processor, self.template, self.max_length = processor, template, max_length
-        self.tokens_per_image = image_seq_length(processor)
+        self.skip_bad = skip_bad
+        self.tokenising = Tokenising(processor, template, max_length)
+        self.tokens_per_image = self.tokenising.tokens_per_image
+        self._unread: set[str] = set()  # pictures that have been warned about
         self.reader = PixelReader(processor.image_processor)
         self.pad_id: int = processor.tokenizer.pad_token_id or 0
         index = self._load_index(cache_dir, skip_bad)
         self._file, self._offset, self._length = index["file"], index["offset"], index["length"]
+        self._line = index["line"]
         self.lengths: np.ndarray = index["tokens"]
         self.has_image: np.ndarray = index["has_image"]
         names = json.loads(index["beside"].tobytes())
@@ -103,16 +113,20 @@ class StreamedConversations(Dataset):
             return self._build_index(skip_bad)
         roots = [os.path.abspath(root) for root in self.pictures.roots]
         times = [os.stat(file).st_mtime_ns for file in self.files]
-        what = [INDEX_FORMAT, self.identity(), times, roots, skip_bad]
-        key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
-        path = Path(cache_dir) / f"index-{key}.safetensors"
-        if path.exists():
-            index = load_file(path)
-            if len(index["bad"]):
-                text = index["bad"].tobytes().decode()
-                warnings.warn(f"{text}; found when {path} was made, delete it to check again", stacklevel=4)
-            return index
-        index = self._build_index(skip_bad)
+        paths = []
+        for skipped in (True, False) if skip_bad else (False,):
+            what = [INDEX_FORMAT, self.identity(), times, roots, skipped]
+            key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
+            paths.append(Path(cache_dir) / f"index-{key}.safetensors")
+        for path in paths:
+            if path.exists():
+                index = load_file(path)
+                for said in json.loads(index["said"].tobytes()):
+                    warnings.warn(
+                        f"{said}; found when {path} was made, delete it to check again", stacklevel=4
+                    )
+                return index
+        index, path = self._build_index(skip_bad), paths[0]
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(
             f".{path.name}.{uuid.uuid4().hex}.part"
@@ -122,7 +136,8 @@ class StreamedConversations(Dataset):
         return index
 
     def _build_index(self, skip_bad: bool) -> dict[str, np.ndarray]:
-        columns: dict[str, list] = {name: [] for name in ("file", "offset", "length", "tokens", "has_image")}
+        names = ("file", "line", "offset", "length", "tokens", "has_image", "cut")
+        columns: dict[str, list] = {name: [] for name in names}
         beside: dict[int, Sequence[str]] = {}
         bad: list[Problem] = []
         for number, file in enumerate(self.files):
@@ -141,14 +156,14 @@ class StreamedConversations(Dataset):
                     self._add(columns, beside, bad, number, waiting, skip_bad)
                     waiting = []
             self._add(columns, beside, bad, number, waiting, skip_bad)
-        said = f"{bad[0]} ({len(bad)} such records)" if bad else ""
-        if bad:
+        summary = summaries(bad, sum(columns.pop("cut")), self.max_length)
+        for said in summary:
             warnings.warn(said, stacklevel=4)
         if not columns["file"]:
             raise ValueError(f"{self.files[0]}: holds no records that can be trained on")
-        kinds = {"file": np.int32, "offset": np.int64, "length": np.int32, "tokens": np.int32}
+        kinds = {"offset": np.int64} | dict.fromkeys(("file", "line", "length", "tokens"), np.int32)
         index = {name: np.array(values, kinds.get(name, bool)) for name, values in columns.items()}
-        index["bad"] = np.frombuffer(said.encode(), np.uint8)
+        index["said"] = np.frombuffer(json.dumps(summary).encode(), np.uint8)
         index["beside_places"] = np.array(list(beside), np.int64)
         index["beside"] = np.frombuffer(json.dumps(list(beside.values())).encode(), np.uint8)
         return index
@@ -156,7 +171,7 @@ class StreamedConversations(Dataset):
     def _add(self, columns, beside, bad, number: int, rows: list[Row], skip_bad: bool) -> None:
         if not rows:
             return
-        for row, (tokens, problem) in zip(rows, self._count(rows, self.files[number]), strict=True):
+        for row, (tokens, cut, problem) in zip(rows, self._count(rows, self.files[number]), strict=True):
             if problem is not None:
                 if not skip_bad:
                     raise ValueError(str(problem))
@@ -165,38 +180,33 @@ class StreamedConversations(Dataset):
             if row.beside:
                 beside[len(columns["file"])] = row.beside
             columns["file"].append(number)
+            columns["line"].append(row.line)
             columns["offset"].append(row.offset)
             columns["length"].append(row.length)
             columns["tokens"].append(tokens)
-            columns["has_image"].append("image" in row.value)
+            columns["has_image"].append(bool(picture_names(row.value)))
+            columns["cut"].append(cut)
 
-    def _count(self, rows: list[Row], file: str) -> list[tuple[int, Problem | None]]:
-        """Tokens of each record after truncation, or the reason why template or max_length do not fit it."""
+    def _count(self, rows: list[Row], file: str) -> list[tuple[int, bool, Problem | None]]:
+        """Tokens of each record, whether it is cut, and why template or max_length do not fit it, or None."""
 
-        def tokenise(turns: list) -> list:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # reserved markers are already reported as problems
-                return tokenize_conversations(
-                    turns, self.processor.tokenizer, self.template, self.tokens_per_image
-                )
-
-        def problem(row: Row, reason: str) -> tuple[int, Problem]:
-            return 0, Problem(file, row.number, row.value.get("id"), reason, line=row.line)
+        def problem(row: Row, reason: str) -> tuple[int, bool, Problem]:
+            return 0, False, Problem(file, row.number, row.value.get("id"), reason, line=row.line)
 
         try:
-            samples = tokenise([row.value["conversations"] for row in rows])
+            samples = self.tokenising.whole([row.value["conversations"] for row in rows])
         except ValueError as error:
             if len(rows) == 1:
                 return [problem(rows[0], str(error))]
             return [found for row in rows for found in self._count([row], file)]
-        image_id = self.processor.tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
         counts = []
-        for row, (ids, _) in zip(rows, samples, strict=True):
-            if self.max_length is not None and (ids[self.max_length :] == image_id).any():
-                reason = f"max_length {self.max_length} cuts through the tokens of its images"
+        for row, sample in zip(rows, samples, strict=True):
+            reason = self.tokenising.problem(row.value["conversations"], sample)
+            if reason:
                 counts.append(problem(row, reason))
             else:
-                counts.append((min(len(ids), self.max_length or len(ids)), None))
+                tokens = len(self.tokenising.cut(sample)[0])
+                counts.append((tokens, self.tokenising.is_cut(sample), None))
         return counts
 
     def __len__(self) -> int:
@@ -207,9 +217,20 @@ class StreamedConversations(Dataset):
         return self.files[self._file[index]]
 
     def record(self, index: int) -> dict:
-        """The record as in the file; in a tar shard, with the names of its picture members."""
+        """The record as in the file; in a tar shard, with the names of its picture members.
+
+        Raises:
+            ValueError: the file has changed since it was indexed.
+        """
         file = self.files[self._file[index]]
-        value = read_row(file, int(self._offset[index]), int(self._length[index]))
+        try:
+            value = read_row(file, int(self._offset[index]), int(self._length[index]))
+            if not isinstance(value, dict) or "conversations" not in value:
+                raise ValueError("there is no record at its place")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{file}:{self._line[index]}: the file has changed since it was indexed: {error}"
+            ) from error
         return with_pictures(value, self._beside.get(index, ()))
 
     def __getitem__(self, index: int) -> dict[str, Tensor | None]:
@@ -218,27 +239,37 @@ class StreamedConversations(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor | None]]:
         """The items of a batch, tokenised in one call."""
         records = [self.record(index) for index in indices]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            samples = tokenize_conversations(
-                [record["conversations"] for record in records],
-                self.processor.tokenizer,
-                self.template,
-                self.tokens_per_image,
-            )
-        cut = slice(self.max_length)
-        return [
-            {"input_ids": ids[cut], "labels": labels[cut], "pixel_values": self._pixels(index, record)}
-            for index, record, (ids, labels) in zip(indices, records, samples, strict=True)
-        ]
+        items = []
+        samples = self.tokenising.whole([record["conversations"] for record in records])
+        for index, record, sample in zip(indices, records, samples, strict=True):
+            ids, labels = self.tokenising.cut(sample)
+            names = picture_names(record)
+            pictures = [self._picture(index, record, name) for name in names]
+            if any(picture is None for picture in pictures):
+                labels = torch.full_like(labels, IGNORE_INDEX)
+            pixels = torch.stack([self._grey() if p is None else p for p in pictures]) if names else None
+            items.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
+        return items
 
-    def _pixels(self, index: int, record: dict) -> Tensor | None:
-        names = picture_names(record)
-        if not names:
-            return None
+    def _grey(self) -> Tensor:
+        return torch.zeros(3, self.reader.side, self.reader.side)  # the mean colour after normalisation
+
+    def _picture(self, index: int, record: dict, name: str) -> Tensor | None:
+        """A picture of a record, (3, s, s) fp32; with `skip_bad` a warning and None if it cannot be read."""
         try:
-            raw = torch.stack([self.reader.pixels(self.pictures.load(name)) for name in names])
-        except ValueError as error:
-            file = self.files[self._file[index]]
-            raise ValueError(f"{file}: record id {record.get('id')!r}: {error}") from error
-        return self.reader.normalise(raw)
+            return self.reader.normalise(self.reader.pixels(self.pictures.load(name)))
+        except (ValueError, OSError, MemoryError) as error:
+            told = f"{self.file_of(index)}:{self._line[index]}: record (id {record.get('id')!r}): "
+            told += str(error) or type(error).__name__
+            if not self.skip_bad:
+                raise ValueError(
+                    f"{told}; a training run goes on without this record with data.skip_bad=true"
+                ) from error
+            if name not in self._unread:
+                self._unread.add(name)
+                warnings.warn(
+                    f"{told}; it is replaced by grey and its record trains nothing "
+                    f"({len(self._unread)} such pictures so far)",
+                    stacklevel=4,
+                )
+            return None

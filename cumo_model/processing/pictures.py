@@ -236,6 +236,8 @@ def _converter(image: Image.Image) -> tuple[Callable[[Image.Image], Image.Image]
     mode = image.mode
     if mode in ("I", "F") or mode.startswith("I;16"):
         low, high = image.getextrema() if mode in ("I", "F") else (0, 65535)
+        if mode == "F" and not _is_finite(image):
+            raise _Refused("must have finite values, got NaN or infinity")
         kind = {"I": np.int32, "F": np.float32}.get(mode, np.uint16)
         if mode == "I" and image.format == "PNG":
             kind = np.uint16  # earlier releases of Pillow read 16-bit grey as I
@@ -268,9 +270,12 @@ def _to_eight_bits(dtype: np.dtype, low: float, high: float) -> tuple[Callable, 
     return lambda values: values.astype(np.uint8), False
 
 
+def _is_finite(image: Image.Image) -> bool:
+    rows = ((top, min(top + 256, image.height)) for top in range(0, image.height, 256))
+    return all(np.isfinite(np.asarray(image.crop((0, a, image.width, b)))).all() for a, b in rows)
+
+
 def _rounded(values: np.ndarray, scale: int) -> np.ndarray:
-    if not np.isfinite(values).all():
-        raise ValueError("image must have finite values, got NaN or infinity")
     return np.rint(np.clip(values.astype(np.float32) * scale, 0, 255)).astype(np.uint8)
 
 

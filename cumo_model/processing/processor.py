@@ -20,7 +20,7 @@ from cumo_model.model.image_tokens import MERGES, PictureLayout
 from cumo_model.model.layouts import layout_of, read_config
 from cumo_model.processing.conversation import IMAGE_MARKER, answer_mask, chat_template, template_of
 from cumo_model.processing.image_processor import ASPECT_RATIOS, CumoImageProcessor
-from cumo_model.processing.messages import in_brief, check_messages
+from cumo_model.processing.messages import check_messages, in_brief
 from cumo_model.processing.sentencepieces import like_sentencepiece
 from cumo_model.processing.templates import TEMPLATES, get_template
 
@@ -86,7 +86,7 @@ class CumoProcessor(LlavaProcessor):
         no further BOS, unless `add_special_tokens` is given.
 
         Args:
-            images: pictures as `pictures.read_picture` reads them: one, a list in the order of the markers, or
+            images: pictures as `pictures.read_picture` reads them: one, a list in the order of markers, or
                 a list of lists, one for each row of `text`.
             text: one text or several, with `<image>` for each picture.
             videos: not supported.

@@ -133,6 +133,7 @@ class Recipe:
         seeds = [self.trainer.get(name) for name in ("seed", "data_seed")]  # for packing and order
         values = {key: value for key, value in plain(self).items() if key not in FREE} | {"seed": seeds}
         del values["stage"]["expert_exchange"]  # results differ by rounding only
+        values["data"]["skip_bad"] = False  # whatever it is: a run that met a bad picture goes on with it
         return values
 
 

@@ -189,12 +189,13 @@ def _work(path: Path) -> Path:
     return path.with_name(f".{path.name}-work")
 
 
-def claim(path: Path, wanted: dict) -> None:
+def claim(path: Path, wanted: dict, advice: str = "") -> None:
     """Record the identity of a run in `path`, or check that the recorded one is the same.
 
     Args:
         path: JSON file in the run's folder.
         wanted: identity of the run.
+        advice: what else the user may do, for the error.
 
     Raises:
         ValueError: `path` contains another identity; the message names the differing keys.
@@ -204,7 +205,9 @@ def claim(path: Path, wanted: dict) -> None:
         found = json.loads(path.read_text())
         differ = sorted(key for key in wanted if found.get(key) != wanted[key])
         if differ:
-            raise ValueError(f"{out} is a run with another {', '.join(differ)}: choose another output_dir")
+            raise ValueError(
+                f"{out} is a run with another {', '.join(differ)}: choose another output_dir{advice}"
+            )
         return
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)

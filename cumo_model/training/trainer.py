@@ -216,7 +216,9 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
             data.skip_bad,
         )
     claim(
-        Path(recipe.output_dir) / DATA_FILE, {"content of data": dataset.identity(), "records": len(dataset)}
+        Path(recipe.output_dir) / DATA_FILE,
+        {"content of data": dataset.identity(), "records": len(dataset)},
+        ", or restore the data files: data.skip_bad=true passes over pictures that cannot be read",
     )
     units = [[i] for i in range(len(dataset))]
     lengths, has_image = dataset.lengths, dataset.has_image

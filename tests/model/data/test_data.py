@@ -10,7 +10,7 @@ import torch
 from cumo_model.data import ConversationDataset, check, collate, pictures
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing.conversation import IGNORE_INDEX, tokenize_conversation
-from cumo_model.processing.pictures import load_image
+from cumo_model.processing.pictures import decode_image, load_image
 from cumo_model.processing.processor import build_processor
 
 PICTURES = Path(__file__).parents[2] / "fixtures" / "emoji"
@@ -89,7 +89,7 @@ def test_the_loss_sees_exactly_the_answers(dataset, processor):
 
 def test_a_picture_is_decoded_once(dataset, monkeypatch):
     decoded = []
-    monkeypatch.setattr(pictures, "load_image", lambda path: decoded.append(path) or load_image(path))
+    monkeypatch.setattr(pictures, "decode_image", lambda path: decoded.append(path) or decode_image(path))
     for _ in range(2):
         for index in range(len(dataset)):
             dataset[index]
@@ -132,12 +132,14 @@ def test_an_empty_batch_is_refused():
 def test_max_length_cuts_text_but_not_images(folder, processor):
     path = _write(folder, _good_records()[:1])
     whole = ConversationDataset(path, folder, processor)[0]
-    cut = ConversationDataset(path, folder, processor, max_length=45)[0]
-    assert torch.equal(cut["input_ids"], whole["input_ids"][:45]) and torch.equal(
-        cut["labels"], whole["labels"][:45]
+    with pytest.warns(UserWarning, match="^1 record is longer than max_length 47 and is cut$"):
+        cut = ConversationDataset(path, folder, processor, max_length=47)[0]
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:47]) and torch.equal(
+        cut["labels"], whole["labels"][:47]
     )
+    assert (cut["labels"] != IGNORE_INDEX).any()
     with pytest.raises(
-        ValueError, match=r"talk\.json: record 0 \(id 0\): max_length 20 cuts through the 36 tokens"
+        ValueError, match=r"talk\.json:1: record 0 \(id 0\): max_length 20 cuts through the 36 tokens"
     ):
         ConversationDataset(path, folder, processor, max_length=20)
 
@@ -199,6 +201,51 @@ BAD_RECORDS = [
         {"id": 9, "image": "gone.png", "conversations": ONE},
         "image 'gone.png' does not exist under",
         id="image-missing",
+    ),
+    pytest.param({"id": 9, "conversations": _turns(" \n", "red")}, "turn 1 is empty", id="empty-question"),
+    pytest.param({"id": 9, "conversations": _turns("what?", "")}, "turn 2 is empty", id="empty-answer"),
+    pytest.param(
+        {"id": 9, "image": NAMES[0], "conversations": [*ONE, *_turns("", "red")]},
+        "turn 3 is empty",
+        id="empty-later-question",
+    ),
+    pytest.param(
+        {"id": 9, "image": None, "conversations": ONE},
+        "image must be a file name or a list of them where a turn holds <image>, got None",
+        id="null-with-a-marker",
+    ),
+    pytest.param(
+        {"id": 9, "image": [None], "conversations": _turns("what?", "red")},
+        "image must be a file name or a list of them, got [None]",
+        id="list-of-null",
+    ),
+    pytest.param(
+        {"id": 9, "image": "a.MP4", "conversations": ONE},
+        "image must name pictures, got 'a.MP4', which is a video or sound",
+        id="video-as-image",
+    ),
+    pytest.param(
+        {"id": 9, "messages": _turns("what?", "red")}, "has no conversations, but messages", id="messages"
+    ),
+    pytest.param(
+        {"id": 9, "system": "Be brief.", "conversations": _turns("what?", "red")},
+        "has a text under 'system', which is not read",
+        id="system",
+    ),
+    pytest.param(
+        {"id": 9, "video": "a.mp4", "conversations": _turns("what?", "red")},
+        "has a video under 'video', which is not read",
+        id="video",
+    ),
+    pytest.param(
+        {"id": 9, "conversations": [{**ONE[0], "value": "what?", "image": NAMES[0]}, ONE[1]]},
+        "turn 1 has pictures under 'image', which is not read",
+        id="image-in-a-turn",
+    ),
+    pytest.param(
+        {"id": 9, "conversations": _turns("<video>\nwhat?", "red")},
+        "turn 1 holds <video>, which would be trained on as text",
+        id="video-mark",
     ),
     pytest.param(
         {"id": 9, "image": "../x.png", "conversations": ONE},

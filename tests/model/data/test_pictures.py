@@ -1,0 +1,163 @@
+"""Pictures by name: a name means the same in a folder and in a tar of it, and links stay inside the roots."""
+
+import io
+import json
+import tarfile
+
+import pytest
+from PIL import Image
+
+from cumo_model.data import Pictures, check, scan
+from cumo_model.data.pictures import KNOWN_DIRECTORIES
+
+TURNS = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
+
+
+def _png(colour):
+    data = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(data, "PNG")
+    return data.getvalue()
+
+
+def _add(tar, name, data=None, **more):
+    info = tarfile.TarInfo(name)
+    for key, value in more.items():
+        setattr(info, key, value)
+    info.size = len(data or b"")
+    tar.addfile(info, None if data is None else io.BytesIO(data))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    (root / "a.png").write_bytes(_png("red"))
+    (root / "sub" / "b.png").write_bytes(_png("blue"))
+    return root
+
+
+def _colour(pictures, name):
+    return pictures.load(name).getpixel((0, 0))
+
+
+SPELLINGS = {
+    "a.png": "red",
+    "./a.png": "red",
+    "sub/b.png": "blue",
+    "sub/./b.png": "blue",
+    "sub//b.png": "blue",
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "./", "/"])
+def test_a_name_means_the_same_in_a_folder_and_in_a_tar(folder, tmp_path, prefix):
+    shard = tmp_path / "all.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name in ("a.png", "sub/b.png"):
+            _add(tar, prefix + name, (folder / name).read_bytes())
+    for pictures in (Pictures(folder), Pictures(shard)):
+        for name, colour in SPELLINGS.items():
+            assert pictures.problem(name) is None
+            assert _colour(pictures, name) == {"red": (255, 0, 0), "blue": (0, 0, 255)}[colour]
+        for name in ("a.png/", "A.png", "sub", "b.png", ".", "a\0.png"):
+            assert "does not exist under" in pictures.problem(name), name
+            with pytest.raises(ValueError, match="does not exist under"):
+                pictures.load(name)
+        for name in ("../root/a.png", "/a.png", "sub/../a.png", str(folder / "a.png")):
+            assert "must lie under image_root" in pictures.problem(name), name
+            with pytest.raises(ValueError, match="must lie under image_root"):
+                pictures.load(name)
+
+
+def test_links_out_of_the_folder_are_refused(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "c.png").write_bytes(_png("green"))
+    (folder / "in.png").symlink_to("sub/b.png")
+    (folder / "out.png").symlink_to(tmp_path / "out" / "c.png")
+    (folder / "out").symlink_to(tmp_path / "out")
+    pictures = Pictures(folder)
+    assert _colour(pictures, "in.png") == (0, 0, 255)
+    for name in ("out.png", "out/c.png"):
+        for _ in range(2):
+            assert "is a link that leads out of" in pictures.problem(name)
+            with pytest.raises(ValueError, match=r"^image .*is a link that leads out of"):
+                pictures.load(name)
+    both = Pictures([folder, tmp_path / "out"])
+    for name in ("out.png", "out/c.png", "c.png"):
+        assert both.problem(name) is None and _colour(both, name) == (0, 128, 0)
+    (tmp_path / "link").symlink_to(folder)  # the folder itself may be reached through a link
+    assert _colour(Pictures(tmp_path / "link"), "a.png") == (255, 0, 0)
+
+
+def test_remembered_directories_are_bounded(folder, monkeypatch):
+    monkeypatch.setattr("cumo_model.data.pictures.KNOWN_DIRECTORIES", 1)
+    pictures = Pictures(folder)
+    for name in ("a.png", "sub/b.png", "a.png"):
+        assert pictures.problem(name) is None and len(pictures._inside) == 1
+    assert KNOWN_DIRECTORIES > 1
+
+
+def test_links_in_a_tar_are_followed_inside_it(tmp_path):
+    shard = tmp_path / "links.tar"
+    link, symbolic = {"type": tarfile.LNKTYPE}, {"type": tarfile.SYMTYPE}
+    with tarfile.open(shard, "w") as tar:
+        _add(tar, "./x/a.png", _png("red"))
+        _add(tar, "x/hard.png", linkname="./x/a.png", **link)
+        _add(tar, "x/soft.png", linkname="a.png", **symbolic)
+        _add(tar, "y/soft.png", linkname="../x/soft.png", **symbolic)
+        _add(tar, "out.png", linkname="../../etc/a.png", **symbolic)
+        _add(tar, "etc.png", linkname="/etc/a.png", **symbolic)
+        _add(tar, "loop.png", linkname="loop.png", **symbolic)
+        _add(tar, "pipe.png", type=tarfile.FIFOTYPE)
+    pictures = Pictures(shard)
+    for name in ("x/a.png", "x/hard.png", "x/soft.png", "y/soft.png"):
+        assert pictures.problem(name, decode=True) is None and _colour(pictures, name) == (255, 0, 0)
+    for name in ("out.png", "etc.png", "loop.png"):
+        assert "is a link to" in pictures.problem(name) and "links.tar" in pictures.problem(name)
+    assert "is not a regular file" in pictures.problem("pipe.png")
+    assert list(scan(shard)) == []  # an archive that ends with a link is not truncated
+
+
+def test_equal_records_that_tar_stores_as_links_are_read(tmp_path):
+    shard = tmp_path / "records.tar"
+    record = json.dumps({"conversations": TURNS}).encode()
+    with tarfile.open(shard, "w") as tar:
+        _add(tar, "./0.json", record)
+        _add(tar, "./0.png", _png("red"))
+        _add(tar, "./1.json", linkname="./0.json", type=tarfile.LNKTYPE)
+        _add(tar, "./1.png", linkname="./0.png", type=tarfile.LNKTYPE)
+        _add(tar, "2.json", linkname="gone.json", type=tarfile.SYMTYPE)
+    assert [row.value["image"] for row in scan(shard) if not row.reason] == ["0.png", "1.png"]
+    (problem,) = check(shard, shard, decode=True)
+    assert "'2.json' is a link to 'gone.json'" in problem.reason
+
+
+def test_the_last_member_of_a_name_is_used_and_the_first_shard(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        _add(tar, "a.png", _png("red"))
+        _add(tar, "./a.png", _png("blue"))
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        _add(tar, "a.png", _png("green"))
+    assert _colour(Pictures(tmp_path / "*.tar"), "a.png") == (0, 0, 255)
+
+
+def test_members_beside_a_record(tmp_path):
+    """Every suffix of a picture, in any case; other media and a second record of a name are problems."""
+    shard = tmp_path / "beside.tar"
+    suffixes = ["jfif", "JPG", "tif", "tiff", "avif", "jpe", "webp", "PNG"]
+    with tarfile.open(shard, "w") as tar:
+        for number, suffix in enumerate(suffixes):
+            _add(tar, f"./{number}.json", json.dumps({"image": None, "conversations": TURNS}).encode())
+            _add(tar, f"{number}.{suffix}", _png("red"))
+    assert [row.value.get("image") for row in scan(shard)] == [f"{n}.{s}" for n, s in enumerate(suffixes)]
+    assert list(check(shard, shard, decode=True)) == []
+    record = json.dumps({"conversations": [{**TURNS[0], "value": "what?"}, TURNS[1]]}).encode()
+    with tarfile.open(shard, "w") as tar:
+        _add(tar, "a.json", record)
+        _add(tar, "a.MP4", b"0")
+        _add(tar, "b.json", record)
+        _add(tar, "./b.json", record)
+    assert [(p.record, p.reason) for p in check(shard, shard)] == [
+        (0, "has 'a.MP4' beside it, but only pictures are read"),
+        (2, "is the second member with the name 'b.json'"),
+    ]
