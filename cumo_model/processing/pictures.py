@@ -226,7 +226,9 @@ def _of_image(image: Image.Image, named: str) -> Picture:
         (a, b), (c, d) = stored(left, top), stored(right, bottom)
         box = (min(a, c), min(b, d), max(a, c), max(b, d))
         found = convert(image if box == (0, 0, width, height) else image.crop(box))
-        return found.transpose(TURNS[orientation]) if orientation in TURNS else found
+        found = found.transpose(TURNS[orientation]) if orientation in TURNS else found
+        found.info = {}  # with an orientation that no longer holds
+        return found
 
     return Picture((height, width) if orientation >= 5 else (width, height), part, is_unit)
 

@@ -1,8 +1,8 @@
-"""Resizing of pictures strip by strip, with the result of resizing the whole and little memory.
+"""Resizing of pictures, large ones strip by strip, with the result of resizing the whole and little memory.
 
-Pillow resizes in two passes, horizontal and then vertical, and rounds and clips to 8 bits after each. A pass
-is independent for each row or column, so it can be done strip by strip. Of the canvas of a padded picture,
-only a strip is in memory at a time.
+Pillow resizes in two passes, horizontal and vertical, and rounds and clips to 8 bits after each. A pass is
+independent for each row or column, so it can be done strip by strip. Of the canvas of a padded picture, only
+a strip is in memory at a time.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from PIL import Image
 
 from cumo_model.processing.pictures import Picture
 
+WHOLE = 1 << 23  # pixels up to which a canvas is resized by one call of Pillow
 STRIP = 1 << 20  # pixels of a strip
 BETWEEN = 1 << 22  # pixels between the two passes; columns of a taller picture are resized in groups
 REACH = 4  # pixels of the result that a pixel influences on each side; the widest filter has 3
@@ -65,7 +66,7 @@ def resize(
     canvas: Canvas | None = None,
     window: tuple[int, int, int, int] | None = None,
 ) -> Image.Image:
-    """Resize a picture, as Pillow's `Image.resize` of the whole picture would.
+    """Resize a picture as Pillow's `Image.resize` does.
 
     Args:
         picture: the picture.
@@ -76,11 +77,19 @@ def resize(
             is large.
 
     Returns:
-        An RGB image of this size, or of the size of the window. Its values are those of Pillow. With a window
-        or more than BETWEEN pixels between the passes, they may differ by one rounding in each pass.
+        An RGB image of this size, or of the size of the window. Its values are those of Pillow. If the canvas
+        has more than WHOLE pixels, the horizontal pass is the first, as in Pillow for a square canvas; for
+        others, Pillow 13 chooses the order, and values may differ by the rounding between the passes.
     """
     canvas = canvas or Canvas(picture.size)
     left, top, right, bottom = window or (0, 0, *size)
+    if canvas.size[0] * canvas.size[1] <= WHOLE:
+        x, y = (length / count for length, count in zip(canvas.size, size, strict=True))
+        whole = picture.image
+        if canvas.size != picture.size:
+            whole = _placed(whole, canvas.size, canvas.colour, (canvas.left, canvas.top))
+        box = None if window is None else (left * x, top * y, right * x, bottom * y)
+        return whole.resize((right - left, bottom - top), resample, box)
     rows = _Span.of(top, bottom, size[1], canvas.size[1])
     # rows of the picture that the result depends on; there may be none
     start = max(0, rows.begin - canvas.top)

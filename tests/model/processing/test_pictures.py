@@ -1,0 +1,520 @@
+"""One picture gives the same tensor whichever way it comes; modes, orientations, memory of large pictures."""
+
+import base64
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cumo_model.data import Pictures
+from cumo_model.data.pictures import PixelReader
+from cumo_model.demo.tokenizer import train_tokenizer
+from cumo_model.processing import build_processor, load_image, resizing
+from cumo_model.processing import pictures as reading
+from cumo_model.processing.pictures import (
+    MEMORY,
+    SIDE,
+    TURNS,
+    decode_image,
+    needed,
+    orientation_of,
+    read_picture,
+)
+from cumo_model.processing.resizing import Canvas, resize
+
+# for each EXIF orientation, the transposition with which an upright picture is stored
+STORED = {1: None, **TURNS, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+GRID = [[24, 48], [48, 24], [48, 48]]
+
+
+@pytest.fixture(scope="module")
+def processors():
+    tokenizer = train_tokenizer(["what is it?", "a red apple"] * 20, 320)
+    grids = {"anyres": {"image_grid_pinpoints": GRID}}
+    return {
+        ratio: build_processor(tokenizer, 24, 8, image_aspect_ratio=ratio, **grids.get(ratio, {}))
+        for ratio in ("pad", "square", "anyres")
+    }
+
+
+def _file(upright: np.ndarray, orientation: int, kind: str = "PNG") -> bytes:
+    """A lossless file whose EXIF orientation makes it the picture `upright`, (H, W, 3) uint8."""
+    image, exif, out = Image.fromarray(upright), Image.Exif(), io.BytesIO()
+    if STORED[orientation] is not None:
+        image = image.transpose(STORED[orientation])
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    image.save(out, kind, exif=exif, **options)
+    return out.getvalue()
+
+
+def _shard(data: bytes, folder: Path, name: str) -> Path:
+    with tarfile.open(folder / "shard.tar", "w") as tar:
+        member = tarfile.TarInfo(f"./{name}")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    return folder / "shard.tar"
+
+
+def _ways(data: bytes, upright: np.ndarray, folder: Path):
+    """The same picture as every kind of source, by name."""
+    path = folder / "a.png"
+    path.write_bytes(data)
+    text = base64.b64encode(data).decode()
+    yield from {
+        "path": str(path),
+        "Path": path,
+        "file URL": f"file://{path}",
+        "bytes": data,
+        "file": io.BytesIO(data),
+        "opened": Image.open(path),
+        "loaded": load_image(path),
+        "data URL": f"data:image/png;base64,{text}",
+        "base64": text,
+        "array": upright,
+        "channels first": np.ascontiguousarray(upright.transpose(2, 0, 1)),
+        "floats": upright.astype(np.float64) / 255,
+        "fp32 to 255": upright.astype(np.float32),
+        "tensor": torch.from_numpy(upright).permute(2, 0, 1),
+        "float tensor": torch.from_numpy(upright).permute(2, 0, 1).float() / 255,
+        "int64 tensor": torch.from_numpy(upright).permute(2, 0, 1).long(),
+        "folder": Pictures(folder).load("a.png"),
+        "shard": Pictures(_shard(data, folder, "a.png")).load("a.png"),
+    }.items()
+
+
+def _chat(processor, **part) -> torch.Tensor:
+    messages = [
+        {"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "what is it?"}]}
+    ]
+    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")[
+        "pixel_values"
+    ]
+
+
+def _is_ambiguous(upright: np.ndarray) -> bool:
+    """Whether an array could be read otherwise: both (H, W, C) and (C, H, W), or floats up to 1."""
+    return upright.shape[0] <= 4 or upright.shape[1] <= 4 or upright.max() < 2
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    height=st.integers(1, 60),
+    width=st.integers(1, 60),
+    orientation=st.integers(1, 8),
+    kind=st.sampled_from(["PNG", "WEBP", "TIFF"]),
+    ratio=st.sampled_from(["pad", "square", "anyres"]),
+    seed=st.integers(0, 99),
+)
+def test_every_way_gives_the_same_tensor(processors, height, width, orientation, kind, ratio, seed):
+    processor = processors[ratio]
+    upright = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    data = _file(upright, orientation, kind)
+    wanted = processor.image_processor(Image.fromarray(upright), return_tensors="pt")
+    arrays = ("array", "channels first", "floats", "fp32 to 255", "tensor", "float tensor", "int64 tensor")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for way, source in _ways(data, upright, folder):
+            if way in arrays and _is_ambiguous(upright):
+                continue
+            got = processor.image_processor(source, return_tensors="pt")
+            assert torch.equal(got["pixel_values"], wanted["pixel_values"]), way
+            assert got["image_sizes"].tolist() == [[height, width]], way
+            both = processor(images=source, text="<image>", return_tensors="pt")
+            assert torch.equal(both["pixel_values"], wanted["pixel_values"]), way
+        path = str(folder / "a.png")
+        parts = ({"path": path}, {"url": path}, {"image": path}, {"image": Image.open(path)})
+        for part in (*parts, {"base64": base64.b64encode(data).decode()}):
+            assert torch.equal(_chat(processor, **part), wanted["pixel_values"]), part
+        if ratio != "anyres":
+            reader = PixelReader(processor.image_processor)
+            raw = reader.pixels(Pictures(folder).load("a.png"))
+            plain = processor.image_processor(
+                Image.fromarray(upright), do_rescale=False, do_normalize=False, return_tensors="pt"
+            )
+            assert torch.equal(raw, plain["pixel_values"][0])
+
+
+def test_a_url_gives_the_same_tensor(processors, tmp_path):
+    upright = np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8)
+    (tmp_path / "a.png").write_bytes(_file(upright, 6))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *args: None
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0),
+        type(
+            "Quiet",
+            (SimpleHTTPRequestHandler,),
+            {
+                "__init__": lambda self, *a, **k: SimpleHTTPRequestHandler.__init__(
+                    self, *a, directory=str(tmp_path), **k
+                ),
+                "log_message": lambda self, *a: None,
+            },
+        ),
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/a.png"
+        wanted = processors["pad"].image_processor(upright, return_tensors="pt")["pixel_values"]
+        got = processors["pad"](images=url, text="<image>", return_tensors="pt")["pixel_values"]
+        assert torch.equal(got, wanted)
+        assert torch.equal(_chat(processors["pad"], url=url), wanted)
+        with pytest.raises(ValueError, match=r"image 'http://.*/b\.png' cannot be fetched: .*404"):
+            load_image(url.replace("a.png", "b.png"))
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientations(orientation):
+    upright = np.arange(3 * 5 * 3, dtype=np.uint8).reshape(3, 5, 3)
+    picture = read_picture(_file(upright, orientation))
+    assert picture.size == (5, 3)
+    assert np.array_equal(np.asarray(picture.image), upright)
+    for left, top, right, bottom in ((0, 1, 5, 3), (2, 0, 4, 3), (1, 1, 2, 2)):
+        part = np.asarray(picture.part(left, top, right, bottom))
+        assert np.array_equal(part, upright[top:bottom, left:right])
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 77])
+def test_unknown_and_damaged_orientations_are_none(orientation, tmp_path):
+    upright = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    image, exif = Image.fromarray(upright), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(np.asarray(load_image(tmp_path / "a.png")), upright)
+    image.save(tmp_path / "b.png", exif=b"Exif\x00\x00II*\x00 damaged")
+    assert orientation_of(Image.open(tmp_path / "b.png")) == 1
+    assert np.array_equal(np.asarray(load_image(tmp_path / "b.png")), upright)
+
+
+def test_a_picture_is_turned_once():
+    """Also if the user has turned it already, which removes the tag."""
+    from PIL import ImageOps
+
+    upright = np.arange(3 * 5 * 3, dtype=np.uint8).reshape(3, 5, 3)
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(_file(upright, 8))))
+    assert np.array_equal(np.asarray(load_image(turned)), upright)
+    assert np.array_equal(np.asarray(load_image(load_image(_file(upright, 8)))), upright)
+
+
+# mode, colour of all pixels, RGB; docs/pictures.md has this table in words
+MODES = [
+    ("1", 1, (255, 255, 255)),
+    ("1", 0, (0, 0, 0)),
+    ("L", 77, (77, 77, 77)),
+    ("LA", (77, 10), (77, 77, 77)),
+    ("La", (60, 128), (119, 119, 119)),
+    ("RGB", (1, 2, 3), (1, 2, 3)),
+    ("RGBA", (1, 2, 3, 0), (1, 2, 3)),
+    ("RGBX", (1, 2, 3, 4), (1, 2, 3)),
+    ("RGBa", (50, 25, 10, 128), (99, 49, 19)),
+    ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+    ("CMYK", (0, 0, 0, 255), (0, 0, 0)),
+    ("YCbCr", (76, 85, 255), (254, 0, 0)),
+    ("HSV", (85, 255, 255), (0, 255, 0)),
+    ("LAB", (255, 128, 128), (255, 255, 255)),
+    ("LAB", (113, 192, 158), (199, 31, 60)),
+    ("I", 200, (200, 200, 200)),
+    ("I", 40_000, (156, 156, 156)),
+    ("I;16", 40_000, (156, 156, 156)),
+    ("I;16", 200, (0, 0, 0)),
+    ("I;16B", 65_535, (255, 255, 255)),
+    ("F", 0.5, (128, 128, 128)),
+    ("F", 1.0, (255, 255, 255)),
+    ("F", 200.4, (200, 200, 200)),
+]
+
+
+@pytest.mark.parametrize("mode, colour, rgb", MODES)
+def test_modes(processors, mode, colour, rgb):
+    image = Image.new(mode, (5, 7), colour)
+    tolerance = 1 if mode == "LAB" else 0  # of the colour management module
+    difference = np.asarray(load_image(image), int) - rgb
+    assert np.abs(difference).max() <= tolerance
+    if not tolerance:
+        wanted = processors["square"].image_processor(Image.new("RGB", (5, 7), rgb), return_tensors="pt")
+        got = processors["square"].image_processor(image, return_tensors="pt")
+        assert torch.equal(got["pixel_values"], wanted["pixel_values"])
+
+
+def test_palettes():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([9, 9, 9, 10, 20, 30])
+    assert load_image(image).getpixel((0, 0)) == (10, 20, 30)
+    assert load_image(image.convert("PA")).getpixel((0, 0)) == (10, 20, 30)
+    out = io.BytesIO()
+    image.save(out, "PNG", transparency=1)
+    assert load_image(out.getvalue()).getpixel((0, 0)) == (10, 20, 30)
+
+
+def test_16_bits_from_a_file_and_from_an_array():
+    values = np.random.default_rng(0).integers(0, 65536, (30, 40), dtype=np.uint16)
+    out = io.BytesIO()
+    Image.fromarray(values).save(out, "PNG")
+    wanted = np.repeat((values >> 8).astype(np.uint8)[:, :, None], 3, 2)
+    for source in (
+        out.getvalue(),
+        values,
+        torch.from_numpy(values.astype(np.int32)),
+        Image.fromarray(values),
+    ):
+        assert np.array_equal(np.asarray(load_image(source)), wanted)
+
+
+@pytest.mark.parametrize("shape, channels", [((6, 7), 1), ((6, 7, 1), 1), ((6, 7, 2), 2), ((6, 7, 4), 4)])
+def test_arrays_of_other_channels(shape, channels):
+    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    kept = values.reshape(6, 7, channels)[:, :, : 3 if channels == 4 else 1]
+    wanted = np.broadcast_to(kept, (6, 7, 3))
+    assert np.array_equal(np.asarray(load_image(values)), wanted)
+    if values.ndim == 3:
+        assert np.array_equal(np.asarray(load_image(values.transpose(2, 0, 1))), wanted)
+    assert np.array_equal(np.asarray(load_image(torch.from_numpy(values))), wanted)
+
+
+def test_bool_half_and_bfloat16_arrays():
+    mask = np.eye(6, dtype=bool)
+    assert np.array_equal(np.asarray(load_image(mask))[:, :, 0], mask * 255)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        got = np.asarray(load_image(torch.from_numpy(mask).to(dtype)))
+        assert np.array_equal(got[:, :, 0], mask * 255)
+
+
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        (np.full((6, 6, 3), np.nan), "got nan to nan"),
+        (np.full((6, 6, 3), -1.8), "floats from 0 to 1 or from 0 to 255, got -1.8"),
+        (np.full((6, 6, 3), 1.5), "floats from 0 to 1 or from 0 to 255, got 1.5"),
+        (np.full((6, 6, 3), 70_000), "integers from 0 to 255 or from 0 to 65535"),
+        (np.full((6, 6, 3), -1), "integers from 0 to 255 or from 0 to 65535, got -1"),
+        (np.zeros((6, 6, 5)), r"must be \(H, W\), \(H, W, C\) or \(C, H, W\) .* got \(6, 6, 5\)"),
+        (np.zeros((0, 6, 3)), r"got \(0, 6, 3\)"),
+        (np.zeros((2, 6, 6, 3)), r"got \(2, 6, 6, 3\)"),
+        (np.array([["a"]]), "array of numbers"),
+        (Image.new("F", (3, 3), float("inf")), "finite"),
+        (Image.new("I", (3, 3), -5), "got -5"),
+        (Image.new("F", (3, 3), 1e6), "got 1e.06"),
+        (3, "got int"),
+        (None, "got NoneType"),
+        ("no such file.png", "image 'no such file.png' does not exist"),
+        (b"", "is not a picture"),
+        (b"GIF89a", "cannot be read|is not a picture"),
+    ],
+)
+def test_what_is_no_picture_is_named(values, told):
+    with pytest.raises(ValueError, match=told) as error:
+        load_image(values)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (40, 24), (15, 61)])
+@pytest.mark.parametrize("ratio", ["pad", "square", "anyres"])
+def test_floats_without_rescaling_keep_their_range(processors, ratio, size):
+    """C24 of the reports: such pictures failed unless they were square."""
+    upright = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    processor = processors[ratio].image_processor
+    wanted = processor(upright, return_tensors="pt")["pixel_values"]
+    for floats in (upright / 255, torch.from_numpy(upright).permute(2, 0, 1) / 255):
+        got = processor(floats, do_rescale=False, return_tensors="pt")["pixel_values"]
+        assert torch.equal(got, wanted)
+    raw = processor(upright, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+    assert raw.dtype == torch.uint8
+    unit = processor(upright / 255, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    assert np.array_equal(unit, raw.numpy() * np.float64(1 / 255).astype(np.float32)) or np.allclose(
+        unit, raw.numpy() / 255, rtol=2 * np.finfo(np.float32).eps, atol=0
+    )
+
+
+def test_options_that_would_be_ignored_are_refused(processors):
+    image = Image.new("RGB", (30, 20))
+    with pytest.raises(ValueError, match="do_pad must not be False with image_aspect_ratio 'pad'"):
+        processors["pad"].image_processor(image, do_pad=False)
+    with pytest.raises(ValueError, match="pad_size must be None"):
+        processors["pad"].image_processor(image, pad_size={"height": 9, "width": 9})
+
+
+def _whole(image: Image.Image, side: int) -> Image.Image:
+    """The steps of the original code: pad to a square, then resize."""
+    longest = max(image.size)
+    square = Image.new("RGB", (longest, longest), (122, 116, 104))
+    square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
+    return square.resize((side, side), Image.Resampling.BICUBIC)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    width=st.integers(1, 300),
+    height=st.integers(1, 300),
+    side=st.sampled_from([7, 24, 48]),
+    strip=st.sampled_from([1, 500, 1 << 20]),
+    between=st.sampled_from([60, 1 << 22]),
+    resample=st.sampled_from([Image.Resampling.BICUBIC, Image.Resampling.LANCZOS, Image.Resampling.BILINEAR]),
+)
+def test_resizing_in_strips_is_resizing_the_whole(width, height, side, strip, between, resample):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    picture, canvas = read_picture(image), Canvas.square(image.size, (122, 116, 104))
+    square = Image.new("RGB", canvas.size, canvas.colour)
+    square.paste(image, (canvas.left, canvas.top))
+    one_pass = image.resize((side, height), resample)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resizing, "STRIP", strip)
+        patch.setattr(resizing, "BETWEEN", between)
+        patch.setattr(resizing, "WHOLE", 0)
+        for wanted, got in (
+            (square.resize((side, side), resample), resize(picture, (side, side), resample, canvas)),
+            (one_pass.resize((side, 9), resample), resize(picture, (side, 9), resample)),
+        ):
+            difference = np.abs(np.asarray(wanted, int) - np.asarray(got, int)).max()
+            # in groups of columns, the positions are rounded to fp32: one level in each pass
+            assert difference <= (0 if between > height * side else 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    width=st.integers(1, 400),
+    height=st.integers(1, 400),
+    seed=st.integers(0, 9),
+)
+def test_a_window_is_the_middle_of_the_whole(width, height, seed):
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    short = min(width, height)
+    size = (24 * width // short, 24 * height // short)
+    left, top = (size[0] - 24) // 2, (size[1] - 24) // 2
+    box = (left, top, left + 24, top + 24)
+    # Pillow chooses the order of its passes by the size of the result
+    wanted = image.resize((size[0], height), Image.Resampling.BICUBIC).resize(size, Image.Resampling.BICUBIC)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resizing, "WHOLE", 0)
+        got = resize(read_picture(image), size, Image.Resampling.BICUBIC, window=box)
+    difference = np.abs(np.asarray(wanted.crop(box), int) - np.asarray(got, int)).max()
+    assert difference <= 2  # positions are rounded to fp32: one level in each pass
+
+
+def test_ordinary_pictures_are_bit_equal_to_the_original_steps(processors):
+    for size in ((400, 300), (300, 400), (1000, 37)):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        got = PixelReader(processors["pad"].image_processor).pixels(image)
+        assert np.array_equal(got.permute(1, 2, 0).numpy(), np.asarray(_whole(image, 24)))
+
+
+LARGE = [  # (mode, width, height, format, options); the last column is whether it is read
+    ("RGB", 60_000, 1, "PNG", True),
+    ("RGB", 1, 60_000, "PNG", True),
+    ("RGB", 10_000, 10, "PNG", True),
+    ("RGB", 500, 60_000, "PNG", True),
+    ("RGB", 60_000, 500, "PNG", True),
+    ("RGB", 6_000, 6_000, "BMP", True),
+    ("L", 12_000, 12_000, "PNG", True),
+    ("RGB", 13_000, 13_000, "JPEG", True),
+    ("RGB", 13_000, 13_000, "BMP", False),
+    ("RGB", 100_000, 1, "PNG", False),
+    ("L", 1, 100_000, "PNG", False),
+]
+MEASURE = """
+import sys, warnings
+from PIL import Image
+from cumo_model.demo.tokenizer import train_tokenizer
+from cumo_model.processing import build_processor
+warnings.simplefilter("ignore")
+tokenizer = train_tokenizer(["what is it?"] * 20, 300)
+grid = {"image_grid_pinpoints": [[336, 672], [672, 336], [672, 672]]}
+processors = [build_processor(tokenizer, 336, 14, image_aspect_ratio=r, **(grid if r == "anyres" else {}))
+              for r in ("pad", "square", "anyres")]
+def resident(name):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(name))
+for processor in processors:
+    processor.image_processor(Image.new("RGB", (50, 70)), return_tensors="pt")
+for path in sys.argv[1:]:
+    for processor in processors:
+        open("/proc/self/clear_refs", "w").write("5")
+        before = resident("VmRSS:")
+        try:
+            processor.image_processor(path, return_tensors="pt")
+            said = "read"
+        except ValueError as error:
+            said = str(error)
+        print(resident("VmHWM:") - before, said, sep="|", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs")
+def test_large_and_thin_pictures_need_under_200_mb(tmp_path):
+    paths = []
+    for number, (mode, width, height, kind, _) in enumerate(LARGE):
+        paths.append(tmp_path / str(number))
+        Image.new(mode, (width, height), 99).save(paths[-1], kind)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, paths)], capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = iter(run.stdout.splitlines())
+    for mode, width, height, kind, is_read in LARGE:
+        for ratio in ("pad", "square", "anyres"):
+            peak, said = next(lines).split("|", 1)
+            assert int(peak) < 200e6, (mode, width, height, kind, ratio, peak)
+            assert (said == "read") == is_read, (mode, width, height, kind, ratio, said)
+            assert is_read or "must" in said
+
+
+def test_limits_name_the_picture_and_the_bound(tmp_path, monkeypatch):
+    Image.new("L", (SIDE + 1, 1)).save(tmp_path / "long.png")
+    with pytest.raises(
+        ValueError, match=rf"long\.png' must have sides of at most {SIDE} pixels, got 65536 x 1"
+    ):
+        load_image(tmp_path / "long.png")
+    with pytest.raises(ValueError, match="sides of at most"):
+        read_picture(np.zeros((1, SIDE + 1, 3), np.uint8))
+    Image.new("RGB", (60, 50)).save(tmp_path / "a.png")
+    monkeypatch.setattr(reading, "MEMORY", 60 * 50 * 4 - 1)
+    with pytest.raises(
+        ValueError, match=r"a\.png' must be decoded in at most .* got a PNG of 60 x 50 pixels"
+    ):
+        load_image(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="must be decoded in at most"):
+        read_picture(Image.open(tmp_path / "a.png"))
+    opened = Image.open(tmp_path / "a.png")
+    opened.load()
+    assert read_picture(opened).size == (60, 50)  # the memory is used already
+
+
+def test_a_large_jpeg_is_decoded_smaller(tmp_path, monkeypatch):
+    wave = (np.sin(np.arange(400) / 40) * 100 + 128).astype(np.uint8)
+    Image.fromarray(np.repeat(np.repeat(wave[None, :, None], 301, 0), 3, 2)).save(
+        tmp_path / "a.jpg", quality=95
+    )
+    whole = load_image(tmp_path / "a.jpg")
+    monkeypatch.setattr(reading, "MEMORY", 200 * 151 * 4)
+    opened = Image.open(tmp_path / "a.jpg")
+    small = load_image(tmp_path / "a.jpg")
+    assert small.size == (200, 151) and needed(decode_image(tmp_path / "a.jpg")) <= reading.MEMORY
+    for other in (opened, (tmp_path / "a.jpg").read_bytes()):
+        assert np.array_equal(np.asarray(load_image(other)), np.asarray(small))
+    assert opened.size == (400, 301)  # the user's own object is unchanged
+    difference = np.asarray(whole.resize((24, 24)), int) - np.asarray(small.resize((24, 24)), int)
+    assert np.abs(difference).max() <= 3
+
+
+def test_a_bomb_is_named(tmp_path, monkeypatch):
+    Image.new("L", (100, 100)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"image '.*bomb\.png' cannot be read: .*decompression bomb"):
+        load_image(tmp_path / "bomb.png")
+    assert MEMORY < 200e6
