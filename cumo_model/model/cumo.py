@@ -35,7 +35,7 @@ from cumo_model.model.image_tokens import (
     check_placeholders,
     picture_sizes,
 )
-from cumo_model.model.llm_moe import build_language_model
+from cumo_model.model.llm_moe import CumoMixtralModel, build_language_model
 from cumo_model.model.losses import Targets, router_losses, takes_rows
 from cumo_model.model.mlp_moe import CumoProjector
 from cumo_model.model.moe import RoutingRecord, record_routing
@@ -233,6 +233,7 @@ class CumoModel(CumoPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        router_mask: Tensor | None = None,
         all_routers: bool = False,
         num_dummy_images: int = 0,
         image_options: dict | None = None,
@@ -274,8 +275,20 @@ class CumoModel(CumoPreTrainedModel):
         )
         if embed_only:
             return CumoModelOutput(last_hidden_state=inputs_embeds, image_hidden_states=features)
-        if self.training and attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
-            # padding counts in Mixtral's router losses; the original code pads with zero vectors
+        if router_mask is not None:
+            if router_mask.shape != inputs_embeds.shape[:2]:
+                raise ValueError(
+                    f"router_mask must be {tuple(inputs_embeds.shape[:2])} like input_ids, "
+                    f"got {tuple(router_mask.shape)}"
+                )
+            if isinstance(self.language_model, CumoMixtralModel):  # no other decoder has routers
+                kwargs["router_mask"] = router_mask
+        if (
+            self.config.compat is not None
+            and self.training
+            and getattr(attention_mask, "shape", None) == inputs_embeds.shape[:2]
+        ):
+            # padding then counts in Mixtral's router losses; the original code pads with zero vectors
             inputs_embeds = inputs_embeds * attention_mask[:, :, None].to(inputs_embeds.dtype)
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -334,6 +347,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        router_mask: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
@@ -354,12 +368,17 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
             image_lengths: (number of pictures,) integers: how many placeholders `input_ids` has for each
                 picture; they take its first tokens. 0 for a picture that counts in the router losses only,
                 like the dummy images of the original code. None: all tokens of each picture.
-            attention_mask: (B, S), 0 on padding, which may be left or right.
+            attention_mask: (B, S), 0 on padding, which may be left or right. Padding does not count in the
+                router losses and statistics of the language model; with config.compat it does, as in the
+                original code. With a mask of another shape, and with none, all tokens count.
             position_ids: (B, S) int64, as in transformers.
             cache: key-value cache of transformers; also accepted as past_key_values.
             inputs_embeds: (B, S, H), instead of `input_ids`. With pictures, `input_ids` may also be given, to
                 mark the placeholders; otherwise they are where the embedding is that of the image token.
             labels: (B, S) int64, -100 where no token is predicted. Image tokens are never predicted.
+            router_mask: (B, S), 0 on tokens that do not count in the router losses and statistics of the
+                language model, instead of `attention_mask`, which packed rows do not have; also with
+                config.compat.
             use_cache: as in transformers; by default True in evaluation and False in training.
             logits_to_keep: number of last positions, or indices of the positions, that get logits. 0: all
                 positions, as `labels` require.
@@ -401,6 +420,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
                 position_ids=position_ids,
                 cache=cache,
                 inputs_embeds=inputs_embeds,
+                router_mask=router_mask,
                 use_cache=use_cache,
                 all_routers=has_losses,
                 return_dict=True,
