@@ -408,7 +408,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         with_aux = self.training or output_router_logits
-        has_losses = with_aux and self._has_expert_losses()
+        has_losses = with_aux and self.has_expert_losses
         recorded = has_losses or output_router_stats or output_router_logits
         with record_routing(output_router_logits, of=self) if recorded else nullcontext([]) as records:
             outputs = self.model(
@@ -467,7 +467,9 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
             router_stats=stacked_stats(records) if output_router_stats else None,
         )
 
-    def _has_expert_losses(self) -> bool:
+    @property
+    def has_expert_losses(self) -> bool:
+        """Whether the training loss has router losses: tower or connector have experts."""
         return self.config.vision_config.num_experts > 1 or self.config.projector_num_experts > 1
 
     def _aux_loss(
