@@ -56,7 +56,8 @@ NO_EFFECT = [
     "greater_is_better=false", "resume_from_checkpoint=runs/x", "push_to_hub=true", "hub_model_id=me/cumo",
     "auto_find_batch_size=true", "train_sampling_strategy=group_by_length", "length_column_name=size",
     "dataloader_drop_last=true", "dataloader_in_order=false", "ignore_data_skip=true",
-    "bf16_full_eval=true", "eval_delay=1", "include_for_metrics=[loss]", "accelerator_config={even_batches: false}",
+    "bf16_full_eval=true", "eval_delay=1", "include_for_metrics=[loss]",
+    "accelerator_config={even_batches: false}",
     "use_liger_kernel=true", "local_rank=1", "enable_jit_checkpoint=true",
 ]  # fmt: skip
 
