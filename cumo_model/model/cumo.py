@@ -46,6 +46,7 @@ from cumo_model.model.outputs import (
     router_logits,
     stacked_stats,
 )
+from cumo_model.model.positions import check_length
 from cumo_model.model.pyramid import crop_counts, image_pyramid, merge_scales
 
 
@@ -263,6 +264,9 @@ class CumoModel(CumoPreTrainedModel):
                 f"input_ids must be {tuple(inputs_embeds.shape[:2])} like inputs_embeds, "
                 f"got {tuple(input_ids.shape)}"
             )
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if position_ids is None and not torch.compiler.is_compiling():  # packed rows give them
+            check_length(self.config.text_config, given.shape[1], "a row")
         inputs_embeds, features = self._embed(
             input_ids,
             inputs_embeds,
@@ -275,14 +279,8 @@ class CumoModel(CumoPreTrainedModel):
         )
         if embed_only:
             return CumoModelOutput(last_hidden_state=inputs_embeds, image_hidden_states=features)
-        if router_mask is not None:
-            if router_mask.shape != inputs_embeds.shape[:2]:
-                raise ValueError(
-                    f"router_mask must be {tuple(inputs_embeds.shape[:2])} like input_ids, "
-                    f"got {tuple(router_mask.shape)}"
-                )
-            if isinstance(self.language_model, CumoMixtralModel):  # no other decoder has routers
-                kwargs["router_mask"] = router_mask
+        if router_mask is not None and isinstance(self.language_model, CumoMixtralModel):
+            kwargs["router_mask"] = router_mask  # no other decoder has routers
         if (
             self.config.compat is not None
             and self.training
@@ -400,7 +398,8 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
             CumoOutput with logits (B, S, V), or (B, kept positions, V) with `logits_to_keep`.
 
         Raises:
-            ValueError: placeholders and pictures do not match, or an argument has a wrong shape.
+            ValueError: placeholders and pictures do not match, an argument has a wrong shape, or rows without
+                `position_ids` are longer than the language model's positions (positions.py).
         """
         # no parameter of its own: the Trainer would take it for a label that every batch must have
         shift_labels = kwargs.pop("shift_labels", None)

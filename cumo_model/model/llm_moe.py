@@ -98,11 +98,16 @@ class CumoMixtralModel(ParallelMixin, MoEHostMixin, MixtralModel):
 
         `router_mask` (B, S), 0 on tokens that do not count in the statistics of the routers, is by default
         the attention mask, if that is (B, tokens); with compat it is None, and all tokens count.
+
+        Raises:
+            ValueError: `router_mask` has another shape.
         """
-        if is_recording():  # else nobody reads the statistics
+        given = input_ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        shape = None if given is None else tuple(given.shape[:2])
+        if router_mask is not None and tuple(router_mask.shape) != shape:
+            raise ValueError(f"router_mask must be {shape} like input_ids, got {tuple(router_mask.shape)}")
+        if is_recording() and shape is not None:  # else nobody reads the statistics
             if router_mask is None and self.compat is None:
-                embeds = kwargs.get("inputs_embeds")
-                shape = (input_ids if embeds is None else embeds).shape[:2]
                 router_mask = mask_of_tokens(attention_mask, shape, given_cache(kwargs))
             if router_mask is not None:
                 kwargs["router_mask"] = router_mask.bool()

@@ -21,12 +21,21 @@ from cumo_model.data.sampling import Units, plan_packs
 from cumo_model.data.streamed import StreamedConversations
 from cumo_model.model.compat import CHECKPOINTING, checkpointing_arguments
 from cumo_model.model.config import CumoConfig
+from cumo_model.model.positions import position_limit
 from cumo_model.training.arguments import check_fields, typed_fields
 from cumo_model.training.deepspeed import begin, first_model, join_processes, require_deepspeed, whole_weights
 from cumo_model.training.expert_checkpoints import is_spread, spread_experts
 from cumo_model.training.lora import has_adapters, load_beside, merged, save_beside, with_lora
 from cumo_model.training.monitor import Monitor
-from cumo_model.training.recipe import PARTS, SHIPPED, ModelSection, Recipe, StageSection, check_model
+from cumo_model.training.recipe import (
+    PARTS,
+    SHIPPED,
+    DataSection,
+    ModelSection,
+    Recipe,
+    StageSection,
+    check_model,
+)
 from cumo_model.training.stage import DATA_FILE, StageTrainer, claim, run_stage
 
 
@@ -228,6 +237,25 @@ def check_experts(model: ModelSection, config: CumoConfig) -> None:
             raise ValueError("model.scratch must be False where model.start has the experts, got True")
 
 
+def check_positions(config: CumoConfig, data: DataSection, lengths: np.ndarray) -> None:
+    """Check that no row of a training run is longer than the language model's positions.
+
+    Raises:
+        ValueError: data.max_length or a record is longer.
+    """
+    limit = position_limit(config.text_config)
+    if limit is None:
+        return
+    has = f"{limit}, text_config.max_position_embeddings of the model"
+    if data.max_length is not None and data.max_length > limit and not data.packing:
+        raise ValueError(f"data.max_length must be at most {has}, got {data.max_length}")
+    # the positions of a packed row begin again with each record
+    if len(lengths) and lengths.max() > limit:
+        longest = int(lengths.argmax())
+        setting = "records of packed rows must have" if data.packing else "data.max_length must be given,"
+        raise ValueError(f"{setting} at most {has}, got {lengths[longest]} tokens in record {longest}")
+
+
 def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     """Build the model, the data set and the Trainer of a recipe.
 
@@ -272,6 +300,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     claim(
         Path(recipe.output_dir) / DATA_FILE, {"content of data": dataset.identity(), "records": len(dataset)}
     )
+    check_positions(model.config, data, dataset.lengths)
     units = [[i] for i in range(len(dataset))]
     lengths, has_image = dataset.lengths, dataset.has_image
     if data.packing:
