@@ -1,8 +1,9 @@
 """Batches of samples: padded rows, or packed rows in which conversations do not attend to each other.
 
 A packed row is a concatenation of conversations. `position_ids` restart at 0 in each conversation, and there
-is no `attention_mask`. transformers derives the block-diagonal attention mask and the rotary embeddings from
-these positions, also for varlen flash attention. Packing does not change the processing of pictures: tower
+is no `attention_mask`; `router_mask` tells the routers what is padding. transformers derives the
+block-diagonal attention mask and the rotary embeddings from these positions, also for varlen flash attention.
+Packing does not change the processing of pictures: tower
 and connector get (pictures, 3, s, s), so their losses are per picture or per crop in both cases.
 """
 
@@ -63,9 +64,9 @@ def collate_packed(rows: Sequence[Sequence[Sample]], pad_id: int) -> dict[str, T
         pad_id: token id of the padding.
 
     Returns:
-        input_ids, labels, position_ids, each (B, N) int64, and pixel_values as in `collate`. The first label
-        of each sample is -100, so that it is not predicted from the previous sample. Padding has position 0
-        and attends to itself.
+        input_ids, labels, position_ids and router_mask, each (B, N) int64, and pixel_values as in `collate`.
+        The first label of each sample is -100, so that it is not predicted from the previous sample. Padding
+        has position 0 and attends to itself; router_mask is 0 there.
     """
     if not rows or not all(rows):
         raise ValueError("every packed row must hold at least one sample")
@@ -77,7 +78,7 @@ def collate_packed(rows: Sequence[Sequence[Sample]], pad_id: int) -> dict[str, T
         joined.append((torch.cat([sample["input_ids"] for sample in row]), torch.cat(labels)))
         positions.append(torch.cat([torch.arange(len(sample["input_ids"])) for sample in row]))
     batch = pad(joined, pad_id)
-    del batch["attention_mask"]
+    batch["router_mask"] = batch.pop("attention_mask")
     batch["position_ids"] = torch.nn.utils.rnn.pad_sequence(positions, batch_first=True)
     return _with_pictures(batch, [sample for row in rows for sample in row])
 

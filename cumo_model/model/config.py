@@ -79,8 +79,8 @@ class CumoConfig(PreTrainedConfig):
             micro-batches and processes. "micro_batches": the mean of the micro-batches' means, as in the
             original code.
         output_router_logits: whether `forward` returns router logits by default.
-        compat: "cumo" reproduces the rounding of the original code in routers and experts. None is more
-            accurate and faster.
+        compat: "cumo" reproduces the rounding of the original code in routers and experts, and counts padding
+            in the router losses of the language model, as it does. None is more accurate and faster.
         tie_word_embeddings: whether lm_head shares the embedding's weight.
         original: config.json of the released-layout checkpoint this config was read from. It is used when the
             model is converted back to that layout.

@@ -35,7 +35,7 @@ from cumo_model.model.image_tokens import (
     check_placeholders,
     picture_sizes,
 )
-from cumo_model.model.llm_moe import build_language_model
+from cumo_model.model.llm_moe import CumoMixtralModel, build_language_model
 from cumo_model.model.losses import Targets, router_losses, takes_rows
 from cumo_model.model.mlp_moe import CumoProjector
 from cumo_model.model.moe import RoutingRecord, record_routing
@@ -46,6 +46,7 @@ from cumo_model.model.outputs import (
     router_logits,
     stacked_stats,
 )
+from cumo_model.model.positions import check_length
 from cumo_model.model.pyramid import crop_counts, image_pyramid, merge_scales
 
 
@@ -233,6 +234,7 @@ class CumoModel(CumoPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        router_mask: Tensor | None = None,
         all_routers: bool = False,
         num_dummy_images: int = 0,
         image_options: dict | None = None,
@@ -262,6 +264,9 @@ class CumoModel(CumoPreTrainedModel):
                 f"input_ids must be {tuple(inputs_embeds.shape[:2])} like inputs_embeds, "
                 f"got {tuple(input_ids.shape)}"
             )
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if position_ids is None and not torch.compiler.is_compiling():  # packed rows give them
+            check_length(self.config.text_config, given.shape[1], "a row")
         inputs_embeds, features = self._embed(
             input_ids,
             inputs_embeds,
@@ -274,8 +279,14 @@ class CumoModel(CumoPreTrainedModel):
         )
         if embed_only:
             return CumoModelOutput(last_hidden_state=inputs_embeds, image_hidden_states=features)
-        if self.training and attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
-            # padding counts in Mixtral's router losses; the original code pads with zero vectors
+        if router_mask is not None and isinstance(self.language_model, CumoMixtralModel):
+            kwargs["router_mask"] = router_mask  # no other decoder has routers
+        if (
+            self.config.compat is not None
+            and self.training
+            and getattr(attention_mask, "shape", None) == inputs_embeds.shape[:2]
+        ):
+            # padding then counts in Mixtral's router losses; the original code pads with zero vectors
             inputs_embeds = inputs_embeds * attention_mask[:, :, None].to(inputs_embeds.dtype)
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -334,6 +345,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        router_mask: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
@@ -354,12 +366,17 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
             image_lengths: (number of pictures,) integers: how many placeholders `input_ids` has for each
                 picture; they take its first tokens. 0 for a picture that counts in the router losses only,
                 like the dummy images of the original code. None: all tokens of each picture.
-            attention_mask: (B, S), 0 on padding, which may be left or right.
+            attention_mask: (B, S), 0 on padding, which may be left or right. Padding does not count in the
+                router losses and statistics of the language model; with config.compat it does, as in the
+                original code. With a mask of another shape, and with none, all tokens count.
             position_ids: (B, S) int64, as in transformers.
             cache: key-value cache of transformers; also accepted as past_key_values.
             inputs_embeds: (B, S, H), instead of `input_ids`. With pictures, `input_ids` may also be given, to
                 mark the placeholders; otherwise they are where the embedding is that of the image token.
             labels: (B, S) int64, -100 where no token is predicted. Image tokens are never predicted.
+            router_mask: (B, S), 0 on tokens that do not count in the router losses and statistics of the
+                language model, instead of `attention_mask`, which packed rows do not have; also with
+                config.compat.
             use_cache: as in transformers; by default True in evaluation and False in training.
             logits_to_keep: number of last positions, or indices of the positions, that get logits. 0: all
                 positions, as `labels` require.
@@ -381,7 +398,8 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
             CumoOutput with logits (B, S, V), or (B, kept positions, V) with `logits_to_keep`.
 
         Raises:
-            ValueError: placeholders and pictures do not match, or an argument has a wrong shape.
+            ValueError: placeholders and pictures do not match, an argument has a wrong shape, or rows without
+                `position_ids` are longer than the language model's positions (positions.py).
         """
         # no parameter of its own: the Trainer would take it for a label that every batch must have
         shift_labels = kwargs.pop("shift_labels", None)
@@ -389,7 +407,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         with_aux = self.training or output_router_logits
-        has_losses = with_aux and self._has_expert_losses()
+        has_losses = with_aux and self.has_expert_losses
         recorded = has_losses or output_router_stats or output_router_logits
         with record_routing(output_router_logits, of=self) if recorded else nullcontext([]) as records:
             outputs = self.model(
@@ -401,6 +419,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
                 position_ids=position_ids,
                 cache=cache,
                 inputs_embeds=inputs_embeds,
+                router_mask=router_mask,
                 use_cache=use_cache,
                 all_routers=has_losses,
                 return_dict=True,
@@ -447,7 +466,9 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
             router_stats=stacked_stats(records) if output_router_stats else None,
         )
 
-    def _has_expert_losses(self) -> bool:
+    @property
+    def has_expert_losses(self) -> bool:
+        """Whether the training loss has router losses: tower or connector have experts."""
         return self.config.vision_config.num_experts > 1 or self.config.projector_num_experts > 1
 
     def _aux_loss(

@@ -5,6 +5,8 @@ words. Logits processors, stopping criteria and drafts therefore work on ids wit
 """
 
 import inspect
+import warnings
+from contextvars import ContextVar
 from functools import wraps
 
 import torch
@@ -24,7 +26,9 @@ from transformers.generation import (
 
 from cumo_model.model.compat import given_cache, this_cache_name
 from cumo_model.model.image_tokens import as_tiles, picture_sizes, pictures_per_row
+from cumo_model.model.positions import check_length, longest_prompt, position_limit
 
+_longest: ContextVar[int | None] = ContextVar("_longest", default=None)  # prompt of the current `generate`
 PICTURES = ("pixel_values", "image_sizes", "image_lengths")
 
 # they compare ids or use them as indices of the scores, so the image token can be a word of its own for them
@@ -125,7 +129,33 @@ class TextCandidates(CandidateGenerator):
 class CumoGenerationMixin(GenerationMixin):
     """GenerationMixin with pictures. The image token is never generated."""
 
-    generate = this_cache_name(GenerationMixin.generate)
+    @this_cache_name
+    @wraps(GenerationMixin.generate)
+    def generate(self, inputs=None, *args, **kwargs):
+        named = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        given = [prompt for prompt in named if isinstance(prompt, Tensor) and prompt.ndim > 1]
+        text = self.config.text_config
+        if not given or kwargs.get("position_ids") is not None or position_limit(text) is None:
+            return super().generate(inputs, *args, **kwargs)
+        longest = max(longest_prompt(prompt, kwargs.get("attention_mask")) for prompt in given)
+        check_length(text, longest, "a prompt")
+        token = _longest.set(longest)
+        try:
+            return super().generate(inputs, *args, **kwargs)
+        finally:
+            _longest.reset(token)
+
+    def _prepare_generated_length(self, generation_config, *args, **kwargs):
+        prepared = super()._prepare_generated_length(generation_config, *args, **kwargs)
+        limit, prompt = position_limit(self.config.text_config), _longest.get()
+        answer = prepared.max_length - kwargs["input_ids_length"]
+        if None not in (limit, prompt) and prompt + answer > limit:
+            warnings.warn(
+                f"prompt and answer may have {prompt + answer} tokens ({prompt} + {answer}), more than "
+                f"text_config.max_position_embeddings {limit}: beyond them the answer is noise",
+                stacklevel=2,
+            )
+        return prepared
 
     def _has_image_word(self) -> bool:
         return 0 <= self.config.image_token_index < self.config.text_config.vocab_size

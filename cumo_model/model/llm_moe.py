@@ -1,11 +1,12 @@
 """The language model: an unchanged dense decoder of transformers, or Mixtral with MoELayer as sparse block.
 
-The balance loss uses statistics over all tokens of the micro-batch, padding included.
+The router losses use statistics over the tokens of the micro-batch, without padding. With compat padding
+counts, as in the original code.
 """
 
 import torch
-from torch import nn
-from transformers import MODEL_MAPPING, MixtralConfig, MixtralModel, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, Cache, MixtralConfig, MixtralModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -18,9 +19,10 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralRotaryEmbedding,
 )
 
+from cumo_model.model.compat import given_cache
 from cumo_model.model.head import head_of
 from cumo_model.model.host import MoEHostMixin
-from cumo_model.model.moe import MoELayer
+from cumo_model.model.moe import MoELayer, is_recording
 from cumo_model.model.tensor_parallel import ParallelMixin
 
 GATED_ACTIVATION_OF = {
@@ -53,6 +55,13 @@ class CumoMixtralDecoderLayer(MixtralDecoderLayer):
             layer=layer_idx,
         )
 
+    def forward(self, hidden_states: Tensor, router_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """As in transformers; `router_mask` (B, S) bool: tokens that count in the router's statistics."""
+        # an argument, because activation checkpointing recomputes the layer with the same arguments
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), counted=router_mask)
+
 
 class CumoMixtralModel(ParallelMixin, MoEHostMixin, MixtralModel):
     """Mixtral's decoder without its head, built of CumoMixtralDecoderLayer."""
@@ -63,6 +72,7 @@ class CumoMixtralModel(ParallelMixin, MoEHostMixin, MixtralModel):
 
     def __init__(self, config: MixtralConfig, compat: str | None = None):
         MixtralPreTrainedModel.__init__(self, config)
+        self.compat = compat
         if config.router_jitter_noise > 0:
             raise ValueError(f"text_config.router_jitter_noise must be 0, got {config.router_jitter_noise}")
         self.padding_idx = config.pad_token_id
@@ -76,12 +86,63 @@ class CumoMixtralModel(ParallelMixin, MoEHostMixin, MixtralModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args,
+        router_mask: Tensor | None = None,
+        **kwargs,
+    ):
+        """As in transformers.
+
+        `router_mask` (B, S), 0 on tokens that do not count in the statistics of the routers, is by default
+        the attention mask, if that is (B, tokens); with compat it is None, and all tokens count.
+
+        Raises:
+            ValueError: `router_mask` has another shape.
+        """
+        given = input_ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        shape = None if given is None else tuple(given.shape[:2])
+        if router_mask is not None and tuple(router_mask.shape) != shape:
+            raise ValueError(f"router_mask must be {shape} like input_ids, got {tuple(router_mask.shape)}")
+        if is_recording() and shape is not None:  # else nobody reads the statistics
+            if router_mask is None and self.compat is None:
+                router_mask = mask_of_tokens(attention_mask, shape, given_cache(kwargs))
+            if router_mask is not None:
+                kwargs["router_mask"] = router_mask.bool()
+        return super().forward(input_ids, attention_mask, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, MoELayer):
             for weight in module.experts.parameters():
                 init.normal_(weight, std=self.config.initializer_range)
+
+
+def mask_of_tokens(
+    attention_mask: Tensor | None, shape: tuple[int, int], cache: Cache | None = None
+) -> Tensor | None:
+    """The part of a padding mask that belongs to the tokens of this call.
+
+    Args:
+        attention_mask: (B, S) or, with the tokens in the cache before them, (B, more).
+        shape: B and S.
+        cache: the cache of the earlier tokens.
+
+    Returns:
+        (B, S), or None if the mask has another form, which does not say what is padding.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    if attention_mask.shape == shape:
+        return attention_mask
+    if cache is None or attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < shape[1]:
+        return None
+    # of a static cache the length is a tensor
+    positions = torch.arange(shape[1], device=attention_mask.device) + cache.get_seq_length()
+    return attention_mask[:, positions.clamp(max=attention_mask.shape[1] - 1)]
 
 
 # transformers converts per-expert checkpoints of an external class only if it is registered

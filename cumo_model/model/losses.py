@@ -6,8 +6,9 @@ For one call of one layer, over G groups of tokens (crops, images, or the whole 
     z       = mean_g mean_{t in g} logsumexp(logits[t])^2
 
 density is the share of tokens whose first choice is expert e; it carries no gradient. probs is the mean
-softmax probability. Both are part of every `Routing`. Sources: the load balancing loss of Switch Transformer
-(arXiv 2101.03961) and the router z-loss of ST-MoE (arXiv 2202.08906), as used by CuMo (arXiv 2405.05949).
+softmax probability. Both are part of every `Routing`. Padding of the language model's rows is in no group,
+except with compat. Sources: the load balancing loss of Switch Transformer (arXiv 2101.03961) and the router
+z-loss of ST-MoE (arXiv 2202.08906), as used by CuMo (arXiv 2405.05949).
 """
 
 from collections.abc import Callable, Sequence

@@ -10,14 +10,14 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cumo_kernels import ACTIVATIONS, Routing, expert_mlp, grouped_gemm, route
+from cumo_kernels import ACTIVATIONS, RouterStats, Routing, expert_mlp, grouped_gemm, route
 
 IMPLEMENTATIONS = ("cumo", "eager")  # of experts: cumo_kernels, or a loop in plain PyTorch
 PLACES = ("mlp", "clip", "llm")  # the order in which the original code adds their losses
@@ -30,14 +30,30 @@ class RoutingRecord:
     Attributes:
         place: "clip" (vision tower), "mlp" (connector) or "llm" (language model).
         layer: index of the layer within its place.
-        routing: the layer's routing plan and its statistics.
+        routing: the layer's routing plan, which includes padding, and its statistics, which do not.
         logits: (T, E) router logits if `record_routing` was asked for them, else None.
+        counted: (T,) bool, False on padding, which does not count in the statistics; None: all tokens count.
     """
 
     place: str
     layer: int
     routing: Routing
     logits: Tensor | None = None
+    counted: Tensor | None = None
+
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """(E,) int32: slots of each expert, without those of padding."""
+        if self.counted is None:
+            return self.routing.tokens_per_expert
+        chosen = self.routing.topk_indices.where(self.counted[:, None], self.routing.num_experts)
+        experts = torch.arange(self.routing.num_experts, device=chosen.device)
+        return (chosen[:, :, None] == experts).sum((0, 1), dtype=torch.int32)
+
+    @property
+    def num_slots(self) -> Tensor | int:
+        """Slots without those of padding, dropped ones included; a () tensor if there is padding."""
+        return self.routing.num_slots if self.counted is None else self.counted.sum() * self.routing.top_k
 
 
 @dataclass(frozen=True)
@@ -83,13 +99,24 @@ def record_routing(logits: bool = False, of: nn.Module | None = None) -> Iterato
         _recorders.active = tuple(other for other in _recorders.active if other is not recorder)
 
 
+def is_recording() -> bool:
+    """Whether a `record_routing` of this thread is active."""
+    current = _backward_pass()
+    return any(recorder.backward == current for recorder in _recorders.active)
+
+
 def note_routing(
-    place: str, layer: int, routing: Routing, logits: Tensor | None = None, module: nn.Module | None = None
+    place: str,
+    layer: int,
+    routing: Routing,
+    logits: Tensor | None = None,
+    module: nn.Module | None = None,
+    counted: Tensor | None = None,
 ) -> None:
     """Give the routing of `module`, the layer, to every active `record_routing` of this thread."""
     for recorder in _active_recorders(module):
         kept = logits if recorder.logits else None
-        recorder.records.append(RoutingRecord(place, layer, routing, kept))
+        recorder.records.append(RoutingRecord(place, layer, routing, kept, counted))
 
 
 def _active_recorders(module: nn.Module | None) -> list[_Recorder]:
@@ -123,6 +150,17 @@ def is_untouched(module: nn.Module) -> bool:
     profilers and FLOP counters set them, and must not change what they measure.
     """
     return not ("forward" in module.__dict__ or any(getattr(module, name) for name in HOOKS))
+
+
+def _mean_stats(stats: RouterStats, counted: Tensor) -> RouterStats:
+    """Statistics of each token (G = T) -> means over the counted ones (G = 1); zeros if there is none."""
+    count = counted.sum().clamp(min=1)
+
+    def mean(values: Tensor) -> Tensor:  # where, as padding may be anything
+        kept = torch.where(counted.view(-1, *[1] * (values.ndim - 1)), values, 0.0)
+        return (kept.sum(0) / count)[None]
+
+    return RouterStats(mean(stats.mean_probs), mean(stats.top1_density), mean(stats.mean_squared_logsumexp))
 
 
 class Gate(nn.Linear):
@@ -316,22 +354,33 @@ class MoELayer(nn.Module):
         bound = 1 / math.sqrt(self.hidden_size)
         nn.init.uniform_(self.gate.weight, -bound, bound)
 
-    def route(self, x: Tensor, groups: int = 1) -> Routing:
+    def route(self, x: Tensor, groups: int = 1, counted: Tensor | None = None) -> Routing:
         """Route tokens to experts.
 
         Args:
             x: (..., H), taken as T tokens.
             groups: number of equal consecutive groups of tokens for which statistics are computed.
+            counted: (...) bool, with `groups` 1: tokens that count in the statistics. None: all tokens.
 
         Returns:
-            The routing plan with its statistics.
+            The routing plan of all tokens with its statistics.
 
         Raises:
-            ValueError: the last dimension of `x` is not H.
+            ValueError: the last dimension of `x` is not H, or `counted` has another shape or `groups`.
         """
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must be (..., {self.hidden_size}), got {tuple(x.shape)}")
         rows = x.reshape(-1, self.hidden_size)
+        if counted is not None:
+            if groups != 1:
+                raise ValueError(f"groups must be 1 with counted, got {groups}")
+            if counted.shape != x.shape[:-1] or counted.dtype != torch.bool:
+                raise ValueError(
+                    f"counted must be {tuple(x.shape[:-1])} of torch.bool, "
+                    f"got {tuple(counted.shape)} of {counted.dtype}"
+                )
+            counted = counted.reshape(-1)
+            groups = rows.shape[0]  # statistics of each token
         logits = None
         if self.compat is None and may_be_fused(self.gate, rows):
             routing = route(rows, self.top_k, self.gate.weight, groups=groups)
@@ -342,16 +391,20 @@ class MoELayer(nn.Module):
         else:
             logits = self.gate(rows)
             routing = route(logits, self.top_k, groups=groups, compat=self.compat)
-        note_routing(self.place, self.layer, routing, logits, self)
+        if counted is not None:
+            routing = replace(routing, stats=_mean_stats(routing.stats, counted))
+        note_routing(self.place, self.layer, routing, logits, self, counted)
         return routing
 
-    def forward(self, x: Tensor, groups: int = 1, router_only: bool = False) -> Tensor:
-        """Apply the layer: x (..., H) -> (..., O). `groups` as in `route`.
+    def forward(
+        self, x: Tensor, groups: int = 1, router_only: bool = False, counted: Tensor | None = None
+    ) -> Tensor:
+        """Apply the layer: x (..., H) -> (..., O). `groups` and `counted` as in `route`.
 
         With `router_only` the experts do not run, and x is returned. A call of the layer, unlike a call of
         `route`, runs hooks, such as those of FSDP and of accelerate's offloading.
         """
-        routing = self.route(x, groups)
+        routing = self.route(x, groups, counted)
         if router_only:
             return x.view_as(x)  # created after the router: backward visits it, and its hooks, first
         out = self.experts(x.reshape(-1, self.hidden_size), routing, self.compat)

@@ -73,12 +73,12 @@ def stacked_stats(records: list[RoutingRecord]) -> dict[str, dict[str, Tensor]]:
     """`router_stats` of `CumoOutput`."""
     found = {}
     for place in PLACES:
-        layers = [record.routing for record in records if record.place == place]
+        layers = [record for record in records if record.place == place]
         if layers:
             names = ("mean_probs", "top1_density", "mean_squared_logsumexp")
             found[place] = {
-                name: torch.stack([getattr(routing.stats, name).detach() for routing in layers])
+                name: torch.stack([getattr(record.routing.stats, name).detach() for record in layers])
                 for name in names
             }
-            found[place]["tokens_per_expert"] = torch.stack([r.tokens_per_expert for r in layers])
+            found[place]["tokens_per_expert"] = torch.stack([record.tokens_per_expert for record in layers])
     return found

@@ -8,6 +8,8 @@ and history. Metrics with a slash in the name (`experts/clip.03/load_entropy`) a
     router_entropy   normalised entropy of the router's softmax, mean over tokens
     zero_experts     number of experts without a slot
     dropped          share of slots that no expert computes
+
+Padding of the language model's rows is not counted, as in the router losses.
 """
 
 import math
@@ -47,6 +49,7 @@ class Monitor:
 
     def __init__(self, model: nn.Module, trains: Collection[str] = tuple(PARTS_OF)):
         self.config, self.trains = getattr(model, "config", None), trains
+        self._logits: dict[str, list[Tensor]] = {}  # of the calls whose records are not added yet
         self.layers: dict[str, int] = {}  # "clip.03" -> number of experts, in the same order on all processes
         self._inside = False
         for module in model.modules():
@@ -80,10 +83,7 @@ class Monitor:
     def _watch_gate(self, name: str):
         def watch(module, args, logits: Tensor) -> None:
             if self._inside:
-                with torch.no_grad():
-                    log_probs = logits.float().log_softmax(-1)
-                    self._add(name, "router_entropy", -(log_probs.exp() * log_probs).sum(-1).mean())
-                    self._add(name, "entropy_calls", 1)
+                self._logits.setdefault(name, []).append(logits.detach())
 
         return watch
 
@@ -105,13 +105,13 @@ class Monitor:
             self._inside = False
         for record in records:
             self._add_record(record)
+        self._logits.clear()
 
     def _count(self, batch: dict) -> None:
         ids = batch["input_ids"]
         images = 0 if batch.get("pixel_values") is None else batch["pixel_values"].shape[0]
-        self.tokens = self.tokens + (
-            batch["attention_mask"].sum() if "attention_mask" in batch else ids.numel()
-        )
+        mask = batch.get("attention_mask", batch.get("router_mask"))
+        self.tokens = self.tokens + (ids.numel() if mask is None else mask.sum())
         self.images += images
         if isinstance(self.config, CumoConfig):
             predicted = ids.numel()  # an upper bound that does not depend on the labels
@@ -122,9 +122,18 @@ class Monitor:
         name, routing = f"{record.place}.{record.layer:02}", record.routing
         if name not in self.layers:
             return
-        self._loads[name] = self._loads.get(name, 0) + routing.tokens_per_expert.float()
-        self._add(name, "slots", routing.num_slots)
+        self._loads[name] = self._loads.get(name, 0) + record.tokens_per_expert.float()
+        self._add(name, "slots", record.num_slots)
         self._add(name, "calls", 1)
+        if logits := self._logits.get(name):  # layers run, and are recorded, in the same order as their gates
+            log_probs = logits.pop(0).float().log_softmax(-1)
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            if record.counted is not None:
+                entropy = entropy.where(record.counted, 0.0) * (
+                    entropy.numel() / record.counted.sum().clamp(min=1)
+                )
+            self._add(name, "router_entropy", entropy.mean())
+            self._add(name, "entropy_calls", 1)
         if routing.stats is not None:
             self._add(name, "balance", load_balancing_loss(routing.stats).detach())
             self._add(name, "z", router_z_loss(routing.stats).detach())

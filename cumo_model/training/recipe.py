@@ -24,11 +24,20 @@ from typing import Any
 import yaml
 
 from cumo_model.model.config import AVERAGES
+from cumo_model.training.arguments import typed_fields
 from cumo_model.training.parallel import EXCHANGES
 
 SHIPPED = Path(__file__).with_name("recipes")
 # keys that may differ when a run is resumed
 FREE = ("trainer", "output_dir")
+PARTS_ONLY = (
+    "vision",
+    "language",
+    "projector",
+    "tokenizer",
+    "scales",
+    "compat",
+)  # of `model`, without `start`
 PARTS = {  # part that a stage can train -> its modules in CumoForConditionalGeneration
     "vision": ("model.vision_tower",),
     "projector": ("model.multi_modal_projector",),
@@ -41,7 +50,8 @@ class ModelSection:
     """Source of the weights: either one checkpoint, or a vision tower and a language model.
 
     `start` is the folder of a CuMo checkpoint, dense or with experts. Otherwise `vision` and `language` are
-    folders with a CLIP (or CuMo) tower and a causal language model, and the connector is new.
+    folders with a CLIP (or CuMo) tower and a causal language model, and the connector is new. `projector`,
+    `tokenizer`, `scales` and `compat` are for such parts; a checkpoint has its own.
     """
 
     start: str | None = None
@@ -106,6 +116,11 @@ class StageSection:
     lora: LoraSection | None = None
 
     def __post_init__(self):
+        if self.projector_learning_rate is not None and "projector" not in self.trains:
+            raise ValueError(
+                "stage.projector_learning_rate must be left out if stage.trains has no projector, "
+                f"got {self.projector_learning_rate}"
+            )
         if not self.trains or set(self.trains) - set(PARTS):
             raise ValueError(f"stage.trains must name some of {sorted(PARTS)}, got {list(self.trains)}")
         if self.average_loss_over not in AVERAGES:
@@ -177,12 +192,12 @@ def load_recipe(config: str | os.PathLike, overrides: Sequence[str] = ()) -> Rec
 
 def _read(path: Path) -> dict:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), OneValue)
     except FileNotFoundError:
         names = ", ".join(shipped_recipes())
         raise ValueError(f"config must be a YAML file or one of {names}, got {str(path)!r}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config {str(path)!r} cannot be read: {error}") from None
+        raise ValueError(f"config {str(path)!r} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"config {str(path)!r} must contain keys and values, got {type(values).__name__}")
     base = values.pop("base", None)
@@ -199,15 +214,51 @@ def _merge(under: dict, over: dict) -> dict:
 
 def _parse_overrides(overrides: Sequence[str]) -> dict:
     found: dict = {}
+    given: dict[str, Any] = {}
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:
             raise ValueError(f"overrides must look like key=value, got {override!r}")
-        value: Any = yaml.safe_load(text) if text else None
+        try:
+            value: Any = yaml.load(text, OneValue) if text else None
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r} is not YAML: {' '.join(str(error).split())}") from None
+        for key, item in _leaves(value, name).items():
+            for other in given:
+                both = f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+                if both and (other != key or given[other] != item):
+                    raise ValueError(
+                        f"{key} must be given once, got {given[other]!r}"
+                        + (f" for {other}" if other != key else "")
+                        + f" and {item!r}"
+                    )
+            given[key] = item
         for key in reversed(name.split(".")):
             value = {key: value}
         found = _merge(found, value)
     return found
+
+
+def _leaves(value: Any, name: str) -> dict[str, Any]:
+    """Dotted name -> value of everything that an override sets."""
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    return {path: v for key, item in value.items() for path, v in _leaves(item, f"{name}.{key}").items()}
+
+
+class OneValue(yaml.SafeLoader):
+    """YAML in which a key may be given once only; PyYAML takes the last value without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is given twice", key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _build(kind: type, values: Any, place: str):
@@ -221,16 +272,46 @@ def _build(kind: type, values: Any, place: str):
     missing = [n for n, f in fields.items() if n not in values and _required(f)]
     if missing:
         raise ValueError(f"{place}{missing[0]} must be given")
+    if kind is ModelSection:
+        _check_start(values)
     sections = {"model": ModelSection, "data": DataSection, "stage": StageSection, "lora": LoraSection}
     built = {}
     for name, value in values.items():
+        if name in sections and name != "lora" and value is None:  # a section without keys
+            continue
         if name in sections and value is not None:
             built[name] = _build(sections[name], value, f"{place}{name}.")
         elif name == "trainer":
-            built[name] = {key: _number(item) for key, item in (value or {}).items()}
+            if not isinstance(value or {}, dict):
+                raise ValueError(f"trainer must contain keys and values, got {value!r}")
+            built[name] = typed_fields(value or {})
         else:
             built[name] = _typed(fields[name], value, place)
     return kind(**built)
+
+
+def _check_start(values: dict) -> None:
+    """Refuse keys of the section `model` that are those of the checkpoint it starts from."""
+    for name in PARTS_ONLY if values.get("start") is not None else ():
+        if values.get(name) is not None:
+            raise ValueError(
+                f"model.{name} must be left out with model.start, whose own is used, got {values[name]!r}"
+            )
+
+
+def check_model(model: ModelSection) -> None:
+    """Refuse keys that have no effect, in a section that may have been made in Python.
+
+    Raises:
+        ValueError: the message names the key.
+    """
+    usual = ModelSection()
+    _check_start(
+        {"start": model.start}
+        | {name: v for name in PARTS_ONLY if (v := getattr(model, name)) != getattr(usual, name)}
+    )
+    if model.scratch and max(model.vision_experts, model.projector_experts, model.text_experts) < 2:
+        raise ValueError("model.scratch must be False without new experts, got True")
 
 
 def _required(f: dataclasses.Field) -> bool:
@@ -238,12 +319,12 @@ def _required(f: dataclasses.Field) -> bool:
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _typed(f: dataclasses.Field, value: Any, place: str) -> Any:

@@ -114,6 +114,7 @@ class StageTrainer(RouterLosses, SpreadCheckpoints):
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
             worker_init_fn=_ignore_stop_signals,
         )
 

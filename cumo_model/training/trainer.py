@@ -20,11 +20,22 @@ from cumo_model.data.batches import Collator
 from cumo_model.data.sampling import Units, plan_packs
 from cumo_model.data.streamed import StreamedConversations
 from cumo_model.model.compat import CHECKPOINTING, checkpointing_arguments
+from cumo_model.model.config import CumoConfig
+from cumo_model.model.positions import position_limit
+from cumo_model.training.arguments import check_fields, typed_fields
 from cumo_model.training.deepspeed import begin, first_model, join_processes, require_deepspeed, whole_weights
 from cumo_model.training.expert_checkpoints import is_spread, spread_experts
 from cumo_model.training.lora import has_adapters, load_beside, merged, save_beside, with_lora
 from cumo_model.training.monitor import Monitor
-from cumo_model.training.recipe import PARTS, SHIPPED, Recipe, StageSection
+from cumo_model.training.recipe import (
+    PARTS,
+    SHIPPED,
+    DataSection,
+    ModelSection,
+    Recipe,
+    StageSection,
+    check_model,
+)
 from cumo_model.training.stage import DATA_FILE, StageTrainer, claim, run_stage
 
 
@@ -95,21 +106,41 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         recipe: the recipe; its section `trainer` has fields of TrainingArguments.
 
     Raises:
-        ValueError: `trainer` has an unknown key or an unusable value, or the batch size is not a multiple of
-            the micro-batch times the number of processes.
+        ValueError: `trainer` has an unknown key, an unusable value, or one that the run would not follow
+            (arguments.py); or the batch size is not a multiple of the micro-batch times the number of
+            processes.
     """
-    given, stage, world = (
-        checkpointing_arguments(recipe.trainer),
-        recipe.stage,
-        int(os.environ.get("WORLD_SIZE", 1)),
-    )
-    micro = int(given.pop("per_device_train_batch_size", 1))
+    given = typed_fields(checkpointing_arguments(recipe.trainer))
+    stage, world = recipe.stage, int(os.environ.get("WORLD_SIZE", 1))
+    micro = given.pop("per_device_train_batch_size", None)
+    micro = 1 if micro is None else micro
+    if micro < 1:
+        raise ValueError(f"trainer.per_device_train_batch_size must be at least 1, got {micro}")
+    if stage.batch_size < 1:
+        raise ValueError(f"stage.batch_size must be at least 1, got {stage.batch_size}")
     if stage.batch_size % (micro * world):
         raise ValueError(
             f"stage.batch_size must be a multiple of {micro} (micro-batch) x {world} (processes), "
             f"got {stage.batch_size}"
         )
-    given.setdefault("learning_rate", stage.learning_rate)
+    options = f"{CHECKPOINTING}_kwargs"
+    if given.get(options) is not None and not given.get(CHECKPOINTING):
+        raise ValueError(
+            f"trainer.{options} must be left out without trainer.{CHECKPOINTING}, got {given[options]!r}"
+        )
+    fixed = {  # field -> value and reason
+        "output_dir": (recipe.output_dir, "it is the recipe's output_dir"),
+        "learning_rate": (stage.learning_rate, "it is stage.learning_rate"),
+        "gradient_accumulation_steps": (
+            stage.batch_size // (micro * world),
+            f"it is stage.batch_size {stage.batch_size} / ({micro} per device x {world} processes)",
+        ),
+        "remove_unused_columns": (False, "the model takes all columns"),
+        "logging_nan_inf_filter": (False, "a loss that is not finite stops the run"),
+        "label_names": (["labels"], "a batch has no others"),
+        "use_cache": (False, "training uses no cache"),
+    }
+    check_fields(given, fixed)
     for name in ("fsdp_config", "deepspeed"):
         if isinstance(given.get(name), str):
             given[name] = _engine_config(name, given[name])
@@ -126,16 +157,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if stage.expert_parallel > 1 and stage.expert_exchange == "padded" and torch.cuda.is_available():
         if not given.get("use_cpu"):  # sizes are exchanged as CPU tensors, rows with NCCL
             given.setdefault("ddp_backend", "cpu:gloo,cuda:nccl")
-    fixed = {
-        "output_dir": recipe.output_dir,
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": stage.batch_size // (micro * world),
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,  # a loss that is not finite stops the run
-        "label_names": ["labels"],
-    }
-    if given.get(CHECKPOINTING):  # the model does not support the reentrant variant
-        options = f"{CHECKPOINTING}_kwargs"
+    if given.get(CHECKPOINTING):  # the model refuses the reentrant variant where there are experts
         given[options] = {"use_reentrant": False, **(given.get(options) or {})}
     defaults = {
         "logging_steps": 1,
@@ -159,7 +181,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             stacklevel=2,
         )
     try:
-        return TrainingArguments(**{**defaults, **given, **fixed})
+        used = {name: value for name, (value, _) in fixed.items()}
+        return TrainingArguments(**{**defaults, **given, **used}, per_device_train_batch_size=micro)
     except TypeError as error:
         raise ValueError(f"trainer: {error}") from None
 
@@ -182,6 +205,57 @@ def freeze(model: nn.Module, stage: StageSection) -> None:
                     parameter.requires_grad_(True)
 
 
+def check_experts(model: ModelSection, config: CumoConfig) -> None:
+    """Check that the experts of a loaded model are those of the recipe, which cannot change existing ones.
+
+    Raises:
+        ValueError: the message names the key.
+    """
+    text, vision = config.text_config, config.vision_config
+    sparse = text.model_type == "mixtral"
+    found = {
+        "vision_experts": (vision.num_experts, vision.num_experts_per_tok),
+        "projector_experts": (config.projector_num_experts, config.projector_num_experts_per_tok),
+        "text_experts": (text.num_local_experts, text.num_experts_per_tok) if sparse else (1, 1),
+    }
+    for name, (number, top_k) in found.items():
+        wanted = getattr(model, name)
+        if wanted and wanted != number:
+            raise ValueError(f"model.{name} must be {number}, what the model has already, got {wanted}")
+        if wanted > 1 and top_k != model.top_k:
+            raise ValueError(
+                f"model.top_k must be {top_k}, as {name} of the model has already, got {model.top_k}"
+            )
+    if model.scratch and model.start is not None:
+        old = CumoConfig.from_pretrained(model.start)
+        dense = {
+            "vision_experts": old.vision_config.num_experts < 2,
+            "projector_experts": old.projector_num_experts < 2,
+            "text_experts": old.text_config.model_type != "mixtral",
+        }
+        if not any(dense[name] and getattr(model, name) > 1 for name in dense):
+            raise ValueError("model.scratch must be False where model.start has the experts, got True")
+
+
+def check_positions(config: CumoConfig, data: DataSection, lengths: np.ndarray) -> None:
+    """Check that no row of a training run is longer than the language model's positions.
+
+    Raises:
+        ValueError: data.max_length or a record is longer.
+    """
+    limit = position_limit(config.text_config)
+    if limit is None:
+        return
+    has = f"{limit}, text_config.max_position_embeddings of the model"
+    if data.max_length is not None and data.max_length > limit and not data.packing:
+        raise ValueError(f"data.max_length must be at most {has}, got {data.max_length}")
+    # the positions of a packed row begin again with each record
+    if len(lengths) and lengths.max() > limit:
+        longest = int(lengths.argmax())
+        setting = "records of packed rows must have" if data.packing else "data.max_length must be given,"
+        raise ValueError(f"{setting} at most {has}, got {lengths[longest]} tokens in record {longest}")
+
+
 def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     """Build the model, the data set and the Trainer of a recipe.
 
@@ -196,11 +270,19 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
         ValueError: the recipe does not fit the machine, the data or the model, or its output folder belongs
             to a run with other data.
     """
+    check_model(recipe.model)
     args = training_arguments(recipe)
     set_seed(args.seed)
     join_processes(args)
     model, processor = begin(recipe, args)
+    check_experts(recipe.model, model.config)
     stage, data = recipe.stage, recipe.data
+    if (stage.balance_loss_coef or stage.router_z_loss_coef) and not model.has_expert_losses:
+        warnings.warn(
+            "stage.balance_loss_coef and stage.router_z_loss_coef have no effect, as neither tower nor "
+            "connector has experts",
+            stacklevel=2,
+        )
     model.config.balance_loss_coef = stage.balance_loss_coef
     model.config.router_z_loss_coef = stage.router_z_loss_coef
     model.config.average_loss_over = stage.average_loss_over
@@ -220,6 +302,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
         {"content of data": dataset.identity(), "records": len(dataset)},
         ", or restore the data files: data.skip_bad=true passes over pictures that cannot be read",
     )
+    check_positions(model.config, data, dataset.lengths)
     units = [[i] for i in range(len(dataset))]
     lengths, has_image = dataset.lengths, dataset.has_image
     if data.packing:

@@ -129,15 +129,18 @@ def write(folder, values=None, shards=2, pickled=False, **options):
     return values
 
 
-def moe(x, logits, experts, width, per_crop=True):
-    """MoE layer of section 2.1 (per_crop: softmax rounded to x's dtype before top-k) or 2.2; x (N, n, .)."""
+def moe(x, logits, experts, width, per_crop=True, counted=slice(None)):
+    """MoE layer of section 2.1 (per_crop: softmax rounded to x's dtype before top-k) or 2.2; x (N, n, .).
+
+    `counted` selects the tokens n of which the losses are means: all, as in the original, or some.
+    """
     num = logits.shape[-1]
-    z = torch.logsumexp(logits, -1).square().mean()
+    z = torch.logsumexp(logits[:, counted], -1).square().mean()
     p = F.softmax(logits, -1, dtype=torch.promote_types(torch.float32, x.dtype))
     p = p.to(x.dtype) if per_crop else p
     weights, chosen = torch.topk(p, K)
-    first = F.one_hot(chosen[..., 0], num).float().mean(-2)
-    balance = (p.mean(-2) * first).mean() * num**2
+    first = F.one_hot(chosen[:, counted, 0], num).float().mean(-2)
+    balance = (p[:, counted].mean(-2) * first).mean() * num**2
     weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
     rows, chosen, weights = x.flatten(0, 1), chosen.flatten(0, 1), weights.flatten(0, 1)
     out = rows.new_zeros(len(rows), width)  # the original computes crop by crop, with the same result
@@ -238,7 +241,7 @@ def rotate(x, positions):
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def decoder(w, x, mask, positions, kind):
+def decoder(w, x, mask, positions, kind, padding_counts=True):
     """(B, S, C) -> logits, and the router losses of the language model, one pair per layer."""
     B, S, losses = *x.shape[:2], []
     allowed = mask[:, None, None].bool() & torch.ones(S, S, dtype=torch.bool).tril()
@@ -270,16 +273,29 @@ def decoder(w, x, mask, positions, kind):
             for e in range(TEXT_E)
         ]
         rows = h.reshape(1, B * S, C)
-        out, balance, z = moe(rows, F.linear(rows, w[block + "gate.weight"]), experts, C, per_crop=False)
+        logits = F.linear(rows, w[block + "gate.weight"])
+        counted = slice(None) if padding_counts else mask.flatten().bool()
+        out, balance, z = moe(rows, logits, experts, C, per_crop=False, counted=counted)
         x = x + out.view_as(x)
         losses.append((balance, z))
     return F.linear(rms_norm(x, w["model.norm.weight"]), w["lm_head.weight"]), losses
 
 
-def run(w, rows, labels, pixels, kind="mistral", clip_smoe=True, mlp_smoe=True, max_length=4096):
+def run(
+    w,
+    rows,
+    labels,
+    pixels,
+    kind="mistral",
+    clip_smoe=True,
+    mlp_smoe=True,
+    max_length=4096,
+    padding_counts=True,
+):
     """Training forward of section 1.6 on rows of ids, in which IMAGE marks an image.
 
-    A row without an image has a dummy image (1.8), so `pixels` has at least one image per row.
+    A row without an image has a dummy image (1.8), so `pixels` has at least one image per row. In the
+    original, padding counts in the router losses of the language model.
 
     Returns:
         loss, its parts, logits (B, S, V) of the padded rows, and the mask of real positions.
@@ -304,7 +320,7 @@ def run(w, rows, labels, pixels, kind="mistral", clip_smoe=True, mlp_smoe=True, 
     x = torch.stack([F.pad(e, (0, 0, 0, S - len(e))) for e in embeds])
     y = torch.stack([F.pad(t, (0, S - len(t)), value=-100) for t in targets])
     mask = torch.stack([F.pad(torch.ones(len(e)), (0, S - len(e))) for e in embeds])
-    logits, losses = decoder(w, x, mask, torch.arange(S).expand(len(rows), S), kind)
+    logits, losses = decoder(w, x, mask, torch.arange(S).expand(len(rows), S), kind, padding_counts)
     wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
     parts["language"] = F.cross_entropy(wide[:, :-1].flatten(0, 1), y[:, 1:].flatten())
     loss = parts["language"]

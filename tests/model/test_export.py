@@ -129,3 +129,25 @@ def test_one_graph_for_all_batches(tiny_model, options):
             assert torch.equal(compiled(**batch).logits, model(**batch).logits), size
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+def test_losses_without_padding_in_one_graph_and_in_a_program(tiny_model):
+    """Each batch has padding, which the router losses leave out."""
+    torch._dynamo.reset()
+    model = tiny_model(text="mixtral").eval()
+    batches = [make_batch(*size, picture_tokens(model)) for size in SIZES if size[0] > 1]
+    options = {"output_router_logits": True, "output_router_stats": True}
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    shapes = shapes_of(batches[0], Dim("batch", max=64), Dim("tokens", min=12, max=128))
+    shapes |= dict.fromkeys(options)
+    with torch.no_grad():
+        program = export(model, (), batches[0] | options, dynamic_shapes=shapes, strict=False).module()
+        for batch in batches:
+            wanted = model(**batch, **options)
+            for found in (compiled(**batch, **options), program(**batch, **options)):
+                assert torch.equal(found.aux_loss, wanted.aux_loss)
+                for name, value in wanted.router_stats["llm"].items():
+                    assert torch.equal(found.router_stats["llm"][name], value), name
+    assert counter.frame_count == 1
+    torch._dynamo.reset()

@@ -10,11 +10,12 @@ from cumo_model.checkpoints.layout import original_names
 from tests.model import original
 from tests.rounding import assert_same_formula
 
-MODELS = [  # kind, clip_smoe, mlp_smoe, length at which rows are cut
-    pytest.param("mistral", True, True, 14, id="7b-truncated"),
-    pytest.param("mixtral", True, True, None, id="8x7b"),
-    pytest.param("mistral", False, False, None, id="stage-2"),
-    pytest.param("mixtral", False, True, 14, id="8x7b-dense-tower-truncated"),
+MODELS = [  # kind, clip_smoe, mlp_smoe, length at which rows are cut, compat
+    pytest.param("mistral", True, True, 14, None, id="7b-truncated"),
+    pytest.param("mixtral", True, True, None, "cumo", id="8x7b"),
+    pytest.param("mixtral", True, True, None, None, id="8x7b-padding-left-out"),
+    pytest.param("mistral", False, False, None, None, id="stage-2"),
+    pytest.param("mixtral", False, True, 14, "cumo", id="8x7b-dense-tower-truncated"),
 ]
 
 
@@ -88,11 +89,14 @@ def relative_errors(found, exact, names):
     return errors
 
 
-@pytest.mark.parametrize("kind, clip_smoe, mlp_smoe, max_length", MODELS)
-def test_outputs_losses_and_every_gradient_are_the_formulas(tmp_path, kind, clip_smoe, mlp_smoe, max_length):
+@pytest.mark.parametrize("kind, clip_smoe, mlp_smoe, max_length, compat", MODELS)
+def test_outputs_losses_and_every_gradient_are_the_formulas(
+    tmp_path, kind, clip_smoe, mlp_smoe, max_length, compat
+):
+    """Padding counts in Mixtral's router losses with compat only."""
     options = {"kind": kind, "clip_smoe": clip_smoe, "mlp_smoe": mlp_smoe}
     tensors = original.write(tmp_path / "theirs", **options)
-    model = CumoForConditionalGeneration.from_pretrained(tmp_path / "theirs").train()
+    model = CumoForConditionalGeneration.from_pretrained(tmp_path / "theirs", compat=compat).train()
     rows, labels, pixels, ours = batch(max_length)
     assert (ours["image_lengths"] < 9).any()
     names, parameters = list(tensors), dict(model.named_parameters())
@@ -114,7 +118,13 @@ def test_outputs_losses_and_every_gradient_are_the_formulas(tmp_path, kind, clip
     def reference(pixel_values, *values):
         theirs = dict(zip(names, values, strict=True))
         loss, found, logits, mask = original.run(
-            theirs, rows, labels, pixel_values, **options, max_length=max_length or 4096
+            theirs,
+            rows,
+            labels,
+            pixel_values,
+            **options,
+            max_length=max_length or 4096,
+            padding_counts=compat is not None,
         )
         assert torch.equal(mask.bool(), real)
         seen.append(set(found))
@@ -145,11 +155,14 @@ def test_outputs_losses_and_every_gradient_are_the_formulas(tmp_path, kind, clip
 
 
 @pytest.mark.usefixtures("fp64")
-def test_the_parts_of_the_loss_are_the_formulas(tmp_path):
+@pytest.mark.parametrize("compat", ["cumo", None])
+def test_the_parts_of_the_loss_are_the_formulas(tmp_path, compat):
     tensors = original.write(tmp_path / "theirs", kind="mixtral")
-    model = CumoForConditionalGeneration.from_pretrained(tmp_path / "theirs", dtype=torch.float64).train()
+    options = {"dtype": torch.float64, "compat": compat}
+    model = CumoForConditionalGeneration.from_pretrained(tmp_path / "theirs", **options).train()
     rows, labels, pixels, ours = batch()
-    wanted = original.run(tensors, rows, labels, pixels, kind="mixtral")[1]
+    padding = {"padding_counts": compat is not None}
+    wanted = original.run(tensors, rows, labels, pixels, kind="mixtral", **padding)[1]
     got = model(**ours, pixel_values=pixels).loss_parts
     assert_same_formula(got, wanted)
 

@@ -5,12 +5,21 @@ import torch
 from safetensors import safe_open
 from torch.func import functional_call
 from torch.nn.functional import silu
-from transformers import LlamaConfig, MistralConfig, MixtralConfig, MixtralModel, Qwen3MoeConfig
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    MixtralModel,
+    Qwen3MoeConfig,
+    StaticCache,
+)
 
 from cumo_kernels.testing import assert_as_accurate_as_torch
 from cumo_model import MoELayer, load_balancing_loss, record_routing, router_z_loss
+from cumo_model.model.compat import cache_argument
 from cumo_model.model.llm_moe import CumoMixtralModel, build_language_model
-from tests.rounding import assert_spread
+from tests.rounding import assert_same_formula, assert_spread
 
 SIZES = {
     "hidden_size": 16,
@@ -82,14 +91,90 @@ def test_whole_model_is_transformers_mixtral():
     assert_as_accurate_as_torch(run(ours), run(theirs), *(p.detach() for p in theirs.parameters()))
 
 
-def test_padding_counts_in_the_statistics():
-    model = build_language_model(mixtral_config()).eval()
+MASKS = {
+    "none": [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]],
+    "right": [[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]],
+    "left": [[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]],
+    "holes": [[1, 0, 1, 1, 0, 1], [1, 1, 0, 1, 1, 1]],
+    "a row": [[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]],
+    "all": [[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]],
+}
+
+
+@pytest.mark.usefixtures("fp64")
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_statistics_are_those_of_the_tokens_of_the_mask(mask, kind):
+    """And those of all tokens with compat, also without logits; the plan has all tokens in any case."""
+    mask = torch.tensor(mask, dtype=kind)
     input_ids = torch.randint(30, (2, 6))
-    for mask in (torch.ones_like(input_ids), torch.tensor([[1] * 6, [1] * 2 + [0] * 4])):
+    for compat in (None, "cumo"):
+        model = build_language_model(mixtral_config(), compat).double()
+        with record_routing(logits=True) as records:
+            model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        with record_routing() as again:
+            model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        real = mask.flatten().bool() if compat is None else torch.ones(12, dtype=torch.bool)
+        count = max(1, int(real.sum()))
+        for record, other in zip(records, again, strict=True):
+            kept, chosen = record.logits[real], record.routing.topk_indices[real].flatten()
+            stats = {
+                "mean_probs": kept.softmax(-1).sum(0)[None] / count,
+                "top1_density": torch.nn.functional.one_hot(kept.argmax(-1), 5).double().sum(0)[None] / count,
+                "mean_squared_logsumexp": kept.logsumexp(-1).square().sum()[None] / count,
+            }
+            for name, wanted in stats.items():
+                assert_same_formula(getattr(record.routing.stats, name), wanted)
+                assert torch.equal(getattr(record.routing.stats, name), getattr(other.routing.stats, name))
+            assert record.tokens_per_expert.tolist() == torch.bincount(chosen, minlength=5).tolist()
+            assert record.tokens_per_expert.dtype == torch.int32
+            assert int(record.num_slots) == 2 * int(real.sum())
+            assert record.routing.num_tokens == 12 and int(record.routing.tokens_per_expert.sum()) == 24
+
+
+def test_masks_of_other_forms_do_not_say_what_is_padding():
+    model = build_language_model(mixtral_config())
+    input_ids = torch.randint(30, (2, 6))
+    allowed = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6)
+    for mask in (None, allowed):
         with record_routing() as records:
-            model(input_ids=input_ids, attention_mask=mask)
-        assert [r.routing.num_tokens for r in records] == [12, 12]
-        assert records[0].routing.stats.mean_probs.shape == (1, 5)
+            model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        assert all(record.counted is None for record in records)
+
+
+@pytest.mark.parametrize("cache", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=10)])
+def test_with_a_cache_the_mask_begins_before_the_tokens(cache):
+    config = mixtral_config()
+    model = build_language_model(config).eval()
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1, 1]])
+    input_ids, earlier = torch.randint(30, (2, 7)), cache(config=config)
+    with torch.no_grad(), record_routing() as records:
+        for part in (slice(0, 4), slice(4, 6), slice(6, 7)):
+            model(input_ids[:, part], mask[:, : part.stop], **cache_argument(earlier))
+    for number, part in enumerate((slice(0, 4), slice(4, 6), slice(6, 7))):
+        assert torch.equal(records[2 * number].counted, mask[:, part].flatten().bool())
+
+
+def test_an_explicit_mask_counts_before_the_attention_mask_and_with_compat():
+    ids, mask = torch.randint(30, (2, 6)), torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
+    for compat in (None, "cumo"):
+        with record_routing() as records:
+            build_language_model(mixtral_config(), compat)(
+                ids, torch.ones_like(mask), router_mask=mask, use_cache=False
+            )
+        assert all(torch.equal(record.counted, mask.flatten().bool()) for record in records)
+
+
+def test_a_layer_names_a_mask_that_does_not_fit():
+    layer, x = build_language_model(mixtral_config()).layers[0].mlp, torch.randn(2, 6, 16)
+    with pytest.raises(
+        ValueError, match=r"counted must be \(2, 6\) of torch.bool, got \(12,\) of torch.bool"
+    ):
+        layer(x, counted=torch.ones(12, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"counted must be .*, got \(2, 6\) of torch.int64"):
+        layer(x, counted=torch.ones(2, 6, dtype=torch.int64))
+    with pytest.raises(ValueError, match="groups must be 1 with counted, got 2"):
+        layer(x, groups=2, counted=torch.ones(2, 6, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("per_expert", [True, False], ids=["per-expert", "stacked"])

@@ -114,6 +114,26 @@ def test_the_monitor_reads_what_the_model_did(tiny_model, tiny_batch):
     assert "language" not in monitor.read()
 
 
+@pytest.mark.usefixtures("fp64")
+def test_the_monitor_does_not_count_padding(tiny_model, tiny_batch):
+    model, batch = tiny_model(text="mixtral").train(), tiny_batch()
+    fill, found = {"input_ids": 7, "labels": -100, "attention_mask": 0}, []
+    monitor = Monitor(model)
+    for size in (0, 30):
+        pad = torch.nn.functional.pad
+        wide = {key: pad(t, (0, size), value=fill[key]) if key in fill else t for key, t in batch.items()}
+        with monitor.watching(wide, training=True):
+            output = model(**wide, use_cache=False)
+        monitor.add_losses(output.loss_parts)
+        log = monitor.read()
+        found.append({k: v for k, v in log.items() if "second" not in k and k not in ("memory_gib", "mfu")})
+    assert {"llm_load_entropy", "llm_router_entropy", "llm_dropped", "experts/llm.01/z", "llm_z"} <= set(
+        found[0]
+    )
+    assert found[0]["tokens"] == 40 and found[0]["llm_dropped"] == 0
+    assert_same_formula(found[1], found[0])
+
+
 def test_reporters_get_every_layer_and_the_history_does_not(tmp_path, tiny_config):
     tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     from cumo_model.training.trainer import run_recipe

@@ -1,0 +1,231 @@
+"""Recipes: what the run would not follow is refused by name, and values keep their types."""
+
+import warnings
+
+import pytest
+import yaml
+
+from cumo_model.training.arguments import FIELDS, WITHOUT_EFFECT, _default
+from cumo_model.training.recipe import ModelSection, StageSection, check_model, load_recipe
+from cumo_model.training.trainer import build_trainer, training_arguments
+from tests.model.training.small_runs import write_data, write_model, write_recipe
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_config):
+    write_data(tmp_path)
+    write_model(tmp_path, tiny_config)
+    return tmp_path
+
+
+def arguments(*settings):
+    """Of a recipe with 32 rows per step in micro-batches of 4, so 8 accumulation steps."""
+    given = [f"trainer.{setting}" for setting in settings]
+    if not any("per_device_train" in setting for setting in settings):
+        given.append("trainer.per_device_train_batch_size=4")
+    return training_arguments(load_recipe("demo/sft", ["trainer.use_cpu=true", *given]))
+
+
+OVERRIDDEN = {  # setting -> what the message says, and the value that is accepted
+    "gradient_accumulation_steps=7": (r"must be 8 or left out: it is stage.batch_size 32 / \(4 per dev", "8"),
+    "output_dir=elsewhere": ("must be 'runs/demo/sft' or left out: it is the recipe's", "runs/demo/sft"),
+    "learning_rate=1e-3": ("must be 0.0015 or left out: it is stage.learning_rate, got 0.001", "1.5e-3"),
+    "remove_unused_columns=true": (
+        "must be False or left out: the model takes all columns, got True",
+        "false",
+    ),
+    "logging_nan_inf_filter=true": ("must be False or left out: a loss that is not finite stops", "false"),
+    "label_names=[answers]": (r"must be \['labels'\] or left out: .*, got \['answers'\]", "[labels]"),
+    "use_cache=true": ("must be False or left out: training uses no cache, got True", "false"),
+}
+
+
+@pytest.mark.parametrize("setting", OVERRIDDEN)
+def test_a_field_that_the_run_sets_is_refused_unless_equal(setting):
+    message, same = OVERRIDDEN[setting]
+    name = setting.split("=")[0]
+    with pytest.raises(ValueError, match=f"^trainer.{name} {message}"):
+        arguments(setting)
+    assert getattr(arguments(f"{name}={same}"), name) == yaml.safe_load(same.replace("1.5e-3", "0.0015"))
+    assert getattr(arguments(f"{name}="), name) == getattr(arguments(), name)
+
+
+NO_EFFECT = [
+    "eval_strategy=steps", "eval_strategy=epoch", "do_eval=true", "do_predict=true", "eval_steps=10",
+    "per_device_eval_batch_size=2", "load_best_model_at_end=true", "metric_for_best_model=loss",
+    "greater_is_better=false", "resume_from_checkpoint=runs/x", "push_to_hub=true", "hub_model_id=me/cumo",
+    "auto_find_batch_size=true", "train_sampling_strategy=group_by_length", "length_column_name=size",
+    "dataloader_drop_last=true", "dataloader_in_order=false", "ignore_data_skip=true",
+    "bf16_full_eval=true", "eval_delay=1", "include_for_metrics=[loss]",
+    "accelerator_config={even_batches: false}",
+    "use_liger_kernel=true", "local_rank=1", "enable_jit_checkpoint=true",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", NO_EFFECT)
+def test_a_field_without_effect_is_refused(setting):
+    name = setting.split("=")[0]
+    if name not in FIELDS:
+        pytest.skip(f"this transformers has no {name}")
+    with pytest.raises(ValueError, match=rf"^trainer\.{name}\S* must be left out: [^\n]*, got "):
+        arguments(setting)
+
+
+def test_their_usual_values_are_accepted():
+    usual = {name: _default(name) for name in WITHOUT_EFFECT if name in FIELDS}
+    assert len(usual) > 30
+    assert arguments(*(f"{name}={'' if v is None else v}" for name, v in usual.items())).do_eval is False
+    assert arguments("eval_strategy=no", "save_strategy=no").save_strategy == "no"  # YAML: False
+    arguments("max_steps=3", "num_train_epochs=2", "accelerator_config={non_blocking: true}", "do_train=true")
+
+
+def test_options_of_checkpointing_without_it_are_refused_and_kept_with_it():
+    options = "gradient_checkpointing_kwargs={use_reentrant: true}"
+    with pytest.raises(
+        ValueError, match=r"checkpointing_kwargs must be left out without trainer\.\w+, got {'use"
+    ):
+        arguments(options)
+    for extra, wanted in (("", False), (options, True)):
+        args = arguments("gradient_checkpointing=true", *([extra] if extra else []))
+        kept = [v for k, v in vars(args).items() if k.endswith("_checkpointing_kwargs") and v is not None]
+        assert kept == [{"use_reentrant": wanted}]
+
+
+def test_reentrant_checkpointing_is_not_replaced_where_the_model_refuses_it(folder):
+    options = {"trainer__gradient_checkpointing": True}
+    options["trainer__gradient_checkpointing_kwargs"] = {"use_reentrant": True}
+    trainer = build_trainer(load_recipe(write_recipe(folder, trainer__max_steps=1, **options)))
+    with pytest.raises(ValueError, match="use_reentrant False where there are experts, got True"):
+        trainer.train()
+
+
+VALUES = {  # setting -> the value of the field
+    "adam_epsilon=1e-6": 1e-6,
+    "max_steps=1e3": 1000,
+    "run_name=123": "123",
+    'run_name="123"': "123",
+    "run_name=1e5": "1e5",
+    "run_name=inf": "inf",
+    "lr_scheduler_kwargs={min_lr: 1e-7, name: a}": {"min_lr": 1e-7, "name": "a"},
+    "warmup_steps=3": 3,
+    "save_steps=0.5": 0.5,
+    "optim_args=a=1": "a=1",
+}
+
+
+@pytest.mark.parametrize("setting", VALUES)
+def test_values_have_the_type_of_their_field(setting):
+    found = getattr(arguments(setting), setting.split("=")[0])
+    assert found == VALUES[setting] and type(found) is type(VALUES[setting])
+
+
+WRONG = {
+    "per_device_train_batch_size=1.5": "must be of type int, got 1.5",
+    "per_device_train_batch_size=0": "must be at least 1, got 0",
+    "max_steps=2.5": "must be of type int, got 2.5",
+    "max_steps=many": "must be of type int, got 'many'",
+    "seed=true": "must be of type int, got True",
+    "bf16=maybe": "must be of type bool, got 'maybe'",
+    "run_name=1.10": "must be of type str, got 1.1",
+    "weight_decay=[1]": r"must be of type float, got \[1\]",
+}
+
+
+@pytest.mark.parametrize("setting", WRONG)
+def test_values_of_another_type_are_named(setting):
+    with pytest.raises(ValueError, match=f"^trainer.{setting.split('=')[0]} {WRONG[setting]}"):
+        arguments(setting)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.seed=1", "trainer.seed=2"], "^trainer.seed must be given once, got 1 and 2"),
+        (
+            ["stage={batch_size: 8}", "stage.batch_size=16"],
+            "^stage.batch_size must be given once, got 8 and 16",
+        ),
+        (
+            ["stage.lora.r=8", "stage.lora=null"],
+            "^stage.lora must be given once, got 8 for stage.lora.r and None",
+        ),
+        (["data.files=["], r"^override 'data.files=\[' is not YAML: [^\n]*$"),
+        (["trainer=5"], "^trainer must contain keys and values, got 5"),
+        (["stage={batch_size: 8, batch_size: 9}"], "the key 'batch_size' is given twice"),
+        (
+            ["stage.batch_size=0", "trainer.per_device_train_batch_size=1"],
+            "^stage.batch_size must be at least 1",
+        ),
+        (
+            ["stage.trains=[vision]", "stage.projector_learning_rate=1"],
+            "^stage.projector_learning_rate must be left",
+        ),
+    ],
+)
+def test_overrides_that_cannot_all_hold(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        training_arguments(load_recipe("demo/sft", overrides))
+
+
+def test_overrides_that_can_all_hold():
+    recipe = load_recipe(
+        "demo/sft", ["trainer.seed=1", "trainer.seed=1", "stage={batch_size: 8}", "stage.trains=vision"]
+    )
+    assert (recipe.trainer["seed"], recipe.stage.batch_size, recipe.stage.trains) == (1, 8, ("vision",))
+    assert load_recipe("demo/sft", ["stage=", "trainer="]).stage == StageSection()
+
+
+def test_a_key_twice_in_a_file_is_named(tmp_path):
+    (tmp_path / "x.yaml").write_text("output_dir: a\nstage:\n  batch_size: 1\n  batch_size: 2\n")
+    with pytest.raises(
+        ValueError, match=r"x.yaml' cannot be read: the key 'batch_size' is given twice [^\n]*$"
+    ):
+        load_recipe(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vision", "a"),
+        ("language", "a"),
+        ("projector", "a.bin"),
+        ("tokenizer", "a"),
+        ("scales", [1, 3]),
+        ("compat", "cumo"),
+    ],
+)
+def test_what_a_start_model_has_itself_is_refused(folder, name, value):
+    recipe = write_recipe(folder, **{f"model__{name}": value})
+    with pytest.raises(ValueError, match=f"model.{name} must be left out with model.start, .*, got "):
+        load_recipe(recipe)
+    assert load_recipe(recipe, [f"model.{name}=null"]).model.start is not None
+    if name != "scales":
+        with pytest.raises(ValueError, match=f"model.{name} must be left out with model.start"):
+            check_model(ModelSection(start="a", **{name: value}))
+
+
+def test_experts_that_a_start_model_has_are_those_of_the_recipe(folder, tiny_config):
+    write_model(folder, tiny_config, vision_experts=4, projector_num_experts=4)
+    for changes, message in (
+        ({"model__top_k": 1}, "model.top_k must be 2, as vision_experts of the model has already, got 1"),
+        ({"model__vision_experts": 1}, "model.vision_experts must be 4, what the model has already, got 1"),
+        ({"model__scratch": True}, "model.scratch must be False where model.start has the experts, got True"),
+        (
+            {"model__scratch": True} | {f"model__{place}_experts": 0 for place in ("vision", "projector")},
+            "model.scratch must be False without new experts, got True",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_trainer(load_recipe(write_recipe(folder, **{"model__text_experts": 0, **changes})))
+    build_trainer(load_recipe(write_recipe(folder, model__scratch=True)))  # Mixtral's experts are new
+
+
+def test_coefficients_without_effect_are_told(folder):
+    places = {f"model__{place}_experts": 0 for place in ("vision", "projector", "text")}
+    with pytest.warns(UserWarning, match="stage.balance_loss_coef and .* have no effect"):
+        build_trainer(load_recipe(write_recipe(folder, **places)))
+    off = {"stage__balance_loss_coef": 0.0, "stage__router_z_loss_coef": 0.0}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="stage.balance_loss_coef")
+        build_trainer(load_recipe(write_recipe(folder, "off", **places, **off)))
+        build_trainer(load_recipe(write_recipe(folder, "on")))
