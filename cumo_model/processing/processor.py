@@ -21,6 +21,7 @@ from cumo_model.model.layouts import layout_of, read_config
 from cumo_model.processing.conversation import IMAGE_MARKER, answer_mask, chat_template, template_of
 from cumo_model.processing.image_processor import ASPECT_RATIOS, CumoImageProcessor
 from cumo_model.processing.messages import check_messages, in_brief
+from cumo_model.processing.pictures import load_image  # noqa: F401 - its place until 0.2
 from cumo_model.processing.sentencepieces import like_sentencepiece
 from cumo_model.processing.templates import TEMPLATES, get_template
 
