@@ -380,18 +380,21 @@ def processor_from(
     return processor
 
 
+def aspect_of(config: CumoConfig) -> str:
+    """The treatment of pictures that a config asks for, one of ASPECT_RATIOS."""
+    if config.image_grid_pinpoints is not None:
+        return "anyres"
+    ratio = (config.original or {}).get("image_aspect_ratio", "pad")
+    return ratio if ratio in ASPECT_RATIOS else "square"  # for any other value the original code crops
+
+
 def processor_for(config: CumoConfig, tokenizer, template: str = DEFAULT_TEMPLATE) -> CumoProcessor:
     """Build the processor of a model with this configuration, tokenizer and chat template."""
-    vision, pinpoints = config.vision_config, config.image_grid_pinpoints
-    ratio = (config.original or {}).get("image_aspect_ratio", "pad")
-    if pinpoints is not None:
-        ratio = "anyres"
-    elif ratio == "anyres":
+    vision, pinpoints, ratio = config.vision_config, config.image_grid_pinpoints, aspect_of(config)
+    if pinpoints is None and ratio == "anyres":
         raise ValueError(
             "image_grid_pinpoints must be in config.json with image_aspect_ratio anyres, got none"
         )
-    elif ratio not in ASPECT_RATIOS:  # for any other value the original code crops
-        ratio = "square"
     return build_processor(
         tokenizer,
         vision.image_size,
