@@ -5,7 +5,6 @@ names and shapes of the source are compared with those that its config.json requ
 either: config and processor of the copy are read back and compared with those of the source.
 """
 
-import filecmp
 import json
 import os
 import shutil
@@ -111,7 +110,7 @@ def convert(
             files = [inner for inner in files if inner != Path(TOWER_FOLDER, "config.json")]  # of the export
         if is_released and layout == "cumo" and EXPORTED not in values:
             _copy_to_own(source, files, work, processor)
-        elif not is_released and layout == "original":
+        elif new_config is not None and not is_released and EXPORTED not in new_config:
             _copy_to_original(source, files, work, processor)
         else:
             _copy(source, files, work)
@@ -230,13 +229,8 @@ def _copy_to_own(source: Path, files: list[Path], work: Path, processor: CumoPro
     """Copy the other files and write the processor; files that it replaces are kept in KEPT."""
     if processor is not None:
         processor.save_pretrained(work)
-    replaced = [inner for inner in files if _differs(source / inner, work / inner)]
-    _copy(source, replaced, work / KEPT)
+    _copy(source, [inner for inner in files if (work / inner).exists()], work / KEPT)
     _copy(source, files, work)
-
-
-def _differs(source: Path, target: Path) -> bool:
-    return target.is_file() and not filecmp.cmp(source, target, shallow=False)
 
 
 def _copy_to_original(source: Path, files: list[Path], work: Path, processor: CumoProcessor | None) -> None:
@@ -244,7 +238,7 @@ def _copy_to_original(source: Path, files: list[Path], work: Path, processor: Cu
     kept = [inner.relative_to(KEPT) for inner in files if inner.parts[0] == KEPT]
     files = [inner for inner in files if inner.parts[0] != KEPT]
     written = set() if processor is None else _files_of(processor)
-    if processor is not None and (kept or len(written & set(files)) == len(written)):
+    if processor is not None:
         before = {path for path in work.rglob("*") if path.is_file()}
         _copy(source / KEPT, kept, work)
         _copy(source, [inner for inner in files if inner not in written], work)

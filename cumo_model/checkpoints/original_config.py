@@ -84,7 +84,7 @@ def from_original(values: dict[str, Any], folder: str | os.PathLike | None = Non
         {key: value for key, value in found.items() if key not in (EXPORTED, *RUN_TIME)}
         for found in (before, values)
     )
-    merged = _merge(own, _translate(before, tower), _translate(now, tower))
+    merged = _merge(own, *(_content(CumoConfig(**_translate(values, tower))) for values in (before, now)))
     vision = CumoVisionConfig(**tower, num_experts=1)
     differ = {name: getattr(vision, name) for name in _differing(vision, config.vision_config)}
     return merged | {"vision_config": merged["vision_config"] | differ}
@@ -197,8 +197,8 @@ def to_original(
 
     Args:
         config: configuration of the model.
-        pictures: image_aspect_ratio and image_grid_pinpoints of the image processor; by default those that
-            the config asks for.
+        pictures: image_aspect_ratio and image_grid_pinpoints of the image processor; None if the checkpoint
+            has no processor.
         folder: folder of the checkpoint, where the tower that `config.original` names is searched.
 
     Raises:
@@ -208,11 +208,17 @@ def to_original(
     source, flat = dict(config.original or {}), _flat(config, pictures)
     if is_original(source) and isinstance(source.get("vocab_size"), int):
         tower = _tower_values(config.vision_config.to_dict())
-        values = _with_changes(source, _flat(CumoConfig(**_translate(source, tower))), flat)
+        before = _flat(CumoConfig(**_translate(source, tower)))
+        if pictures is not None:  # the tokenizer beside it gives the image token
+            before["image_token_index"] = flat["image_token_index"]
+        values = _with_changes(source, before, flat)
     else:
         values = flat | {key: v for key, v in source.items() if key not in flat or key in NOT_MODELLED}
     values["mm_vision_tower"], tower = _tower_name(config.vision_config, source, folder)
-    if _content(CumoConfig(**_translate(values, tower))) != _content(config):
+    again = CumoConfig(**_translate(values, tower))
+    if pictures is not None:
+        again.image_token_index = config.image_token_index
+    if differing(again, config):
         own = json.loads(json.dumps(config.to_diff_dict(), default=str))
         values[EXPORTED] = {"config": own} | ({"pictures": pictures} if pictures else {})
     return values
@@ -317,6 +323,8 @@ def _with_changes(source: dict[str, Any], before: dict[str, Any], now: dict[str,
             values[key] = now[key]
         else:
             values.pop(key, None)
+    if "image_grid_pinpoints" in now:  # always a list, not its text
+        values["image_grid_pinpoints"] = now["image_grid_pinpoints"]
     return values | ({"training": False} if "training" in source else {})
 
 
@@ -340,8 +348,8 @@ def _content(config: CumoConfig) -> dict[str, Any]:
     values = json.loads(json.dumps(config.to_diff_dict(), default=str))
     for name in ("transformers_version", "architectures", "_name_or_path"):
         values.pop(name, None)
-    if values.get("original"):
-        values["original"].pop("training", None)
+    for name in ("training", "image_grid_pinpoints"):  # they are written in one way
+        (values.get("original") or {}).pop(name, None)
     return values
 
 
