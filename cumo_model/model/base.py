@@ -43,8 +43,8 @@ class CumoPreTrainedModel(ParallelMixin, MoEHostMixin, PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load as transformers does; the checkpoint may have any registered layout (layouts.py).
 
-        The image token of the config becomes that of a tokenizer in the same folder, unless a config or an
-        image token is given.
+        The image token of the config becomes that of a tokenizer in the same folder, unless the caller gives
+        another one than the folder's config.json.
 
         Raises:
             ValueError: an index of the folder is damaged or names a file outside the folder.
@@ -56,8 +56,10 @@ class CumoPreTrainedModel(ParallelMixin, MoEHostMixin, PreTrainedModel):
             return super().from_pretrained(path, *args, **kwargs)
         load = super().from_pretrained if layout is None else partial(layout.load, cls)
         loaded = load(path, *args, **kwargs)
-        if not {"config", "image_token_index", "image_token_id"} & kwargs.keys():
-            token = image_token_of(path, kwargs.get("subfolder"))
-            config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
-            config.image_token_index = config.image_token_index if token is None else token
+        config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
+        token = image_token_of(path, kwargs.get("subfolder"))
+        if token is not None:
+            where = {key: kwargs[key] for key in ("subfolder",) if key in kwargs}
+            if config.image_token_index == CumoConfig.from_pretrained(path, **where).image_token_index:
+                config.image_token_index = token
         return loaded
