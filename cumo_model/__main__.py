@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     experts.add_argument(
         "--by", help="field of the records that names their sub-task; by default each file is one sub-task"
     )
-    experts.add_argument("--template", default="mistral_instruct_system")
+    experts.add_argument("--template", help="conversation template (default: that of the checkpoint)")
     experts.add_argument("--limit", type=int, help="maximum number of records per sub-task")
     experts.add_argument("--batch-size", type=int, default=8, help="records per forward pass (default: 8)")
     experts.add_argument(

@@ -97,6 +97,7 @@ ARROWS = {
     ),
     f"{KERNELS}.*": (KERNELS, f"{KERNELS}.*"),  # the command line and its subcommands
     "cumo_model.training.monitor": ("cumo_model.*", f"{TILES}.hardware"),
+    "cumo_model.model.indexes": ("cumo_model.*", f"{KERNELS}.files"),
     "cumo_model.model.image_tokens": ("cumo_model.*", f"{KERNELS}.hostsync"),
     "cumo_model.checkpoints.folders": ("cumo_model.*", f"{KERNELS}.files"),
     "cumo_model.data.pictures": ("cumo_model.*", f"{KERNELS}.files"),

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from cumo_model.checkpoints.assemble import assemble
 from cumo_model.checkpoints.folders import new_directory
+from cumo_model.checkpoints.processors import template_for
 from cumo_model.data.batches import collate
 from cumo_model.data.streamed import StreamedConversations
 from cumo_model.model.cumo import CumoForConditionalGeneration
@@ -159,7 +160,7 @@ def report_experts(
     images: Sequence[str],
     out: str | os.PathLike,
     by: str | None = None,
-    template: str = "mistral_instruct_system",
+    template: str | None = None,
     limit: int | None = None,
     batch_size: int = 8,
     pictures: Sequence[str] = (),
@@ -172,7 +173,7 @@ def report_experts(
         images: folders or .tar files of their pictures.
         out: new folder for the results.
         by: field of the records that gives their kind; None: each file is one kind.
-        template: name of the conversation template.
+        template: name of the conversation template; by default that of the checkpoint.
         limit: maximum number of records per kind.
         batch_size: records per forward pass.
         pictures: files of pictures whose patches are plotted by expert.
@@ -192,6 +193,7 @@ def report_experts(
         raise ValueError(f"checkpoint {os.fspath(checkpoint)!r} has no experts")
     if processor is None:
         raise ValueError(f"checkpoint {os.fspath(checkpoint)!r} has no tokenizer")
+    template = template_for(processor, template)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # records without labels are analysed too
         dataset = StreamedConversations(list(files), list(images) or None, processor, template)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
-from cumo_model.checkpoints.folders import first_line, read_object
+from cumo_model.checkpoints.folders import read_object
 from cumo_model.checkpoints.parts import check_dtype, from_parts, load_whole
+from cumo_model.checkpoints.processors import agree, read_processor, with_settings
 from cumo_model.checkpoints.upcycle import scratch_experts, upcycle
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
@@ -24,7 +25,6 @@ from cumo_model.processing.processor import (
     ASPECT_RATIOS,
     DEFAULT_TEMPLATE,
     CumoProcessor,
-    build_processor,
     has_tokenizer,
     processor_from,
 )
@@ -131,11 +131,11 @@ def assemble(
             config, processor = model.config, None
             new = _new_experts(config, None, experts)
             if has_tokenizer(folder):
-                processor = processor_from(folder, config)
-                config.image_token_index = processor.image_token_id
+                processor = processor_from(folder, config, DEFAULT_TEMPLATE)
+                agree(config, processor)
         model.config.image_token_index = config.image_token_index
-        if processor is not None and (template is not None or aspect is not None):
-            processor = _set_processor(processor, model.config, template, aspect)
+        if processor is not None:
+            processor = with_settings(processor, template, aspect)
         if new:
             dense, model = model, upcycle(model, **new, seed=seed)
             if scratch:
@@ -171,37 +171,10 @@ def describe(checkpoint: str | os.PathLike) -> tuple[CumoConfig, CumoProcessor |
             f"got {values.get('model_type')!r}"
         )
     config = CumoConfig.from_pretrained(folder)
-    has_processor = (folder / "processor_config.json").is_file()
-    if not has_processor and not has_tokenizer(folder):
-        return config, None
-    try:
-        processor = AutoProcessor.from_pretrained(folder) if has_processor else processor_from(folder, config)
-    except Exception as error:  # damaged files make the loaders raise many kinds of errors
-        raise ValueError(f"the processor in {folder} cannot be loaded: {first_line(error)}") from error
-    config.image_token_index = processor.image_token_id
+    processor = read_processor(folder, config)
+    if processor is not None:
+        agree(config, processor)
     return config, processor
-
-
-def _set_processor(
-    processor: CumoProcessor, config: CumoConfig, template: str | None, aspect: str | None
-) -> CumoProcessor:
-    """A processor with the same tokenizer and normalisation, and the given template and aspect ratio."""
-    vision, images = config.vision_config, processor.image_processor
-    aspect = aspect or getattr(images, "image_aspect_ratio", "pad")
-    again = build_processor(
-        processor.tokenizer,
-        vision.image_size,
-        vision.patch_size,
-        config.vision_feature_select_strategy,
-        template or DEFAULT_TEMPLATE,
-        aspect,
-        config.patch_merge_type,
-        **({"image_grid_pinpoints": images.image_grid_pinpoints} if aspect == "anyres" else {}),
-    )
-    if template is None:
-        again.chat_template = processor.chat_template
-    again.image_processor.image_mean, again.image_processor.image_std = images.image_mean, images.image_std
-    return again
 
 
 def _new_experts(

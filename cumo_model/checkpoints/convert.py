@@ -1,13 +1,16 @@
 """Conversion of checkpoints between this project's layout and that of the released SHI-Labs/CuMo checkpoints.
 
 Tensors are copied one by one, and one output shard at a time is in memory. Before anything is written, the
-names and shapes of the source are compared with those that its config.json requires.
+names and shapes of the source are compared with those that its config.json requires. Nothing else is lost
+either: config and processor of the copy are read back and compared with those of the source.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,14 +21,24 @@ from torch import Tensor
 from cumo_model.checkpoints.assemble import describe
 from cumo_model.checkpoints.folders import new_directory, read_object
 from cumo_model.checkpoints.layout import original_names, own_layout
-from cumo_model.checkpoints.original_config import TOWER_FOLDER, is_original, to_original
-from cumo_model.checkpoints.shards import Shape, Shards, check_tensors, write_shards
+from cumo_model.checkpoints.original_config import (
+    EXPORTED,
+    TOWER_FOLDER,
+    differing,
+    is_original,
+    to_original,
+)
+from cumo_model.checkpoints.processors import same_processor
+from cumo_model.checkpoints.shards import PICKLES, WEIGHTS, Shape, Shards, check_tensors, write_shards
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.processing.processor import CumoProcessor
 
 SHARD_BYTES = 2 * 1000**3
 LAYOUTS = ("cumo", "original")
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth")  # other weights and states of training
+INDEXES = (f"{WEIGHTS}.index.json", f"{PICKLES}.index.json")
+KEPT = "original_files"  # folder with files of a released checkpoint that the processor's files replace
 
 
 def convert(
@@ -35,11 +48,16 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> Path:
-    """Convert a checkpoint to the other layout; all values stay bit-identical.
+    """Convert a checkpoint to the other layout; all values stay bit-identical, and so do the answers.
+
+    Config, processor and other files survive a conversion to the other layout and back. A key of config.json
+    and the folder `original_files` hold what the other layout has no place for; the original code ignores
+    them. Its flag `training` becomes False.
 
     Args:
         source: folder with config.json and safetensors shards, or `.bin` files that contain only tensors.
-        target: new folder, created atomically. Other files, such as those of a tokenizer, are copied too.
+        target: new folder, created atomically. Other files, such as those of a tokenizer, are copied too,
+            except further weights and states of training, which a warning names.
         layout: layout of the target, "cumo" or "original"; by default the other one than that of the source.
         shard_bytes: largest size of an output file in bytes, unless a single tensor is larger. It is also
             about the memory needed.
@@ -51,13 +69,14 @@ def convert(
     Raises:
         ValueError: names or shapes do not match config.json; experts of one layer differ in dtype; a file is
             damaged or contains more than tensors; the disk is too small; the released layout cannot describe
-            the model; or `target` exists already.
+            the model or the processor; or `target` exists already.
     """
     if not shard_bytes >= 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
     source = Path(source)
     config, processor = describe(source)
-    is_released = is_original(read_object(source / "config.json"))
+    values = read_object(source / "config.json")
+    is_released = is_original(values)
     layout = layout or ("cumo" if is_released else "original")
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
@@ -65,8 +84,9 @@ def convert(
     own = own_layout(config)
     parts = {key: original_names(key, shape) for key, shape in own.items()}
     released = {name: shape for names in parts.values() for name, shape in names.items()}
-    new_config = to_original(config) if layout == "original" else None
+    new_config = to_original(config, _pictures(processor), source) if layout == "original" else None
     shards = Shards(source)
+    files = _other_files(source, shards)
     check_tensors(shards.shapes, released if is_released else own, str(source))
 
     if is_released and layout == "cumo":
@@ -80,25 +100,34 @@ def convert(
     else:
         plan = list(_split(shards, parts))
     needed = sum(prod(shape) * _dtype_of(shards, parts, name).itemsize for name, shape, _ in plan)
-    _check_disk(Path(target), needed)
+    _check_disk(Path(target), needed + sum((source / inner).stat().st_size for inner in files))
     with new_directory(target) as work:
         if new_config is None:
-            if is_released and processor is not None:
-                processor.save_pretrained(work)
             config.save_pretrained(work)
         else:
             _write_original_config(work, new_config, config)
-            check_tensors(dict(own_layout(CumoConfig.from_pretrained(work))), own, "the original layout")
+        if layout == "cumo" and EXPORTED in values and values["mm_vision_tower"] == TOWER_FOLDER:
+            files = [inner for inner in files if inner != Path(TOWER_FOLDER, "config.json")]  # of the export
+        if is_released and layout == "cumo" and EXPORTED not in values:
+            _copy_to_own(source, files, work, processor)
+        elif new_config is not None and not is_released and EXPORTED not in new_config:
+            _copy_to_original(source, files, work, processor)
+        else:
+            _copy(source, files, work)
+        _check_content(work, config, processor)
         write_shards(work, plan, lambda name: _dtype_of(shards, parts, name), shard_bytes, progress)
-        for path in source.iterdir():
-            if (
-                path.is_file()
-                and not (work / path.name).exists()
-                and path.name != "config.json"
-                and not path.name.endswith(NOT_COPIED)
-            ):
-                shutil.copy(path, work / path.name)
     return Path(target)
+
+
+def _pictures(processor: CumoProcessor | None) -> dict[str, Any] | None:
+    if processor is None:
+        return None
+    images = processor.image_processor
+    is_tiled = images.image_aspect_ratio == "anyres"
+    return {
+        "image_aspect_ratio": images.image_aspect_ratio,
+        "image_grid_pinpoints": list(map(list, images.image_grid_pinpoints)) if is_tiled else None,
+    }
 
 
 def _check_disk(target: Path, needed: int) -> None:
@@ -170,3 +199,71 @@ def _write_original_config(work: Path, values: dict[str, Any], config: CumoConfi
             "transformers_version": None,
         }
         (work / TOWER_FOLDER / "config.json").write_text(json.dumps(tower, indent=2, default=str) + "\n")
+
+
+def _other_files(source: Path, shards: Shards) -> list[Path]:
+    """Files beside config.json and the weights, relative to `source`; a warning names those left out."""
+    read, found, left = set(shards.files.values()), [], []
+    for folder, folders, names in os.walk(source):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(folder, name)
+            inner = path.relative_to(source)
+            if path in read or inner in (Path("config.json"), *map(Path, INDEXES)):
+                continue
+            (left if name.endswith(NOT_COPIED) else found).append(inner)
+    if left:
+        warnings.warn(f"not copied from {source}: {', '.join(map(str, left))}", stacklevel=3)
+    return found
+
+
+def _copy(source: Path, files: Iterable[Path], work: Path) -> None:
+    """Copy files that `work` does not have yet."""
+    for inner in files:
+        if not (work / inner).exists():
+            (work / inner).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / inner, work / inner)
+
+
+def _copy_to_own(source: Path, files: list[Path], work: Path, processor: CumoProcessor | None) -> None:
+    """Copy the other files and write the processor; files that it replaces are kept in KEPT."""
+    if processor is not None:
+        processor.save_pretrained(work)
+    _copy(source, [inner for inner in files if (work / inner).exists()], work / KEPT)
+    _copy(source, files, work)
+
+
+def _copy_to_original(source: Path, files: list[Path], work: Path, processor: CumoProcessor | None) -> None:
+    """Copy the other files. Those in KEPT replace the processor's if they give the same processor."""
+    kept = [inner.relative_to(KEPT) for inner in files if inner.parts[0] == KEPT]
+    files = [inner for inner in files if inner.parts[0] != KEPT]
+    written = set() if processor is None else _files_of(processor)
+    if processor is not None:
+        before = {path for path in work.rglob("*") if path.is_file()}
+        _copy(source / KEPT, kept, work)
+        _copy(source, [inner for inner in files if inner not in written], work)
+        try:
+            found = describe(work)[1]
+        except ValueError:
+            found = None
+        if same_processor(found, processor):
+            return
+        for path in {path for path in work.rglob("*") if path.is_file()} - before:
+            path.unlink()
+    _copy(source, files, work)
+
+
+def _files_of(processor: CumoProcessor) -> set[Path]:
+    """The files that `save_pretrained` of a processor writes."""
+    with tempfile.TemporaryDirectory(prefix="cumo-") as folder:
+        processor.save_pretrained(folder)
+        return {path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def _check_content(work: Path, config: CumoConfig, processor: CumoProcessor | None) -> None:
+    """Check that the copy says of the model and its processor what the source says."""
+    again, found = describe(work)
+    if lost := differing(again, config):
+        raise ValueError(f"the layout of the copy cannot describe {', '.join(lost)} of config.json")
+    if not same_processor(found, processor):
+        raise ValueError("the layout of the copy cannot describe the processor")

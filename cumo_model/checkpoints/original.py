@@ -5,17 +5,13 @@ from pathlib import Path
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.models.auto import AutoConfig
-from transformers.utils import logging
 
 from cumo_model.checkpoints.layout import LOADING_RULES, original_layout
 from cumo_model.checkpoints.original_config import TEXT_TYPE, from_original
+from cumo_model.checkpoints.processors import read_image_token
 from cumo_model.checkpoints.shards import Shards, check_tensors
 from cumo_model.model.config import CumoConfig
-from cumo_model.model.layouts import LAYOUTS
-from cumo_model.processing.processor import has_tokenizer, load_tokenizer
-from cumo_model.processing.templates import IMAGE_MARKER
-
-logger = logging.get_logger(__name__)
+from cumo_model.model.layouts import LAYOUTS, TOKEN_READERS
 
 # transformers finds loading rules by class name. While a released checkpoint is loaded, the model has a
 # subclass of the requested class with this name.
@@ -48,24 +44,8 @@ class OriginalLayout:
         loader = type(LOADER, (cls,), {"__module__": cls.__module__})
         model, info = loader.from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model.__class__ = cls
-        model.config.image_token_index = _image_token(folder, model.config.image_token_index)
         model._weight_conversions = None  # so that the model is saved in this project's layout
         return (model, info) if wants_info else model
-
-
-def _image_token(folder: Path, default: int) -> int:
-    """Id of `<image>` in the tokenizer of a folder.
-
-    The tokenizer may already contain `<image>`, and its size may differ from the vocabulary. Returns
-    `default` if there is no tokenizer, or it cannot be read.
-    """
-    if not has_tokenizer(folder):
-        return default
-    try:
-        return load_tokenizer(folder).convert_tokens_to_ids(IMAGE_MARKER)
-    except Exception as error:  # a damaged tokenizer can raise any exception; the weights are still valid
-        logger.warning(f"{folder}: the tokenizer is damaged ({error}), {default} is used as image token")
-        return default
 
 
 def _register_config(model_type: str) -> None:
@@ -82,6 +62,7 @@ def _register_config(model_type: str) -> None:
 
 
 LAYOUTS.append(OriginalLayout())
+TOKEN_READERS.append(read_image_token)
 register_checkpoint_conversion_mapping(LOADER, LOADING_RULES, overwrite=True)
 for _model_type in TEXT_TYPE:
     _register_config(_model_type)

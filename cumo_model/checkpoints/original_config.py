@@ -1,17 +1,24 @@
 """Conversion between CumoConfig and config.json of released checkpoints (`llava_mistral`, `llava_mixtral`).
 
 A released config.json is the config of the language model with additional multimodal keys. It names the
-vision tower (a CLIP of the hub or a folder) but does not contain its sizes. CumoConfig keeps the whole
-released config.json in `original`, so that the conversion back loses nothing.
+vision tower (a CLIP of the hub or a folder) but does not contain its sizes.
+
+Neither conversion loses anything. CumoConfig keeps the whole released config.json in `original`. An exported
+config.json keeps the CumoConfig in the key `cumo`, which the original code ignores, if its other keys do not
+say all of it. Each of the two is used as far as it still agrees: values that were changed later win.
 """
 
 import ast
+import copy
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from cumo_model.checkpoints.folders import read_object
+from cumo_model.model.config import CumoConfig, CumoVisionConfig
 from cumo_model.model.image_tokens import MERGES
+from cumo_model.processing.processor import aspect_of
 
 TEXT_TYPE = {"llava_mistral": "mistral", "llava_mixtral": "mixtral"}
 ARCHITECTURE = {
@@ -23,12 +30,17 @@ TOWERS = {  # config values of these CLIP models, which the original code reads 
     "openai/clip-vit-large-patch14": {"image_size": 224},
 }
 TOWER_FOLDER = "vision_tower"  # in an exported checkpoint whose tower is not a known CLIP
+TOWER_FIELDS = (  # that decide what a tower computes
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
+    "image_size", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout",
+)  # fmt: skip
+EXPORTED = "cumo"  # key of an exported config.json: the CumoConfig, and the pictures of the processor
 # keys of the released files that do not describe the model
 RUN_TIME = ("training", "local_rank", "transformers_version")
+SYNONYMS = (("rope_theta", "rope_scaling", "rope_parameters"), ("torch_dtype", "dtype"))
 NOT_MODELLED = (  # kept from `original`, otherwise written with a default; CumoConfig does not use them
-    "mm_vision_select_layer", "num_layers", "dropout", "image_aspect_ratio",
-    "tokenizer_padding_side", "tokenizer_model_max_length", "mm_use_im_start_end", "mm_use_im_patch_token",
-    "use_mm_proj",
+    "mm_vision_select_layer", "num_layers", "dropout", "tokenizer_padding_side",
+    "tokenizer_model_max_length", "mm_use_im_start_end", "mm_use_im_patch_token", "use_mm_proj",
 )  # fmt: skip
 MULTIMODAL = (
     "mm_vision_tower", "scales", "mm_projector_type", "mm_hidden_size", "mm_vision_select_layer",
@@ -51,14 +63,50 @@ def from_original(values: dict[str, Any], folder: str | os.PathLike | None = Non
 
     Args:
         values: content of config.json.
-        folder: folder of the checkpoint; a relative path of the tower is also searched here.
+        folder: folder of the checkpoint; a relative path of the tower is also searched here. Only its
+            config.json is read.
 
     Raises:
         ValueError: config.json describes a part that no published CuMo model has.
     """
     if not is_original(values):
         raise ValueError(f"model_type must be one of {sorted(TEXT_TYPE)}, got {values.get('model_type')!r}")
-    kept = {key: value for key, value in values.items() if key not in RUN_TIME}
+    tower, exported = _tower(values, folder), values.get(EXPORTED)
+    if exported is None:
+        return _translate(values, tower)
+    if not isinstance(exported, dict) or not isinstance(exported.get("config"), dict):
+        raise ValueError(f"{EXPORTED} of config.json must be an object with a config, got {exported!r}")
+    own = exported["config"]
+    config = CumoConfig.from_dict(dict(own))
+    before = to_original(config, exported.get("pictures"))
+    before["mm_vision_tower"] = values.get("mm_vision_tower")
+    before, now = (
+        {key: value for key, value in found.items() if key not in (EXPORTED, *RUN_TIME)}
+        for found in (before, values)
+    )
+    merged = _merge(own, *(_content(CumoConfig(**_translate(values, tower))) for values in (before, now)))
+    vision = CumoVisionConfig(**tower, num_experts=1)
+    differ = {name: getattr(vision, name) for name in _differing(vision, config.vision_config)}
+    return merged | {"vision_config": merged["vision_config"] | differ}
+
+
+def _merge(own: Any, before: Any, now: Any) -> Any:
+    """`own`, with the changes from `before` to `now`."""
+    if now == before:
+        return own
+    if not all(isinstance(value, dict) for value in (own, before, now)):
+        return now
+    merged = dict(own)
+    for key in before.keys() | now.keys():
+        if key not in now:
+            merged.pop(key, None)
+        elif key not in before or now[key] != before[key]:
+            merged[key] = _merge(own.get(key), before.get(key), now[key])
+    return merged
+
+
+def _translate(values: dict[str, Any], tower: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in values.items() if key not in (EXPORTED, "_commit_hash")}
     if not isinstance(values.get("vocab_size"), int):
         raise ValueError(f"config.json must have an integer vocab_size, got {values.get('vocab_size')!r}")
     scales = values.get("scales", [1])
@@ -79,9 +127,9 @@ def from_original(values: dict[str, Any], folder: str | os.PathLike | None = Non
         if values.get(key, wanted[-1]) not in wanted:
             raise ValueError(f"{key} must be one of {wanted}, got {values[key]!r}")
     text = {
-        key: value
+        key: copy.deepcopy(value)  # configs of transformers change dicts that they are given
         for key, value in kept.items()
-        if key not in MULTIMODAL and key not in ("architectures", "torch_dtype", "dtype")
+        if key not in (*MULTIMODAL, *RUN_TIME, "architectures", "torch_dtype", "dtype")
     }
     text["model_type"] = TEXT_TYPE[values["model_type"]]
     dtype = values.get("torch_dtype") or values.get("dtype")
@@ -89,7 +137,7 @@ def from_original(values: dict[str, Any], folder: str | os.PathLike | None = Non
     is_moe = projector == "smoe_mlp"
     return {
         "text_config": text,
-        "vision_config": _tower(values, folder) | (moe or {"num_experts": 1}),
+        "vision_config": tower | (moe or {"num_experts": 1}),
         "projector_num_experts": experts if is_moe else 1,
         **({"projector_num_experts_per_tok": selected} if is_moe else {}),
         "scales": [1, *scales[1:]],  # the original code never applies its first scale
@@ -120,12 +168,11 @@ def _pinpoints(values: dict[str, Any]) -> list[list[int]] | None:
 
 def _tower(values: dict[str, Any], folder: str | os.PathLike | None) -> dict[str, Any]:
     name = values.get("mm_vision_tower")
-    for path in [Path(base, str(name), "config.json") for base in (folder, ".") if base is not None]:
+    bases = [base for base in (folder, ".") if base is not None and isinstance(name, str)]
+    for path in [Path(base, name, "config.json") for base in bases]:
         if path.is_file():
-            config = json.loads(path.read_text())
-            config = config.get("vision_config", config)
-            skipped = ("model_type", "architectures", "num_experts", "num_experts_per_tok", *RUN_TIME)
-            return {key: value for key, value in config.items() if key not in skipped}
+            config = read_object(path)
+            return _tower_values(config.get("vision_config", config))
     if name not in TOWERS:
         raise ValueError(
             f"mm_vision_tower must be one of {', '.join(TOWERS)} or a folder with a CLIP config.json, "
@@ -134,35 +181,85 @@ def _tower(values: dict[str, Any], folder: str | os.PathLike | None) -> dict[str
     return dict(TOWERS[name])
 
 
-def to_original(config) -> dict[str, Any]:
+def _tower_values(config: dict[str, Any]) -> dict[str, Any]:
+    skipped = ("model_type", "architectures", "num_experts", "num_experts_per_tok", "compat", *RUN_TIME)
+    return {key: value for key, value in config.items() if key not in skipped}
+
+
+def _differing(one: CumoVisionConfig, other: CumoVisionConfig) -> list[str]:
+    return [name for name in TOWER_FIELDS if getattr(one, name) != getattr(other, name)]
+
+
+def to_original(
+    config: CumoConfig, pictures: dict[str, Any] | None = None, folder: str | os.PathLike | None = None
+) -> dict[str, Any]:
     """Translate a CumoConfig to a config.json in the released layout.
+
+    Args:
+        config: configuration of the model.
+        pictures: image_aspect_ratio and image_grid_pinpoints of the image processor; None if the checkpoint
+            has no processor.
+        folder: folder of the checkpoint, where the tower that `config.original` names is searched.
 
     Raises:
         ValueError: the released layout cannot describe this model.
     """
+    _check_describable(config)
+    source, flat = dict(config.original or {}), _flat(config, pictures)
+    if is_original(source) and isinstance(source.get("vocab_size"), int):
+        tower = _tower_values(config.vision_config.to_dict())
+        before = _flat(CumoConfig(**_translate(source, tower)))
+        if pictures is not None:  # the tokenizer beside it gives the image token
+            before["image_token_index"] = flat["image_token_index"]
+        values = _with_changes(source, before, flat)
+    else:
+        values = flat | {key: v for key, v in source.items() if key not in flat or key in NOT_MODELLED}
+    values["mm_vision_tower"], tower = _tower_name(config.vision_config, source, folder)
+    again = CumoConfig(**_translate(values, tower))
+    if pictures is not None:
+        again.image_token_index = config.image_token_index
+    if differing(again, config):
+        own = json.loads(json.dumps(config.to_diff_dict(), default=str))
+        values[EXPORTED] = {"config": own} | ({"pictures": pictures} if pictures else {})
+    return values
+
+
+def _check_describable(config: CumoConfig) -> None:
     text, vision = config.text_config, config.vision_config
-    model_type = next((released for released, own in TEXT_TYPE.items() if own == text.model_type), None)
-    if model_type is None:
+    if text.model_type not in TEXT_TYPE.values():
         raise ValueError(
             "text_config.model_type must be mistral or mixtral for the original layout, "
             f"got {text.model_type!r}"
         )
     places = [
-        (vision.num_experts, vision.num_experts_per_tok, "tower"),
-        (config.projector_num_experts, config.projector_num_experts_per_tok, "connector"),
+        (vision.num_experts, vision.num_experts_per_tok),
+        (config.projector_num_experts, config.projector_num_experts_per_tok),
     ]
-    sparse = [place for place in places if place[0] > 1]
-    if len({place[:2] for place in sparse}) > 1:
+    if len({place for place in places if place[0] > 1}) > 1:
         raise ValueError(
             "num_experts and num_experts_per_tok must agree in tower and connector, for which the original "
-            f"layout has one pair, got {places[0][:2]} and {places[1][:2]}"
+            f"layout has one pair, got {places[0]} and {places[1]}"
         )
-    if config.vision_feature_layer not in (-2, vision.num_hidden_layers - 1):
+    if config.feature_layers not in ([-2], [vision.num_hidden_layers - 1]):
         raise ValueError(
             f"vision_feature_layer must be -2 for the original layout, got {config.vision_feature_layer}"
         )
-    known = next((name for name, sizes in TOWERS.items() if _has_sizes(vision, sizes)), TOWER_FOLDER)
-    before = dict(config.original or {})
+    if config.scales[0] != 1:
+        raise ValueError(
+            f"scales must begin with 1 for the original layout, whose code never applies the first scale, "
+            f"got {list(config.scales)}"
+        )
+
+
+def _flat(config: CumoConfig, pictures: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The keys of config.json that this project knows."""
+    text, vision = config.text_config, config.vision_config
+    model_type = next(released for released, own in TEXT_TYPE.items() if own == text.model_type)
+    places = [
+        (vision.num_experts, vision.num_experts_per_tok),
+        (config.projector_num_experts, config.projector_num_experts_per_tok),
+    ]
+    sparse = [place for place in places if place[0] > 1]
     found = text.to_dict()
     rope = found.pop("rope_parameters", None) or {}
     skipped = ("model_type", "architectures", "dtype", *RUN_TIME)
@@ -171,11 +268,16 @@ def to_original(config) -> dict[str, Any]:
     flat = {key: value for key, value in found.items() if key not in skipped}
     if "rope_theta" in rope:
         flat["rope_theta"] = rope["rope_theta"]
-    num_experts, selected = sparse[0][:2] if sparse else (None, None)
+    if rope.get("rope_type", "default") != "default":
+        flat["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    pictures = pictures or {
+        "image_aspect_ratio": aspect_of(config),
+        "image_grid_pinpoints": config.image_grid_pinpoints,
+    }
     flat |= {
         "model_type": model_type,
         "architectures": [ARCHITECTURE[model_type]],
-        "mm_vision_tower": known,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "scales": list(config.scales),
         "mm_projector_type": "smoe_mlp" if config.projector_num_experts > 1 else "mlp2x_gelu",
         "mm_hidden_size": vision.hidden_size,
@@ -191,24 +293,67 @@ def to_original(config) -> dict[str, Any]:
         "dropout": False,
         "balance_loss_coef": config.balance_loss_coef,
         "router_z_loss_coef": config.router_z_loss_coef,
-        "image_aspect_ratio": "pad",
+        "image_aspect_ratio": pictures["image_aspect_ratio"],
         "tokenizer_padding_side": "right",
         "tokenizer_model_max_length": 4096,
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
         "training": False,
-    } | ({"num_experts": num_experts, "num_selected": selected} if sparse else {})
-    if config.image_grid_pinpoints is not None:
-        flat["image_grid_pinpoints"] = [[width, height] for height, width in config.image_grid_pinpoints]
-        before["image_aspect_ratio"] = flat["image_aspect_ratio"] = "anyres"
+    }
+    if sparse:
+        flat["num_experts"], flat["num_selected"] = sparse[0]
+    if pictures["image_aspect_ratio"] == "anyres" and pictures["image_grid_pinpoints"] is not None:
+        flat["image_grid_pinpoints"] = [[w, h] for h, w in pictures["image_grid_pinpoints"]]
     if config.dtype is not None:
         flat["torch_dtype"] = str(config.dtype).removeprefix("torch.")
-    # values of this model come first; keys that CumoConfig does not use keep their values from `original`
-    return flat | {key: value for key, value in before.items() if key not in flat or key in NOT_MODELLED}
+    return flat
 
 
-def _has_sizes(vision, sizes: dict[str, Any]) -> bool:
-    standard = type(vision)(**sizes)
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
-    return all(getattr(vision, n) == getattr(standard, n) for n in (*names, "patch_size", "hidden_act"))
+def _with_changes(source: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """`source` with the values that differ between `before`, its translation and back, and `now`."""
+    values, missing = dict(source), object()
+    changed = {key for key in before | now if before.get(key, missing) != now.get(key, missing)}
+    for key in changed:
+        for group in SYNONYMS:
+            if key in group:
+                values = {name: value for name, value in values.items() if name not in group}
+                values |= {name: now[name] for name in group if name in now}
+        if key in now:
+            values[key] = now[key]
+        else:
+            values.pop(key, None)
+    if "image_grid_pinpoints" in now:  # always a list, not its text
+        values["image_grid_pinpoints"] = now["image_grid_pinpoints"]
+    return values | ({"training": False} if "training" in source else {})
+
+
+def _tower_name(
+    vision: CumoVisionConfig, source: dict[str, Any], folder: str | os.PathLike | None
+) -> tuple[str, dict[str, Any]]:
+    """The name of a tower in config.json, and what will be read under this name."""
+    named = source.get("mm_vision_tower")
+    for name in (*(() if named is None else (named,)), *TOWERS):
+        try:
+            values = _tower({"mm_vision_tower": name}, folder if name == named else None)
+        except ValueError:
+            continue
+        if not _differing(CumoVisionConfig(**values, num_experts=1), vision):
+            return name, values
+    return TOWER_FOLDER, _tower_values(vision.to_dict())
+
+
+def _content(config: CumoConfig) -> dict[str, Any]:
+    """What must survive a conversion."""
+    values = json.loads(json.dumps(config.to_diff_dict(), default=str))
+    for name in ("transformers_version", "architectures", "_name_or_path"):
+        values.pop(name, None)
+    for name in ("training", "image_grid_pinpoints"):  # they are written in one way
+        (values.get("original") or {}).pop(name, None)
+    return values
+
+
+def differing(one: CumoConfig, other: CumoConfig) -> list[str]:
+    """Names of the fields in which two configs differ; versions and class names do not count."""
+    one, other = _content(one), _content(other)
+    return sorted(key for key in one | other if one.get(key, "") != other.get(key, ""))

@@ -25,6 +25,7 @@ from cumo_model.model.clip_moe import CumoVisionModel
 from cumo_model.model.config import CumoConfig, CumoVisionConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.model.head import head_of
+from cumo_model.model.indexes import check_indexes
 from cumo_model.model.llm_moe import CumoMixtralModel
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -157,8 +158,9 @@ def load_whole(
 
     Raises:
         ValueError: a tensor of the model is missing in the folder or has another shape there, or the model
-            has no place for a tensor of the folder.
+            has no place for a tensor of the folder; or an index names a file outside the folder.
     """
+    check_indexes(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the error below replaces the long report of the loader
     try:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from cumo_model.checkpoints.folders import read_object
+from cumo_model.model.indexes import index_files
 
 WEIGHTS, PICKLES = "model.safetensors", "pytorch_model.bin"
 
@@ -27,7 +27,8 @@ class Shards:
     `.bin` files are read without unpickling other objects than tensors.
 
     Raises:
-        ValueError: a file is missing or damaged, or contains more than tensors; the message names it.
+        ValueError: a file is missing or damaged, contains more than tensors, or lies outside the folder; the
+            message names it.
     """
 
     def __init__(self, folder: str | os.PathLike, names: tuple[str, ...] = (WEIGHTS, PICKLES)):
@@ -53,13 +54,7 @@ class Shards:
             stem, suffix = name.rsplit(".", 1)
             index = self.folder / f"{name}.index.json"
             if index.is_file():
-                weight_map = read_object(index).get("weight_map")
-                if not isinstance(weight_map, dict) or not weight_map:
-                    raise ValueError(
-                        f"{index} must have a weight_map of tensors and files, got {weight_map!r}"
-                    )
-                found = sorted(set(weight_map.values()))
-                paths = [self.folder / file for file in found]
+                paths = index_files(index)
             else:
                 paths = sorted(self.folder.glob(f"{stem}*.{suffix}"))
             missing = [path for path in paths if not path.is_file()]

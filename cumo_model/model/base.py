@@ -1,5 +1,7 @@
 """CumoPreTrainedModel, the base class of both CuMo models."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -8,7 +10,8 @@ from transformers import initialization as init
 from cumo_model.model.compat import CACHE_NAMES
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.host import MoEHostMixin
-from cumo_model.model.layouts import layout_of, read_config
+from cumo_model.model.indexes import check_indexes
+from cumo_model.model.layouts import image_token_of, layout_of, read_config
 from cumo_model.model.mlp_moe import CumoProjector
 from cumo_model.model.tensor_parallel import ParallelMixin
 
@@ -38,9 +41,25 @@ class CumoPreTrainedModel(ParallelMixin, MoEHostMixin, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load as transformers does; the checkpoint may have any registered layout (layouts.py)."""
+        """Load as transformers does; the checkpoint may have any registered layout (layouts.py).
+
+        The image token of the config becomes that of a tokenizer in the same folder, unless the caller gives
+        another one than the folder's config.json.
+
+        Raises:
+            ValueError: an index of the folder is damaged or names a file outside the folder.
+        """
         path = pretrained_model_name_or_path
+        check_indexes(path, kwargs.get("subfolder"))
         layout = layout_of(read_config(path, **kwargs))
-        if layout is None or layout.is_loader(cls):
+        if layout is not None and layout.is_loader(cls):
             return super().from_pretrained(path, *args, **kwargs)
-        return layout.load(cls, path, *args, **kwargs)
+        load = super().from_pretrained if layout is None else partial(layout.load, cls)
+        loaded = load(path, *args, **kwargs)
+        config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
+        token = image_token_of(path, kwargs.get("subfolder"))
+        if token is not None:
+            where = {key: kwargs[key] for key in ("subfolder",) if key in kwargs}
+            if config.image_token_index == CumoConfig.from_pretrained(path, **where).image_token_index:
+                config.image_token_index = token
+        return loaded

@@ -1,5 +1,6 @@
 """Configurations of the vision tower and of the whole model. The defaults describe CuMo Mistral-7B."""
 
+from pathlib import Path
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -124,9 +125,10 @@ class CumoConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers. A config.json in another registered layout is translated."""
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if (layout := layout_of(values)) is not None:
-            fields = layout.config_values(values, pretrained_model_name_or_path)
+            fields = layout.config_values(values, folder)
             values = {"model_type": cls.model_type, **fields}
         return values, kwargs
 

@@ -203,7 +203,8 @@ class CumoModel(CumoPreTrainedModel):
             sizes = picture_sizes(num_tiles, image_sizes)
             layout.tiles_of(sizes, num_tiles)
             what = "images" if image_sizes is None else "pictures"
-            check_placeholders(is_image, token, [layout.tokens(size) for size in sizes], image_lengths, what)
+            wanted = [layout.tokens(size) for size in sizes]
+            check_placeholders(is_image, token, wanted, image_lengths, what, input_ids)
         if inputs_embeds is None:  # the placeholder id may be outside the vocabulary
             inputs_embeds = embed_tokens(input_ids.masked_fill(is_image, 0))
         features = self._encode_tiles(pixel_values, all_routers).pooler_output

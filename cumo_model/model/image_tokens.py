@@ -201,7 +201,12 @@ def check_lengths(lengths: Tensor | None, num_pictures: int) -> None:
 
 
 def check_placeholders(
-    is_image: Tensor, token: int, wanted: list[int], lengths: Tensor | None, what: str = "images"
+    is_image: Tensor,
+    token: int,
+    wanted: list[int],
+    lengths: Tensor | None,
+    what: str = "images",
+    input_ids: Tensor | None = None,
 ) -> None:
     """Check that each row has the tokens of complete pictures, and that all rows together have all pictures.
 
@@ -214,6 +219,7 @@ def check_placeholders(
         wanted: number of tokens of each picture.
         lengths: number of tokens of each picture in `input_ids`; None: all of them.
         what: the word for pictures in messages.
+        input_ids: (B, S), for a message that names the image token of another tokenizer.
 
     Raises:
         ValueError: the check fails, for CPU tensors. On a GPU this would need a host synchronisation. There
@@ -242,7 +248,7 @@ def check_placeholders(
         share = f"{each} for each of the {len(wanted)} {what}" if alike else f"{wanted} for the {what}"
         raise ValueError(
             f"input_ids must have {sum(wanted)} image tokens (id {token}), {share} "
-            f"in pixel_values, got {sum(counts)}"
+            f"in pixel_values, got {sum(counts)}{_other_token(input_ids, counts, sum(wanted))}"
         )
     ends, begun, end = {0}, 0, 0
     for number in wanted:
@@ -257,6 +263,20 @@ def check_placeholders(
             raise ValueError(
                 f"input_ids must have {kind} (id {token}) in every row, got {count} in row {row}"
             )
+
+
+def _other_token(input_ids: Tensor | None, counts: list[int], wanted: int) -> str:
+    """For a message: the only id that occurs as often as image tokens should, if these do not occur."""
+    if input_ids is None or any(counts):
+        return ""
+    ids, times = input_ids.unique(return_counts=True)
+    found = ids[times == wanted].tolist()
+    if len(found) != 1:
+        return ""
+    return (
+        f", but {wanted} tokens of id {found[0]}: if this is image_token_id of the processor, "
+        "config.image_token_index of the model must be the same"
+    )
 
 
 def pictures_per_row(row_tokens: Tensor, lengths: Tensor) -> list[int]:

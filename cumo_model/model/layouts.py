@@ -1,11 +1,12 @@
 """Registry of checkpoint layouts other than this project's own.
 
 Model code handles one layout only, that of its state_dict. `cumo_model.checkpoints.original` registers the
-layout of the released checkpoints when cumo_model is imported.
+layout of the released checkpoints, and the reader of image tokens, when cumo_model is imported.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedConfig
@@ -29,6 +30,8 @@ class Layout(Protocol):
 
 
 LAYOUTS: list[Layout] = []
+# function of a folder that returns the id of the image token of its tokenizer, None without a tokenizer
+TOKEN_READERS: list[Callable[[Path], int | None]] = []
 
 
 def layout_of(values: dict[str, Any]) -> Layout | None:
@@ -52,3 +55,11 @@ def read_config(path: str | os.PathLike | None, **where: Any) -> dict[str, Any]:
         return PreTrainedConfig.get_config_dict(path, **known)[0]
     except OSError:  # a folder of adapters or of a processor, or an error that transformers reports later
         return {}
+
+
+def image_token_of(path: str | os.PathLike | None, subfolder: str | None = None) -> int | None:
+    """Id of the image token of the tokenizer in a folder; None without a folder or a readable tokenizer."""
+    folder = Path(path or "", subfolder or "")
+    if path is None or not folder.is_dir():
+        return None
+    return next((token for read in TOKEN_READERS if (token := read(folder)) is not None), None)

@@ -26,6 +26,7 @@ from cumo_model.processing.sentencepieces import like_sentencepiece
 from cumo_model.processing.templates import TEMPLATES, get_template
 
 DEFAULT_TEMPLATE = "mistral_instruct_system"
+OWN_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")  # that load_tokenizer sets by name
 
 
 class CumoProcessor(LlavaProcessor):
@@ -60,13 +61,14 @@ class CumoProcessor(LlavaProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers. For a checkpoint in the released layout, `processor_from` is used."""
+        """As in transformers. For a checkpoint that has only a tokenizer, `processor_from` is used."""
         path = pretrained_model_name_or_path
         try:
-            layout = layout_of(read_config(path))
+            values = read_config(path)
         except ValueError:  # config.json is damaged; the processor's own files may still be readable
-            layout = None
-        if layout is not None and not Path(path, "processor_config.json").is_file():
+            values = {}
+        is_cumo = values.get("model_type") == CumoConfig.model_type or layout_of(values) is not None
+        if is_cumo and not Path(path, "processor_config.json").is_file():
             return processor_from(path, CumoConfig.from_pretrained(path))
         return super().from_pretrained(path, *args, **kwargs)
 
@@ -346,14 +348,21 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
         unk_token=found.unk_token,
         pad_token=found.pad_token or found.unk_token or found.eos_token,
         padding_side="right",
+        extra_special_tokens=found.extra_special_tokens,
+        model_specific_special_tokens={
+            k: v for k, v in found.special_tokens_map.items() if k not in OWN_TOKENS
+        },
+        model_max_length=found.model_max_length,
+        chat_template=found.chat_template,
     )
     if tokenizer.convert_tokens_to_ids(IMAGE_MARKER) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_MARKER]})
+        more = {"extra_special_tokens": [IMAGE_MARKER]}
+        tokenizer.add_special_tokens(more, replace_extra_special_tokens=False)
     return tokenizer
 
 
 def processor_from(
-    folder: str | os.PathLike, config: CumoConfig, template: str = DEFAULT_TEMPLATE
+    folder: str | os.PathLike, config: CumoConfig, template: str | None = None
 ) -> CumoProcessor:
     """Build the processor of a model from the tokenizer files of a folder.
 
@@ -363,23 +372,34 @@ def processor_from(
     Args:
         folder: contains tokenizer.json or tokenizer.model.
         config: configuration of the model; gives the sizes and the treatment of pictures.
-        template: name of a chat template; by default that of the later stages of CuMo.
+        template: name of a chat template; by default that of the tokenizer if it writes pictures, otherwise
+            that of the later stages of CuMo, because it is that of a language model.
     """
-    return processor_for(config, load_tokenizer(folder), template)
+    tokenizer = load_tokenizer(folder)
+    processor, chat = processor_for(config, tokenizer, template or DEFAULT_TEMPLATE), tokenizer.chat_template
+    if template is None and "image" in str(chat):
+        processor.chat_template = chat
+    pictures = Path(folder, "preprocessor_config.json")
+    if pictures.is_file() and CumoImageProcessor.__name__ in pictures.read_text():  # not that of a CLIP
+        processor.image_processor = CumoImageProcessor.from_pretrained(folder)
+    return processor
+
+
+def aspect_of(config: CumoConfig) -> str:
+    """The treatment of pictures that a config asks for, one of ASPECT_RATIOS."""
+    if config.image_grid_pinpoints is not None:
+        return "anyres"
+    ratio = (config.original or {}).get("image_aspect_ratio", "pad")
+    return ratio if ratio in ASPECT_RATIOS else "square"  # for any other value the original code crops
 
 
 def processor_for(config: CumoConfig, tokenizer, template: str = DEFAULT_TEMPLATE) -> CumoProcessor:
     """Build the processor of a model with this configuration, tokenizer and chat template."""
-    vision, pinpoints = config.vision_config, config.image_grid_pinpoints
-    ratio = (config.original or {}).get("image_aspect_ratio", "pad")
-    if pinpoints is not None:
-        ratio = "anyres"
-    elif ratio == "anyres":
+    vision, pinpoints, ratio = config.vision_config, config.image_grid_pinpoints, aspect_of(config)
+    if pinpoints is None and ratio == "anyres":
         raise ValueError(
             "image_grid_pinpoints must be in config.json with image_aspect_ratio anyres, got none"
         )
-    elif ratio not in ASPECT_RATIOS:  # for any other value the original code crops
-        ratio = "square"
     return build_processor(
         tokenizer,
         vision.image_size,

@@ -76,8 +76,9 @@ class ModelSection:
 class DataSection:
     files: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
-    template: str = "mistral_instruct_system"
-    aspect: str = "pad"  # "square" crops images that are not square, as LLaVA's first stage does
+    template: str | None = None  # by default that of model.start; for parts mistral_instruct_system
+    # "pad", or "square", which crops images as LLaVA's first stage does; by default that of model.start
+    aspect: str | None = None
     max_length: int | None = None
     grouping: str = "modality_length"
     packing: bool = False  # fill rows of max_length tokens; the batch size then counts rows

@@ -18,7 +18,8 @@ def start_model(model: ModelSection, data: DataSection) -> tuple[CumoForConditio
         data: section of the recipe with the template and the aspect ratio.
 
     Raises:
-        ValueError: a folder is missing or of another kind, or the requested experts do not fit the model.
+        ValueError: a folder is missing or of another kind, the requested experts do not fit the model, or the
+            model cuts pictures into tiles and the recipe does not say otherwise.
     """
     if (model.start is None) == (model.vision is None or model.language is None):
         raise ValueError("model must have either start, or vision and language, got both or neither")
@@ -63,4 +64,9 @@ def start_model(model: ModelSection, data: DataSection) -> tuple[CumoForConditio
     if processor is None:
         where = model.tokenizer or model.language or model.start
         raise ValueError(f"model.tokenizer must be a folder with a tokenizer, got {where!r}, which has none")
+    if isinstance(processor, CumoProcessor) and processor.is_tiled():
+        raise ValueError(
+            "data.aspect must be pad or square for a model that cuts pictures into tiles (anyres), because "
+            f"training uses one tile per picture, got {data.aspect}"
+        )
     return built, processor

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from cumo_model.checkpoints.processors import template_for
 from cumo_model.data.batches import Collator
 from cumo_model.data.sampling import Units, plan_packs
 from cumo_model.data.streamed import StreamedConversations
@@ -292,7 +293,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
             list(data.files),
             list(data.images) or None,
             processor,
-            data.template,
+            template_for(processor, data.template, "data.template"),
             data.max_length,
             cache,
             data.skip_bad,
