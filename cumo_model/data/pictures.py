@@ -133,12 +133,13 @@ class PixelReader:
 
     def __init__(self, image_processor):
         self.image_processor = image_processor
-        mean, std = (
-            torch.tensor(values).view(3, 1, 1)
-            for values in (image_processor.image_mean, image_processor.image_std)
-        )
-        # (pixel / 255 - mean) / std as one multiply and one add
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        values = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (3, 256, 1))
+        if image_processor.do_rescale:
+            values = image_processor.rescale(values, image_processor.rescale_factor)
+        if image_processor.do_normalize:
+            mean, std = image_processor.image_mean, image_processor.image_std
+            values = image_processor.normalize(values, mean, std)
+        self._normalised = values[:, :, 0].astype(np.float32)  # of each channel and value of a pixel
 
     @property
     def side(self) -> int:
@@ -155,5 +156,8 @@ class PixelReader:
         return torch.from_numpy(np.ascontiguousarray(done).astype(np.uint8))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Scale and normalise as the image processor does: (..., 3, s, s) uint8 -> fp32."""
-        return pixels.to(torch.float32).mul_(self._scale).add_(self._shift)
+        """Scale and normalise as the image processor does, to the bit: (..., 3, s, s) uint8 -> fp32."""
+        done = torch.empty(pixels.shape)
+        for channel, table in enumerate(self._normalised):
+            done[..., channel, :, :] = torch.from_numpy(table.take(pixels[..., channel, :, :].numpy()))
+        return done

@@ -9,14 +9,14 @@ from transformers import TextStreamer
 
 from cumo_model.checkpoints.assemble import assemble
 from cumo_model.checkpoints.folders import first_line
+from cumo_model.checkpoints.processors import template_for
 from cumo_model.model.cumo import CumoForConditionalGeneration
-from cumo_model.processing.conversation import reserved_marker, template_of, tokenize_prompt
+from cumo_model.processing.conversation import reserved_marker, tokenize_prompt
 from cumo_model.processing.pictures import load_image
 from cumo_model.processing.processor import CumoProcessor
-from cumo_model.processing.templates import IMAGE_MARKER, TEMPLATES, get_template
+from cumo_model.processing.templates import IMAGE_MARKER, get_template
 
 NEW_TOKENS = 64
-DEFAULT = "mistral_instruct"
 
 
 def load(checkpoint: str | os.PathLike, device: torch.device | None = None):
@@ -96,13 +96,15 @@ def chat(
     Raises:
         ValueError: the checkpoint, the picture, the template or the question cannot be used.
     """
+    if question is not None and (reason := _unaskable(question)):
+        raise ValueError(f"question {reason}")
     if template is not None and not get_template(template).instruct:
         raise ValueError(f"template must be an instruct template, got {template!r}")
-    if question is not None and (reason := _unaskable(question, template or DEFAULT)):
-        raise ValueError(f"question {reason}")
     picture = load_image(image) if image is not None else None
     model, processor = load(checkpoint)
     template = template or own_template(processor)
+    if question is not None and (reason := _unaskable(question, template)):
+        raise ValueError(f"question {reason}")
     turns: list[dict[str, str]] = []
     asked = iter([question]) if question is not None else _typed()
     for text in asked:
@@ -116,17 +118,27 @@ def chat(
         turns.append({"from": "gpt", "value": said})
 
 
-def own_template(processor) -> str:
-    """Name of the template that matches the processor's chat template; `DEFAULT` if none matches."""
-    known = [name for name, form in TEMPLATES.items() if form.instruct]
-    return template_of(processor.chat_template, known) or DEFAULT
+def own_template(processor: CumoProcessor) -> str:
+    """Name of the template that is the processor's chat template.
+
+    Raises:
+        ValueError: it is none of this project's instruct templates.
+    """
+    name = template_for(processor, option="template")
+    if not get_template(name).instruct:
+        raise ValueError(
+            f"template must be given, as the checkpoint's own is for captions only, got {name!r}"
+        )
+    return name
 
 
-def _unaskable(text: str, template: str) -> str | None:
-    """The reason why `text` cannot be a turn, or None."""
+def _unaskable(text: str, template: str | None = None) -> str | None:
+    """The reason why `text` cannot be a turn of a template, or of any template, or None."""
+    if not text.strip():
+        return "must not be empty"
     if IMAGE_MARKER in text:
         return f"must not hold {IMAGE_MARKER}: --image gives the picture"
-    if found := reserved_marker([{"value": text}], template):
+    if template and (found := reserved_marker([{"value": text}], template)):
         return f"must not hold {found}, which separates turns"
     return None
 

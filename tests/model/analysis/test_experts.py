@@ -2,11 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cumo_model.__main__ import main
-from cumo_model.analysis.experts import expert_load, patch_experts, specialisation
+from cumo_model.analysis.experts import _as_seen, expert_load, patch_experts, specialisation
+from cumo_model.demo.tokenizer import train_tokenizer
+from cumo_model.processing import build_processor
 from cumo_model.training.monitor import Monitor, gradient_norms, layer_facts
 from cumo_model.training.recipe import load_recipe
 from cumo_model.training.start import start_model
@@ -148,3 +152,14 @@ def test_reporters_get_every_layer_and_the_history_does_not(tmp_path, tiny_confi
     tags = events.Tags()["scalars"]
     assert any(tag.endswith("experts/llm.01/load_entropy") for tag in tags)
     assert any(tag.endswith("language") for tag in tags)
+
+
+@pytest.mark.parametrize("ratio", ["pad", "square"])
+def test_patches_are_drawn_on_the_picture_as_the_tower_sees_it(ratio):
+    """Padded or cropped, not stretched."""
+    tokenizer = train_tokenizer(["what is it?"] * 20, 300)
+    images = build_processor(tokenizer, 12, 4, image_aspect_ratio=ratio).image_processor
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8))
+    pixels = images(picture, return_tensors="pt")["pixel_values"][0]
+    wanted = images(picture, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    assert np.array_equal(_as_seen(pixels, images), wanted.transpose(1, 2, 0))

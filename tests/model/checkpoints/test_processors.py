@@ -225,7 +225,9 @@ def test_the_template_of_a_processor_by_its_name():
 
 def test_training_and_analysis_ask_for_a_template_that_has_no_name(tiny_model, tmp_path, capsys):
     write_data(tmp_path)
-    tiny_model(text_options={"vocab_size": 320}).save_pretrained(tmp_path / "start")
+    tiny_model(text_options={"vocab_size": 320, "max_position_embeddings": 256}).save_pretrained(
+        tmp_path / "start"
+    )
     processor = build_processor(with_image_word(), 12, 4)
     processor.chat_template = CUSTOM
     processor.save_pretrained(tmp_path / "start")

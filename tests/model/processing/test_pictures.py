@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import tarfile
 import tempfile
 import threading
@@ -15,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import pipeline
 
-from cumo_model.data import Pictures
+from cumo_model.data import ConversationDataset, Pictures, StreamedConversations
 from cumo_model.data.pictures import PixelReader
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing import build_processor, load_image
@@ -142,6 +144,7 @@ def test_every_way_gives_the_same_tensor(processors, height, width, orientation,
                 Image.fromarray(upright), do_rescale=False, do_normalize=False, return_tensors="pt"
             )
             assert torch.equal(raw, plain["pixel_values"][0])
+            assert torch.equal(reader.normalise(raw[None]), wanted["pixel_values"])
 
 
 def test_a_url_gives_the_same_tensor(processors, tmp_path):
@@ -390,3 +393,33 @@ def test_a_bomb_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"image '.*bomb\.png' cannot be read: .*decompression bomb"):
         load_image(tmp_path / "bomb.png")
     assert MEMORY < 200e6
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_training_data_and_the_pipeline_see_the_same_picture(tiny_model, tmp_path, orientation, monkeypatch):
+    tokenizer = train_tokenizer(["what is it?", "red"] * 20, 300)
+    model = tiny_model(
+        text_options={"vocab_size": len(tokenizer)},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    ).eval()
+    processor = build_processor(tokenizer, 12, 4)
+    upright = np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8)
+    (tmp_path / "a.png").write_bytes(_file(upright, orientation))
+    wanted = processor.image_processor(upright, return_tensors="pt")["pixel_values"]
+
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "a.json").write_text(json.dumps([{"id": 1, "image": "a.png", "conversations": turns}]))
+    for kind in (ConversationDataset, StreamedConversations):
+        item = kind(tmp_path / "a.json", tmp_path, processor, "mistral_instruct")[0]
+        assert torch.equal(item["pixel_values"], wanted)
+
+    seen = []
+    encode = model.model._encode_tiles
+    monkeypatch.setattr(
+        model.model, "_encode_tiles", lambda tiles, *a, **k: seen.append(tiles) or encode(tiles, *a, **k)
+    )
+    ask = pipeline("image-text-to-text", model=model, processor=processor, device="cpu")
+    content = [{"type": "image", "path": str(tmp_path / "a.png")}, {"type": "text", "text": "what is it?"}]
+    ask(text=[{"role": "user", "content": content}], max_new_tokens=1)
+    ask(images=str(tmp_path / "a.png"), text="[INST] <image>\nwhat is it? [/INST]", max_new_tokens=1)
+    assert len(seen) == 2 and all(torch.equal(tiles, wanted) for tiles in seen)

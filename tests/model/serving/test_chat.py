@@ -10,6 +10,7 @@ from PIL import Image
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.__main__ import main
 from cumo_model.demo.tokenizer import train_tokenizer
+from cumo_model.processing.conversation import chat_template
 from cumo_model.processing.processor import build_processor
 from cumo_model.serving.chat import answer, load, own_template
 from tests.model import original
@@ -185,3 +186,30 @@ def test_demo_refuses_a_folder_that_is_not_its_own(tmp_path, capsys):
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == 1
     assert "contains something that is not a demo" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    "chat, told", [("{{ messages[0]['content'] }}", "is none of them"), ("plain", "captions only")]
+)
+def test_a_checkpoint_without_an_instruct_template_asks_for_one(checkpoint, picture, capsys, chat, told):
+    _, processor = load(checkpoint)
+    processor.chat_template = chat_template("plain") if chat == "plain" else chat
+    processor.save_pretrained(checkpoint)
+    options = [
+        "--checkpoint",
+        checkpoint,
+        "--image",
+        picture,
+        "--question",
+        "what is it?",
+        "--max-new-tokens",
+        2,
+    ]
+    code, _, err = run(capsys, *options)
+    assert code == 1 and "template must be given" in err and told in err
+    assert run(capsys, *options, "--template", "mistral_instruct")[0] == 0
+
+
+def test_an_empty_question_is_refused_before_the_model_is_loaded(picture, capsys):
+    code, _, err = run(capsys, "--checkpoint", "nowhere", "--image", picture, "--question", " ")
+    assert code == 1 and "question must not be empty" in err
