@@ -14,13 +14,14 @@ that would need more than MEMORY is refused, or, if it is a JPEG, decoded at a h
 
 import base64
 import binascii
+import http.client
 import io
 import os
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageFile
@@ -141,11 +142,12 @@ def _file(text: str, named: str) -> str | bytes:
     """A path, or the content of a URL or of base64 text."""
     if text.startswith(("http://", "https://")):
         try:
-            answer = httpx.get(text, follow_redirects=True, timeout=30)
-            answer.raise_for_status()
-        except httpx.HTTPError as error:
+            # some servers refuse the default name of Python
+            request = urllib.request.Request(text, headers={"User-Agent": "cumo"})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.read()
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise _Refused(f"{named} cannot be fetched: {error or type(error).__name__}") from None
-        return answer.content
     if text.startswith("file://"):
         return text.removeprefix("file://")
     if text.startswith("data:image/") or not os.path.exists(text):

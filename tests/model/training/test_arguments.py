@@ -88,7 +88,7 @@ def test_options_of_checkpointing_without_it_are_refused_and_kept_with_it():
     for extra, wanted in (("", False), (options, True)):
         args = arguments("gradient_checkpointing=true", *([extra] if extra else []))
         kept = [v for k, v in vars(args).items() if k.endswith("_checkpointing_kwargs") and v is not None]
-        assert kept == [{"use_reentrant": wanted}]
+        assert kept and all(value == {"use_reentrant": wanted} for value in kept)  # both names in 5.24
 
 
 def test_reentrant_checkpointing_is_not_replaced_where_the_model_refuses_it(folder):
