@@ -101,7 +101,7 @@ def template_for(processor: CumoProcessor, name: str | None = None, option: str 
     chat = processor.chat_template
     if isinstance(chat, dict):
         chat = chat.get("default")
-    found = template_of(chat, list(TEMPLATES))
+    found = template_of(chat, tuple(TEMPLATES))
     if found is None:
         raise ValueError(
             f"{option} must be given, one of {', '.join(TEMPLATES)}: the checkpoint's chat template "

@@ -9,6 +9,7 @@ from cumo_model.data.records import Problem
 from cumo_model.processing.conversation import (
     IGNORE_INDEX,
     IMAGE_MARKER,
+    check_pieces,
     reserved_marker,
     tokenize_conversations,
 )
@@ -26,6 +27,7 @@ class Tokenising:
         ):
             raise ValueError(f"max_length must be a number of tokens, 1 or more, or None, got {max_length!r}")
         self.tokenizer, self.template, self.max_length = processor.tokenizer, template, max_length
+        check_pieces(processor.tokenizer)
         self.tokens_per_image = image_seq_length(processor)
         self.image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
 

@@ -26,7 +26,7 @@ from transformers.generation import (
 
 from cumo_model.model.compat import given_cache, this_cache_name
 from cumo_model.model.image_tokens import as_tiles, picture_sizes, pictures_per_row
-from cumo_model.model.positions import check_length, longest_prompt, position_limit
+from cumo_model.model.positions import check_length, longest_prompt, position_limit, positions_of
 
 _longest: ContextVar[int | None] = ContextVar("_longest", default=None)  # prompt of the current `generate`
 PICTURES = ("pixel_values", "image_sizes", "image_lengths")
@@ -135,9 +135,12 @@ class CumoGenerationMixin(GenerationMixin):
         named = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         given = [prompt for prompt in named if isinstance(prompt, Tensor) and prompt.ndim > 1]
         text = self.config.text_config
-        if not given or kwargs.get("position_ids") is not None or position_limit(text) is None:
+        if not given or position_limit(text) is None:
             return super().generate(inputs, *args, **kwargs)
-        longest = max(longest_prompt(prompt, kwargs.get("attention_mask")) for prompt in given)
+        if isinstance(kwargs.get("position_ids"), Tensor):
+            longest = positions_of(kwargs["position_ids"])
+        else:
+            longest = max(longest_prompt(prompt, kwargs.get("attention_mask")) for prompt in given)
         check_length(text, longest, "a prompt")
         token = _longest.set(longest)
         try:

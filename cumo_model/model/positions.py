@@ -57,6 +57,11 @@ def check_length(text_config: PreTrainedConfig, length: int, what: str) -> None:
         )
 
 
+def positions_of(position_ids: Tensor) -> int:
+    """How many positions these use: their largest + 1. A host synchronisation."""
+    return int(position_ids.max()) + 1 if position_ids.numel() else 0
+
+
 def longest_prompt(prompt: Tensor, attention_mask: Tensor | None) -> int:
     """Tokens of the longest row of a prompt (B, S) or (B, S, H), without padding. A host synchronisation."""
     is_padding = isinstance(attention_mask, Tensor) and attention_mask.shape == prompt.shape[:2]

@@ -251,7 +251,8 @@ def chat_template(template: str) -> str:
     )
 
 
-def template_of(chat: str | None, names: Sequence[str]) -> str | None:
+@functools.lru_cache(64)
+def template_of(chat: str | None, names: tuple[str, ...]) -> str | None:
     """The one of `names` whose chat template is `chat`, or writes the same text, or None.
 
     Processors that were saved by earlier versions have chat templates that write the same text.
@@ -271,6 +272,26 @@ def template_of(chat: str | None, names: Sequence[str]) -> str | None:
         if chat == chat_template(name) or written(chat, count) == written(chat_template(name), count):
             return name
     return None
+
+
+def check_pieces(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a text after `<image>` has the ids that it has alone.
+
+    Training data are tokenised piece by piece, as in the original code, prompts as a whole.
+
+    Raises:
+        ValueError: the ids differ.
+    """
+    image = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
+    for before, after in (("a", "a"), ("a ", "\nb"), ("\n", " b")):
+        whole, *pieces = tokenizer([before + IMAGE_MARKER + after, before, after], add_special_tokens=False)[
+            "input_ids"
+        ]
+        if whole != [*pieces[0], image, *pieces[1]]:
+            raise ValueError(
+                f"tokenizer must give the text after {IMAGE_MARKER} the ids that it has alone, got {whole} "
+                f"for {before + IMAGE_MARKER + after!r}: load it with cumo_model.processing.load_tokenizer"
+            )
 
 
 def answer_mask(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:

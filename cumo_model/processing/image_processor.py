@@ -20,7 +20,7 @@ from cumo_model.processing.resizing import Canvas, Size, resize
 
 ASPECT_RATIOS = ("pad", "square", "anyres")
 CHANNELS_FIRST = ChannelDimension.FIRST
-LARGE = 1 << 22  # pixels: of a larger resized picture only the part that is kept is computed
+LARGE = 1 << 22  # pixels of a picture; of a large resized one only the part that is kept is computed
 
 
 class CumoImageProcessorKwargs(LlavaNextImageProcessorKwargs, total=False):
@@ -72,6 +72,8 @@ class CumoImageProcessor(LlavaNextImageProcessorPil):
         image_aspect_ratio: str,
         do_pad: bool | None,
         pad_size: Any,
+        do_convert_rgb: bool | None,
+        data_format: Any,
         crop_size: Any,
         do_center_crop: bool,
         do_rescale: bool,
@@ -88,6 +90,12 @@ class CumoImageProcessor(LlavaNextImageProcessorPil):
             raise ValueError("do_pad must not be False with image_aspect_ratio 'pad'; 'square' crops instead")
         if pad_size is not None:
             raise ValueError(f"pad_size must be None, pictures are padded to a square, got {pad_size}")
+        if do_convert_rgb is False:
+            raise ValueError("do_convert_rgb must not be False, the tower takes RGB")
+        if data_format not in (None, CHANNELS_FIRST):
+            raise ValueError(
+                f"data_format must be channels_first, as the tower takes it, got {data_format!r}"
+            )
         tiles = []
         for picture in images:
             for tile in self._tiles(
@@ -103,7 +111,7 @@ class CumoImageProcessor(LlavaNextImageProcessorPil):
                 if do_normalize:
                     pixels = self.normalize(pixels, image_mean, image_std)
                 tiles.append(pixels)
-        sizes = [picture.size[::-1] for picture in images]
+        sizes = [picture.full_size[::-1] for picture in images]
         return BatchFeature({"pixel_values": tiles, "image_sizes": sizes}, tensor_type=return_tensors)
 
     def _tiles(
@@ -136,7 +144,8 @@ class CumoImageProcessor(LlavaNextImageProcessorPil):
             canvas = Canvas.square(picture.size, tuple(int(255 * mean) for mean in means))
         area = picture.size if canvas is None else canvas.size
         target, window = _target(area, size) if do_resize else area, None
-        if canvas is None and do_center_crop and target[0] * target[1] > LARGE:
+        large = LARGE if picture.size[0] * picture.size[1] > LARGE else 4 * LARGE
+        if canvas is None and do_center_crop and target[0] * target[1] > large:
             kept = min(target[0], crop_size.width), min(target[1], crop_size.height)
             left, top = (target[0] - kept[0]) // 2, (target[1] - kept[1]) // 2
             window = (left, top, left + kept[0], top + kept[1])
@@ -169,8 +178,8 @@ def _grid(picture: Picture, pinpoints: list[list[int]], side: int, resample: int
     """The tiles of the grid that fits a picture best, row by row."""
     if not pinpoints:
         raise ValueError(f"image_grid_pinpoints must be given with anyres, got {pinpoints}")
-    rows, columns = select_best_resolution(picture.size[::-1], pinpoints)
-    height, width = get_patch_output_size(_like(picture.size), (rows, columns), CHANNELS_FIRST)
+    rows, columns = select_best_resolution(picture.full_size[::-1], pinpoints)
+    height, width = get_patch_output_size(_like(picture.full_size), (rows, columns), CHANNELS_FIRST)
     grid = Image.new("RGB", (columns, rows))
     place = ((columns - width) // 2, (rows - height) // 2)
     grid.paste(resize(picture, (width, height), resample), place)

@@ -17,6 +17,7 @@ import binascii
 import http.client
 import io
 import os
+import threading
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,13 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageFile
-from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
+from transformers.image_utils import ChannelDimension
 
 SIDE = 65_535  # longest side in pixels, that of JPEG
 MEMORY = 150_000_000  # bytes of a decoded file
 OVERSHOOT = 1 / 16  # of the range 0 to 1: resizing of float pictures overshoots
-# formats whose decoder holds more than the decoded pixels: bytes per pixel in addition
-DECODERS = {"WEBP": 12, "AVIF": 8, "JPEG2000": 16, "TIFF": 4, "MPO": 0}
+# formats whose decoder holds more than the decoded pixels: bytes per pixel in addition, fewer than it really
+# takes, so that pictures of 12 megapixels pass; MEMORY leaves room for it
+DECODERS = {"WEBP": 8.3, "AVIF": 8, "JPEG2000": 10}
+JPEGS = ("JPEG", "MPO")
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,11 +55,13 @@ class Picture:
         size: (width, height) in pixels, upright.
         part: function of (left, top, right, bottom) that returns this part as an RGB image.
         is_unit: whether the picture was given as floats from 0 to 1.
+        full_size: size of the file's picture; `size` is smaller if a large JPEG was decoded smaller.
     """
 
     size: tuple[int, int]
     part: Callable[[int, int, int, int], Image.Image]
-    is_unit: bool = False
+    is_unit: bool
+    full_size: tuple[int, int]
 
     @property
     def image(self) -> Image.Image:
@@ -95,13 +100,21 @@ def decode_image(source: Any, name: str | None = None) -> Image.Image:
     """
     named = _named(source, name)
     try:
-        image = source if isinstance(source, Image.Image) else _open(source, named)
-        _check_sides(image.size, named)
-        is_decoded = not (isinstance(image, ImageFile.ImageFile) and (image.tile or image._im is None))
-        if not is_decoded and needed(image) > MEMORY:
-            image = _smaller(image, named)
-        image.load()
-        return image
+        if not isinstance(source, Image.Image):
+            image = _open(source, named)
+            _check_sides(image.size, named)
+            if needed(image) > MEMORY:
+                _decode_smaller(image, named)
+            image.load()
+            return image
+        _check_sides(source.size, named)
+        with _others:
+            is_decoded = not (isinstance(source, ImageFile.ImageFile) and (source.tile or source._im is None))
+            if is_decoded or needed(source) <= MEMORY:
+                source.load()
+                return source
+            again = _opened_again(source)
+        return decode_image(again, name or getattr(source, "filename", None))
     except FileNotFoundError:
         raise ValueError(f"{named} does not exist") from None
     except Image.UnidentifiedImageError:
@@ -109,7 +122,11 @@ def decode_image(source: Any, name: str | None = None) -> Image.Image:
     except _Refused as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # decoders raise many kinds of errors for damaged files
-        raise ValueError(f"{named} cannot be read: {error or type(error).__name__}") from error
+        reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+        raise ValueError(f"{named} cannot be read: {reason}") from error
+
+
+_others = threading.Lock()  # decoding of images that callers have opened and may use in several threads
 
 
 class _Refused(Exception):
@@ -138,24 +155,38 @@ def _open(source: Any, named: str) -> Image.Image:
     return Image.open(source)
 
 
+def _opened_again(image: ImageFile.ImageFile) -> str | io.BytesIO:
+    """The file of an image that a caller has opened and not decoded yet, whose object must not change."""
+    if isinstance(image.filename, str) and os.path.isfile(image.filename):
+        return image.filename
+    place = image.fp.tell()
+    image.fp.seek(0)
+    data = image.fp.read()
+    image.fp.seek(place)
+    return io.BytesIO(data)
+
+
 def _file(text: str, named: str) -> str | bytes:
     """A path, or the content of a URL or of base64 text."""
-    if text.startswith(("http://", "https://")):
+    scheme = text[:8].lower()
+    if scheme.startswith(("http://", "https://")):
         try:
             # some servers refuse the default name of Python
             request = urllib.request.Request(text, headers={"User-Agent": "cumo"})
             with urllib.request.urlopen(request, timeout=30) as answer:
                 return answer.read()
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise _Refused(f"{named} cannot be fetched: {error or type(error).__name__}") from None
-    if text.startswith("file://"):
-        return text.removeprefix("file://")
+            raise _Refused(f"{named} cannot be fetched: {str(error) or type(error).__name__}") from None
+    if scheme.startswith("file://"):
+        return urllib.request.url2pathname(text[len("file://") :])
     if text.startswith("data:image/") or not os.path.exists(text):
         try:
             data = base64.b64decode("".join(text.split(",", 1)[-1].split()), validate=True)
         except (binascii.Error, ValueError):
             data = b""
-        if data and text.startswith("data:"):
+        if text.startswith("data:"):
+            if not data:
+                raise _Refused(f"{named} is not base64 text")
             return data
         if data:
             try:
@@ -173,28 +204,38 @@ def _check_sides(size: tuple[int, int], named: str) -> None:
         raise _Refused(f"{named} must have at least one pixel, got {size[0]} x {size[1]}")
 
 
-def needed(image: Image.Image) -> int:
+def needed(image: Image.Image) -> float:
     """Bytes of memory in which the file of an opened image is decoded, approximately."""
-    bands = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}.get(image.mode, 4)
-    extra = DECODERS.get(image.format or "", 0)
-    if image.format in ("JPEG", "MPO") and "progressive" in image.info:
-        extra += 6  # the coefficients of three channels
-    return image.size[0] * image.size[1] * (bands + extra)
+    pixels = image.size[0] * image.size[1]
+    return pixels * (_stored(image.mode) + DECODERS.get(image.format or "", 0)) + _beside(image, pixels)
 
 
-def _smaller(image: ImageFile.ImageFile, named: str) -> Image.Image:
-    """The same file, opened again, so that it is decoded at a smaller size."""
-    width, height = image.size
-    if image.format in ("JPEG", "MPO") and image.fp is not None and "progressive" not in image.info:
-        place = image.fp.tell()
-        image.fp.seek(0)
-        data = image.fp.read()
-        image.fp.seek(place)
-        for factor in (2, 4, 8):
-            again = Image.open(io.BytesIO(data))
-            again.draft(None, (width // factor, height // factor))
-            if needed(again) <= MEMORY:
-                return again
+def _stored(mode: str) -> int:
+    """Bytes in which Pillow stores a pixel."""
+    return 1 if mode in ("1", "L", "P") else 2 if mode.startswith("I;16") else 4
+
+
+def _beside(image: Image.Image, pixels: int) -> float:
+    """Bytes that a decoder needs in addition, where this depends on the file."""
+    if image.format in JPEGS and "progressive" in image.info:  # coefficients of 16 bits, of the full size
+        channels = [(channel[1], channel[2]) for channel in getattr(image, "layer", ())] or [(1, 1)] * 3
+        largest = max(h for h, _ in channels) * max(v for _, v in channels)
+        return 2 * pixels * sum(h * v for h, v in channels) / largest
+    if image.format == "TIFF":  # the rows of one strip
+        rows = min(image.tag_v2.get(278, image.height), image.height)
+        return min(3, _stored(image.mode)) * pixels * rows / image.height
+    return 0
+
+
+def _decode_smaller(image: Image.Image, named: str) -> None:
+    """Let a large JPEG be decoded at a half to an eighth of its size; refuse other files."""
+    (width, height), pixels = image.size, image.size[0] * image.size[1]
+    beside = _beside(image, pixels)
+    for factor in (2, 4, 8) if image.format in JPEGS else ():
+        if pixels / factor**2 * _stored(image.mode) + beside <= MEMORY:
+            image.draft(None, (width // factor, height // factor))
+            image.full_size = (width, height)
+            return
     raise _Refused(
         f"{named} must be decoded in at most {MEMORY // 1_000_000} MB of memory, got a {image.format} of "
         f"{width} x {height} pixels, mode {image.mode}, which needs {needed(image) / 1e6:.0f} MB"
@@ -232,7 +273,10 @@ def _of_image(image: Image.Image, named: str) -> Picture:
         found.info = {}  # with an orientation that no longer holds
         return found
 
-    return Picture((height, width) if orientation >= 5 else (width, height), part, is_unit)
+    full_size = getattr(image, "full_size", image.size)
+    if orientation >= 5:
+        return Picture((height, width), part, is_unit, full_size[::-1])
+    return Picture((width, height), part, is_unit, full_size)
 
 
 def _converter(image: Image.Image) -> tuple[Callable[[Image.Image], Image.Image], bool]:
@@ -254,7 +298,15 @@ def _converter(image: Image.Image) -> tuple[Callable[[Image.Image], Image.Image]
     by_way_of = {"La": "LA", "RGBa": "RGBA"}.get(mode)
     if by_way_of is not None:
         return lambda part: part.convert(by_way_of).convert("RGB"), False
-    return lambda part: part.convert("RGB"), False  # returns a copy if it is RGB
+    return _to_rgb, False
+
+
+def _to_rgb(part: Image.Image) -> Image.Image:
+    """A copy as RGB. Alpha is dropped; of a palette with alpha Pillow would warn."""
+    if part.mode == "P" and "transparency" in part.info:
+        part = part.copy()
+        del part.info["transparency"]
+    return part.convert("RGB")
 
 
 def _to_eight_bits(dtype: np.dtype, low: float, high: float) -> tuple[Callable, bool]:
@@ -269,7 +321,7 @@ def _to_eight_bits(dtype: np.dtype, low: float, high: float) -> tuple[Callable, 
         raise _Refused(f"must have floats from 0 to 1 or from 0 to 255, got {low:g} to {high:g}")
     if low < 0 or high > 65535:
         raise _Refused(f"must have integers from 0 to 255 or from 0 to 65535, got {low} to {high}")
-    if dtype == np.uint16 or high > 255:
+    if (dtype.kind == "u" and dtype.itemsize == 2) or high > 255:
         return lambda values: (values >> 8).astype(np.uint8), False
     return lambda values: values.astype(np.uint8), False
 
@@ -283,23 +335,32 @@ def _rounded(values: np.ndarray, scale: int) -> np.ndarray:
     return np.rint(np.clip(values.astype(np.float32) * scale, 0, 255)).astype(np.uint8)
 
 
+def _is_channels_first(shape: tuple[int, ...], named: str, input_data_format: str | None) -> bool:
+    if input_data_format is not None:
+        return ChannelDimension(input_data_format) == ChannelDimension.FIRST
+    first, last = shape[0], shape[2]
+    for channels in ((3,), (1, 2, 3, 4)):  # three channels are the usual case
+        if (first in channels) != (last in channels):
+            return first in channels
+    if first in channels:
+        raise ValueError(
+            f"{named} of shape {shape} may be (H, W, C) or (C, H, W): input_data_format must be given, "
+            "channels_last or channels_first"
+        )
+    return False
+
+
 def _of_array(array: np.ndarray | torch.Tensor, named: str, input_data_format: str | None) -> Picture:
     values = array
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
-        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        is_known = values.dtype in (torch.float16, torch.float32, torch.float64)
+        values = (values.float() if values.is_floating_point() and not is_known else values).numpy()
     shape = values.shape
     if values.ndim == 2:
         values = values[:, :, None]
-    elif values.ndim == 3 and values.size:
-        try:
-            layout = ChannelDimension(
-                input_data_format or infer_channel_dimension_format(values, (1, 2, 3, 4))
-            )
-        except ValueError:
-            layout = None
-        if layout == ChannelDimension.FIRST:
-            values = values.transpose(1, 2, 0)
+    elif values.ndim == 3 and _is_channels_first(shape, named, input_data_format):
+        values = values.transpose(1, 2, 0)
     if values.ndim != 3 or not values.size or not 1 <= values.shape[2] <= 4:
         raise ValueError(f"{named} must be (H, W), (H, W, C) or (C, H, W) with 1 to 4 channels, got {shape}")
     if values.dtype.kind not in "buif":
@@ -319,4 +380,5 @@ def _of_array(array: np.ndarray | torch.Tensor, named: str, input_data_format: s
         found = eight_bits(values[top:bottom, left:right])
         return Image.fromarray(np.ascontiguousarray(np.broadcast_to(found, (*found.shape[:2], 3))))
 
-    return Picture((values.shape[1], values.shape[0]), part, is_unit)
+    size = values.shape[1], values.shape[0]
+    return Picture(size, part, is_unit, size)

@@ -18,11 +18,17 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from cumo_model.model.config import CumoConfig, check_pinpoints
 from cumo_model.model.image_tokens import MERGES, PictureLayout
 from cumo_model.model.layouts import layout_of, read_config
-from cumo_model.processing.conversation import IMAGE_MARKER, answer_mask, chat_template, template_of
+from cumo_model.processing.conversation import (
+    IMAGE_MARKER,
+    answer_mask,
+    chat_template,
+    check_pieces,
+    template_of,
+)
 from cumo_model.processing.image_processor import ASPECT_RATIOS, CumoImageProcessor
 from cumo_model.processing.messages import check_messages, in_brief
 from cumo_model.processing.pictures import load_image  # noqa: F401 - its place until 0.2
-from cumo_model.processing.sentencepieces import like_sentencepiece
+from cumo_model.processing.sentencepieces import like_sentencepiece, pieces_alike
 from cumo_model.processing.templates import TEMPLATES, get_template
 
 DEFAULT_TEMPLATE = "mistral_instruct_system"
@@ -103,30 +109,38 @@ class CumoProcessor(LlavaProcessor):
         for name, value in (("videos", videos), ("audio", audio)):
             if value is not None:
                 raise ValueError(f"{name} must be None, the model takes pictures only, got {in_brief(value)}")
+        if isinstance(text, list | tuple) and not text:
+            raise ValueError("text must be a text or a list with at least one, got an empty list")
         asked = "add_special_tokens" in {**kwargs, **(kwargs.get("text_kwargs") or {})}
         if text is not None and not asked and self.tokenizer.bos_token:
             rows = [text] if isinstance(text, str) else list(text)
             if all(isinstance(row, str) for row in rows) and any(map(self._has_bos, rows)):
-                adds = self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
-                missing = self.tokenizer.bos_token if adds else ""
-                text = [row if self._has_bos(row) else missing + row for row in rows]
+                # the others get as text what the tokenizer would add to them
+                ids = self.tokenizer("")["input_ids"]
+                start = int(ids[:1] == [self.tokenizer.bos_token_id])
+                before, after = (
+                    "".join(self.tokenizer.convert_ids_to_tokens(part)) for part in (ids[:start], ids[start:])
+                )
+                text = [row if self._has_bos(row) else before + row + after for row in rows]
                 kwargs["add_special_tokens"] = False
         return super().__call__(images=images, text=text, **kwargs)
 
     def _has_bos(self, text: str) -> bool:
-        """Whether a text starts with as many BOS tokens as the chat template writes."""
-        name = template_of(self._default_chat_template(), list(TEMPLATES))
-        wanted = self.tokenizer.bos_token
-        if name is not None and get_template(name).opening.startswith("<s>"):
-            wanted *= 2  # one of the tokenizer, one of the template
-        return text.startswith(wanted)
+        """Whether a text starts with the tokenizer's BOS, and not only with one that the template writes."""
+        bos, name = self.tokenizer.bos_token, template_of(self._chat_template(), tuple(TEMPLATES))
+        opening = "" if name is None else get_template(name).opening.replace("<s>", bos)
+        return text.startswith(bos) and not (opening.startswith(bos) and text.startswith(opening))
 
-    def _default_chat_template(self) -> str | None:
+    def _chat_template(self, asked: str | None = None) -> str | None:
+        """The chat template for `asked`, a template or the name of one; None: the default."""
         chat = self.chat_template
-        return chat.get("default") if isinstance(chat, dict) else chat
+        return chat.get(asked or "default", asked) if isinstance(chat, dict) else asked or chat
 
     def prepare_inputs_layout(self, images=None, text=None, *args, **kwargs):
         """As in transformers; an empty list of pictures, nested or not, is no picture."""
+        nested = [isinstance(row, list | tuple) for row in images] if isinstance(images, list | tuple) else []
+        if any(nested) and not all(nested):
+            raise ValueError("images must be pictures, or a list of pictures for each row of text, got both")
         return super().prepare_inputs_layout(images if _any_picture(images) else None, text, *args, **kwargs)
 
     def apply_chat_template(self, conversation, *args, **kwargs):
@@ -143,11 +157,10 @@ class CumoProcessor(LlavaProcessor):
         )
         more = given.pop("kwargs", {})
         del given["self"]
-        check_messages(given["conversation"], needs_pictures=bool(given.get("tokenize")))
+        chat = self._chat_template(given.get("chat_template")) or ""
+        check_messages(given["conversation"], needs_pictures=bool(given.get("tokenize")), chat_template=chat)
         for name in ("tools", "documents"):
-            if given.get(name) and name not in (
-                given.get("chat_template") or self._default_chat_template() or ""
-            ):
+            if given.get(name) and name not in chat:
                 raise ValueError(
                     f"{name} must be None, the chat template does not use them, got {len(given[name])}"
                 )
@@ -206,7 +219,7 @@ class CumoProcessor(LlavaProcessor):
                     f"images must have one picture for each of the {sum(markers)} {self.image_token} "
                     f"in text, got {pictures}"
                 )
-            if isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images):
+            if isinstance(images, list | tuple) and any(isinstance(row, list | tuple) for row in images):
                 rows = [len(make_flat_list_of_images(row)) if row else 0 for row in images]
                 if rows != markers:
                     raise ValueError(
@@ -296,7 +309,8 @@ def build_processor(
         A processor that supports `save_pretrained` and `AutoProcessor.from_pretrained`.
 
     Raises:
-        ValueError: an argument has an unknown value, or the sizes do not fit each other.
+        ValueError: an argument has an unknown value, the sizes do not fit each other, or `tokenizer` gives a
+            text after `<image>` other ids than the text alone.
     """
     if image_size <= 0 or patch_size <= 0 or image_size % patch_size:
         raise ValueError(
@@ -311,6 +325,7 @@ def build_processor(
     if patch_merge_type not in MERGES:
         raise ValueError(f"patch_merge_type must be one of {MERGES}, got {patch_merge_type!r}")
     check_pinpoints(options.get("image_grid_pinpoints"), image_size)
+    check_pieces(tokenizer)
     images = CumoImageProcessor(
         size={"shortest_edge": image_size},
         crop_size={"height": image_size, "width": image_size},
@@ -339,6 +354,7 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     backend, model = found.backend_tokenizer, Path(folder, "tokenizer.model")
     if model.is_file() and not Path(folder, "tokenizer.json").is_file():
         backend = like_sentencepiece(backend, model)
+    backend = pieces_alike(backend, IMAGE_MARKER)
     # LlamaTokenizer of transformers does not save that text after a special token begins with a space;
     # PreTrainedTokenizerFast saves the tokenizer unchanged
     tokenizer = PreTrainedTokenizerFast(

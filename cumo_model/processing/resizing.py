@@ -77,19 +77,17 @@ def resize(
             is large.
 
     Returns:
-        An RGB image of this size, or of the size of the window. Its values are those of Pillow. If the canvas
-        has more than WHOLE pixels, the horizontal pass is the first, as in Pillow for a square canvas; for
-        others, Pillow 13 chooses the order, and values may differ by the rounding between the passes.
+        An RGB image of this size, or of the size of the window. Its values are those of Pillow. With a window
+        or more than WHOLE pixels, the horizontal pass is the first, as in Pillow for squares and if rows are
+        added. In other cases Pillow 13 chooses the order, and values may differ by rounding.
     """
     canvas = canvas or Canvas(picture.size)
     left, top, right, bottom = window or (0, 0, *size)
-    if canvas.size[0] * canvas.size[1] <= WHOLE:
-        x, y = (length / count for length, count in zip(canvas.size, size, strict=True))
+    if window is None and canvas.size[0] * canvas.size[1] <= WHOLE:
         whole = picture.image
         if canvas.size != picture.size:
             whole = _placed(whole, canvas.size, canvas.colour, (canvas.left, canvas.top))
-        box = None if window is None else (left * x, top * y, right * x, bottom * y)
-        return whole.resize((right - left, bottom - top), resample, box)
+        return whole.resize(size, resample)
     rows = _Span.of(top, bottom, size[1], canvas.size[1])
     # rows of the picture that the result depends on; there may be none
     start = max(0, rows.begin - canvas.top)

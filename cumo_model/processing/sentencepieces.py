@@ -13,6 +13,34 @@ from tokenizers import Tokenizer
 BLANK = "▁"
 
 
+def pieces_alike(backend: Tokenizer, marker: str) -> Tokenizer:
+    """Change `backend` so that the text after a special token has the ids that it has alone.
+
+    Tokenizers of Llama-2 that transformers made with `legacy=False` put a space before the first text only.
+
+    Args:
+        backend: any tokenizer.
+        marker: a special token that must not remove the spaces around it.
+
+    Returns:
+        A new tokenizer, or `backend` itself if nothing had to be changed.
+    """
+    added = [t for t in backend.get_added_tokens_decoder().values() if t.content == marker]
+    if "prepend_scheme=first" not in str(backend.pre_tokenizer) and not any(
+        t.lstrip or t.rstrip for t in added
+    ):
+        return backend
+    values = json.loads(backend.to_str())
+    first = values["pre_tokenizer"] or {}
+    for part in (first, *first.get("pretokenizers", ())):
+        if part.get("prepend_scheme") == "first":
+            part["prepend_scheme"] = "always"
+    for token in values["added_tokens"]:
+        if token["content"] == marker:
+            token["lstrip"] = token["rstrip"] = False
+    return Tokenizer.from_str(json.dumps(values))
+
+
 def like_sentencepiece(backend: Tokenizer, model: Path) -> Tokenizer:
     """Change `backend` so that it gives the ids of SentencePiece.
 

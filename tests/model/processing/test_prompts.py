@@ -275,9 +275,9 @@ def test_image_url_parts_are_pictures(tokenizers, tmp_path):
 
 def test_templates_are_recognised_by_what_they_write():
     for name in TEMPLATES:
-        assert template_of(chat_template(name), list(TEMPLATES)) == name
+        assert template_of(chat_template(name), tuple(TEMPLATES)) == name
         older = chat_template(name).replace("{% generation %}", "").replace("{% endgeneration %}", "")
-        assert template_of(older, list(TEMPLATES)) == name
-    assert template_of("{{ messages[0]['content'] }}", list(TEMPLATES)) is None
-    assert template_of("{{ broken", list(TEMPLATES)) is None
-    assert template_of(None, list(TEMPLATES)) is None
+        assert template_of(older, tuple(TEMPLATES)) == name
+    assert template_of("{{ messages[0]['content'] }}", tuple(TEMPLATES)) is None
+    assert template_of("{{ broken", tuple(TEMPLATES)) is None
+    assert template_of(None, tuple(TEMPLATES)) is None

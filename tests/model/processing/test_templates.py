@@ -261,9 +261,9 @@ def test_masks_of_a_padded_batch_are_those_of_its_rows(demo):
 def test_a_chat_template_without_marks_is_recognised():
     """As processors of earlier versions have it."""
     saved = chat_template("mpt").replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    assert saved != chat_template("mpt") and template_of(saved, list(TEMPLATES)) == "mpt"
-    assert template_of(chat_template("llama_2"), list(TEMPLATES)) == "llama_2"
-    assert template_of("{{ messages }}", list(TEMPLATES)) is template_of(None, list(TEMPLATES)) is None
+    assert saved != chat_template("mpt") and template_of(saved, tuple(TEMPLATES)) == "mpt"
+    assert template_of(chat_template("llama_2"), tuple(TEMPLATES)) == "llama_2"
+    assert template_of("{{ messages }}", tuple(TEMPLATES)) is template_of(None, tuple(TEMPLATES)) is None
 
 
 def test_a_system_message_takes_the_place_of_the_system_text(demo):
