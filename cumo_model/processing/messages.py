@@ -1,5 +1,6 @@
 """Checks of chat messages, because a chat template drops in silence what it does not know."""
 
+import re
 from typing import Any
 
 PICTURE_KEYS = ("image", "url", "path", "base64")  # of a part of type image, as in transformers
@@ -33,9 +34,8 @@ def check_messages(talks: Any, needs_pictures: bool, chat_template: str = "") ->
             if not isinstance(message, dict):
                 continue
             problem = _message_problem(message, needs_pictures)
-            unread = [
-                key for key in READ_BY_SOME.intersection(message) if message[key] and key not in chat_template
-            ]
+            unread = [key for key in READ_BY_SOME.intersection(message) if message[key]]
+            unread = [key for key in unread if not re.search(rf"(\.|\[['\"]){key}\b", chat_template)]
             if problem is None and unread:
                 problem = f"has {sorted(unread)[0]}, which the chat template does not read"
             if problem:

@@ -33,7 +33,7 @@ MEMORY = 150_000_000  # bytes of a decoded file
 OVERSHOOT = 1 / 16  # of the range 0 to 1: resizing of float pictures overshoots
 # formats whose decoder holds more than the decoded pixels: bytes per pixel in addition, fewer than it really
 # takes, so that pictures of 12 megapixels pass; MEMORY leaves room for it
-DECODERS = {"WEBP": 8.3, "AVIF": 8, "JPEG2000": 10}
+DECODERS = {"WEBP": 8.5, "AVIF": 8, "JPEG2000": 11}
 JPEGS = ("JPEG", "MPO")
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = {

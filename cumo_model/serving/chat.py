@@ -114,7 +114,14 @@ def chat(
         first = picture is not None and not turns
         turns.append({"from": "human", "value": f"{IMAGE_MARKER}\n{text}" if first else text})
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        said = answer(model, processor, picture, turns, template, max_new_tokens, streamer)
+        try:
+            said = answer(model, processor, picture, turns, template, max_new_tokens, streamer)
+        except ValueError as error:  # such as a conversation that has become too long
+            if question is not None:
+                raise
+            print(f"no answer: {error}", file=sys.stderr)
+            turns.pop()
+            continue
         turns.append({"from": "gpt", "value": said})
 
 

@@ -8,9 +8,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from PIL import Image
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from cumo_model.demo.tokenizer import train_tokenizer
-from cumo_model.processing import build_processor
+from cumo_model.processing import build_processor, load_tokenizer
 from cumo_model.processing.conversation import (
     chat_template,
     render,
@@ -157,6 +163,103 @@ def test_bos_is_added_where_it_is_missing(tokenizers):
     processor.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
     text = processor.apply_chat_template([{"role": "user", "content": "what?"}], tokenize=False)
     assert processor(text=text)["input_ids"][0].count(bos) == 1
+
+
+def test_a_template_that_is_given_or_chosen_gets_one_bos(tokenizers):
+    tokenizer = tokenizers["demo"]
+    custom = "{{ bos_token }}Q: {{ messages[0]['content'] }}"
+    messages = [{"role": "user", "content": "what is it?"}]
+    processor = build_processor(tokenizer, 24, 8)  # its own template writes two
+    for chat in (custom, "other"):
+        if chat == "other":
+            processor.chat_template = {"default": processor.chat_template, "other": custom}
+        one = processor.apply_chat_template(messages, chat_template=chat, tokenize=True)
+        two = processor(text=processor.apply_chat_template(messages, chat_template=chat, tokenize=False))
+        assert two["input_ids"] == list(one) and two["input_ids"][0].count(tokenizer.bos_token_id) == 1
+
+
+def test_rows_with_and_without_bos_get_what_the_tokenizer_adds(tokenizers):
+    """Also an EOS, to the rows that a chat template has not written."""
+    tokenizer = copy.deepcopy(tokenizers["demo"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", bos), ("</s>", eos)]
+    )
+    processor = build_processor(tokenizer, 24, 8)
+    text = processor.apply_chat_template([{"role": "user", "content": "what?"}], tokenize=False)
+    alone = [processor(text=row)["input_ids"][0] for row in (text, "red")]
+    assert processor(text=[text, "red"])["input_ids"] == alone
+    assert alone[1][0] == bos and alone[1][-1] == eos and alone[0][-1] != eos
+
+
+def _llama(tmp_path, **image):
+    """A tokenizer that puts a space before the first text only, as Llama-2's with legacy=False."""
+    backend = Tokenizer(BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = Metaspace(prepend_scheme="first", split=False)
+    special = ["<unk>", "<s>", "</s>"]
+    backend.train_from_iterator(
+        ["what is it? a b red"] * 9, BpeTrainer(vocab_size=120, special_tokens=special)
+    )
+    backend.add_special_tokens([AddedToken("<image>", special=True, **image)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("image", [{}, {"lstrip": True, "rstrip": True}])
+def test_a_tokenizer_of_other_pieces_is_refused_or_changed_on_loading(tmp_path, image):
+    tokenizer = _llama(tmp_path, **image)
+    with pytest.raises(
+        ValueError, match=r"tokenizer must give the text after <image> the ids that it has alone"
+    ):
+        build_processor(tokenizer, 24, 8)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    processor = build_processor(loaded, 24, 8, template="vicuna_v1")
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}]
+    wanted = tokenize_prompt(turns, loaded, "vicuna_v1", image_seq_length(processor))
+    got = processor.apply_chat_template(
+        [_message([None, "what is it?"], image=PICTURE)], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert torch.equal(got["input_ids"][0], wanted)
+
+
+@pytest.mark.parametrize(
+    "message, told",
+    [
+        (
+            {"content": "q", "images": [PICTURE]},
+            "message 1 has images, which the chat template does not read",
+        ),
+        ({"content": "q", "image": PICTURE}, "has image"),
+        ({"content": "q", "tool_calls": [{"id": 1}]}, "has tool_calls"),
+        ({"content": [{"type": "text", "text": "q", "image": PICTURE}]}, "got image in a part of type text"),
+        ({"content": [{"type": "image", "image": PICTURE, "text": "q"}]}, "got text in a part of type image"),
+        (
+            {"content": [{"type": "image", "image": [PICTURE, PICTURE]}]},
+            "must have one picture .* got list of 2",
+        ),
+    ],
+)
+def test_what_a_message_has_beside_its_content_is_refused(tokenizers, message, told):
+    processor = build_processor(tokenizers["demo"], 24, 8)
+    with pytest.raises(ValueError, match=told):
+        processor.apply_chat_template([{"role": "user", **message}], tokenize=True)
+    harmless = {"role": "user", "content": "q", "name": "a", "images": [], "tool_calls": None}
+    assert "q" in processor.apply_chat_template([harmless], tokenize=False)
+    processor.chat_template = "{{ messages[0]['tool_calls'] }}"
+    asked = [{"role": "user", "content": "q", "tool_calls": ["x"]}]
+    assert "x" in processor.apply_chat_template(asked, tokenize=False)
+
+
+def test_lists_that_mix_pictures_and_rows_and_no_text_are_refused(tokenizers):
+    processor = build_processor(tokenizers["demo"], 24, 8)
+    with pytest.raises(
+        ValueError, match="images must be pictures, or a list of pictures for each row of text"
+    ):
+        processor(text=["<image>", "<image>"], images=[[PICTURE], PICTURE])
+    with pytest.raises(ValueError, match="text must be a text or a list with at least one"):
+        processor(text=[])
 
 
 @pytest.mark.parametrize(

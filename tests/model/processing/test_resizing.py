@@ -13,6 +13,7 @@ from PIL import Image
 from cumo_model.data.pictures import PixelReader
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing import build_processor, resizing
+from cumo_model.processing.image_processor import LARGE as LARGE_RESULT
 from cumo_model.processing.pictures import read_picture
 from cumo_model.processing.resizing import Canvas, resize
 
@@ -82,6 +83,24 @@ def test_ordinary_pictures_are_bit_equal_to_the_original_steps():
         assert np.array_equal(got.permute(1, 2, 0).numpy(), np.asarray(_whole(image, 24)))
 
 
+@pytest.mark.parametrize(
+    "size", [(7, 700), (700, 7), (40, 3000), (3000, 40), (13, 5000), (5000, 13), (1, 900)]
+)
+def test_thin_pictures_are_cropped_like_the_whole(size):
+    """Resize the short side to the tower's, then crop the middle, as in the first stage."""
+    processor = build_processor(
+        train_tokenizer(["what is it?"] * 20, 300), 336, 14, image_aspect_ratio="square"
+    ).image_processor
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    short = min(size)
+    whole = (336 * size[0] // short, 336 * size[1] // short)
+    left, top = (whole[0] - 336) // 2, (whole[1] - 336) // 2
+    wanted = image.resize(whole, Image.Resampling.BICUBIC).crop((left, top, left + 336, top + 336))
+    got = PixelReader(processor).pixels(image).permute(1, 2, 0).numpy()
+    # with a window, positions are rounded to fp32: one level in each pass
+    assert np.abs(np.asarray(wanted, int) - got).max() <= (2 if whole[0] * whole[1] > 4 * LARGE_RESULT else 0)
+
+
 LARGE = [  # (mode, width, height, format, options); the last column is whether it is read
     ("RGB", 60_000, 1, "PNG", True),
     ("RGB", 1, 60_000, "PNG", True),
@@ -91,6 +110,12 @@ LARGE = [  # (mode, width, height, format, options); the last column is whether 
     ("RGB", 6_000, 6_000, "BMP", True),
     ("L", 12_000, 12_000, "PNG", True),
     ("RGB", 13_000, 13_000, "JPEG", True),
+    ("noise", 6_500, 6_500, "JPEG", True),  # a file of 60 MB
+    ("RGB", 4_000, 3_000, "WEBP", True),
+    ("RGB", 3_600, 2_750, "JPEG2000", True),
+    ("RGB", 4_000, 3_000, "AVIF", True),
+    ("RGB", 6_000, 4_000, "progressive", True),
+    ("RGB", 5_000, 4_200, "TIFF", True),
     ("RGB", 13_000, 13_000, "BMP", False),
     ("RGB", 100_000, 1, "PNG", False),
     ("L", 1, 100_000, "PNG", False),
@@ -128,7 +153,12 @@ def test_large_and_thin_pictures_need_under_200_mb(tmp_path):
     paths = []
     for number, (mode, width, height, kind, _) in enumerate(LARGE):
         paths.append(tmp_path / str(number))
-        Image.new(mode, (width, height), 99).save(paths[-1], kind)
+        if mode == "noise":
+            Image.effect_noise((width, height), 80).convert("RGB").save(paths[-1], kind, quality=98)
+        elif kind == "progressive":
+            Image.new(mode, (width, height), 99).save(paths[-1], "JPEG", progressive=True)
+        else:
+            Image.new(mode, (width, height), 99).save(paths[-1], kind)
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, paths)], capture_output=True, text=True, timeout=600
     )
