@@ -137,24 +137,15 @@ def test_every_way_gives_the_same_tensor(processors, height, width, orientation,
             assert torch.equal(reader.normalise(raw[None]), wanted["pixel_values"])
 
 
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args) -> None:
+        pass
+
+
 def test_a_url_gives_the_same_tensor(processors, tmp_path):
     upright = np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8)
     (tmp_path / "a.png").write_bytes(_file(upright, 6))
-    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
-    handler.log_message = lambda *args: None
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0),
-        type(
-            "Quiet",
-            (SimpleHTTPRequestHandler,),
-            {
-                "__init__": lambda self, *a, **k: SimpleHTTPRequestHandler.__init__(
-                    self, *a, directory=str(tmp_path), **k
-                ),
-                "log_message": lambda self, *a: None,
-            },
-        ),
-    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_port}/a.png"

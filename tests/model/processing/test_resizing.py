@@ -147,8 +147,35 @@ for path in sys.argv[1:]:
 """
 
 
+has_peak = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs"
+)
+
+
+def _resident(name: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+
+@has_peak
+@pytest.mark.parametrize("ratio", ["pad", "square"])
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (10_000, 10), (10, 10_000)])
+def test_thin_pictures_need_little_memory(tmp_path, size, ratio):
+    """They took up to 10 GB, because padding or cropping came before resizing."""
+    processor = build_processor(
+        train_tokenizer(["what is it?"] * 20, 300), 336, 14, image_aspect_ratio=ratio
+    ).image_processor
+    Image.new("RGB", size, "red").save(tmp_path / "a.png")
+    processor(Image.new("RGB", (50, 70)), return_tensors="pt")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak begins again
+    before = _resident("VmRSS:")
+    processor(str(tmp_path / "a.png"), return_tensors="pt")
+    assert _resident("VmHWM:") - before < 60e6
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs")
+@has_peak
 def test_large_and_thin_pictures_need_under_200_mb(tmp_path):
     paths = []
     for number, (mode, width, height, kind, _) in enumerate(LARGE):
