@@ -46,7 +46,7 @@ from cumo_model.model.outputs import (
     router_logits,
     stacked_stats,
 )
-from cumo_model.model.positions import check_length
+from cumo_model.model.positions import warn_of_length
 from cumo_model.model.pyramid import crop_counts, image_pyramid, merge_scales
 
 
@@ -267,7 +267,9 @@ class CumoModel(CumoPreTrainedModel):
             )
         given = input_ids if inputs_embeds is None else inputs_embeds
         if position_ids is None and not torch.compiler.is_compiling():  # packed rows give them
-            check_length(self.config.text_config, given.shape[1], "a row")
+            before = cache.get_seq_length() if isinstance(cache, Cache) else 0
+            if isinstance(before, int):  # of a static cache it is a tensor
+                warn_of_length(self.config.text_config, before + given.shape[1], "a row")
         inputs_embeds, features = self._embed(
             input_ids,
             inputs_embeds,
@@ -399,8 +401,7 @@ class CumoForConditionalGeneration(CumoPreTrainedModel, CumoGenerationMixin):
             CumoOutput with logits (B, S, V), or (B, kept positions, V) with `logits_to_keep`.
 
         Raises:
-            ValueError: placeholders and pictures do not match, an argument has a wrong shape, or rows without
-                `position_ids` are longer than the language model's positions (positions.py).
+            ValueError: placeholders and pictures do not match, or an argument has a wrong shape.
         """
         # no parameter of its own: the Trainer would take it for a label that every batch must have
         shift_labels = kwargs.pop("shift_labels", None)

@@ -1,8 +1,11 @@
 """How many positions a decoder has been trained for, and what is refused beyond them.
 
-Beyond its positions a decoder answers with noise, so longer prompts and rows are errors. An answer that may
-become longer is a warning, as it may end earlier.
+Beyond its positions a decoder answers with noise, so longer prompts are errors. An answer that may become
+longer is a warning, as it may end earlier, and so is a longer row of `forward`, as in experiments with scaled
+positions.
 """
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -43,6 +46,17 @@ def _scaled(rope: dict, limit: int) -> int | None:
     if kind == "default" or not isinstance(factor, int | float):
         return limit
     return max(limit, int(factor * rope.get("original_max_position_embeddings", limit)))
+
+
+def warn_of_length(text_config: PreTrainedConfig, length: int, what: str) -> None:
+    """Warn if `length` is more than the decoder's positions; the message begins with `what`."""
+    limit = position_limit(text_config)
+    if limit is not None and length > limit:
+        warnings.warn(
+            f"{what} has {length} tokens, more than text_config.max_position_embeddings {limit}: beyond them "
+            "the output is noise",
+            stacklevel=3,
+        )
 
 
 def check_length(text_config: PreTrainedConfig, length: int, what: str) -> None:

@@ -13,6 +13,8 @@ from transformers import (
 )
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
+from transformers.models.llava.processing_llava import LlavaProcessorKwargs
+from transformers.processing_utils import Unpack
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from cumo_model.model.config import CumoConfig, check_pinpoints
@@ -88,7 +90,7 @@ class CumoProcessor(LlavaProcessor):
         """Whether the model needs image_sizes; else it takes tile after tile."""
         return self.patch_merge_type != "flat" and self.is_tiled(**kwargs)
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
+    def __call__(self, images=None, text=None, **kwargs: Unpack[LlavaProcessorKwargs]):
         """Convert pictures and text to tensors, as in transformers.
 
         A text that starts with the BOS tokens of the chat template, as `apply_chat_template` writes it, gets
@@ -98,16 +100,14 @@ class CumoProcessor(LlavaProcessor):
             images: pictures as `pictures.read_picture` reads them: one, a list in the order of markers, or
                 a list of lists, one for each row of `text`.
             text: one text or several, with `<image>` for each picture.
-            videos: not supported.
-            audio: not supported.
             **kwargs (Any): as in transformers.
 
         Raises:
             ValueError: a picture cannot be read, pictures and markers do not match, or videos or audio are
                 given.
         """
-        for name, value in (("videos", videos), ("audio", audio)):
-            if value is not None:
+        for name in ("videos", "audio"):
+            if (value := kwargs.pop(name, None)) is not None:
                 raise ValueError(f"{name} must be None, the model takes pictures only, got {in_brief(value)}")
         if isinstance(text, list | tuple) and not text:
             raise ValueError("text must be a text or a list with at least one, got an empty list")

@@ -15,6 +15,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from cumo_model.model.compat import CACHE
 from cumo_model.model.positions import position_limit
 from cumo_model.training.recipe import load_recipe
 from cumo_model.training.trainer import build_trainer
@@ -61,19 +62,24 @@ def test_the_limit_of_a_decoder(config, limit):
 
 
 @pytest.mark.parametrize("text", ["mistral", "mixtral"])
-def test_longer_rows_are_refused_with_their_length(tiny_model, text):
+def test_longer_rows_are_warned_of(tiny_model, text):
     model = tiny_model(text=text)
     ids = torch.full((1, LIMIT + 1), 5)
+    told = r"^a row has 129 tokens, more than text_config.max_position_embeddings 128"
     for mode in (model.train(), model.eval()):
-        with pytest.raises(
-            ValueError, match=r"^a row must have at most 128 tokens, text_config.max_.*, got 129$"
-        ):
+        with pytest.warns(UserWarning, match=told):
             mode(input_ids=ids, labels=ids)
-        mode(input_ids=ids[:, :LIMIT], labels=ids[:, :LIMIT])
-        with pytest.raises(ValueError, match="a row must have at most 128 tokens"):
+        with pytest.warns(UserWarning, match=told):
             mode(inputs_embeds=model.get_input_embeddings()(ids))
-    positions = torch.cat([torch.arange(100), torch.arange(29)])[None]
-    assert model.train()(input_ids=ids, labels=ids, position_ids=positions).loss.isfinite()
+    cached = model(input_ids=ids[:, :120], use_cache=True)
+    with pytest.warns(UserWarning, match=told):
+        model(input_ids=ids[:, :9], past_key_values=getattr(cached, CACHE))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*max_position_embeddings")
+        cached = model(input_ids=ids[:, :120], use_cache=True)
+        model(input_ids=ids[:, :8], past_key_values=getattr(cached, CACHE))
+        positions = torch.cat([torch.arange(100), torch.arange(29)])[None]
+        assert model.train()(input_ids=ids, labels=ids, position_ids=positions).loss.isfinite()
 
 
 def test_prompts_are_refused_and_long_answers_are_warned_of(tiny_model):
@@ -85,6 +91,8 @@ def test_prompts_are_refused_and_long_answers_are_warned_of(tiny_model):
             model.generate(**prompt, **options)
     with pytest.raises(ValueError, match="a prompt must have"):
         model.generate(ids, **options)
+    with pytest.raises(ValueError, match="a prompt must have at most 128 tokens"):
+        model.generate(ids[:, :60], position_ids=torch.arange(100, 160)[None].expand(2, -1), **options)
     warned = r"may have 129 tokens \(126 \+ 3\), more than text_config.max_position_embeddings 128"
     for prompt in ({"input_ids": ids[:, :126]}, {"inputs_embeds": embeds[:, :126]}):
         with pytest.warns(UserWarning, match=warned):
