@@ -271,3 +271,11 @@ def test_step_flops_are_what_torch_counts(tiny_model, tiny_batch):
         }
         assert ours["vision", "projector", "language"] == 3 * counted
         assert counted < ours[("projector",)] < 3 * counted
+
+
+@pytest.mark.parametrize("compat", [None, "cumo"])
+def test_the_padding_of_packed_rows_counts_with_compat_only(folder, tiny_config, compat):
+    write_model(folder, tiny_config, compat=compat)
+    made = build_trainer(load_recipe(write_recipe(folder, data__packing=True, data__max_length=40)))
+    batch = made.data_collator([made.train_dataset[0], made.train_dataset[1]])
+    assert ("router_mask" in batch) == (compat is None) and "position_ids" in batch
