@@ -20,12 +20,13 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def inside(folder: str | os.PathLike, name: str) -> Path:
+def inside(folder: str | os.PathLike, name: str, advice: str = "") -> Path:
     """The path of a file that other data name, such as a picture of a record or a shard of an index.
 
     Args:
         folder: the file must be in this folder. The folder itself may be reached through links.
         name: path relative to `folder`.
+        advice: what the user may do about a link, for the error.
 
     Raises:
         ValueError: the name is empty or absolute, has `..`, or a symbolic link in it leads out of the folder.
@@ -40,8 +41,8 @@ def inside(folder: str | os.PathLike, name: str) -> Path:
     roots += [str(parents[i + 1] / "blobs") for i, p in enumerate(parents) if p.name == "snapshots"]
     if not any(target == place or target.startswith(os.path.join(place, "")) for place in roots):
         raise ValueError(
-            f"{name!r} is a link that leads out of {os.fspath(folder)!r}, to {target!r}; "
-            "name the folder that it leads to as well"
+            f"{name!r} is a link that leads out of {os.fspath(folder)!r}, to {target!r}"
+            + (f"; {advice}" if advice else "")
         )
     return path
 

@@ -32,6 +32,10 @@ def test_links_that_lead_out_are_refused(folder, tmp_path):
     for name in ("out.png", "away/c.png"):
         with pytest.raises(ValueError, match=r"is a link that leads out of .*other/c\.png"):
             inside(folder, name)
+        for advice, end in (("", "c.png'"), ("copy it", "c.png'; copy it")):
+            with pytest.raises(ValueError) as error:
+                inside(folder, name, advice)
+            assert str(error.value).endswith(end)
     assert inside(folder, "near.png").read_text() == "data/sub/b.png"
     (tmp_path / "dataset").symlink_to(folder)
     assert inside(tmp_path / "dataset", "a.png").read_text() == "data/a.png"

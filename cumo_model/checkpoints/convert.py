@@ -32,6 +32,7 @@ from cumo_model.checkpoints.processors import same_processor
 from cumo_model.checkpoints.shards import PICKLES, WEIGHTS, Shape, Shards, check_tensors, write_shards
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.model.indexes import inside_checkpoint
 from cumo_model.processing.processor import CumoProcessor
 
 SHARD_BYTES = 2 * 1000**3
@@ -68,8 +69,8 @@ def convert(
 
     Raises:
         ValueError: names or shapes do not match config.json; experts of one layer differ in dtype; a file is
-            damaged or contains more than tensors; the disk is too small; the released layout cannot describe
-            the model or the processor; or `target` exists already.
+            damaged, contains more than tensors, or is a link that leads out of the folder; the disk is too
+            small; the released layout cannot describe the model or the processor; or `target` exists already.
     """
     if not shard_bytes >= 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
@@ -206,12 +207,15 @@ def _other_files(source: Path, shards: Shards) -> list[Path]:
     read, found, left = set(shards.files.values()), [], []
     for folder, folders, names in os.walk(source):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
+        for name in sorted(names + [name for name in folders if Path(folder, name).is_symlink()]):
             path = Path(folder, name)
             inner = path.relative_to(source)
             if path in read or inner in (Path("config.json"), *map(Path, INDEXES)):
                 continue
-            (left if name.endswith(NOT_COPIED) else found).append(inner)
+            if path.is_symlink():
+                inside_checkpoint(source, str(inner))
+            # also links to folders of the checkpoint, links to nothing, and pipes
+            (found if path.is_file() and not name.endswith(NOT_COPIED) else left).append(inner)
     if left:
         warnings.warn(f"not copied from {source}: {', '.join(map(str, left))}", stacklevel=3)
     return found

@@ -97,6 +97,7 @@ class Collator:
         packed: bool = False,
         dummy_images: bool = False,
         needs_image: bool = False,
+        padding_counts: bool = False,
     ):
         """Set the options of all batches.
 
@@ -107,9 +108,12 @@ class Collator:
             dummy_images: add one grey picture per text-only sample, as the original code does (compat).
             needs_image: add a grey picture to a batch without pictures; needed if only the tower or the
                 connector is trained.
+            padding_counts: leave out the router_mask of packed rows, so that their padding counts in the
+                router losses (compat), as that of padded rows does.
         """
         self.pad_id, self.image_size = pad_id, image_size
         self.packed, self.dummy_images, self.needs_image = packed, dummy_images, needs_image
+        self.padding_counts = padding_counts
 
     def __call__(self, rows: Sequence[Sequence[Sample] | None]) -> dict[str, Tensor]:
         real = [row for row in rows if row is not None]
@@ -117,6 +121,8 @@ class Collator:
         dummies = int(len(real) < len(rows))
         if self.packed:
             batch = collate_packed(real, self.pad_id)
+            if self.padding_counts:
+                del batch["router_mask"]
         else:
             batch = collate(samples, self.pad_id)
         if self.needs_image and "pixel_values" not in batch:

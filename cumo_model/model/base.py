@@ -10,7 +10,6 @@ from transformers import initialization as init
 from cumo_model.model.compat import CACHE_NAMES
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.host import MoEHostMixin
-from cumo_model.model.indexes import check_indexes
 from cumo_model.model.layouts import image_token_of, layout_of, read_config
 from cumo_model.model.mlp_moe import CumoProjector
 from cumo_model.model.tensor_parallel import ParallelMixin
@@ -50,7 +49,6 @@ class CumoPreTrainedModel(ParallelMixin, MoEHostMixin, PreTrainedModel):
             ValueError: an index of the folder is damaged or names a file outside the folder.
         """
         path = pretrained_model_name_or_path
-        check_indexes(path, kwargs.get("subfolder"))
         layout = layout_of(read_config(path, **kwargs))
         if layout is not None and layout.is_loader(cls):
             return super().from_pretrained(path, *args, **kwargs)

@@ -19,7 +19,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from cumo_model.model.config import CumoConfig, CumoVisionConfig
 from cumo_model.model.host import MoEHostMixin
-from cumo_model.model.indexes import check_indexes
 from cumo_model.model.layouts import layout_of, read_config
 from cumo_model.model.moe import MoELayer
 from cumo_model.model.tensor_parallel import ParallelMixin
@@ -116,7 +115,6 @@ class CumoVisionModel(ParallelMixin, MoEHostMixin, CLIPPreTrainedModel):
                 f"{path} must contain a vision tower only, got a whole model ({kind}): use "
                 "`.model.vision_tower` of CumoForConditionalGeneration.from_pretrained"
             )
-        check_indexes(path, kwargs.get("subfolder"))
         return super().from_pretrained(path, *args, **kwargs)
 
     @torch.no_grad()

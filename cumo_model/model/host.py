@@ -9,12 +9,23 @@ import torch
 from torch import nn
 
 from cumo_model.model.compat import EitherCheckpointing, enable_checkpointing
+from cumo_model.model.indexes import check_indexes
 from cumo_model.model.moe import IMPLEMENTATIONS, MoELayer, RoutingRecord
 from cumo_model.model.quantize import are_experts_quantized
 
 
 class MoEHostMixin(EitherCheckpointing):
     """Overrides for transformers models whose experts are MoELayers."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load as transformers does.
+
+        Raises:
+            ValueError: an index of the folder is damaged or names a file outside the folder.
+        """
+        check_indexes(pretrained_model_name_or_path, kwargs.get("subfolder"))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def post_init(self) -> None:
         super().post_init()

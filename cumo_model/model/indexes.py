@@ -26,7 +26,7 @@ def index_files(index: str | os.PathLike) -> list[Path]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
             raise ValueError(f"{index}: the file of {tensor} must be a name, got {name!r}")
-    return [_inside(index, name) for name in sorted(set(weight_map.values()))]
+    return [_named(index, name) for name in sorted(set(weight_map.values()))]
 
 
 def check_indexes(path: str | os.PathLike | None, subfolder: str | None = None) -> None:
@@ -50,11 +50,16 @@ def check_indexes(path: str | os.PathLike | None, subfolder: str | None = None) 
     except (OSError, ValueError, AttributeError):  # transformers reports it
         return
     if isinstance(named, str):
-        _inside(folder / "config.json", named)
+        _named(folder / "config.json", named)
 
 
-def _inside(source: Path, name: str) -> Path:
+def inside_checkpoint(folder: str | os.PathLike, name: str) -> Path:
+    """`inside` for the files of a checkpoint."""
+    return inside(folder, name, "copy the file, or make the folder itself the link")
+
+
+def _named(source: Path, name: str) -> Path:
     try:
-        return inside(source.parent, name)
+        return inside_checkpoint(source.parent, name)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None

@@ -4,14 +4,25 @@ A field that the run sets itself, or that has no effect on it, may be given only
 """
 
 import dataclasses
+import json
+import math
+import multiprocessing
+import os
 import re
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from accelerate.utils import GradientAccumulationPlugin
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import ExplicitEnum
+from transformers.training_args import _convert_str_dict, trainer_log_levels
+
+from cumo_model.checkpoints.folders import read_object
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
 # YAML reads 1e-5 as a string, as it has no dot
@@ -60,9 +71,44 @@ NO_EFFECT = {  # reason -> fields
     "a run saves a checkpoint at SIGTERM in any case": ("enable_jit_checkpoint",),
     "Liger has no kernels for CuMo": ("use_liger_kernel", "liger_kernel_config"),
     "the launcher (torchrun) sets it": ("local_rank",),
+    "a run that resumes from a checkpoint without the optimizer's state would differ": ("save_only_model",),
+    "processes share the work by stage.expert_parallel, trainer.fsdp and trainer.deepspeed": (
+        "parallelism_config",
+    ),
 }
 WITHOUT_EFFECT = {name: reason for reason, names in NO_EFFECT.items() for name in names}
+EVALUATION = "a stage has no evaluation"
+WITHOUT_EFFECT_VALUES = {  # (field, value) -> reason
+    ("save_strategy", "best"): EVALUATION,
+    ("lr_scheduler_type", "reduce_lr_on_plateau"): EVALUATION,
+    ("lr_scheduler_type", "greedy"): EVALUATION,
+}
 LOADER = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")  # accelerator_config
+CHOICES = {  # that transformers finds wrong late or never
+    "log_level": tuple(trainer_log_levels),
+    "log_level_replica": tuple(trainer_log_levels),
+    "include_num_input_tokens_seen": ("no", "all", "non_padding", True, False),
+}
+# fields whose annotations do not have all types that transformers takes
+ANY_TYPE = ("fsdp", "resume_from_checkpoint")
+FILES = ("accelerator_config", "fsdp_config", "deepspeed")  # an object, or the name of a JSON file
+OBJECTS = (  # an object, which may be a string of JSON
+    *FILES,
+    "activation_checkpointing_kwargs",
+    "gradient_checkpointing_kwargs",
+    "lr_scheduler_kwargs",
+)
+REFUSALS = (  # what transformers raises for values that it cannot use
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+)
+SHIPPED = Path(__file__).with_name("recipes")
 
 
 def typed_fields(given: Mapping[str, Any]) -> dict:
@@ -82,6 +128,8 @@ def _typed(name: str, value: Any) -> Any:
     if name not in FIELDS or value is None:
         return _numbers(value)
     kinds = _kinds(FIELDS[name].type)
+    if name in ANY_TYPE:
+        return value
     if value is False and name.endswith("_strategy"):
         return "no"
     if kinds == {str} and type(value) is int:
@@ -93,9 +141,11 @@ def _typed(name: str, value: Any) -> Any:
             pass
     if kinds == {int} and isinstance(value, float) and value.is_integer():
         value = int(value)
-    numbers = {int, float} if float in kinds else kinds
-    if kinds <= {bool, int, float, str} and type(value) not in numbers:
-        wanted = " or ".join(sorted(kind.__name__ for kind in kinds))
+    allowed = {typing.get_origin(kind) or kind for kind in kinds}
+    if float in kinds:
+        allowed.add(int)
+    if name not in WITHOUT_EFFECT and not any(type(value) is kind for kind in allowed):
+        wanted = " or ".join(sorted(kind.__name__ for kind in allowed - ({int} if float in kinds else set())))
         raise ValueError(f"trainer.{name} must be of type {wanted}, got {value!r}")
     return value if isinstance(value, str) else _numbers(value)
 
@@ -104,6 +154,8 @@ def _kinds(wanted: Any) -> set:
     """The types of an annotation, without None."""
     if typing.get_origin(wanted) in (typing.Union, types.UnionType):
         return {kind for part in typing.get_args(wanted) for kind in _kinds(part)} - {type(None)}
+    if typing.get_origin(wanted) is typing.Literal:
+        return {type(value) for value in typing.get_args(wanted)}
     return {wanted}
 
 
@@ -116,15 +168,53 @@ def _numbers(value: Any) -> Any:
     return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
+def given_objects(given: Mapping[str, Any]) -> dict:
+    """The fields of a recipe without those left out, and with the content of JSON strings and files.
+
+    None counts as left out, except where a field may be None. The names of files may be those of shipped
+    ones ("engines/zero3.json").
+
+    Raises:
+        ValueError: a string or file cannot be read or contains no object; the message names the field.
+    """
+    found = {name: value for name, value in given.items() if value is not None or _takes_none(name)}
+    for name in OBJECTS:
+        if found.get(name) is not None:
+            found[name] = _object(name, found[name])
+    return found
+
+
+def _takes_none(name: str) -> bool:
+    """Whether None is a value of the field; also for unknown fields, which TrainingArguments names."""
+    return name not in FIELDS or type(None) in typing.get_args(FIELDS[name].type)
+
+
+def _object(name: str, value: Any) -> dict:
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = _convert_str_dict(json.loads(value))
+        except ValueError as error:
+            raise ValueError(f"trainer.{name} must be JSON, got {value!r}: {error}") from None
+    elif isinstance(value, str) and name in FILES:
+        place = SHIPPED / value if not os.path.exists(value) and (SHIPPED / value).is_file() else value
+        try:
+            value = read_object(place)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"trainer.{name} {value!r} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"trainer.{name} must contain keys and values, got {value!r}")
+    return value
+
+
 def check_fields(given: Mapping[str, Any], fixed: Mapping[str, tuple[Any, str]]) -> None:
-    """Refuse values that the run would not follow.
+    """Refuse values that the run would not follow, or with which it could not begin.
 
     Args:
-        given: fields of the recipe.
+        given: fields of the recipe, from `given_objects`.
         fixed: field -> the value that the run uses, and why.
 
     Raises:
-        ValueError: a value is not the one that holds; the message names the field, the value and the reason.
+        ValueError: a value is not one that holds; the message names the field, the value and the reason.
     """
     for name, (used, reason) in fixed.items():
         if given.get(name) is not None and given[name] != used:
@@ -132,13 +222,123 @@ def check_fields(given: Mapping[str, Any], fixed: Mapping[str, tuple[Any, str]])
     for name, value in given.items():
         if name in WITHOUT_EFFECT and name in FIELDS and value is not None and value != _default(name):
             raise ValueError(f"trainer.{name} must be left out: {WITHOUT_EFFECT[name]}, got {value!r}")
-    loader = given.get("accelerator_config")
-    for name in LOADER if isinstance(loader, dict) else ():
-        if loader.get(name) is not None:
+    for (name, value), reason in WITHOUT_EFFECT_VALUES.items():
+        if given.get(name) == value:
+            raise ValueError(f"trainer.{name} must be another one: {reason}, got {value!r}")
+    for name, known in CHOICES.items():
+        if given.get(name, known[0]) not in known:
+            raise ValueError(
+                f"trainer.{name} must be one of {', '.join(map(str, known))}, got {given[name]!r}"
+            )
+    for name in ("save", "logging"):
+        if given.get(f"{name}_strategy", "steps") == "steps" and given.get(f"{name}_steps", 1) <= 0:
+            raise ValueError(
+                f"trainer.{name}_steps must be positive (trainer.{name}_strategy=no switches it off), "
+                f"got {given[f'{name}_steps']!r}"
+            )
+    _check_accelerator(given.get("accelerator_config") or {})
+    _check_length(given.get("max_steps", -1), given.get("num_train_epochs", 3.0))
+    _check_workers(given)
+    _check_fsdp(given.get("fsdp"), given.get("fsdp_config"))
+
+
+def _check_accelerator(config: Mapping[str, Any]) -> None:
+    usual = AcceleratorConfig()
+    for name in LOADER:
+        if config.get(name) is not None and config[name] != getattr(usual, name):
             reason = WITHOUT_EFFECT["train_sampling_strategy"]
             raise ValueError(
-                f"trainer.accelerator_config.{name} must be left out: {reason}, got {loader[name]!r}"
+                f"trainer.accelerator_config.{name} must be left out: {reason}, got {config[name]!r}"
             )
+    name, known = (
+        "gradient_accumulation_kwargs",
+        [f.name for f in dataclasses.fields(GradientAccumulationPlugin)],
+    )
+    known.remove("num_steps")
+    options = config.get(name) or {}
+    if isinstance(options, dict) and "num_steps" in options:
+        raise ValueError(
+            f"trainer.accelerator_config.{name}.num_steps must be left out: it follows from "
+            f"stage.batch_size, got {options['num_steps']!r}"
+        )
+    if not isinstance(options, dict) or set(options) - set(known):
+        raise ValueError(
+            f"trainer.accelerator_config.{name} must have keys of {', '.join(known)}, got {options!r}"
+        )
+
+
+def _check_length(max_steps: int, epochs: float) -> None:
+    if max_steps < 1 and max_steps != -1:
+        raise ValueError(f"trainer.max_steps must be at least 1, or -1 for whole epochs, got {max_steps}")
+    if not 0 < epochs < math.inf:
+        raise ValueError(f"trainer.num_train_epochs must be positive and finite, got {epochs}")
+
+
+def _check_workers(given: Mapping[str, Any]) -> None:
+    number = given.get("dataloader_num_workers", 0)
+    if number < 0:
+        raise ValueError(f"trainer.dataloader_num_workers must not be negative, got {number}")
+    for name in ("persistent_workers", "prefetch_factor", "multiprocessing_context"):
+        name = f"dataloader_{name}"
+        if not number and given.get(name):
+            raise ValueError(
+                f"trainer.{name} must be left out without trainer.dataloader_num_workers, got {given[name]!r}"
+            )
+    context, known = given.get("dataloader_multiprocessing_context"), multiprocessing.get_all_start_methods()
+    if context is not None and context not in known:
+        raise ValueError(
+            f"trainer.dataloader_multiprocessing_context must be one of {', '.join(known)}, got {context!r}"
+        )
+
+
+def _check_fsdp(fsdp: Any, config: Mapping[str, Any] | None) -> None:
+    if config is not None and fsdp is not None and not fsdp:
+        raise ValueError(f"trainer.fsdp_config must be left out if trainer.fsdp is {fsdp!r}, got {config!r}")
+    for name, value in (config or {}).items():
+        if name.startswith("xla") and value:
+            raise ValueError(
+                f"trainer.fsdp_config.{name} must be left out: XLA is not supported, got {value!r}"
+            )
+
+
+def make_arguments(values: Mapping[str, Any]) -> TrainingArguments:
+    """TrainingArguments of checked values.
+
+    Raises:
+        ValueError: transformers refuses a value, whatever its exception; the message is one line.
+    """
+    try:
+        return TrainingArguments(**values)
+    except REFUSALS as error:
+        raise ValueError(f"trainer: {_one_line(error)}") from error
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Check that optimizer and learning rate schedule can be made, before a model is loaded for them.
+
+    Raises:
+        ValueError: a package is missing, or options do not fit; the message is one line.
+    """
+    try:
+        one = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, one, 0, 10, dict(args.lr_scheduler_kwargs or {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"trainer.lr_scheduler_kwargs {args.lr_scheduler_kwargs!r} cannot be used with "
+            f"{args.lr_scheduler_type.value}: {_one_line(error)}"
+        ) from error
+    if not args.optim_target_modules:  # these need the model
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(args)
+        except (ImportError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"trainer.optim {args.optim.value} cannot be used: {_one_line(error)}"
+            ) from error
+    return args
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or repr(error)
 
 
 def _default(name: str) -> Any:

@@ -5,11 +5,13 @@ cannot be made of such weights. So one process first makes the model with expert
 a checkpoint that all processes load.
 """
 
+import copy
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -20,6 +22,41 @@ from cumo_model.training.recover import everywhere
 from cumo_model.training.start import start_model
 
 START = ".start"  # folder of that checkpoint in a run's folder; deleted when the run is finished
+
+
+def complete_config(config: Mapping[str, Any], follows: Mapping[str, Any]) -> dict:
+    """A config of DeepSpeed that follows the recipe where it says nothing.
+
+    Args:
+        config: content of the config.
+        follows: dotted key -> the value that follows from the recipe. A key that is not in the config becomes
+            "auto": DeepSpeed would take its own default, and clip no gradients.
+
+    Raises:
+        ValueError: a key has another value, or the config has an optimizer or a scheduler of its own, which
+            would replace those of the recipe with its separate learning rates.
+    """
+    config = copy.deepcopy(dict(config))
+    for name in ("optimizer", "scheduler"):
+        if config.get(name) is not None:
+            raise ValueError(
+                f"trainer.deepspeed must have no {name}, which is that of trainer and stage, "
+                f"got {config[name]!r}"
+            )
+        config.pop(name, None)
+    for name, value in follows.items():
+        *above, key = name.split(".")
+        place = config
+        for part in above:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"trainer.deepspeed.{part} must contain keys and values, got {place!r}")
+        if place.setdefault(key, "auto") not in ("auto", value):
+            raise ValueError(
+                f"trainer.deepspeed.{name} must be auto or {value!r}, as it follows from the recipe, "
+                f"got {place[key]!r}"
+            )
+    return config
 
 
 def require_deepspeed() -> None:

@@ -13,9 +13,11 @@
 `stage.learning_rate=1e-5 variant=script`.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +26,9 @@ from typing import Any
 import yaml
 
 from cumo_model.model.config import AVERAGES
-from cumo_model.training.arguments import typed_fields
+from cumo_model.training.arguments import SHIPPED, typed_fields
 from cumo_model.training.parallel import EXCHANGES
 
-SHIPPED = Path(__file__).with_name("recipes")
 # keys that may differ when a run is resumed
 FREE = ("trainer", "output_dir")
 PARTS_ONLY = (
@@ -63,7 +64,7 @@ class ModelSection:
     vision_experts: int = 0  # number of copies of each dense MLP; existing experts of this number are kept
     projector_experts: int = 0
     text_experts: int = 0
-    top_k: int = 2
+    top_k: int | None = None  # experts per token; by default 2 for new experts, and existing ones keep theirs
     scratch: bool = False  # new experts have random weights instead of copies
     seed: int = 0  # seed of new gates and of a new connector
     compat: str | None = None
@@ -133,6 +134,11 @@ class StageSection:
             raise ValueError(
                 f"stage.expert_exchange must be one of {', '.join(EXCHANGES)}, got {self.expert_exchange!r}"
             )
+        if self.expert_exchange != EXCHANGES[0] and self.expert_parallel == 1:
+            raise ValueError(
+                f"stage.expert_exchange must be {EXCHANGES[0]} or left out if stage.expert_parallel is 1, "
+                f"got {self.expert_exchange!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,10 @@ class Recipe:
     stage: StageSection = field(default_factory=StageSection)
     trainer: dict = field(default_factory=dict)
     variant: str | None = None
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise ValueError(f"output_dir must be a folder, got {self.output_dir!r}")
 
     def identity(self) -> dict:
         """The values that must be the same when a run is resumed; all others may change."""
@@ -319,26 +329,24 @@ def _required(f: dataclasses.Field) -> bool:
     return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
 
-def _number(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
-
-
 def _typed(f: dataclasses.Field, value: Any, place: str) -> Any:
-    wanted = str(f.type)
-    if "tuple" in wanted and value is not None:
-        return tuple(value) if isinstance(value, list | tuple) else (value,)
-    if value is None or f.type is Any:
+    """A value of a section as the type of its field."""
+    if f.type is Any:
         return value
-    kinds = {"bool": bool, "int": int, "float": (int, float), "str": str}
-    names = [name.strip() for name in wanted.removeprefix("<class '").removesuffix("'>").split("|")]
-    value = _number(value) if "float" in names else value
-    allowed = tuple(kind for name in names if name in kinds for kind in [kinds[name]])
-    flat = tuple(k for kind in allowed for k in (kind if isinstance(kind, tuple) else (kind,)))
-    if (isinstance(value, bool) and bool not in flat) or (flat and not isinstance(value, flat)):
-        raise ValueError(f"{place}{f.name} must be of type {' | '.join(names)}, got {value!r}")
+    wanted = f.type.__name__ if isinstance(f.type, type) else str(f.type)
+    item = re.fullmatch(r"tuple\[(\w+), \.\.\.\]", wanted)
+    if item is not None:
+        if value is None:
+            return f.default
+        items = value if isinstance(value, list | tuple) else (value,)
+        return tuple(_of_kind([item[1]], v, f"{place}{f.name}") for v in items)
+    return _of_kind(wanted.split(" | "), value, f"{place}{f.name}")
+
+
+def _of_kind(names: list[str], value: Any, key: str) -> Any:
+    if "float" in names and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):
+            value = float(value)
+    if not any(type(value).__name__ == name for name in names) and not (value is None and "None" in names):
+        raise ValueError(f"{key} must be of type {' | '.join(names)}, got {value!r}")
     return value

@@ -278,7 +278,7 @@ class AtomicCheckpoints(Trainer):
 
     def _keep_last(self, run: Path) -> None:
         limit = self.args.save_total_limit
-        for path in checkpoints(run)[: -limit if limit else 0]:
+        for path in checkpoints(run)[: -limit if limit and limit > 0 else 0]:  # as the Trainer: 0 keeps all
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -17,9 +17,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-from cumo_model.checkpoints.folders import fingerprint, new_directory, read_object, write_json
+from cumo_model.checkpoints.folders import fingerprint, new_directory, read_object
 from cumo_model.data.sampling import StepSampler
 from cumo_model.model.losses import share_of_labels
+from cumo_model.training.claims import claim, claim_recipe
 from cumo_model.training.deepspeed import clear
 from cumo_model.training.expert_checkpoints import SpreadCheckpoints
 from cumo_model.training.monitor import Monitor, MonitorCallback, ShortProgress
@@ -190,30 +191,6 @@ def _work(path: Path) -> Path:
     return path.with_name(f".{path.name}-work")
 
 
-def claim(path: Path, wanted: dict, advice: str = "") -> None:
-    """Record the identity of a run in `path`, or check that the recorded one is the same.
-
-    Args:
-        path: JSON file in the run's folder.
-        wanted: identity of the run.
-        advice: what else the user may do, for the error.
-
-    Raises:
-        ValueError: `path` contains another identity; the message names the differing keys.
-    """
-    out = path.parent
-    if path.exists():
-        found = json.loads(path.read_text())
-        differ = sorted(key for key in wanted if found.get(key) != wanted[key])
-        if differ:
-            raise ValueError(
-                f"{out} is a run with another {', '.join(differ)}: choose another output_dir{advice}"
-            )
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, wanted)
-
-
 def _claim_start(recipe: Recipe) -> None:
     """Check that the start models are the same as before, also if an earlier stage was trained again."""
     model = recipe.model
@@ -245,7 +222,7 @@ def run_stage(
         Interrupted: SIGINT or SIGTERM was received; progress is saved if the disk is not full.
     """
     out = Path(recipe.output_dir)
-    claim(out / RECIPE_FILE, recipe.identity())
+    claim_recipe(out / RECIPE_FILE, recipe)
     _claim_start(recipe)
     if (out / RESULT).is_dir():
         if int(os.environ.get("RANK", 0)) == 0:

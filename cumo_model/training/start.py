@@ -9,6 +9,8 @@ from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.processing.processor import CumoProcessor
 from cumo_model.training.recipe import DataSection, ModelSection
 
+DEFAULT_TOP_K = 2  # of new experts
+
 
 def start_model(model: ModelSection, data: DataSection) -> tuple[CumoForConditionalGeneration, CumoProcessor]:
     """Load the model, with experts, and the processor of a recipe.
@@ -44,7 +46,7 @@ def start_model(model: ModelSection, data: DataSection) -> tuple[CumoForConditio
         "vision_experts": model.vision_experts,
         "projector_experts": model.projector_experts,
         "text_experts": model.text_experts,
-        "top_k": model.top_k,
+        "top_k": DEFAULT_TOP_K if model.top_k is None else model.top_k,
     }
     try:
         built, processor = assemble(

@@ -4,7 +4,6 @@ The data of a step are a function of the recipe and the step, for any number of 
 global batch size; the number of accumulation steps follows from it, the processes and the micro-batch.
 """
 
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -23,21 +22,35 @@ from cumo_model.data.streamed import StreamedConversations
 from cumo_model.model.compat import CHECKPOINTING, checkpointing_arguments
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.positions import position_limit
-from cumo_model.training.arguments import check_fields, typed_fields
-from cumo_model.training.deepspeed import begin, first_model, join_processes, require_deepspeed, whole_weights
+from cumo_model.training.arguments import (
+    check_fields,
+    check_optimizer,
+    given_objects,
+    make_arguments,
+    typed_fields,
+)
+from cumo_model.training.claims import claim
+from cumo_model.training.deepspeed import (
+    begin,
+    complete_config,
+    first_model,
+    join_processes,
+    require_deepspeed,
+    whole_weights,
+)
 from cumo_model.training.expert_checkpoints import is_spread, spread_experts
 from cumo_model.training.lora import has_adapters, load_beside, merged, save_beside, with_lora
 from cumo_model.training.monitor import Monitor
 from cumo_model.training.recipe import (
     PARTS,
-    SHIPPED,
     DataSection,
     ModelSection,
     Recipe,
     StageSection,
     check_model,
 )
-from cumo_model.training.stage import DATA_FILE, StageTrainer, claim, run_stage
+from cumo_model.training.stage import DATA_FILE, StageTrainer, run_stage
+from cumo_model.training.start import DEFAULT_TOP_K
 
 
 class CumoTrainer(StageTrainer):
@@ -111,10 +124,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             (arguments.py); or the batch size is not a multiple of the micro-batch times the number of
             processes.
     """
-    given = typed_fields(checkpointing_arguments(recipe.trainer))
+    given = given_objects(typed_fields(checkpointing_arguments(recipe.trainer)))
     stage, world = recipe.stage, int(os.environ.get("WORLD_SIZE", 1))
-    micro = given.pop("per_device_train_batch_size", None)
-    micro = 1 if micro is None else micro
+    micro = given.pop("per_device_train_batch_size", 1)
     if micro < 1:
         raise ValueError(f"trainer.per_device_train_batch_size must be at least 1, got {micro}")
     if stage.batch_size < 1:
@@ -142,10 +154,17 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "use_cache": (False, "training uses no cache"),
     }
     check_fields(given, fixed)
-    for name in ("fsdp_config", "deepspeed"):
-        if isinstance(given.get(name), str):
-            given[name] = _engine_config(name, given[name])
     if given.get("deepspeed"):
+        steps, bf16, fp16 = fixed["gradient_accumulation_steps"][0], given.get("bf16"), given.get("fp16")
+        follows = {
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": steps,
+            "train_batch_size": stage.batch_size,
+            "gradient_clipping": given.get("max_grad_norm", 1.0),
+            "bf16.enabled": bool(bf16),
+            "fp16.enabled": bool(fp16),
+        }
+        given["deepspeed"] = complete_config(given["deepspeed"], follows)
         require_deepspeed()
     if not torch.cuda.is_available():
         given.pop("tf32", None)  # transformers raises an error for it without a GPU
@@ -153,8 +172,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             raise ValueError(
                 "trainer.fp16 needs a GPU, because a CPU would compute in fp32; trainer.bf16 runs on both"
             )
-    if "fsdp_config" in given:
-        given.setdefault("fsdp", True)
+    if given.get("fsdp_config") is not None and given.get("fsdp") is None:
+        given["fsdp"] = True
     if stage.expert_parallel > 1 and stage.expert_exchange == "padded" and torch.cuda.is_available():
         if not given.get("use_cpu"):  # sizes are exchanged as CPU tensors, rows with NCCL
             given.setdefault("ddp_backend", "cpu:gloo,cuda:nccl")
@@ -181,19 +200,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             "torchrun",
             stacklevel=2,
         )
-    try:
-        used = {name: value for name, (value, _) in fixed.items()}
-        return TrainingArguments(**{**defaults, **given, **used}, per_device_train_batch_size=micro)
-    except TypeError as error:
-        raise ValueError(f"trainer: {error}") from None
-
-
-def _engine_config(name: str, path: str) -> dict:
-    place = Path(path) if os.path.exists(path) else SHIPPED / path
-    try:
-        return json.loads(place.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"trainer.{name} {path!r} cannot be read: {error}") from None
+    used = {name: value for name, (value, _) in fixed.items()}
+    return make_arguments({**defaults, **given, **used, "per_device_train_batch_size": micro})
 
 
 def freeze(model: nn.Module, stage: StageSection) -> None:
@@ -219,14 +227,21 @@ def check_experts(model: ModelSection, config: CumoConfig) -> None:
         "projector_experts": (config.projector_num_experts, config.projector_num_experts_per_tok),
         "text_experts": (text.num_local_experts, text.num_experts_per_tok) if sparse else (1, 1),
     }
-    for name, (number, top_k) in found.items():
+    for name, (number, _) in found.items():
         wanted = getattr(model, name)
         if wanted and wanted != number:
             raise ValueError(f"model.{name} must be {number}, what the model has already, got {wanted}")
-        if wanted > 1 and top_k != model.top_k:
-            raise ValueError(
-                f"model.top_k must be {top_k}, as {name} of the model has already, got {model.top_k}"
-            )
+    if model.top_k is not None:
+        there = {name: top_k for name, (number, top_k) in found.items() if number > 1}
+        if not there and model.top_k != DEFAULT_TOP_K:
+            raise ValueError(f"model.top_k must be left out, as the model has no experts, got {model.top_k}")
+        # where the recipe names places, it is theirs
+        for name in [name for name in there if getattr(model, name)] or there:
+            if there[name] != model.top_k:
+                raise ValueError(
+                    f"model.top_k must be {there[name]} or left out, as {name} of the model has already, "
+                    f"got {model.top_k}"
+                )
     if model.scratch and model.start is not None:
         old = CumoConfig.from_pretrained(model.start)
         dense = {
@@ -273,6 +288,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     """
     check_model(recipe.model)
     args = training_arguments(recipe)
+    check_optimizer(args)
     set_seed(args.seed)
     join_processes(args)
     model, processor = begin(recipe, args)
@@ -284,8 +300,8 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
             "connector has experts",
             stacklevel=2,
         )
-    model.config.balance_loss_coef = stage.balance_loss_coef
-    model.config.router_z_loss_coef = stage.router_z_loss_coef
+    model.config.balance_loss_coef = float(stage.balance_loss_coef)
+    model.config.router_z_loss_coef = float(stage.router_z_loss_coef)
     model.config.average_loss_over = stage.average_loss_over
     cache = data.cache_dir or os.path.join(os.path.dirname(os.path.abspath(recipe.output_dir)), "index")
     with args.main_process_first(desc="indexing the data"):
@@ -300,7 +316,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
         )
     claim(
         Path(recipe.output_dir) / DATA_FILE,
-        {"content of data": dataset.identity(), "records": len(dataset)},
+        {"content of data": dataset.identity(), "number of records": len(dataset)},
         ", or restore the data files: data.skip_bad=true passes over pictures that cannot be read",
     )
     check_positions(model.config, data, dataset.lengths)
@@ -318,6 +334,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
         data.packing,
         data.dummy_images,
         needs_image="language" not in stage.trains and stage.lora is None,
+        padding_counts=model.config.compat is not None,
     )
     freeze(model, stage)
     if stage.lora is not None:

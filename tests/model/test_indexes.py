@@ -17,6 +17,7 @@ from transformers import (
 
 from cumo_model import CumoForConditionalGeneration, CumoVisionModel, convert
 from cumo_model.checkpoints.assemble import assemble
+from cumo_model.model.llm_moe import CumoMixtralModel
 from tests.model import original
 
 TEXT = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -63,6 +64,8 @@ def test_no_reader_follows_an_index_out_of_its_folder(tiny_model, tmp_path, kind
     with pytest.raises(ValueError) as error:
         READERS[reader](folder)
     assert words in str(error.value) and "\n" not in str(error.value)
+    advised = str(error.value).endswith("; copy the file, or make the folder itself the link")
+    assert advised == (how == "link")
 
 
 @pytest.mark.parametrize("part", ["vision", "our vision", "text"])
@@ -80,6 +83,17 @@ def test_parts_do_not_follow_an_index_out_of_their_folder(tiny_config, tmp_path,
     if part == "our vision":
         with pytest.raises(ValueError, match="must be a path inside"):
             CumoVisionModel.from_pretrained(tmp_path / "vision")
+
+
+def test_the_mixtral_decoder_does_not_follow_an_index_out_of_its_folder(tiny_config, tmp_path):
+    model = CumoMixtralModel(tiny_config("mixtral").text_config)
+    model.save_pretrained(tmp_path / "start", max_shard_size="20KB")
+    loaded = CumoMixtralModel.from_pretrained(tmp_path / "start").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+    words = lead_out(tmp_path / "start", "dots")
+    with pytest.raises(ValueError, match="must be a path inside") as error:
+        CumoMixtralModel.from_pretrained(tmp_path / "start")
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,16 @@ def test_packed_rows_have_the_losses_of_padded_ones(model):
         assert_same_formula(found(model, batch), wanted)
 
 
+def test_with_compat_padding_of_packed_rows_counts_too(tiny_model):
+    model = tiny_model(text="mixtral", compat="cumo", **COEFFICIENTS).double().train()
+    rows = samples()
+    collator = Collator(0, 12, packed=True, padding_counts=True)
+    batch = collator([rows[:3], rows[3:]])
+    size = batch["input_ids"].numel()
+    assert "router_mask" not in batch and size > 43
+    assert found(model, batch)["llm.tokens_per_expert"].sum(1).tolist() == [2 * size, 2 * size]
+
+
 def test_dense_decoders_take_packed_rows_too(tiny_model):
     model, rows = tiny_model(text="mistral").double().train(), samples()
     batches = Collator(0, 12)([[row] for row in rows]), Collator(0, 12, packed=True)([rows])

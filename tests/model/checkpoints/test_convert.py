@@ -452,3 +452,31 @@ def test_other_dtypes_are_copied_bit_for_bit(tmp_path):
 def test_a_shard_has_a_size(tmp_path, capsys, size):
     assert main(["convert", str(tmp_path), str(tmp_path / "x"), "--shard-gb", size]) == 1
     assert "--shard-gb must be positive" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["lnk.txt", "inner/lnk.txt", "chat_template.jinja", "gone.txt", "folder"])
+def test_links_out_of_the_checkpoint_are_refused(tiny_model, tmp_path, name):
+    source, away = tmp_path / "source", tmp_path / "away"
+    tiny_model().save_pretrained(source)
+    (source / "inner").mkdir()
+    away.mkdir()
+    (away / "lnk.txt").write_text("secret")
+    targets = {"folder": away, "gone.txt": away / "nothing"}
+    (source / name).symlink_to(targets.get(name, away / "lnk.txt"))
+    with pytest.raises(ValueError, match=f"'{name}' is a link that leads out of .*; copy the file, or make"):
+        convert(source, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_within_the_checkpoint_are_copied_as_files(tiny_model, tmp_path):
+    source = tmp_path / "source"
+    tiny_model().save_pretrained(source)
+    (source / "inner").mkdir()
+    (source / "inner/notes.txt").write_text("notes")
+    (source / "lnk.txt").symlink_to("inner/notes.txt")
+    (source / "again").symlink_to("inner")
+    (source / "gone.txt").symlink_to("inner/nothing")
+    with pytest.warns(UserWarning, match="not copied from .*: again, gone.txt$"):
+        convert(source, tmp_path / "out", progress=False)
+    assert (tmp_path / "out/lnk.txt").read_text() == (tmp_path / "out/inner/notes.txt").read_text() == "notes"
+    assert not (tmp_path / "out/lnk.txt").is_symlink() and not (tmp_path / "out/again").exists()

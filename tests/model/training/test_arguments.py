@@ -1,12 +1,22 @@
 """Recipes: what the run would not follow is refused by name, and values keep their types."""
 
+import dataclasses
+import json
 import warnings
 
 import pytest
 import yaml
 
 from cumo_model.training.arguments import FIELDS, WITHOUT_EFFECT, _default
-from cumo_model.training.recipe import ModelSection, StageSection, check_model, load_recipe
+from cumo_model.training.recipe import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    Recipe,
+    StageSection,
+    check_model,
+    load_recipe,
+)
 from cumo_model.training.trainer import build_trainer, training_arguments
 from tests.model.training.small_runs import write_data, write_model, write_recipe
 
@@ -58,7 +68,8 @@ NO_EFFECT = [
     "dataloader_drop_last=true", "dataloader_in_order=false", "ignore_data_skip=true",
     "bf16_full_eval=true", "eval_delay=1", "include_for_metrics=[loss]",
     "accelerator_config={even_batches: false}",
-    "use_liger_kernel=true", "local_rank=1", "enable_jit_checkpoint=true",
+    "use_liger_kernel=true", "local_rank=1", "enable_jit_checkpoint=true", "save_only_model=true",
+    "parallelism_config={tp_size: 2}", "resume_from_checkpoint=true", "eval_steps=often",
 ]  # fmt: skip
 
 
@@ -110,6 +121,23 @@ VALUES = {  # setting -> the value of the field
     "warmup_steps=3": 3,
     "save_steps=0.5": 0.5,
     "optim_args=a=1": "a=1",
+    "warmup_steps=3.0": 3.0,
+    "ddp_timeout=1800.0": 1800,
+    "num_train_epochs=2": 2,
+    "debug=[underflow_overflow]": ["underflow_overflow"],
+    "report_to=[tensorboard]": ["tensorboard"],
+    "include_num_input_tokens_seen=true": "all",
+    "trackio_static_space_id=false": False,
+    "optim_target_modules=all-linear": "all-linear",
+    "fsdp=true": True,
+    "fsdp=[full_shard]": True,
+    "fsdp=full_shard auto_wrap": True,
+    "fsdp=false": False,
+    "fsdp_config=": None,
+    "seed=": 42,
+    "weight_decay=": 0.0,
+    "save_total_limit=": None,
+    "max_steps=-1": -1,
 }
 
 
@@ -128,6 +156,26 @@ WRONG = {
     "bf16=maybe": "must be of type bool, got 'maybe'",
     "run_name=1.10": "must be of type str, got 1.1",
     "weight_decay=[1]": r"must be of type float, got \[1\]",
+    "debug=5": "must be of type list or str, got 5",
+    "lr_scheduler_kwargs=5": "must be of type dict or str, got 5",
+    "lr_scheduler_kwargs=some.json": "must contain keys and values, got 'some.json'",
+    "max_steps=0": "must be at least 1, or -1 for whole epochs, got 0",
+    "max_steps=-2": "must be at least 1, or -1 for whole epochs, got -2",
+    "num_train_epochs=0": "must be positive and finite, got 0",
+    "num_train_epochs=.nan": "must be positive and finite, got nan",
+    "save_steps=0": "must be positive .*, got 0",
+    "logging_steps=-1": "must be positive .*, got -1",
+    "save_strategy=best": "must be another one: a stage has no evaluation, got 'best'",
+    "lr_scheduler_type=greedy": "must be another one: a stage has no evaluation, got 'greedy'",
+    "log_level=loud": "must be one of .*debug.*, got 'loud'",
+    "include_num_input_tokens_seen=some": "must be one of no, all, .*, got 'some'",
+    "dataloader_persistent_workers=true": "must be left out without trainer.dataloader_num_workers, got True",
+    "dataloader_multiprocessing_context=fork": "must be left out without trainer.dataloader_num_workers",
+    "dataloader_num_workers=-1": "must not be negative, got -1",
+    "fsdp_config=nowhere.json": "'nowhere.json' cannot be read: nowhere.json does not exist",
+    "deepspeed=nowhere.json": "'nowhere.json' cannot be read: nowhere.json does not exist",
+    "accelerator_config=nowhere.json": "'nowhere.json' cannot be read: nowhere.json does not exist",
+    "accelerator_config=[1]": r"must be of type dict or str, got \[1\]",
 }
 
 
@@ -135,6 +183,67 @@ WRONG = {
 def test_values_of_another_type_are_named(setting):
     with pytest.raises(ValueError, match=f"^trainer.{setting.split('=')[0]} {WRONG[setting]}"):
         arguments(setting)
+
+
+ACCELERATOR = {  # content of accelerator_config -> the message
+    '{"split_batches": true}': r"accelerator_config\.split_batches must be left out: the .*, got True",
+    '{"even_batches": false}': r"accelerator_config\.even_batches must be left out",
+    '{"gradient_accumulation_kwargs": {"num_steps": 3}}': (
+        r"accelerator_config\.gradient_accumulation_kwargs\.num_steps must be left out: .*batch_size, got 3"
+    ),
+    '{"gradient_accumulation_kwargs": {"steps": 3}}': r"kwargs must have keys of .*, got {'steps': 3}",
+    '{"gradient_accumulation_kwargs": 3}': "kwargs must have keys of .*, got 3",
+    "[]": None,
+    "{": None,
+}
+
+
+@pytest.mark.parametrize("how", ["object", "string", "file"])
+@pytest.mark.parametrize("content", ACCELERATOR)
+def test_a_config_is_read_wherever_it_is(tmp_path, content, how):
+    (tmp_path / "config.json").write_text(content)
+    message = ACCELERATOR[content]
+    if message is None and how != "file":
+        pytest.skip("the types are tested above")
+    value = {"object": lambda: json.loads(content), "string": lambda: content}.get(
+        how, lambda: str(tmp_path / "config.json")
+    )()
+    recipe = Recipe("out", trainer={"accelerator_config": value, "use_cpu": True})
+    with pytest.raises(ValueError, match=message or r"accelerator_config '.*config\.json' cannot be read: "):
+        training_arguments(recipe)
+
+
+def test_configs_with_what_a_run_uses_are_accepted(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"even_batches": true, "gradient_accumulation_kwargs": {"sync_each_batch": true}}')
+    args = arguments(f"accelerator_config={config}")
+    assert args.accelerator_config.gradient_accumulation_kwargs == {"sync_each_batch": True}
+    config.write_text('{"reshard_after_forward": false}')
+    assert arguments(f"fsdp_config={config}").fsdp_plugin_args["reshard_after_forward"] is False
+    trainer = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"use_reentrant": "true"}'}
+    args = training_arguments(Recipe("out", trainer={**trainer, "use_cpu": True}))
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": True}
+
+
+def test_fsdp_config_without_fsdp_is_refused():
+    with pytest.raises(ValueError, match=r"^trainer.fsdp_config must be left out if trainer.fsdp is False"):
+        arguments("fsdp=false", "fsdp_config={version: 2}")
+    with pytest.raises(ValueError, match=r"^trainer\.fsdp_config\.xla must be left out"):
+        arguments("fsdp_config={xla: true}")
+
+
+def test_optimizer_and_schedule_are_checked_before_a_model_is_loaded(folder):
+    for setting, message in (
+        (
+            {"trainer__lr_scheduler_kwargs": {"foo": 1}},
+            "trainer.lr_scheduler_kwargs {'foo': 1} cannot be used",
+        ),
+        ({"trainer__optim_args": "a"}, "trainer.optim adamw_torch_fused cannot be used: "),
+    ):
+        recipe = load_recipe(write_recipe(folder, model__start="nowhere", **setting))
+        with pytest.raises(ValueError, match=message) as error:
+            build_trainer(recipe)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +316,10 @@ def test_what_a_start_model_has_itself_is_refused(folder, name, value):
 def test_experts_that_a_start_model_has_are_those_of_the_recipe(folder, tiny_config):
     write_model(folder, tiny_config, vision_experts=4, projector_num_experts=4)
     for changes, message in (
-        ({"model__top_k": 1}, "model.top_k must be 2, as vision_experts of the model has already, got 1"),
+        (
+            {"model__top_k": 1},
+            "model.top_k must be 2 or left out, as vision_experts of the model has already, got 1",
+        ),
         ({"model__vision_experts": 1}, "model.vision_experts must be 4, what the model has already, got 1"),
         ({"model__scratch": True}, "model.scratch must be False where model.start has the experts, got True"),
         (
@@ -218,6 +330,61 @@ def test_experts_that_a_start_model_has_are_those_of_the_recipe(folder, tiny_con
         with pytest.raises(ValueError, match=message):
             build_trainer(load_recipe(write_recipe(folder, **{"model__text_experts": 0, **changes})))
     build_trainer(load_recipe(write_recipe(folder, model__scratch=True)))  # Mixtral's experts are new
+
+
+def test_top_k_is_that_of_experts_or_left_out(folder, tiny_config):
+    none = {f"model__{place}_experts": 0 for place in ("vision", "projector", "text")}
+    build = lambda **changes: build_trainer(load_recipe(write_recipe(folder, **{**none, **changes})))
+    with pytest.raises(ValueError, match=r"model.top_k must be left out, as the model has no experts, got 3"):
+        build(model__top_k=3)
+    build(model__top_k=2)
+    write_model(folder, tiny_config, vision_experts=4)
+    path = folder / "start/config.json"
+    values = json.loads(path.read_text())
+    values["vision_config"]["num_experts_per_tok"] = 1
+    path.write_text(json.dumps(values))
+    for number in (0, 4):  # the default is refused nowhere, whatever the experts have
+        build(model__vision_experts=number)
+        build(model__vision_experts=number, model__top_k=1)
+        for top_k in (2, 3):
+            with pytest.raises(ValueError, match=r"model.top_k must be 1 or left out, as vision_experts of"):
+                build(model__vision_experts=number, model__top_k=top_k)
+    made = build(model__projector_experts=4).model.config
+    assert (made.vision_config.num_experts_per_tok, made.projector_num_experts_per_tok) == (1, 2)
+    made = build(model__projector_experts=4, model__top_k=3).model.config
+    assert (made.vision_config.num_experts_per_tok, made.projector_num_experts_per_tok) == (1, 3)
+
+
+@pytest.mark.parametrize("kind", [ModelSection, DataSection, StageSection, LoraSection])
+def test_values_of_sections_have_the_type_of_their_field(kind):
+    place = {ModelSection: "model", DataSection: "data", StageSection: "stage"}.get(kind, "stage.lora")
+    for field in dataclasses.fields(kind):
+        read = lambda value, name=field.name: load_recipe("demo/sft", [f"{place}.{name}={value}"])
+        if "float" in str(field.type):
+            section = read(1)
+            for part in place.split("."):
+                section = getattr(section, part)
+            assert type(getattr(section, field.name)) is float
+        if field.name in ("targets", "lora"):
+            continue
+        with pytest.raises(ValueError, match=rf"^{place}\.{field.name} must be [^\n]*, got "):
+            read("[[1]]" if "tuple" in str(field.type) else "[1]")
+        if "tuple" in str(field.type):
+            read("")
+        elif "None" not in str(field.type):
+            with pytest.raises(ValueError, match=rf"^{place}\.{field.name} must be of type \w+, got None"):
+                read("")
+
+
+def test_settings_of_a_stage_that_nothing_reads(folder):
+    with pytest.raises(
+        ValueError, match=r"stage.expert_exchange must be exact or left out if .* is 1, got 'pa"
+    ):
+        load_recipe("demo/sft", ["stage.expert_exchange=padded"])
+    for value in ("", "''"):
+        with pytest.raises(ValueError, match=r"^output_dir must be "):
+            load_recipe("demo/sft", [f"output_dir={value}"])
+    build_trainer(load_recipe(write_recipe(folder, stage__balance_loss_coef=0, stage__router_z_loss_coef=1)))
 
 
 def test_coefficients_without_effect_are_told(folder):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cumo_model.training.deepspeed import complete_config
 from cumo_model.training.recipe import SHIPPED, load_recipe
 from cumo_model.training.recover import checkpoints
 from cumo_model.training.start import start_model
@@ -49,6 +50,30 @@ def test_a_missing_deepspeed_is_named(folder):
     recipe = load_recipe(write_recipe(folder, trainer__deepspeed="engines/zero3.json"))
     with pytest.raises(ValueError, match=r"trainer\.deepspeed needs the package deepspeed, which is not"):
         training_arguments(recipe)
+
+
+FOLLOWS = {"train_batch_size": 8, "gradient_clipping": 1.0, "bf16.enabled": True}
+
+
+def test_a_config_follows_the_recipe():
+    given = {"train_batch_size": 8, "bf16": {"other": 1}, "zero_optimization": {"stage": 2}}
+    made = complete_config(given, FOLLOWS)
+    assert made == {**given, "gradient_clipping": "auto", "bf16": {"other": 1, "enabled": "auto"}}
+    assert given["bf16"] == {"other": 1}
+    for name in ("zero2", "zero3", "zero3_offload"):
+        shipped = json.loads((SHIPPED / "engines" / f"{name}.json").read_text())
+        assert complete_config(shipped, FOLLOWS) == shipped
+    for config, message in (
+        ({"train_batch_size": 9}, "train_batch_size must be auto or 8, as it follows from the recipe, got 9"),
+        ({"gradient_clipping": 0}, "gradient_clipping must be auto or 1.0, .*, got 0"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled must be auto or True, .*, got False"),
+        ({"bf16": True}, "bf16 must contain keys and values, got True"),
+    ):
+        with pytest.raises(ValueError, match=rf"^trainer\.deepspeed\.{message}"):
+            complete_config(config, FOLLOWS)
+    for name in ("optimizer", "scheduler"):
+        with pytest.raises(ValueError, match=rf"^trainer\.deepspeed must have no {name}, .*, got {{'type"):
+            complete_config({name: {"type": "AdamW"}}, FOLLOWS)
 
 
 @needs_deepspeed

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from cumo_model import CumoForConditionalGeneration
-from cumo_model.training import expert_checkpoints, trainer
+from cumo_model.training import arguments, expert_checkpoints, trainer
 from cumo_model.training.recipe import load_recipe
 from cumo_model.training.recover import Interrupted, checkpoints
 from cumo_model.training.trainer import build_trainer, run_recipe, training_arguments
@@ -74,7 +74,7 @@ def test_the_exchange_of_a_recipe_reaches_the_layers(folder, monkeypatch):
     assert seen == [("of two", "padded")]
     exact = load_recipe(write_recipe(folder, "exact", **options, trainer__use_cpu=False))
     assert load_recipe(write_recipe(folder, **options)).identity() == recipe.identity()
-    monkeypatch.setattr(trainer, "TrainingArguments", lambda **given: given)
+    monkeypatch.setattr(arguments, "TrainingArguments", lambda **given: given)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "ddp_backend" not in training_arguments(exact) and "ddp_backend" not in training_arguments(recipe)
     padded = load_recipe(folder / "exact.yaml", ["stage.expert_exchange=padded"])

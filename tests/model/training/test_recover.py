@@ -265,11 +265,13 @@ def test_other_data_or_another_order_are_another_run(folder):
     recipe = write_recipe(folder, trainer__max_steps=4)
     with pytest.raises(Interrupted):
         run_recipe(load_recipe(recipe), [StopAt(1).callback])
-    with pytest.raises(ValueError, match="is a run with another seed: choose another output_dir"):
+    with pytest.raises(ValueError, match=r"another trainer\.seed \(was 3, is 4\): choose another output_dir"):
         run_recipe(load_recipe(recipe, ["trainer.seed=4"]))
     more = (folder / "colours.jsonl").read_text()
     (folder / "colours.jsonl").write_text(f"{more}\n{more.splitlines()[0]}")
-    with pytest.raises(ValueError, match="is a run with another content of data, records: choose another"):
+    with pytest.raises(
+        ValueError, match=r"another content of data, another number of records \(was 12, is 13\): choose"
+    ):
         run_recipe(load_recipe(recipe))
     (folder / "colours.jsonl").write_text(more)
     assert run_recipe(load_recipe(recipe)).is_dir()

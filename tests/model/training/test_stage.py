@@ -118,7 +118,10 @@ def test_a_finished_stage_is_not_changed_and_another_one_is_refused(tmp_path):
     stamp = (done / "trainer_state.json").stat().st_mtime_ns
     steps = Steps()
     assert run_stage(toy_recipe(tmp_path / "run"), build_toy, [steps]) == done and not steps.made
-    with pytest.raises(ValueError, match="run is a run with another seed: choose another output_dir"):
+    with pytest.raises(
+        ValueError,
+        match=r"run is a run with another trainer\.seed \(was 3, is 4\): choose another output_dir",
+    ):
         run_stage(toy_recipe(tmp_path / "run", seed=4), build_toy)
     assert (done / "trainer_state.json").stat().st_mtime_ns == stamp
     assert sorted(path.name for path in done.iterdir()) == [

@@ -128,7 +128,9 @@ def test_three_stages_in_a_row_and_stage_three_again_from_its_result(folder):
     assert CumoForConditionalGeneration.from_pretrained(result).config.vision_config.num_experts == 4
     with pytest.raises(ValueError, match=r"model: vision_experts must be 4, what .* has already, got 8"):
         start_model(load_recipe(three, ["model.vision_experts=8"]).model, load_recipe(three).data)
-    with pytest.raises(ValueError, match="run with another stage: choose another output_dir"):
+    with pytest.raises(
+        ValueError, match=r"run with another stage\.learning_rate \(was 0\.001, is 1\.0\): choose another"
+    ):
         run_recipe(load_recipe(three, ["stage.learning_rate=1"]))
 
 
@@ -269,3 +271,11 @@ def test_step_flops_are_what_torch_counts(tiny_model, tiny_batch):
         }
         assert ours["vision", "projector", "language"] == 3 * counted
         assert counted < ours[("projector",)] < 3 * counted
+
+
+@pytest.mark.parametrize("compat", [None, "cumo"])
+def test_the_padding_of_packed_rows_counts_with_compat_only(folder, tiny_config, compat):
+    write_model(folder, tiny_config, compat=compat)
+    made = build_trainer(load_recipe(write_recipe(folder, data__packing=True, data__max_length=40)))
+    batch = made.data_collator([made.train_dataset[0], made.train_dataset[1]])
+    assert ("router_mask" in batch) == (compat is None) and "position_ids" in batch

@@ -1,0 +1,110 @@
+"""Identities of runs: a folder of a run is used again only by the same training.
+
+The identity of a run is recorded in JSON files of its folder. Records of earlier versions have other defaults
+and no keys that were added later; what they mean is compared, not how they are written.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from cumo_model.checkpoints.assemble import describe
+from cumo_model.checkpoints.folders import read_object, write_json
+from cumo_model.checkpoints.processors import template_for
+from cumo_model.processing.processor import DEFAULT_TEMPLATE
+from cumo_model.training.recipe import ModelSection, Recipe
+from cumo_model.training.start import DEFAULT_TOP_K
+
+OPAQUE = "content of "  # names whose values are digests, of no use in a message
+
+
+def claim(path: Path, wanted: dict, advice: str = "") -> None:
+    """Record the identity of a run in `path`, or check that the recorded one is the same.
+
+    Args:
+        path: JSON file in the run's folder.
+        wanted: identity of the run: name -> JSON value. Names that begin with OPAQUE have no readable values.
+        advice: what else the user may do, for the error.
+
+    Raises:
+        ValueError: `path` is damaged, or contains another identity; the message names what differs.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, wanted)
+        return
+    found = read_object(path)
+    if "records" in found:  # as earlier versions call it
+        found["number of records"] = found.pop("records")
+    _compare(path.parent, found, wanted, advice)
+
+
+def claim_recipe(path: Path, recipe: Recipe) -> None:
+    """As `claim` for the identity of a recipe.
+
+    A setting left out is the same as its default, or as the value of the model that the stage starts from.
+
+    Raises:
+        ValueError: as `claim`; the message has the dotted names of the keys.
+    """
+    if not path.exists():
+        claim(path, recipe.identity())
+        return
+    found, wanted = _settings(read_object(path)), _settings(recipe.identity())
+    found, wanted = ({**_settings(Recipe("none").identity()), **values} for values in (found, wanted))
+    for key in ("data.template", "data.aspect"):
+        if (found[key] is None) != (wanted[key] is None):
+            usual = _of_start(recipe.model)[key]
+            found[key], wanted[key] = (usual if v is None else v for v in (found[key], wanted[key]))
+    _compare(path.parent, found, wanted)
+
+
+def _compare(out: Path, found: dict, wanted: dict, advice: str = "") -> None:
+    differ = []
+    for key in sorted(found.keys() | wanted.keys()):
+        old, new = found.get(key), wanted.get(key)
+        if old != new:
+            differ.append(key if key.startswith(OPAQUE) else f"{key} (was {old!r}, is {new!r})")
+    if differ:
+        raise ValueError(
+            f"{out} is a run with another {', another '.join(differ)}: choose another output_dir{advice}"
+        )
+
+
+def _settings(identity: dict) -> dict[str, Any]:
+    """Dotted key -> value, without settings that may differ."""
+    seeds = identity.get("seed") or [None, None]
+    found = dict(zip(("trainer.seed", "trainer.data_seed"), seeds, strict=True))
+    for section, values in identity.items():
+        if section != "seed":
+            found |= _flat(section, values)
+    for free in ("data.skip_bad", "stage.expert_exchange"):
+        found.pop(free, None)
+    if found.get("stage.lora", 0) is None:  # with keys it has no value of its own
+        del found["stage.lora"]
+    if found.get("model.top_k") is None:
+        found["model.top_k"] = DEFAULT_TOP_K
+    return found
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: v for inner, item in value.items() for key, v in _flat(f"{name}.{inner}", item).items()}
+
+
+def _of_start(model: ModelSection) -> dict[str, Any]:
+    """Template and aspect ratio of a stage whose recipe says nothing; None where the model has none."""
+    if model.start is None:
+        return {"data.template": DEFAULT_TEMPLATE, "data.aspect": "pad"}
+    none = {"data.template": None, "data.aspect": None}
+    if not os.path.isdir(model.start):  # loading reports it; a finished run does not need it
+        return none
+    processor = describe(model.start)[1]
+    if processor is None:
+        return none
+    try:
+        template = template_for(processor)
+    except ValueError:
+        template = None
+    return {"data.template": template, "data.aspect": processor.image_processor.image_aspect_ratio}
