@@ -4,8 +4,10 @@ Such a record would be trained on as text, without its picture, video or sound, 
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any
 from urllib.parse import unquote
 
@@ -138,7 +140,7 @@ def _is_medium(words: tuple[str, ...], leaf: Any) -> bool:
     if text.startswith(("data:image/", "data:video/", "data:audio/")):
         return True
     is_one_word = len(text.split(None, 1)) == 1
-    if _suffix(text) in picture_suffixes() or _suffix(text) in OTHER_SUFFIXES:
+    if _is_file_name(text):
         if kinds:
             return is_one_word or _names_one(words)
         return _PROVENANCE.isdisjoint(others) and (is_one_word or not _PLACES.isdisjoint(others))
@@ -194,9 +196,8 @@ def _others(found: list[tuple[tuple[str, ...], Any]], pictures: Sequence[str]) -
 
 def names_a_file(fields: dict[str, Any]) -> bool:
     """Whether any key, also of provenance, names a picture, video or sound file."""
-    known = picture_suffixes()
     return any(
-        isinstance(leaf, str) and (_suffix(leaf.strip()) in known or _suffix(leaf.strip()) in OTHER_SUFFIXES)
+        isinstance(leaf, str) and _is_file_name(leaf)
         for key, value in fields.items()
         for _, leaf in _leaves((), {str(key): value})
     )
@@ -240,7 +241,10 @@ _AFTER = re.compile(r"[ \t]+(?:and|or|vs\.?|versus)\b", re.IGNORECASE)
 _CALLED = re.compile(r"['\"]?\s+(?:html5?\s+)?(?:tag|element|component|attribute)s?\b", re.IGNORECASE)
 _BESIDE_MARKER = re.compile(rf"{IMAGE_MARKER}\s*(?:,|and|or|vs\.?)\s*$", re.IGNORECASE)
 # what a line of placeholders may hold besides: "Picture 1:", commas
-_LABEL = re.compile(rf"(?:{'|'.join(_MARK_WORDS)})[ _-]?\d*\s*:|[\s,;.:&|+-]", re.IGNORECASE)
+_LABEL = re.compile(
+    rf"\b(?:user|human|question|input|{'|'.join(sorted(_MARK_WORDS))})[ _-]?\d*\s*:|[\s,;.:&|+-]",
+    re.IGNORECASE,
+)
 
 
 def unread_mark(question: str, pictures_fit: bool = False, anywhere: bool = False) -> str | None:
@@ -258,7 +262,8 @@ def unread_mark(question: str, pictures_fit: bool = False, anywhere: bool = Fals
     if "<" not in question and "[" not in question:
         return None
     text = _CODE.sub("`", question)
-    marks = _marks(text)
+    ends = _ends(text)
+    marks = _marks(text, ends)
     if not marks:
         return None
     spans = {mark.span() for mark in marks}
@@ -270,17 +275,18 @@ def unread_mark(question: str, pictures_fit: bool = False, anywhere: bool = Fals
     )
     first, last = len(rest) - len(rest.lstrip()), len(rest.rstrip())  # of what is not a placeholder
     inner = (text.find("\n", len(text) - len(text.lstrip())), text.rstrip().rfind("\n"))
+    lines = rest.split("\n")
+    begins = list(accumulate((len(line) + 1 for line in lines), initial=0))
+    has_text = [bool(_LABEL.sub("", line).strip()) for line in lines]
     has_markup, is_code = bool(_MARKUP.search(rest)), bool(_CODE_SIGNS.search(rest))
     for mark in marks:
         start, end = mark.span()
-        if _holds_a_name(text, mark):
+        if _is_file_name(_inside(text, mark, ends)):
             return mark.group()
         is_in_code = is_code and (mark["bracket"] or inner[0] < start < inner[1])
         if has_markup or is_in_code or _CALLED.match(text, end):
             continue
-        line_end = rest.find("\n", end)
-        line = rest[rest.rfind("\n", 0, start) + 1 : len(rest) if line_end < 0 else line_end]
-        if anywhere or not _LABEL.sub("", line).strip():
+        if anywhere or not has_text[bisect_right(begins, start) - 1]:
             return mark.group()
         is_word = not mark["left"] and len(_words(mark["tag"] or mark["bracket"])) == 1
         if start <= first and not (is_word and _AFTER.match(text, end)):
@@ -292,20 +298,28 @@ def unread_mark(question: str, pictures_fit: bool = False, anywhere: bool = Fals
     return None
 
 
-def _marks(text: str) -> list[re.Match]:
+def _ends(text: str) -> dict[str, list[tuple[int, int]]]:
+    """The places of end tags by name."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for tag in re.finditer(r"</([\w \t.:#-]{2,40}?)\s*>", text):
+        found.setdefault(tag[1].strip().lower(), []).append(tag.span())
+    return found
+
+
+def _marks(text: str, ends: dict[str, list[tuple[int, int]]]) -> list[re.Match]:
     """What reads like a placeholder of a medium, without type arguments (`List<Image>`) and elements."""
-    found, ends = [], set()
+    found, of_elements = [], set()
     for mark in _MARK.finditer(text):
         before, after = text[max(mark.start() - 2, 0) : mark.start()], text[mark.end() : mark.end() + 1]
-        if not _is_mark(mark) or mark.start() in ends:
+        if not _is_mark(mark) or mark.start() in of_elements:
             continue
         if re.search(r"[A-Za-z0-9_\"'=/\\$]$|::$", before) or after == "(":
             continue
         if mark["bracket"] and (before.endswith("!") or after in ("[", ":")):
             continue
-        end = _end(text, mark)
-        if end and re.search(r"<|\S\s+\S", text[mark.end() : end.start()]):
-            ends.add(end.start())
+        inside = _inside(text, mark, ends)
+        if inside and re.search(r"<|\S\s+\S", inside):
+            of_elements.add(mark.end() + len(inside))
         else:
             found.append(mark)
     return found
@@ -326,14 +340,14 @@ def _is_mark(mark: re.Match) -> bool:
     return has_kind and _AROUND.issuperset(others)
 
 
-def _end(text: str, mark: re.Match) -> re.Match | None:
+def _inside(text: str, mark: re.Match, ends: dict[str, list[tuple[int, int]]]) -> str:
+    """The text between a mark and its end tag, "" without one."""
     if not mark["tag"] or mark["close"]:
-        return None
-    return re.compile(rf"</{re.escape(mark['tag'].strip())}\s*>", re.IGNORECASE).search(text, mark.end())
+        return ""
+    places = ends.get(mark["tag"].strip().lower(), [])
+    place = bisect_right(places, (mark.end(),))
+    return text[mark.end() : places[place][0]] if place < len(places) else ""
 
 
-def _holds_a_name(text: str, mark: re.Match) -> bool:
-    """Whether a mark surrounds the name of a file: `<img>a.png</img>`."""
-    end = _end(text, mark)
-    name = text[mark.end() : end.start()].strip() if end else ""
-    return _suffix(name) in picture_suffixes() or _suffix(name) in OTHER_SUFFIXES
+def _is_file_name(text: str) -> bool:
+    return _suffix(text.strip()) in picture_suffixes() or _suffix(text.strip()) in OTHER_SUFFIXES
