@@ -1,6 +1,8 @@
 """Access to pictures by name, in folders and uncompressed tar shards; shards are not unpacked."""
 
+import errno
 import os
+import stat
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +13,32 @@ from PIL import Image
 from torch import Tensor
 
 from cumo_kernels.files import inside
-from cumo_model.data.shards import member_name, read_shard
+from cumo_model.data.shards import member_name, read_shard, resolve
 from cumo_model.processing.pictures import decode_image, load_image, read_picture
 
 KNOWN_DIRECTORIES = 100_000  # directories that are remembered as inside a root
+# system errors that say what a file is; all others may be gone in the next moment
+_OF_FILES = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+    errno.EOVERFLOW,
+}
+
+
+def is_system_failure(error: BaseException) -> bool:
+    """Whether a picture was not read because of the system (memory, open files, disk, rights), not itself."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            return True
+        if isinstance(cause, OSError) and cause.errno is not None and cause.errno not in _OF_FILES:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 class Pictures:
@@ -39,6 +63,8 @@ class Pictures:
         self.tars: list[str] = []
         self._members: dict[str, tuple[int, int, int]] = {}  # name -> tar, offset, size
         self._refused: dict[str, str] = {}  # name -> reason
+        # of each .tar file with links to directories: its links, and the places of its members
+        self._linked: list[tuple[dict[str, str], dict[str, tuple[int, int, int]]]] = []
         self._inside: set[tuple[str, str]] = set()  # folder, directory: names there need no further look
         for root in map(os.fspath, self.roots):
             if root.endswith(".tar"):
@@ -62,27 +88,47 @@ class Pictures:
                 self._members.setdefault(name, place)
             for name, reason in found.refused.items():
                 self._refused.setdefault(name, f"in {str(shard)!r} {reason}")
+            if found.directories:
+                self._linked.append((found.links, places))
             self.tars.append(str(shard))
 
     @property
     def _named(self) -> str:
         return repr(os.fspath(self.roots[0])) if len(self.roots) == 1 else repr([*map(os.fspath, self.roots)])
 
-    def _place(self, name: str) -> str | tuple[int, int, int]:
-        """The path of a picture, or its tar, offset and size; a ValueError says why there is none."""
+    def name_problem(self, name: str) -> str | None:
+        """The reason why a name is that of no picture, whatever the folders hold, or None."""
         if os.path.isabs(name) or ".." in Path(name).parts:
-            raise ValueError(f"image {name!r} must lie under image_root {self._named}")
+            return f"image {name!r} must lie under image_root {self._named}"
+        return None
+
+    def place(self, name: str) -> str | tuple[int, int, int]:
+        """The path of a picture, or its tar, offset and size.
+
+        Raises:
+            ValueError: there is none; the message says why.
+        """
+        problem = self.name_problem(name)
+        if problem:
+            raise ValueError(problem)
         if not name.endswith("/") and "\0" not in name:
             member = member_name(name)
             if member in self._members:
                 return self._members[member]
+            for links, places in self._linked:
+                target = resolve(member, links)
+                if target in places:
+                    return places[target]
             for folder in self.folders:
                 path = os.path.join(folder, name)
-                if os.path.isfile(path):
+                if _is_file(path, name):
                     self._require_inside(folder, name)
                     return path
             if member in self._refused:
                 raise ValueError(f"image {name!r} {self._refused[member]}")
+            above = next((str(up) for up in Path(member).parents if str(up) in self._refused), None)
+            if above:
+                raise ValueError(f"image {name!r} does not exist: {above!r} {self._refused[above]}")
         raise ValueError(f"image {name!r} does not exist under {self._named}")
 
     def _require_inside(self, folder: str, name: str) -> None:
@@ -107,7 +153,7 @@ class Pictures:
             if decode:
                 read_picture(self.load(name), name)
             else:
-                self._place(name)
+                self.place(name)
         except ValueError as error:
             return str(error)
         return None
@@ -119,13 +165,28 @@ class Pictures:
             ValueError: the picture is missing, outside the roots, damaged, too large or not a picture; the
                 message names it.
         """
-        place = self._place(name)
+        place = self.place(name)
         if isinstance(place, str):
             return decode_image(place)
         number, offset, size = place
-        with open(self.tars[number], "rb") as file:
-            file.seek(offset)
-            return decode_image(file.read(size), f"{name} in {self.tars[number]}")
+        named = f"{name} in {self.tars[number]}"
+        try:
+            with open(self.tars[number], "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+        except OSError as error:
+            raise ValueError(f"image {named!r} cannot be read: {error.strerror or error}") from error
+        return decode_image(data, named)
+
+
+def _is_file(path: str, name: str) -> bool:
+    """As os.path.isfile, but a failure of the system is no answer."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if is_system_failure(error):
+            raise ValueError(f"image {name!r} cannot be read: {error.strerror or error}") from error
+        return False
 
 
 class PixelReader:

@@ -9,6 +9,7 @@ import mmap
 import os
 import re
 import tarfile
+import unicodedata
 from codecs import BOM_UTF8
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cumo_model.data.media import OTHER_SUFFIXES, picture_suffixes, unread_mark, unread_media
+from cumo_model.data.media import OTHER_SUFFIXES, names_a_file, picture_suffixes, unread_mark, unread_media
 from cumo_model.data.pictures import Pictures
 from cumo_model.data.shards import Member, read_shard
 from cumo_model.processing.conversation import IMAGE_MARKER, render, reserved_marker, turn_problem
@@ -78,7 +79,7 @@ class Row:
 def scan(path: str | os.PathLike) -> Iterator[Row]:
     """Yield each record of a .json list, a .jsonl file or a .tar shard; a broken record has a `reason`.
 
-    In a shard a record is a member `name.json`. If the record names no picture, its pictures are the member
+    In a shard a record is a member `name.json`. If it has no key `image`, its pictures are the member
     `name.jpg`, or the members `name.0.jpg`, `name.1.jpg`, ... in the order of their names (also .png etc.).
 
     Raises:
@@ -153,15 +154,18 @@ def _scan_tar(path: str) -> Iterator[Row]:
         records = [member for member in shard.members if member.name.endswith(".json")]
         names = {member.name.removesuffix(".json") for member in records}
         beside = _beside(shard.members, names, picture_suffixes())
+        refused = _beside([Member(name, 0, 0) for name in shard.refused], names, picture_suffixes())
         unread, seen = _beside(shard.members, names, OTHER_SUFFIXES), set()
         with open(path, "rb") as file:
             for number, member in enumerate(records):
                 file.seek(member.offset)
                 value, reason = _parse(file.read(member.size))
                 key, own = member.name.removesuffix(".json"), ()
-                if isinstance(value, dict) and not value.get("image"):
+                if isinstance(value, dict) and "image" not in value:
                     own = beside.get(key, ())
                     value = with_pictures(value, own)
+                    if key in refused:
+                        reason = f"has {refused[key][0]!r} beside it, which {shard.refused[refused[key][0]]}"
                 if key in seen:
                     reason = reason or f"is the second member with the name {member.name!r}"
                 elif key in unread:
@@ -303,13 +307,8 @@ def record_problem(record: Any) -> str | None:
     for order, turn in enumerate(record["conversations"], 1):
         if _SURROGATE.search(turn["value"]):
             return f"turn {order} holds half of a surrogate pair, which is not a character"
-        if not turn["value"].strip():
+        if is_blank(turn["value"]):
             return f"turn {order} is empty"
-        mark = unread_mark(turn["value"], turn["from"] == "human")
-        if mark:
-            return (
-                f"turn {order} holds {mark}, which would be trained on as text: only {IMAGE_MARKER} is read"
-            )
         problem = unread_media({key: turn[key] for key in turn if key not in ("from", "value")})
         if problem:
             return f"turn {order} {problem}"
@@ -329,11 +328,41 @@ def record_problem(record: Any) -> str | None:
     if "image" in record and not names and markers:
         return f"image must be a file name or a list of them where a turn holds {IMAGE_MARKER}, got {image!r}"
     images = len(names)
+    problem = _mark_problem(record, markers, images)
+    if problem:
+        return problem
     if markers == 0 and images == 1:
         return f"names the image {picture_names(record)[0]!r} but no turn holds {IMAGE_MARKER}"
     if markers != images:
         return f"{markers} {IMAGE_MARKER} markers but {images} images"
     return None
+
+
+def _mark_problem(record: dict, markers: int, images: int) -> str | None:
+    """The reason why a question holds a placeholder that is not `<image>`, or None."""
+    rest = {key: record[key] for key in record if key not in READ}
+    is_unread = images > markers or (not images and names_a_file(rest))
+    for order, turn in enumerate(record["conversations"], 1):
+        if turn["from"] == "human":
+            mark = unread_mark(turn["value"], 0 < images == markers, is_unread)
+            if mark:
+                only = f"only {IMAGE_MARKER} is read"
+                return f"turn {order} holds {mark}, which would be trained on as text: {only}"
+    return None
+
+
+_INVISIBLE = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and marks without a shape
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has no character that can be seen, as zero-width spaces have none."""
+    return all(
+        letter.isspace()
+        or letter in _INVISIBLE
+        or unicodedata.category(letter) in ("Cc", "Cf")
+        or "variation selector" in unicodedata.name(letter, "").lower()
+        for letter in text
+    )
 
 
 def row_problems(

@@ -62,11 +62,27 @@ class Tokenising:
         )
 
 
-def summaries(problems: Sequence[Problem], cut: int = 0, max_length: int | None = None) -> list[str]:
-    """One line for each kind of record that is not trained on as it is, with the first files and lines."""
+def summaries(
+    problems: Sequence[Problem],
+    cut: int = 0,
+    max_length: int | None = None,
+    grey: Sequence[Problem] = (),
+) -> list[str]:
+    """One line for each kind of record that is not trained on as it is, with the first files and lines.
+
+    Args:
+        problems: of records that are left out (fatal), or have no labels.
+        cut: number of records that are longer than `max_length`.
+        max_length: as in `Tokenising`.
+        grey: problems of records that are kept although a picture is missing.
+    """
     found = []
-    for fatal, said in ((True, "left out"), (False, "trained on without labels")):
-        kind = [problem for problem in problems if problem.fatal == fatal]
+    kinds = {
+        "left out": [problem for problem in problems if problem.fatal],
+        "trained on without labels": [problem for problem in problems if not problem.fatal],
+        "kept with grey in place of a picture, their labels are not used": grey,
+    }
+    for said, kind in kinds.items():
         if kind:
             named = "; ".join(map(str, kind[:SHOWN])) + ("; ..." if len(kind) > SHOWN else "")
             found.append(f"records are {said}: {named} ({len(kind)} such records)")

@@ -3,6 +3,7 @@
 import os
 import posixpath
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 LINKS = 40  # that one name may lead through
@@ -19,10 +20,20 @@ class Member:
 
 @dataclass(frozen=True)
 class Shard:
-    """The files of a shard in order; why other members cannot be read; whether the file ends too early."""
+    """The members of a shard.
+
+    Attributes:
+        members: files in order.
+        refused: names of other members, and why they cannot be read.
+        directories: names of symbolic links to directories of the shard.
+        links: names of all symbolic links, and what they say (see `resolve`).
+        ends_early: whether the file is truncated.
+    """
 
     members: list[Member]
     refused: dict[str, str]
+    directories: set[str]
+    links: dict[str, str]
     ends_early: bool
 
 
@@ -43,26 +54,57 @@ def read_shard(path: str | os.PathLike) -> Shard:
         for member in tar:
             order.append((member_name(member.name), member))
     latest = dict(order)
-    found = []
+    links = {name: member.linkname for name, member in order if latest[name].issym() and member.issym()}
+    parents = _parents(latest) if links else set()
+    found, directories = [], set()
     for name, member in order:
         target: tarfile.TarInfo | None = member
+        place: str | None = name
         for _ in range(LINKS):
             if target is None or not (target.islnk() or target.issym()):
                 break
-            target = latest.get(_target(target))
+            place = resolve(member_name(target.linkname) if target.islnk() else place or "", links)
+            target = latest.get(place or "")
         if target is not None and target.isreg() and not target.issparse():
             found.append(Member(name, target.offset_data, target.size))
+        elif member.issym() and place in parents:
+            directories.add(name)
         elif member.islnk() or member.issym():
             refused[name] = f"is a link to {member.linkname!r}, which is not a file of the same tar file"
         elif not member.isdir():
             refused[name] = "is a sparse file" if member.issparse() else "is not a regular file"
-    return Shard(found, refused, bool(order) and _ends_early(path, order[-1][1]))
+    ends_early = bool(order) and _ends_early(path, order[-1][1])
+    return Shard(found, refused, directories, links, ends_early)
 
 
-def _target(link: tarfile.TarInfo) -> str:
-    if link.islnk():
-        return member_name(link.linkname)
-    return posixpath.normpath(posixpath.join(posixpath.dirname(member_name(link.name)), link.linkname))
+def _parents(names: Iterable[str]) -> set[str]:
+    found = {"."}
+    for name in names:
+        while (name := posixpath.dirname(name)) and name not in found:
+            found.add(name)
+    return found
+
+
+def resolve(name: str, links: dict[str, str]) -> str | None:
+    """Where a name in a shard leads to through symbolic links; None if out of the shard or in a circle."""
+    done: list[str] = []
+    left, followed = name.split("/")[::-1], 0
+    while left:
+        part = left.pop()
+        if part == ".." and not done:
+            return None
+        if part == "..":
+            done.pop()
+        elif part not in ("", "."):
+            target = links.get("/".join([*done, part]))
+            if target is None:
+                done.append(part)
+                continue
+            followed += 1
+            if followed > LINKS or target.startswith("/"):
+                return None
+            left += target.split("/")[::-1]
+    return "/".join(done) or "."
 
 
 def _ends_early(path: str | os.PathLike, last: tarfile.TarInfo) -> bool:

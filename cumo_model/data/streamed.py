@@ -2,7 +2,7 @@
 
 The index has 25 bytes per record: its position in the file and its number of tokens. All records are checked
 and tokenised once, when the index is built. The index is kept in `cache_dir`. Pictures are decoded when they
-are read, so the list of records does not change if a picture becomes unreadable.
+are used. With `skip_bad` the list of records depends on the record files only, not on the pictures.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
-from cumo_model.data.pictures import Pictures, PixelReader
+from cumo_model.data.pictures import Pictures, PixelReader, is_system_failure
 from cumo_model.data.records import (
     Problem,
     Row,
@@ -37,7 +37,8 @@ from cumo_model.processing.processor import CumoProcessor
 from cumo_model.processing.templates import get_template
 
 CHUNK = 1024  # records per tokenizer call
-INDEX_FORMAT = 4
+INDEX_FORMAT = 5
+TRIED = 100  # pictures, all unreadable, after which a run with skip_bad stops
 
 
 class StreamedConversations(Dataset):
@@ -68,12 +69,13 @@ class StreamedConversations(Dataset):
                 records; None: not truncated.
             cache_dir: folder in which the index is stored for later runs; None: it is not stored.
             skip_bad: leave out records that cannot be trained on, with one warning, instead of raising an
-                error. If a picture cannot be read when its record is used, the record has a grey picture and
-                no labels, with a warning. An index that was stored without `skip_bad` is used with all its
+                error. A record whose picture is missing or cannot be decoded is kept, with a grey picture and
+                no labels, and a warning. An index that was stored without `skip_bad` is used with all its
                 records, so that a run can go on with `skip_bad`.
 
         Raises:
-            ValueError: a file cannot be used, or a record cannot be used and `skip_bad` is False.
+            ValueError: a file cannot be used; a record cannot be used and `skip_bad` is False; or, with
+                `skip_bad`, none of the pictures can be read (up to TRIED of them are tried).
         """
         get_template(template)
         self.files = record_files(list(files) if isinstance(files, list | tuple) else files)
@@ -87,6 +89,7 @@ class StreamedConversations(Dataset):
         self.tokenising = Tokenising(processor, template, max_length)
         self.tokens_per_image = self.tokenising.tokens_per_image
         self._unread: set[str] = set()  # pictures that have been warned about
+        self._in_a_row: set[str] = set()  # unreadable pictures since the last one that was read
         self.reader = PixelReader(processor.image_processor)
         self.pad_id: int = processor.tokenizer.pad_token_id or 0
         index = self._load_index(cache_dir, skip_bad)
@@ -96,6 +99,8 @@ class StreamedConversations(Dataset):
         self.has_image: np.ndarray = index["has_image"]
         names = json.loads(index["beside"].tobytes())
         self._beside: dict[int, list[str]] = dict(zip(index["beside_places"].tolist(), names, strict=True))
+        if skip_bad:
+            self._require_a_picture()
 
     def identity(self) -> str:
         """A digest of file names and sizes, template, tokenizer and max_length, independent of the folder."""
@@ -140,13 +145,21 @@ class StreamedConversations(Dataset):
         columns: dict[str, list] = {name: [] for name in names}
         beside: dict[int, Sequence[str]] = {}
         bad: list[Problem] = []
+        grey: list[Problem] = []
         for number, file in enumerate(self.files):
             waiting: list[Row] = []
             said = f"reading {os.path.basename(file)}"
             rows = tqdm(scan(file), desc=said, unit=" records", mininterval=2, delay=20)  # what is long
             for row in rows:
-                problems = row_problems(row, file, self.pictures, False, self.template)
+                problems = row_problems(row, file, None if skip_bad else self.pictures, False, self.template)
                 fatal = [problem for problem in problems if problem.fatal]
+                if skip_bad and not fatal:
+                    lost = self._missing_picture(row, file)
+                    if lost and lost.fatal:
+                        fatal = problems = [lost]
+                    elif lost:
+                        problems = []
+                        grey.append(lost)
                 bad += problems
                 if fatal and not skip_bad:
                     raise ValueError(str(fatal[0]))
@@ -156,7 +169,7 @@ class StreamedConversations(Dataset):
                     self._add(columns, beside, bad, number, waiting, skip_bad)
                     waiting = []
             self._add(columns, beside, bad, number, waiting, skip_bad)
-        summary = summaries(bad, sum(columns.pop("cut")), self.max_length)
+        summary = summaries(bad, sum(columns.pop("cut")), self.max_length, grey)
         for said in summary:
             warnings.warn(said, stacklevel=4)
         if not columns["file"]:
@@ -167,6 +180,45 @@ class StreamedConversations(Dataset):
         index["beside_places"] = np.array(list(beside), np.int64)
         index["beside"] = np.frombuffer(json.dumps(list(beside.values())).encode(), np.uint8)
         return index
+
+    def _missing_picture(self, row: Row, file: str) -> Problem | None:
+        """The problem of a picture that cannot be used: fatal if its name is wrong wherever it is."""
+        lost = None
+        for name in picture_names(row.value):
+            reason = self.pictures.name_problem(name)
+            if reason:
+                return Problem(file, row.number, row.value.get("id"), reason, line=row.line)
+            try:
+                self.pictures.place(name)
+            except ValueError as error:
+                if is_system_failure(error):
+                    raise
+                lost = lost or Problem(
+                    file, row.number, row.value.get("id"), str(error), fatal=False, line=row.line
+                )
+        return lost
+
+    def _require_a_picture(self) -> None:
+        """Raise an error if none of the pictures can be read, looking at TRIED of them at most."""
+        places = self.has_image.nonzero()[0]
+        if not len(places):
+            return
+        tried: dict[str, str] = {}  # name -> reason
+        for place in np.unique(np.linspace(0, len(places) - 1, TRIED).astype(np.int64)).tolist():
+            for name in picture_names(self.record(int(places[place]))):
+                if name in tried or len(tried) == TRIED:
+                    continue
+                try:
+                    self.reader.pixels(self.pictures.load(name))
+                    return
+                except ValueError as error:
+                    if is_system_failure(error):
+                        raise
+                    tried[name] = str(error)
+        raise ValueError(
+            f"skip_bad: none of the pictures can be read ({len(tried)} tried), the first: "
+            f"{next(iter(tried.values()))}"
+        )
 
     def _add(self, columns, beside, bad, number: int, rows: list[Row], skip_bad: bool) -> None:
         if not rows:
@@ -257,19 +309,27 @@ class StreamedConversations(Dataset):
     def _picture(self, index: int, record: dict, name: str) -> Tensor | None:
         """A picture of a record, (3, s, s) fp32; with `skip_bad` a warning and None if it cannot be read."""
         try:
-            return self.reader.normalise(self.reader.pixels(self.pictures.load(name)))
+            found = self.reader.normalise(self.reader.pixels(self.pictures.load(name)))
         except (ValueError, OSError, MemoryError) as error:
             told = f"{self.file_of(index)}:{self._line[index]}: record (id {record.get('id')!r}): "
             told += str(error) or type(error).__name__
+            if is_system_failure(error):
+                raise ValueError(f"{told}; this is a failure of the system, not of the picture") from error
             if not self.skip_bad:
                 raise ValueError(
                     f"{told}; a training run goes on without this record with data.skip_bad=true"
                 ) from error
+            self._in_a_row.add(name)
+            if len(self._in_a_row) == TRIED:
+                raise ValueError(f"{told}; skip_bad: {TRIED} pictures in a row cannot be read") from error
             if name not in self._unread:
                 self._unread.add(name)
+                where = " in this data loader worker" if get_worker_info() else ""
                 warnings.warn(
-                    f"{told}; it is replaced by grey and its record trains nothing "
-                    f"({len(self._unread)} such pictures so far)",
+                    f"{told}; it is replaced by grey and its record's labels are not used "
+                    f"({len(self._unread)} such pictures so far{where})",
                     stacklevel=4,
                 )
             return None
+        self._in_a_row.clear()
+        return found

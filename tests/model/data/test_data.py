@@ -205,6 +205,14 @@ BAD_RECORDS = [
     pytest.param({"id": 9, "conversations": _turns(" \n", "red")}, "turn 1 is empty", id="empty-question"),
     pytest.param({"id": 9, "conversations": _turns("what?", "")}, "turn 2 is empty", id="empty-answer"),
     pytest.param(
+        {"id": 9, "conversations": _turns("what?", "\u200b \ufeff\u3164\ufe0f\0\n")},
+        "turn 2 is empty",
+        id="invisible-answer",
+    ),
+    pytest.param(
+        {"id": 9, "conversations": _turns("\u2060", "red")}, "turn 1 is empty", id="invisible-question"
+    ),
+    pytest.param(
         {"id": 9, "image": NAMES[0], "conversations": [*ONE, *_turns("", "red")]},
         "turn 3 is empty",
         id="empty-later-question",
@@ -303,6 +311,12 @@ def test_a_corrupt_picture_is_named_when_it_is_used(folder, processor):
         dataset[4]
     assert [problem.record for problem in check(folder / "talk.json", folder, decode=True)] == [0, 4]
     assert list(check(folder / "talk.json", folder)) == []
+
+
+def test_invisible_characters_within_a_text_are_free(folder):
+    for answer in ("a\u200bb", "\u2764\ufe0f", "\u0645\u06cc\u200c\u062e", "."):
+        path = _write(folder, [{"id": 9, "conversations": _turns("what?", answer)}])
+        assert list(check(path)) == []
 
 
 def test_several_problems_are_counted(folder, processor):

@@ -1,14 +1,16 @@
 """Pictures by name: a name means the same in a folder and in a tar of it, and links stay inside the roots."""
 
+import errno
 import io
 import json
+import os
 import tarfile
 
 import pytest
 from PIL import Image
 
 from cumo_model.data import Pictures, check, scan
-from cumo_model.data.pictures import KNOWN_DIRECTORIES
+from cumo_model.data.pictures import KNOWN_DIRECTORIES, is_system_failure
 
 TURNS = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
 
@@ -118,6 +120,78 @@ def test_links_in_a_tar_are_followed_inside_it(tmp_path):
     assert list(scan(shard)) == []  # an archive that ends with a link is not truncated
 
 
+def test_links_to_directories_in_a_tar_are_followed_as_in_its_folder(folder, tmp_path):
+    """Both give the same picture or the same refusal for every name."""
+    for name, target in {
+        "link": "sub",
+        "sub/up": "..",
+        "twice": "link/up/sub",
+        "file.png": "twice/b.png",
+        "out": "../other",
+        "circle": "circle/x",
+    }.items():
+        (folder / name).symlink_to(target)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "c.png").write_bytes(_png("green"))
+    shard = tmp_path / "all.tar"
+    with tarfile.open(shard, "w") as tar:
+        tar.add(folder, ".")
+    both = Pictures(folder), Pictures(shard)
+    for name in ("link/b.png", "sub/up/a.png", "twice/b.png", "file.png", "link/up/link/b.png"):
+        for pictures in both:
+            assert _colour(pictures, name) == ((255, 0, 0) if name.endswith("a.png") else (0, 0, 255)), name
+    for name in ("link", "link/a.png", "out/c.png", "circle/b.png", "circle", "sub/up", "twice"):
+        assert all(pictures.problem(name) for pictures in both), name
+    assert "'out' in " in both[1].problem("out/c.png") and "is a link to '../other'" in both[1].problem(
+        "out/c.png"
+    )
+    assert "does not exist under" in both[1].problem("link/a.png")
+
+
+def test_a_picture_beside_a_record_that_is_a_link_out_is_named(tmp_path):
+    shard = tmp_path / "out.tar"
+    with tarfile.open(shard, "w") as tar:
+        _add(tar, "a.json", json.dumps({"conversations": TURNS}).encode())
+        _add(tar, "a.png", linkname="/data/a.png", type=tarfile.SYMTYPE)
+        _add(tar, "b.json", json.dumps({"image": "a.png", "conversations": TURNS}).encode())
+    first, second = (problem.reason for problem in check(shard, shard))
+    said = "is a link to '/data/a.png', which is not a file of the same tar file"
+    assert first == f"has 'a.png' beside it, which {said}"
+    assert second.startswith("image 'a.png' in ") and second.endswith(said)
+
+
+@pytest.mark.parametrize("image", [None, [], ""])
+def test_a_record_that_says_it_has_no_picture_gets_none(tmp_path, image):
+    """In a shard as in a list of records, also if a picture lies beside it."""
+    shard, records = tmp_path / "none.tar", tmp_path / "none.json"
+    text = [{**TURNS[0], "value": "what?"}, TURNS[1]]
+    rows = [{"image": image, "conversations": turns} for turns in (text, TURNS)]
+    records.write_text(json.dumps(rows))
+    with tarfile.open(shard, "w") as tar:
+        for number, row in enumerate(rows):
+            _add(tar, f"{number}.json", json.dumps(row).encode())
+            _add(tar, f"{number}.png", _png("red"))
+    assert [row.value for row in scan(shard)] == rows and not any(row.beside for row in scan(shard))
+    reasons = [[(p.record, p.reason) for p in check(file, shard)] for file in (shard, records)]
+    assert reasons[0] == reasons[1] and [record for record, _ in reasons[0]] == [1]
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_failure_of_the_system_is_not_a_missing_picture(folder, monkeypatch, code):
+    def fails(path, *args, **more):
+        raise OSError(code, os.strerror(code), path)
+
+    pictures = Pictures(folder)
+    monkeypatch.setattr("cumo_model.data.pictures.os.stat", fails)
+    with pytest.raises(ValueError, match=f"image 'a.png' cannot be read: {os.strerror(code)}") as error:
+        pictures.place("a.png")
+    assert is_system_failure(error.value)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="does not exist") as error:
+        pictures.place("gone.png")
+    assert not is_system_failure(error.value)
+
+
 def test_equal_records_that_tar_stores_as_links_are_read(tmp_path):
     shard = tmp_path / "records.tar"
     record = json.dumps({"conversations": TURNS}).encode()
@@ -147,7 +221,7 @@ def test_members_beside_a_record(tmp_path):
     suffixes = ["jfif", "JPG", "tif", "tiff", "avif", "jpe", "webp", "PNG"]
     with tarfile.open(shard, "w") as tar:
         for number, suffix in enumerate(suffixes):
-            _add(tar, f"./{number}.json", json.dumps({"image": None, "conversations": TURNS}).encode())
+            _add(tar, f"./{number}.json", json.dumps({"conversations": TURNS}).encode())
             _add(tar, f"{number}.{suffix}", _png("red"))
     assert [row.value.get("image") for row in scan(shard)] == [f"{n}.{s}" for n, s in enumerate(suffixes)]
     assert list(check(shard, shard, decode=True)) == []

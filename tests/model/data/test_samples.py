@@ -71,6 +71,17 @@ def test_a_record_that_keeps_no_label_is_bad(tmp_path, processor):
             assert len(streamed(before, skip_bad=True, cache_dir=tmp_path / "c")) == 1
 
 
+def test_a_record_without_any_label_is_bad(processor):
+    """As with a tokenizer that has no token for an answer's characters."""
+    turns = _record(0, "what?", "red")["conversations"]
+    ids = torch.arange(3)
+    said = "no token of its answers has a label: no label is trained on"
+    for limit in (None, 2):
+        tokenising = Tokenising(processor, "mistral_instruct", limit)
+        assert tokenising.problem(turns, (ids, torch.full_like(ids, -100))) == said
+        assert tokenising.problem(turns, (ids, ids)) is None
+
+
 def test_records_that_are_cut_are_counted_and_reserved_marks_stay_a_warning(tmp_path, processor):
     path = _write(tmp_path, [RECORDS[0], RECORDS[2], RECORDS[3], RECORDS[2]])
     limit = _lengths(processor, RECORDS[0])[0]
@@ -108,4 +119,9 @@ def test_summaries_name_the_first_lines_and_count():
         "records are trained on without labels: a.jsonl:4: record 3: is odd (1 such records)"
     )
     assert cut == "2 records are longer than max_length 9 and are cut"
+    (grey,) = summaries([], grey=problems[:1])
+    assert grey == (
+        "records are kept with grey in place of a picture, their labels are not used: "
+        "a.jsonl:1: record 0: is odd (1 such records)"
+    )
     assert summaries([]) == []

@@ -1,5 +1,6 @@
 """Pictures that cannot be read stop a run with advice, or are passed over, also by a run that was stopped."""
 
+import errno
 import io
 import json
 import os
@@ -82,7 +83,7 @@ def _spoil(path, kind):
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_an_unreadable_picture_becomes_grey_and_trains_nothing(folder, processor, kind):
+def test_an_unreadable_picture_becomes_grey_and_its_labels_are_not_used(folder, processor, kind):
     data = StreamedConversations(folder / "x.jsonl", folder, processor, skip_bad=True)
     wanted = data.__getitems__([0, 1, 2])
     _spoil(folder / "bad.jpg", kind)
@@ -120,10 +121,107 @@ def test_an_index_of_all_records_is_used_also_with_skip_bad(folder, processor):
     _spoil(folder / "bad.jpg", "deleted")
     assert len(dataset(True)) == 3
     shutil.rmtree(folder / "c")
-    with pytest.warns(UserWarning, match="does not exist"):
-        assert len(dataset(True)) == 1  # at first indexing, pictures that are missing are left out
+    kept = (
+        r"kept with grey .*x\.jsonl:1: .*\(id 'both'\): image 'bad\.jpg' does not exist.*\(2 such records\)"
+    )
+    for _ in range(2):  # the second time with the index from disk
+        with pytest.warns(UserWarning, match=kept):
+            assert len(dataset(True)) == 3  # the same records, whatever pictures there are
+    shutil.rmtree(folder / "c")
     with pytest.raises(ValueError, match=r"x\.jsonl:1: .*'bad\.jpg' does not exist"):
         dataset(False)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_the_records_do_not_depend_on_the_pictures(folder, processor, kind):
+    """An index that is made before, while and after a picture is bad; names and links out of the folder."""
+    records = _records()
+    outside = {**records[2], "id": "outside", "image": "../bad.jpg"}
+    link = {**records[2], "id": "link", "image": "link.jpg"}
+    (folder / "x.jsonl").write_text("\n".join(map(json.dumps, [*records, outside, link])))
+
+    def found():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = StreamedConversations(folder / "x.jsonl", folder, processor, skip_bad=True)
+            return data, [data.record(i)["id"] for i in range(len(data))], data.lengths.tolist()
+
+    shutil.copy(folder / "blue.png", folder / "link.jpg")
+    before = found()
+    (folder / "link.jpg").unlink()
+    (folder / "link.jpg").symlink_to(folder.parent)
+    _spoil(folder / "bad.jpg", kind)
+    during = found()
+    assert during[1:] == before[1:] and before[1] == ["both", "good", "single", "link"]
+    with pytest.warns(UserWarning, match="its record's labels are not used"):
+        assert [bool((item["labels"] != -100).any()) for item in during[0].__getitems__(range(4))] == [
+            False,
+            True,
+            False,
+            False,
+        ]
+
+
+FAILURES = {
+    "files": OSError(errno.EMFILE, "Too many open files"),
+    "disk": OSError(errno.EIO, "Input/output error"),
+    "rights": PermissionError(errno.EACCES, "Permission denied"),
+    "memory": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_failure_of_the_system_stops_a_run_with_skip_bad(folder, processor, monkeypatch, kind):
+    def fails(*args, **more):
+        raise FAILURES[kind]
+
+    data = StreamedConversations(folder / "x.jsonl", folder, processor, skip_bad=True)
+    monkeypatch.setattr("cumo_model.processing.pictures.Image.open", fails)
+    said = (
+        r"x\.jsonl:2: record \(id 'good'\): .*green\.png.*this is a failure of the system, not of the picture"
+    )
+    with pytest.raises(ValueError, match=said):
+        data[1]
+    with pytest.raises(ValueError, match=r"\.png.* cannot be read"):
+        StreamedConversations(folder / "x.jsonl", folder, processor, skip_bad=True)
+    monkeypatch.undo()
+    monkeypatch.setattr("cumo_model.data.pictures.decode_image", fails)
+    if kind != "memory":
+        with pytest.raises(OSError):
+            data.pictures.load("green.png")
+    with pytest.raises(ValueError, match="failure of the system"):
+        data[1]
+
+
+def test_a_data_set_without_a_readable_picture_stops(folder, processor, monkeypatch):
+    data = StreamedConversations(folder / "x.jsonl", folder, processor, skip_bad=True)
+    for colour in ("red", "green"):
+        (folder / f"{colour}.png").unlink()
+    _spoil(folder / "bad.jpg", "text")
+    said = (
+        r"skip_bad: none of the pictures can be read \(3 tried\), the first: image 'red\.png' does not exist"
+    )
+    with pytest.warns(UserWarning, match="kept with grey"), pytest.raises(ValueError, match=said):
+        StreamedConversations(folder / "x.jsonl", folder, processor, skip_bad=True)
+    monkeypatch.setattr("cumo_model.data.streamed.TRIED", 2)
+    shutil.copy(folder / "blue.png", folder / "red.png")
+    with pytest.warns(UserWarning, match="green"):
+        for index in (1, 1, 0, 2):  # in the third record red is read between the two others
+            data[index]
+    with pytest.raises(ValueError, match=r"good.*skip_bad: 2 pictures in a row cannot be read"):
+        data[1]
+    shutil.copy(folder / "blue.png", folder / "green.png")
+    StreamedConversations(folder / "x.jsonl", folder, processor, skip_bad=True)
+
+
+def test_each_worker_names_a_picture_once_and_says_that_it_counts_for_itself(folder, processor, monkeypatch):
+    data = StreamedConversations(folder / "x.jsonl", folder, processor, skip_bad=True)
+    _spoil(folder / "bad.jpg", "text")
+    monkeypatch.setattr("cumo_model.data.streamed.get_worker_info", lambda: object())
+    with pytest.warns(UserWarning) as caught:
+        data.__getitems__([0, 1, 2, 2, 0])
+    (text,) = (str(warning.message) for warning in caught)
+    assert text.endswith("(1 such pictures so far in this data loader worker)")
 
 
 def test_a_changed_record_file_is_named(folder, processor):
