@@ -102,10 +102,14 @@ def decode_image(source: Any, name: str | None = None) -> Image.Image:
     try:
         if not isinstance(source, Image.Image):
             image = _open(source, named)
-            _check_sides(image.size, named)
-            if needed(image) > MEMORY:
-                _decode_smaller(image, named)
-            image.load()
+            try:
+                _check_sides(image.size, named)
+                if needed(image) > MEMORY:
+                    _decode_smaller(image, named)
+                image.load()
+            except BaseException:
+                image.close()
+                raise
             return image
         _check_sides(source.size, named)
         with _others:

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.llava.processing_llava import LlavaProcessorKwargs
 from transformers.processing_utils import Unpack
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -90,7 +90,12 @@ class CumoProcessor(LlavaProcessor):
         """Whether the model needs image_sizes; else it takes tile after tile."""
         return self.patch_merge_type != "flat" and self.is_tiled(**kwargs)
 
-    def __call__(self, images=None, text=None, **kwargs: Unpack[LlavaProcessorKwargs]):
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        **kwargs: Unpack[LlavaProcessorKwargs],
+    ) -> BatchFeature:
         """Convert pictures and text to tensors, as in transformers.
 
         A text that starts with the BOS tokens of the chat template, as `apply_chat_template` writes it, gets
@@ -100,7 +105,7 @@ class CumoProcessor(LlavaProcessor):
             images: pictures as `pictures.read_picture` reads them: one, a list in the order of markers, or
                 a list of lists, one for each row of `text`.
             text: one text or several, with `<image>` for each picture.
-            **kwargs (Any): as in transformers.
+            **kwargs: as in transformers.
 
         Raises:
             ValueError: a picture cannot be read, pictures and markers do not match, or videos or audio are
