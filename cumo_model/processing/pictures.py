@@ -112,7 +112,7 @@ def decode_image(source: Any, name: str | None = None) -> Image.Image:
                 raise
             return image
         _check_sides(source.size, named)
-        with _others:
+        with _locks[id(source) // 16 % len(_locks)]:
             is_decoded = not (isinstance(source, ImageFile.ImageFile) and (source.tile or source._im is None))
             if is_decoded or needed(source) <= MEMORY:
                 source.load()
@@ -130,7 +130,8 @@ def decode_image(source: Any, name: str | None = None) -> Image.Image:
         raise ValueError(f"{named} cannot be read: {reason}") from error
 
 
-_others = threading.Lock()  # decoding of images that callers have opened and may use in several threads
+# for decoding images that callers have opened and may use in several threads; by identity, as images have no hash
+_locks = [threading.Lock() for _ in range(64)]
 
 
 class _Refused(Exception):
