@@ -130,7 +130,7 @@ def decode_image(source: Any, name: str | None = None) -> Image.Image:
         raise ValueError(f"{named} cannot be read: {reason}") from error
 
 
-# for decoding images that callers have opened and may use in several threads; by identity, as images have no hash
+# for decoding images that callers have opened and may use in several threads, by the identity of the image
 _locks = [threading.Lock() for _ in range(64)]
 
 
