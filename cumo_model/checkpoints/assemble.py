@@ -177,6 +177,17 @@ def describe(checkpoint: str | os.PathLike) -> tuple[CumoConfig, CumoProcessor |
     return config, processor
 
 
+def experts_of(config: CumoConfig) -> dict[str, tuple[int, int]]:
+    """Experts, and experts per token, of each of PLACES; (1, 1) in a dense language model."""
+    text, vision = config.text_config, config.vision_config
+    is_sparse = text.model_type == "mixtral"
+    return {
+        "vision_experts": (vision.num_experts, vision.num_experts_per_tok),
+        "projector_experts": (config.projector_num_experts, config.projector_num_experts_per_tok),
+        "text_experts": (text.num_local_experts, text.num_experts_per_tok) if is_sparse else (1, 1),
+    }
+
+
 def _new_experts(
     config: CumoConfig, source: str | os.PathLike | None, wanted: dict[str, int]
 ) -> dict[str, int]:
@@ -185,12 +196,7 @@ def _new_experts(
     A place that already has the requested number keeps its experts, so a stage that adds experts can also
     start from its own result.
     """
-    text = config.text_config
-    found = {
-        "vision_experts": config.vision_config.num_experts,
-        "projector_experts": config.projector_num_experts,
-        "text_experts": text.num_local_experts if text.model_type == "mixtral" else 1,
-    }
+    found = {name: number for name, (number, _) in experts_of(config).items()}
     new = dict(wanted)
     for name in PLACES:
         asked = wanted.get(name) or 0

@@ -98,9 +98,7 @@ def template_for(processor: CumoProcessor, name: str | None = None, option: str 
     if name is not None:
         get_template(name)
         return name
-    chat = processor.chat_template
-    if isinstance(chat, dict):
-        chat = chat.get("default")
+    chat = processor.chat_template_for()
     found = template_of(chat, tuple(TEMPLATES))
     if found is None:
         raise ValueError(

@@ -209,10 +209,11 @@ class PixelReader:
 
     def pixels(self, picture: Image.Image) -> Tensor:
         """A picture as (3, s, s) uint8, before normalisation."""
-        if picture.mode == "F":  # as 8 bits: the image processor would keep floats from 0 to 1 in this range
+        is_tile = picture.size == (self.side, self.side)  # padding, resizing and cropping change nothing
+        if is_tile or picture.mode == "F":  # the image processor would keep floats from 0 to 1 in this range
             picture = load_image(picture)
-        if picture.size == (self.side, self.side):  # padding, resizing and cropping change nothing
-            return torch.from_numpy(np.array(load_image(picture))).permute(2, 0, 1).contiguous()
+        if is_tile:
+            return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
         done = self.image_processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")[
             "pixel_values"
         ][0]

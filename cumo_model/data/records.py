@@ -405,36 +405,35 @@ def check(
         count: the first element is set to the number of records read so far.
         template: name of the template whose separators must not occur inside a turn.
     """
-    get_template(template)
-    name, count = os.fspath(path), [0] if count is None else count
-    try:
-        for row, problems in checked_rows(path, image_root, decode, template):
+    for row, problems in checked_rows(path, image_root, decode, template):
+        if row is not None and count is not None:
             count[0] = row.number + 1
-            yield from problems
-    except ValueError as error:
-        yield Problem(name, None, None, str(error).removeprefix(f"{name}: "))
-        return
-    if count[0] == 0:
-        yield Problem(name, None, None, "holds no records")
+        yield from problems
 
 
 def checked_rows(
     path: str | os.PathLike, image_root, decode: bool, template: str
-) -> Iterator[tuple[Row, list[Problem]]]:
+) -> Iterator[tuple[Row | None, list[Problem]]]:
     """Yield each record with its problems, in order; arguments as in `check`. Decodes pictures in parallel.
 
-    Raises:
-        ValueError: the file or a .tar file of pictures cannot be read.
+    A problem of the file itself, or of a .tar file of pictures, comes last, without a record.
     """
-    name, pictures = os.fspath(path), None if image_root is None else Pictures(image_root)
+    get_template(template)
+    name, row = os.fspath(path), None
+    try:
+        pictures = None if image_root is None else Pictures(image_root)
 
-    def checked(row: Row) -> tuple[Row, list[Problem]]:
-        return row, row_problems(row, name, pictures, decode, template)
+        def checked(row: Row) -> tuple[Row, list[Problem]]:
+            return row, row_problems(row, name, pictures, decode, template)
 
-    if pictures is None or not decode:
-        yield from map(checked, scan(path))
-    else:
-        yield from _in_order(checked, scan(path))
+        in_order = map if pictures is None or not decode else _in_order
+        for row, problems in in_order(checked, scan(path)):
+            yield row, problems
+    except ValueError as error:
+        yield None, [Problem(name, None, None, str(error).removeprefix(f"{name}: "))]
+        return
+    if row is None:
+        yield None, [Problem(name, None, None, "holds no records")]
 
 
 def _in_order(function: Callable, items: Iterable) -> Iterator:

@@ -39,23 +39,17 @@ def check_files(
         roots = list(image_root or []) + ([file] if file.endswith(".tar") else [])
         count, pictures, fatal, unlabelled = 0, 0, 0, []
         with tqdm(desc=file, unit=" records", mininterval=1, disable=not sys.stderr.isatty()) as bar:
-            try:
-                for row, problems in checked_rows(file, roots or None, decode, template):
-                    bar.update()
-                    for problem in problems:
-                        bar.clear()
-                        print(problem, flush=True)
-                    bad = any(problem.fatal for problem in problems)
-                    count, fatal = row.number + 1, fatal + bad
-                    unlabelled += [problem.line for problem in problems if not problem.fatal]
+            for row, problems in checked_rows(file, roots or None, decode, template):
+                bar.update(row is not None)
+                for problem in problems:
+                    bar.clear()
+                    print(problem, flush=True)
+                bad = any(problem.fatal for problem in problems)
+                fatal += bad
+                unlabelled += [problem.line for problem in problems if not problem.fatal]
+                if row is not None:
+                    count = row.number + 1
                     pictures += 0 if bad else len(picture_names(row.value))
-            except ValueError as error:
-                print(f"{file}: {str(error).removeprefix(f'{file}: ')}", flush=True)
-                fatal += 1
-            else:
-                if not count:
-                    print(f"{file}: holds no records", flush=True)
-                    fatal += 1
         also = f", {len(unlabelled)} have no usable label ({_lines(unlabelled)})" if unlabelled else ""
         print(f"{file}: {count} records, {fatal} cannot be used{also}", flush=True)
         if pictures and not roots:

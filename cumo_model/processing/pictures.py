@@ -119,12 +119,12 @@ def decode_image(source: Any, name: str | None = None) -> Image.Image:
                 return source
             again = _opened_again(source)
         return decode_image(again, name or getattr(source, "filename", None))
+    except _Refused:
+        raise
     except FileNotFoundError:
         raise ValueError(f"{named} does not exist") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"{named} is not a picture in a format that Pillow supports") from None
-    except _Refused as error:
-        raise ValueError(str(error)) from None
     except Exception as error:  # decoders raise many kinds of errors for damaged files
         reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
         raise ValueError(f"{named} cannot be read: {reason}") from error
@@ -134,8 +134,8 @@ def decode_image(source: Any, name: str | None = None) -> Image.Image:
 _locks = [threading.Lock() for _ in range(64)]
 
 
-class _Refused(Exception):
-    pass
+class _Refused(ValueError):
+    """An error whose message is complete."""
 
 
 def _named(source: Any, name: str | None) -> str:
@@ -258,10 +258,7 @@ def orientation_of(image: Image.Image) -> int:
 
 def _of_image(image: Image.Image, named: str) -> Picture:
     orientation, (width, height) = orientation_of(image), image.size
-    try:
-        convert, is_unit = _converter(image)
-    except _Refused as error:
-        raise ValueError(f"{named} {error}") from None
+    convert, is_unit = _converter(image, named)
 
     def stored(x: int, y: int) -> tuple[int, int]:
         """The place in the file of a place in the upright picture."""
@@ -284,17 +281,17 @@ def _of_image(image: Image.Image, named: str) -> Picture:
     return Picture((width, height), part, is_unit, full_size)
 
 
-def _converter(image: Image.Image) -> tuple[Callable[[Image.Image], Image.Image], bool]:
+def _converter(image: Image.Image, named: str) -> tuple[Callable[[Image.Image], Image.Image], bool]:
     """A function that converts any part of `image` to RGB, and whether the image is float from 0 to 1."""
     mode = image.mode
     if mode in ("I", "F") or mode.startswith("I;16"):
         low, high = image.getextrema() if mode in ("I", "F") else (0, 65535)
         if mode == "F" and not _is_finite(image):
-            raise _Refused("must have finite values, got NaN or infinity")
+            raise ValueError(f"{named} must have finite values, got NaN or infinity")
         kind = {"I": np.int32, "F": np.float32}.get(mode, np.uint16)
         if mode == "I" and image.format == "PNG":
             kind = np.uint16  # earlier releases of Pillow read 16-bit grey as I
-        eight_bits, is_unit = _to_eight_bits(np.dtype(kind), low, high)
+        eight_bits, is_unit = _to_eight_bits(np.dtype(kind), low, high, named)
         return lambda part: Image.fromarray(eight_bits(np.asarray(part))).convert("RGB"), is_unit
     if mode == "LAB":
         srgb = ImageCms.createProfile("sRGB")
@@ -314,7 +311,7 @@ def _to_rgb(part: Image.Image) -> Image.Image:
     return part.convert("RGB")
 
 
-def _to_eight_bits(dtype: np.dtype, low: float, high: float) -> tuple[Callable, bool]:
+def _to_eight_bits(dtype: np.dtype, low: float, high: float, named: str) -> tuple[Callable, bool]:
     """A function that converts values of this dtype and range to uint8, and whether they are from 0 to 1."""
     if dtype == np.bool_:
         return lambda values: values.astype(np.uint8) * 255, False
@@ -323,9 +320,9 @@ def _to_eight_bits(dtype: np.dtype, low: float, high: float) -> tuple[Callable, 
             return lambda values: _rounded(values, 255), True
         if -255 * OVERSHOOT <= low and 2 <= high <= 255 * (1 + OVERSHOOT):
             return lambda values: _rounded(values, 1), False
-        raise _Refused(f"must have floats from 0 to 1 or from 0 to 255, got {low:g} to {high:g}")
+        raise ValueError(f"{named} must have floats from 0 to 1 or from 0 to 255, got {low:g} to {high:g}")
     if low < 0 or high > 65535:
-        raise _Refused(f"must have integers from 0 to 255 or from 0 to 65535, got {low} to {high}")
+        raise ValueError(f"{named} must have integers from 0 to 255 or from 0 to 65535, got {low} to {high}")
     if (dtype.kind == "u" and dtype.itemsize == 2) or high > 255:
         return lambda values: (values >> 8).astype(np.uint8), False
     return lambda values: values.astype(np.uint8), False
@@ -372,14 +369,8 @@ def _of_array(array: np.ndarray | torch.Tensor, named: str, input_data_format: s
         raise ValueError(f"{named} must be an array of numbers, got dtype {values.dtype}")
     if values.shape[2] != 3:  # alpha is dropped, and grey becomes three equal channels
         values = values[:, :, :3] if values.shape[2] == 4 else values[:, :, :1]
-    try:
-        _check_sides(values.shape[1::-1], named)
-    except _Refused as error:
-        raise ValueError(str(error)) from None
-    try:
-        eight_bits, is_unit = _to_eight_bits(values.dtype, values.min(), values.max())
-    except _Refused as error:
-        raise ValueError(f"{named} {error}") from None
+    _check_sides(values.shape[1::-1], named)
+    eight_bits, is_unit = _to_eight_bits(values.dtype, values.min(), values.max(), named)
 
     def part(left: int, top: int, right: int, bottom: int) -> Image.Image:
         found = eight_bits(values[top:bottom, left:right])

@@ -119,24 +119,25 @@ class CumoProcessor(LlavaProcessor):
         asked = "add_special_tokens" in {**kwargs, **(kwargs.get("text_kwargs") or {})}
         if text is not None and not asked and self.tokenizer.bos_token:
             rows = [text] if isinstance(text, str) else list(text)
-            if all(isinstance(row, str) for row in rows) and any(map(self._has_bos, rows)):
+            has_bos = [isinstance(row, str) and self._has_bos(row) for row in rows]
+            if any(has_bos) and all(isinstance(row, str) for row in rows):
                 # the others get as text what the tokenizer would add to them
                 ids = self.tokenizer("")["input_ids"]
                 start = int(ids[:1] == [self.tokenizer.bos_token_id])
                 before, after = (
                     "".join(self.tokenizer.convert_ids_to_tokens(part)) for part in (ids[:start], ids[start:])
                 )
-                text = [row if self._has_bos(row) else before + row + after for row in rows]
+                text = [row if has else before + row + after for row, has in zip(rows, has_bos, strict=True)]
                 kwargs["add_special_tokens"] = False
         return super().__call__(images=images, text=text, **kwargs)
 
     def _has_bos(self, text: str) -> bool:
         """Whether a text starts with the tokenizer's BOS, and not only with one that the template writes."""
-        bos, name = self.tokenizer.bos_token, template_of(self._chat_template(), tuple(TEMPLATES))
+        bos, name = self.tokenizer.bos_token, template_of(self.chat_template_for(), tuple(TEMPLATES))
         opening = "" if name is None else get_template(name).opening.replace("<s>", bos)
         return text.startswith(bos) and not (opening.startswith(bos) and text.startswith(opening))
 
-    def _chat_template(self, asked: str | None = None) -> str | None:
+    def chat_template_for(self, asked: str | None = None) -> str | None:
         """The chat template for `asked`, a template or the name of one; None: the default."""
         chat = self.chat_template
         return chat.get(asked or "default", asked) if isinstance(chat, dict) else asked or chat
@@ -162,7 +163,7 @@ class CumoProcessor(LlavaProcessor):
         )
         more = given.pop("kwargs", {})
         del given["self"]
-        chat = self._chat_template(given.get("chat_template")) or ""
+        chat = self.chat_template_for(given.get("chat_template")) or ""
         check_messages(given["conversation"], needs_pictures=bool(given.get("tokenize")), chat_template=chat)
         for name in ("tools", "documents"):
             if given.get(name) and name not in chat:
@@ -195,16 +196,14 @@ class CumoProcessor(LlavaProcessor):
 
     def _answers(self, given: dict, more: dict) -> list[list[tuple[int, int]]]:
         """The spans of the answers in the text of each conversation."""
-        talks, template = given["conversation"], given.get("chat_template")
+        talks = given["conversation"]
         is_batch = isinstance(talks[0], list | tuple) or hasattr(talks[0], "content")
-        if isinstance(self.chat_template, dict):
-            template = self.chat_template.get("default" if template is None else template, template)
         options = {
             name: given[name] for name in ("tools", "documents", "add_generation_prompt") if name in given
         }
         return render_jinja_template(
             conversations=talks if is_batch else [talks],
-            chat_template=template or self.chat_template,
+            chat_template=self.chat_template_for(given.get("chat_template")),
             return_assistant_tokens_mask=True,
             **options,
             **{**self.tokenizer.special_tokens_map, **more},

@@ -334,7 +334,6 @@ def check_optimizer(args: TrainingArguments) -> None:
             raise ValueError(
                 f"trainer.optim {args.optim.value} cannot be used: {_one_line(error)}"
             ) from error
-    return args
 
 
 def _one_line(error: BaseException) -> str:

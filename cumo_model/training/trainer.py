@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from cumo_model.checkpoints.assemble import experts_of
 from cumo_model.checkpoints.processors import template_for
 from cumo_model.data.batches import Collator
 from cumo_model.data.sampling import Units, plan_packs
@@ -220,13 +221,7 @@ def check_experts(model: ModelSection, config: CumoConfig) -> None:
     Raises:
         ValueError: the message names the key.
     """
-    text, vision = config.text_config, config.vision_config
-    sparse = text.model_type == "mixtral"
-    found = {
-        "vision_experts": (vision.num_experts, vision.num_experts_per_tok),
-        "projector_experts": (config.projector_num_experts, config.projector_num_experts_per_tok),
-        "text_experts": (text.num_local_experts, text.num_experts_per_tok) if sparse else (1, 1),
-    }
+    found = experts_of(config)
     for name, (number, _) in found.items():
         wanted = getattr(model, name)
         if wanted and wanted != number:
@@ -243,13 +238,8 @@ def check_experts(model: ModelSection, config: CumoConfig) -> None:
                     f"got {model.top_k}"
                 )
     if model.scratch and model.start is not None:
-        old = CumoConfig.from_pretrained(model.start)
-        dense = {
-            "vision_experts": old.vision_config.num_experts < 2,
-            "projector_experts": old.projector_num_experts < 2,
-            "text_experts": old.text_config.model_type != "mixtral",
-        }
-        if not any(dense[name] and getattr(model, name) > 1 for name in dense):
+        old = experts_of(CumoConfig.from_pretrained(model.start))
+        if not any(number < 2 and getattr(model, name) > 1 for name, (number, _) in old.items()):
             raise ValueError("model.scratch must be False where model.start has the experts, got True")
 
 
