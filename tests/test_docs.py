@@ -14,6 +14,7 @@ import yaml
 from transformers import TrainingArguments
 
 from cumo_model.training import recipe
+from cumo_model.training.recipe_files import shipped_recipes
 from tests import tree
 from tests.test_layout import ROOMS, ROOT
 
@@ -124,7 +125,7 @@ def test_every_field_of_a_recipe_is_one(page):
 
 def test_every_shipped_recipe_has_a_line():
     named = re.findall(r"`((?:demo|mistral-7b|mixtral-8x7b)/\w+)`", (DOCS / "training.md").read_text())
-    assert sorted(set(named)) == recipe.shipped_recipes()
+    assert sorted(set(named)) == shipped_recipes()
 
 
 def test_the_tree_is_that_of_the_folders():

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-GROUPINGS = ("modality_length", "length", "none")
+from cumo_model.model.choices import GROUPINGS
+
 DUMMY = -1  # in a micro-batch: run the tower on a grey picture, because another rank has real ones
 
 

@@ -16,8 +16,7 @@ from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.processing.processor import build_processor
 from cumo_model.training.monitor import ShortProgress
 from cumo_model.training.recipe import SHIPPED, Recipe, load_recipe
-from cumo_model.training.recover import checkpoints
-from cumo_model.training.stage import RESULT
+from cumo_model.training.run_folder import RESULT, checkpoints
 from cumo_model.training.trainer import run_recipe
 
 AGAIN = "delete it, then the same command makes it again"

@@ -22,9 +22,11 @@ from cumo_model.data.batches import pad
 from cumo_model.demo.settings import Settings
 from cumo_model.model.clip_moe import CumoVisionModel
 from cumo_model.processing.conversation import IGNORE_INDEX
+from cumo_model.training.claims import claim
 from cumo_model.training.monitor import Monitor
 from cumo_model.training.recipe import Recipe
-from cumo_model.training.stage import DATA_FILE, StageTrainer, claim
+from cumo_model.training.run_folder import DATA_FILE
+from cumo_model.training.stage import StageTrainer
 from cumo_model.training.trainer import training_arguments
 
 
@@ -133,7 +135,7 @@ class TextTrainer(StageTrainer):
 
 def _claim_data(recipe: Recipe, number: int) -> None:
     content = hashlib.sha256(Path(recipe.data.files[0]).read_bytes()).hexdigest()
-    claim(Path(recipe.output_dir) / DATA_FILE, {"content of data": content, "records": number})
+    claim(Path(recipe.output_dir) / DATA_FILE, {"content of data": content, "number of records": number})
 
 
 def build_vision(

@@ -1,5 +1,6 @@
 """Configurations of the vision tower and of the whole model. The defaults describe CuMo Mistral-7B."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -7,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING, AutoConfig
 
+from cumo_model.model.choices import AVERAGES, COMPATS
 from cumo_model.model.compat import CACHE_NAMES
 from cumo_model.model.image_tokens import PictureLayout
 from cumo_model.model.layouts import layout_of
@@ -18,9 +20,6 @@ MISTRAL_7B = {  # values of Mistral-7B-Instruct-v0.2 that differ from the defaul
     "max_position_embeddings": 32768,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
-
-
-AVERAGES = ("tokens", "micro_batches")
 
 
 @strict
@@ -47,7 +46,7 @@ class CumoVisionConfig(CLIPVisionConfig):
     patch_size: int = 14
     num_experts: int = 4
     num_experts_per_tok: int = 2
-    compat: Literal["cumo"] | None = None
+    compat: Literal[COMPATS] | None = None
 
     def __post_init__(self, **kwargs):
         check_experts("vision_config.num_experts", self.num_experts, self.num_experts_per_tok)
@@ -114,11 +113,11 @@ class CumoConfig(PreTrainedConfig):
     image_token_index: int = 32000
     patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = "flat"
     image_grid_pinpoints: list | None = None
-    balance_loss_coef: float = 0.1
-    router_z_loss_coef: float = 0.01
+    balance_loss_coef: float | int = 0.1
+    router_z_loss_coef: float | int = 0.01
     average_loss_over: Literal[AVERAGES] = "tokens"
     output_router_logits: bool = False
-    compat: Literal["cumo"] | None = None
+    compat: Literal[COMPATS] | None = None
     tie_word_embeddings: bool = False
     original: dict | None = None
 
@@ -150,6 +149,11 @@ class CumoConfig(PreTrainedConfig):
         text_ties = getattr(self.text_config, "tie_word_embeddings", False)
         self.tie_word_embeddings = self.tie_word_embeddings or text_ties
         self.scales = tuple(self.scales)
+        for name in ("balance_loss_coef", "router_z_loss_coef"):
+            value = float(getattr(self, name))
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+            setattr(self, name, value)
         self._check()
         super().__post_init__(**kwargs)
 

@@ -12,17 +12,20 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import GradientAccumulationPlugin
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import __version__ as VERSION
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import ExplicitEnum
 from transformers.training_args import _convert_str_dict, trainer_log_levels
 
 from cumo_model.checkpoints.folders import read_object
+from cumo_model.model.compat import checkpointing_arguments
+from cumo_model.training.recipe_files import SHIPPED
+from cumo_model.training.values import NOT_NEGATIVE, POSITIVE, SEED, SHARE, at_least, check_range, nearest
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
 # YAML reads 1e-5 as a string, as it has no dot
@@ -84,6 +87,35 @@ WITHOUT_EFFECT_VALUES = {  # (field, value) -> reason
     ("lr_scheduler_type", "greedy"): EVALUATION,
 }
 LOADER = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")  # accelerator_config
+DEFAULTS = {  # that differ from those of TrainingArguments
+    "logging_steps": 1,
+    "save_total_limit": 2,
+    "save_strategy": "steps",
+    "report_to": "none",
+    "disable_tqdm": False,
+    "optim": "adamw_torch_fused",
+    # in a step without images, tower and connector get no gradient
+    "ddp_find_unused_parameters": True,
+}
+RANGES = {  # that transformers does not check, or only in the middle of a run
+    "per_device_train_batch_size": at_least(1),
+    "weight_decay": NOT_NEGATIVE,
+    "adam_beta1": SHARE,
+    "adam_beta2": SHARE,
+    "adam_epsilon": POSITIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "label_smoothing_factor": SHARE,
+    "neftune_noise_alpha": NOT_NEGATIVE,
+    "warmup_steps": NOT_NEGATIVE,
+    "torch_empty_cache_steps": at_least(1),
+    "save_total_limit": at_least(0),
+    "seed": SEED,
+    "data_seed": SEED,
+    "dataloader_num_workers": at_least(0),
+    "dataloader_prefetch_factor": at_least(1),
+    "ddp_bucket_cap_mb": at_least(1),
+    "ddp_timeout": at_least(1),
+}
 CHOICES = {  # that transformers finds wrong late or never
     "log_level": tuple(trainer_log_levels),
     "log_level_replica": tuple(trainer_log_levels),
@@ -108,20 +140,28 @@ REFUSALS = (  # what transformers raises for values that it cannot use
     TypeError,
     ValueError,
 )
-SHIPPED = Path(__file__).with_name("recipes")
 
 
 def typed_fields(given: Mapping[str, Any]) -> dict:
     """The values of a recipe as the types of the fields, as far as YAML reads others.
 
     Strings such as 1e-5 become numbers where a field is one, whole numbers become texts where it is a text,
-    and `no` of a strategy, which YAML reads as False, becomes "no". Unknown fields are left to
-    TrainingArguments.
+    and `no` of a strategy, which YAML reads as False, becomes "no".
 
     Raises:
-        ValueError: a value is not of the type of its field; the message names it.
+        ValueError: a field is unknown, or its value is not of its type or out of range; the message names it.
     """
-    return {name: _typed(name, value) for name, value in given.items()}
+    for name in checkpointing_arguments(dict(given)):
+        if name not in FIELDS:
+            near = nearest(name, FIELDS)
+            raise ValueError(
+                f"trainer.{name} is not a field of TrainingArguments of transformers {VERSION}"
+                + (f": did you mean trainer.{near}?" if near else "")
+            )
+    values = {name: _typed(name, value) for name, value in given.items()}
+    for name, allowed in RANGES.items():
+        check_range(f"trainer.{name}", values.get(name), allowed)
+    return values
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -185,8 +225,8 @@ def given_objects(given: Mapping[str, Any]) -> dict:
 
 
 def _takes_none(name: str) -> bool:
-    """Whether None is a value of the field; also for unknown fields, which TrainingArguments names."""
-    return name not in FIELDS or type(None) in typing.get_args(FIELDS[name].type)
+    """Whether None is a value of the field."""
+    return name != "report_to" and type(None) in typing.get_args(FIELDS[name].type)
 
 
 def _object(name: str, value: Any) -> dict:
@@ -220,7 +260,7 @@ def check_fields(given: Mapping[str, Any], fixed: Mapping[str, tuple[Any, str]])
         if given.get(name) is not None and given[name] != used:
             raise ValueError(f"trainer.{name} must be {used!r} or left out: {reason}, got {given[name]!r}")
     for name, value in given.items():
-        if name in WITHOUT_EFFECT and name in FIELDS and value is not None and value != _default(name):
+        if name in WITHOUT_EFFECT and name in FIELDS and value is not None and value != default(name):
             raise ValueError(f"trainer.{name} must be left out: {WITHOUT_EFFECT[name]}, got {value!r}")
     for (name, value), reason in WITHOUT_EFFECT_VALUES.items():
         if given.get(name) == value:
@@ -276,8 +316,6 @@ def _check_length(max_steps: int, epochs: float) -> None:
 
 def _check_workers(given: Mapping[str, Any]) -> None:
     number = given.get("dataloader_num_workers", 0)
-    if number < 0:
-        raise ValueError(f"trainer.dataloader_num_workers must not be negative, got {number}")
     for name in ("persistent_workers", "prefetch_factor", "multiprocessing_context"):
         name = f"dataloader_{name}"
         if not number and given.get(name):
@@ -340,7 +378,13 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or repr(error)
 
 
-def _default(name: str) -> Any:
+def default_here(name: str) -> Any:
+    """The value of a field that a recipe leaves out, as far as the machine does not decide it."""
+    return DEFAULTS[name] if name in DEFAULTS else default(name)
+
+
+def default(name: str) -> Any:
+    """The value of a field of TrainingArguments that is left out."""
     field = FIELDS[name]
     made = field.default_factory() if field.default is dataclasses.MISSING else field.default
     return made.value if isinstance(made, ExplicitEnum) else made

@@ -1,21 +1,27 @@
 """Identities of runs: a folder of a run is used again only by the same training.
 
-The identity of a run is recorded in JSON files of its folder. Records of earlier versions have other defaults
-and no keys that were added later; what they mean is compared, not how they are written.
+The identity of a run is recorded in JSON files of its folder. It counts from the first checkpoint on; before,
+nothing was trained, and a repaired recipe replaces it. Records of earlier versions have other defaults and no
+keys that were added later; what they mean is compared, not how they are written.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cumo_model.checkpoints.assemble import describe
 from cumo_model.checkpoints.folders import read_object, write_json
 from cumo_model.checkpoints.processors import template_for
+from cumo_model.data.records import record_files
 from cumo_model.processing.processor import DEFAULT_TEMPLATE
 from cumo_model.training.recipe import ModelSection, Recipe
+from cumo_model.training.run_folder import has_begun
 from cumo_model.training.start import DEFAULT_TOP_K
 
 OPAQUE = "content of "  # names whose values are digests, of no use in a message
+SIZE = "bytes of "  # names that earlier versions do not record
+TRAINER = "trainer"  # key of the record of a recipe; its fields may change while a run has not finished
 
 
 def claim(path: Path, wanted: dict, advice: str = "") -> None:
@@ -27,36 +33,77 @@ def claim(path: Path, wanted: dict, advice: str = "") -> None:
         advice: what else the user may do, for the error.
 
     Raises:
-        ValueError: `path` is damaged, or contains another identity; the message names what differs.
+        ValueError: the run has a checkpoint or a result, and `path` is damaged or contains another identity;
+            the message names what differs.
     """
-    if not path.exists():
+    if not path.exists() or not has_begun(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, wanted)
         return
     found = read_object(path)
     if "records" in found:  # as earlier versions call it
         found["number of records"] = found.pop("records")
-    _compare(path.parent, found, wanted, advice)
+    known = {name: value for name, value in wanted.items() if name in found or not name.startswith(SIZE)}
+    _compare(path.parent, found, known, advice)
 
 
-def claim_recipe(path: Path, recipe: Recipe) -> None:
+def claim_recipe(path: Path, recipe: Recipe, fields: dict[str, Any]) -> dict[str, Any] | None:
     """As `claim` for the identity of a recipe.
 
     A setting left out is the same as its default, or as the value of the model that the stage starts from.
 
+    Args:
+        path: JSON file in the run's folder.
+        recipe: the recipe.
+        fields: fields of the Trainer to record with it.
+
+    Returns:
+        The fields that were recorded before; None if the run has not begun, or an earlier version made it.
+
     Raises:
         ValueError: as `claim`; the message has the dotted names of the keys.
     """
-    if not path.exists():
-        claim(path, recipe.identity())
-        return
-    found, wanted = _settings(read_object(path)), _settings(recipe.identity())
+    record = recipe.identity() | {TRAINER: fields}
+    if not path.exists() or not has_begun(path.parent):
+        claim(path, record)
+        return None
+    old = read_object(path)
+    before = old.pop(TRAINER, None)
+    found, wanted = _settings(old), _settings(recipe.identity())
     found, wanted = ({**_settings(Recipe("none").identity()), **values} for values in (found, wanted))
     for key in ("data.template", "data.aspect"):
         if (found[key] is None) != (wanted[key] is None):
             usual = _of_start(recipe.model)[key]
             found[key], wanted[key] = (usual if v is None else v for v in (found[key], wanted[key]))
     _compare(path.parent, found, wanted)
+    return before if isinstance(before, dict) else None
+
+
+def record_fields(path: Path, fields: dict[str, Any]) -> None:
+    """Record the fields of the Trainer with which a run goes on."""
+    record = read_object(path)
+    if record.get(TRAINER) != fields:
+        write_json(path, record | {TRAINER: fields})
+
+
+def sizes_of(files: Sequence[str], missing_ok: bool = False) -> dict[str, int]:
+    """The sizes of record files, as an identity for `claim`.
+
+    Args:
+        files: names or patterns.
+        missing_ok: whether names and patterns may fit no file.
+
+    Raises:
+        ValueError: a name or pattern fits no file.
+    """
+    found = []
+    for pattern in files:
+        try:
+            found += record_files([pattern])
+        except ValueError:
+            if not missing_ok:
+                raise
+    return {f"{SIZE}{os.path.basename(file)}": os.path.getsize(file) for file in found}
 
 
 def _compare(out: Path, found: dict, wanted: dict, advice: str = "") -> None:

@@ -24,9 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from cumo_kernels import Routing, combine, expert_mlp, permute, routing_from_topk
+from cumo_model.model.choices import EXCHANGES
 from cumo_model.model.moe import Experts
-
-EXCHANGES = ("exact", "padded")
 
 
 class _AllToAll(torch.autograd.Function):

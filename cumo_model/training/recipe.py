@@ -13,21 +13,28 @@
 `stage.learning_rate=1e-5 variant=script`.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cumo_model.model.config import AVERAGES
-from cumo_model.training.arguments import SHIPPED, typed_fields
-from cumo_model.training.parallel import EXCHANGES
+from cumo_model.model.choices import ASPECTS, AVERAGES, COMPATS, DTYPES, EXCHANGES, GROUPINGS
+from cumo_model.training.paths import check_paths
+from cumo_model.training.recipe_files import SHIPPED, merge, parse_overrides, read_recipe
+from cumo_model.training.values import (
+    NOT_NEGATIVE,
+    SEED,
+    SHARE,
+    at_least,
+    check_known,
+    check_section,
+    one_of,
+    required,
+    typed,
+)
 
 # keys that may differ when a run is resumed
 FREE = ("trainer", "output_dir")
@@ -39,10 +46,39 @@ PARTS_ONLY = (
     "scales",
     "compat",
 )  # of `model`, without `start`
+EXPERTS = ("vision_experts", "projector_experts", "text_experts")
 PARTS = {  # part that a stage can train -> its modules in CumoForConditionalGeneration
     "vision": ("model.vision_tower",),
     "projector": ("model.multi_modal_projector",),
     "language": ("model.language_model", "lm_head"),
+}
+
+
+MODEL_RANGES = {
+    **dict.fromkeys(EXPERTS, at_least(0)),
+    "top_k": at_least(1),
+    "scales": at_least(1),
+    "seed": SEED,
+    "compat": one_of(*COMPATS),
+    "dtype": one_of(*DTYPES),
+    "quantize": one_of(4, 8),
+}
+DATA_RANGES = {
+    "aspect": one_of(*ASPECTS),
+    "max_length": at_least(1),
+    "grouping": one_of(*GROUPINGS),
+}
+LORA_RANGES = {"r": at_least(1), "alpha": at_least(1), "dropout": SHARE}
+STAGE_RANGES = {
+    "trains": one_of(*PARTS),
+    "batch_size": at_least(1),
+    "learning_rate": NOT_NEGATIVE,
+    "projector_learning_rate": NOT_NEGATIVE,
+    "balance_loss_coef": NOT_NEGATIVE,
+    "router_z_loss_coef": NOT_NEGATIVE,
+    "average_loss_over": one_of(*AVERAGES),
+    "expert_parallel": at_least(1),
+    "expert_exchange": one_of(*EXCHANGES),
 }
 
 
@@ -72,6 +108,15 @@ class ModelSection:
     attn_implementation: str | None = None
     quantize: int | None = None  # 4 or 8 bits; quantised weights are frozen, for QLoRA
 
+    def __post_init__(self):
+        check_section(self, "model.", MODEL_RANGES)
+        if not self.scales:
+            raise ValueError("model.scales must have at least one factor, got ()")
+        experts = [(name, getattr(self, name)) for name in EXPERTS]
+        for name, number in experts:
+            if number > 1 and self.top_k is not None and self.top_k > number:
+                raise ValueError(f"model.top_k must be at most model.{name} {number}, got {self.top_k}")
+
 
 @dataclass(frozen=True)
 class DataSection:
@@ -87,6 +132,11 @@ class DataSection:
     cache_dir: str | None = None  # folder of the index; by default `index` next to output_dir
     dummy_images: bool = False  # add a grey image to each row without an image, as the original code does
 
+    def __post_init__(self):
+        check_section(self, "data.", DATA_RANGES)
+        if self.packing and self.max_length is None:
+            raise ValueError("data.max_length must be given for data.packing, got None")
+
 
 @dataclass(frozen=True)
 class LoraSection:
@@ -97,6 +147,7 @@ class LoraSection:
     target_parameters: tuple[str, ...] = ()  # stacked experts: experts.gate_up_proj, experts.down_proj ...
 
     def __post_init__(self):
+        check_section(self, "stage.lora.", LORA_RANGES)
         if self.target_parameters and self.dropout:
             raise ValueError(
                 "stage.lora.dropout must be 0 with target_parameters, for which peft has no dropout, "
@@ -118,22 +169,14 @@ class StageSection:
     lora: LoraSection | None = None
 
     def __post_init__(self):
+        check_section(self, "stage.", STAGE_RANGES)
         if self.projector_learning_rate is not None and "projector" not in self.trains:
             raise ValueError(
                 "stage.projector_learning_rate must be left out if stage.trains has no projector, "
                 f"got {self.projector_learning_rate}"
             )
-        if not self.trains or set(self.trains) - set(PARTS):
-            raise ValueError(f"stage.trains must name some of {sorted(PARTS)}, got {list(self.trains)}")
-        if self.average_loss_over not in AVERAGES:
-            names = ", ".join(AVERAGES)
-            raise ValueError(
-                f"stage.average_loss_over must be one of {names}, got {self.average_loss_over!r}"
-            )
-        if self.expert_exchange not in EXCHANGES:
-            raise ValueError(
-                f"stage.expert_exchange must be one of {', '.join(EXCHANGES)}, got {self.expert_exchange!r}"
-            )
+        if not self.trains:
+            raise ValueError(f"stage.trains must name some of {sorted(PARTS)}, got []")
         if self.expert_exchange != EXCHANGES[0] and self.expert_parallel == 1:
             raise ValueError(
                 f"stage.expert_exchange must be {EXCHANGES[0]} or left out if stage.expert_parallel is 1, "
@@ -151,7 +194,7 @@ class Recipe:
     variant: str | None = None
 
     def __post_init__(self):
-        if not self.output_dir:
+        if not isinstance(self.output_dir, str | os.PathLike) or not str(self.output_dir).strip():
             raise ValueError(f"output_dir must be a folder, got {self.output_dir!r}")
 
     def identity(self) -> dict:
@@ -168,21 +211,13 @@ def plain(recipe: Recipe) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the shipped recipes."""
-    return sorted(
-        path.relative_to(SHIPPED).with_suffix("").as_posix()
-        for path in SHIPPED.rglob("*.yaml")
-        if not path.name.startswith("_") and path.parent != SHIPPED
-    )
-
-
-def load_recipe(config: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(config: str | os.PathLike, overrides: Sequence[str] = (), files: bool = False) -> Recipe:
     """Read a recipe.
 
     Args:
         config: path of a YAML file, or name of a shipped recipe ("mistral-7b/sft").
         overrides: `key=value` strings; values are parsed as YAML.
+        files: also check that the files and folders named in the recipe exist, as `check_paths`.
 
     Raises:
         ValueError: the file cannot be read, or a key or value is not valid; the message names it.
@@ -190,97 +225,32 @@ def load_recipe(config: str | os.PathLike, overrides: Sequence[str] = ()) -> Rec
     path = Path(config)
     if not path.is_file() and (SHIPPED / f"{config}.yaml").is_file():  # a folder may have such a name
         path = SHIPPED / f"{config}.yaml"
-    values = _read(path)
-    given = _parse_overrides(overrides)
-    variants, variant = values.pop("variants", {}), given.get("variant", values.get("variant"))
+    values = read_recipe(path)
+    given = parse_overrides(overrides)
+    variants, variant = values.pop("variants", None) or {}, given.get("variant", values.get("variant"))
+    if not isinstance(variants, dict) or not all(isinstance(v or {}, dict) for v in variants.values()):
+        raise ValueError(f"variants must contain names with keys and values, got {variants!r}")
     if variant is not None and variant not in variants:
         if not variants:
             raise ValueError(f"variant must be left out, as the recipe has no variants, got {variant!r}")
         raise ValueError(f"variant must be one of {', '.join(variants)}, got {variant!r}")
-    values = _merge(_merge(values, variants.get(variant) or {}), given)
-    return _build(Recipe, values, "")
+    recipe = _build(Recipe, merge(merge(values, variants.get(variant) or {}), given), "")
+    if files:
+        check_paths(recipe)
+    # imports torch and transformers, so that all else is reported first
+    from cumo_model.training.arguments import typed_fields
 
-
-def _read(path: Path) -> dict:
-    try:
-        values = yaml.load(path.read_text(), OneValue)
-    except FileNotFoundError:
-        names = ", ".join(shipped_recipes())
-        raise ValueError(f"config must be a YAML file or one of {names}, got {str(path)!r}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config {str(path)!r} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"config {str(path)!r} must contain keys and values, got {type(values).__name__}")
-    base = values.pop("base", None)
-    return values if base is None else _merge(_read(path.parent / base), values)
-
-
-def _merge(under: dict, over: dict) -> dict:
-    merged = dict(under)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _parse_overrides(overrides: Sequence[str]) -> dict:
-    found: dict = {}
-    given: dict[str, Any] = {}
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals or not name:
-            raise ValueError(f"overrides must look like key=value, got {override!r}")
-        try:
-            value: Any = yaml.load(text, OneValue) if text else None
-        except yaml.YAMLError as error:
-            raise ValueError(f"override {override!r} is not YAML: {' '.join(str(error).split())}") from None
-        for key, item in _leaves(value, name).items():
-            for other in given:
-                both = f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
-                if both and (other != key or given[other] != item):
-                    raise ValueError(
-                        f"{key} must be given once, got {given[other]!r}"
-                        + (f" for {other}" if other != key else "")
-                        + f" and {item!r}"
-                    )
-            given[key] = item
-        for key in reversed(name.split(".")):
-            value = {key: value}
-        found = _merge(found, value)
-    return found
-
-
-def _leaves(value: Any, name: str) -> dict[str, Any]:
-    """Dotted name -> value of everything that an override sets."""
-    if not isinstance(value, dict) or not value:
-        return {name: value}
-    return {path: v for key, item in value.items() for path, v in _leaves(item, f"{name}.{key}").items()}
-
-
-class OneValue(yaml.SafeLoader):
-    """YAML in which a key may be given once only; PyYAML takes the last value without a word."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge":
-                if (key.tag, key.value) in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} is given twice", key.start_mark
-                    )
-                seen.add((key.tag, key.value))
-        return super().construct_mapping(node, deep)
+    return dataclasses.replace(recipe, trainer=typed_fields(recipe.trainer))
 
 
 def _build(kind: type, values: Any, place: str):
-    """Build a dataclass from a dict. Strings such as 1e-3, which YAML does not parse, become numbers."""
+    """Build a dataclass from a dict."""
     if not isinstance(values, dict):
         raise ValueError(f"{place.rstrip('.') or 'config'} must contain keys and values, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ValueError(f"{place}{unknown[0]} is not a key; the keys are {', '.join(fields)}")
-    missing = [n for n, f in fields.items() if n not in values and _required(f)]
+    for name in values:
+        check_known(name, fields, place)
+    missing = [n for n, f in fields.items() if n not in values and required(f)]
     if missing:
         raise ValueError(f"{place}{missing[0]} must be given")
     if kind is ModelSection:
@@ -295,9 +265,9 @@ def _build(kind: type, values: Any, place: str):
         elif name == "trainer":
             if not isinstance(value or {}, dict):
                 raise ValueError(f"trainer must contain keys and values, got {value!r}")
-            built[name] = typed_fields(value or {})
+            built[name] = dict(value or {})
         else:
-            built[name] = _typed(fields[name], value, place)
+            built[name] = typed(fields[name], value, place)
     return kind(**built)
 
 
@@ -323,30 +293,3 @@ def check_model(model: ModelSection) -> None:
     )
     if model.scratch and max(model.vision_experts, model.projector_experts, model.text_experts) < 2:
         raise ValueError("model.scratch must be False without new experts, got True")
-
-
-def _required(f: dataclasses.Field) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-
-
-def _typed(f: dataclasses.Field, value: Any, place: str) -> Any:
-    """A value of a section as the type of its field."""
-    if f.type is Any:
-        return value
-    wanted = f.type.__name__ if isinstance(f.type, type) else str(f.type)
-    item = re.fullmatch(r"tuple\[(\w+), \.\.\.\]", wanted)
-    if item is not None:
-        if value is None:
-            return f.default
-        items = value if isinstance(value, list | tuple) else (value,)
-        return tuple(_of_kind([item[1]], v, f"{place}{f.name}") for v in items)
-    return _of_kind(wanted.split(" | "), value, f"{place}{f.name}")
-
-
-def _of_kind(names: list[str], value: Any, key: str) -> Any:
-    if "float" in names and not isinstance(value, bool):
-        with contextlib.suppress(TypeError, ValueError):
-            value = float(value)
-    if not any(type(value).__name__ == name for name in names) and not (value is None and "None" in names):
-        raise ValueError(f"{key} must be of type {' | '.join(names)}, got {value!r}")
-    return value

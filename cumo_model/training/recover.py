@@ -7,11 +7,9 @@ before a run resumes from it.
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import threading
@@ -27,26 +25,16 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from cumo_model.checkpoints.folders import read_object
+from cumo_model.checkpoints.folders import is_no_room, read_object
+from cumo_model.training.run_folder import checkpoints
 
 SAVING = ".saving"
 SIZES = "files.json"  # file in a checkpoint: names and sizes of its files in bytes
 DAMAGED = "damaged-"  # prefix for a checkpoint that cannot be read
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Interrupted(Exception):
     """The run was asked to stop; its progress is saved."""
-
-
-def checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = {}
-    for path in Path(folder).glob("checkpoint-*"):
-        number = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if number and (path / TRAINER_STATE_NAME).is_file():
-            found[int(number[1])] = path
-    return [found[step] for step in sorted(found)]
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -139,21 +127,6 @@ def _write_sizes(folder: Path) -> None:
     (folder / SIZES).write_text(json.dumps(sizes, indent=1))
 
 
-def _is_no_room(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in NO_ROOM
-    # safetensors and torch report it only in the message
-    words = (
-        "No space left",
-        "File too large",
-        "os error 28",
-        "os error 27",
-        "PytorchStreamWriter",
-        "unexpected pos",
-    )
-    return isinstance(error, SafetensorError | RuntimeError) and any(word in str(error) for word in words)
-
-
 def _together() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -244,7 +217,7 @@ class AtomicCheckpoints(Trainer):
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            if self._saving_to is None or not _is_no_room(error):
+            if self._saving_to is None or not is_no_room(error):
                 raise
             self._no_room = self._no_room or str(error)
 

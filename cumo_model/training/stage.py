@@ -4,6 +4,7 @@ Sums between two logs are saved in checkpoints, so an interrupted run logs the s
 data are not part of it: `cumo_model.training.trainer` adds them for the CuMo of a recipe.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,19 +21,24 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from cumo_model.checkpoints.folders import fingerprint, new_directory, read_object
 from cumo_model.data.sampling import StepSampler
 from cumo_model.model.losses import share_of_labels
-from cumo_model.training.claims import claim, claim_recipe
+from cumo_model.training.again import check_resumed, fields_of, is_complete
+from cumo_model.training.claims import claim, claim_recipe, record_fields, sizes_of
 from cumo_model.training.deepspeed import clear
 from cumo_model.training.expert_checkpoints import SpreadCheckpoints
+from cumo_model.training.lock import locked
 from cumo_model.training.monitor import Monitor, MonitorCallback, ShortProgress
 from cumo_model.training.recipe import Recipe, plain
 from cumo_model.training.recover import SAVING, Interrupted, StopRequests, last_sound
 from cumo_model.training.router_losses import RouterLosses
-
-RECIPE_FILE = "recipe.json"  # file in a run's folder: identity of the recipe
-DATA_FILE = "data.json"  # file in a run's folder: identity of the data
-START_FILE = "start.json"  # file in a run's folder: fingerprints of the models it starts from
-RESULT = "model"  # subfolder of a finished run
-HISTORY_FILE = "trainer_state.json"  # file in RESULT
+from cumo_model.training.run_folder import (
+    DATA_FILE,
+    HISTORY_FILE,
+    RECIPE_FILE,
+    RESULT,
+    START_FILE,
+    finished_step,
+    has_begun,
+)
 
 
 class _Loader(DataLoader):
@@ -174,6 +180,8 @@ class StageTrainer(RouterLosses, SpreadCheckpoints):
         self.save_model(str(work))  # all processes: sharded weights are gathered
         if not self.is_world_process_zero():
             return
+        if path.is_dir():  # the result of fewer steps
+            os.replace(path, path.with_name(f"{path.name}-at-step-{finished_step(path.parent)}"))
         with new_directory(path) as folder:
             self.write_result(work, folder, recipe)
             (folder / RECIPE_FILE).write_text(json.dumps(plain(recipe), indent=1))
@@ -202,10 +210,21 @@ def _claim_start(recipe: Recipe) -> None:
         claim(Path(recipe.output_dir) / START_FILE, wanted)
 
 
+def _check_data_of_result(recipe: Recipe) -> None:
+    """Check that the data files that still exist are those of a finished run, which does not need them."""
+    path = Path(recipe.output_dir) / DATA_FILE
+    if path.is_file():
+        found, now = read_object(path), sizes_of(recipe.data.files, missing_ok=True)
+        claim(path, {**found, **{name: size for name, size in now.items() if name in found}})
+
+
 def run_stage(
     recipe: Recipe, build: Callable[[Recipe, Sequence], StageTrainer], callbacks: Sequence = ()
 ) -> Path:
-    """Train a stage, from its last readable checkpoint if there is one. A finished run is not changed.
+    """Train a stage, from its last readable checkpoint if there is one.
+
+    A finished run is not changed. If the recipe asks for more steps and the learning rate of a step does not
+    depend on their number, it goes on; the earlier result is kept as `model-at-step-N`.
 
     Args:
         recipe: the recipe of the stage.
@@ -216,21 +235,42 @@ def run_stage(
         The folder with the trained model.
 
     Raises:
-        ValueError: the recipe does not fit the data, the model, or the run in `output_dir`, or no checkpoint
-            there can be read.
+        ValueError: the recipe does not fit the data, the model, or the run in `output_dir`; another process
+            trains in that folder; or no checkpoint there can be read.
         FloatingPointError: the loss or a weight is not finite.
         Interrupted: SIGINT or SIGTERM was received; progress is saved if the disk is not full.
     """
-    out = Path(recipe.output_dir)
-    claim_recipe(out / RECIPE_FILE, recipe)
-    _claim_start(recipe)
-    if (out / RESULT).is_dir():
-        if int(os.environ.get("RANK", 0)) == 0:
-            clear(recipe)  # files of a run that was killed after it had saved its result
+    out, is_first = Path(recipe.output_dir), int(os.environ.get("RANK", 0)) == 0
+    if _is_finished(recipe):
+        if is_first:  # files of a run that was killed after it had saved its result
+            clear(recipe)
             shutil.rmtree(_work(out / RESULT), ignore_errors=True)
         return out / RESULT
+    with locked(out) if is_first else contextlib.nullcontext():
+        return _train(recipe, build, callbacks)
+
+
+def _is_finished(recipe: Recipe) -> bool:
+    """Whether the run in output_dir is that of the recipe and has all its steps."""
+    out = Path(recipe.output_dir)
+    if not (out / RESULT).is_dir():
+        return False
+    claim_recipe(out / RECIPE_FILE, recipe, fields_of(recipe.trainer))
+    _claim_start(recipe)
+    _check_data_of_result(recipe)
+    return is_complete(out, recipe)
+
+
+def _train(recipe: Recipe, build: Callable[[Recipe, Sequence], StageTrainer], callbacks: Sequence) -> Path:
+    out, fields = Path(recipe.output_dir), fields_of(recipe.trainer)
+    if not has_begun(out) and int(os.environ.get("RANK", 0)) == 0:
+        clear(recipe)  # a first model that was made for another recipe
+    before = claim_recipe(out / RECIPE_FILE, recipe, fields)
+    _claim_start(recipe)
+    check_resumed(out, recipe, before)
     trainer = build(recipe, callbacks)
     if trainer.is_world_process_zero():
+        record_fields(out / RECIPE_FILE, fields)
         shutil.rmtree(out / SAVING, ignore_errors=True)
     last = last_sound(out)
     trainer.train(resume_from_checkpoint=None if last is None else str(last))

@@ -24,13 +24,14 @@ from cumo_model.model.compat import CHECKPOINTING, checkpointing_arguments
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.positions import position_limit
 from cumo_model.training.arguments import (
+    DEFAULTS,
     check_fields,
     check_optimizer,
     given_objects,
     make_arguments,
     typed_fields,
 )
-from cumo_model.training.claims import claim
+from cumo_model.training.claims import claim, sizes_of
 from cumo_model.training.deepspeed import (
     begin,
     complete_config,
@@ -50,7 +51,8 @@ from cumo_model.training.recipe import (
     StageSection,
     check_model,
 )
-from cumo_model.training.stage import DATA_FILE, StageTrainer, run_stage
+from cumo_model.training.run_folder import DATA_FILE
+from cumo_model.training.stage import StageTrainer, run_stage
 from cumo_model.training.start import DEFAULT_TOP_K
 
 
@@ -128,10 +130,6 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     given = given_objects(typed_fields(checkpointing_arguments(recipe.trainer)))
     stage, world = recipe.stage, int(os.environ.get("WORLD_SIZE", 1))
     micro = given.pop("per_device_train_batch_size", 1)
-    if micro < 1:
-        raise ValueError(f"trainer.per_device_train_batch_size must be at least 1, got {micro}")
-    if stage.batch_size < 1:
-        raise ValueError(f"stage.batch_size must be at least 1, got {stage.batch_size}")
     if stage.batch_size % (micro * world):
         raise ValueError(
             f"stage.batch_size must be a multiple of {micro} (micro-batch) x {world} (processes), "
@@ -180,17 +178,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             given.setdefault("ddp_backend", "cpu:gloo,cuda:nccl")
     if given.get(CHECKPOINTING):  # the model refuses the reentrant variant where there are experts
         given[options] = {"use_reentrant": False, **(given.get(options) or {})}
-    defaults = {
-        "logging_steps": 1,
-        "save_total_limit": 2,
-        "save_strategy": "steps",
-        "report_to": "none",
-        "disable_tqdm": False,
-        "optim": "adamw_torch_fused",
-        "use_cpu": not torch.cuda.is_available(),
-        # in a step without images, tower and connector get no gradient
-        "ddp_find_unused_parameters": True,
-    }
+    defaults = {**DEFAULTS, "use_cpu": not torch.cuda.is_available()}
     environment = os.environ.get
     if environment("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(
         environment("TORCHELASTIC_MAX_RESTARTS", 0)
@@ -306,15 +294,13 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
         )
     claim(
         Path(recipe.output_dir) / DATA_FILE,
-        {"content of data": dataset.identity(), "number of records": len(dataset)},
+        {"content of data": dataset.identity(), "number of records": len(dataset), **sizes_of(data.files)},
         ", or restore the data files: data.skip_bad=true passes over pictures that cannot be read",
     )
     check_positions(model.config, data, dataset.lengths)
     units = [[i] for i in range(len(dataset))]
     lengths, has_image = dataset.lengths, dataset.has_image
     if data.packing:
-        if data.max_length is None:
-            raise ValueError("data.max_length must be given for data.packing, got None")
         units = plan_packs(lengths, has_image, data.max_length, seed=args.seed)
         has_image = np.array([has_image[unit].any() for unit in units])
         lengths = np.array([lengths[unit].sum() for unit in units])

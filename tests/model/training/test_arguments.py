@@ -7,7 +7,7 @@ import warnings
 import pytest
 import yaml
 
-from cumo_model.training.arguments import FIELDS, WITHOUT_EFFECT, _default
+from cumo_model.training.arguments import FIELDS, WITHOUT_EFFECT, default
 from cumo_model.training.recipe import (
     DataSection,
     LoraSection,
@@ -83,7 +83,7 @@ def test_a_field_without_effect_is_refused(setting):
 
 
 def test_their_usual_values_are_accepted():
-    usual = {name: _default(name) for name in WITHOUT_EFFECT if name in FIELDS}
+    usual = {name: default(name) for name in WITHOUT_EFFECT if name in FIELDS}
     assert len(usual) > 30
     assert arguments(*(f"{name}={'' if v is None else v}" for name, v in usual.items())).do_eval is False
     assert arguments("eval_strategy=no", "save_strategy=no").save_strategy == "no"  # YAML: False

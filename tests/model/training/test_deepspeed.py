@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from cumo_model.training.deepspeed import complete_config
 from cumo_model.training.recipe import SHIPPED, load_recipe
-from cumo_model.training.recover import checkpoints
+from cumo_model.training.run_folder import checkpoints
 from cumo_model.training.start import start_model
 from cumo_model.training.trainer import run_recipe, training_arguments
 from tests.model.training.small_runs import write_data, write_model, write_recipe

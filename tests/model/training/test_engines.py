@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.training import arguments, expert_checkpoints, trainer
 from cumo_model.training.recipe import load_recipe
-from cumo_model.training.recover import Interrupted, checkpoints
+from cumo_model.training.recover import Interrupted
+from cumo_model.training.run_folder import checkpoints
 from cumo_model.training.trainer import build_trainer, run_recipe, training_arguments
 from tests.model.gradients import beside_weights
 from tests.model.training.small_runs import write_data, write_model, write_recipe

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from cumo_model.training.recipe import load_recipe
-from cumo_model.training.recover import Interrupted, checkpoints
+from cumo_model.training.recover import Interrupted
+from cumo_model.training.run_folder import checkpoints
 from cumo_model.training.trainer import build_trainer, run_recipe
 from tests.model.training.small_runs import write_data, write_model, write_recipe
 from tests.processes import Forked, finish, kill

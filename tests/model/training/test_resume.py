@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from cumo_model.__main__ import main
 from cumo_model.checkpoints.folders import fingerprint
 from cumo_model.training.recipe import load_recipe
-from cumo_model.training.recover import Interrupted, checkpoints, damage
+from cumo_model.training.recover import Interrupted, damage
+from cumo_model.training.run_folder import checkpoints
 from cumo_model.training.trainer import run_recipe
 from tests.model.training.small_runs import write_data, write_model, write_recipe
 from tests.model.training.test_recover import StopAt, losses, same_result, start, wait_for

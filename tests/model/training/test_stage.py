@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 
 from cumo_model.training import monitor
 from cumo_model.training.monitor import ShortProgress
-from cumo_model.training.recover import Interrupted, checkpoints
+from cumo_model.training.recover import Interrupted
+from cumo_model.training.run_folder import checkpoints
 from cumo_model.training.stage import read_history, run_stage
 from tests.model.training.test_recover import StopAt
 from tests.model.training.toy_stage import build_toy, toy_recipe

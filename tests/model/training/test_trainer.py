@@ -13,7 +13,8 @@ from cumo_model import CumoForConditionalGeneration
 from cumo_model.__main__ import main
 from cumo_model.model.compat import checkpointing_arguments
 from cumo_model.training.flops import step_flops
-from cumo_model.training.recipe import load_recipe, shipped_recipes
+from cumo_model.training.recipe import load_recipe
+from cumo_model.training.recipe_files import shipped_recipes
 from cumo_model.training.start import start_model
 from cumo_model.training.trainer import build_trainer, run_recipe, training_arguments
 from tests.model.training.small_runs import write_data, write_model, write_recipe

@@ -1,0 +1,83 @@
+"""Checks of the files and folders that a recipe names, with the standard library only."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cumo_model.training.recipe import Recipe
+
+PATTERN = "*?["
+
+
+def check_paths(recipe: "Recipe") -> None:
+    """Check that what a recipe names exists, before anything is loaded.
+
+    Raises:
+        ValueError: a file or folder is missing or of another kind, or output_dir cannot be the folder of a
+            run; the message names the key.
+    """
+    model, data = recipe.model, recipe.data
+    if (model.start is None) == (model.vision is None or model.language is None):
+        raise ValueError("model must have either start, or vision and language, got both or neither")
+    for name in ("start", "vision", "language"):
+        path = getattr(model, name)
+        if path is None:
+            continue
+        _check_folder(f"model.{name}", path)
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            raise ValueError(
+                f"model.{name} must be a folder with a config.json, got {path!r}, which has none"
+            )
+    if model.tokenizer is not None:
+        _check_folder("model.tokenizer", model.tokenizer)
+    if model.projector is not None and not os.path.isfile(model.projector):
+        raise ValueError(f"model.projector must be a file, got {model.projector!r}, which is not a file")
+    if not data.files:
+        raise ValueError("data.files must name at least one file, got none")
+    for pattern in data.files:
+        if not _exists(pattern):
+            raise ValueError(f"data.files must name files, got {pattern!r}, which does not exist")
+    for pattern in data.images:
+        if not _exists(pattern):
+            raise ValueError(
+                f"data.images must name folders or .tar files, got {pattern!r}, which does not exist"
+            )
+    _check_output(recipe)
+
+
+def _check_folder(key: str, path: str) -> None:
+    if not os.path.isdir(path):
+        raise ValueError(f"{key} must be a folder, got {path!r}, which is not a folder")
+
+
+def _exists(pattern: str) -> bool:
+    if os.path.exists(pattern):
+        return True
+    anchor = Path(pattern).anchor
+    return any(c in pattern for c in PATTERN) and any(Path(anchor or ".").glob(pattern.removeprefix(anchor)))
+
+
+def _check_output(recipe: "Recipe") -> None:
+    out, model = os.path.abspath(recipe.output_dir), recipe.model
+    above = out
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        what = "is a file" if above == out else f"lies below the file {above!r}"
+        raise ValueError(f"output_dir must be a folder, got {recipe.output_dir!r}, which {what}")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"output_dir must be a folder that can be written to, got {recipe.output_dir!r}: there is no "
+            f"permission to write to {above!r}"
+        )
+    for name in ("start", "vision", "language"):
+        path = getattr(model, name)
+        if path is not None and os.path.commonpath([os.path.realpath(path), os.path.realpath(out)]) in (
+            os.path.realpath(out),
+            os.path.realpath(path),
+        ):
+            raise ValueError(
+                f"output_dir must not contain model.{name} {path!r}, nor lie inside it, "
+                f"got {str(recipe.output_dir)!r}"
+            )
