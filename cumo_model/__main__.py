@@ -30,12 +30,15 @@ def _train(args: argparse.Namespace) -> int:
     import torch
 
     from cumo_model.training.recipe import load_recipe
+    from cumo_model.training.run_folder import finished_step
     from cumo_model.training.trainer import run_recipe
 
     recipe = load_recipe(args.config, args.overrides)
+    before = finished_step(recipe.output_dir)
     path = run_recipe(recipe)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"trained: {path}")
+        done = finished_step(recipe.output_dir)
+        print(f"already finished at step {done}: {path}" if done == before else f"trained: {path}")
     if torch.distributed.is_initialized():
         # process group threads that still run at exit would abort the process
         torch.distributed.barrier()

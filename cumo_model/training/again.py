@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from cumo_model.checkpoints.folders import read_object
 from cumo_model.training.arguments import default_here
 from cumo_model.training.recipe import Recipe
@@ -93,15 +95,15 @@ def is_complete(out: Path, recipe: Recipe) -> bool:
     reason = None
     if has_end(now):
         reason = (
-            f"and the learning rate of its schedule {_value(now, 'lr_scheduler_type')} ended there; runs with "
-            f"trainer.lr_scheduler_type={', '.join(WITHOUT_END)} can be extended"
+            f"and the learning rate of its schedule {_value(now, 'lr_scheduler_type')} ended there; runs "
+            f"with trainer.lr_scheduler_type={', '.join(WITHOUT_END)} can be extended"
         )
     elif not checkpoints(out):
         reason = "and has no checkpoint to go on from"
     if reason is not None:
         raise ValueError(
-            f"trainer.{name} must be left as it was, {is_finished}, {reason}, got {asked}: to train on from its "
-            f"result, choose another output_dir and model.start={out / RESULT}"
+            f"trainer.{name} must be left as it was, {is_finished}, {reason}, got {asked}: to train on from "
+            f"its result, choose another output_dir and model.start={out / RESULT}"
         )
     return False
 
@@ -123,14 +125,25 @@ def check_resumed(out: Path, recipe: Recipe, before: Mapping[str, Any] | None) -
     step, steps = step_of(found[-1]), _value(now, "max_steps")
     if steps != -1 and steps < step:
         raise ValueError(
-            f"trainer.max_steps must be at least {step}, as {out} has made so many steps, got {steps}: {ANOTHER}"
+            f"trainer.max_steps must be at least {step}, the last checkpoint of {out}, got {steps}: {ANOTHER}"
         )
     if before is None:
         return
     differ = _differences(before, now, lengths=has_end(now) or has_end(before))
     if differ:
         warnings.warn(
-            f"{out} goes on from step {step} with another {', another '.join(differ)}: its result will be that "
-            "of neither",
+            f"{out} goes on from step {step} with another {', another '.join(differ)}: its result will be "
+            "that of neither",
             stacklevel=3,
         )
+
+
+class EnoughSteps(TrainerCallback):
+    """Refuses a run that has made more steps than its epochs have; only the data say how many these are."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step > state.max_steps:
+            raise ValueError(
+                f"trainer.num_train_epochs {args.num_train_epochs} gives {state.max_steps} steps, and "
+                f"{args.output_dir} is at step {state.global_step}: {ANOTHER}"
+            )

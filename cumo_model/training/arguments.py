@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import GradientAccumulationPlugin
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers import __version__ as VERSION
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import ExplicitEnum
 from transformers.training_args import _convert_str_dict, trainer_log_levels
@@ -25,7 +26,16 @@ from transformers.training_args import _convert_str_dict, trainer_log_levels
 from cumo_model.checkpoints.folders import read_object
 from cumo_model.model.compat import checkpointing_arguments
 from cumo_model.training.recipe_files import SHIPPED
-from cumo_model.training.values import NOT_NEGATIVE, POSITIVE, SEED, SHARE, at_least, check_range, nearest
+from cumo_model.training.values import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    UNIT,
+    at_least,
+    check_range,
+    nearest,
+)
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
 # YAML reads 1e-5 as a string, as it has no dot
@@ -104,7 +114,7 @@ RANGES = {  # that transformers does not check, or only in the middle of a run
     "adam_beta2": SHARE,
     "adam_epsilon": POSITIVE,
     "max_grad_norm": NOT_NEGATIVE,
-    "label_smoothing_factor": SHARE,
+    "label_smoothing_factor": UNIT,
     "neftune_noise_alpha": NOT_NEGATIVE,
     "warmup_steps": NOT_NEGATIVE,
     "torch_empty_cache_steps": at_least(1),
@@ -351,8 +361,8 @@ def make_arguments(values: Mapping[str, Any]) -> TrainingArguments:
         raise ValueError(f"trainer: {_one_line(error)}") from error
 
 
-def check_optimizer(args: TrainingArguments) -> None:
-    """Check that optimizer and learning rate schedule can be made, before a model is loaded for them.
+def check_tools(args: TrainingArguments) -> None:
+    """Check that optimizer, learning rate schedule and reporters can be made, before a model is loaded.
 
     Raises:
         ValueError: a package is missing, or options do not fit; the message is one line.
@@ -372,6 +382,11 @@ def check_optimizer(args: TrainingArguments) -> None:
             raise ValueError(
                 f"trainer.optim {args.optim.value} cannot be used: {_one_line(error)}"
             ) from error
+    try:
+        for reporter in get_reporting_integration_callbacks(args.report_to):
+            reporter()  # as the Trainer does; it raises an error if its package is missing
+    except (ImportError, RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(f"trainer.report_to {args.report_to} cannot be used: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -47,7 +47,7 @@ def claim(path: Path, wanted: dict, advice: str = "") -> None:
     _compare(path.parent, found, known, advice)
 
 
-def claim_recipe(path: Path, recipe: Recipe, fields: dict[str, Any]) -> dict[str, Any] | None:
+def claim_recipe(path: Path, recipe: Recipe, fields: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """As `claim` for the identity of a recipe.
 
     A setting left out is the same as its default, or as the value of the model that the stage starts from.
@@ -63,7 +63,7 @@ def claim_recipe(path: Path, recipe: Recipe, fields: dict[str, Any]) -> dict[str
     Raises:
         ValueError: as `claim`; the message has the dotted names of the keys.
     """
-    record = recipe.identity() | {TRAINER: fields}
+    record = recipe.identity() | {TRAINER: fields or {}}
     if not path.exists() or not has_begun(path.parent):
         claim(path, record)
         return None

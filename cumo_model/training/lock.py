@@ -2,8 +2,8 @@
 
 The lock is a POSIX record lock on a file. The kernel releases it when the process ends, however it ends, and
 processes forked for data loading do not inherit it. Network file systems (NFS 4, Lustre, GPFS) pass it on to
-other nodes, but not all do, or not as they are mounted. So the process that holds the lock also counts up a
-number in a second file; a process on another machine watches it for a while before it takes over.
+other nodes, but not all do, or not as they are mounted. So the process that holds the lock also touches a
+second file every few seconds; a process on another machine watches it for a while before it takes over.
 """
 
 import contextlib
@@ -18,12 +18,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cumo_model.checkpoints.folders import write_json
-
 LOCK_FILE = ".lock"
-HOLDER_FILE = ".running.json"  # who holds the lock, and a number that counts up; deleted at the end
-BEAT = 5.0  # seconds between two counts
-SILENT = 4 * BEAT  # seconds without a count after which a holder on another machine has ended
+HOLDER_FILE = ".running.json"  # who holds the lock; deleted at the end
+BEAT = 5.0  # seconds between two touches
+SILENT = 4 * BEAT  # seconds without a touch after which a holder on another machine has ended
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _held: set[str] = set()  # a record lock does not exclude the threads of one process
@@ -35,7 +33,7 @@ def machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         boot = ""
-    return f"{boot or socket.gethostname()}"
+    return boot or socket.gethostname()
 
 
 @contextlib.contextmanager
@@ -54,20 +52,13 @@ def locked(run: str | os.PathLike) -> Iterator[None]:
     if key in _held:
         raise ValueError(_in_use(run, f"process {os.getpid()}, which is this one"))
     with open(run / LOCK_FILE, "a") as file:
-        _lock(file, run)
-        _wait_for_silence(run)
+        if not _lock(file, run) or _holder(run).get("machine") != machine():
+            _wait_for_silence(run)
         _held.add(key)
         stop = threading.Event()
-        content = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "machine": machine(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            "command": " ".join(sys.argv),
-        }
-        beats = threading.Thread(target=_count, args=(run / HOLDER_FILE, content, stop), daemon=True)
+        beats = threading.Thread(target=_touch, args=(run / HOLDER_FILE, stop), daemon=True)
         try:
-            write_json(run / HOLDER_FILE, {**content, "beat": 0})
+            _write_holder(run)
             beats.start()
             yield
         finally:
@@ -79,59 +70,81 @@ def locked(run: str | os.PathLike) -> Iterator[None]:
             _held.discard(key)  # the lock ends as the file is closed
 
 
-def _lock(file, run: Path) -> None:
+def _lock(file, run: Path) -> bool:
+    """Lock a file; False if the file system has no locks."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in WITHOUT_LOCKS:  # then only the count tells
-            return
+        if error.errno in WITHOUT_LOCKS:
+            return False
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise
         raise ValueError(_in_use(run, _name(_holder(run)))) from None
+    return True
 
 
 def _wait_for_silence(run: Path) -> None:
-    """Wait until a holder on another machine, which may not see the lock, counts or is silent."""
-    found = _holder(run)
-    if found is None or found.get("machine") == machine():
+    """Wait until a holder that may not have seen the lock touches its file again, or is silent."""
+    first = _stamp(run)
+    if first is None:
         return
     print(
-        f"{run} was last used by {_name(found)}: waiting {SILENT:.0f} seconds to see whether it still runs",
+        f"{run} was last used by {_name(_holder(run))}: waiting {SILENT:.0f} seconds to see whether it still "
+        "runs",
         file=sys.stderr,
     )
     end = time.monotonic() + SILENT
     while time.monotonic() < end:
         time.sleep(BEAT / 5)
-        now = _holder(run)
+        now = _stamp(run)
         if now is None:
             return
-        if (now.get("machine"), now.get("pid"), now.get("beat")) != (
-            found.get("machine"),
-            found.get("pid"),
-            found.get("beat"),
-        ):
-            raise ValueError(_in_use(run, _name(now)))
+        if now != first:
+            raise ValueError(_in_use(run, _name(_holder(run))))
 
 
-def _count(path: Path, content: dict, stop: threading.Event) -> None:
-    number = 0
-    while not stop.wait(BEAT):
-        number += 1
-        with contextlib.suppress(OSError):  # a full disk does not end the run
-            write_json(path, {**content, "beat": number})
-
-
-def _holder(run: Path) -> dict | None:
+def _write_holder(run: Path) -> None:
+    content = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "machine": machine(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": " ".join(sys.argv),
+    }
+    path = run / HOLDER_FILE
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()  # of a process that has ended
     try:
-        # a file that is opened is read again from a network file system
+        with open(path, "x") as file:  # only one of several processes succeeds
+            json.dump(content, file)
+    except FileExistsError:
+        raise ValueError(_in_use(run, _name(_holder(run)))) from None
+
+
+def _touch(path: Path, stop: threading.Event) -> None:
+    while not stop.wait(BEAT):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def _stamp(run: Path) -> int | None:
+    try:
+        with open(run / HOLDER_FILE) as file:  # opening asks a network file system again
+            return os.fstat(file.fileno()).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _holder(run: Path) -> dict:
+    try:
         found = json.loads((run / HOLDER_FILE).read_text())
     except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def _name(holder: dict | None) -> str:
-    if holder is None:
+def _name(holder: dict) -> str:
+    if not holder:
         return "another process"
     return f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
 

@@ -21,15 +21,8 @@ ADAPTER = "lora_"  # part of the name of every parameter of peft
 
 
 def with_lora(model: nn.Module, stage: StageSection) -> nn.Module:
-    """Add trainable adapters. Parts of the stage other than the language model are trained fully.
-
-    Raises:
-        ValueError: the package peft is missing.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ModuleNotFoundError:
-        raise ValueError("stage.lora needs the package peft, which is not installed") from None
+    """Add trainable adapters. Parts of the stage other than the language model are trained fully."""
+    from peft import LoraConfig, get_peft_model
 
     lora = stage.lora
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)

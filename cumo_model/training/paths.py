@@ -1,23 +1,25 @@
-"""Checks of the files and folders that a recipe names, with the standard library only."""
+"""Checks of the files, folders and packages that a recipe needs, with the standard library only."""
 
+import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from cumo_model.training.recipe import Recipe
+from typing import Any
 
 PATTERN = "*?["
 
 
-def check_paths(recipe: "Recipe") -> None:
+def check_paths(model: Any, data: Any, output_dir: str | os.PathLike) -> None:
     """Check that what a recipe names exists, before anything is loaded.
+
+    Args:
+        model: the recipe's section `model`.
+        data: the recipe's section `data`.
+        output_dir: the folder of the run.
 
     Raises:
         ValueError: a file or folder is missing or of another kind, or output_dir cannot be the folder of a
             run; the message names the key.
     """
-    model, data = recipe.model, recipe.data
     if (model.start is None) == (model.vision is None or model.language is None):
         raise ValueError("model must have either start, or vision and language, got both or neither")
     for name in ("start", "vision", "language"):
@@ -43,7 +45,26 @@ def check_paths(recipe: "Recipe") -> None:
             raise ValueError(
                 f"data.images must name folders or .tar files, got {pattern!r}, which does not exist"
             )
-    _check_output(recipe)
+    _check_output(os.fspath(output_dir), model)
+
+
+def check_packages(model: Any, stage: Any) -> None:
+    """Check that the packages that a recipe needs are installed.
+
+    Args:
+        model: the recipe's section `model`.
+        stage: the recipe's section `stage`.
+
+    Raises:
+        ValueError: a package is missing; the message names the key, and the extra that installs it.
+    """
+    needed = [("stage.lora", stage.lora, "peft", "train")]
+    needed.append(("model.quantize", model.quantize, "bitsandbytes", "quantize"))
+    for key, value, package, extra in needed:
+        if value is not None and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"{key} needs the package {package}, which is not installed: pip install cumo[{extra}]"
+            )
 
 
 def _check_folder(key: str, path: str) -> None:
@@ -58,17 +79,17 @@ def _exists(pattern: str) -> bool:
     return any(c in pattern for c in PATTERN) and any(Path(anchor or ".").glob(pattern.removeprefix(anchor)))
 
 
-def _check_output(recipe: "Recipe") -> None:
-    out, model = os.path.abspath(recipe.output_dir), recipe.model
+def _check_output(output_dir: str, model: Any) -> None:
+    out = os.path.abspath(output_dir)
     above = out
     while not os.path.lexists(above):
         above = os.path.dirname(above)
     if not os.path.isdir(above):
         what = "is a file" if above == out else f"lies below the file {above!r}"
-        raise ValueError(f"output_dir must be a folder, got {recipe.output_dir!r}, which {what}")
+        raise ValueError(f"output_dir must be a folder, got {output_dir!r}, which {what}")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(
-            f"output_dir must be a folder that can be written to, got {recipe.output_dir!r}: there is no "
+            f"output_dir must be a folder that can be written to, got {output_dir!r}: there is no "
             f"permission to write to {above!r}"
         )
     for name in ("start", "vision", "language"):
@@ -78,6 +99,5 @@ def _check_output(recipe: "Recipe") -> None:
             os.path.realpath(path),
         ):
             raise ValueError(
-                f"output_dir must not contain model.{name} {path!r}, nor lie inside it, "
-                f"got {str(recipe.output_dir)!r}"
+                f"output_dir must not contain model.{name} {path!r}, nor lie inside it, got {output_dir!r}"
             )

@@ -27,7 +27,7 @@ from cumo_model.training.recipe_files import SHIPPED, merge, parse_overrides, re
 from cumo_model.training.values import (
     NOT_NEGATIVE,
     SEED,
-    SHARE,
+    UNIT,
     at_least,
     check_known,
     check_section,
@@ -68,7 +68,7 @@ DATA_RANGES = {
     "max_length": at_least(1),
     "grouping": one_of(*GROUPINGS),
 }
-LORA_RANGES = {"r": at_least(1), "alpha": at_least(1), "dropout": SHARE}
+LORA_RANGES = {"r": at_least(1), "alpha": at_least(1), "dropout": UNIT}
 STAGE_RANGES = {
     "trains": one_of(*PARTS),
     "batch_size": at_least(1),
@@ -236,7 +236,7 @@ def load_recipe(config: str | os.PathLike, overrides: Sequence[str] = (), files:
         raise ValueError(f"variant must be one of {', '.join(variants)}, got {variant!r}")
     recipe = _build(Recipe, merge(merge(values, variants.get(variant) or {}), given), "")
     if files:
-        check_paths(recipe)
+        check_paths(recipe.model, recipe.data, recipe.output_dir)
     # imports torch and transformers, so that all else is reported first
     from cumo_model.training.arguments import typed_fields
 

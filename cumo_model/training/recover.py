@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import warnings
 import zipfile
@@ -22,15 +23,21 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from cumo_model.checkpoints.folders import is_no_room, read_object
+from cumo_model.checkpoints.folders import first_line, is_no_room, read_object
 from cumo_model.training.run_folder import checkpoints
 
 SAVING = ".saving"
 SIZES = "files.json"  # file in a checkpoint: names and sizes of its files in bytes
 DAMAGED = "damaged-"  # prefix for a checkpoint that cannot be read
+
+
+def say(text: str) -> None:
+    """Print a line to standard error, above a progress bar."""
+    tqdm.write(text, file=sys.stderr)
 
 
 class Interrupted(Exception):
@@ -219,7 +226,7 @@ class AtomicCheckpoints(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             if self._saving_to is None or not is_no_room(error):
                 raise
-            self._no_room = self._no_room or str(error)
+            self._no_room = self._no_room or f"the disk is full: {first_line(error)}"
 
     def _save(self, output_dir=None, state_dict=None):
         with self._room_may_end():
@@ -241,13 +248,15 @@ class AtomicCheckpoints(Trainer):
             return None
         needed = sum(path.stat().st_size for path in last[-1].rglob("*") if path.is_file())
         free = shutil.disk_usage(run).free
-        return f"{free:,} bytes are free in {run}, a checkpoint takes {needed:,}" if free < needed else None
+        if free >= needed:
+            return None
+        return f"the disk is full: {free:,} bytes are free in {run}, a checkpoint takes {needed:,}"
 
     def _report(self, reason: str | None, work: Path) -> None:
         self.save_failed = reason or "no room"
         if self.is_world_process_zero():
             shutil.rmtree(work, ignore_errors=True)
-            warnings.warn(f"no checkpoint at step {self.state.global_step}: {self.save_failed}", stacklevel=3)
+            say(f"{self.args.output_dir}: NO checkpoint at step {self.state.global_step}: {self.save_failed}")
 
     def _keep_last(self, run: Path) -> None:
         limit = self.args.save_total_limit

@@ -18,10 +18,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-from cumo_model.checkpoints.folders import fingerprint, new_directory, read_object
+from cumo_model.checkpoints.folders import fingerprint, first_line, is_no_room, new_directory, read_object
 from cumo_model.data.sampling import StepSampler
 from cumo_model.model.losses import share_of_labels
-from cumo_model.training.again import check_resumed, fields_of, is_complete
+from cumo_model.training.again import EnoughSteps, check_resumed, fields_of, is_complete
 from cumo_model.training.claims import claim, claim_recipe, record_fields, sizes_of
 from cumo_model.training.deepspeed import clear
 from cumo_model.training.expert_checkpoints import SpreadCheckpoints
@@ -36,8 +36,10 @@ from cumo_model.training.run_folder import (
     RECIPE_FILE,
     RESULT,
     START_FILE,
+    checkpoints,
     finished_step,
     has_begun,
+    step_of,
 )
 
 
@@ -89,7 +91,7 @@ class StageTrainer(RouterLosses, SpreadCheckpoints):
     ):
         self.lengths, self.has_image, self.grouping = lengths, has_image, grouping
         self.monitor = Monitor(model, ()) if monitor is None else monitor
-        callbacks = [StopRequests(), *callbacks]
+        callbacks = [EnoughSteps(), StopRequests(), *callbacks]
         super().__init__(
             model, args, data_collator=collator, train_dataset=dataset, callbacks=callbacks, **options
         )
@@ -278,9 +280,23 @@ def _train(recipe: Recipe, build: Callable[[Recipe, Sequence], StageTrainer], ca
         callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopRequests)
     ]
     if any(stop.stopped for stop in stops):
-        what = "progress is saved" if trainer.save_failed is None else f"NOT saved: {trainer.save_failed}"
+        what = "progress is saved"
+        if trainer.save_failed is not None:
+            last = checkpoints(out)
+            kept = f"the last checkpoint is of step {step_of(last[-1])}" if last else "there is no checkpoint"
+            what = f"progress is NOT saved: {trainer.save_failed}; {kept}"
         raise Interrupted(f"{out}: stopped at step {trainer.state.global_step}, {what}")
-    trainer.save_result(out / RESULT, recipe)
+    try:
+        trainer.save_result(out / RESULT, recipe)
+    except Exception as error:
+        if not is_no_room(error):
+            raise
+        last = checkpoints(out)
+        kept = f"checkpoint of step {step_of(last[-1])}" if last else "NO checkpoint"
+        raise OSError(
+            f"{out}: the result is NOT saved, the disk is full ({first_line(error)}); there is a {kept}: "
+            "make room and give the same command again"
+        ) from error
     if trainer.is_world_process_zero():
         clear(recipe)
     return out / RESULT

@@ -26,7 +26,7 @@ from cumo_model.model.positions import position_limit
 from cumo_model.training.arguments import (
     DEFAULTS,
     check_fields,
-    check_optimizer,
+    check_tools,
     given_objects,
     make_arguments,
     typed_fields,
@@ -43,17 +43,17 @@ from cumo_model.training.deepspeed import (
 from cumo_model.training.expert_checkpoints import is_spread, spread_experts
 from cumo_model.training.lora import has_adapters, load_beside, merged, save_beside, with_lora
 from cumo_model.training.monitor import Monitor
+from cumo_model.training.paths import check_packages
+from cumo_model.training.plan import check_experts, check_plan
 from cumo_model.training.recipe import (
     PARTS,
     DataSection,
-    ModelSection,
     Recipe,
     StageSection,
     check_model,
 )
 from cumo_model.training.run_folder import DATA_FILE
 from cumo_model.training.stage import StageTrainer, run_stage
-from cumo_model.training.start import DEFAULT_TOP_K
 
 
 class CumoTrainer(StageTrainer):
@@ -203,34 +203,6 @@ def freeze(model: nn.Module, stage: StageSection) -> None:
                     parameter.requires_grad_(True)
 
 
-def check_experts(model: ModelSection, config: CumoConfig) -> None:
-    """Check that the experts of a loaded model are those of the recipe, which cannot change existing ones.
-
-    Raises:
-        ValueError: the message names the key.
-    """
-    found = experts_of(config)
-    for name, (number, _) in found.items():
-        wanted = getattr(model, name)
-        if wanted and wanted != number:
-            raise ValueError(f"model.{name} must be {number}, what the model has already, got {wanted}")
-    if model.top_k is not None:
-        there = {name: top_k for name, (number, top_k) in found.items() if number > 1}
-        if not there and model.top_k != DEFAULT_TOP_K:
-            raise ValueError(f"model.top_k must be left out, as the model has no experts, got {model.top_k}")
-        # where the recipe names places, it is theirs
-        for name in [name for name in there if getattr(model, name)] or there:
-            if there[name] != model.top_k:
-                raise ValueError(
-                    f"model.top_k must be {there[name]} or left out, as {name} of the model has already, "
-                    f"got {model.top_k}"
-                )
-    if model.scratch and model.start is not None:
-        old = experts_of(CumoConfig.from_pretrained(model.start))
-        if not any(number < 2 and getattr(model, name) > 1 for name, (number, _) in old.items()):
-            raise ValueError("model.scratch must be False where model.start has the experts, got True")
-
-
 def check_positions(config: CumoConfig, data: DataSection, lengths: np.ndarray) -> None:
     """Check that no row of a training run is longer than the language model's positions.
 
@@ -266,11 +238,13 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     """
     check_model(recipe.model)
     args = training_arguments(recipe)
-    check_optimizer(args)
+    check_tools(args)
+    check_packages(recipe.model, recipe.stage)
+    check_plan(recipe, args)
     set_seed(args.seed)
     join_processes(args)
     model, processor = begin(recipe, args)
-    check_experts(recipe.model, model.config)
+    check_experts(recipe.model, experts_of(model.config))
     stage, data = recipe.stage, recipe.data
     if (stage.balance_loss_coef or stage.router_z_loss_coef) and not model.has_expert_losses:
         warnings.warn(
@@ -316,10 +290,6 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     if stage.lora is not None:
         model = with_lora(model, stage)
     if stage.expert_parallel > 1:
-        if stage.lora is not None or args.deepspeed:
-            raise ValueError("stage.expert_parallel must be 1 with lora or deepspeed")
-        if args.fp16:  # the gradient norm over DTensors and plain tensors would include the loss scale
-            raise ValueError("stage.expert_parallel must be 1 with trainer.fp16; it works with trainer.bf16")
         spread_experts(model, stage.expert_parallel, args.device, bool(args.fsdp), stage.expert_exchange)
     return CumoTrainer(
         model,

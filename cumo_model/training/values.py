@@ -22,12 +22,15 @@ def at_least(low: int) -> Range:
 
 
 def one_of(*names: Any) -> Range:
-    return Range(" or ".join(map(str, names)), lambda value: value in names)
+    words = [str(name) for name in names]
+    text = " or ".join(words) if len(words) < 3 else f"one of {', '.join(words)}"
+    return Range(text, lambda value: value in names)
 
 
 NOT_NEGATIVE = Range("finite and not negative", lambda value: 0 <= value < math.inf)
 POSITIVE = Range("finite and positive", lambda value: 0 < value < math.inf)
 SHARE = Range("at least 0 and less than 1", lambda value: 0 <= value < 1)
+UNIT = Range("from 0 to 1", lambda value: 0 <= value <= 1)
 SEED = Range("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)  # the range of numpy
 
 
@@ -98,7 +101,7 @@ def typed(field: Field, value: Any, place: str) -> Any:
             return field.default
         items = value if isinstance(value, list | tuple) else (value,)
         return tuple(_of_kind([item[1]], v, key) for v in items)
-    return _of_kind(wanted.split(" | "), value, key)
+    return _of_kind([name.rpartition(".")[2] for name in wanted.split(" | ")], value, key)
 
 
 def _of_kind(names: list[str], value: Any, key: str) -> Any:

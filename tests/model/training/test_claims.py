@@ -15,8 +15,15 @@ def recipe(model=PARTS, stage=None, trainer=None, **data):
     return Recipe("out", model, DataSection(files=("x",), **data), stage or StageSection(), trainer or {})
 
 
+def begin(folder):
+    """Make a checkpoint, from which on the identity of a run counts."""
+    (folder / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoint-1" / "trainer_state.json").write_text("{}")
+
+
 def record(path, made, **changes):
     """The identity of a recipe as an earlier version wrote it."""
+    begin(path.parent)
     values = made.identity()
     for key, value in changes.items():
         section, _, name = key.partition("__")
@@ -81,7 +88,9 @@ def test_what_is_left_out_is_that_of_the_start_model(tmp_path, tiny_config):
 )
 def test_another_recipe_is_named_with_both_values(tmp_path, other, message):
     path = tmp_path / "recipe.json"
-    claim_recipe(path, recipe())
+    claim_recipe(path, other)
+    claim_recipe(path, recipe())  # nothing was trained yet
+    begin(tmp_path)
     claim_recipe(path, recipe())
     with pytest.raises(ValueError, match=f"is a run with {message}: choose another output_dir$"):
         claim_recipe(path, other)
@@ -89,7 +98,9 @@ def test_another_recipe_is_named_with_both_values(tmp_path, other, message):
 
 def test_records_of_data(tmp_path):
     path, wanted = tmp_path / "run" / "data.json", {"content of data": "0f", "number of records": 3}
-    claim(path, wanted)
+    claim(path, {**wanted, "number of records": 5})
+    claim(path, wanted)  # nothing was trained yet
+    begin(path.parent)
     claim(path, wanted)
     with pytest.raises(ValueError, match=r"another number of records \(was 3, is 4\): choose .*, or so$"):
         claim(path, {**wanted, "number of records": 4}, ", or so")
