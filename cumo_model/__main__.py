@@ -33,7 +33,7 @@ def _train(args: argparse.Namespace) -> int:
     from cumo_model.training.run_folder import finished_step
     from cumo_model.training.trainer import run_recipe
 
-    recipe = load_recipe(args.config, args.overrides)
+    recipe = load_recipe(args.config, args.overrides, files=True)
     before = finished_step(recipe.output_dir)
     path = run_recipe(recipe)
     if int(os.environ.get("RANK", 0)) == 0:

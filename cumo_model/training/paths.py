@@ -45,7 +45,7 @@ def check_paths(model: Any, data: Any, output_dir: str | os.PathLike) -> None:
             raise ValueError(
                 f"data.images must name folders or .tar files, got {pattern!r}, which does not exist"
             )
-    _check_output(os.fspath(output_dir), model)
+    check_output(output_dir, model)
 
 
 def check_packages(model: Any, stage: Any) -> None:
@@ -79,7 +79,17 @@ def _exists(pattern: str) -> bool:
     return any(c in pattern for c in PATTERN) and any(Path(anchor or ".").glob(pattern.removeprefix(anchor)))
 
 
-def _check_output(output_dir: str, model: Any) -> None:
+def check_output(output_dir: str | os.PathLike, model: Any) -> None:
+    """Check that a folder can be that of a run.
+
+    Args:
+        output_dir: the folder, which need not exist.
+        model: the recipe's section `model`.
+
+    Raises:
+        ValueError: it is or lies below a file, cannot be written to, or contains or lies in a start model.
+    """
+    output_dir = os.fspath(output_dir)
     out = os.path.abspath(output_dir)
     above = out
     while not os.path.lexists(above):
@@ -94,7 +104,9 @@ def _check_output(output_dir: str, model: Any) -> None:
         )
     for name in ("start", "vision", "language"):
         path = getattr(model, name)
-        if path is not None and os.path.commonpath([os.path.realpath(path), os.path.realpath(out)]) in (
+        if path is None or not os.path.isfile(os.path.join(path, "config.json")):
+            continue  # loading reports it
+        if os.path.commonpath([os.path.realpath(path), os.path.realpath(out)]) in (
             os.path.realpath(out),
             os.path.realpath(path),
         ):

@@ -27,6 +27,7 @@ from cumo_model.training.deepspeed import clear
 from cumo_model.training.expert_checkpoints import SpreadCheckpoints
 from cumo_model.training.lock import locked
 from cumo_model.training.monitor import Monitor, MonitorCallback, ShortProgress
+from cumo_model.training.paths import check_output
 from cumo_model.training.recipe import Recipe, plain
 from cumo_model.training.recover import SAVING, Interrupted, StopRequests, last_sound
 from cumo_model.training.router_losses import RouterLosses
@@ -248,6 +249,7 @@ def run_stage(
             clear(recipe)
             shutil.rmtree(_work(out / RESULT), ignore_errors=True)
         return out / RESULT
+    check_output(out, recipe.model)
     with locked(out) if is_first else contextlib.nullcontext():
         return _train(recipe, build, callbacks)
 

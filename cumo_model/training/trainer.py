@@ -43,7 +43,7 @@ from cumo_model.training.deepspeed import (
 from cumo_model.training.expert_checkpoints import is_spread, spread_experts
 from cumo_model.training.lora import has_adapters, load_beside, merged, save_beside, with_lora
 from cumo_model.training.monitor import Monitor
-from cumo_model.training.paths import check_packages
+from cumo_model.training.paths import check_packages, check_paths
 from cumo_model.training.plan import check_experts, check_plan
 from cumo_model.training.recipe import (
     PARTS,
@@ -239,6 +239,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     check_model(recipe.model)
     args = training_arguments(recipe)
     check_tools(args)
+    check_paths(recipe.model, recipe.data, recipe.output_dir)
     check_packages(recipe.model, recipe.stage)
     check_plan(recipe, args)
     set_seed(args.seed)
