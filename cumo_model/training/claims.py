@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from cumo_model.checkpoints.assemble import describe
-from cumo_model.checkpoints.folders import read_object, write_json
+from cumo_model.checkpoints.folders import fingerprint, read_object, write_json
 from cumo_model.checkpoints.processors import template_for
 from cumo_model.data.records import record_files
 from cumo_model.processing.processor import DEFAULT_TEMPLATE
+from cumo_model.training.paths import exists
 from cumo_model.training.recipe import ModelSection, Recipe
 from cumo_model.training.run_folder import has_begun
 from cumo_model.training.start import DEFAULT_TOP_K
 
 OPAQUE = "content of "  # names whose values are digests, of no use in a message
 SIZE = "bytes of "  # names that earlier versions do not record
+STARTS = ("start", "vision", "language", "projector")  # of a recipe's section `model`
+PATHS = ("data.files", "data.images", "model.tokenizer", *(f"model.{name}" for name in STARTS))
 TRAINER = "trainer"  # key of the record of a recipe; its fields may change while a run has not finished
 
 
@@ -75,8 +78,39 @@ def claim_recipe(path: Path, recipe: Recipe, fields: dict[str, Any] | None = Non
         if (found[key] is None) != (wanted[key] is None):
             usual = _of_start(recipe.model)[key]
             found[key], wanted[key] = (usual if v is None else v for v in (found[key], wanted[key]))
+    for key in PATHS:
+        if _moved(found.get(key), wanted.get(key)):
+            found[key] = wanted[key]
     _compare(path.parent, found, wanted)
     return before if isinstance(before, dict) else None
+
+
+def claim_start(path: Path, model: ModelSection) -> None:
+    """As `claim` for the content of the models that a stage starts from.
+
+    If one is missing, nothing is compared: loading reports it, and a finished run does not need it.
+
+    Raises:
+        ValueError: as `claim`, also if an earlier stage was trained again.
+    """
+    named = {name: value for name in STARTS if (value := getattr(model, name)) is not None}
+    if not all(os.path.exists(value) for value in named.values()):
+        return
+    wanted = {f"{OPAQUE}model.{name}": fingerprint(value) for name, value in named.items()}
+    if path.is_file() and set(found := read_object(path)).isdisjoint(wanted):
+        # earlier versions call them by their paths
+        names = {f"{OPAQUE}{value}": f"{OPAQUE}model.{name}" for name, value in named.items()}
+        write_json(path, {names.get(key, key): digest for key, digest in found.items()})
+    claim(path, wanted)
+
+
+def _moved(old: Any, new: Any) -> bool:
+    """Whether a path, or each of a list of paths and patterns, is another one and nothing is left at the old."""
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(a == b or _moved(a, b) for a, b in zip(old, new, strict=True))
+    if not isinstance(old, str) or not isinstance(new, str):
+        return False
+    return old != new and not exists(old)
 
 
 def record_fields(path: Path, fields: dict[str, Any]) -> None:

@@ -38,10 +38,10 @@ def check_paths(model: Any, data: Any, output_dir: str | os.PathLike) -> None:
     if not data.files:
         raise ValueError("data.files must name at least one file, got none")
     for pattern in data.files:
-        if not _exists(pattern):
+        if not exists(pattern):
             raise ValueError(f"data.files must name files, got {pattern!r}, which does not exist")
     for pattern in data.images:
-        if not _exists(pattern):
+        if not exists(pattern):
             raise ValueError(
                 f"data.images must name folders or .tar files, got {pattern!r}, which does not exist"
             )
@@ -72,7 +72,8 @@ def _check_folder(key: str, path: str) -> None:
         raise ValueError(f"{key} must be a folder, got {path!r}, which is not a folder")
 
 
-def _exists(pattern: str) -> bool:
+def exists(pattern: str) -> bool:
+    """Whether a path exists, or a pattern fits one."""
     if os.path.exists(pattern):
         return True
     anchor = Path(pattern).anchor

@@ -24,6 +24,7 @@ from typing import Any
 from cumo_model.model.choices import ASPECTS, AVERAGES, COMPATS, DTYPES, EXCHANGES, GROUPINGS
 from cumo_model.training.paths import check_paths
 from cumo_model.training.recipe_files import SHIPPED, merge, parse_overrides, read_recipe
+from cumo_model.training.run_folder import finished_step
 from cumo_model.training.values import (
     NOT_NEGATIVE,
     SEED,
@@ -217,7 +218,8 @@ def load_recipe(config: str | os.PathLike, overrides: Sequence[str] = (), files:
     Args:
         config: path of a YAML file, or name of a shipped recipe ("mistral-7b/sft").
         overrides: `key=value` strings; values are parsed as YAML.
-        files: also check that the files and folders named in the recipe exist, as `check_paths`.
+        files: also check that the files and folders named in the recipe exist, as `check_paths`, unless the run
+            has a result.
 
     Raises:
         ValueError: the file cannot be read, or a key or value is not valid; the message names it.
@@ -235,7 +237,7 @@ def load_recipe(config: str | os.PathLike, overrides: Sequence[str] = (), files:
             raise ValueError(f"variant must be left out, as the recipe has no variants, got {variant!r}")
         raise ValueError(f"variant must be one of {', '.join(variants)}, got {variant!r}")
     recipe = _build(Recipe, merge(merge(values, variants.get(variant) or {}), given), "")
-    if files:
+    if files and finished_step(recipe.output_dir) is None:
         check_paths(recipe.model, recipe.data, recipe.output_dir)
     # imports torch and transformers, so that all else is reported first
     from cumo_model.training.arguments import typed_fields

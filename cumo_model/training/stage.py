@@ -18,11 +18,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-from cumo_model.checkpoints.folders import fingerprint, first_line, is_no_room, new_directory, read_object
+from cumo_model.checkpoints.folders import first_line, is_no_room, new_directory, read_object
 from cumo_model.data.sampling import StepSampler
 from cumo_model.model.losses import share_of_labels
 from cumo_model.training.again import EnoughSteps, check_resumed, fields_of, is_complete
-from cumo_model.training.claims import claim, claim_recipe, record_fields, sizes_of
+from cumo_model.training.claims import claim, claim_recipe, claim_start, record_fields, sizes_of
 from cumo_model.training.deepspeed import clear
 from cumo_model.training.expert_checkpoints import SpreadCheckpoints
 from cumo_model.training.lock import locked
@@ -202,17 +202,6 @@ def _work(path: Path) -> Path:
     return path.with_name(f".{path.name}-work")
 
 
-def _claim_start(recipe: Recipe) -> None:
-    """Check that the start models are the same as before, also if an earlier stage was trained again."""
-    model = recipe.model
-    named = (model.start, model.vision, model.language, model.projector)
-    paths = [path for path in named if path is not None]
-    # if one is missing, loading reports it; a finished run does not need it
-    if all(os.path.exists(path) for path in paths):
-        wanted = {f"content of {path}": fingerprint(path) for path in paths}
-        claim(Path(recipe.output_dir) / START_FILE, wanted)
-
-
 def _check_data_of_result(recipe: Recipe) -> None:
     """Check that the data files that still exist are those of a finished run, which does not need them."""
     path = Path(recipe.output_dir) / DATA_FILE
@@ -260,7 +249,7 @@ def _is_finished(recipe: Recipe) -> bool:
     if not (out / RESULT).is_dir():
         return False
     claim_recipe(out / RECIPE_FILE, recipe, fields_of(recipe.trainer))
-    _claim_start(recipe)
+    claim_start(out / START_FILE, recipe.model)
     _check_data_of_result(recipe)
     return is_complete(out, recipe)
 
@@ -270,7 +259,7 @@ def _train(recipe: Recipe, build: Callable[[Recipe, Sequence], StageTrainer], ca
     if not has_begun(out) and int(os.environ.get("RANK", 0)) == 0:
         clear(recipe)  # a first model that was made for another recipe
     before = claim_recipe(out / RECIPE_FILE, recipe, fields)
-    _claim_start(recipe)
+    claim_start(out / START_FILE, recipe.model)
     check_resumed(out, recipe, before)
     trainer = build(recipe, callbacks)
     if trainer.is_world_process_zero():

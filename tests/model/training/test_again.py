@@ -177,6 +177,29 @@ def test_what_changes_in_a_run_that_goes_on_is_told(tmp_path, recwarn):
     assert finished_step(tmp_path / "run") == 6
 
 
+def test_a_moved_run_goes_on_and_another_place_is_another_run(folder, tmp_path_factory):
+    recipe = write_recipe(folder, trainer__max_steps=4)
+    with pytest.raises(Interrupted):
+        run_recipe(load_recipe(recipe), [StopAt(1).callback])
+    record = folder / "run" / "start.json"  # as earlier versions wrote it
+    (digest,) = json.loads(record.read_text()).values()
+    record.write_text(json.dumps({f"content of {folder / 'start'}": digest}))
+    away = tmp_path_factory.mktemp("away") / "all"
+    copy = shutil.copytree(folder, away.with_name("copy"))
+    moved = recipe.read_text().replace(str(folder), str(copy))
+    recipe.write_text(moved)
+    with pytest.raises(ValueError, match=r"another data\.files .*, another data\.images .*, another mod"):
+        run_recipe(load_recipe(recipe))  # the old place exists too
+    os.rename(folder, away)
+    (away / "run.yaml").write_text(moved.replace(str(copy), str(away)))
+    result = run_recipe(load_recipe(away / "run.yaml"))
+    assert finished_step(away / "run") == 4
+    back = tmp_path_factory.mktemp("back") / "all"
+    os.rename(away, back)
+    (back / "run.yaml").write_text(moved.replace(str(copy), str(back)))
+    assert run_recipe(load_recipe(back / "run.yaml")) == back / "run" / "model" != result
+
+
 HOLD = """
 import sys, time
 from cumo_model.training.lock import locked

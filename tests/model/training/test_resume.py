@@ -107,7 +107,7 @@ def test_an_earlier_stage_that_was_trained_again_is_noticed(folder):
     os.utime(weights, ns=(date.st_atime_ns, date.st_mtime_ns))
     assert weights.stat().st_size == date.st_size and fingerprint(start) != known
     with pytest.raises(
-        ValueError, match=r"is a run with another content of .*/start: choose another output_dir"
+        ValueError, match=r"is a run with another content of model.start: choose another output_dir"
     ):
         run_recipe(recipe)
     save_file(kept, weights, {"format": "pt"})
