@@ -98,19 +98,19 @@ def claim_start(path: Path, model: ModelSection) -> None:
         return
     wanted = {f"{OPAQUE}model.{name}": fingerprint(value) for name, value in named.items()}
     if path.is_file() and set(found := read_object(path)).isdisjoint(wanted):
-        # earlier versions call them by their paths
-        names = {f"{OPAQUE}{value}": f"{OPAQUE}model.{name}" for name, value in named.items()}
-        write_json(path, {names.get(key, key): digest for key, digest in found.items()})
+        # earlier versions call them by their paths, which may have moved
+        names = {os.path.basename(value): f"{OPAQUE}model.{name}" for name, value in named.items()}
+        write_json(path, {names.get(os.path.basename(key), key): digest for key, digest in found.items()})
     claim(path, wanted)
 
 
 def _moved(old: Any, new: Any) -> bool:
-    """Whether a path, or each of a list of paths and patterns, is another one and nothing is left at the old."""
+    """Whether a path or pattern, or each of a list, is another one and nothing is left at the old one."""
     if isinstance(old, list) and isinstance(new, list):
         return len(old) == len(new) and all(a == b or _moved(a, b) for a, b in zip(old, new, strict=True))
     if not isinstance(old, str) or not isinstance(new, str):
         return False
-    return old != new and not exists(old)
+    return old != new and exists(new) and not exists(old)
 
 
 def record_fields(path: Path, fields: dict[str, Any]) -> None:

@@ -218,8 +218,8 @@ def load_recipe(config: str | os.PathLike, overrides: Sequence[str] = (), files:
     Args:
         config: path of a YAML file, or name of a shipped recipe ("mistral-7b/sft").
         overrides: `key=value` strings; values are parsed as YAML.
-        files: also check that the files and folders named in the recipe exist, as `check_paths`, unless the run
-            has a result.
+        files: also check that the files and folders named in the recipe exist, as `check_paths`, unless the
+            run has a result.
 
     Raises:
         ValueError: the file cannot be read, or a key or value is not valid; the message names it.
