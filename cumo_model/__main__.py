@@ -27,6 +27,17 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from cumo_model.training.launch import launch, reported_once
+
+    given = {"processes": args.processes, "max_restarts": args.max_restarts}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and (given != {"processes": 1} or "RANK" in os.environ):
+        return launch(args.config, args.overrides, **given)
+    with reported_once():
+        return _train_here(args)
+
+
+def _train_here(args: argparse.Namespace) -> int:
     import torch
 
     from cumo_model.training.recipe import load_recipe
@@ -142,6 +153,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="key=value",
         help="changes to the recipe, such as stage.learning_rate=1e-5",
+    )
+    train.add_argument(
+        "--processes", type=int, help="processes on this machine, usually one for each GPU (default: 1)"
+    )
+    train.add_argument(
+        "--max-restarts",
+        type=int,
+        help="how often the processes are started again if one is killed or fails (default: 3)",
     )
     train.set_defaults(run=_train)
 

@@ -1,6 +1,5 @@
 """Processes of a demo: a lock on its folder, and tasks in parallel, each with a line of the terminal."""
 
-import ctypes
 import json
 import os
 import signal
@@ -12,17 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cumo_model.demo.settings import Settings, plain
+from cumo_model.training.launch import cores as cores
+from cumo_model.training.launch import end_with_parent as _end_with_parent
 from cumo_model.training.recover import Interrupted
 
 # by default glibc returns large blocks to the system, which causes page faults in every step; keeping them
 # made a training step with experts a quarter faster on a CPU
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 LOCK_SECONDS = 60  # time that a stopped task may need to save a checkpoint
-
-
-def cores() -> int:
-    """Number of CPU cores of this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def named(out_dir: str | os.PathLike) -> Path:
@@ -75,13 +71,6 @@ def locked(out: Path) -> Iterator[None]:
                 time.sleep(1)
         os.set_inheritable(file.fileno(), True)
         yield
-
-
-def _end_with_parent() -> None:
-    """Called in a new task before it starts: the task gets SIGTERM when the demo's process ends."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def run_tasks(out: Path, tasks: list[str], width: int, phase: int) -> None:
