@@ -1,4 +1,4 @@
-"""Upcycle a dense CLIP and a dense Mistral to a CuMo with experts, and train it on two processes.
+"""Upcycle a dense CLIP and a dense Mistral to a CuMo with experts, and train it on two processes (torchrun).
 
     python examples/upcycle_and_train.py                      # small parts with random weights, on a CPU
     python examples/upcycle_and_train.py --vision checkpoints/clip --text checkpoints/mistral \\
@@ -53,7 +53,8 @@ if args.vision is None:  # small models and data, in the same formats as real on
     settings = [f"trainer.{line}" for line in settings] + ["stage.batch_size=8", "stage.learning_rate=0.003"]
 run("-m", "cumo_model", "upcycle", f"--vision={args.vision}", f"--text={args.text}", f"--out={out}/moe")
 recipe = [f"model.start={out}/moe", f"data.files={args.data}", f"data.images={args.images}", *settings]
-train = ["-m", "cumo_model", "train", "--config=mistral-7b/sft", f"--processes={args.processes}"]
-run(*train, f"output_dir={out}/run", *recipe, *args.overrides)
+torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
+train = ["-m", "cumo_model", "train", "--config=mistral-7b/sft", f"output_dir={out}/run"]
+run(*torchrun, *train, *recipe, *args.overrides)
 history = json.loads((out / "run/model/trainer_state.json").read_text())["log_history"]
 print("language loss:", *(f"{entry['language']:.3f}" for entry in history if "language" in entry))

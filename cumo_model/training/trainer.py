@@ -198,8 +198,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         warnings.warn(
             "torchrun gives restarted workers the store of the previous ones, so they would wait for workers "
             "that have ended: use --processes of cumo train, or torchrun with --standalone (one machine) or "
-            "--rdzv-backend=c10d, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which torchrun's default rendezvous "
-            "ignores",
+            "--rdzv-backend=c10d, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the static rendezvous of "
+            "torchrun ignores",
             stacklevel=2,
         )
     used = {name: value for name, (value, _) in fixed.items()}
