@@ -13,10 +13,17 @@ from pathlib import Path
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from cumo_model.demo.run import run_demo
+    from cumo_model.demo.resume import resumable
 
     out = args.out or Path("runs", "demo-quick" if args.quick else "demo")
-    return run_demo(out, args.quick, args.seed)
+    options = ["--quick"] * args.quick + (["--seed", args.seed] if args.seed else [])
+
+    def run() -> int:
+        from cumo_model.demo.run import run_demo
+
+        return run_demo(out, args.quick, args.seed)
+
+    return resumable(run, "demo", "--out", out, *options)
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -76,10 +83,19 @@ def _experts(args: argparse.Namespace) -> int:
 
 
 def _ablate(args: argparse.Namespace) -> int:
-    from cumo_model.demo.ablation import run_ablation
+    from cumo_model.demo.resume import resumable
 
     out = args.out or Path("runs", "ablation-quick" if args.quick else "ablation")
-    return run_ablation(out, args.seeds, args.rows, args.quick, args.steps)
+    options = ["--quick"] * args.quick + ["--seeds", args.seeds]
+    options += ["--steps", args.steps] if args.steps is not None else []
+    options += ["--rows", *args.rows] if args.rows else []
+
+    def run() -> int:
+        from cumo_model.demo.ablation import run_ablation
+
+        return run_ablation(out, args.seeds, args.rows, args.quick, args.steps)
+
+    return resumable(run, "ablate", "--out", out, *options)
 
 
 def _check_data(args: argparse.Namespace) -> int:
