@@ -13,10 +13,17 @@ from pathlib import Path
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from cumo_model.demo.run import run_demo
+    from cumo_model.demo.resume import resumable
 
     out = args.out or Path("runs", "demo-quick" if args.quick else "demo")
-    return run_demo(out, args.quick, args.seed)
+    options = ["--quick"] * args.quick + (["--seed", args.seed] if args.seed else [])
+
+    def run() -> int:
+        from cumo_model.demo.run import run_demo
+
+        return run_demo(out, args.quick, args.seed)
+
+    return resumable(run, "demo", "--out", out, *options)
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -27,6 +34,17 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from cumo_model.training.launch import launch, reported_once
+
+    given = {"processes": args.processes, "max_restarts": args.max_restarts}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and (given != {"processes": 1} or "RANK" in os.environ):
+        return launch(args.config, args.overrides, **given)
+    with reported_once():
+        return _train_here(args)
+
+
+def _train_here(args: argparse.Namespace) -> int:
     import torch
 
     from cumo_model.training.recipe import load_recipe
@@ -68,10 +86,19 @@ def _experts(args: argparse.Namespace) -> int:
 
 
 def _ablate(args: argparse.Namespace) -> int:
-    from cumo_model.demo.ablation import run_ablation
+    from cumo_model.demo.resume import resumable
 
     out = args.out or Path("runs", "ablation-quick" if args.quick else "ablation")
-    return run_ablation(out, args.seeds, args.rows, args.quick, args.steps)
+    options = ["--quick"] * args.quick + ["--seeds", args.seeds]
+    options += ["--steps", args.steps] if args.steps is not None else []
+    options += ["--rows", *args.rows] if args.rows else []
+
+    def run() -> int:
+        from cumo_model.demo.ablation import run_ablation
+
+        return run_ablation(out, args.seeds, args.rows, args.quick, args.steps)
+
+    return resumable(run, "ablate", "--out", out, *options)
 
 
 def _check_data(args: argparse.Namespace) -> int:
@@ -145,6 +172,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="key=value",
         help="changes to the recipe, such as stage.learning_rate=1e-5",
+    )
+    train.add_argument(
+        "--processes", type=int, help="processes on this machine, usually one for each GPU (default: 1)"
+    )
+    train.add_argument(
+        "--max-restarts",
+        type=int,
+        help="how often the processes are started again if one is killed or fails (default: 3)",
     )
     train.set_defaults(run=_train)
 

@@ -1,8 +1,8 @@
 """Processes of a demo: a lock on its folder, and tasks in parallel, each with a line of the terminal."""
 
-import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cumo_model.checkpoints.folders import write_json
 from cumo_model.demo.settings import Settings, plain
+from cumo_model.training.claims import OPAQUE
+from cumo_model.training.launch import cores as cores
+from cumo_model.training.launch import end_with_parent as _end_with_parent
 from cumo_model.training.recover import Interrupted
+from cumo_model.training.stage import RECIPE_FILE, START_FILE
 
 # by default glibc returns large blocks to the system, which causes page faults in every step; keeping them
 # made a training step with experts a quarter faster on a CPU
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 LOCK_SECONDS = 60  # time that a stopped task may need to save a checkpoint
-
-
-def cores() -> int:
-    """Number of CPU cores of this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def named(out_dir: str | os.PathLike) -> Path:
@@ -56,7 +56,10 @@ def claim(out: Path, settings: Settings) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Allow one demo at a time in `out`. Tasks inherit the lock, so it is free after the last task ends."""
+    """Allow one demo at a time in `out`. Tasks inherit the lock, so it is free after the last task ends.
+
+    Unfinished folders of a call that was killed are deleted, and a folder that was moved gets its new name.
+    """
     try:
         import fcntl
     except ImportError:  # not a POSIX system
@@ -74,14 +77,12 @@ def locked(out: Path) -> Iterator[None]:
                     print(f"another demo, or a task of one, is still running in {out}; waiting", flush=True)
                 time.sleep(1)
         os.set_inheritable(file.fileno(), True)
+        _follow_move(out)
+        # nothing else writes here: these are left over from a call that was killed
+        for name in (".data-", "*/.model-", "rows/*/.model-"):
+            for stale in out.glob(name + "?" * 8):
+                shutil.rmtree(stale, ignore_errors=True)
         yield
-
-
-def _end_with_parent() -> None:
-    """Called in a new task before it starts: the task gets SIGTERM when the demo's process ends."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def run_tasks(out: Path, tasks: list[str], width: int, phase: int) -> None:
@@ -138,7 +139,45 @@ def run_tasks(out: Path, tasks: list[str], width: int, phase: int) -> None:
         how = [f"{task} {_ending(code)}" for task, code in failed.items()]
         raise RuntimeError(f"{', '.join(how)}; progress is kept in {out}")
     if any(codes.values()):
-        raise Interrupted(f"stopped; the same command resumes from {out}")
+        raise Interrupted(f"{out}: stopped, progress is kept")
+
+
+def name_in_recipes(out: Path) -> Path:
+    """The path by which the recipes of a demo name its folder: `runs/demo`, from every working directory."""
+    folder = out.resolve()
+    return Path(folder.parent.name, folder.name)
+
+
+def _follow_move(out: Path) -> None:
+    """Replace the folder's earlier name in the identities of its runs, which contain paths.
+
+    Whether the content is the same is still checked, because the identities have digests of it.
+    """
+    now = f"{name_in_recipes(out)}/"
+    recipes = sorted(out.glob(f"**/{RECIPE_FILE}"))
+    for recipe in recipes:
+        try:
+            was = json.loads(recipe.read_text())["data"]["files"][0].rpartition("data/")[0]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            continue  # damaged: its stage reports it
+        if not was or was == now:
+            continue
+        for path in (recipe.with_name(START_FILE), recipe):  # the recipe last: it has the earlier name
+            if path.is_file():
+                write_json(path, _renamed(json.loads(path.read_text()), was, now))
+
+
+def _renamed(value, was: str, now: str):
+    """A JSON value with another beginning of the paths in it."""
+    if isinstance(value, dict):
+        return {_renamed(key, was, now): _renamed(item, was, now) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item, was, now) for item in value]
+    if isinstance(value, str):
+        opaque = OPAQUE if value.startswith(OPAQUE) else ""
+        path = value.removeprefix(opaque)
+        return f"{opaque}{now}{path.removeprefix(was)}" if f"{path}/".startswith(was) else value
+    return value
 
 
 def _ending(code: int) -> str:

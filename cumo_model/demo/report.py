@@ -1,8 +1,11 @@
 """The report of the demo: tables, plots, some answers, and a check of the saved checkpoint."""
 
+import dataclasses
 import json
 import math
 import random
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,11 @@ from rich.table import Table
 from cumo_model.analysis.experts import patch_experts
 from cumo_model.analysis.plots import PLACES, plot_expert_load, plot_patches
 from cumo_model.checkpoints.folders import write_whole
+from cumo_model.demo.evaluate import Examiner
 from cumo_model.demo.folder import RESULT, read_json
 from cumo_model.demo.plots import plot_losses
+from cumo_model.demo.questions import QUESTIONS
+from cumo_model.demo.resume import command
 from cumo_model.demo.settings import TEMPLATE, Settings
 from cumo_model.processing.pictures import load_image
 from cumo_model.serving.chat import answer, load
@@ -28,6 +34,7 @@ STAGES = {  # folder of the stage -> title of its curve
     "sft_dense": "stage 3: dense",
 }
 CHANCE = 0.25
+PICTURES = 5  # best pictures about which the model is asked again, as in a chat
 EQUAL_FLOPS = (
     "Both models were trained for the same number of steps on the same data, so the model with experts "
     "needed {ratio:.2f}x the FLOPs. At equal FLOPs the dense model makes {ratio:.2f}x as many steps. "
@@ -60,7 +67,8 @@ def report(out: Path, settings: Settings, seconds: float) -> None:
 
     checkpoint = out / "sft" / RESULT
     model, processor = load(checkpoint)
-    _plot_patches(out, model, processor, pictures / "patches.png")
+    shown = show(out, model, processor)
+    _plot_patches(out / "data" / shown[0].image, model, processor, pictures / "patches.png")
 
     console = Console(record=True, width=100)
     ratios = {"FLOPs per step": compute["flops_ratio"], "CPU time per step": _slowdown(histories)}
@@ -69,6 +77,7 @@ def report(out: Path, settings: Settings, seconds: float) -> None:
     console.print(EQUAL_FLOPS.format(ratio=compute["flops_ratio"]))
     console.print(_expert_table(histories["sft"], scores["sft"]))
     console.print(_compute_table(histories, compute, ratios))
+    console.print(_questions_table(out, shown, scores["sft"]["test_a"]))
     console.print(_answers_table(out, model, processor, settings.seed))
     again = scores["sft"]["reload_difference"]
     found = "not measured, because the run was interrupted" if again is None else f"{again:.0e}"
@@ -77,11 +86,8 @@ def report(out: Path, settings: Settings, seconds: float) -> None:
         f"reloading {checkpoint}: {found}"
     )
     console.print(_headline(scores) + f"; {seconds / 60:.1f} minutes")
-    console.print(
-        f"plots are in {pictures}; to chat with the model:\n"
-        f"  python -m cumo_model chat --checkpoint {checkpoint} --image {_some_picture(out)}",
-        soft_wrap=True,
-    )
+    console.print(f"plots are in {pictures}")
+    console.print(_invitation(out, checkpoint, shown), soft_wrap=True)
     write_whole(out / "report.txt", console.export_text())
     if flat := [title for name, title in STAGES.items() if not _fell(histories[name])]:
         raise RuntimeError(f"the loss did not decrease in {', '.join(flat)}: see {pictures / 'losses.png'}")
@@ -199,7 +205,7 @@ def _answers_table(out: Path, model, processor, seed: int) -> Table:
     for record in records:
         by_picture.setdefault(record["image"], []).append(record)
     chosen = random.Random(seed).sample(sorted(by_picture), 3)
-    table = Table(title="some questions about unseen drawings", title_justify="left")
+    table = Table(title="some questions about other unseen drawings, not chosen", title_justify="left")
     for column in ("picture", "question", "answer", "reference answer"):
         table.add_column(column)
     for image in chosen:
@@ -217,12 +223,81 @@ def _answers_table(out: Path, model, processor, seed: int) -> Table:
     return table
 
 
-def _some_picture(out: Path) -> Path:
-    return min((out / "data" / "images" / "test_a").glob("*.png"))
+@dataclass(frozen=True)
+class Asked:
+    """A question about a picture, as the model answered it."""
+
+    image: str  # path in the data set
+    kind: str
+    question: str
+    said: str
+    reference: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.said == self.reference
 
 
-def _plot_patches(out: Path, model, processor, path: Path) -> None:
-    picture = load_image(_some_picture(out))
+def show(out: Path, model, processor) -> list[Asked]:
+    """The unseen drawing about which the model gives the most right answers, with all questions.
+
+    The model is asked every question of test A, and those about the chosen picture again as `chat` asks them.
+    Of equally good pictures, one whose name the model knows is preferred.
+    """
+    examiner = Examiner(model, processor, out / "data" / "test_a.json", TEMPLATE)
+    records, by_picture = examiner.dataset.records, defaultdict(list)
+    for row, said in examiner.answers().items():
+        record = records[row]
+        question = record["conversations"][0]["value"].removeprefix("<image>\n")
+        asked = Asked(record["image"], record["kind"], question, said, record["answer"])
+        by_picture[record["image"]].append(asked)
+    ranked = sorted(by_picture.values(), key=_merit, reverse=True)
+    found = [[_ask(out, model, processor, asked) for asked in picture] for picture in ranked[:PICTURES]]
+    best = max(found, key=_merit)
+    return sorted(best, key=lambda asked: list(QUESTIONS).index(asked.kind))
+
+
+def _merit(asked: list[Asked]) -> tuple[int, int, int]:
+    right = {question.kind for question in asked if question.is_right}
+    return -len(asked) + len(right), len(right), "name" in right
+
+
+def _ask(out: Path, model, processor, asked: Asked) -> Asked:
+    picture = load_image(out / "data" / asked.image)
+    turns = [{"from": "human", "value": f"<image>\n{asked.question}"}]
+    return dataclasses.replace(asked, said=answer(model, processor, picture, turns, TEMPLATE))
+
+
+def _questions_table(out: Path, shown: list[Asked], scores: dict) -> Table:
+    """The five kinds of question, each with the model's answer about the picture `shown`."""
+    known = read_json(out / "data" / "baselines.json", *QUESTIONS)
+    table = Table(title=f"what it can be asked, and its answers about {shown[0].image}", title_justify="left")
+    for column in ("question", "possible answers", "right in test A", "answer", "reference answer"):
+        table.add_column(column, justify="right" if column.startswith(("possible", "right")) else "left")
+    answered = {asked.kind: asked for asked in shown}
+    for kind, question in QUESTIONS.items():
+        asked = answered.get(kind)
+        said = (asked.said, asked.reference) if asked else ("not asked: no clear answer", "-")
+        share = f"{_share(scores['exact'][kind]):.0%}" if kind in scores["exact"] else "-"
+        table.add_row(question, str(known[kind]["train_answers"]), share, *said)
+    return table
+
+
+def _invitation(out: Path, checkpoint: Path, shown: list[Asked]) -> str:
+    """A command to chat about the picture, with a question that the model answers right, if there is one."""
+    right = [asked for asked in shown if asked.is_right]
+    chosen = (right or shown)[0]
+    picture = out / "data" / chosen.image
+    words = ("chat", "--checkpoint", checkpoint, "--image", picture, "--question", chosen.question)
+    if right:
+        how = f"{len(right)} of its {len(shown)} answers about this picture are right, as {chosen.said!r}"
+    else:
+        how = "none of its answers is right, which is usual after so few steps"
+    return f"to chat with the model ({how}):\n  {command(*words)}"
+
+
+def _plot_patches(image: Path, model, processor, path: Path) -> None:
+    picture = load_image(image)
     pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
     experts = {key: value.numpy() for key, value in patch_experts(model, pixels).items()}
     plot_patches(np.asarray(picture), experts, path)

@@ -184,9 +184,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         environment("TORCHELASTIC_MAX_RESTARTS", 0)
     ):
         warnings.warn(
-            "with torch 2.11, workers restarted by torchrun use the store of the previous workers and would "
-            "connect to addresses of workers that have ended: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for "
-            "torchrun",
+            "torchrun gives restarted workers the store of the previous ones, so they would wait for workers "
+            "that have ended: use --processes of cumo train, or torchrun with --standalone (one machine) or "
+            "--rdzv-backend=c10d, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the static rendezvous of "
+            "torchrun ignores",
             stacklevel=2,
         )
     used = {name: value for name, (value, _) in fixed.items()}

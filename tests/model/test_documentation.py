@@ -65,9 +65,11 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
-def commands(code: str) -> list[list[str]]:
-    """Words of each line of a bash block, without variables set before a command."""
+def commands(code: str, keep_variables: bool = False) -> list[list[str]]:
+    """Words of each line of a bash block, by default without variables set before a command."""
     lines = [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
+    if keep_variables:
+        return [words for words in lines if words]
     bare = [words[next((i for i, w in enumerate(words) if "=" not in w), 0) :] for words in lines]
     return [words for words in bare if words]
 

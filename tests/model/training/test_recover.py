@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -50,15 +49,14 @@ def start(recipe: Path, ranks: int = 1) -> Forked:
     return Forked(train, out, ranks)
 
 
-def torchrun(recipe: Path, restarts: int = 0) -> subprocess.Popen:
+def torchrun(recipe: Path) -> subprocess.Popen:
     """Start a run on two processes with torchrun, as a user does."""
     launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     train = ["-m", "cumo_model", "train", "--config", str(recipe)]
     return subprocess.Popen(
-        [sys.executable, *launch, f"--max-restarts={restarts}", *train],
+        [sys.executable, *launch, "--max-restarts=0", *train],
         cwd=ROOT,
-        # without it, torch 2.11's restarted processes would connect to addresses of workers that have ended
-        env=ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -122,23 +120,6 @@ def test_killed_runs_have_bitwise_the_same_result(folder, processes, every):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(420)
-def test_torchrun_restarts_after_a_worker_is_killed(folder):
-    """SIGKILL for one of two workers; torchrun restarts both, and they resume from the last checkpoint."""
-    steps = {"trainer__max_steps": 12, "trainer__save_steps": 3, "model__text_experts": 0}
-    steps["trainer__per_device_train_batch_size"] = 1
-    finish(start(write_recipe(folder, "whole", **steps), 2))
-    process = torchrun(write_recipe(folder, "killed", **steps), restarts=2)
-    wait_for(lambda: reached(folder / "killed", 3), process)
-    workers = [child for child in psutil.Process(process.pid).children() if "cumo_model" in child.cmdline()]
-    assert len(workers) == 2
-    workers[1].kill()
-    out = finish(process, seconds=200)
-    assert "SIGKILL" in out or "-9" in out
-    same_result(folder / "whole", folder / "killed")
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_sigterm_saves_and_the_same_command_resumes(folder):
     steps = {"trainer__max_steps": 40, "trainer__save_steps": 8}
@@ -189,10 +170,10 @@ def test_sigterm_to_torchrun_stops_all_workers_at_one_step(folder):
     wait_for(lambda: reached(run, 5), process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=100)
-    # not line by line: two processes may write to the same line
-    steps = re.findall(r"stopped at step (\d+), progress is saved", out)
-    assert len(steps) == 2 and len(set(steps)) == 1, out[-2000:]
-    assert checkpoints(run)[-1].name == f"checkpoint-{steps[0]}"
+    (step,) = re.findall(r"stopped at step (\d+), progress is saved", out)  # the first worker reports it
+    last = checkpoints(run)[-1]
+    assert last.name == f"checkpoint-{step}", out[-2000:]
+    assert {path.name for path in last.glob("window_*")} == {"window_0_of_2.pt", "window_1_of_2.pt"}
 
 
 class SpoilAt(TrainerCallback):
