@@ -11,13 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cumo_model.checkpoints.folders import write_json
 from cumo_model.demo.settings import Settings, plain
-from cumo_model.training.claims import OPAQUE
 from cumo_model.training.launch import cores as cores
 from cumo_model.training.launch import end_with_parent as _end_with_parent
 from cumo_model.training.recover import Interrupted
-from cumo_model.training.stage import RECIPE_FILE, START_FILE
 
 # by default glibc returns large blocks to the system, which causes page faults in every step; keeping them
 # made a training step with experts a quarter faster on a CPU
@@ -58,7 +55,7 @@ def claim(out: Path, settings: Settings) -> None:
 def locked(out: Path) -> Iterator[None]:
     """Allow one demo at a time in `out`. Tasks inherit the lock, so it is free after the last task ends.
 
-    Unfinished folders of a call that was killed are deleted, and a folder that was moved gets its new name.
+    Unfinished folders of a call that was killed are deleted.
     """
     try:
         import fcntl
@@ -77,7 +74,6 @@ def locked(out: Path) -> Iterator[None]:
                     print(f"another demo, or a task of one, is still running in {out}; waiting", flush=True)
                 time.sleep(1)
         os.set_inheritable(file.fileno(), True)
-        _follow_move(out)
         # nothing else writes here: these are left over from a call that was killed
         for name in (".data-", "*/.model-", "rows/*/.model-"):
             for stale in out.glob(name + "?" * 8):
@@ -140,44 +136,6 @@ def run_tasks(out: Path, tasks: list[str], width: int, phase: int) -> None:
         raise RuntimeError(f"{', '.join(how)}; progress is kept in {out}")
     if any(codes.values()):
         raise Interrupted(f"{out}: stopped, progress is kept")
-
-
-def name_in_recipes(out: Path) -> Path:
-    """The path by which the recipes of a demo name its folder: `runs/demo`, from every working directory."""
-    folder = out.resolve()
-    return Path(folder.parent.name, folder.name)
-
-
-def _follow_move(out: Path) -> None:
-    """Replace the folder's earlier name in the identities of its runs, which contain paths.
-
-    Whether the content is the same is still checked, because the identities have digests of it.
-    """
-    now = f"{name_in_recipes(out)}/"
-    recipes = sorted(out.glob(f"**/{RECIPE_FILE}"))
-    for recipe in recipes:
-        try:
-            was = json.loads(recipe.read_text())["data"]["files"][0].rpartition("data/")[0]
-        except (ValueError, LookupError, TypeError, AttributeError):
-            continue  # damaged: its stage reports it
-        if not was or was == now:
-            continue
-        for path in (recipe.with_name(START_FILE), recipe):  # the recipe last: it has the earlier name
-            if path.is_file():
-                write_json(path, _renamed(json.loads(path.read_text()), was, now))
-
-
-def _renamed(value, was: str, now: str):
-    """A JSON value with another beginning of the paths in it."""
-    if isinstance(value, dict):
-        return {_renamed(key, was, now): _renamed(item, was, now) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_renamed(item, was, now) for item in value]
-    if isinstance(value, str):
-        opaque = OPAQUE if value.startswith(OPAQUE) else ""
-        path = value.removeprefix(opaque)
-        return f"{opaque}{now}{path.removeprefix(was)}" if f"{path}/".startswith(was) else value
-    return value
 
 
 def _ending(code: int) -> str:

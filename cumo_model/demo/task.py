@@ -13,7 +13,6 @@ from transformers.utils import logging
 
 from cumo_model.demo.ablation import run_row
 from cumo_model.demo.folder import Run
-from cumo_model.demo.processes import name_in_recipes
 from cumo_model.demo.stages import TASKS
 from cumo_model.training.recover import Interrupted
 
@@ -32,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.folder.resolve()
     os.chdir(folder.parent.parent)
     try:
-        run = Run(name_in_recipes(folder), args.position)
+        run = Run(Path(folder.parent.name, folder.name), args.position)
         if args.name.startswith("ablate:"):
             _, row, seed = args.name.split(":")
             run_row(run, row, int(seed))

@@ -78,10 +78,10 @@ def claim_recipe(path: Path, recipe: Recipe, fields: dict[str, Any] | None = Non
         if (found[key] is None) != (wanted[key] is None):
             usual = _of_start(recipe.model)[key]
             found[key], wanted[key] = (usual if v is None else v for v in (found[key], wanted[key]))
-    for key in PATHS:
-        if _moved(found.get(key), wanted.get(key)):
-            found[key] = wanted[key]
-    _compare(path.parent, found, wanted)
+    moved = [key for key in PATHS if _moved(found.get(key), wanted.get(key))]
+    _compare(path.parent, found | {key: wanted[key] for key in moved}, wanted)
+    if moved:  # from now on the new places count, whatever comes to the old ones
+        write_json(path, recipe.identity() | {TRAINER: before or {}})
     return before if isinstance(before, dict) else None
 
 

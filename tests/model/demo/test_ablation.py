@@ -157,7 +157,7 @@ def test_stage_3_is_scored_and_reloads_to_the_logits_of_what_was_trained(run):
         assert scores["reload_difference"] == 0.0 and scores["test_b"]["exact"]["name"][1] == 8
         assert ("expert_load" in scores) == (name == "sft")
         left = {path.name for path in (run.folder / name).iterdir()}
-        assert left == {"data.json", "model", "recipe.json", "start.json"}
+        assert left == {".lock", "data.json", "model", "recipe.json", "start.json"}
     TASKS["sft"](run)
     assert json.loads((run.folder / "scores-sft.json").read_text())["reload_difference"] is None
     found = measure_flops(run)

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -14,10 +15,10 @@ from cumo_model.demo import report
 from cumo_model.demo.processes import locked
 from cumo_model.demo.questions import QUESTIONS
 from cumo_model.demo.resume import command, resumable
-from cumo_model.training.claims import claim, claim_recipe
+from cumo_model.training.claims import claim_recipe, claim_start
 from cumo_model.training.recipe import DataSection, ModelSection, Recipe
 from cumo_model.training.recover import Interrupted
-from cumo_model.training.stage import RECIPE_FILE, START_FILE
+from cumo_model.training.run_folder import RECIPE_FILE, START_FILE
 from tests.model.training.small_runs import COLOURS, write_model
 from tests.model.training.test_recover import wait_for
 from tests.processes import Forked, finish
@@ -198,21 +199,29 @@ def a_run(name: str) -> Recipe:
     return Recipe(f"{name}/sft", model=model, data=data)
 
 
-def test_a_moved_demo_resumes_and_another_one_does_not(tmp_path):
+def test_a_moved_demo_resumes_and_another_one_does_not(tmp_path, monkeypatch):
     """The identities of its runs have paths in them, and digests of the content, which must still agree."""
-    out = tmp_path / "there" / "second"
-    (out / "sft").mkdir(parents=True)
-    recipe, start = out / "sft" / RECIPE_FILE, out / "sft" / START_FILE
-    claim_recipe(recipe, a_run("runs/demo"))
-    claim(start, {"content of runs/demo/pft/model": "digest"})
-    with pytest.raises(ValueError, match="run with another"):
-        claim_recipe(recipe, a_run("there/second"))
-    with locked(out):
-        claim_recipe(recipe, a_run("there/second"))
-        claim(start, {"content of there/second/pft/model": "digest"})
-        with pytest.raises(ValueError, match="run with another content of"):
-            claim(start, {"content of there/second/pft/model": "another"})
-    before = recipe.read_text()
-    with locked(out):
-        assert recipe.read_text() == before
-    assert json.loads(before)["data"]["images"] == ["there/second/data"]
+    monkeypatch.chdir(tmp_path)
+    out, start = Path("runs/demo"), a_run("runs/demo").model.start
+    for path in (out / "sft" / "checkpoint-1", out / "data", Path(start)):
+        path.mkdir(parents=True)
+    for file in (
+        out / "sft/checkpoint-1/trainer_state.json",
+        out / "data/stage3.json",
+        Path(start, "config.json"),
+    ):
+        file.write_text("{}")
+    claim_recipe(out / "sft" / RECIPE_FILE, a_run("runs/demo"))
+    claim_start(out / "sft" / START_FILE, a_run("runs/demo").model)
+    moved = shutil.move(out, Path("there/second"))
+    claim_recipe(moved / "sft" / RECIPE_FILE, a_run("there/second"))
+    claim_start(moved / "sft" / START_FILE, a_run("there/second").model)
+    (moved / "pft/model/config.json").write_text('{"another": 1}')
+    with pytest.raises(ValueError, match=r"run with another content of model\.start"):
+        claim_start(moved / "sft" / START_FILE, a_run("there/second").model)
+    shutil.copytree(moved, out)
+    claim_recipe(
+        moved / "sft" / RECIPE_FILE, a_run("there/second")
+    )  # a new demo at the old place is another one
+    with pytest.raises(ValueError, match=r"run with another data\.files"):  # a copy is not a move
+        claim_recipe(out / "sft" / RECIPE_FILE, a_run("runs/demo"))
