@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cumo_model.checkpoints.assemble import describe
-from cumo_model.checkpoints.folders import new_directory, read_object
+from cumo_model.checkpoints.folders import new_directory
 from cumo_model.checkpoints.layout import original_names, own_layout
 from cumo_model.checkpoints.original_config import (
     EXPORTED,
@@ -33,7 +33,9 @@ from cumo_model.checkpoints.shards import PICKLES, WEIGHTS, Shape, Shards, check
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.model.indexes import inside_checkpoint
+from cumo_model.model.json_files import read_object
 from cumo_model.processing.processor import CumoProcessor
+from cumo_model.processing.tokenizer_files import has_tokenizer, no_tokenizer
 
 SHARD_BYTES = 2 * 1000**3
 LAYOUTS = ("cumo", "original")
@@ -118,6 +120,15 @@ def convert(
         _check_content(work, config, processor)
         write_shards(work, plan, lambda name: _dtype_of(shards, parts, name), shard_bytes, progress)
     return Path(target)
+
+
+def convert_checkpoint(
+    source: str | os.PathLike, target: str | os.PathLike, layout: str | None, shard_bytes: int
+) -> None:
+    """The command `python -m cumo_model convert`: convert, and say what the copy lacks."""
+    convert(source, target, layout, shard_bytes)
+    if not has_tokenizer(target):
+        print(f"{os.fspath(source)!r} has no tokenizer, so that the copy {no_tokenizer(target)}")
 
 
 def _pictures(processor: CumoProcessor | None) -> dict[str, Any] | None:

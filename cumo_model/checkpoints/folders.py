@@ -13,23 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cumo_kernels.files import write_whole
-
-
-def read_object(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a JSON file that contains an object.
-
-    Raises:
-        ValueError: the file is missing or damaged, or contains no object; the message names it.
-    """
-    try:
-        values = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object, got {type(values).__name__}")
-    return values
+from cumo_model.model.json_files import read_object as read_object
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -15,9 +15,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cumo_model.checkpoints.folders import read_object
 from cumo_model.model.config import CumoConfig, CumoVisionConfig
 from cumo_model.model.image_tokens import MERGES
+from cumo_model.model.json_files import read_object
 from cumo_model.processing.processor import aspect_of
 
 TEXT_TYPE = {"llava_mistral": "mistral", "llava_mixtral": "mixtral"}

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from cumo_model.data.records import checked_rows, picture_names, record_files
+from cumo_model.data.patterns import record_files
+from cumo_model.data.records import checked_rows, picture_names
 
 SHOWN = 5  # lines in a summary
 
@@ -50,7 +51,11 @@ def check_files(
                 if row is not None:
                     count = row.number + 1
                     pictures += 0 if bad else len(picture_names(row.value))
-        also = f", {len(unlabelled)} have no usable label ({_lines(unlabelled)})" if unlabelled else ""
+        also = (
+            f", {len(unlabelled)} {'has' if len(unlabelled) == 1 else 'have'} no usable label ({_lines(unlabelled)})"
+            if unlabelled
+            else ""
+        )
         print(f"{file}: {count} records, {fatal} cannot be used{also}", flush=True)
         if pictures and not roots:
             print(f"{file}: {pictures} pictures were not looked at; --images names their folder", flush=True)

@@ -347,11 +347,6 @@ def build_processor(
     )
 
 
-def has_tokenizer(folder: str | os.PathLike) -> bool:
-    """Whether a folder contains the files of a tokenizer."""
-    return any(Path(folder, name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
-
-
 def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a folder, with padding on the right; `<image>` is added after its vocabulary."""
     found = AutoTokenizer.from_pretrained(folder, use_fast=True)
