@@ -166,6 +166,8 @@ def _run(args: argparse.Namespace, stoppable: Callable) -> int:
     # no command needs the hub; offline, a wrong folder name is an error at once and not after a timeout
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
     # transformers imports it if it is installed; it then warns of a kernel for CPUs that is not used
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     command = COMMANDS[args.command](args)

@@ -89,7 +89,7 @@ def upcycled_config(
     noise: float = 0.0,
     drop: float = 0.0,
 ) -> CumoConfig:
-    """The config of what `upcycle` makes of a model with the config `dense`; arguments and errors are its own.
+    """The config of what `upcycle` makes of a model with the config `dense`, with its arguments and errors.
 
     It needs no weights, so that what is refused is refused before they are loaded.
     """

@@ -68,8 +68,8 @@ def upcycle_checkpoint(
     if processor is None:
         source = checkpoint if text is None else text
         print(
-            f"{os.fspath(source)!r} has no tokenizer, so no processor was written: give --tokenizer, or copy the "
-            f"tokenizer files of the language model into {os.fspath(out)!r}"
+            f"{os.fspath(source)!r} has no tokenizer, so no processor was written: give --tokenizer, or copy "
+            f"the tokenizer files of the language model into {os.fspath(out)!r}"
         )
     return difference
 

@@ -74,7 +74,7 @@ def image_token_of(path: str | os.PathLike | None, subfolder: str | None = None)
 
 @contextmanager
 def known_image_token(token: int) -> Iterator[None]:
-    """Inside the `with` block `image_token_of` gives this id, which the caller has read, and reads no files."""
+    """Inside the `with` block `image_token_of` gives this id and reads no files."""
     before = _known_token.set(token)
     try:
         yield
