@@ -185,7 +185,7 @@ def _told(error: BaseException) -> int | None:
         print("cumo: stopped", file=sys.stderr)
         return signals.STOPPED
     if isinstance(error, ValueError | RuntimeError | OSError | FloatingPointError):
-        print(f"cumo: {error}", file=sys.stderr)
+        print(f"cumo: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     if not isinstance(error, Exception):
         return None

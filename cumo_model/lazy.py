@@ -1,4 +1,4 @@
-"""Imports cumo_model without torch and transformers, and registers it with both when they are imported.
+"""Registers CuMo with torch and transformers when they are imported, so that cumo_model need not import them.
 
 A hook of the import system watches for the modules with which CuMo registers itself. It acts after the
 outermost import of transformers or of this project has ended, because modules that are half imported cannot
@@ -6,11 +6,11 @@ be used.
 """
 
 import contextlib
-import importlib
 import sys
 import threading
-from collections.abc import Callable, Mapping
 from typing import Any
+
+from cumo_model.old_paths import OLD
 
 # with one of these loaded, transformers may be asked for a CuMo, or for experts by name
 WATCHED = (
@@ -24,47 +24,6 @@ WATCHED = (
     "transformers.integrations.moe",
 )
 COUNTED = ("transformers", "cumo_model", "cumo_kernels")  # packages whose imports must have ended
-# old module paths of cumo 0.1, but for cumo_model.upcycle, which would hide the function of that name
-MOVED = {
-    "model": "clip_moe compat config cumo llm_moe losses merge=image_tokens mlp_moe moe quantize "
-    "vision=pyramid",
-    "processing": "conversation sentencepieces templates",
-    "checkpoints": "checkpoint=convert files=folders layout original_config parts patch shards "
-    "tool=upcycle_checkpoint",
-    "training": "adapters=lora flops monitor parallel recipe recover spread=expert_checkpoints start trainer "
-    "zero=deepspeed",
-    "analysis": "experts plots",
-    "serving": "chat",
-}
-OLD = {f"cumo_model.{entry.partition('=')[0]}" for names in MOVED.values() for entry in names.split()}
-
-
-def attributes(
-    package: str, table: Mapping[str, str], rooms: tuple[str, ...] = ()
-) -> tuple[Callable, Callable]:
-    """`__getattr__` and `__dir__` of a package whose public names are imported at first use.
-
-    Args:
-        package: name of the package.
-        table: module -> the public names that it defines, separated by blanks.
-        rooms: subpackages that are attributes too, with the modules that registration imports.
-    """
-    namespace = sys.modules[package].__dict__
-    module_of = {name: module for module, names in table.items() for name in names.split()}
-
-    def __getattr__(name: str) -> Any:
-        if name in rooms:
-            register()
-            return importlib.import_module(f"{package}.{name}")
-        if name not in module_of:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        namespace[name] = getattr(importlib.import_module(module_of[name]), name)
-        return namespace[name]
-
-    def __dir__() -> list[str]:
-        return sorted({*namespace, *module_of, *rooms})
-
-    return __getattr__, __dir__
 
 
 def register() -> None:

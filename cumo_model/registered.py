@@ -11,6 +11,6 @@ import cumo_model.model.cumo
 import cumo_model.model.quantize
 import cumo_model.processing.processor
 from cumo_kernels.moved import MovedModules
-from cumo_model.lazy import MOVED
+from cumo_model.old_paths import MOVED
 
 OLD_PATHS = MovedModules("cumo_model", MOVED)

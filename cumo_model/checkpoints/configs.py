@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
 from cumo_model.model.json_files import read_object
 
 Read = TypeVar("Read")
@@ -23,6 +25,7 @@ WHOLE = {  # keys whose values, where they are numbers, are whole -> smallest an
          "projector_num_experts_per_tok"),
         (0, LAYERS),
     ),
+    "sliding_window": (1, 2**31 - 1),
     "image_token_index": (-(2**31), 2**31 - 1),
 }  # fmt: skip
 REAL = {  # keys of finite numbers -> smallest and largest
@@ -38,6 +41,8 @@ REAL = {  # keys of finite numbers -> smallest and largest
     "router_jitter_noise": (0, 1e6),
 }
 TEXTS = ("model_type", "hidden_act")
+DTYPES = ("dtype", "torch_dtype")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # -1 of early Llamas is none
 
 
 def read_checked(path: str | os.PathLike, read: Callable[[dict[str, Any]], Read]) -> Read:
@@ -75,6 +80,19 @@ def _check_values(values: dict[str, Any], path: str | os.PathLike, within: str =
                 raise ValueError(f"{path}: {within}{key} must be {wanted}, got {_brief(value)}")
         elif key in TEXTS and not isinstance(value, str):
             raise ValueError(f"{path}: {within}{key} must be a text, got {_brief(value)}")
+        elif key in DTYPES and value is not None and not _is_dtype(value):
+            raise ValueError(f"{path}: {within}{key} must be a dtype of torch, got {_brief(value)}")
+        elif key in TOKENS and value is not None:
+            ids = value if isinstance(value, list) and value else [value]
+            if any(type(token) is not int or not -1 <= token < 2**31 for token in ids):
+                raise ValueError(f"{path}: {within}{key} must be the id of a token, got {_brief(value)}")
+        elif isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{path}: {within}{key} must be a value that JSON has, got nan")
+
+
+def _is_dtype(value: Any) -> bool:
+    name = value.removeprefix("torch.") if isinstance(value, str) else ""
+    return isinstance(getattr(torch, name, None), torch.dtype)
 
 
 def _culprit(values: dict[str, Any], read: Callable[[dict[str, Any]], Any]) -> str | None:
@@ -88,6 +106,8 @@ def _culprit(values: dict[str, Any], read: Callable[[dict[str, Any]], Any]) -> s
         return True
 
     for key, value in values.items():
+        if key == "model_type":  # without it the file is read as that of another model
+            continue
         inner = None
         if isinstance(value, dict):
             inner = _culprit(value, lambda part, key=key: read({**values, key: part}))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from cumo_model.checkpoints.assemble import describe
@@ -87,7 +88,13 @@ def convert(
     own = own_layout(config)
     parts = {key: original_names(key, shape) for key, shape in own.items()}
     released = {name: shape for names in parts.values() for name, shape in names.items()}
-    new_config = to_original(config, _pictures(processor), source) if layout == "original" else None
+    new_config = None
+    if layout == "original":
+        try:
+            new_config = to_original(config, _pictures(processor), source)
+        except StrictDataclassError as error:  # in what a released config.json said, which is kept there
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{source / 'config.json'}: original cannot be used: {reason}") from error
     shards = Shards(source)
     files = _other_files(source, shards)
     check_tensors(shards.shapes, released if is_released else own, str(source))

@@ -56,6 +56,12 @@ def upcycle_checkpoint(
         )
     upcycled_config(start.config, **options)  # it refuses before the weights are loaded
     dense, processor = start.load(kind), start.processor
+    if processor is None:
+        source = checkpoint if text is None else text
+        print(
+            f"{os.fspath(source)!r} has no tokenizer, so no processor is written: give --tokenizer, or copy "
+            f"the tokenizer files of the language model into {os.fspath(out)!r}"
+        )
     moe = upcycle(dense, **options)
     difference, largest = step0_difference(dense, moe, batch := probe(dense)), _largest_logit(dense, batch)
     counts = [sum(p.numel() for p in model.parameters()) for model in (dense, moe)]
@@ -65,12 +71,6 @@ def upcycle_checkpoint(
         if processor is not None:
             processor.save_pretrained(work)
         moe.save_pretrained(work)
-    if processor is None:
-        source = checkpoint if text is None else text
-        print(
-            f"{os.fspath(source)!r} has no tokenizer, so no processor was written: give --tokenizer, or copy "
-            f"the tokenizer files of the language model into {os.fspath(out)!r}"
-        )
     return difference
 
 

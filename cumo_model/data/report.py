@@ -51,8 +51,7 @@ def check_files(
                 if row is not None:
                     count = row.number + 1
                     pictures += 0 if bad else len(picture_names(row.value))
-        have = "has" if len(unlabelled) == 1 else "have"
-        also = f", {len(unlabelled)} {have} no usable label ({_lines(unlabelled)})" if unlabelled else ""
+        also = f", {len(unlabelled)} have no usable label ({_lines(unlabelled)})" if unlabelled else ""
         print(f"{file}: {_count(count, 'record')}, {fatal} cannot be used{also}", flush=True)
         seen, were = _count(pictures, "picture"), "was" if pictures == 1 else "were"
         if pictures and not roots:

@@ -19,6 +19,8 @@ from cumo_model.processing.templates import IMAGE_MARKER, get_template
 from cumo_model.processing.tokenizer_files import no_tokenizer
 
 NEW_TOKENS = 64
+# what values in config.json that no check knows can make of generation
+UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError)
 
 
 class Printer(TextStreamer):
@@ -149,6 +151,9 @@ def chat(
             print(f"no answer: {error}", file=sys.stderr)
             turns.pop()
             continue
+        except UNFORESEEN as error:
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise ValueError(f"checkpoint {str(checkpoint)!r} cannot answer: {what}") from error
         except KeyboardInterrupt as stop:
             if question is not None or type(stop) is not KeyboardInterrupt:  # SIGTERM ends the conversation
                 raise

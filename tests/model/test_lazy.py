@@ -108,7 +108,9 @@ def test_a_spawned_process_unpickles_what_it_is_given(tmp_path):
 @pytest.mark.parametrize("package", [cumo_model, cumo_model.data, cumo_model.processing])
 def test_the_table_of_names_is_what_editors_and_documentation_see(package):
     tree = ast.parse(Path(package.__file__).read_text())
-    seen = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = next(
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
     shown = {node.module: " ".join(alias.name for alias in node.names) for node in seen.body}
     assert shown == package._MODULES
     assert sorted(" ".join(shown.values()).split()) == sorted(package.__all__)
