@@ -13,7 +13,8 @@ from cumo_model import signals
 if signals.is_command():  # the earliest moment at which this can be known
     signals.end_at_once()
 
-from cumo_model.lazy import attributes, watch
+from cumo_model.lazy import register, watch
+from cumo_model.names import attributes
 
 if TYPE_CHECKING:
     from cumo_model.checkpoints.assemble import assemble
@@ -48,7 +49,7 @@ _MODULES = {
     "cumo_model.model.quantize": "quantize_experts",
     "cumo_model.processing.processor": "CumoImageProcessor CumoProcessor build_processor",
 }
-__getattr__, __dir__ = attributes(__name__, _MODULES, rooms=("checkpoints", "model", "processing"))
+__getattr__, __dir__ = attributes(__name__, _MODULES, ("checkpoints", "model", "processing"), register)
 watch()
 
 __all__ = [

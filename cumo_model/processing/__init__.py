@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from cumo_model.lazy import attributes
+from cumo_model.names import attributes
 
 if TYPE_CHECKING:
     from cumo_model.processing.image_processor import CumoImageProcessor

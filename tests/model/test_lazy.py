@@ -1,4 +1,4 @@
-"""`import cumo_model` imports neither torch nor transformers, and registers with both, whatever comes first."""
+"""`import cumo_model` imports neither torch nor transformers, and registers with both in any order."""
 
 import ast
 import importlib
@@ -35,7 +35,7 @@ FIRST = {
     "theirs, hardly": "import transformers\nimport cumo_model",
     "a module of ours": "import cumo_model.model.cumo",
     "experts for transformers": "import cumo_model\nimport cumo_kernels.integrations.transformers",
-    "an old path": "import cumo_model\nfrom cumo_model.moe import MoELayer\nassert callable(cumo_model.upcycle)",
+    "an old path": "import cumo_model, cumo_model.moe\nassert callable(cumo_model.upcycle)",
     "all names": "from cumo_model import *\nimport cumo_model\nassert upcycle is cumo_model.upcycle",
     "a room": "import cumo_model\ncumo_model.model.config.CumoConfig",
     "peft": "import cumo_model\nimport peft, accelerate",
@@ -86,7 +86,7 @@ def test_a_registration_that_fails_says_so(module, words):
     code = (
         f"import sys, cumo_model\nsys.modules[{module!r}] = None\n"
         "try:\n    from transformers import AutoConfig\n    import torch\n"
-        f"except ImportError as error:\n    assert 'cumo_model cannot register {words}' in str(error), error\n"
+        f"except ImportError as error:\n    assert 'cumo_model cannot register {words}' in str(error)\n"
         "else:\n    raise AssertionError"
     )
     python(code)
