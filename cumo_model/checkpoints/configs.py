@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -59,7 +60,7 @@ def read_checked(path: str | os.PathLike, read: Callable[[dict[str, Any]], Read]
     except Exception as error:  # wrong values make transformers and torch raise many kinds of errors
         reason = " ".join(str(error).split()) or type(error).__name__
         key = _culprit(values, read)
-        if key is not None and key.rpartition(".")[2] not in reason:
+        if key is not None and not re.search(rf"\b{re.escape(key.rpartition('.')[2])}\b", reason):
             reason = f"{key} cannot be used, got {_brief(_at(values, key))}: {reason}"
         raise ValueError(f"{path}: {reason}") from error
 

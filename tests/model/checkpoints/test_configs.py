@@ -17,7 +17,7 @@ from tests.model import original
 
 WRONG = ("big", None, [], {}, -1, 0, 10**12, 1.5, True, float("nan"))
 TEXT = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "vocab_size": 320, "max_position_embeddings": 128}  # fmt: skip
+        "num_key_value_heads": 1, "vocab_size": 320, "max_position_embeddings": 512}  # fmt: skip
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ KEYS = {  # folder -> keys, each with a value that must be named
                "sliding_window": 0, "vocab_size": True, "rms_norm_eps": float("nan")},
     "ours": {"scales": "big", "projector_num_experts": [], "text_config.hidden_act": 3,
              "vision_config.patch_size": 0, "text_config.num_attention_heads": -2},
-    "clip": {"hidden_size": None, "hidden_act": "none", "num_attention_heads": 7, "image_size": {}},
+    "clip": {"hidden_size": None, "hidden_act": "none", "num_attention_heads": "big", "image_size": {}},
     "text": {"hidden_size": "big", "num_hidden_layers": 0.5, "pad_token_id": 10**6, "dtype": "float99"},
 }  # fmt: skip
 

@@ -241,7 +241,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(checkpoint, monkeypat
 
     monkeypatch.setattr(serving, "answer", generate)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\nthree\nfour\n"))
-    code, out, err = run(capsys, "--checkpoint", checkpoint)
+    code, _, err = run(capsys, "--checkpoint", checkpoint)
     assert code == 130 and err.count("the answer was stopped") == 2 and err.endswith("cumo: stopped\n")
     assert asked == [["one"], [*(["one", *kept] if kept else []), "two"],
                      [*(["one", *kept, "two", *kept] if kept else []), "three"]]  # fmt: skip
