@@ -2,39 +2,55 @@
 
 Importing this package registers the model with the Auto classes of transformers. It also registers the
 experts of cumo_kernels for all MoE models of transformers under the name "cumo"
-(`experts_implementation="cumo"`).
+(`experts_implementation="cumo"`). Both happen when torch and transformers are imported, before or after this
+package, which itself imports neither.
 """
 
-import cumo_kernels.integrations.transformers  # noqa: F401
-from cumo_kernels.moved import keep_old_paths
-from cumo_model.checkpoints import original  # noqa: F401
-from cumo_model.checkpoints.assemble import assemble
-from cumo_model.checkpoints.convert import convert
-from cumo_model.checkpoints.layout import original_layout
-from cumo_model.checkpoints.parts import from_parts
-from cumo_model.checkpoints.patch import patch_original
-from cumo_model.checkpoints.upcycle import step0_difference, upcycle
-from cumo_model.model.clip_moe import CumoVisionModel
-from cumo_model.model.config import CumoConfig, CumoVisionConfig
-from cumo_model.model.cumo import CumoForConditionalGeneration, CumoModel
-from cumo_model.model.losses import load_balancing_loss, router_z_loss
-from cumo_model.model.moe import MoELayer, RoutingRecord, record_routing
-from cumo_model.model.outputs import CumoOutput
-from cumo_model.model.quantize import quantize_experts
-from cumo_model.processing.processor import CumoImageProcessor, CumoProcessor, build_processor
+from typing import TYPE_CHECKING
 
-# but for cumo_model.upcycle: its old module would hide the function of that name
-keep_old_paths(
-    "cumo_model",
-    model="clip_moe compat config cumo llm_moe losses merge=image_tokens mlp_moe moe quantize vision=pyramid",
-    processing="conversation sentencepieces templates",
-    checkpoints="checkpoint=convert files=folders layout original_config parts patch shards "
-    "tool=upcycle_checkpoint",
-    training="adapters=lora flops monitor parallel recipe recover spread=expert_checkpoints start trainer "
-    "zero=deepspeed",
-    analysis="experts plots",
-    serving="chat",
-)
+from cumo_model import signals
+
+if signals.is_command():  # the earliest moment at which this can be known
+    signals.end_at_once()
+
+from cumo_model.lazy import register, watch
+from cumo_model.names import attributes
+
+if TYPE_CHECKING:
+    from cumo_model.checkpoints.assemble import assemble
+    from cumo_model.checkpoints.convert import convert
+    from cumo_model.checkpoints.layout import original_layout
+    from cumo_model.checkpoints.parts import from_parts
+    from cumo_model.checkpoints.patch import patch_original
+    from cumo_model.checkpoints.upcycle import step0_difference, upcycle
+    from cumo_model.model.clip_moe import CumoVisionModel
+    from cumo_model.model.config import CumoConfig, CumoVisionConfig
+    from cumo_model.model.cumo import CumoForConditionalGeneration, CumoModel
+    from cumo_model.model.losses import load_balancing_loss, router_z_loss
+    from cumo_model.model.moe import MoELayer, RoutingRecord, record_routing
+    from cumo_model.model.outputs import CumoOutput
+    from cumo_model.model.quantize import quantize_experts
+    from cumo_model.processing.processor import CumoImageProcessor, CumoProcessor, build_processor
+
+# the imports above, at first use; a test compares the two
+_MODULES = {
+    "cumo_model.checkpoints.assemble": "assemble",
+    "cumo_model.checkpoints.convert": "convert",
+    "cumo_model.checkpoints.layout": "original_layout",
+    "cumo_model.checkpoints.parts": "from_parts",
+    "cumo_model.checkpoints.patch": "patch_original",
+    "cumo_model.checkpoints.upcycle": "step0_difference upcycle",
+    "cumo_model.model.clip_moe": "CumoVisionModel",
+    "cumo_model.model.config": "CumoConfig CumoVisionConfig",
+    "cumo_model.model.cumo": "CumoForConditionalGeneration CumoModel",
+    "cumo_model.model.losses": "load_balancing_loss router_z_loss",
+    "cumo_model.model.moe": "MoELayer RoutingRecord record_routing",
+    "cumo_model.model.outputs": "CumoOutput",
+    "cumo_model.model.quantize": "quantize_experts",
+    "cumo_model.processing.processor": "CumoImageProcessor CumoProcessor build_processor",
+}
+__getattr__, __dir__ = attributes(__name__, _MODULES, ("checkpoints", "model", "processing"), register)
+watch()
 
 __all__ = [
     "CumoConfig",

@@ -102,7 +102,8 @@ ARROWS = {
     "cumo_model.checkpoints.folders": ("cumo_model.*", f"{KERNELS}.files"),
     "cumo_model.data.pictures": ("cumo_model.*", f"{KERNELS}.files"),
     "cumo_model.demo.packages": ("cumo_model.*", f"{KERNELS}.files"),
-    "cumo_model": ("cumo_model.*", KERNELS, f"{KERNELS}.integrations.transformers", f"{KERNELS}.moved"),
+    "cumo_model.registered": ("cumo_model.*", f"{KERNELS}.integrations.transformers", f"{KERNELS}.moved"),
+    "cumo_model": ("cumo_model.*",),
     "cumo_model*": (
         "cumo_model",
         "cumo_model.*",
@@ -155,7 +156,9 @@ ARROWS = {
     "tests*": ("tests.*", "cumo_model", "cumo_model.*", KERNELS, f"{KERNELS}.*"),
 }
 
-# A room of cumo_model -> the rooms it uses. It may import these, itself, and the rooms that these use.
+# A room of cumo_model, or a module beside the rooms -> the rooms and modules it uses. It may import these,
+# itself, and what these use. The __init__ of every room may use EVERYWHERE.
+EVERYWHERE = "names"
 ROOMS = {
     "model": (),
     "processing": ("model",),
@@ -165,7 +168,14 @@ ROOMS = {
     "analysis": ("data", "checkpoints"),
     "serving": ("checkpoints",),
     "demo": ("training", "analysis", "serving"),
-    "__main__": ("demo",),
+    "names": (),
+    "old_paths": (),
+    "registered": ("checkpoints", "old_paths"),
+    "lazy": ("registered", "old_paths"),
+    "signals": (),
+    "command_line": (),
+    "checks": ("data",),
+    "__main__": ("demo", "command_line", "checks", "signals"),
 }
 
 # Heavy or optional packages may be imported only in these modules; benchmarks and tests may import anything.
@@ -239,7 +249,7 @@ def room(module: str) -> str:
 
 def below(name: str) -> set[str]:
     """The room itself and all rooms it uses, directly or indirectly."""
-    return {name}.union(*map(below, ROOMS[name]))
+    return {name, EVERYWHERE}.union(*map(below, ROOMS[name]))
 
 
 def cycle(package: str) -> list[str]:

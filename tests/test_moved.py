@@ -6,10 +6,10 @@ import sys
 import pytest
 
 import cumo_kernels  # noqa: F401
-import cumo_model  # noqa: F401
 from cumo_kernels.moved import MovedModules
+from cumo_model.registered import OLD_PATHS  # cumo_model asks this finder itself
 
-FINDERS = [finder for finder in sys.meta_path if isinstance(finder, MovedModules)]
+FINDERS = [OLD_PATHS, *(finder for finder in sys.meta_path if isinstance(finder, MovedModules))]
 PATHS = {old: new for finder in FINDERS for old, new in finder.new_paths.items()}
 
 PROGRAM = """

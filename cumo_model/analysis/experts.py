@@ -23,6 +23,7 @@ from cumo_model.data.streamed import StreamedConversations
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.model.moe import MoELayer, record_routing
 from cumo_model.model.pyramid import crop_counts, merge_chessboard
+from cumo_model.processing.tokenizer_files import no_tokenizer
 
 Load = dict[str, dict[str, list[list[float]]]]  # place -> kind -> layer -> share of each expert
 
@@ -192,7 +193,7 @@ def report_experts(
     if not any(isinstance(module, MoELayer) for module in model.modules()):
         raise ValueError(f"checkpoint {os.fspath(checkpoint)!r} has no experts")
     if processor is None:
-        raise ValueError(f"checkpoint {os.fspath(checkpoint)!r} has no tokenizer")
+        raise ValueError(f"checkpoint {os.fspath(checkpoint)!r} {no_tokenizer(checkpoint)}")
     template = template_for(processor, template)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # records without labels are analysed too

@@ -8,27 +8,30 @@ the tokenizer of the processor.
 import inspect
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
 
-from cumo_model.checkpoints.folders import read_object
-from cumo_model.checkpoints.parts import check_dtype, from_parts, load_whole
+from cumo_model.checkpoints.configs import read_checked
+from cumo_model.checkpoints.layout import own_layout
+from cumo_model.checkpoints.parts import Parts, check_dtype, load_parts, load_whole, read_parts
 from cumo_model.checkpoints.processors import agree, read_processor, with_settings
-from cumo_model.checkpoints.upcycle import scratch_experts, upcycle
+from cumo_model.checkpoints.upcycle import scratch_experts, upcycle, upcycled_config
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
-from cumo_model.model.layouts import LAYOUTS, layout_of, read_config
+from cumo_model.model.json_files import read_object
+from cumo_model.model.layouts import LAYOUTS, known_image_token, layout_of, read_config
 from cumo_model.processing.processor import (
     ASPECT_RATIOS,
     DEFAULT_TEMPLATE,
     CumoProcessor,
-    has_tokenizer,
     processor_from,
 )
 from cumo_model.processing.templates import get_template
+from cumo_model.processing.tokenizer_files import has_tokenizer
 
 PLACES = ("vision_experts", "projector_experts", "text_experts")
 EXPERT_OPTIONS = set(inspect.signature(upcycle).parameters) - {"dense", "seed"}
@@ -61,7 +64,7 @@ def assemble(
         text: as in `from_parts`.
         projector: as in `from_parts`.
         clip: as in `from_parts`.
-        tokenizer: folder of the tokenizer, if it is not in `text`.
+        tokenizer: folder of the tokenizer, if it is not in `text` or `checkpoint`.
         experts: keyword arguments of `upcycle`. A place that already has the requested number of experts
             keeps them.
         scratch: initialise new experts with random weights instead of copies.
@@ -83,15 +86,6 @@ def assemble(
         ValueError: there is no starting point or more than one; a folder is missing, damaged or of another
             kind; tensors are missing or have another shape; or the requested experts do not fit the model.
     """
-    given = {"vision": vision, "text": text, "projector": projector, "clip": clip, "tokenizer": tokenizer}
-    named = [name for name, value in given.items() if value is not None]
-    if checkpoint is not None and (named or options):
-        others = " and ".join([*named, *options])
-        raise ValueError(f"give either a checkpoint, or vision and text; got a checkpoint and {others}")
-    if checkpoint is None and (vision is None or text is None):
-        raise ValueError(
-            f"give either a checkpoint, or vision and text; got {' and '.join(named) or 'neither'}"
-        )
     if aspect is not None and aspect not in ASPECT_RATIOS[:2]:
         raise ValueError(f"aspect must be {' or '.join(ASPECT_RATIOS[:2])}, got {aspect!r}")
     if template is not None:
@@ -111,29 +105,15 @@ def assemble(
             )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if checkpoint is not None:
-            config, processor = describe(checkpoint)
-            options, new = {}, _new_experts(config, checkpoint, experts)
-            if quantize is not None and not new:
-                options["quantization_config"] = _quantization(quantize, dtype or config.dtype)
-            if layout_of(read_object(Path(checkpoint, "config.json"))) is None:
-                options["use_safetensors"] = True  # .bin files are checked in the released layout only
-            if attn_implementation is not None:
-                options["attn_implementation"] = attn_implementation
-            model = load_whole(CumoForConditionalGeneration, checkpoint, dtype or "auto", known=(), **options)
-        else:
-            model = from_parts(vision, text, projector, dtype, clip, **options)
-            if attn_implementation is not None:
-                model.set_attn_implementation(attn_implementation)
-            folder = Path(text if tokenizer is None else tokenizer)
-            if tokenizer is not None and not has_tokenizer(folder):
-                raise ValueError(f"tokenizer must be a folder with a tokenizer, got {os.fspath(tokenizer)!r}")
-            config, processor = model.config, None
-            new = _new_experts(config, None, experts)
-            if has_tokenizer(folder):
-                processor = processor_from(folder, config, DEFAULT_TEMPLATE)
-                agree(config, processor)
-        model.config.image_token_index = config.image_token_index
+        start = starting_point(checkpoint, vision, text, projector, clip, tokenizer, **options)
+        new = _new_experts(start.config, checkpoint, experts)
+        if new:
+            upcycled_config(start.config, **new)  # it refuses before the weights are loaded
+        loading = {}
+        if quantize is not None and checkpoint is not None and not new:
+            loading["quantization_config"] = _quantization(quantize, dtype or start.config.dtype)
+        model = start.load(dtype, attn_implementation, **loading)
+        processor = start.processor
         if processor is not None:
             processor = with_settings(processor, template, aspect)
         if new:
@@ -143,6 +123,81 @@ def assemble(
     if quantize is not None and not getattr(model, "is_quantized", False):
         model = _quantized(model, quantize)
     return model.eval(), processor
+
+
+@dataclass(frozen=True)
+class Start:
+    """A starting point before its weights are loaded.
+
+    Attributes:
+        config: of the model.
+        processor: of the model; None if there is no tokenizer.
+        checkpoint: folder of the checkpoint, or None.
+        parts: the parts, if it is no checkpoint.
+    """
+
+    config: CumoConfig
+    processor: CumoProcessor | None
+    checkpoint: str | os.PathLike | None = None
+    parts: Parts | None = None
+
+    def load(
+        self, dtype: torch.dtype | None = None, attn_implementation: str | None = None, **options: Any
+    ) -> CumoForConditionalGeneration:
+        """Load the model; arguments are those of `assemble` and, for a checkpoint, of `from_pretrained`."""
+        if self.parts is not None:
+            model = load_parts(self.parts, dtype)
+            if attn_implementation is not None:
+                model.set_attn_implementation(attn_implementation)
+        else:
+            if layout_of(read_object(Path(self.checkpoint, "config.json"))) is None:
+                options["use_safetensors"] = True  # .bin files are checked in the released layout only
+            if attn_implementation is not None:
+                options["attn_implementation"] = attn_implementation
+            token = self.config.image_token_index
+            with known_image_token(token):
+                kind = CumoForConditionalGeneration
+                model = load_whole(kind, self.checkpoint, dtype or "auto", known=(), **options)
+            model.config.image_token_index = token
+        return model
+
+
+def starting_point(
+    checkpoint: str | os.PathLike | None = None,
+    vision: str | os.PathLike | None = None,
+    text: str | os.PathLike | None = None,
+    projector: str | os.PathLike | None = None,
+    clip: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    **options: Any,
+) -> Start:
+    """Read config and processor of a starting point; arguments and errors are those of `assemble`.
+
+    A checkpoint without a tokenizer may be given one too.
+    """
+    given = {"vision": vision, "text": text, "projector": projector, "clip": clip}
+    named = [name for name, value in given.items() if value is not None]
+    if checkpoint is not None and (named or options):
+        others = " and ".join([*named, *options])
+        raise ValueError(f"give either a checkpoint, or vision and text; got a checkpoint and {others}")
+    if checkpoint is None and (vision is None or text is None):
+        raise ValueError(
+            f"give either a checkpoint, or vision and text; got {' and '.join(named) or 'neither'}"
+        )
+    if tokenizer is not None and not has_tokenizer(tokenizer):
+        raise ValueError(f"tokenizer must be a folder with a tokenizer, got {os.fspath(tokenizer)!r}")
+    if checkpoint is not None:
+        config, processor = describe(checkpoint)
+        parts = None
+    else:
+        parts = read_parts(vision, text, projector, clip, **options)
+        config, processor = parts.config, None
+        tokenizer = text if tokenizer is None and has_tokenizer(text) else tokenizer
+    if tokenizer is not None:
+        template = DEFAULT_TEMPLATE if checkpoint is None else None
+        processor = processor_from(tokenizer, config, template)
+        agree(config, processor)
+    return Start(config, processor, checkpoint, parts)
 
 
 def describe(checkpoint: str | os.PathLike) -> tuple[CumoConfig, CumoProcessor | None]:
@@ -170,11 +225,19 @@ def describe(checkpoint: str | os.PathLike) -> tuple[CumoConfig, CumoProcessor |
             f"{folder / 'config.json'} must be of model_type {', '.join(kinds[:-1])} or {kinds[-1]}, "
             f"got {values.get('model_type')!r}"
         )
-    config = CumoConfig.from_pretrained(folder)
+    config = read_checked(folder / "config.json", lambda values: _read(values, folder))
     processor = read_processor(folder, config)
     if processor is not None:
         agree(config, processor)
     return config, processor
+
+
+def _read(values: dict[str, Any], folder: Path) -> CumoConfig:
+    if (layout := layout_of(values)) is not None:
+        values = {"model_type": CumoConfig.model_type, **layout.config_values(values, folder)}
+    config = CumoConfig.from_dict(values)
+    own_layout(config)  # it fails for sizes that do not fit
+    return config
 
 
 def experts_of(config: CumoConfig) -> dict[str, tuple[int, int]]:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from cumo_model.checkpoints.assemble import describe
-from cumo_model.checkpoints.folders import new_directory, read_object
+from cumo_model.checkpoints.folders import new_directory
 from cumo_model.checkpoints.layout import original_names, own_layout
 from cumo_model.checkpoints.original_config import (
     EXPORTED,
@@ -33,7 +34,9 @@ from cumo_model.checkpoints.shards import PICKLES, WEIGHTS, Shape, Shards, check
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.model.indexes import inside_checkpoint
+from cumo_model.model.json_files import read_object
 from cumo_model.processing.processor import CumoProcessor
+from cumo_model.processing.tokenizer_files import has_tokenizer, no_tokenizer
 
 SHARD_BYTES = 2 * 1000**3
 LAYOUTS = ("cumo", "original")
@@ -85,7 +88,13 @@ def convert(
     own = own_layout(config)
     parts = {key: original_names(key, shape) for key, shape in own.items()}
     released = {name: shape for names in parts.values() for name, shape in names.items()}
-    new_config = to_original(config, _pictures(processor), source) if layout == "original" else None
+    new_config = None
+    if layout == "original":
+        try:
+            new_config = to_original(config, _pictures(processor), source)
+        except StrictDataclassError as error:  # in what a released config.json said, which is kept there
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{source / 'config.json'}: original cannot be used: {reason}") from error
     shards = Shards(source)
     files = _other_files(source, shards)
     check_tensors(shards.shapes, released if is_released else own, str(source))
@@ -118,6 +127,15 @@ def convert(
         _check_content(work, config, processor)
         write_shards(work, plan, lambda name: _dtype_of(shards, parts, name), shard_bytes, progress)
     return Path(target)
+
+
+def convert_checkpoint(
+    source: str | os.PathLike, target: str | os.PathLike, layout: str | None, shard_bytes: int
+) -> None:
+    """The command `python -m cumo_model convert`: convert, and say what the copy lacks."""
+    convert(source, target, layout, shard_bytes)
+    if not has_tokenizer(target):
+        print(f"{os.fspath(source)!r} has no tokenizer, so that the copy {no_tokenizer(target)}")
 
 
 def _pictures(processor: CumoProcessor | None) -> dict[str, Any] | None:

@@ -1,7 +1,6 @@
 """File helpers: JSON objects, folders that are created atomically, and fingerprints of models on disk."""
 
 import contextlib
-import errno
 import glob
 import hashlib
 import json
@@ -14,23 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cumo_kernels.files import write_whole
-
-
-def read_object(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a JSON file that contains an object.
-
-    Raises:
-        ValueError: the file is missing or damaged, or contains no object; the message names it.
-    """
-    try:
-        values = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object, got {type(values).__name__}")
-    return values
+from cumo_model.model.json_files import read_object as read_object
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -41,27 +24,6 @@ def write_json(path: Path, content: Any) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for messages of one line."""
     return (str(error).strip().splitlines() or [repr(error)])[0]
-
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# safetensors and torch report it only in the message
-NO_ROOM_WORDS = (
-    "No space left",
-    "File too large",
-    "Disk quota exceeded",
-    "os error 28",
-    "os error 27",
-    "os error 122",
-    "PytorchStreamWriter",
-    "unexpected pos",
-)
-
-
-def is_no_room(error: BaseException) -> bool:
-    """Whether an error says that a disk or a quota is full, or a file too large for its file system."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in NO_ROOM
-    return any(word in str(error) for word in NO_ROOM_WORDS)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cumo_model.checkpoints.folders import read_object
 from cumo_model.model.config import CumoConfig, CumoVisionConfig
 from cumo_model.model.image_tokens import MERGES
+from cumo_model.model.json_files import read_object
 from cumo_model.processing.processor import aspect_of
 
 TEXT_TYPE = {"llava_mistral": "mistral", "llava_mixtral": "mixtral"}
@@ -114,6 +114,8 @@ def _translate(values: dict[str, Any], tower: dict[str, Any]) -> dict[str, Any]:
         scales = [int(s) for s in (scales.split(",") if isinstance(scales, str) else scales)]
     except (TypeError, ValueError):
         raise ValueError(f"scales must be integers, got {values['scales']!r}") from None
+    if not scales:
+        raise ValueError(f"scales must be one or more integers, got {values['scales']!r}")
     feature = values.get("mm_vision_select_feature", "patch")
     projector = values.get("mm_projector_type", "linear")
     experts, selected = values.get("num_experts") or 1, values.get("num_selected") or 1
@@ -168,12 +170,12 @@ def _pinpoints(values: dict[str, Any]) -> list[list[int]] | None:
 
 def _tower(values: dict[str, Any], folder: str | os.PathLike | None) -> dict[str, Any]:
     name = values.get("mm_vision_tower")
-    bases = [base for base in (folder, ".") if base is not None and isinstance(name, str)]
+    bases = [base for base in (folder, ".") if base is not None and name and isinstance(name, str)]
     for path in [Path(base, name, "config.json") for base in bases]:
         if path.is_file():
             config = read_object(path)
             return _tower_values(config.get("vision_config", config))
-    if name not in TOWERS:
+    if not isinstance(name, str) or name not in TOWERS:
         raise ValueError(
             f"mm_vision_tower must be one of {', '.join(TOWERS)} or a folder with a CLIP config.json, "
             f"got {name!r}"

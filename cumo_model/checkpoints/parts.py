@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +10,33 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
+    AutoModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
+from transformers.models.auto import CONFIG_MAPPING
 from transformers.utils import logging
 
-from cumo_model.checkpoints.folders import first_line, read_object
+from cumo_model.checkpoints.configs import read_checked
+from cumo_model.checkpoints.folders import first_line
 from cumo_model.checkpoints.layout import original_names
-from cumo_model.checkpoints.shards import Shards, check_tensors, read_bin
+from cumo_model.checkpoints.shards import (
+    Shards,
+    check_tensors,
+    is_refused_pickle,
+    read_tensors,
+    refusal,
+)
 from cumo_model.model.clip_moe import CumoVisionModel
 from cumo_model.model.config import CumoConfig, CumoVisionConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.model.head import head_of
 from cumo_model.model.indexes import check_indexes
+from cumo_model.model.json_files import read_object
 from cumo_model.model.llm_moe import CumoMixtralModel
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -47,11 +58,11 @@ def from_parts(
     Args:
         vision: folder of a CLIP (the whole model or its vision model only), or of a CumoVisionModel.
         text: folder of a mixtral or of a dense decoder (mistral, llama, ...).
-        projector: `mm_projector.bin` written by a stage of the original code, dense or with experts. None: a
-            new dense connector.
+        projector: `mm_projector.bin` written by a stage of the original code, dense or with experts, or its
+            tensors as .safetensors. None: a new dense connector.
         dtype: dtype of all parameters; by default that of the language model's files.
-        clip: `clip.bin` written by a stage of the original code, dense or with experts. It replaces the
-            weights in `vision`.
+        clip: `clip.bin` written by a stage of the original code, dense or with experts, or its tensors as
+            .safetensors. It replaces the weights in `vision`.
         **options: further fields of CumoConfig, such as `scales`.
 
     Returns:
@@ -61,6 +72,42 @@ def from_parts(
         ValueError: a file is missing or damaged, or its tensors do not fit the other parts.
     """
     check_dtype(dtype)
+    return load_parts(read_parts(vision, text, projector, clip, **options), dtype)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts of a model before their weights are loaded, but for those in mm_projector.bin and clip.bin.
+
+    Attributes:
+        config: of the model that they make.
+        vision: folder of the tower.
+        text: folder of the language model.
+        projector: mm_projector.bin, or None.
+        clip: clip.bin, or None.
+        connector: tensors of `projector`.
+        tower: tensors of `clip`.
+        is_ours: whether `vision` is a CumoVisionModel.
+    """
+
+    config: CumoConfig
+    vision: str | os.PathLike
+    text: str | os.PathLike
+    projector: str | os.PathLike | None
+    clip: str | os.PathLike | None
+    connector: dict[str, Tensor]
+    tower: dict[str, Tensor]
+    is_ours: bool
+
+
+def read_parts(
+    vision: str | os.PathLike,
+    text: str | os.PathLike,
+    projector: str | os.PathLike | None = None,
+    clip: str | os.PathLike | None = None,
+    **options: Any,
+) -> Parts:
+    """Read the configs of parts and check that they fit; arguments and errors are those of `from_parts`."""
     unknown = sorted(
         set(options) - set(CumoConfig.__annotations__) | set(options) & {"text_config", "vision_config"}
     )
@@ -73,13 +120,14 @@ def from_parts(
     if kind not in TOWERS:
         raise ValueError(f"vision must be a folder of model_type {' or '.join(TOWERS)}, got {kind!r}")
     is_ours = kind == CumoVisionConfig.model_type
-    tower_config = (CumoVisionConfig if is_ours else CLIPVisionConfig).from_pretrained(vision).to_dict()
+    read_tower = _read_our_tower if is_ours else _read_clip
+    tower_config = read_checked(Path(vision, "config.json"), read_tower).to_dict()
     tower_config = {
         k: v for k, v in tower_config.items() if k not in ("model_type", "architectures", "dtype")
     }
-    text_config = AutoConfig.from_pretrained(text)
-    if text_config.model_type != "mixtral" and type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"text must be a folder of a causal language model, got a {text_config.model_type}")
+    text_config = read_checked(Path(text, "config.json"), lambda values: _read_text(values, text))
+    if Path(text, "generation_config.json").is_file():
+        read_checked(Path(text, "generation_config.json"), GenerationConfig.from_dict)
     connector = {} if projector is None else _original_tensors(projector, "mm_projector.")
     tower = {} if clip is None else _original_tensors(clip, "vision_model.")
     tower = {name: value for name, value in tower.items() if not name.startswith(UNUSED)}
@@ -91,33 +139,72 @@ def from_parts(
         "projector_num_experts": len(experts) or 1,
     } | options
     config = CumoConfig(vision_config=tower_config, text_config=text_config, **options)
-    language, lm_head = _decoder_and_head(text, config, dtype)
+    return Parts(config, vision, text, projector, clip, connector, tower, is_ours)
+
+
+def _read_our_tower(values: dict[str, Any]) -> CumoVisionConfig:
+    config = CumoVisionConfig.from_dict(values)
+    with torch.device("meta"):
+        CumoVisionModel(config)
+    return config
+
+
+def _read_clip(values: dict[str, Any]) -> CLIPVisionConfig:
+    # config.json of a whole CLIP has one of its vision model in it
+    config = CLIPVisionConfig.from_dict(values["vision_config"] if values["model_type"] == "clip" else values)
+    with torch.device("meta"):
+        CLIPVisionModel(config)
+    return config
+
+
+def _read_text(values: dict[str, Any], folder: str | os.PathLike) -> PreTrainedConfig:
+    kind = values.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model_type must be known to transformers, got {kind!r}")
+    config = CONFIG_MAPPING[kind].from_dict(values)
+    if kind != "mixtral" and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"text must be a folder of a causal language model, got a {kind}")
+    try:
+        head_of(config)
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be the language model: {error}") from None
+    with torch.device("meta"):
+        AutoModel.from_config(config)
+    return config
+
+
+def load_parts(parts: Parts, dtype: torch.dtype | None = None) -> CumoForConditionalGeneration:
+    """Load the weights of parts; arguments and errors are those of `from_parts`."""
+    config, text_config = parts.config, parts.config.text_config
+    language, lm_head = _decoder_and_head(parts.text, config, dtype)
     dtype = dtype or language.dtype
     config.text_config = language.config
     with no_init_weights(), torch.device("meta"):  # the parts replace these modules
         model = CumoForConditionalGeneration(config)
     model.model.language_model = language
-    if clip is None and is_ours:
-        model.model.vision_tower = load_whole(CumoVisionModel, vision, dtype, use_safetensors=True)
-    elif clip is None:
-        model.model.vision_tower = _tower(vision, config, dtype)
+    if parts.clip is None and parts.is_ours:
+        model.model.vision_tower = load_whole(CumoVisionModel, parts.vision, dtype, use_safetensors=True)
+    elif parts.clip is None:
+        model.model.vision_tower = _tower(parts.vision, config, dtype)
     else:
         model.model.vision_tower = CumoVisionModel._from_config(config.vision_config, dtype=dtype)
-        _load(model.model.vision_tower, tower, "vision_tower.", "vision_tower.vision_model.", clip)
+        _load(
+            model.model.vision_tower, parts.tower, "vision_tower.", "vision_tower.vision_model.", parts.clip
+        )
+    projector = type(model.model.multi_modal_projector)
     with torch.device("cpu"):
-        model.model.multi_modal_projector = type(model.model.multi_modal_projector)(config).to(dtype)
+        model.model.multi_modal_projector = projector(config).to(dtype)
         if model.model.image_newline is not None:
             width = text_config.hidden_size
             model.model.image_newline = nn.Parameter((torch.randn(width) / width**0.5).to(dtype))
-    if connector:
-        _load(
-            model.model.multi_modal_projector, connector, "multi_modal_projector.", "mm_projector.", projector
-        )
+    if parts.connector:
+        places = ("multi_modal_projector.", "mm_projector.")
+        _load(model.model.multi_modal_projector, parts.connector, *places, parts.projector)
     model.lm_head = lm_head
     model.config.dtype = dtype
     model.tie_weights()
-    if Path(text, "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(text)
+    if Path(parts.text, "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(parts.text)
     return model.eval()
 
 
@@ -169,6 +256,10 @@ def load_whole(
         )
     except OSError as error:
         raise ValueError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:
+        if not is_refused_pickle(error):
+            raise
+        raise ValueError(refusal(folder, error)) from None
     finally:
         logging.set_verbosity(verbosity)
     missing = [name for name in info["missing_keys"] if unused is None or not name.startswith(unused)]
@@ -203,7 +294,7 @@ def _tower(folder: str | os.PathLike, config: CumoConfig, dtype: torch.dtype) ->
 
 def _original_tensors(path: str | os.PathLike, place: str) -> dict[str, Tensor]:
     """Tensors by the part of their name after `place`; other tensors of a whole CLIP are left out."""
-    tensors = read_bin(path)
+    tensors = read_tensors(path)
     found = {name.split(place, 1)[1]: value for name, value in tensors.items() if place in name}
     others = [name for name in tensors if place not in name and not name.startswith(WHOLE_CLIP)]
     if others or not found:
@@ -230,10 +321,7 @@ def _decoder_and_head(
 ) -> tuple[PreTrainedModel, nn.Linear]:
     """The decoder and the output embedding of a language model, loaded under its own names."""
     text = config.text_config
-    try:
-        head = head_of(text)
-    except ValueError as error:
-        raise ValueError(f"{folder} cannot be the language model: {error}") from None
+    head = head_of(text)
     if text.model_type == "mixtral":
         decoder = load_whole(CumoMixtralModel, folder, dtype or "auto", known=("lm_head.weight",))
         output = nn.Linear(text.hidden_size, text.vocab_size, bias=False, device="meta")

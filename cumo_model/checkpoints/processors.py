@@ -11,8 +11,9 @@ from transformers.utils import logging
 from cumo_model.checkpoints.folders import first_line
 from cumo_model.model.config import CumoConfig
 from cumo_model.processing.conversation import chat_template, template_of
-from cumo_model.processing.processor import CumoProcessor, has_tokenizer, load_tokenizer, processor_from
+from cumo_model.processing.processor import CumoProcessor, load_tokenizer, processor_from
 from cumo_model.processing.templates import IMAGE_MARKER, TEMPLATES, get_template
+from cumo_model.processing.tokenizer_files import has_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -26,9 +27,9 @@ def read_processor(folder: Path, config: CumoConfig) -> CumoProcessor | None:
     Raises:
         ValueError: its files are damaged.
     """
-    has_processor = (folder / "processor_config.json").is_file()
-    if not has_processor and not has_tokenizer(folder):
+    if not has_tokenizer(folder):
         return None
+    has_processor = (folder / "processor_config.json").is_file()
     try:
         return AutoProcessor.from_pretrained(folder) if has_processor else processor_from(folder, config)
     except Exception as error:  # damaged files make the loaders raise many kinds of errors
@@ -43,10 +44,11 @@ def read_image_token(folder: Path) -> int | None:
         the weights are still valid.
     """
     try:
+        if not has_tokenizer(folder):
+            return None
         if (folder / "processor_config.json").is_file():
             return AutoProcessor.from_pretrained(folder).image_token_id
-        if has_tokenizer(folder):
-            return load_tokenizer(folder).convert_tokens_to_ids(IMAGE_MARKER)
+        return load_tokenizer(folder).convert_tokens_to_ids(IMAGE_MARKER)
     except Exception as error:
         logger.warning(
             f"{folder}: the tokenizer is damaged ({first_line(error)}), config.json gives the image token"

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -105,18 +106,42 @@ def read_bin(path: str | os.PathLike) -> dict[str, Tensor]:
         ValueError: the file is damaged or contains more than tensors.
     """
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # files of releases of torch before 1.6 are no zip files and cannot be mapped
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} must be a file, got a folder") from None
     except Exception as error:  # a damaged pickle can raise any exception; report it in one line
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"{path} is refused: it is damaged or holds more than tensors "
-            f"({reason[0] if reason else error!r})"
-        ) from None
+        raise ValueError(refusal(path, error)) from None
     if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
-        raise ValueError(f"{path} is refused: it must hold tensors by name")
+        raise ValueError(f"{path} is refused: it must hold tensors by name; {CONVERT}")
     return values
+
+
+CONVERT = "if you trust its source, load it there and save its tensors by name as .safetensors"
+
+
+def refusal(path: str | os.PathLike, error: BaseException) -> str:
+    """Why a pickled file is not read, without the advice of torch's message, which is to run its code."""
+    lines = str(error).strip().splitlines()
+    is_advice = is_refused_pickle(error)
+    reason = "" if is_advice or not lines else f" ({lines[0]})"
+    what = "it holds more than tensors" if is_advice else "it is damaged or holds more than tensors"
+    return f"{path} is refused: {what}{reason}; {CONVERT}"
+
+
+def is_refused_pickle(error: BaseException) -> bool:
+    """Whether torch has refused to run code from a pickle."""
+    return "weights_only" in str(error) or "Weights only" in str(error)
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a pickled file as in `read_bin`."""
+    if not os.fspath(path).endswith(".safetensors"):
+        return read_bin(path)
+    source = _read_safetensors(Path(path))
+    return {name: source.get_tensor(name) for name in source.keys()}
 
 
 def check_tensors(found: dict[str, Shape], wanted: dict[str, Shape], source: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import MixtralConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
+from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.model.moe import MoELayer
 
@@ -63,11 +64,40 @@ def upcycle(
         ValueError: a requested place has experts already (0 keeps them), the language model is not a
             mistral, or a number is out of range.
     """
+    config = upcycled_config(
+        dense.config, vision_experts, projector_experts, text_experts, top_k, seed,
+        vision_top_k, projector_top_k, text_top_k, noise, drop,
+    )  # fmt: skip
+    with no_init_weights(), torch.device(dense.device):
+        moe = CumoForConditionalGeneration._from_config(config, dtype=dense.dtype)
+    moe.tie_weights()
+    _copy_weights(dense, moe, torch.Generator().manual_seed(seed), noise, drop)
+    moe.generation_config = copy.deepcopy(dense.generation_config)
+    return moe.train(dense.training)
+
+
+def upcycled_config(
+    dense: CumoConfig,
+    vision_experts: int = 4,
+    projector_experts: int = 4,
+    text_experts: int = 0,
+    top_k: int = 2,
+    seed: int = 0,
+    vision_top_k: int | None = None,
+    projector_top_k: int | None = None,
+    text_top_k: int | None = None,
+    noise: float = 0.0,
+    drop: float = 0.0,
+) -> CumoConfig:
+    """The config of what `upcycle` makes of a model with the config `dense`, with its arguments and errors.
+
+    It needs no weights, so that what is refused is refused before they are loaded.
+    """
     if not 0 <= noise < math.inf or not 0 <= drop <= 1:
         raise ValueError(
             f"noise must be finite and not negative and drop must lie in [0, 1], got {noise} and {drop}"
         )
-    config = copy.deepcopy(dense.config)
+    config = copy.deepcopy(dense)
     chosen = {
         "vision_experts": (vision_experts, top_k if vision_top_k is None else vision_top_k),
         "projector_experts": (projector_experts, top_k if projector_top_k is None else projector_top_k),
@@ -88,13 +118,7 @@ def upcycle(
     if text_experts > 1:
         _check_dense("text_experts", text_experts, config.text_config.model_type == "mixtral")
         config.text_config = _mixtral_config(config.text_config, *chosen["text_experts"])
-
-    with no_init_weights(), torch.device(dense.device):
-        moe = CumoForConditionalGeneration._from_config(config, dtype=dense.dtype)
-    moe.tie_weights()
-    _copy_weights(dense, moe, torch.Generator().manual_seed(seed), noise, drop)
-    moe.generation_config = copy.deepcopy(dense.generation_config)
-    return moe.train(dense.training)
+    return config
 
 
 def _check_dense(name: str, num_experts: int, is_moe: bool) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from cumo_model.checkpoints.assemble import assemble
+from cumo_model.checkpoints.assemble import experts_of, starting_point
 from cumo_model.checkpoints.folders import new_directory
-from cumo_model.checkpoints.upcycle import step0_difference, upcycle
+from cumo_model.checkpoints.upcycle import step0_difference, upcycle, upcycled_config
 from cumo_model.model.cumo import CumoForConditionalGeneration
 
 
@@ -19,6 +19,7 @@ def upcycle_checkpoint(
     projector: str | os.PathLike | None = None,
     dtype: str | None = None,
     clip: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
     **options: Any,
 ) -> float:
     """Load a dense model, upcycle it, print the step-0 difference, and save the result.
@@ -32,6 +33,7 @@ def upcycle_checkpoint(
         projector: as in `from_parts`.
         dtype: name of a float dtype; by default that of the files.
         clip: as in `from_parts`.
+        tokenizer: as in `assemble`.
         **options: keyword arguments of `upcycle`. If vision_experts or projector_experts is None, a dense
             place gets 4 experts.
 
@@ -42,18 +44,23 @@ def upcycle_checkpoint(
         ValueError: there is nothing to upcycle, or `assemble` or `upcycle` raises it.
     """
     kind = None if dtype is None else getattr(torch, dtype)
-    dense, processor = assemble(checkpoint, vision, text, projector, clip, dtype=kind)
-    has_experts = {
-        "vision_experts": dense.config.vision_config.num_experts > 1,
-        "projector_experts": dense.config.projector_num_experts > 1,
-    }
-    for place, sparse in has_experts.items():
+    start = starting_point(checkpoint, vision, text, projector, clip, tokenizer)
+    found = experts_of(start.config)
+    for place in ("vision_experts", "projector_experts"):
         if options.get(place) is None:
-            options[place] = 0 if sparse else 4
-    if not any(options.get(place, 0) > 1 for place in (*has_experts, "text_experts")):
+            options[place] = 0 if found[place][0] > 1 else 4
+    if not any(options.get(place, 0) > 1 for place in found):
         raise ValueError(
             "there is nothing to upcycle: tower and connector have experts already, or 0 keeps them dense, "
             f"and text_experts is {options.get('text_experts', 0)}; such a checkpoint can be trained as it is"
+        )
+    upcycled_config(start.config, **options)  # it refuses before the weights are loaded
+    dense, processor = start.load(kind), start.processor
+    if processor is None:
+        source = checkpoint if text is None else text
+        print(
+            f"{os.fspath(source)!r} has no tokenizer, so no processor is written: give --tokenizer, or copy "
+            f"the tokenizer files of the language model into {os.fspath(out)!r}"
         )
     moe = upcycle(dense, **options)
     difference, largest = step0_difference(dense, moe, batch := probe(dense)), _largest_logit(dense, batch)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from cumo_model.data.records import checked_rows, picture_names, record_files
+from cumo_model.data.patterns import record_files
+from cumo_model.data.records import checked_rows, picture_names
 
 SHOWN = 5  # lines in a summary
 
@@ -51,11 +52,14 @@ def check_files(
                     count = row.number + 1
                     pictures += 0 if bad else len(picture_names(row.value))
         also = f", {len(unlabelled)} have no usable label ({_lines(unlabelled)})" if unlabelled else ""
-        print(f"{file}: {count} records, {fatal} cannot be used{also}", flush=True)
+        print(f"{file}: {_count(count, 'record')}, {fatal} cannot be used{also}", flush=True)
+        seen, were = _count(pictures, "picture"), "was" if pictures == 1 else "were"
         if pictures and not roots:
-            print(f"{file}: {pictures} pictures were not looked at; --images names their folder", flush=True)
+            whose = "its" if pictures == 1 else "their"
+            print(f"{file}: {seen} {were} not looked at; --images names {whose} folder", flush=True)
         elif pictures and not decode:
-            print(f"{file}: {pictures} pictures were found, not decoded; --decode reads them", flush=True)
+            them = "it" if pictures == 1 else "them"
+            print(f"{file}: {seen} {were} found, not decoded; --decode reads {them}", flush=True)
         unusable += fatal
     return unusable
 
@@ -63,3 +67,7 @@ def check_files(
 def _lines(numbers: list[int]) -> str:
     shown = ", ".join(map(str, numbers[:SHOWN])) + (", ..." if len(numbers) > SHOWN else "")
     return f"line{'s' if len(numbers) > 1 else ''} {shown}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

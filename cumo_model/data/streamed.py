@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
+from cumo_model.data.patterns import record_files
 from cumo_model.data.pictures import Pictures, PixelReader, is_system_failure
 from cumo_model.data.records import (
     Problem,
     Row,
     picture_names,
     read_row,
-    record_files,
     row_problems,
     scan,
     with_pictures,

@@ -1,10 +1,10 @@
 """Index files of sharded checkpoints: the files that they name must lie in the folder of the checkpoint."""
 
-import json
 import os
 from pathlib import Path
 
 from cumo_kernels.files import inside
+from cumo_model.model.json_files import read_object
 
 
 def index_files(index: str | os.PathLike) -> list[Path]:
@@ -14,13 +14,7 @@ def index_files(index: str | os.PathLike) -> list[Path]:
         ValueError: the index is damaged, or names a file outside its folder.
     """
     index = Path(index)
-    try:
-        values = json.loads(index.read_text())
-    except ValueError as error:
-        raise ValueError(f"{index} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{index} must hold an object, got {type(values).__name__}")
-    weight_map = values.get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} must have a weight_map of tensors and files, got {weight_map!r}")
     for tensor, name in weight_map.items():
@@ -46,8 +40,8 @@ def check_indexes(path: str | os.PathLike | None, subfolder: str | None = None) 
     for index in sorted(folder.glob("*.index*.json")):
         index_files(index)
     try:
-        named = json.loads((folder / "config.json").read_text()).get("transformers_weights")
-    except (OSError, ValueError, AttributeError):  # transformers reports it
+        named = read_object(folder / "config.json").get("transformers_weights")
+    except ValueError:  # transformers reports it
         return
     if isinstance(named, str):
         _named(folder / "config.json", named)

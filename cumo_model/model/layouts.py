@@ -5,7 +5,9 @@ layout of the released checkpoints, and the reader of image tokens, when cumo_mo
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +36,9 @@ LAYOUTS: list[Layout] = []
 TOKEN_READERS: list[Callable[[Path], int | None]] = []
 
 
+_known_token: ContextVar[int | None] = ContextVar("_known_token", default=None)
+
+
 def layout_of(values: dict[str, Any]) -> Layout | None:
     """The registered layout of a config.json. None for this project's layout and for unregistered ones."""
     kind = values.get("model_type")
@@ -59,7 +64,19 @@ def read_config(path: str | os.PathLike | None, **where: Any) -> dict[str, Any]:
 
 def image_token_of(path: str | os.PathLike | None, subfolder: str | None = None) -> int | None:
     """Id of the image token of the tokenizer in a folder; None without a folder or a readable tokenizer."""
+    if (known := _known_token.get()) is not None:
+        return known
     folder = Path(path or "", subfolder or "")
     if path is None or not folder.is_dir():
         return None
     return next((token for read in TOKEN_READERS if (token := read(folder)) is not None), None)
+
+
+@contextmanager
+def known_image_token(token: int) -> Iterator[None]:
+    """Inside the `with` block `image_token_of` gives this id and reads no files."""
+    before = _known_token.set(token)
+    try:
+        yield
+    finally:
+        _known_token.reset(before)

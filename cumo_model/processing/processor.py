@@ -13,8 +13,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
-from transformers.models.llava.processing_llava import LlavaProcessorKwargs
-from transformers.processing_utils import Unpack
+from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from cumo_model.model.config import CumoConfig, check_pinpoints
@@ -94,7 +93,7 @@ class CumoProcessor(LlavaProcessor):
         self,
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
-        **kwargs: Unpack[LlavaProcessorKwargs],
+        **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """Convert pictures and text to tensors, as in transformers.
 
@@ -345,11 +344,6 @@ def build_processor(
         chat_template=chat_template(template),
         patch_merge_type=patch_merge_type,
     )
-
-
-def has_tokenizer(folder: str | os.PathLike) -> bool:
-    """Whether a folder contains the files of a tokenizer."""
-    return any(Path(folder, name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
 def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,8 +16,28 @@ from cumo_model.processing.conversation import reserved_marker, tokenize_prompt
 from cumo_model.processing.pictures import load_image
 from cumo_model.processing.processor import CumoProcessor
 from cumo_model.processing.templates import IMAGE_MARKER, get_template
+from cumo_model.processing.tokenizer_files import no_tokenizer
 
 NEW_TOKENS = 64
+# what values in config.json that no check knows can make of generation
+UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError)
+
+
+class Printer(TextStreamer):
+    """Prints an answer as it is generated, without the blanks before its first word.
+
+    Attributes:
+        said: the text printed so far.
+    """
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.said = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text if self.said else text.lstrip()
+        self.said += text
+        super().on_finalized_text(text, stream_end)
 
 
 def load(checkpoint: str | os.PathLike, device: torch.device | None = None):
@@ -34,7 +55,7 @@ def load(checkpoint: str | os.PathLike, device: torch.device | None = None):
     except Exception as error:  # a damaged file can raise any exception; report it in one line
         raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be loaded: {first_line(error)}") from error
     if processor is None:
-        raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be loaded: it has no tokenizer")
+        raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be loaded: it {no_tokenizer(checkpoint)}")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), processor
 
@@ -73,22 +94,30 @@ def answer(
     if end and end != "</s>":
         inputs |= {"stop_strings": [end], "tokenizer": processor.tokenizer}
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-    said = processor.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    return said.strip().removesuffix(end).strip()
+    return _bare(processor.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), template)
+
+
+def _bare(said: str, template: str) -> str:
+    """An answer without the mark that ends it."""
+    return said.strip().removesuffix(get_template(template).end.strip()).strip()
 
 
 def chat(
     checkpoint: str | os.PathLike,
-    image: str | os.PathLike | None,
+    image: Any,
     question: str | None = None,
     template: str | None = None,
     max_new_tokens: int = NEW_TOKENS,
 ) -> None:
     """Answer one question, or questions from standard input until an empty line, as one conversation.
 
+    Ctrl-C in an answer to a question from standard input stops the answer; what was printed of it stays in
+    the conversation. Anywhere else it ends the conversation.
+
     Args:
         checkpoint: folder of the checkpoint.
-        image: file of the picture; None for a conversation about text only.
+        image: the picture as in `load_image`, such as a path or a URL; None for a conversation about text
+            only.
         question: the question; None: read questions from standard input.
         template: name of an instruct template; by default that of the checkpoint's processor.
         max_new_tokens: maximum length of each answer in tokens.
@@ -113,15 +142,30 @@ def chat(
             continue
         first = picture is not None and not turns
         turns.append({"from": "human", "value": f"{IMAGE_MARKER}\n{text}" if first else text})
-        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        printer = Printer(processor.tokenizer)
         try:
-            said = answer(model, processor, picture, turns, template, max_new_tokens, streamer)
+            said = answer(model, processor, picture, turns, template, max_new_tokens, printer)
         except ValueError as error:  # such as a conversation that has become too long
             if question is not None:
                 raise
             print(f"no answer: {error}", file=sys.stderr)
             turns.pop()
             continue
+        except UNFORESEEN as error:
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise ValueError(f"checkpoint {str(checkpoint)!r} cannot answer: {what}") from error
+        except KeyboardInterrupt as stop:
+            if question is not None or type(stop) is not KeyboardInterrupt:  # SIGTERM ends the conversation
+                raise
+            printer.end()
+            said = _bare(printer.said, template)
+            print(
+                "the answer was stopped; Ctrl-C again, or an empty line, ends the conversation",
+                file=sys.stderr,
+            )
+            if not said:  # as if the question had not been asked
+                turns.pop()
+                continue
         turns.append({"from": "gpt", "value": said})
 
 

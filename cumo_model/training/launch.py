@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cumo_model.checkpoints.folders import is_no_room
+from cumo_model.model.full_disk import is_no_room
 
 MAX_RESTARTS = 3
 GRACE_S = 10  # time for the other workers to end after one has failed, then they get SIGKILL

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from cumo_model.checkpoints.folders import first_line, is_no_room, read_object
+from cumo_model.checkpoints.folders import first_line, read_object
+from cumo_model.model.full_disk import is_no_room
 from cumo_model.training.run_folder import checkpoints
 
 SAVING = ".saving"

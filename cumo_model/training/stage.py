@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-from cumo_model.checkpoints.folders import first_line, is_no_room, new_directory, read_object
+from cumo_model.checkpoints.folders import first_line, new_directory, read_object
 from cumo_model.data.sampling import StepSampler
+from cumo_model.model.full_disk import is_no_room
 from cumo_model.model.losses import share_of_labels
 from cumo_model.training.again import EnoughSteps, check_resumed, fields_of, is_complete
 from cumo_model.training.claims import claim, claim_recipe, claim_start, record_fields, sizes_of

@@ -32,7 +32,7 @@ import cumo_kernels.__main__ as kernels
 import cumo_model.__main__ as model
 from cumo_kernels.tiles import tune
 from cumo_kernels.verification import self_check, verify
-from cumo_model import CumoForConditionalGeneration
+from cumo_model import CumoForConditionalGeneration, command_line
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.training.recipe import SHIPPED, load_recipe
 from tests.model import original
@@ -105,7 +105,7 @@ def parse(words: list[str], monkeypatch) -> None:
         return
     module, arguments = ours(words) or ("", [])
     if module == "cumo_model":
-        args = model._parser().parse_args(arguments)
+        args = command_line.parser().parse_args(arguments)
         if args.command == "train":
             known = {field.name for field in dataclasses.fields(TrainingArguments)}
             trainer = load_recipe(args.config, args.overrides).trainer

@@ -1,6 +1,9 @@
 """The chat command: answers, and a one-line error for every kind of invalid input."""
 
+import base64
+import io
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from cumo_model.__main__ import main
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing.conversation import chat_template
 from cumo_model.processing.processor import build_processor
-from cumo_model.serving.chat import answer, load, own_template
+from cumo_model.serving import chat as serving
+from cumo_model.serving.chat import Printer, answer, load, own_template
 from tests.model import original
 
 
@@ -213,3 +217,50 @@ def test_a_checkpoint_without_an_instruct_template_asks_for_one(checkpoint, pict
 def test_an_empty_question_is_refused_before_the_model_is_loaded(picture, capsys):
     code, _, err = run(capsys, "--checkpoint", "nowhere", "--image", picture, "--question", " ")
     assert code == 1 and "question must not be empty" in err
+
+
+def test_an_answer_does_not_begin_with_a_blank(checkpoint, capsys):
+    _, processor = load(checkpoint)
+    printer = Printer(processor.tokenizer)
+    for piece in ("", " ", "\n a", " red", " apple "):
+        printer.on_finalized_text(piece)
+    printer.on_finalized_text("", stream_end=True)
+    assert capsys.readouterr().out == "a red apple \n" and printer.said == "a red apple "
+
+
+@pytest.mark.parametrize("said, kept", [(" a red", ["a red"]), ("", [])])
+def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(checkpoint, monkeypatch, capsys, said, kept):
+    """A real signal in each answer; at the prompt it ends the conversation, and SIGTERM does so anywhere."""
+    asked, numbers = [], [signal.SIGINT, signal.SIGINT, signal.SIGTERM]
+
+    def generate(model, processor, picture, turns, template, new_tokens, streamer):
+        asked.append([turn["value"] for turn in turns])
+        streamer.on_finalized_text(said)
+        signal.raise_signal(numbers[len(asked) - 1])
+        raise AssertionError
+
+    monkeypatch.setattr(serving, "answer", generate)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\nthree\nfour\n"))
+    code, _, err = run(capsys, "--checkpoint", checkpoint)
+    assert code == 130 and err.count("the answer was stopped") == 2 and err.endswith("cumo: stopped\n")
+    assert asked == [["one"], [*(["one", *kept] if kept else []), "two"],
+                     [*(["one", *kept, "two", *kept] if kept else []), "three"]]  # fmt: skip
+
+    def prompt(text):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("builtins.input", prompt)
+    assert run(capsys, "--checkpoint", checkpoint)[0] == 130
+    asked.clear()
+    assert run(capsys, "--checkpoint", checkpoint, "--question", "one")[0] == 130
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.png", "https://127.0.0.1:9//a.png?b=c", "DATA"])
+def test_urls_reach_the_reader_of_pictures_unchanged(checkpoint, picture, capsys, url):
+    if url == "DATA":
+        url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+        options = ("--question", "what is it?", "--max-new-tokens", 2)
+        assert run(capsys, "--checkpoint", checkpoint, "--image", url, *options)[0] == 0
+        return
+    code, _, err = run(capsys, "--checkpoint", checkpoint, "--image", url, "--question", "?")
+    assert code == 1 and err.startswith(f"cumo: image {url!r} cannot be fetched: ")

@@ -1,0 +1,252 @@
+"""Checks of a command's arguments that need the standard library only: paths, numbers, names of templates.
+
+They run before torch is imported, which takes seconds. What needs the content of a file is checked later, by
+the functions that read it, and so is all of this for those who call the functions.
+"""
+
+import argparse
+import base64
+import binascii
+import glob
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cumo_model.data.patterns import record_files
+from cumo_model.processing.templates import IMAGE_MARKER, get_template
+from cumo_model.processing.tokenizer_files import has_tokenizer, no_tokenizer
+
+MOST = 2**31 - 1  # of numbers that count something
+SMALLEST = 30  # bytes of a picture; shorter base64 text is a name
+
+
+def check(args: argparse.Namespace) -> int | None:
+    """Check the arguments of a command.
+
+    Returns:
+        An exit code if the command has nothing left to do, else None.
+
+    Raises:
+        ValueError: an argument is refused; the message names its option.
+    """
+    return CHECKS[args.command](args)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    _number("--seed", args.seed, 0, 2**32 - 1)
+    _check_run(args.out)
+
+
+def _ablate(args: argparse.Namespace) -> None:
+    _number("--seeds", args.seeds, 1)
+    if args.steps is not None:
+        _number("--steps", args.steps, 1)
+    _check_run(args.out)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    _number("--max-new-tokens", args.max_new_tokens, 1)
+    if args.question is not None and not args.question.strip():
+        raise ValueError("question must not be empty")
+    if args.question is not None and IMAGE_MARKER in args.question:
+        raise ValueError(f"question must not hold {IMAGE_MARKER}: --image gives the picture")
+    _check_template(args.template, must_instruct=True)
+    _check_pictures([args.image] if args.image is not None else [])
+    _check_talking(args.checkpoint)
+
+
+def _experts(args: argparse.Namespace) -> None:
+    _number("--batch-size", args.batch_size, 1)
+    if args.limit is not None:
+        _number("--limit", args.limit, 1)
+    _check_template(args.template)
+    with _named("--data"):
+        record_files(args.data)
+    _check_roots(args.images or [])
+    _check_pictures(args.picture or [])
+    _check_talking(args.checkpoint)
+    _check_new("--out", args.out)
+
+
+def _data(args: argparse.Namespace) -> int | None:
+    _check_template(args.template)
+    _check_roots(args.images or [])
+    problems = []
+    for pattern in args.files:
+        try:
+            record_files(pattern)
+        except ValueError as error:
+            problems.append(str(error))
+    if len(problems) < len(args.files):
+        return None  # the report of the others names these too
+    print("\n".join(problems))
+    return 1
+
+
+def _train(args: argparse.Namespace) -> None:
+    """Reading the recipe, which needs no torch either, checks the rest."""
+    for option, value, least in (
+        ("--processes", args.processes, 1),
+        ("--max-restarts", args.max_restarts, 0),
+    ):
+        if value is not None:
+            _number(option, value, least)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if not 0 < args.shard_gb < math.inf:
+        raise ValueError(f"--shard-gb must be positive, got {args.shard_gb}")
+    _check_model("source", args.source)
+    _check_new("target", args.target)
+
+
+def _upcycle(args: argparse.Namespace) -> None:
+    places = ("vision", "projector", "text")
+    _number("--seed", args.seed, 0, 2**63 - 1)
+    if not 0 <= args.noise < math.inf:
+        raise ValueError(f"--noise must be finite and not negative, got {args.noise}")
+    if not 0 <= args.drop <= 1:
+        raise ValueError(f"--drop must lie in [0, 1], got {args.drop}")
+    _number("--top-k", args.top_k, 1)
+    for place in places:
+        experts, top_k = getattr(args, f"{place}_experts"), getattr(args, f"{place}_top_k")
+        option = "--top-k" if top_k is None else f"--{place}-top-k"
+        top_k = args.top_k if top_k is None else top_k
+        _number(option, top_k, 1)
+        if experts is not None:
+            _number(f"--{place}-experts", experts, 0)
+            if experts > 1:
+                _number(option, top_k, 1, experts)
+    starts = ("vision", "clip", "text", "projector", "tokenizer")
+    given = [name for name in starts if getattr(args, name) is not None]
+    if args.checkpoint is not None and given:
+        raise ValueError(
+            "give either a checkpoint, or vision and text; got a checkpoint and " + " and ".join(given)
+        )
+    if args.checkpoint is None and (args.vision is None or args.text is None):
+        raise ValueError(
+            f"give either a checkpoint, or vision and text; got {' and '.join(given) or 'neither'}"
+        )
+    for name in ("checkpoint", "vision", "text"):
+        if getattr(args, name) is not None:
+            _check_model(f"--{name}", getattr(args, name))
+    for name in ("clip", "projector"):
+        path = getattr(args, name)
+        if path is not None and not path.is_file():
+            raise ValueError(f"--{name} must be a file, got {str(path)!r}, which {_what(path)}")
+    if args.tokenizer is not None:
+        _check_folder("--tokenizer", args.tokenizer)
+        if not has_tokenizer(args.tokenizer):
+            raise ValueError(f"--tokenizer must be a folder with a tokenizer, got {str(args.tokenizer)!r}")
+    _check_new("--out", args.out)
+
+
+CHECKS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "demo": _demo,
+    "ablate": _ablate,
+    "chat": _chat,
+    "data": _data,
+    "train": _train,
+    "experts": _experts,
+    "convert": _convert,
+    "upcycle": _upcycle,
+}
+
+
+def _number(option: str, value: int, least: int, most: int = MOST) -> None:
+    if not least <= value <= most:
+        wanted = f"at least {least}" if value < least else f"at most {most}"
+        raise ValueError(f"{option} must be {wanted}, got {value}")
+
+
+def _what(path: Path) -> str:
+    """Why a path is not the file or folder that it should be."""
+    return "does not exist" if not path.exists() else "is a folder" if path.is_dir() else "is not a folder"
+
+
+def _check_folder(option: str, path: Path) -> None:
+    if not path.is_dir():
+        why = "does not exist, so it is not a folder" if not path.exists() else "is not a folder"
+        raise ValueError(f"{option} must be a folder, got {str(path)!r}, which {why}")
+
+
+def _check_model(option: str, path: Path) -> None:
+    """A folder with a config.json."""
+    _check_folder(option, path)
+    if not (path / "config.json").is_file():
+        also = "" if has_tokenizer(path) else " and has no tokenizer"
+        raise ValueError(
+            f"{option} must be a folder of a model, got {str(path)!r}, which has no config.json{also}"
+        )
+
+
+def _check_talking(path: Path) -> None:
+    """The folder of a model with a tokenizer."""
+    _check_model("--checkpoint", path)
+    if not has_tokenizer(path):
+        raise ValueError(f"checkpoint {str(path)!r} cannot be loaded: it {no_tokenizer(path)}")
+
+
+def _check_new(option: str, path: Path) -> None:
+    """A path at which a folder can be created."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        raise ValueError(f"{option} {path} exists already: choose another folder or delete it")
+    above = next((parent for parent in path.absolute().parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ValueError(f"{option} must lie in a folder, got {str(path)!r}: {above} is a file")
+
+
+def _check_run(out: Path | None) -> None:
+    """A folder of an earlier run, which is resumed, or a new one."""
+    if out is None or (out / "settings.json").exists():
+        return
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, got {str(out)!r}, which is a file")
+    if out.is_dir() and any(found.name != ".settings.json.part" for found in out.iterdir()):
+        raise ValueError(f"{out} contains something that is not a demo: choose another --out")
+
+
+def _check_template(name: str | None, must_instruct: bool = False) -> None:
+    if name is None:
+        return
+    with _named("--template"):
+        if must_instruct and not get_template(name).instruct:
+            raise ValueError(f"template must be an instruct template, got {name!r}")
+        get_template(name)
+
+
+def _check_roots(roots: Iterable[str]) -> None:
+    """Folders and .tar files of pictures, or patterns of these files."""
+    for root in roots:
+        if not os.path.exists(root) and not (root.endswith(".tar") and glob.glob(root)):
+            raise ValueError(f"--images must be a folder or a .tar file, got {root!r}, which does not exist")
+        if not root.endswith(".tar") and not os.path.isdir(root):
+            raise ValueError(f"--images must be a folder or a .tar file, got {root!r}")
+
+
+def _check_pictures(names: Iterable[str]) -> None:
+    """Files that exist; what may be a URL or base64 text is left to `read_picture`."""
+    for name in names:
+        if name[:8].lower().startswith(("http://", "https://", "file://", "data:")) or os.path.isfile(name):
+            continue
+        if os.path.isdir(name):
+            raise ValueError(f"image {name!r} must be a file, got a folder")
+        try:
+            data = base64.b64decode("".join(name.split()), validate=True)
+        except (binascii.Error, ValueError):
+            data = b""
+        if len(data) < SMALLEST:
+            raise ValueError(f"image {name!r} does not exist")
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Put an option before the message of an error."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None

@@ -1,0 +1,158 @@
+"""Parser of the command line. It imports the standard library only, so `--help` is there at once."""
+
+import argparse
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    program = argparse.ArgumentParser(
+        prog="cumo", description="CuMo: a mixture-of-experts vision-language model"
+    )
+    commands = program.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="train a small CuMo in all three stages and evaluate it")
+    demo.add_argument(
+        "--quick", action="store_true", help="run all steps in under two minutes, with little training"
+    )
+    demo.add_argument(
+        "--out", type=Path, help="folder of the run; an existing run is resumed (default: runs/demo)"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: 0)")
+
+    chat = commands.add_parser("chat", help="ask a checkpoint questions about a picture")
+    chat.add_argument(
+        "--checkpoint", type=Path, required=True, help="folder with config, safetensors and processor"
+    )
+    chat.add_argument("--image", help="file or URL of the picture; without it the chat is about text only")
+    chat.add_argument(
+        "--question", help="answer this question and exit; without it questions are read from standard input"
+    )
+    chat.add_argument(
+        "--template",
+        help="conversation template, such as mistral_instruct (default: that of the processor)",
+    )
+    chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
+
+    train = commands.add_parser(
+        "train", help="run a recipe, which is one stage of training; an interrupted run is resumed"
+    )
+    train.add_argument(
+        "--config", required=True, help="a YAML file, or an included recipe such as mistral-7b/sft"
+    )
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="changes to the recipe, such as stage.learning_rate=1e-5",
+    )
+    train.add_argument(
+        "--processes", type=int, help="processes on this machine, usually one for each GPU (default: 1)"
+    )
+    train.add_argument(
+        "--max-restarts",
+        type=int,
+        help="how often the processes are started again if one is killed or fails (default: 3)",
+    )
+
+    experts = commands.add_parser(
+        "experts", help="measure and plot which experts the tokens and patches of a checkpoint use"
+    )
+    experts.add_argument("--checkpoint", type=Path, required=True, help="folder of a CuMo with experts")
+    experts.add_argument("--data", nargs="+", required=True, help="conversation files or file patterns")
+    experts.add_argument(
+        "--images", action="append", help="folder or .tar file of the pictures; may be repeated"
+    )
+    experts.add_argument(
+        "--by", help="field of the records that names their sub-task; by default each file is one sub-task"
+    )
+    experts.add_argument("--template", help="conversation template (default: that of the checkpoint)")
+    experts.add_argument("--limit", type=int, help="maximum number of records per sub-task")
+    experts.add_argument("--batch-size", type=int, default=8, help="records per forward pass (default: 8)")
+    experts.add_argument(
+        "--picture",
+        action="append",
+        help="plot the patches of this picture, a file or URL, by expert; may be repeated",
+    )
+    experts.add_argument("--out", type=Path, required=True, help="new folder for the results")
+
+    ablate = commands.add_parser(
+        "ablate", help="run the ablations of the paper on the data of the demo and print a table"
+    )
+    ablate.add_argument(
+        "--out", type=Path, help="folder of the runs; existing runs are resumed (default: runs/ablation)"
+    )
+    ablate.add_argument("--seeds", type=int, default=3, help="runs of each row (default: 3)")
+    ablate.add_argument("--rows", nargs="+", help="run these rows only; the table contains all finished rows")
+    ablate.add_argument("--steps", type=int, help="steps of stage 3 (default: 300)")
+    ablate.add_argument(
+        "--quick", action="store_true", help="run all steps in a short time, with little training"
+    )
+
+    data = commands.add_parser("data", help="tools for training data").add_subparsers(
+        dest="action", required=True
+    )
+    check = data.add_parser(
+        "check", help="check conversation files completely and report each problem on one line"
+    )
+    check.add_argument("files", nargs="+", help=".json, .jsonl or .tar files, or file patterns")
+    check.add_argument(
+        "--images", action="append", help="folder or .tar file of the pictures; may be repeated"
+    )
+    check.add_argument("--decode", action="store_true", help="also decode every picture")
+    check.add_argument(
+        "--template", default="mistral_instruct_system", help="template that the records must fit"
+    )
+
+    convert = commands.add_parser(
+        "convert",
+        help="convert a checkpoint between this project's layout and that of SHI-Labs/CuMo, bit for bit",
+    )
+    convert.add_argument("source", type=Path, help="folder with config.json and safetensors")
+    convert.add_argument("target", type=Path, help="new folder")
+    convert.add_argument(
+        "--layout",
+        choices=("cumo", "original"),
+        help="layout of the target (default: not that of the source)",
+    )
+    convert.add_argument(
+        "--shard-gb",
+        type=float,
+        default=2.0,
+        help="largest output file and memory needed, in GB (default: 2)",
+    )
+
+    upcycle = commands.add_parser(
+        "upcycle", help="make experts of the MLPs of a dense model and print the step-0 difference"
+    )
+    upcycle.add_argument(
+        "--checkpoint", type=Path, help="folder of a CuMo in either layout; or give --vision and --text"
+    )
+    upcycle.add_argument("--vision", type=Path, help="folder of a CLIP")
+    upcycle.add_argument(
+        "--clip", type=Path, help="clip.bin with the weights of the CLIP, dense or with experts"
+    )
+    upcycle.add_argument("--text", type=Path, help="folder of a language model")
+    upcycle.add_argument("--projector", type=Path, help="mm_projector.bin (default: a new connector)")
+    upcycle.add_argument(
+        "--tokenizer", type=Path, help="folder of the tokenizer, if that of --text or --checkpoint has none"
+    )
+    upcycle.add_argument("--out", type=Path, required=True, help="new folder")
+    for place, experts in (("vision", None), ("projector", None), ("text", 0)):
+        usual = 0 if experts == 0 else "4 if it is dense"
+        text = f"experts of the {place} part (default: {usual}); 0 does not change it"
+        upcycle.add_argument(f"--{place}-experts", type=int, default=experts, help=text)
+        upcycle.add_argument(f"--{place}-top-k", type=int, help="--top-k of this part")
+    upcycle.add_argument("--top-k", type=int, default=2, help="experts per token (default: 2)")
+    upcycle.add_argument(
+        "--noise", type=float, default=0.0, help="noise in standard deviations of each weight (default: 0)"
+    )
+    upcycle.add_argument(
+        "--drop", type=float, default=0.0, help="share of inner units to resample (default: 0)"
+    )
+    upcycle.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: that of the files)",
+    )
+    upcycle.add_argument("--seed", type=int, default=0, help="seed of gates, noise and drop (default: 0)")
+    return program

@@ -1,0 +1,213 @@
+"""The command line before torch is imported: help, refused paths and numbers, and signals at any moment."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cumo_model import __main__ as program
+from cumo_model.__main__ import main
+from tests.processes import kill
+
+HEAVY = {"torch", "transformers", "numpy", "PIL", "cumo_kernels"}
+COMMANDS = ("demo", "ablate", "chat", "data", "train", "experts", "convert", "upcycle")
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Folders and files that pass the checks of paths, and some that do not; none holds a model."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "text", "clip", "full", "silent"):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text("{}")
+    Path("model/tokenizer.json").touch()
+    Path("data.json").write_text("[]")
+    Path("empty").mkdir()
+    Path("pictures").mkdir()
+    Path("a.png").touch()
+    return tmp_path
+
+
+UPCYCLE = "upcycle --vision clip --text text --out new"
+EXPERTS = "experts --checkpoint model --data data.json --out new"
+CHAT = "chat --checkpoint model --question what"
+REFUSED = {  # words of a command -> part of the message
+    "demo --out full": "full contains something that is not a demo",
+    "demo --out data.json": "--out must be a folder, got 'data.json', which is a file",
+    "demo --seed -1": "--seed must be at least 0, got -1",
+    "ablate --seeds 0": "--seeds must be at least 1, got 0",
+    "ablate --steps 0": "--steps must be at least 1, got 0",
+    "ablate --out full": "full contains something that is not a demo",
+    "chat --checkpoint nowhere": "--checkpoint must be a folder, got 'nowhere', which does not exist",
+    "chat --checkpoint data.json": "--checkpoint must be a folder, got 'data.json', which is not a folder",
+    "chat --checkpoint empty": "got 'empty', which has no config.json and has no tokenizer",
+    "chat --checkpoint silent": "'silent' cannot be loaded: it has no tokenizer (tokenizer.json or",
+    f"{CHAT} --max-new-tokens 0": "--max-new-tokens must be at least 1, got 0",
+    f"{CHAT} --max-new-tokens 99999999999": "--max-new-tokens must be at most 2147483647, got 99999999999",
+    f"{CHAT} --image none.png": "image 'none.png' does not exist",
+    f"{CHAT} --image pictures": "image 'pictures' must be a file, got a folder",
+    f"{CHAT} --template none": "--template: template must be one of ",
+    f"{CHAT} --template plain": "--template: template must be an instruct template, got 'plain'",
+    "data check none.json": None,
+    "data check none*.json a?.jsonl": None,
+    "data check data.json --images none": "--images must be a folder or a .tar file, got 'none'",
+    "data check data.json --template none": "--template: template must be one of ",
+    "train --config none.yaml": "--config must be a YAML file or one of demo/pft, ",
+    "train --config pictures": "--config must be a YAML file, got 'pictures', which is a folder",
+    "train --config mistral-7b/sft stage": "overrides must read key=value, got 'stage'",
+    f"{EXPERTS} --limit -1": "--limit must be at least 1, got -1",
+    f"{EXPERTS} --batch-size 0": "--batch-size must be at least 1, got 0",
+    f"{EXPERTS} --data none*.json": "--data: none*.json: the file does not exist",
+    f"{EXPERTS} --images none.tar": "--images must be a folder or a .tar file, got 'none.tar'",
+    f"{EXPERTS} --picture none.png": "image 'none.png' does not exist",
+    f"{EXPERTS} --checkpoint silent": "'silent' cannot be loaded: it has no tokenizer",
+    f"{EXPERTS} --out full": "--out full exists already",
+    f"{EXPERTS} --out a.png/x": "--out must lie in a folder, got 'a.png/x'",
+    "convert nowhere new": "source must be a folder, got 'nowhere'",
+    "convert empty new": "source must be a folder of a model, got 'empty', which has no config.json",
+    "convert model full": "target full exists already",
+    "convert model a.png": "target a.png exists already",
+    "convert model new --shard-gb nan": "--shard-gb must be positive, got nan",
+    "convert model new --shard-gb 0": "--shard-gb must be positive, got 0.0",
+    "upcycle --out new": "give either a checkpoint, or vision and text; got neither",
+    "upcycle --checkpoint model --vision clip --out new": "got a checkpoint and vision",
+    f"{UPCYCLE} --vision nowhere": "--vision must be a folder, got 'nowhere'",
+    f"{UPCYCLE} --text empty": "--text must be a folder of a model, got 'empty'",
+    f"{UPCYCLE} --clip none.bin": "--clip must be a file, got 'none.bin', which does not exist",
+    f"{UPCYCLE} --projector pictures": "--projector must be a file, got 'pictures', which is a folder",
+    f"{UPCYCLE} --tokenizer empty": "--tokenizer must be a folder with a tokenizer, got 'empty'",
+    f"{UPCYCLE} --out full": "--out full exists already",
+    f"{UPCYCLE} --top-k 0": "--top-k must be at least 1, got 0",
+    f"{UPCYCLE} --vision-experts 4 --top-k 9": "--top-k must be at most 4, got 9",
+    f"{UPCYCLE} --text-experts 4 --text-top-k 5": "--text-top-k must be at most 4, got 5",
+    f"{UPCYCLE} --text-experts -1": "--text-experts must be at least 0, got -1",
+    f"{UPCYCLE} --noise nan": "--noise must be finite and not negative, got nan",
+    f"{UPCYCLE} --drop 1.5": "--drop must lie in [0, 1], got 1.5",
+}
+ALL = """
+import json, sys
+from cumo_model.__main__ import main
+for command in sys.argv[1:]:
+    sys.stderr.write(f"> {command}\\n")
+    code = main(command.split())
+    sys.stderr.write(f"= {code}\\n")
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def test_what_is_refused_is_one_line_before_torch_is_imported(folders):
+    """All commands in one process, which at the end has imported nothing that takes long."""
+    done = subprocess.run([sys.executable, "-c", ALL, *REFUSED], capture_output=True, text=True)
+    assert not HEAVY & set(json.loads(done.stdout.splitlines()[-1]))
+    for said, (command, words) in zip(done.stderr.split("> ")[1:], REFUSED.items(), strict=True):
+        first, *lines, code = said.splitlines()
+        assert (first, code) == (command, "= 1"), said
+        assert not lines if words is None else len(lines) == 1 and lines[0].startswith("cumo: "), said
+        assert words is None or words in lines[0], said
+    for name in ("none.json", "none*.json", "a?.jsonl"):
+        assert f"{name}: the file does not exist" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], *([name, "--help"] for name in COMMANDS), ["data", "check", "-h"]]
+)
+def test_help_needs_nothing_heavy(words):
+    code = (
+        "import sys\nfrom cumo_model.__main__ import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        f"assert not {HEAVY} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: cumo"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["chat", "--checkpoint", "nowhere"], ["nothing"], ["chat", "-x"]]
+)
+def test_it_answers_at_once(words):
+    """Half a second is the aim; a loaded machine may need more, so that the time of its CPU is measured."""
+    before = os.times()
+    done = subprocess.run([sys.executable, "-m", "cumo_model", *words], capture_output=True, text=True)
+    now = os.times()
+    assert done.returncode == {"--help": 0, "nothing": 2}.get(words[0], 2 if "-x" in words else 1)
+    assert now.children_user + now.children_system - before.children_user - before.children_system < 0.5
+
+
+def start(words):
+    command = [sys.executable, "-m", "cumo_model", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def first_line_of_ours(process) -> None:
+    """Wait until the process has set its handlers, which Linux says in /proc."""
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        caught = int(status.read_text().split("SigCgt:")[1].split()[0], 16)
+        if caught >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.001)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("words", [CHAT, UPCYCLE, "demo --quick --out run", "data check data.json"])
+def test_a_signal_during_imports_ends_a_command_without_a_traceback(folders, words, number):
+    for delay in (0.0, 0.05, 0.4):
+        process = start(words.split())
+        first_line_of_ours(process)
+        time.sleep(delay)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert (process.returncode, said) == (130, "cumo: stopped\n")
+        kill(process)
+
+
+def test_a_module_that_catches_the_signal_does_not_keep_the_command(monkeypatch, capsys):
+    """Python ignores exceptions in a destructor, and modules make others of them."""
+
+    class Caught:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def command(args):
+        def run():
+            caught = Caught()
+            del caught
+            time.sleep(30)
+
+        return run
+
+    monkeypatch.setitem(program.COMMANDS, "demo", command)
+    begin = time.monotonic()
+    assert main(["demo"]) == 130 and time.monotonic() - begin < 20
+    assert capsys.readouterr().err == "cumo: stopped\n"
+
+    def other(args):
+        def run():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt as error:
+                raise TypeError("numpy cannot be imported") from error
+
+        return run
+
+    monkeypatch.setitem(program.COMMANDS, "demo", other)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "cumo: stopped\n"
+
+
+def test_bitsandbytes_does_not_warn_of_a_kernel_that_is_not_used(monkeypatch, capsys):
+    def command(args):
+        logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
+        return lambda: 0
+
+    monkeypatch.setitem(program.COMMANDS, "demo", command)
+    logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
+    assert main(["demo"]) == 0
+    assert capsys.readouterr().err == ""
