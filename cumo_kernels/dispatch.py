@@ -22,7 +22,7 @@ import torch
 from cumo_kernels import extension
 from cumo_kernels.tiles import measured
 from cumo_kernels.tiles.hardware import INTERPRETER, gpu_of
-from cumo_kernels.tracing import constant
+from cumo_kernels.tracing import constant, requires_grad
 from cumo_kernels.verification import proofs
 
 OPS = {  # op -> stem: the module of that name in every backend folder implements the op
@@ -228,7 +228,7 @@ def trains(*tensors: torch.Tensor | None) -> bool:
 
     A checkpointed layer runs first without and then with gradients, and its results must be the same.
     """
-    return any(t is not None and t.requires_grad for t in tensors)
+    return any(t is not None and requires_grad(t) for t in tensors)
 
 
 def choose(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool = False) -> str:
@@ -237,6 +237,8 @@ def choose(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool =
     `num_experts`: for backends with a limit. `with_backward`: `trains` of the op's inputs; it selects the
     timings to compare, since backward runs on the backend that ran forward.
     """
+    if x.device.type == "meta":  # computes nothing, so every backend fits
+        return _forced.name or "reference"
     if x.device.type != "cuda" or torch.compiler.is_compiling():
         return measured.pick(_decide(op, x.device, x.dtype, num_experts, with_backward)[0], x.shape)
     # cached, since deciding at every call would keep a GPU waiting for the host

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -13,6 +14,44 @@ def constant(function: Callable) -> Callable:
     """
     function._dynamo_marked_constant = True
     return function
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (vmap, grad, ...) is active, outside of compiled graphs."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+@constant
+def _is_graph_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def requires_grad(tensor: Tensor) -> bool:
+    """Whether a tensor requires a gradient; a batched one of torch.vmap does not tell, what it wraps does.
+
+    In a graph that is being compiled nothing tells, so that the answer is yes inside a transform.
+    """
+    if tensor.requires_grad:
+        return True
+    if torch.compiler.is_compiling():
+        return _is_graph_transformed()
+    wrapped = is_transformed() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped and requires_grad(torch._C._functorch.get_unwrapped(tensor))
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether a CPU tensor's values may be read: no graph is traced, and the tensor is of no transform."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+    )
+
+
+def is_autocast_on(device_type: str) -> bool:
+    """torch.is_autocast_enabled, which raises for meta tensors; torch's own operators do not cast these."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def run_inside(mode: TorchDispatchMode, func, device_type: str, args: tuple, kwargs: dict):

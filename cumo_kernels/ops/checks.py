@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from cumo_kernels.hostsync import values_at_hand
+from cumo_kernels.tracing import is_autocast_on
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -67,7 +68,7 @@ def check_offsets(name: str, offsets: Tensor, last: int, first: int | None = Non
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under torch.autocast, the tensors in autocast's dtype, as nn.Linear would cast them; else unchanged."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not is_autocast_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     # like torch's own autocast, fp64 stays fp64

@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cumo_kernels import ACTIVATIONS, RouterStats, Routing, expert_mlp, grouped_gemm, route
+from cumo_kernels.tracing import is_autocast_on
 
 IMPLEMENTATIONS = ("cumo", "eager")  # of experts: cumo_kernels, or a loop in plain PyTorch
 PLACES = ("mlp", "clip", "llm")  # the order in which the original code adds their losses
@@ -168,7 +169,7 @@ class Gate(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, H) -> (T, E) logits, in the wider dtype of x and weight: a gate may be fp32 in a bf16 model."""
-        if torch.is_autocast_enabled(x.device.type):
+        if is_autocast_on(x.device.type):
             return super().forward(x)
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias)
@@ -270,7 +271,7 @@ class Experts(nn.Module):
         dtype of x, because `prepare_model_for_kbit_training` of peft converts all other parameters to fp32.
         """
         (up, up_bias), down, down_bias = self.up, self.down_proj, self.down_proj_bias
-        if is_parametrized(self) and not torch.is_autocast_enabled(x.device.type):
+        if is_parametrized(self) and not is_autocast_on(x.device.type):
             up, down = up.to(x.dtype), down.to(x.dtype)
             up_bias, down_bias = (None if b is None else b.to(x.dtype) for b in (up_bias, down_bias))
         return up, up_bias, down, down_bias
