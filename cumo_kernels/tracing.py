@@ -26,17 +26,25 @@ def _is_graph_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def requires_grad(tensor: Tensor) -> bool:
-    """Whether a tensor requires a gradient; a batched one of torch.vmap does not tell, what it wraps does.
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether any of the tensors requires a gradient.
 
-    In a graph that is being compiled nothing tells, so that the answer is yes inside a transform.
+    A batched tensor of torch.vmap does not tell, but what it wraps does. In a graph that is being compiled
+    nothing tells, so that the answer is yes inside a transform.
     """
-    if tensor.requires_grad:
+    if any(t is not None and t.requires_grad for t in tensors):
         return True
     if torch.compiler.is_compiling():
         return _is_graph_transformed()
-    wrapped = is_transformed() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return wrapped and requires_grad(torch._C._functorch.get_unwrapped(tensor))
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    functorch = torch._C._functorch
+    inner = [
+        functorch.get_unwrapped(t) if functorch.is_functorch_wrapped_tensor(t) else None
+        for t in tensors
+        if t is not None
+    ]
+    return any(t is not None for t in inner) and any_requires_grad(*inner)
 
 
 def may_read(tensor: Tensor) -> bool:

@@ -158,7 +158,7 @@ def test_a_forced_refusal_raises_with_the_reason():
 def test_use_backend_restores_and_rejects_unknown_names():
     with use_backend("reference"):
         with (
-            pytest.raises(ValueError, match=r"backend must be one of .*'triton'.*, got 'tpu'"),
+            pytest.raises(ValueError, match=r"name must be one of .*'triton'.*, got 'tpu'"),
             use_backend("tpu"),
         ):
             pass
