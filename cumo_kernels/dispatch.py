@@ -308,7 +308,7 @@ def implementation(backend: str, op: str) -> Callable:
     return _implementations[key]
 
 
-class use_backend:  # noqa: N801  named and used like torch.set_grad_enabled
+class use_backend:
     """Force one backend in this thread, like `torch.set_grad_enabled`: at once, and until a `with` ends.
 
     `use_backend("triton")` alone forces it until the next call; `with use_backend("triton"):` restores at its

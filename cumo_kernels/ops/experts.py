@@ -264,7 +264,7 @@ def expert_mlp(
     check_shape("up_proj", up_proj, num_experts, "2I" if is_gated else "I", x.shape[1])
     check_shape("down_proj", down_proj, num_experts, "O", "I")
     width = up_proj.shape[1] // 2 if is_gated else up_proj.shape[1]
-    if is_gated and up_proj.shape[1] % 2 or down_proj.shape[2] != width:
+    if (is_gated and up_proj.shape[1] % 2) or down_proj.shape[2] != width:
         _refuse_widths(activation, up_proj.shape, down_proj.shape)
     check_like("up_proj", up_proj, "x", x)
     check_like("down_proj", down_proj, "x", x)

@@ -169,7 +169,7 @@ def build_language_model(text_config: PreTrainedConfig, compat: str | None = Non
 
 
 def mask_for_meta(attention_mask: Tensor | None, inputs_embeds: Tensor, cache: Cache | None) -> Tensor | None:
-    """The attention mask; for meta tensors one of four dimensions, whose values transformers does not read."""
+    """The attention mask; for meta tensors one of four dimensions, whose values nothing reads."""
     if not inputs_embeds.is_meta or not isinstance(cache, Cache | None):
         return attention_mask
     rows, tokens, _ = inputs_embeds.shape
