@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from benchmarks import harness, plot, record, timing
+from benchmarks import harness, plot, record, selection, timing
 from benchmarks.__main__ import load
 from benchmarks.cases import bench_activation
 from benchmarks.cases.shapes import SHAPES, Shape
@@ -180,7 +180,7 @@ HANGS = """
 import sys, time, types
 from dataclasses import replace
 import argparse, torch
-from benchmarks import harness
+from benchmarks import harness, selection
 from benchmarks.cases import bench_activation
 from benchmarks.harness import Case
 from benchmarks.cases.shapes import Shape
@@ -235,14 +235,14 @@ def test_a_requested_shape_is_measured_with_the_options_of_its_file():
     parser = argparse.ArgumentParser()
     harness.add_arguments(parser)
     args = parser.parse_args(["--shape", "clip-image", "--shape", "mixtral-decode64"])
-    route = harness.cases_of(load("routing"), "cuda", args)
+    route = selection.cases_of(load("routing"), "cuda", args)
     assert {(c.shape.name, c.dtype, c.gate_dtype) for c in route} == {
         (name, dtype, "fp32") for name in args.shape for dtype in ("bf16", "fp32")
     }
-    (clip, _) = harness.cases_of(load("layer"), "cpu", args)  # no CPU case has that shape
+    (clip, _) = selection.cases_of(load("layer"), "cpu", args)  # no CPU case has that shape
     assert (clip.shape, clip.dtype, clip.modes) == (SHAPES["clip-image"], "fp32", ("forward", "both"))
     for name in ("model", "scaling", "overhead"):  # they have no such shape
-        assert harness.cases_of(load(name), "cuda", args) == []
+        assert selection.cases_of(load(name), "cuda", args) == []
 
 
 def test_the_floor_of_the_notes_is_not_the_roofline_of_the_report(tmp_path):
