@@ -18,8 +18,6 @@ from cumo_kernels.ops.batching import call_each
 from cumo_kernels.ops.forward_mode import refuse_forward_mode
 from cumo_kernels.tracing import is_autocast_on, is_transformed
 
-# the older vmap with which torch.autograd runs backward on a batch of gradients (is_grads_batched)
-_VMAP_OF_GRADIENTS = torch._C.DispatchKey.VmapMode
 _PLAIN = {Tensor, torch.nn.Parameter, NoneType, bool, int, str}
 
 
@@ -29,10 +27,15 @@ def _is_plain(args: tuple) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
-        and not torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_OF_GRADIENTS)
         and all(type(arg) in _PLAIN for arg in args)
         and not args[0].is_meta
+        and not (torch._C._current_graph_task_id() != -1 and _has_batch(args))
     )
+
+
+def _has_batch(args: tuple) -> bool:
+    """Whether backward runs on a batch of gradients, by the older vmap of is_grads_batched."""
+    return any(isinstance(arg, Tensor) and torch._C._functorch.is_legacy_batchedtensor(arg) for arg in args)
 
 
 def _without_autocast(function: Callable) -> Callable:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,3 +280,28 @@ def test_saved_and_peak_memory_are_plotted(tmp_path, monkeypatch):
     assert [heights(axis) for axis in figures[1].axes] == [[3]]
     assert [text.get_text() for text in figures[1].legends[0].texts] == ["cumo/reference"]
     assert plot.plot_memory([on_a_cpu[1]], tmp_path / "memory.png") is None
+
+
+def test_each_reason_is_printed_once_with_a_count():
+    case = Case(SMALL, "fp32")
+    gap = lambda variant, mode, reason: harness.gap_of("t", case, variant, mode, reason, "cpu", "1")
+    gaps = [
+        gap("a", "all", "no GPU"),
+        gap("b", "all", "no GPU"),
+        gap("a", "all", "no GPU"),
+        gap("a", "both", "x"),
+    ]
+    assert record.reasons(gaps) == ["NOT TIMED (3x): no GPU (a, b)", "NOT TIMED (1x): x (a both)"]
+
+
+def test_a_plain_run_writes_only_where_git_ignores():
+    parser = argparse.ArgumentParser()
+    harness.add_arguments(parser)
+    assert parser.parse_args([]).results == record.LOCAL
+    assert parser.parse_args(["--save"]).results == record.RESULTS
+    assert parser.parse_args(["--results", "there"]).results == Path("there")
+    written = [record.LOCAL / "m" / "t.csv", record.LOCAL.parent / "REPORT.md"]
+    ignored = subprocess.run(
+        ["git", "check-ignore", *written], cwd=record.ROOT, capture_output=True, text=True
+    )
+    assert ignored.stdout.split() == list(map(str, written))

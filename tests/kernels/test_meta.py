@@ -104,7 +104,7 @@ def inputs_of(name, tokens, dtype=torch.float32):
 
 
 def results_of(name, leaves, indices):
-    """Outputs and gradients. The sum of an expanded scalar would hide strides, so the upstream is a tensor."""
+    """Outputs and gradients. The upstream gradients are dense."""
     outs = CALLS[name][0](*leaves, indices)
     outs = outs if isinstance(outs, tuple) else (outs,)
     trained = [out for out in outs if out.requires_grad]
@@ -134,7 +134,7 @@ def test_meta_and_fake_tensors_give_results_like_real_ones(name, tokens, dtype):
 @pytest.mark.parametrize("name", CALLS)
 def test_fake_tensors_of_a_gpu_run_forward_without_one(name):
     """Backward of such tensors asks torch for the GPU, with torch's own operators too."""
-    leaves, indices = inputs_of(name, 5)
+    leaves, _ = inputs_of(name, 5)
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
         outs = CALLS[name][0](
             *(torch.empty(leaf.shape) for leaf in leaves), torch.empty(5, K, dtype=torch.int64)

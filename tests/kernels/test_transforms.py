@@ -51,7 +51,7 @@ CALLS = {  # name -> function, shapes of its arguments
     "layer": (
         lambda x, g, up, down: expert_mlp(x, route(x, K, g), up, down, activation="gelu"),
         [(T, H), (E, H), (E, I, H), (E, O, I)],
-    ),  # fmt: skip
+    ),
 }
 
 
@@ -98,7 +98,7 @@ def test_vmap_of_grad_and_grad_of_vmap(name):
     for dims, values in batches(name):
         one = func.grad(scalar, every)
         found = func.vmap(one, dims)(*values)
-        wanted = [looped(lambda *v, i=i: one(*v)[i], dims, values) for i in every]
+        wanted = [looped(lambda *v, i=i, one=one: one(*v)[i], dims, values) for i in every]
         plain = [looped(lambda *v, i=i: gradient_of(scalar, v)[i], dims, values) for i in every]
         assert_same_formula(list(found), wanted)
         assert_same_formula(wanted, plain)
