@@ -57,13 +57,15 @@ UP, DOWN, UP_BIAS, DOWN_BIAS = (
     torch.rand(E, O),
 )
 CALLS = {  # function -> good arguments, wrong values of each
-    cumo_kernels.activate: ({"x": X[:, :4], "name": "swiglu"}, {"x": [*ANYTHING, X[:, :4].long()], "name": only()}),
+    cumo_kernels.activate: ({"x": X[:, :4], "name": "swiglu"}, {"x": [*ANYTHING, X[:, :4].long()], "name": only()},
+    ),
     cumo_kernels.combine: (
         {"rows": ROWS, "routing": PLAN, "weighted": True},
         {"rows": tensors(ROWS), "routing": plans(), "weighted": only(True)},
     ),
     cumo_kernels.expert_mlp: (
-        {"x": X, "routing": PLAN, "up_proj": UP, "down_proj": DOWN, "up_bias": UP_BIAS, "down_bias": DOWN_BIAS,
+        {"x": X, "routing": PLAN, "up_proj": UP, "down_proj": DOWN, "up_bias": UP_BIAS, 
+         "down_bias": DOWN_BIAS,
          "activation": "swiglu", "memory": "preact"},
         {"x": tensors(X), "routing": plans(), "up_proj": tensors(UP), "down_proj": tensors(DOWN),
          "up_bias": tensors(UP_BIAS, none=True), "down_bias": tensors(DOWN_BIAS, none=True),
@@ -74,7 +76,8 @@ CALLS = {  # function -> good arguments, wrong values of each
         {"op": only(), "x": ANYTHING[:-1], "num_experts": only(), "with_backward": only(True)},
     ),
     cumo_kernels.grouped_gemm: (
-        {"x": X, "weight": UP, "expert_offsets": OFFSETS, "bias": UP_BIAS, "gather": PLAN, "activation": "geglu"},
+        {"x": X, "weight": UP, "expert_offsets": OFFSETS, "bias": UP_BIAS, "gather": PLAN,
+         "activation": "geglu"},
         {"x": tensors(X), "weight": tensors(UP), "expert_offsets": tensors(OFFSETS),
          "bias": tensors(UP_BIAS, none=True), "gather": plans(none=True), "activation": only(None)},
     ),
@@ -101,7 +104,7 @@ CALLS = {  # function -> good arguments, wrong values of each
     LAYER.forward: (
         {"x": X, "groups": 1, "router_only": False, "counted": torch.ones(T, dtype=torch.bool)},
         {"x": [*ANYTHING, torch.tensor(1.0), X[:, :4], X.double(), X.long(), X.to("meta")], "groups": only(),
-         "router_only": only(True), "counted": [*ANYTHING[1:], torch.ones(T), torch.ones(2, dtype=torch.bool)]},
+         "router_only": only(True), "counted": [*ANYTHING[1:], torch.ones(T), torch.ones(2).bool()]},
     ),
 }  # fmt: skip
 ROWS_OF_TEST = [
@@ -141,8 +144,8 @@ def test_numpy_integers_are_integers():
 def test_weights_for_another_kind_of_activation_are_explained():
     up, down = torch.rand(E, I, H), torch.rand(E, O, I)
     words = (
-        r"down_proj must be \(4, O, 4\), got \(4, 3, 8\): activation 'swiglu', the default, is gated, so that "
-        r"up_proj has 2I = 8 rows; the weights fit activation 'quick_gelu', .* or 'silu'"
+        r"down_proj must be \(4, O, 4\), got \(4, 3, 8\): activation 'swiglu', the default, is gated, so "
+        r"that up_proj has 2I = 8 rows; the weights fit activation 'quick_gelu', .* or 'silu'"
     )
     with pytest.raises(ValueError, match=words):
         expert_mlp(X, PLAN, up, down)

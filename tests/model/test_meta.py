@@ -1,4 +1,4 @@
-"""Whole models and MoE layers on meta and fake tensors: forward and backward with pictures, no values read."""
+"""Whole models and MoE layers on meta and fake tensors: forward and backward, with pictures."""
 
 import pytest
 import torch
