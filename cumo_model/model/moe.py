@@ -273,7 +273,7 @@ class Experts(nn.Module):
             z = grouped_gemm(x, up_proj, routing.expert_offsets, bias=up_bias, gather=routing)
             a = ACTIVATIONS[self.activation].forward(z)
             rows = grouped_gemm(a, down_proj, routing.expert_offsets, bias=down_bias)
-            slots = rows[routing.inverse_permutation].view(*routing.topk_indices.shape, -1)
+            slots = rows[routing.inverse_permutation].view(*routing.topk_indices.shape, rows.shape[1])
             slots = slots * routing.topk_weights.to(rows.dtype)[:, :, None]
             order = routing.topk_indices.argsort(1)[:, :, None].expand_as(slots)
             first, *rest = slots.gather(1, order).unbind(1)

@@ -57,14 +57,16 @@ UP, DOWN, UP_BIAS, DOWN_BIAS = (
     torch.rand(E, O),
 )
 CALLS = {  # function -> good arguments, wrong values of each
-    cumo_kernels.activate: ({"x": X[:, :4], "name": "swiglu"}, {"x": [*ANYTHING, X[:, :4].long()], "name": only()},
+    cumo_kernels.activate: (
+        {"x": X[:, :4], "name": "swiglu"},
+        {"x": [*ANYTHING, X[:, :4].long()], "name": only()},
     ),
     cumo_kernels.combine: (
         {"rows": ROWS, "routing": PLAN, "weighted": True},
         {"rows": tensors(ROWS), "routing": plans(), "weighted": only(True)},
     ),
     cumo_kernels.expert_mlp: (
-        {"x": X, "routing": PLAN, "up_proj": UP, "down_proj": DOWN, "up_bias": UP_BIAS, 
+        {"x": X, "routing": PLAN, "up_proj": UP, "down_proj": DOWN, "up_bias": UP_BIAS,
          "down_bias": DOWN_BIAS,
          "activation": "swiglu", "memory": "preact"},
         {"x": tensors(X), "routing": plans(), "up_proj": tensors(UP), "down_proj": tensors(DOWN),
