@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from cumo_kernels.verification.verdicts import Result
@@ -19,7 +20,7 @@ class Beside:
     """
 
     def __init__(self, options: list[str], switches: dict[str, str]):
-        self._options, self._switches = options, switches
+        self._options, self._switches, self._done = options, switches, 0
         self._folder = tempfile.TemporaryDirectory()
         self._report = Path(self._folder.name, "report.json")
         command = [sys.executable, "-m", "cumo_kernels", "verify", "--quiet", "--json", str(self._report)]
@@ -34,11 +35,9 @@ class Beside:
     @property
     def done(self) -> int:
         """The number of cases that have ended so far."""
-        lines = Path(f"{self._report}.lines")
-        try:
-            return lines.read_bytes().count(b"\n")
-        except FileNotFoundError:  # before the first case and after the last
-            return 0
+        with suppress(FileNotFoundError):  # it exists from the first case to the last
+            self._done = Path(f"{self._report}.lines").read_bytes().count(b"\n")
+        return self._done
 
     def results(self) -> tuple[list[Result], list[str]]:
         """Wait for its end -> results, and messages about what was not checked."""
