@@ -6,7 +6,6 @@ A benchmark file has an op's name, its cases and one `setup`; everything else is
 import argparse
 import contextlib
 import gc
-import itertools
 import math
 import os
 import sys
@@ -15,18 +14,18 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from benchmarks import record, timing
-from benchmarks.cases.shapes import SHAPES, Shape, tiny
+from benchmarks.cases.shapes import Shape
 from benchmarks.record import Gap, Row, is_fault
+from benchmarks.selection import add_arguments, in_turns
 from benchmarks.steps import captured, peak_bytes, room, said, saved_bytes, steps_of, watching
 from cumo_kernels import dispatch, use_backend
-from cumo_kernels.testing import PATTERNS, Yardstick
+from cumo_kernels.testing import Yardstick
 from cumo_kernels.tiles import hardware
 from cumo_kernels.tiles.problems import DTYPES
 from cumo_kernels.verification.verify import is_lost
@@ -187,6 +186,7 @@ def measure(
     log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
     without: Iterable[str] = (),
     watch: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    log_gaps: bool = True,
 ) -> tuple[list[Row], list[Gap]]:
     """Check one case, then time it -> a row for each timed variant and mode, a gap for each of the others.
 
@@ -194,6 +194,7 @@ def measure(
         wanted: names of our backends; None: all that run here.
         without: variants that broke the device before.
         watch: context around the first runs of each variant.
+        log_gaps: whether to log each gap.
 
     Raises:
         DeviceLost: another variant did.
@@ -205,7 +206,8 @@ def measure(
 
     def gap(variant: str, mode: str, reason: str) -> None:
         gaps.append(gap_of(op, case, variant, mode, reason, device, run_id))
-        log(f"  {variant}: NOT TIMED ({mode}): {reason}")
+        if log_gaps:
+            log(f"  {variant}: NOT TIMED ({mode}): {reason}")
 
     log(f"{op} {shape.name} T={shape.T} {case.dtype} {case.pattern}")
     torch.manual_seed(0)
@@ -343,57 +345,6 @@ def _collect(device: str) -> None:
             torch.cuda.empty_cache()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = [row.name for row in dispatch.BACKENDS]
-    parser.add_argument("--full", action="store_true", help="every shape and dtype, not the first few")
-    parser.add_argument("--shape", choices=sorted(SHAPES), action="append", help="only these shapes")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), action="append")
-    parser.add_argument("--pattern", choices=PATTERNS, action="append", help="routing patterns")
-    parser.add_argument("--tiny", action="store_true", help="reduce every shape, for a rehearsal")
-    parser.add_argument("--backend", choices=names, action="append")
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--seconds", type=float, help="timing per case and mode")
-    parser.add_argument(
-        "--budget", type=float, help="seconds; no case starts that will not end in time; 210 on a CPU"
-    )
-    parser.add_argument(
-        "--variant-seconds", type=float, help="skip a variant as broken if its first runs take longer"
-    )
-    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the CSV files")
-    parser.add_argument("--dry", action="store_true", help="write no file")
-    # for a run that continues in a new process after a variant broke the device
-    for name, options in (("--begin", {"type": int, "default": 0}), ("--without", {"action": "append"}),
-                          ("--run", {})):  # fmt: skip
-        parser.add_argument(name, help=argparse.SUPPRESS, **options)
-
-
-def cases_of(file: ModuleType, device: str, args: argparse.Namespace) -> list[Case]:
-    """The cases of a benchmark file that the command line selects."""
-    cases = file.cases(device, args.full)
-    if args.shape:
-        every, first = [*cases, *file.cases(device, True)], cases[0]
-        found = []
-        for name in args.shape:
-            known = list(dict.fromkeys(case for case in every if case.shape.name == name))
-            # layers may have any shape; whole models and sweeps have their own
-            found += known or ([replace(first, shape=SHAPES[name])] if first.shape.name in SHAPES else [])
-        cases = found
-    if args.pattern:
-        cases = list(dict.fromkeys(replace(case, pattern=p) for case in cases for p in args.pattern))
-    if args.tiny:
-        cases = list(dict.fromkeys(replace(case, shape=tiny(case.shape)) for case in cases))
-    found = [replace(case, dtype=dtype) for case in cases for dtype in args.dtype or [case.dtype]]
-    return list(dict.fromkeys(found))
-
-
-def in_turns(
-    files: Iterable[ModuleType], device: str, args: argparse.Namespace
-) -> list[tuple[ModuleType, Case]]:
-    """The first case of every file, then the second: an interrupted run has some of each."""
-    columns = [[(file, case) for case in cases_of(file, device, args)] for file in files]
-    return [entry for row in itertools.zip_longest(*columns) for entry in row if entry is not None]
-
-
 def _restart(words: list[str]) -> None:
     """Continue in a new process, which can use the device. If an option is given twice, the last counts."""
     sys.stdout.flush()
@@ -421,13 +372,21 @@ def run_all(
     rates: dict[str, float] = {}  # op -> seconds per FLOP of its layer, the slowest case so far
     machine = record.machine(device)["machine"]
 
+    missed: list[Gap] = []
+
     def keep(rows: list[Row], gaps: list[Gap]) -> None:
+        missed.extend(gaps)
         if not args.dry:
             record.append(rows, args.results)
             record.append_gaps(gaps, args.results)
 
+    def say_missed() -> None:
+        for line in record.reasons(missed):
+            print(line, file=sys.stderr)
+
     def go_on(words: list[str]) -> None:
         """Continue in a new process, for the rest of the time."""
+        say_missed()
         end = [] if stop == math.inf else ["--budget", f"{max(0, stop - time.monotonic()):.0f}"]
         _restart([*words, *end, "--run", run_id])
 
@@ -459,7 +418,7 @@ def run_all(
         try:
             rows, gaps = measure(
                 file.OP, file.setup, case, device, run_id, seconds, args.backend,
-                without=args.without or (), watch=watching(args.variant_seconds, hung),
+                without=args.without or (), watch=watching(args.variant_seconds, hung), log_gaps=False,
             )  # fmt: skip
             ours_refused += sum(gap.variant.startswith("cumo/") and is_fault(gap) for gap in gaps)
             keep(rows, gaps)
@@ -482,7 +441,9 @@ def run_all(
             go_on(again)
         rate = (time.monotonic() - begin) / max(1, case.shape.gemm_flops)
         rates[file.OP] = max(rate, rates.get(file.OP, 0))
-    print(f"bench: {done} cases measured on {machine}", end="")
+    say_missed()
+    where = "" if args.dry else f", results in {os.path.relpath(args.results)}"
+    print(f"bench: {done} cases measured on {machine}{where}", end="")
     print(f", {broken} broke off" if broken else "", end="")
     print(f", {ours_refused} refusals of our own kernels" if ours_refused else "", end="")
     print(f", {left} skipped: the budget was spent" if left else "")

@@ -394,7 +394,7 @@ def predictions(folder: Path, rows: list[Row]) -> list[str]:
 
 HEAD = """# Benchmark report
 
-Made by `python -m benchmarks.plot`, only from the CSV files in `benchmarks/results/`. Every timing is behind
+Made by `python -m benchmarks.plot`, only from the CSV files in `results/` next to it. Every timing is behind
 a correctness gate: in the same command the variant was compared with fp64 by the rule of
 `cumo_kernels/testing.py`. `x` is the speed-up over the baseline, the original CuMo's eager loop (our port of
 it). `dense` is a dense MLP of equal FLOPs without experts, an upper limit. Times are medians; ratios are only

@@ -1,6 +1,7 @@
-"""Stores timings: one row per timing, appended to benchmarks/results/<machine>/<op>.csv.
+"""Stores timings: one row per timing, appended to <results>/<machine>/<op>.csv.
 
-Pictures and the report use only these files.
+Pictures and the report use only these files. Results of one's own machine are in `LOCAL`, which git ignores,
+those that are committed in `RESULTS`.
 """
 
 import csv
@@ -20,6 +21,7 @@ from cumo_kernels.verification import verified
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+LOCAL = ROOT / "build" / "benchmarks" / "results"
 
 
 @dataclass
@@ -88,6 +90,19 @@ FAULTS = ("the gate refuses it", "it cannot run", "it hung", "it broke the devic
 def is_fault(gap: Gap) -> bool:
     """Whether the variant is wrong or broken, not just absent or without a mode."""
     return gap.reason.startswith(FAULTS) or " broke the device: " in gap.reason
+
+
+def reasons(gaps: Iterable[Gap]) -> list[str]:
+    """A line for each reason why something was not timed: how often, and for which variants."""
+    found: dict[str, list[Gap]] = {}
+    for gap in gaps:
+        found.setdefault(gap.reason, []).append(gap)
+    names = lambda group: dict.fromkeys(
+        gap.variant + ("" if gap.mode == "all" else f" {gap.mode}") for gap in group
+    )
+    return [
+        f"NOT TIMED ({len(group)}x): {reason} ({', '.join(names(group))})" for reason, group in found.items()
+    ]
 
 
 GAPS = "not_timed.csv"

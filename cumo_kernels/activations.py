@@ -71,7 +71,9 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def get_activation(name: str) -> Activation:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {name!r}")
+def get_activation(name: str, argument: str = "activation") -> Activation:
+    """The row of that name; ValueError about `argument` if there is none."""
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        got = repr(name) if isinstance(name, str | None) else type(name).__name__
+        raise ValueError(f"{argument} must be one of {sorted(ACTIVATIONS)}, got {got}")
     return ACTIVATIONS[name]

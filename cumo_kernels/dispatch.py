@@ -13,16 +13,15 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 
 import torch
 
 from cumo_kernels import extension
 from cumo_kernels.tiles import measured
 from cumo_kernels.tiles.hardware import INTERPRETER, gpu_of
-from cumo_kernels.tracing import constant
+from cumo_kernels.tracing import any_requires_grad, constant
 from cumo_kernels.verification import proofs
 
 OPS = {  # op -> stem: the module of that name in every backend folder implements the op
@@ -208,7 +207,7 @@ _NAMES = tuple(backend.name for backend in BACKENDS)
 
 
 def _check_name(source: str, name: str) -> str:
-    if name not in _NAMES:
+    if not isinstance(name, str) or name not in _NAMES:
         raise ValueError(f"{source} must be one of {list(_NAMES)}, got {name!r}")
     return name
 
@@ -228,7 +227,7 @@ def trains(*tensors: torch.Tensor | None) -> bool:
 
     A checkpointed layer runs first without and then with gradients, and its results must be the same.
     """
-    return any(t is not None and t.requires_grad for t in tensors)
+    return any_requires_grad(*tensors)
 
 
 def choose(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool = False) -> str:
@@ -237,6 +236,8 @@ def choose(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool =
     `num_experts`: for backends with a limit. `with_backward`: `trains` of the op's inputs; it selects the
     timings to compare, since backward runs on the backend that ran forward.
     """
+    if x.device.type == "meta":  # computes nothing, so every backend fits
+        return _forced.name or "reference"
     if x.device.type != "cuda" or torch.compiler.is_compiling():
         return measured.pick(_decide(op, x.device, x.dtype, num_experts, with_backward)[0], x.shape)
     # cached, since deciding at every call would keep a GPU waiting for the host
@@ -307,22 +308,46 @@ def implementation(backend: str, op: str) -> Callable:
     return _implementations[key]
 
 
-@contextmanager
-def use_backend(name: str | None):
-    """Force one backend inside the `with`, in this thread; None restores the automatic choice.
+class use_backend:
+    """Force one backend in this thread, like `torch.set_grad_enabled`: at once, and until a `with` ends.
+
+    `use_backend("triton")` alone forces it until the next call; `with use_backend("triton"):` restores at its
+    end what was forced before, and so does a function with the decorator `@use_backend("triton")`.
 
     The backward pass runs on the backend that ran forward. A layer that activation checkpointing recomputes
     on a GPU runs in a thread of autograd, for which only CUMO_BACKEND forces a backend.
 
+    Args:
+        name: "triton", "cuda", "torch" or "reference"; None restores the automatic choice.
+
     Raises:
         ValueError: no backend has that name. A refusal is raised by the call that is refused.
     """
-    previous = _forced.name
-    _forced.name = None if name is None else _check_name("backend", name)
-    try:
-        yield
-    finally:
-        _forced.name = previous
+
+    def __init__(self, name: str | None):
+        self._name = None if name is None else _check_name("name", name)
+        self._before = [_forced.name]
+        self._is_entered = False
+        _forced.name = self._name
+
+    def __enter__(self) -> None:
+        if self._is_entered:  # the first `with` restores what was forced before the call
+            self._before.append(_forced.name)
+        self._is_entered = True
+        _forced.name = self._name
+
+    def __exit__(self, *error) -> None:
+        _forced.name = self._before.pop()
+
+    def __call__(self, function: Callable) -> Callable:
+        _forced.name = self._before[0]  # a decorator forces nothing outside of the function
+
+        @wraps(function)
+        def call(*args, **kwargs):
+            with use_backend(self._name):
+                return function(*args, **kwargs)
+
+        return call
 
 
 @dataclass(frozen=True)
@@ -348,10 +373,16 @@ def judge(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool = 
     `num_experts` and `with_backward` as for `choose`.
 
     Raises:
-        ValueError: no op has that name.
+        ValueError: an argument is wrong; the message names it.
     """
-    if op not in OPS:
+    if not isinstance(op, str) or op not in OPS:
         raise ValueError(f"op must be one of {sorted(OPS)}, got {op!r}")
+    if not all(hasattr(x, name) for name in ("device", "dtype", "shape")):
+        raise ValueError(f"x must be a tensor, got {type(x).__name__}")
+    if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 0:
+        raise ValueError(f"num_experts must be an int of at least 0, got {num_experts!r}")
+    if not isinstance(with_backward, bool):
+        raise ValueError(f"with_backward must be True or False, got {with_backward!r}")
     op = FORWARD.get(op, op)
     if _forced.name is not None:
         _check_name("CUMO_BACKEND", _forced.name)
@@ -383,10 +414,18 @@ def judge(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool = 
 def explain(op: str, x: torch.Tensor, num_experts: int = 0, with_backward: bool = True) -> str:
     """One line per backend: chosen, available, or the reason it refuses `op` on tensors like `x`.
 
-    `num_experts` and `with_backward` as for `judge`.
+    Args:
+        op: a name in `cumo_kernels.dispatch.OPS`, such as "expert_mlp".
+        x: a tensor of the device, dtype and shape in question; its values are not read.
+        num_experts: for backends with a limit.
+        with_backward: whether backward runs too.
+
+    Raises:
+        ValueError: an argument is wrong; the message names it.
     """
+    verdicts = judge(op, x, num_experts, with_backward)
     lines = [f"{op} on {x.device.type} {str(x.dtype).removeprefix('torch.')}:"]
-    for verdict in judge(op, x, num_experts, with_backward):
+    for verdict in verdicts:
         said = STATES[verdict.state]
         lines.append(f"  {verdict.backend:<10} {said}{verdict.reason and f': {verdict.reason}'}")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cumo_kernels.tracing import run_inside
+from cumo_kernels.tracing import may_read, run_inside
 
 _ATEN = torch.ops.aten
 # the host must read their result, or its shape
@@ -40,8 +40,7 @@ _guard = _Guard()
 
 def values_at_hand(tensor: Tensor) -> bool:
     """Whether reading the values needs no sync and happens at run time (not while a graph is traced)."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not _guard.active
-    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not _guard.active and may_read(tensor)
 
 
 class HostSync(RuntimeError):

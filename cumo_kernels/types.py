@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RouterStats:
-    """Inputs of the auxiliary losses, per group of tokens.
+    """Inputs of the auxiliary losses, for each of G groups of tokens and each of E experts.
 
     A group without tokens has zeros. Gradients flow through `mean_probs` and `mean_squared_logsumexp`.
     """
@@ -33,6 +33,9 @@ class RouterStats:
 class Routing:
     """Which token goes to which expert with which weight, and the sort that groups slots by expert.
 
+    T tokens each choose K of E experts. Each of the S = T * K (token, choice) pairs is
+    a slot, with the number token * K + choice.
+
     Sorted position p belongs to expert e when expert_offsets[e] <= p < expert_offsets[e + 1]; within an
     expert, slots keep their order. A slot whose expert index is E is dropped (expert parallelism makes such
     slots): it is sorted past expert_offsets[E], has inverse_permutation -1, and contributes nothing.
@@ -44,7 +47,7 @@ class Routing:
     expert_offsets: Tensor  # (E + 1,) int32, starts with 0
     permutation: Tensor  # (S,) int32: sorted position -> slot
     inverse_permutation: Tensor  # (S,) int32: slot -> sorted position, -1 if dropped
-    stats: RouterStats | None = None
+    stats: RouterStats | None = None  # of `route`; None of `routing_from_topk`
 
     @property
     def num_tokens(self) -> int:

@@ -67,6 +67,7 @@ ARROWS = {
         f"{KERNELS}.activations",
         f"{KERNELS}.dispatch",
         f"{KERNELS}.hostsync",
+        f"{KERNELS}.tracing",
         f"{KERNELS}.types",
     ),
     f"{KERNELS}.backends.reference*": (".", f"{KERNELS}.activations", f"{KERNELS}.types"),
@@ -97,6 +98,7 @@ ARROWS = {
     ),
     f"{KERNELS}.*": (KERNELS, f"{KERNELS}.*"),  # the command line and its subcommands
     "cumo_model.training.monitor": ("cumo_model.*", f"{TILES}.hardware"),
+    "cumo_model.model.moe": ("cumo_model.*", KERNELS, f"{KERNELS}.ops*", f"{KERNELS}.tracing"),
     "cumo_model.model.indexes": ("cumo_model.*", f"{KERNELS}.files"),
     "cumo_model.model.image_tokens": ("cumo_model.*", f"{KERNELS}.hostsync"),
     "cumo_model.checkpoints.folders": ("cumo_model.*", f"{KERNELS}.files"),

@@ -55,7 +55,7 @@ def activate(x: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: no activation has that name, `x` is not float, or a gated width is odd.
     """
-    activation = get_activation(name)
+    activation = get_activation(name, "name")
     check_float("x", x)
     if x.ndim == 0:
         raise ValueError("x must have at least one dimension, got a scalar")

@@ -2,7 +2,8 @@
 
 torch.library provides what compilers, dispatch modes and transforms need, and costs more host time than a
 launch. Eager calls on plain tensors, which are nearly all calls, use an autograd.Function instead, or call
-the function directly where nothing requires a gradient.
+the function directly where nothing requires a gradient. The transforms of torch.func (vmap, grad, vjp, jacrev
+and their combinations) use another autograd.Function, since they refuse those that torch.library makes.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from cumo_kernels.ops.batching import call_each
 from cumo_kernels.ops.forward_mode import refuse_forward_mode
+from cumo_kernels.tracing import is_autocast_on, is_transformed
 
 _PLAIN = {Tensor, torch.nn.Parameter, NoneType, bool, int, str}
 
@@ -26,7 +29,13 @@ def _is_plain(args: tuple) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and all(type(arg) in _PLAIN for arg in args)
         and not args[0].is_meta
+        and not (torch._C._current_graph_task_id() != -1 and _has_batch(args))
     )
+
+
+def _has_batch(args: tuple) -> bool:
+    """Whether backward runs on a batch of gradients, by the older vmap of is_grads_batched."""
+    return any(isinstance(arg, Tensor) and torch._C._functorch.is_legacy_batchedtensor(arg) for arg in args)
 
 
 def _without_autocast(function: Callable) -> Callable:
@@ -38,12 +47,16 @@ def _without_autocast(function: Callable) -> Callable:
     @wraps(function)
     def run(x, *args):
         device = x.device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
+        if not is_autocast_on(device):
             return function(x, *args)
         with torch.autocast(device, enabled=False):
             return function(x, *args)
 
     return run
+
+
+def _rule_of_vmap(op: Callable) -> Callable:
+    return lambda info, in_dims, *args: call_each(op, info.batch_size, in_dims, args)
 
 
 class Op:
@@ -53,8 +66,12 @@ class Op:
         self._name = name.removeprefix("cumo::")
         self._function = _without_autocast(function)
         self.op = torch.library.custom_op(name, self._function, mutates_args=())
-        self._node: type[Function] | None = None
+        self.op.register_vmap(_rule_of_vmap(self.op))  # in compiled graphs
         self.register_fake = self.op.register_fake
+        self.register_autograd(self._refuse_backward, lambda ctx, inputs, output: None)
+
+    def _refuse_backward(self, ctx, *grads):
+        raise RuntimeError(f"{self._name} has no gradient: cumo_kernels has no second derivatives of this op")
 
     def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
         """Like the method of the same name of torch.library.custom_op."""
@@ -66,18 +83,28 @@ class Op:
             setup_context(ctx, args, output)
             return output
 
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._node = type(self.op._qualname.replace("::", "_"), (Function,), methods)
+        self._node = self._make_node(forward=forward, backward=backward)
+        self._transformed = self._make_node(
+            forward=lambda *args: self(*args),
+            setup_context=setup_context,
+            backward=backward,
+            vmap=_rule_of_vmap(self),
+        )
+
+    def _make_node(self, **methods: Callable) -> type[Function]:
+        members = {name: staticmethod(method) for name, method in methods.items()}
+        return type(self.op._qualname.replace("::", "_"), (Function,), members)
 
     def __call__(self, *args):
         if forward_ad._current_level >= 0:
             refuse_forward_mode(self._name, *args)
         if not _is_plain(args):
+            if is_transformed():
+                return self._transformed.apply(*args)
             return self.op(*args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return self._function(*args)
-        # an op without a backward formula raises; called directly, its result would count as a constant
-        return self.op(*args) if self._node is None else self._node.apply(*args)
+        return self._node.apply(*args)
 
 
 def define(name: str) -> Callable[[Callable], Op]:

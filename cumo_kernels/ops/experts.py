@@ -11,10 +11,21 @@ from torch.utils.flop_counter import register_flop_formula
 
 from cumo_kernels import dispatch
 from cumo_kernels.activations import ACTIVATIONS, get_activation
-from cumo_kernels.ops.checks import autocast, check_device, check_float, check_like, check_shape
+from cumo_kernels.ops.checks import (
+    autocast,
+    check_choice,
+    check_device,
+    check_float,
+    check_like,
+    check_optional,
+    check_routing,
+    check_shape,
+    check_tensor,
+)
 from cumo_kernels.ops.define import define
 from cumo_kernels.types import Routing
 
+DEFAULT_ACTIVATION = "swiglu"
 MEMORY_PLANS = ("x", "preact", "all")
 
 
@@ -191,6 +202,22 @@ def _flops_backward(*shapes, out_shape=None, **kwargs):
     return 2 * _flops(*shapes[1:8])  # the forward's arguments follow the upstream gradient
 
 
+def _refuse_widths(activation: str, up: torch.Size, down: torch.Size) -> None:
+    """Raise ValueError: the weights do not fit each other; with the activations that they would fit."""
+    is_gated = ACTIVATIONS[activation].is_gated
+    if is_gated and up[1] % 2:
+        wanted, got = f"up_proj must be (E, 2I, H) for {activation}", up
+    else:
+        wanted, got = f"down_proj must be ({down[0]}, O, {up[1] // (1 + is_gated)})", down
+    kind, rows = ("gated", "2I") if is_gated else ("plain", "I")
+    default = ", the default," if activation == DEFAULT_ACTIVATION else ""
+    why = f"activation {activation!r}{default} is {kind}, so that up_proj has {rows} = {up[1]} rows"
+    if up[1] == (down[2] if is_gated else 2 * down[2]):
+        others = [name for name, row in ACTIVATIONS.items() if row.is_gated != is_gated]
+        why += f"; the weights fit activation {', '.join(map(repr, others[:-1]))} or {others[-1]!r}"
+    raise ValueError(f"{wanted}, got {tuple(got)}: {why}")
+
+
 def expert_mlp(
     x: Tensor,
     routing: Routing,
@@ -198,7 +225,7 @@ def expert_mlp(
     down_proj: Tensor,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-    activation: str = "swiglu",
+    activation: str = DEFAULT_ACTIVATION,
     memory: str = "preact",
 ) -> Tensor:
     """sum_k topk_weights[t, k] * (act(x[t] @ up_proj[e].T + up_bias[e]) @ down_proj[e].T + down_bias[e]).
@@ -212,7 +239,8 @@ def expert_mlp(
         down_proj: (E, O, I), dtype of `x`.
         up_bias: (E, I) or (E, 2I).
         down_bias: (E, O).
-        activation: name from `cumo_kernels.activations`.
+        activation: name from `cumo_kernels.ACTIVATIONS`. The default is gated; plain weights need a plain
+            one, such as "gelu".
         memory: what is saved for backward: "x" only the input (GEMM 1 runs again), "preact" also the (S, I)
             pre-activation, "all" also the activation.
 
@@ -223,17 +251,21 @@ def expert_mlp(
         ValueError: a shape, dtype, device or name is wrong; the message names the argument.
     """
     check_float("x", x)
+    check_routing("routing", routing)
+    check_tensor("up_proj", up_proj)
+    check_tensor("down_proj", down_proj)
+    check_optional("up_bias", up_bias)
+    check_optional("down_bias", down_bias)
     x, up_proj, down_proj, up_bias, down_bias = autocast(x, up_proj, down_proj, up_bias, down_bias)
     num_experts = routing.num_experts
     check_shape("x", x, routing.num_tokens, "H")
     check_device("routing", routing.permutation, "x", x)
-    check_shape(
-        "up_proj", up_proj, num_experts, "2I" if get_activation(activation).is_gated else "I", x.shape[1]
-    )
-    width = up_proj.shape[1] // 2 if ACTIVATIONS[activation].is_gated else up_proj.shape[1]
-    if ACTIVATIONS[activation].is_gated and up_proj.shape[1] % 2:
-        raise ValueError(f"up_proj must be (E, 2I, H) for {activation}, got {tuple(up_proj.shape)}")
-    check_shape("down_proj", down_proj, num_experts, "O", width)
+    is_gated = get_activation(activation).is_gated
+    check_shape("up_proj", up_proj, num_experts, "2I" if is_gated else "I", x.shape[1])
+    check_shape("down_proj", down_proj, num_experts, "O", "I")
+    width = up_proj.shape[1] // 2 if is_gated else up_proj.shape[1]
+    if (is_gated and up_proj.shape[1] % 2) or down_proj.shape[2] != width:
+        _refuse_widths(activation, up_proj.shape, down_proj.shape)
     check_like("up_proj", up_proj, "x", x)
     check_like("down_proj", down_proj, "x", x)
     if up_bias is not None:
@@ -242,8 +274,7 @@ def expert_mlp(
     if down_bias is not None:
         check_shape("down_bias", down_bias, num_experts, down_proj.shape[1])
         check_like("down_bias", down_bias, "x", x)
-    if memory not in MEMORY_PLANS:
-        raise ValueError(f"memory must be one of {MEMORY_PLANS}, got {memory!r}")
+    check_choice("memory", memory, MEMORY_PLANS)
     trains = dispatch.trains(x, routing.topk_weights, up_proj, down_proj, up_bias, down_bias)
     if not (trains and torch.is_grad_enabled()):
         memory = "none"

@@ -16,7 +16,10 @@ from cumo_kernels.ops.checks import (
     check_int32,
     check_like,
     check_offsets,
+    check_optional,
+    check_routing,
     check_shape,
+    check_tensor,
 )
 from cumo_kernels.ops.define import define
 from cumo_kernels.ops.permutation import _combine
@@ -138,6 +141,10 @@ def grouped_gemm(
             to at most S; the message names the argument.
     """
     check_float("x", x)
+    check_tensor("weight", weight)
+    check_optional("bias", bias)
+    if gather is not None:
+        check_routing("gather", gather)
     x, weight, bias = autocast(x, weight, bias)
     check_shape("x", x, "S" if gather is None else gather.num_tokens, "K")
     check_shape("weight", weight, "E", "N", x.shape[1])

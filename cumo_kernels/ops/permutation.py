@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from cumo_kernels import dispatch
-from cumo_kernels.ops.checks import check_device, check_float, check_shape
+from cumo_kernels.ops.checks import check_bool, check_device, check_float, check_routing, check_shape
 from cumo_kernels.ops.define import define
 from cumo_kernels.types import Routing
 
@@ -102,11 +102,12 @@ def permute(x: Tensor, routing: Routing) -> Tensor:
         dropped slots, past the last expert, are zero.
 
     Raises:
-        ValueError: `x` is not float (T, H) for this plan.
+        ValueError: `x` is not float (T, H) for this plan, or `routing` is no plan.
     """
     check_float("x", x)
+    check_routing("routing", routing)
     check_shape("x", x, routing.num_tokens, "H")
-    check_device("x", x, "routing", routing.permutation)
+    check_device("routing", routing.permutation, "x", x)
     backend = dispatch.choose("permute", x, with_backward=dispatch.trains(x))
     return _permute(x, routing.permutation, routing.inverse_permutation, routing.top_k, backend)
 
@@ -123,11 +124,13 @@ def combine(rows: Tensor, routing: Routing, *, weighted: bool = True) -> Tensor:
         (T, H), dtype of `rows`, accumulated in fp32.
 
     Raises:
-        ValueError: `rows` is not float (S, H) for this plan.
+        ValueError: `rows` is not float (S, H) for this plan, or `routing` is no plan.
     """
     check_float("rows", rows)
+    check_routing("routing", routing)
+    check_bool("weighted", weighted)
     check_shape("rows", rows, routing.num_slots, "H")
-    check_device("rows", rows, "routing", routing.permutation)
+    check_device("routing", routing.permutation, "rows", rows)
     weights = routing.topk_weights if weighted else None
     backend = dispatch.choose("combine", rows, with_backward=dispatch.trains(rows, weights))
     return _combine(rows, weights, routing.permutation, routing.inverse_permutation, routing.top_k, backend)

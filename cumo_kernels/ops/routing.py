@@ -10,10 +10,15 @@ from cumo_kernels import dispatch
 from cumo_kernels.hostsync import values_at_hand
 from cumo_kernels.ops.checks import (
     autocast,
+    check_bool,
+    check_choice,
+    check_count,
     check_device,
     check_float,
+    check_int,
     check_int32,
     check_offsets,
+    check_optional,
     check_shape,
     check_top_k,
 )
@@ -156,8 +161,7 @@ def _check_groups(groups: int | Tensor, num_tokens: int, x: Tensor) -> tuple[Ten
             )
         check_offsets("groups", groups, num_tokens)
         return groups.contiguous(), groups.shape[0] - 1
-    if not isinstance(groups, int | torch.SymInt):
-        raise ValueError(f"groups must be an integer or an int32 tensor, got {type(groups).__name__}")
+    groups = check_int("groups", groups, also=" or an int32 tensor")
     if groups < 1 or num_tokens % groups:
         raise ValueError(f"groups must divide the {num_tokens} tokens evenly, got {groups}")
     return None, groups
@@ -199,6 +203,9 @@ def route(
             maximum (NaN, +inf, or only -inf); on a GPU such a row yields NaN weights instead of a sync.
     """
     check_float("x", x)
+    check_optional("gate_weight", gate_weight)
+    check_bool("renormalize", renormalize)
+    check_choice("compat", compat, COMPAT)
     trains = dispatch.trains(x, gate_weight)
     if gate_weight is None:
         check_shape("x", x, "T", "E")
@@ -213,9 +220,7 @@ def route(
         if gate_weight.dtype != x.dtype:  # kernels read one dtype
             wide = torch.promote_types(x.dtype, gate_weight.dtype)
             x, gate_weight = x.to(wide) @ gate_weight.to(wide).T, None
-    check_top_k(top_k, num_experts)
-    if compat not in COMPAT:
-        raise ValueError(f"compat must be one of {COMPAT}, got {compat!r}")
+    top_k = check_top_k(top_k, num_experts)
     group_offsets, num_groups = _check_groups(groups, x.shape[0], x)
     backend = dispatch.choose("route", x, num_experts, trains)
     weights, indices, mean_probs, top1_density, z = _route(
@@ -251,8 +256,7 @@ def routing_from_topk(topk_weights: Tensor, topk_indices: Tensor, num_experts: i
     check_device("topk_indices", topk_indices, "topk_weights", topk_weights)
     if topk_indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"topk_indices must be int32 or int64, got {topk_indices.dtype}")
-    if num_experts < 1:
-        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    num_experts = check_count("num_experts", num_experts)
     if topk_indices.numel() and values_at_hand(topk_indices):
         low, high = (int(v) for v in topk_indices.aminmax())
         if low < 0 or high > num_experts:

@@ -1,8 +1,11 @@
 """Random cases for `verify --fuzz`, and the reduction of a failing case to a simpler one."""
 
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
 from cumo_kernels.verification import cases
@@ -68,3 +71,26 @@ def shrink(case: Case, fails: Callable[[Case], bool], seconds: float = 90) -> Ca
                     case, improved = other, True
                     break
     return case
+
+
+class Late(BaseException):
+    """The time limit was reached inside a case; no Exception, which a check would count as its failure."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise Late inside after so many seconds, in the main thread; in another thread there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise Late
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)

@@ -10,8 +10,6 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -26,9 +24,11 @@ from cumo_kernels.tiles.hardware import gpu_of
 from cumo_kernels.tiles.problems import DTYPES
 from cumo_kernels.verification import cases, verified
 from cumo_kernels.verification.accuracy import Yardstick
+from cumo_kernels.verification.beside import Beside, elsewhere
 from cumo_kernels.verification.cases import FEW, Call, Case, build, parse
-from cumo_kernels.verification.fuzz import draw, shrink
+from cumo_kernels.verification.fuzz import Late, draw, shrink, time_limit
 from cumo_kernels.verification.guards import guarded_memory
+from cumo_kernels.verification.progress import Progress, time_left
 from cumo_kernels.verification.shards import Job, Shards, serve
 from cumo_kernels.verification.verdicts import Result, record, rehearses, switches, table
 
@@ -190,13 +190,19 @@ def fuzz(
     seed: int,
     names: tuple[str, ...] = cases.OPS,
 ) -> Iterator[Result]:
-    """Run random cases until the time limit; a failure is shrunk, yielded, and ends the search."""
-    generator = random.Random(seed)
-    stop = time.monotonic() + seconds
-    while time.monotonic() < stop:
+    """Run random cases for so many seconds; a failure is shrunk, yielded, and ends the search.
+
+    The case that runs at the end is given up. Shrinking has a limit of its own.
+    """
+    generator, end = random.Random(seed), time.monotonic() + seconds
+    while time.monotonic() < end:
         case = draw(generator, dtypes, device == "cuda", names)
         for backend in backends:
-            result = check(case, backend, device, "fuzz")
+            try:
+                with time_limit(end - time.monotonic()):
+                    result = check(case, backend, device, "fuzz")
+            except Late:
+                return
             if result.failures and not result.lost:
                 fails = lambda other, backend=backend: bool(check(other, backend, device).failures)
                 small = check(shrink(case, fails), backend, device, "fuzz")
@@ -209,22 +215,6 @@ def fuzz(
                 return
 
 
-def elsewhere(options: list[str], switches: dict[str, str]) -> tuple[list[Result], list[str]]:
-    """Verify in a separate process -> results, and messages about what was not checked."""
-    command = [sys.executable, "-m", "cumo_kernels", "verify", "--json", "-", *options]
-    environment = {**os.environ, **switches}
-    environment.pop("CUMO_BACKEND", None)
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        report = json.loads(done.stdout)
-        return [Result(**row) for row in report["results"]], report["not_checked"]
-    except (json.JSONDecodeError, KeyError):
-        words = " ".join([*(f"{name}={value}" for name, value in switches.items()), *options])
-        failure = f"a separate process ended with {done.returncode} and no result: verify {words}"
-        device, backend = (options[options.index(name) + 1] for name in ("--device", "--backend"))
-        return [Result("expert_mlp", backend, device, failures=[failure])], []
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [row.name for row in dispatch.BACKENDS]
     parser.add_argument("--backend", choices=names, action="append", help="default: all that run here")
@@ -234,7 +224,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", help="run only this case, as printed by a failure")
     parser.add_argument("--few", action="store_true", help="only awkward shapes, and on a GPU aligned ones")
     parser.add_argument("--tiny", action="store_true", help="one small family, for a rehearsal")
-    parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="run random cases for so many seconds")
+    parser.add_argument(
+        "--fuzz",
+        type=float,
+        metavar="SECONDS",
+        help="run random cases for so many seconds in all, on every backend; a failure is then simplified, "
+        "which may take 90 seconds more",
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed of --fuzz")
     parser.add_argument(
         "--budget",
@@ -258,6 +254,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write what passed on this GPU into verified.json; to rehearse (--tiny on a CPU), FILE",
     )
     parser.add_argument("--serve", metavar="BACKEND", help=argparse.SUPPRESS)  # run as a worker of --workers
+    parser.add_argument("--until", type=float, default=math.inf, help=argparse.SUPPRESS)  # end of --fuzz
+    parser.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)  # no progress
     parser.add_argument("--begin", type=int, default=0, help=argparse.SUPPRESS)  # index of the first case
     parser.add_argument("--no-interpreter", action="store_true", help="omit Triton if there is no GPU")
     parser.add_argument(
@@ -268,7 +266,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _survey(
-    args: argparse.Namespace, backends: list[str], device: str, note: Callable[[Result], None], log: Callable
+    args: argparse.Namespace,
+    backends: list[str],
+    device: str,
+    note: Callable[[Result], None],
+    log: Callable,
+    show: Callable[[str, float | None], None],
 ) -> list[str]:
     """Run every case of the families -> messages about those that were not checked."""
     dtypes, names = tuple(args.dtype or DTYPES), tuple(args.op or cases.OPS)
@@ -297,8 +300,8 @@ def _survey(
                     note(other)
                 skipped = [f"{name} {case}: the device was lost before" for name in backends[at:]]
                 return skipped + [line for line in missing if "budget" in line or "lost" in line]
-        if (i + 1) % 50 == 0:
-            log(f"{i + 1} of {len(todo)} cases")
+        done, total = i + 1 - args.begin, len(todo) - args.begin
+        show(f"{i + 1} of {len(todo)} cases", time_left(done, total, begin))
     return []
 
 
@@ -325,7 +328,37 @@ def _check_options(args: argparse.Namespace, device: str) -> None:
         verified.check_known(gpu_of(torch.device("cuda")))
 
 
-def _run(args: argparse.Namespace, note: Callable[[Result], None], log: Callable[[str], None]) -> list[str]:
+def _interpreted(args: argparse.Namespace) -> tuple[Beside, int | None, str]:
+    """Start Triton's interpreter -> its process, its number of cases if known, what it does not check."""
+    asked = args.backend and "triton" in args.backend and not args.few
+    few = not (args.case or args.fuzz or asked)
+    options = ["--backend", "triton", "--device", "cpu"] + (["--few"] if few else [])
+    if args.case:
+        options += ["--case", args.case]
+    if args.fuzz:
+        options += [
+            "--fuzz",
+            str(args.fuzz),
+            "--seed",
+            str(args.seed),
+            "--until",
+            str(time.time() + args.fuzz),
+        ]
+    dtypes = args.dtype or ("fp32", "fp16")  # the interpreter truncates fp32 to bf16 where a GPU rounds
+    for name, values in (("--op", args.op or ()), ("--dtype", dtypes)):
+        options += [word for value in values for word in (name, value)]
+    total = len(cases.survey("cpu", few, tuple(dtypes), tuple(args.op or cases.OPS)))
+    less = f", of {len(FEW)} awkward families (--backend triton: of all)" if few else ""
+    less += "" if args.dtype else ", without bf16"
+    return Beside(options, {"TRITON_INTERPRET": "1"}), None if args.case or args.fuzz else total, less
+
+
+def _run(
+    args: argparse.Namespace,
+    note: Callable[[Result], None],
+    log: Callable[[str], None],
+    show: Callable[[str, float | None], None],
+) -> list[str]:
     """Pass every result to `note` -> messages about what was not checked."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -338,36 +371,41 @@ def _run(args: argparse.Namespace, note: Callable[[Result], None], log: Callable
     backends = [name for name in args.backend or runnable if name in runnable]
     if not backends and not interpret:
         raise ValueError(f"--backend {', '.join(refused)} does not run here: {'; '.join(missing)}")
-    passed_on: list[str] = []
-    if args.case:
-        passed_on = ["--case", args.case]
-        for backend in backends:
-            note(check(parse(args.case), backend, device))
-    elif args.fuzz:
-        passed_on = ["--fuzz", str(args.fuzz), "--seed", str(args.seed)]
-        number = 0
-        dtypes, names = tuple(args.dtype or DTYPES), tuple(args.op or cases.OPS)
-        for result in fuzz(backends, dtypes, device, args.fuzz, args.seed, names) if backends else ():
-            note(result)
-            number += 1
-        log(f"{number} random cases from seed {args.seed}")
-    else:
-        missing += _survey(args, backends, device, note, log)
-    if interpret:
-        asked = args.backend and "triton" in args.backend and not args.few
-        passed_on += passed_on or ([] if asked else ["--few"])
-        few = "--few" in passed_on
-        passed_on += [word for op in args.op or () for word in ("--op", op)]
-        # the interpreter truncates fp32 to bf16 where a GPU rounds
-        passed_on += [word for dtype in args.dtype or ("fp32", "fp16") for word in ("--dtype", dtype)]
-        log("triton in the interpreter (a separate process, about a second per case)")
-        options = ["--backend", "triton", "--device", "cpu", *passed_on]
-        for result in elsewhere(options, {"TRITON_INTERPRET": "1"})[0]:
-            note(result)
-        missing = [m for m in missing if not m.startswith("triton ")]
-        less = f", of {len(FEW)} awkward families (--backend triton: of all)" if few else ""
-        less += "" if args.dtype else ", without bf16"
-        missing.append(f"triton on a GPU: only its arithmetic was checked, in the interpreter{less}")
+    beside, begin = None, time.monotonic()
+    try:
+        if interpret:
+            log("triton in the interpreter, in a second process (about a second per case)")
+            beside, total, less = _interpreted(args)
+            missing = [m for m in missing if not m.startswith("triton ")]
+        if args.case:
+            for backend in backends:
+                note(check(parse(args.case), backend, device))
+        elif args.fuzz:
+            number, seconds = 0, min(args.fuzz, args.until - time.time())
+            dtypes, names = tuple(args.dtype or DTYPES), tuple(args.op or cases.OPS)
+            for result in fuzz(backends, dtypes, device, seconds, args.seed, names) if backends else ():
+                note(result)
+                number += 1
+                show(f"{number} random cases", seconds - (time.monotonic() - begin))
+            log(f"{number} random cases from seed {args.seed}")
+        else:
+            missing += _survey(args, backends, device, note, log, show)
+        if beside is not None:
+            while beside.is_running:
+                time.sleep(0.05)
+                if total is not None:
+                    left = time_left(beside.done, total, begin)
+                    show(f"triton in the interpreter: {beside.done} of {total} cases", left)
+            found, _ = beside.results()
+            for result in found:
+                note(result)
+            if found:
+                missing.append(f"triton on a GPU: only its arithmetic was checked, in the interpreter{less}")
+            else:
+                missing.append("triton: no case ended in the interpreter within the time of --fuzz")
+    finally:
+        if beside is not None:
+            beside.stop()
     if device != "cuda":
         missing.append("sync-free and graph: they need a CUDA device")
     return missing
@@ -390,7 +428,9 @@ def _write(report: dict, path: str) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    log = lambda line: print(line, file=sys.stderr, flush=True)
+    progress = Progress()
+    log = progress.log
+    show = (lambda done, seconds_left: None) if args.quiet else progress.show
     if args.serve:
         checked = lambda job: asdict(check(job.case, job.backend, args.device, job.family))
         serve(checked, args.device, args.case_seconds)
@@ -412,10 +452,12 @@ def main(args: argparse.Namespace) -> int:
             written = time.monotonic()
 
     try:
-        missing = _run(args, note, log)
+        missing = _run(args, note, log, show)
     except ValueError as error:
         log(f"verify: {error}")
         return 2
+    finally:
+        progress.clear()
     failed = [result for result in results if result.failures]
     report = _report(results, missing, begin)
     if args.json == "-":

@@ -35,7 +35,7 @@ from cumo_model.model.image_tokens import (
     check_placeholders,
     picture_sizes,
 )
-from cumo_model.model.llm_moe import CumoMixtralModel, build_language_model
+from cumo_model.model.llm_moe import CumoMixtralModel, build_language_model, mask_for_meta
 from cumo_model.model.losses import Targets, router_losses, takes_rows
 from cumo_model.model.mlp_moe import CumoProjector
 from cumo_model.model.moe import RoutingRecord, record_routing
@@ -292,7 +292,7 @@ class CumoModel(CumoPreTrainedModel):
             # padding then counts in Mixtral's router losses; the original code pads with zero vectors
             inputs_embeds = inputs_embeds * attention_mask[:, :, None].to(inputs_embeds.dtype)
         outputs = self.language_model(
-            attention_mask=attention_mask,
+            attention_mask=mask_for_meta(attention_mask, inputs_embeds, cache),
             position_ids=position_ids,
             **cache_argument(cache),
             inputs_embeds=inputs_embeds,

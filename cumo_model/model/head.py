@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -122,8 +123,9 @@ def head_of(text_config: PreTrainedConfig) -> Head:
     """
     key = (type(text_config), json.dumps(text_config.to_dict(), default=str, sort_keys=True))
     if key not in _heads:
-        refusal = _refusal_of_config(text_config)
-        _heads[key] = refusal or _examine(text_config)
+        # its comparisons need values, also if the model itself is built of fake or meta tensors
+        with unset_fake_temporarily(), torch.device("cpu"):
+            _heads[key] = _refusal_of_config(text_config) or _examine(text_config)
         if getattr(text_config, "num_hidden_layers", 0) > FEW:
             gc.collect()  # the skeleton of a large model, which has reference cycles
     if isinstance(found := _heads[key], str):

@@ -166,3 +166,12 @@ def build_language_model(text_config: PreTrainedConfig, compat: str | None = Non
     if text_config.model_type == "mixtral":
         return CumoMixtralModel(text_config, compat="cumo_llm" if compat else None)
     return MODEL_MAPPING[type(text_config)](text_config)
+
+
+def mask_for_meta(attention_mask: Tensor | None, inputs_embeds: Tensor, cache: Cache | None) -> Tensor | None:
+    """The attention mask; for meta tensors one of four dimensions, whose values nothing reads."""
+    if not inputs_embeds.is_meta or not isinstance(cache, Cache | None):
+        return attention_mask
+    rows, tokens, _ = inputs_embeds.shape
+    keys = tokens + (0 if cache is None else cache.get_seq_length())
+    return inputs_embeds.new_empty(rows, 1, tokens, keys)

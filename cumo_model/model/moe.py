@@ -18,6 +18,20 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cumo_kernels import ACTIVATIONS, RouterStats, Routing, expert_mlp, grouped_gemm, route
+from cumo_kernels.ops.checks import (
+    check_bool,
+    check_choice,
+    check_count,
+    check_device,
+    check_float,
+    check_int,
+    check_like,
+    check_tensor,
+    check_top_k,
+    shown,
+)
+from cumo_kernels.ops.routing import COMPAT
+from cumo_kernels.tracing import is_autocast_on
 
 IMPLEMENTATIONS = ("cumo", "eager")  # of experts: cumo_kernels, or a loop in plain PyTorch
 PLACES = ("mlp", "clip", "llm")  # the order in which the original code adds their losses
@@ -168,7 +182,8 @@ class Gate(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, H) -> (T, E) logits, in the wider dtype of x and weight: a gate may be fp32 in a bf16 model."""
-        if torch.is_autocast_enabled(x.device.type):
+        check_device("x", x, "the gate", self.weight)
+        if is_autocast_on(x.device.type):
             return super().forward(x)
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias)
@@ -250,13 +265,15 @@ class Experts(nn.Module):
         the outputs of a token's experts are added in the order of the experts. This is slow.
         """
         up_proj, up_bias, down_proj, down_bias = self._weights(x)
+        if not is_autocast_on(x.device.type):
+            check_like("x", x, "the experts", up_proj)
         if self.implementation == "eager":
             return self._loop(x, routing, compat, up_proj, up_bias, down_proj, down_bias)
         if compat is not None:
             z = grouped_gemm(x, up_proj, routing.expert_offsets, bias=up_bias, gather=routing)
             a = ACTIVATIONS[self.activation].forward(z)
             rows = grouped_gemm(a, down_proj, routing.expert_offsets, bias=down_bias)
-            slots = rows[routing.inverse_permutation].view(*routing.topk_indices.shape, -1)
+            slots = rows[routing.inverse_permutation].view(*routing.topk_indices.shape, rows.shape[1])
             slots = slots * routing.topk_weights.to(rows.dtype)[:, :, None]
             order = routing.topk_indices.argsort(1)[:, :, None].expand_as(slots)
             first, *rest = slots.gather(1, order).unbind(1)
@@ -270,7 +287,7 @@ class Experts(nn.Module):
         dtype of x, because `prepare_model_for_kbit_training` of peft converts all other parameters to fp32.
         """
         (up, up_bias), down, down_bias = self.up, self.down_proj, self.down_proj_bias
-        if is_parametrized(self) and not torch.is_autocast_enabled(x.device.type):
+        if is_parametrized(self) and not is_autocast_on(x.device.type):
             up, down = up.to(x.dtype), down.to(x.dtype)
             up_bias, down_bias = (None if b is None else b.to(x.dtype) for b in (up_bias, down_bias))
         return up, up_bias, down, down_bias
@@ -315,7 +332,7 @@ class MoELayer(nn.Module):
         layer: index under which `record_routing` records this layer.
 
     Raises:
-        ValueError: `activation` is unknown, or `top_k` is not between 1 and E.
+        ValueError: an argument is wrong; the message names it.
     """
 
     def __init__(
@@ -332,16 +349,21 @@ class MoELayer(nn.Module):
         layer: int = 0,
     ):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k must be between 1 and the {num_experts} experts, got {top_k}")
+        hidden_size = check_count("hidden_size", hidden_size)
+        intermediate_size = check_count("intermediate_size", intermediate_size)
+        output_size = hidden_size if output_size is None else check_count("output_size", output_size)
+        num_experts = check_count("num_experts", num_experts)
+        top_k = check_top_k(top_k, num_experts)
+        check_choice("activation", activation, sorted(ACTIVATIONS))
+        check_bool("bias", bias)
+        check_choice("compat", compat, COMPAT)
+        if not isinstance(place, str):
+            raise ValueError(f"place must be a string, got {shown(place)}")
+        layer = check_int("layer", layer)
         self.hidden_size, self.top_k, self.compat = hidden_size, top_k, compat
         self.place, self.layer = place, layer
         self.gate = Gate(hidden_size, num_experts, bias=False)
-        self.experts = Experts(
-            hidden_size, intermediate_size, output_size or hidden_size, num_experts, activation, bias
-        )
+        self.experts = Experts(hidden_size, intermediate_size, output_size, num_experts, activation, bias)
         self.reset_gate()
 
     def reset_parameters(self) -> None:
@@ -368,11 +390,14 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: the last dimension of `x` is not H, or `counted` has another shape or `groups`.
         """
-        if x.shape[-1] != self.hidden_size:
+        check_float("x", x)
+        if x.ndim == 0 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must be (..., {self.hidden_size}), got {tuple(x.shape)}")
-        rows = x.reshape(-1, self.hidden_size)
+        rows = self._rows(x)
         if counted is not None:
-            if groups != 1:
+            check_tensor("counted", counted)
+            check_device("counted", counted, "x", x)
+            if check_int("groups", groups) != 1:
                 raise ValueError(f"groups must be 1 with counted, got {groups}")
             if counted.shape != x.shape[:-1] or counted.dtype != torch.bool:
                 raise ValueError(
@@ -380,9 +405,10 @@ class MoELayer(nn.Module):
                     f"got {tuple(counted.shape)} of {counted.dtype}"
                 )
             counted = counted.reshape(-1)
-            groups = rows.shape[0]  # statistics of each token
+            groups = rows.shape[0] or 1  # statistics of each token
         logits = None
         if self.compat is None and may_be_fused(self.gate, rows):
+            check_device("x", x, "the gate", self.gate.weight)
             routing = route(rows, self.top_k, self.gate.weight, groups=groups)
             if any(recorder.logits for recorder in _active_recorders(self)):
                 # activation checkpointing must not count these tensors: recomputation does not record
@@ -396,6 +422,10 @@ class MoELayer(nn.Module):
         note_routing(self.place, self.layer, routing, logits, self, counted)
         return routing
 
+    def _rows(self, x: Tensor) -> Tensor:
+        # not -1: of an empty batch of torch.vmap torch cannot tell that size
+        return x.reshape(math.prod(x.shape[:-1]), self.hidden_size)
+
     def forward(
         self, x: Tensor, groups: int = 1, router_only: bool = False, counted: Tensor | None = None
     ) -> Tensor:
@@ -404,8 +434,9 @@ class MoELayer(nn.Module):
         With `router_only` the experts do not run, and x is returned. A call of the layer, unlike a call of
         `route`, runs hooks, such as those of FSDP and of accelerate's offloading.
         """
+        check_bool("router_only", router_only)
         routing = self.route(x, groups, counted)
         if router_only:
             return x.view_as(x)  # created after the router: backward visits it, and its hooks, first
-        out = self.experts(x.reshape(-1, self.hidden_size), routing, self.compat)
+        out = self.experts(self._rows(x), routing, self.compat)
         return out.view(*x.shape[:-1], out.shape[-1])

@@ -13,7 +13,7 @@ from typing import Any
 from cumo_model.checkpoints.assemble import describe
 from cumo_model.checkpoints.folders import fingerprint, read_object, write_json
 from cumo_model.checkpoints.processors import template_for
-from cumo_model.data.records import record_files
+from cumo_model.data.patterns import record_files
 from cumo_model.processing.processor import DEFAULT_TEMPLATE
 from cumo_model.training.paths import exists
 from cumo_model.training.recipe import ModelSection, Recipe

@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from benchmarks import harness, plot, record, timing
+from benchmarks import harness, plot, record, selection, timing
 from benchmarks.__main__ import FILES, load
 from benchmarks.__main__ import main as bench
 from benchmarks.cases import (
@@ -487,4 +487,4 @@ def test_a_pattern_replaces_those_of_the_cases(tmp_path):
     harness.add_arguments(parser)
     args = parser.parse_args(["--shape", "clip-batch4", "--pattern", "uniform", "--dtype", "bf16"])
     case = Case(SHAPES["clip-batch4"], "bf16", "uniform")
-    assert harness.cases_of(file, "cuda", args) == [case]  # as in make gpu
+    assert selection.cases_of(file, "cuda", args) == [case]  # as in make gpu

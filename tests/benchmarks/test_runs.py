@@ -8,11 +8,12 @@ import subprocess
 import sys
 import types
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import harness, plot, record, timing
+from benchmarks import harness, plot, record, selection, timing
 from benchmarks.__main__ import load
 from benchmarks.cases import bench_activation
 from benchmarks.cases.shapes import SHAPES, Shape
@@ -180,7 +181,7 @@ HANGS = """
 import sys, time, types
 from dataclasses import replace
 import argparse, torch
-from benchmarks import harness
+from benchmarks import harness, selection
 from benchmarks.cases import bench_activation
 from benchmarks.harness import Case
 from benchmarks.cases.shapes import Shape
@@ -235,14 +236,14 @@ def test_a_requested_shape_is_measured_with_the_options_of_its_file():
     parser = argparse.ArgumentParser()
     harness.add_arguments(parser)
     args = parser.parse_args(["--shape", "clip-image", "--shape", "mixtral-decode64"])
-    route = harness.cases_of(load("routing"), "cuda", args)
+    route = selection.cases_of(load("routing"), "cuda", args)
     assert {(c.shape.name, c.dtype, c.gate_dtype) for c in route} == {
         (name, dtype, "fp32") for name in args.shape for dtype in ("bf16", "fp32")
     }
-    (clip, _) = harness.cases_of(load("layer"), "cpu", args)  # no CPU case has that shape
+    (clip, _) = selection.cases_of(load("layer"), "cpu", args)  # no CPU case has that shape
     assert (clip.shape, clip.dtype, clip.modes) == (SHAPES["clip-image"], "fp32", ("forward", "both"))
     for name in ("model", "scaling", "overhead"):  # they have no such shape
-        assert harness.cases_of(load(name), "cuda", args) == []
+        assert selection.cases_of(load(name), "cuda", args) == []
 
 
 def test_the_floor_of_the_notes_is_not_the_roofline_of_the_report(tmp_path):
@@ -279,3 +280,28 @@ def test_saved_and_peak_memory_are_plotted(tmp_path, monkeypatch):
     assert [heights(axis) for axis in figures[1].axes] == [[3]]
     assert [text.get_text() for text in figures[1].legends[0].texts] == ["cumo/reference"]
     assert plot.plot_memory([on_a_cpu[1]], tmp_path / "memory.png") is None
+
+
+def test_each_reason_is_printed_once_with_a_count():
+    case = Case(SMALL, "fp32")
+    gap = lambda variant, mode, reason: harness.gap_of("t", case, variant, mode, reason, "cpu", "1")
+    gaps = [
+        gap("a", "all", "no GPU"),
+        gap("b", "all", "no GPU"),
+        gap("a", "all", "no GPU"),
+        gap("a", "both", "x"),
+    ]
+    assert record.reasons(gaps) == ["NOT TIMED (3x): no GPU (a, b)", "NOT TIMED (1x): x (a both)"]
+
+
+def test_a_plain_run_writes_only_where_git_ignores():
+    parser = argparse.ArgumentParser()
+    harness.add_arguments(parser)
+    assert parser.parse_args([]).results == record.LOCAL
+    assert parser.parse_args(["--save"]).results == record.RESULTS
+    assert parser.parse_args(["--results", "there"]).results == Path("there")
+    written = [record.LOCAL / "m" / "t.csv", record.LOCAL.parent / "REPORT.md"]
+    ignored = subprocess.run(
+        ["git", "check-ignore", *written], cwd=record.ROOT, capture_output=True, text=True
+    )
+    assert ignored.stdout.split() == list(map(str, written))

@@ -57,7 +57,7 @@ def test_non_contiguous(backend, device, name):
 
 
 def test_names_the_bad_argument():
-    with pytest.raises(ValueError, match=r"activation must be one of .*'gelu'.*, got 'tanh'"):
+    with pytest.raises(ValueError, match=r"name must be one of .*'gelu'.*, got 'tanh'"):
         cumo_kernels.activate(torch.randn(2, 2), "tanh")
     with pytest.raises(ValueError, match=r"x must have an even last dimension for swiglu .*\(2, 3\)"):
         cumo_kernels.activate(torch.randn(2, 3), "swiglu")

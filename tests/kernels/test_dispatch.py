@@ -158,12 +158,33 @@ def test_a_forced_refusal_raises_with_the_reason():
 def test_use_backend_restores_and_rejects_unknown_names():
     with use_backend("reference"):
         with (
-            pytest.raises(ValueError, match=r"backend must be one of .*'triton'.*, got 'tpu'"),
+            pytest.raises(ValueError, match=r"name must be one of .*'triton'.*, got 'tpu'"),
             use_backend("tpu"),
         ):
             pass
         assert dispatch._forced.name == "reference"
     assert dispatch._forced.name == (os.environ.get("CUMO_BACKEND") or None)
+
+
+def test_use_backend_forces_without_with_like_set_grad_enabled():
+    before = dispatch._forced.name
+    try:
+        use_backend("reference")
+        assert dispatch._forced.name == "reference"
+        with use_backend("torch") as entered:
+            assert dispatch._forced.name == "torch" and entered is None
+        assert dispatch._forced.name == "reference"
+        context = use_backend("torch")
+        for _ in range(2):
+            with context:
+                assert dispatch._forced.name == "torch"
+            assert dispatch._forced.name == "reference"
+        forced = use_backend("torch")(lambda: dispatch._forced.name)
+        assert dispatch._forced.name == "reference" and forced() == "torch"
+        assert dispatch._forced.name == "reference"
+    finally:
+        use_backend(before)
+    assert dispatch._forced.name == before
 
 
 def test_a_thread_forces_its_own_backend():

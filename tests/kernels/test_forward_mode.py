@@ -170,19 +170,3 @@ def test_compiled_code_refuses(fullgraph):
     with pytest.raises(error):
         inside(x)
     torch._dynamo.reset()
-
-
-def test_vmap_equals_a_loop():
-    x = torch.rand(3, T, H, dtype=torch.float64)
-    up, down = torch.rand(E, I, H, dtype=torch.float64), torch.rand(E, O, I, dtype=torch.float64)
-    functions = [
-        lambda x: expert_mlp(x, PLAN, up, down, activation="gelu"),
-        lambda x: permute(x, PLAN),
-        lambda x: combine(permute(x, PLAN), PLAN),
-        lambda x: grouped_gemm(x, up, PLAN.expert_offsets, gather=PLAN),
-        lambda x: activate(x, "gelu"),
-    ]
-    for function in functions:
-        assert torch.equal(torch.func.vmap(function)(x), torch.stack([function(row) for row in x]))
-    with pytest.raises(RuntimeError, match="vmap"):  # it reads the weights to check them
-        torch.func.vmap(lambda x: route(x, K).topk_weights)(x)

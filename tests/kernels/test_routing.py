@@ -469,9 +469,9 @@ def test_names_the_bad_argument():
         route(logits, 2, torch.randn(4, 5))
     with pytest.raises(ValueError, match="x must be a tensor, got list"):
         route(logits.tolist(), 2)
-    with pytest.raises(ValueError, match=r"top_k must be between 1 and the 4 experts, got 2\.0"):
+    with pytest.raises(ValueError, match=r"top_k must be an int between 1 and the 4 experts, got 2\.0"):
         route(logits, 2.0)
-    with pytest.raises(ValueError, match=r"groups must be an integer or an int32 tensor, got list"):
+    with pytest.raises(ValueError, match=r"groups must be an int or an int32 tensor, got list"):
         route(logits, 2, groups=[0, 6])
     for offsets in ([0, 7], [-3, 6], [0, 4, 2]):
         with pytest.raises(ValueError, match=r"groups must ascend from 0 or more to at most 6, got .*"):

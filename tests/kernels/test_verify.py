@@ -1,7 +1,10 @@
 """verify: it passes correct kernels, and each check refuses a kernel that is wrong in just that way."""
 
+import argparse
+import io
 import json
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import torch
 from cumo_kernels import dispatch
 from cumo_kernels.__main__ import main
 from cumo_kernels.testing import Yardstick
-from cumo_kernels.verification import cases, verdicts, verify
+from cumo_kernels.verification import cases, progress, verdicts, verify
 from cumo_kernels.verification.cases import FAMILIES, OPS, Case, all_cases, parse
 from cumo_kernels.verification.verify import check
 
@@ -337,6 +340,54 @@ def test_a_missing_device_does_not_fail_every_case(capsys):
 def test_fuzz_stops_in_time():
     results = list(verify.fuzz(["reference"], ("fp32", "fp16", "bf16"), "cpu", 2, seed=3))
     assert results and not any(result.failures for result in results)
+
+
+def test_fuzz_gives_up_a_case_that_outlasts_its_time(replaced):
+    begun = []
+
+    def endless(plain, x, name):
+        begun.append(time.monotonic())
+        while True:
+            time.sleep(0.01)
+
+    replaced("activate", endless)
+    assert list(verify.fuzz(["reference"], ("fp32",), "cpu", 0.5, seed=0, names=("activate",))) == []
+    assert len(begun) == 1 and time.monotonic() - begun[0] < 10
+
+
+def test_the_interpreter_shares_the_time_of_fuzz(monkeypatch):
+    started = []
+    beside = lambda options, switches: started.append((options, switches, time.time()))
+    monkeypatch.setattr(verify, "Beside", beside)
+    parser = argparse.ArgumentParser()
+    verify.add_arguments(parser)
+    verify._interpreted(parser.parse_args(["--fuzz", "30", "--seed", "7"]))
+    ((options, switches, now),) = started
+    end = float(options[options.index("--until") + 1])
+    assert abs(end - now - 30) < 5 and switches == {"TRITON_INTERPRET": "1"}
+    assert options[options.index("--fuzz") + 1] == "30.0" and options[options.index("--seed") + 1] == "7"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_one_line_in_a_terminal_and_rare_lines_elsewhere(is_terminal, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal
+    shown = progress.Progress(stream)
+    for done in range(1, 41):
+        clock[0] += 0.25
+        shown.show(f"{done} of 80 cases", progress.time_left(done, 80, 100.0))
+    shown.log("FAILED one")
+    shown.clear()
+    text = stream.getvalue()
+    if is_terminal:
+        assert text.count("\n") == 1 and text.count("\r") == 41
+        assert text.endswith(f"{progress.CLEAR}40 of 80 cases, about 10 s left{progress.CLEAR}FAILED one\n")
+    else:
+        assert text.splitlines() == [
+            "20 of 80 cases, about 15 s left", "40 of 80 cases, about 10 s left", "FAILED one",
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize("pattern", ["uniform", "one_expert", "dropped"])

@@ -85,7 +85,8 @@ def route(
     top1_density = group_mean(first, group_offsets, num_groups)
     lse = (logits if compat else logits.to(wide)).logsumexp(-1)
     z = group_mean(lse.square().to(wide), group_offsets, num_groups)
-    return weights.to(wide), indices.int(), mean_probs, top1_density, z
+    indices = indices.to(torch.int32, memory_format=torch.contiguous_format)  # also without tokens
+    return weights.to(wide), indices, mean_probs, top1_density, z
 
 
 def route_backward(
