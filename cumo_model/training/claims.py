@@ -81,7 +81,9 @@ def claim_recipe(path: Path, recipe: Recipe, fields: dict[str, Any] | None = Non
     moved = [key for key in PATHS if _moved(found.get(key), wanted.get(key))]
     _compare(path.parent, found | {key: wanted[key] for key in moved}, wanted)
     if moved:  # from now on the new places count, whatever comes to the old ones
-        write_json(path, recipe.identity() | {TRAINER: before or {}})
+        for section, _, name in (key.partition(".") for key in moved):
+            old[section][name] = wanted[f"{section}.{name}"]
+        write_json(path, old if before is None else {**old, TRAINER: before})
     return before if isinstance(before, dict) else None
 
 
@@ -106,8 +108,8 @@ def claim_start(path: Path, model: ModelSection) -> None:
 
 def _moved(old: Any, new: Any) -> bool:
     """Whether a path or pattern, or each of a list, is another one and nothing is left at the old one."""
-    if isinstance(old, list) and isinstance(new, list):
-        return len(old) == len(new) and all(a == b or _moved(a, b) for a, b in zip(old, new, strict=True))
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and old != new:
+        return all(a == b or _moved(a, b) for a, b in zip(old, new, strict=True))
     if not isinstance(old, str) or not isinstance(new, str):
         return False
     return old != new and exists(new) and not exists(old)

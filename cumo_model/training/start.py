@@ -7,6 +7,7 @@ import torch
 from cumo_model.checkpoints.assemble import assemble
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.processing.processor import CumoProcessor
+from cumo_model.processing.tokenizer_files import no_tokenizer
 from cumo_model.training.recipe import DataSection, ModelSection
 
 DEFAULT_TOP_K = 2  # of new experts
@@ -65,7 +66,10 @@ def start_model(model: ModelSection, data: DataSection) -> tuple[CumoForConditio
         raise ValueError(f"model: {error}") from error
     if processor is None:
         where = model.tokenizer or model.language or model.start
-        raise ValueError(f"model.tokenizer must be a folder with a tokenizer, got {where!r}, which has none")
+        key = "model.start" if model.start is not None else "model.tokenizer"
+        raise ValueError(
+            f"{key} must be a folder with a tokenizer, got {where!r}, which {no_tokenizer(where)}"
+        )
     if isinstance(processor, CumoProcessor) and processor.is_tiled():
         raise ValueError(
             "data.aspect must be pad or square for a model that cuts pictures into tiles (anyres), because "

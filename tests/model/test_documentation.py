@@ -211,12 +211,12 @@ def test_examples(page, workshop, tmp_path, monkeypatch, capsys):
 
 def check_readme(names: dict, out: str) -> None:
     assert names["out"].shape == (577, 1024)
-    assert type(names["model"]) is CumoForConditionalGeneration
-    assert "what is it?" in out.lower()
+    assert type(names["ask"].model) is CumoForConditionalGeneration
+    assert "what is it?" not in out.lower() and "a mixture of experts" not in out.lower()  # answers only
 
 
 def check_model(names: dict, out: str) -> None:
-    assert "a chat between" in out.lower()
+    assert 0 < len(names["answer"]) <= 20 and "a chat between" not in out.lower()  # the answer only
     assert any(p.requires_grad and "experts" in n for n, p in names["model"].named_parameters())
     moe = CumoForConditionalGeneration.from_pretrained("checkpoints/moe", dtype=torch.float32)
     assert moe.config.text_config.num_local_experts == 4
