@@ -235,7 +235,13 @@ def _told(error: BaseException) -> int | None:
 
     if not isinstance(error, SafetensorError | EOFError | pickle.UnpicklingError):
         return None
-    print(f"cumo: a file of tensors is damaged: {error}", file=sys.stderr)
+    what = f"a file of tensors is damaged: {' '.join(str(error).split())}"
+    if "weights_only" in str(error) or "Weights only" in str(error):  # torch advises to run its code
+        what = (
+            "a pickled file is refused, because it holds more than tensors, and reading it could run code: "
+            "delete the checkpoint or file that it is in, or restore it"
+        )
+    print(f"cumo: {what}", file=sys.stderr)
     return 1
 
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from cumo_model.__main__ import main
@@ -86,6 +87,20 @@ def test_what_is_damaged_is_seen_and_named(folder, capsys):
     said = capsys.readouterr().err
     assert "no checkpoint in" in said and "checkpoint-3: model.safetensors has" in said
     assert "Traceback" not in said and len(checkpoints(folder / "run")) == 2
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "window_0_of_1.pt"])
+def test_a_checkpoint_with_code_in_it_is_refused_in_our_words(folder, capsys, name):
+    recipe = write_recipe(folder, trainer__max_steps=4)
+    with pytest.raises(Interrupted):
+        run_recipe(load_recipe(recipe), [StopAt(2).callback])
+    last = checkpoints(folder / "run")[-1]
+    (last / "files.json").unlink()
+    torch.save({"state": Path("x")}, last / name)
+    capsys.readouterr()
+    assert main(["train", "--config", str(recipe)]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("cumo: a pickled file is refused, because") and "weights_only" not in said
 
 
 def test_a_damaged_start_is_one_line(folder, capsys):
