@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from cumo_model.processing.tokenizer_files import has_tokenizer, no_tokenizer
+
 PATTERN = "*?["
 
 
@@ -33,6 +35,12 @@ def check_paths(model: Any, data: Any, output_dir: str | os.PathLike) -> None:
             )
     if model.tokenizer is not None:
         _check_folder("model.tokenizer", model.tokenizer)
+    key = "start" if model.start is not None else "tokenizer"
+    where = model.start or model.tokenizer or model.language
+    if not has_tokenizer(where):
+        raise ValueError(
+            f"model.{key} must be a folder with a tokenizer, got {where!r}, which {no_tokenizer(where)}"
+        )
     if model.projector is not None and not os.path.isfile(model.projector):
         raise ValueError(f"model.projector must be a file, got {model.projector!r}, which is not a file")
     if not data.files:

@@ -200,7 +200,7 @@ def test_a_model_without_tokenizer_has_no_processor(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="cannot be loaded: it has no tokenizer"):
         load(tmp_path / "start")
     with pytest.raises(
-        ValueError, match=r"model.tokenizer must be a folder with a tokenizer, got .*start', which has none"
+        ValueError, match=r"model.start must be a folder with a tokenizer, got .*start', which has no tok"
     ):
         start_model(ModelSection(start=str(tmp_path / "start")), DataSection())
 

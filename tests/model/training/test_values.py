@@ -195,6 +195,15 @@ def test_what_does_not_exist_is_named_before_a_model_is_loaded(folder, override,
     assert said.startswith("cumo: ") and said.count("\n") == 1
 
 
+def test_a_start_without_a_tokenizer_is_named(folder):
+    for path in (folder / "start").glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(
+        ValueError, match=r"^model.start must be a folder with a tokenizer, got .*: copy the tok"
+    ):
+        load_recipe(write_recipe(folder), files=True)
+
+
 def test_parts_are_looked_for_too(folder):
     parts = {"vision": str(folder / "start"), "language": str(folder / "start")}
     for name in ("projector", "tokenizer", "vision", "language"):
