@@ -199,7 +199,7 @@ def test_a_start_without_a_tokenizer_is_named(folder):
     for path in (folder / "start").glob("tokenizer*"):
         path.unlink()
     with pytest.raises(
-        ValueError, match=r"^model.start must be a folder with a tokenizer, got .*: copy the tok"
+        ValueError, match=r"^model.start must be a folder with a tokenizer, got .*: copy"
     ):
         load_recipe(write_recipe(folder), files=True)
 
