@@ -1,5 +1,6 @@
 """Tests of runs on several processes: those that cumo starts itself, and the torchrun lines of the docs."""
 
+import errno
 import json
 import os
 import re
@@ -262,8 +263,9 @@ def test_the_first_worker_that_fails_reports(tmp_path, monkeypatch):
             (KeyboardInterrupt(), "true"),
             (RuntimeError("device"), "false"),
             (OSError("disk"), "false"),
+            (OSError(errno.ENOSPC, "No space left on device"), "true"),
         ):
-            attempt = tmp_path / type(error).__name__
+            attempt = tmp_path / f"{type(error).__name__}-{is_final}"
             attempt.mkdir()
             monkeypatch.setenv(launch.ERROR_FILE, str(attempt / "0" / "error.json"))
             with pytest.raises(type(error)), reported_once():
