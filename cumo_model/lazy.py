@@ -104,7 +104,7 @@ class Hook:
 def watch() -> None:
     """Register with what is imported already, and from now on with what will be."""
     sys.meta_path.insert(0, Hook())
-    if "torch" in sys.modules:
+    if sys.modules.get("torch") is not None:  # None blocks an import
         _register_ops()
     if any(name in sys.modules for name in WATCHED):
         register()

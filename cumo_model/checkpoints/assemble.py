@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from cumo_model.checkpoints.configs import read_checked
+from cumo_model.checkpoints.configs import check_generation, read_checked
 from cumo_model.checkpoints.layout import own_layout
 from cumo_model.checkpoints.parts import Parts, check_dtype, load_parts, load_whole, read_parts
 from cumo_model.checkpoints.processors import agree, read_processor, with_settings
@@ -211,7 +211,8 @@ def describe(checkpoint: str | os.PathLike) -> tuple[CumoConfig, CumoProcessor |
         no tokenizer.
 
     Raises:
-        ValueError: `checkpoint` is not a folder, or its config.json is missing, damaged or of another model.
+        ValueError: `checkpoint` is not a folder, or its config.json is missing, damaged or of another
+            model, or its generation_config.json cannot be read.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -226,6 +227,7 @@ def describe(checkpoint: str | os.PathLike) -> tuple[CumoConfig, CumoProcessor |
             f"got {values.get('model_type')!r}"
         )
     config = read_checked(folder / "config.json", lambda values: _read(values, folder))
+    check_generation(folder)
     processor = read_processor(folder, config)
     if processor is not None:
         agree(config, processor)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from transformers import GenerationConfig
 
 from cumo_model.model.json_files import read_object
 
@@ -63,6 +64,17 @@ def read_checked(path: str | os.PathLike, read: Callable[[dict[str, Any]], Read]
         if key is not None and not re.search(rf"\b{re.escape(key.rpartition('.')[2])}\b", reason):
             reason = f"{key} cannot be used, got {_brief(_at(values, key))}: {reason}"
         raise ValueError(f"{path}: {reason}") from error
+
+
+def check_generation(folder: str | os.PathLike) -> None:
+    """Refuse a generation_config.json, if there is one, that transformers cannot read.
+
+    Raises:
+        ValueError: as `read_checked`. transformers passes over some of these files in silence.
+    """
+    path = os.path.join(folder, "generation_config.json")
+    if os.path.isfile(path):
+        read_checked(path, GenerationConfig.from_dict)
 
 
 def _check_values(values: dict[str, Any], path: str | os.PathLike, within: str = "") -> None:

@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.utils import logging
 
-from cumo_model.checkpoints.configs import read_checked
+from cumo_model.checkpoints.configs import check_generation, read_checked
 from cumo_model.checkpoints.folders import first_line
 from cumo_model.checkpoints.layout import original_names
 from cumo_model.checkpoints.shards import (
@@ -126,8 +126,7 @@ def read_parts(
         k: v for k, v in tower_config.items() if k not in ("model_type", "architectures", "dtype")
     }
     text_config = read_checked(Path(text, "config.json"), lambda values: _read_text(values, text))
-    if Path(text, "generation_config.json").is_file():
-        read_checked(Path(text, "generation_config.json"), GenerationConfig.from_dict)
+    check_generation(text)
     connector = {} if projector is None else _original_tensors(projector, "mm_projector.")
     tower = {} if clip is None else _original_tensors(clip, "vision_model.")
     tower = {name: value for name, value in tower.items() if not name.startswith(UNUSED)}

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from math import prod
@@ -106,8 +107,10 @@ def read_bin(path: str | os.PathLike) -> dict[str, Tensor]:
         ValueError: the file is damaged or contains more than tensors.
     """
     try:
-        # files of releases of torch before 1.6 are no zip files and cannot be mapped
-        values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():  # torch's advice about pickles that it then refuses
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            # files of releases of torch before 1.6 are no zip files and cannot be mapped
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except IsADirectoryError:

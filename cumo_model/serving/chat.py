@@ -187,6 +187,8 @@ def _unaskable(text: str, template: str | None = None) -> str | None:
     """The reason why `text` cannot be a turn of a template, or of any template, or None."""
     if not text.strip():
         return "must not be empty"
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return "must be text in UTF-8, got bytes that are not"
     if IMAGE_MARKER in text:
         return f"must not hold {IMAGE_MARKER}: --image gives the picture"
     if template and (found := reserved_marker([{"value": text}], template)):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 
 import pytest
@@ -107,6 +108,25 @@ def test_a_wrong_value_is_named_by_file_and_key(folders, folder, capsys):
             assert f"{folder}/config.json" in said and key.rpartition(".")[2] in said, said
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "", '{"max_new_tokens": "x"}'])
+def test_a_wrong_generation_config_is_named_by_every_command(folders, text, capsys):
+    for folder in ("ours", "theirs", "text"):
+        file = folders / folder / "generation_config.json"
+        file.write_text(text)
+        commands = [CASES[folder]]
+        if folder != "text":
+            commands += [
+                f"chat --checkpoint {folder} --question what",
+                f"upcycle --checkpoint {folder} --out new",
+            ]
+        for command in commands:
+            capsys.readouterr()
+            assert main(command.split()) == 1, command
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and f"{folder}/generation_config.json" in said, said
+            assert "max_new_tokens" in said or ":" not in text, said
+
+
 def test_the_key_to_blame_is_that_without_which_it_can_be_read(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model_type": "x", "a": 1, "b": {"c": 2, "d": 3}}))
@@ -143,6 +163,13 @@ def test_a_language_model_that_is_pickled_code_is_refused_in_the_same_words(fold
     assert main("upcycle --vision clip --text text --out new".split()) == 1
     said = capsys.readouterr().err
     assert "is refused" in said and "weights_only" not in said and said.count("\n") == 1, said
+
+
+def test_a_plain_pickle_is_refused_without_a_warning_of_torch(tmp_path, recwarn):
+    (tmp_path / "plain.bin").write_bytes(pickle.dumps({"a": Code()}, protocol=4))
+    with pytest.raises(ValueError, match="is refused: it holds more than tensors"):
+        read_bin(tmp_path / "plain.bin")
+    assert not recwarn.list
 
 
 def test_tensors_are_read_from_safetensors_and_from_old_pickles(tmp_path):

@@ -174,6 +174,17 @@ def test_an_unaskable_question_is_an_error(checkpoint, question, capsys):
     assert code == 1 and not out and "question must not hold" in err
 
 
+def test_a_question_that_is_not_utf8_is_refused_and_the_conversation_goes_on(checkpoint, capsys, monkeypatch):
+    told = "question must be text in UTF-8"
+    code, out, err = run(capsys, "--checkpoint", checkpoint, "--question", "what \udcff")
+    assert code == 1 and not out and told in err
+    monkeypatch.setattr(
+        "sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff?\nwhat is it?\n"), errors="surrogateescape")
+    )
+    code, out, err = run(capsys, "--checkpoint", checkpoint)
+    assert code == 0 and out and told in err
+
+
 def test_missing_tensors_are_named(checkpoint):
     from safetensors.torch import load_file, save_file
 
