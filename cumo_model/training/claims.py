@@ -40,14 +40,20 @@ def claim(path: Path, wanted: dict, advice: str = "") -> None:
             the message names what differs.
     """
     if not path.exists() or not has_begun(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, wanted)
+        _record(path, wanted)
         return
     found = read_object(path)
     if "records" in found:  # as earlier versions call it
         found["number of records"] = found.pop("records")
     known = {name: value for name, value in wanted.items() if name in found or not name.startswith(SIZE)}
     _compare(path.parent, found, known, advice)
+
+
+def _record(path: Path, content: dict) -> None:
+    """Write a record, on the first process only: the others do not know whether it holds the run's lock."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
 
 
 def claim_recipe(path: Path, recipe: Recipe, fields: dict[str, Any] | None = None) -> dict[str, Any] | None:
@@ -83,7 +89,7 @@ def claim_recipe(path: Path, recipe: Recipe, fields: dict[str, Any] | None = Non
     if moved:  # from now on the new places count, whatever comes to the old ones
         for section, _, name in (key.partition(".") for key in moved):
             old[section][name] = wanted[f"{section}.{name}"]
-        write_json(path, old if before is None else {**old, TRAINER: before})
+        _record(path, old if before is None else {**old, TRAINER: before})
     return before if isinstance(before, dict) else None
 
 
@@ -102,7 +108,7 @@ def claim_start(path: Path, model: ModelSection) -> None:
     if path.is_file() and set(found := read_object(path)).isdisjoint(wanted):
         # earlier versions call them by their paths, which may have moved
         names = {os.path.basename(value): f"{OPAQUE}model.{name}" for name, value in named.items()}
-        write_json(path, {names.get(os.path.basename(key), key): digest for key, digest in found.items()})
+        _record(path, {names.get(os.path.basename(key), key): digest for key, digest in found.items()})
     claim(path, wanted)
 
 

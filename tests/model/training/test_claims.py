@@ -96,6 +96,18 @@ def test_another_recipe_is_named_with_both_values(tmp_path, other, message):
         claim_recipe(path, other)
 
 
+def test_only_the_first_process_records(tmp_path, monkeypatch):
+    """Only it knows whether it holds the lock: another run may train here, and have no checkpoint yet."""
+    path = tmp_path / "run" / "recipe.json"
+    claim_recipe(path, recipe())
+    before = path.read_text()
+    monkeypatch.setenv("RANK", "1")
+    claim_recipe(path, recipe(max_length=256))
+    assert path.read_text() == before
+    claim(tmp_path / "run" / "data.json", {"number of records": 3})
+    assert not (tmp_path / "run" / "data.json").exists()
+
+
 def test_records_of_data(tmp_path):
     path, wanted = tmp_path / "run" / "data.json", {"content of data": "0f", "number of records": 3}
     claim(path, {**wanted, "number of records": 5})
