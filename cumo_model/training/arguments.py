@@ -32,6 +32,7 @@ from cumo_model.training.values import (
     SEED,
     SHARE,
     UNIT,
+    Range,
     at_least,
     check_range,
     nearest,
@@ -107,6 +108,7 @@ DEFAULTS = {  # that differ from those of TrainingArguments
     # in a step without images, tower and connector get no gradient
     "ddp_find_unused_parameters": True,
 }
+STEPS = Range("finite", lambda value: abs(value) < math.inf)  # NaN is not
 RANGES = {  # that transformers does not check, or only in the middle of a run
     "per_device_train_batch_size": at_least(1),
     "weight_decay": NOT_NEGATIVE,
@@ -119,6 +121,8 @@ RANGES = {  # that transformers does not check, or only in the middle of a run
     "warmup_steps": NOT_NEGATIVE,
     "torch_empty_cache_steps": at_least(1),
     "save_total_limit": at_least(0),
+    "save_steps": STEPS,
+    "logging_steps": STEPS,
     "seed": SEED,
     "data_seed": SEED,
     "dataloader_num_workers": at_least(0),
@@ -131,6 +135,7 @@ CHOICES = {  # that transformers finds wrong late or never
     "log_level_replica": tuple(trainer_log_levels),
     "include_num_input_tokens_seen": ("no", "all", "non_padding", True, False),
 }
+BETAS = ("adam_beta1", "adam_beta2")  # torch takes no whole numbers
 # fields whose annotations do not have all types that transformers takes
 ANY_TYPE = ("fsdp", "resume_from_checkpoint")
 FILES = ("accelerator_config", "fsdp_config", "deepspeed")  # an object, or the name of a JSON file
@@ -197,6 +202,8 @@ def _typed(name: str, value: Any) -> Any:
     if name not in WITHOUT_EFFECT and not any(type(value) is kind for kind in allowed):
         wanted = " or ".join(sorted(kind.__name__ for kind in allowed - ({int} if float in kinds else set())))
         raise ValueError(f"trainer.{name} must be of type {wanted}, got {value!r}")
+    if type(value) is int and name in BETAS:
+        value = float(value)
     return value if isinstance(value, str) else _numbers(value)
 
 
@@ -375,10 +382,11 @@ def check_tools(args: TrainingArguments) -> None:
             f"trainer.lr_scheduler_kwargs {args.lr_scheduler_kwargs!r} cannot be used with "
             f"{args.lr_scheduler_type.value}: {_one_line(error)}"
         ) from error
-    if not args.optim_target_modules:  # these need the model
-        try:
-            Trainer.get_optimizer_cls_and_kwargs(args)
-        except (ImportError, TypeError, ValueError) as error:
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, TypeError, ValueError) as error:
+        # with target modules it needs the model, but looks for the package first
+        if isinstance(error, ImportError) or not args.optim_target_modules:
             raise ValueError(
                 f"trainer.optim {args.optim.value} cannot be used: {_one_line(error)}"
             ) from error

@@ -7,6 +7,7 @@ adapters merged into its weights, from which the next stage can start.
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ def with_lora(model: nn.Module, stage: StageSection) -> nn.Module:
         target_parameters=list(lora.target_parameters) or None,
         task_type=None,
     )
+    _check_names("targets", targets if isinstance(targets, list) else [], dict(model.named_modules()))
+    _check_names("target_parameters", lora.target_parameters, dict(model.named_parameters()))
     trained = {name for name, p in model.named_parameters() if p.requires_grad and "language" not in name}
     wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
@@ -41,6 +44,13 @@ def with_lora(model: nn.Module, stage: StageSection) -> nn.Module:
         if original in trained and "lm_head" not in name:
             parameter.requires_grad_(True)
     return wrapped
+
+
+def _check_names(key: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """peft needs one name to fit and passes over the others."""
+    for name in names:
+        if not any(f".{whole}".endswith(f".{name}") for whole in known):
+            raise ValueError(f"stage.lora.{key} must name parts of the model, got {name!r}, which fits none")
 
 
 def has_adapters(model: nn.Module) -> bool:

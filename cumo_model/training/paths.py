@@ -48,11 +48,17 @@ def check_paths(model: Any, data: Any, output_dir: str | os.PathLike) -> None:
     for pattern in data.files:
         if not exists(pattern):
             raise ValueError(f"data.files must name files, got {pattern!r}, which does not exist")
+        if os.path.isdir(pattern):
+            raise ValueError(f"data.files must name files, got {pattern!r}, which is a folder")
     for pattern in data.images:
         if not exists(pattern):
             raise ValueError(
                 f"data.images must name folders or .tar files, got {pattern!r}, which does not exist"
             )
+        if os.path.isfile(pattern) and not pattern.endswith(".tar"):
+            raise ValueError(f"data.images must name folders or .tar files, got the file {pattern!r}")
+    if data.cache_dir is not None:
+        _check_place("data.cache_dir", data.cache_dir)
     check_output(output_dir, model)
 
 
@@ -80,6 +86,21 @@ def _check_folder(key: str, path: str) -> None:
         raise ValueError(f"{key} must be a folder, got {path!r}, which is not a folder")
 
 
+def _check_place(key: str, path: str) -> None:
+    """A folder that can be written to, or can be created."""
+    out = above = os.path.abspath(path)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        what = "is a file" if above == out else f"lies below the file {above!r}"
+        raise ValueError(f"{key} must be a folder, got {path!r}, which {what}")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{key} must be a folder that can be written to, got {path!r}: there is no permission to write "
+            f"to {above!r}"
+        )
+
+
 def exists(pattern: str) -> bool:
     """Whether a path exists, or a pattern fits one."""
     if os.path.exists(pattern):
@@ -100,17 +121,7 @@ def check_output(output_dir: str | os.PathLike, model: Any) -> None:
     """
     output_dir = os.fspath(output_dir)
     out = os.path.abspath(output_dir)
-    above = out
-    while not os.path.lexists(above):
-        above = os.path.dirname(above)
-    if not os.path.isdir(above):
-        what = "is a file" if above == out else f"lies below the file {above!r}"
-        raise ValueError(f"output_dir must be a folder, got {output_dir!r}, which {what}")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"output_dir must be a folder that can be written to, got {output_dir!r}: there is no "
-            f"permission to write to {above!r}"
-        )
+    _check_place("output_dir", output_dir)
     for name in ("start", "vision", "language"):
         path = getattr(model, name)
         if path is None or not os.path.isfile(os.path.join(path, "config.json")):

@@ -98,6 +98,11 @@ def check_plan(recipe: Recipe, args: TrainingArguments) -> None:
         number < 2 and getattr(model, name) > 1 for name, (number, _) in experts_of(config).items()
     ):
         raise ValueError("model.scratch must be False where model.start has the experts, got True")
+    if model.quantize is not None and stage.lora is None:
+        raise ValueError(
+            "model.quantize must be left out without stage.lora, as quantised weights are not trained, "
+            f"got {model.quantize}"
+        )
     experts = planned_experts(model, config)
     if model.projector is None:  # its experts are known when it is loaded
         check_experts(model, experts)

@@ -16,12 +16,14 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cumo_model.model.choices import ASPECTS, AVERAGES, COMPATS, DTYPES, EXCHANGES, GROUPINGS
+from cumo_model.processing.templates import get_template
 from cumo_model.training.paths import check_paths
 from cumo_model.training.recipe_files import SHIPPED, merge, parse_overrides, read_recipe
 from cumo_model.training.run_folder import finished_step
@@ -135,6 +137,11 @@ class DataSection:
 
     def __post_init__(self):
         check_section(self, "data.", DATA_RANGES)
+        if self.template is not None:
+            try:
+                get_template(self.template)
+            except ValueError as error:
+                raise ValueError(f"data.{error}") from None
         if self.packing and self.max_length is None:
             raise ValueError("data.max_length must be given for data.packing, got None")
 
@@ -149,11 +156,25 @@ class LoraSection:
 
     def __post_init__(self):
         check_section(self, "stage.lora.", LORA_RANGES)
+        self._check_targets()
         if self.target_parameters and self.dropout:
             raise ValueError(
                 "stage.lora.dropout must be 0 with target_parameters, for which peft has no dropout, "
                 f"got {self.dropout}"
             )
+
+    def _check_targets(self) -> None:
+        targets = self.targets
+        wanted = "stage.lora.targets must be names of modules, or one regular expression"
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise ValueError(f"{wanted}, got {targets!r}: {error}") from None
+        elif not isinstance(targets, list | tuple) or not all(isinstance(name, str) for name in targets):
+            raise ValueError(f"{wanted}, got {targets!r}")
+        if not targets and not self.target_parameters:
+            raise ValueError(f"{wanted}, got {targets!r} and no target_parameters")
 
 
 @dataclass(frozen=True)
@@ -232,7 +253,7 @@ def load_recipe(config: str | os.PathLike, overrides: Sequence[str] = (), files:
     variants, variant = values.pop("variants", None) or {}, given.get("variant", values.get("variant"))
     if not isinstance(variants, dict) or not all(isinstance(v or {}, dict) for v in variants.values()):
         raise ValueError(f"variants must contain names with keys and values, got {variants!r}")
-    if variant is not None and variant not in variants:
+    if variant is not None and (not isinstance(variant, str) or variant not in variants):
         if not variants:
             raise ValueError(f"variant must be left out, as the recipe has no variants, got {variant!r}")
         raise ValueError(f"variant must be one of {', '.join(variants)}, got {variant!r}")

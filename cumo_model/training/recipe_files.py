@@ -105,9 +105,12 @@ class OneValue(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge":
-                if (key.tag, key.value) in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} is given twice", key.start_mark
-                    )
+                problem = None
+                if not isinstance(key, yaml.ScalarNode):
+                    problem = "a key must be a name, got a list or keys and values"
+                elif (key.tag, key.value) in seen:
+                    problem = f"the key {key.value!r} is given twice"
+                if problem is not None:
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)

@@ -62,8 +62,8 @@ def start_model(model: ModelSection, data: DataSection) -> tuple[CumoForConditio
             aspect=data.aspect,
             seed=model.seed,
         )
-    except ValueError as error:
-        raise ValueError(f"model: {error}") from error
+    except (ValueError, ImportError) as error:  # a package of attn_implementation is missing
+        raise ValueError(f"model: {' '.join(str(error).split())}") from error
     if processor is None:
         where = model.tokenizer or model.language or model.start
         key = "model.start" if model.start is not None else "model.tokenizer"

@@ -5,6 +5,7 @@ import math
 import shutil
 
 import pytest
+from transformers.utils import is_flash_attn_2_available
 
 from cumo_model import CumoConfig
 from cumo_model.__main__ import main
@@ -69,6 +70,11 @@ OUT_OF_RANGE = {
     "trainer.per_device_train_batch_size": ["0", "-1"],
     "trainer.dataloader_num_workers": ["-1"],
     "trainer.ddp_timeout": ["0"],
+    "trainer.save_steps": [".nan", ".inf"],
+    "trainer.logging_steps": [".nan", "-.inf"],
+    "data.template": ["alpaca"],
+    "stage.lora.targets": ["'('", "3", "[1]", "[]", "''"],
+    "variant": ["[a]", "{a: b}"],
 }
 
 
@@ -163,6 +169,9 @@ def test_a_recipe_based_on_itself_is_named(tmp_path):
         (tmp_path / "a.yaml").write_text(f"base: {base}\noutput_dir: runs/x\n")
         with pytest.raises(ValueError, match=rf"^base of '\S*a.yaml' must be {message}"):
             load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("output_dir: runs/x\n? [a, b]\n: 3\n")
+    with pytest.raises(ValueError, match=r"^config \S*a.yaml' cannot be read: a key must be a name"):
+        load_recipe(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text("output_dir: runs/x\nvariants: 3\n")
     with pytest.raises(ValueError, match=r"^variants must contain names"):
         load_recipe(tmp_path / "a.yaml")
@@ -175,6 +184,9 @@ PATHS = {  # override -> message
     "data.files=[{f}/*.none]": r"data.files must name files, got '\S*\*.none'",
     "data.files=[]": "data.files must name at least one file",
     "data.images=[{f}/none]": r"data.images must name folders or .tar files, got '\S*none'",
+    "data.files=[{f}/start]": r"data.files must name files, got '\S*start', which is a folder",
+    "data.images=[{f}/colours.jsonl]": r"data.images must name folders or .tar files, got the file '\S*'",
+    "data.cache_dir={f}/colours.jsonl/a": "data.cache_dir must be a folder, got .*, which lies below",
     "output_dir={f}/colours.jsonl": "output_dir must be a folder, got .*, which is a file",
     "output_dir={f}/colours.jsonl/run": "output_dir must be a folder, got .*, which lies below the file",
     "output_dir={f}/start": r"output_dir must not contain model.start '\S*start'",
@@ -216,6 +228,25 @@ def test_parts_are_looked_for_too(folder):
         check_paths(ModelSection(vision="a"), DataSection(files=("x",)), folder / "run")
 
 
+def test_a_whole_number_is_a_beta_and_a_package_may_be_missing(folder):
+    assert type(load_recipe("demo/sft", ["trainer.adam_beta1=0"]).trainer["adam_beta1"]) is float
+    recipe = load_recipe(write_recipe(folder), ["model.attn_implementation=flash_attention_2"])
+    if not is_flash_attn_2_available():
+        with pytest.raises(ValueError, match=r"^model: [^\n]*FlashAttention2"):
+            run_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    "key, names", [("targets", ["q_proj", "nothing"]), ("target_parameters", ["experts.nothing"])]
+)
+def test_every_name_of_adapters_must_fit(folder, key, names):
+    changes = [f"stage.lora={{r: 2, dropout: 0, {key}: {names}}}"]
+    with pytest.raises(
+        ValueError, match=rf"^stage.lora.{key} must name parts of the model, got '\S*nothing'"
+    ):
+        build_trainer(load_recipe(write_recipe(folder), changes))
+
+
 NONE = " ".join(f"model.{name}=0" for name in plan.EXPERTS)
 EXPERTS = {
     f"model.top_k=3 {NONE.replace('vision_experts=0', 'vision_experts=2')}": "model.top_k must be",
@@ -223,6 +254,8 @@ EXPERTS = {
     "stage.expert_parallel=2 trainer.bf16=false stage.lora.r=2": "stage.expert_parallel must be 1 with lora",
     "trainer.report_to=nothing": "trainer.report_to .* cannot be used: nothing is not supported",
     f"model.scratch=true {NONE}": "model.scratch must",
+    "model.quantize=4": "model.quantize must be left out without stage.lora, .*, got 4",
+    "trainer.optim=galore_adamw trainer.optim_target_modules=[x]": "trainer.optim galore_adamw cannot",
 }
 
 
