@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -33,6 +34,7 @@ from cumo_model.training.run_folder import checkpoints
 
 SAVING = ".saving"
 SIZES = "files.json"  # file in a checkpoint: names and sizes of its files in bytes
+SAME_REQUEST = 0.5  # seconds within which several signals are one request
 DAMAGED = "damaged-"  # prefix for a checkpoint that cannot be read
 
 
@@ -268,12 +270,14 @@ class AtomicCheckpoints(Trainer):
 class StopRequests(TrainerCallback):
     """On SIGTERM or SIGINT: finish the step, save a checkpoint and stop.
 
-    All processes stop at the same step. A second signal has its usual effect.
+    All processes stop at the same step. A second signal has its usual effect, if it is not part of the first:
+    Linux sends one for each thread of a parent that was killed.
     """
 
     def __init__(self):
         self.asked = False
         self.stopped = False
+        self._first = 0.0  # time of the first signal
         self._before: dict[int, object] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -282,8 +286,11 @@ class StopRequests(TrainerCallback):
                 self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number, frame):
-        self.asked = True
-        signal.signal(number, self._before[number])
+        if not self.asked:
+            self.asked, self._first = True, time.monotonic()
+        elif time.monotonic() - self._first > SAME_REQUEST:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
 
     def on_step_end(self, args, state, control, **kwargs):
         if everywhere(self.asked) and state.global_step < state.max_steps:

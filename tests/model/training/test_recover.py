@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from cumo_model.training.recipe import load_recipe
-from cumo_model.training.recover import Interrupted
+from cumo_model.training.recover import Interrupted, StopRequests
 from cumo_model.training.run_folder import checkpoints
 from cumo_model.training.trainer import build_trainer, run_recipe
 from tests.model.training.small_runs import write_data, write_model, write_recipe
@@ -318,3 +318,18 @@ def test_an_incomplete_checkpoint_is_not_counted(folder):
     assert checkpoints(folder / "run") == []
     run_recipe(load_recipe(write_recipe(folder, trainer__max_steps=7, trainer__save_steps=7)))
     assert [path.name for path in checkpoints(folder / "run")] == ["checkpoint-7"]
+
+
+def test_signals_at_once_are_one_request_and_a_later_one_stops(monkeypatch):
+    """A killed launcher has several threads, and Linux sends its workers a SIGTERM for each."""
+    before, stop = signal.signal(signal.SIGTERM, signal.default_int_handler), StopRequests()
+    try:
+        stop.on_train_begin(None, None, None)
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+        monkeypatch.setattr("cumo_model.training.recover.SAME_REQUEST", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
