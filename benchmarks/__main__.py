@@ -10,6 +10,8 @@ from types import ModuleType
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUMO_SELF_CHECK", "0")  # every timed backend is forced
 
+from cumo_kernels import interrupts  # isort: skip  it must come first: it ends the process at a signal
+
 from benchmarks import harness, plot
 
 # in order of value: one case of each file in turn, so that an interrupted run has measured the layer first
@@ -29,6 +31,11 @@ def load(name: str) -> ModuleType | str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the benchmarks -> exit code; 130 if a signal has stopped them."""
+    return interrupts.stoppable(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     harness.add_arguments(parser)
     parser.add_argument("--only", choices=FILES, action="append", help="run only these files; default: all")

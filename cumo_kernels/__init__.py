@@ -5,6 +5,11 @@ out = expert_mlp(x, routing, up_proj, down_proj, up_bias, down_bias, activation=
 """
 
 # ruff: noqa: E402  the warning comes first, since an untested release may break a later import
+from cumo_kernels import interrupts
+
+if interrupts.program() is not None:  # the earliest moment at which this can be known
+    interrupts.end_at_once()
+
 from importlib import metadata
 
 from cumo_kernels.versions import warn_of_untested

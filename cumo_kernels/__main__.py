@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cumo_kernels import __version__, explained
+from cumo_kernels import __version__, explained, interrupts
 from cumo_kernels.dispatch import OPS
 from cumo_kernels.tiles import tune
 from cumo_kernels.verification import self_check, verify
@@ -26,6 +26,11 @@ def _bench(words: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run a command -> its exit code; 130 if it was stopped by a signal."""
+    return interrupts.stoppable(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="cumo-kernels", description=__doc__)
     parser.add_argument("--version", action="version", version=f"cumo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -51,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     if (command := {"tune": tune, "verify": verify, "self-check": self_check}.get(args.command)) is not None:
         return command.main(args)
+    for option in ("rows", "columns"):
+        if getattr(args, option) < 0:
+            parser.error(f"--{option} must be at least 0, got {getattr(args, option)}")
     try:
         x = torch.empty(args.rows, args.columns, dtype=DTYPES[args.dtype], device=args.device)
     except (RuntimeError, AssertionError) as error:

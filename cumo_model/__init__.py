@@ -6,12 +6,12 @@ experts of cumo_kernels for all MoE models of transformers under the name "cumo"
 package, which itself imports neither.
 """
 
-from typing import TYPE_CHECKING
-
 from cumo_model import signals
 
 if signals.is_command():  # the earliest moment at which this can be known
     signals.end_at_once()
+
+from typing import TYPE_CHECKING
 
 from cumo_model.lazy import register, watch
 from cumo_model.names import attributes

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cumo_model import signals
 from cumo_model.checks import check
-from cumo_model.command_line import parser
+from cumo_model.command_line import parsed
 from cumo_model.model.full_disk import is_no_room
 
 # Each function imports what its command needs and returns the call, because a signal ends an import at once,
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None and is_main:
         signals.end_at_once()
     try:
-        code = _run(parser().parse_args(argv), signals.raising if is_main else nullcontext)
+        code = _run(parsed(argv), signals.raising if is_main else nullcontext)
     except BaseException as error:  # also of what a module made of a signal while it was imported
         code = _told(error)
         if code is None:

@@ -4,6 +4,18 @@ import argparse
 from pathlib import Path
 
 
+def parsed(words: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of a command line; overrides of a recipe may stand anywhere among its options."""
+    program = parser()
+    args, rest = program.parse_known_args(words)
+    is_override = [getattr(args, "overrides", None) is not None and "=" in word for word in rest]
+    if not all(is_override) or any(word.startswith("-") for word in rest):
+        program.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def parser() -> argparse.ArgumentParser:
     program = argparse.ArgumentParser(
         prog="cumo", description="CuMo: a mixture-of-experts vision-language model"

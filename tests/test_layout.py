@@ -20,7 +20,17 @@ MAX_LINES = 500
 # means the module a itself (for a package: its public names), "a.*" all modules below it, "." the module's
 # own package.
 KERNELS, TILES, VERIFICATION = "cumo_kernels", "cumo_kernels.tiles", "cumo_kernels.verification"
-LEAVES = ("activations", "backends", "extension", "files", "moved", "types", "versions")  # of cumo_kernels
+# modules of cumo_kernels that import none of its others, but for those in ARROWS
+LEAVES = (
+    "activations",
+    "backends",
+    "extension",
+    "files",
+    "interrupts",
+    "moved",
+    "types",
+    "versions",
+)
 ARROWS = {
     **{f"{KERNELS}.{leaf}": () for leaf in LEAVES},
     f"{KERNELS}.extension": (f"{KERNELS}._C",),
@@ -91,6 +101,7 @@ ARROWS = {
     KERNELS: (
         f"{KERNELS}.activations",
         f"{KERNELS}.dispatch",
+        f"{KERNELS}.interrupts",
         f"{KERNELS}.moved",
         f"{KERNELS}.ops*",  # ops.grouped_gemm is a module; in the package the name is its function
         f"{KERNELS}.types",

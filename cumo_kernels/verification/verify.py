@@ -307,6 +307,8 @@ def _survey(
 
 def _check_options(args: argparse.Namespace, device: str) -> None:
     alone = [f"--{name}" for name in ("case", "fuzz") if getattr(args, name)]
+    if args.fuzz is not None and not args.fuzz > 0:
+        raise ValueError(f"--fuzz must be positive, got {args.fuzz:g}")
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {args.workers}")
     if args.workers is not None and alone:
@@ -456,6 +458,10 @@ def main(args: argparse.Namespace) -> int:
     except ValueError as error:
         log(f"verify: {error}")
         return 2
+    except KeyboardInterrupt:
+        failures = sum(bool(result.failures) for result in results)
+        log(f"verify: {len(results)} checks had ended, {failures} of them failed")
+        raise
     finally:
         progress.clear()
     failed = [result for result in results if result.failures]

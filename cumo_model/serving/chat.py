@@ -148,7 +148,7 @@ def chat(
         except ValueError as error:  # such as a conversation that has become too long
             if question is not None:
                 raise
-            print(f"no answer: {error}", file=sys.stderr)
+            print(f"no answer: {error} (an empty line ends this conversation)", file=sys.stderr)
             turns.pop()
             continue
         except UNFORESEEN as error:

@@ -104,6 +104,7 @@ DEFAULTS = {  # that differ from those of TrainingArguments
     "save_strategy": "steps",
     "report_to": "none",
     "disable_tqdm": False,
+    "log_level_replica": "passive",  # "warning" would print on every process but the first
     "optim": "adamw_torch_fused",
     # in a step without images, tower and connector get no gradient
     "ddp_find_unused_parameters": True,

@@ -19,6 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cumo_model.model.full_disk import is_no_room
+from cumo_model.training.lock import locked
+from cumo_model.training.paths import check_paths
+from cumo_model.training.run_folder import finished_step
 
 MAX_RESTARTS = 3
 GRACE_S = 10  # time for the other workers to end after one has failed, then they get SIGKILL
@@ -116,6 +119,10 @@ def launch(
 
     _check(processes, max_restarts)
     recipe = load_recipe(config, overrides)  # before the workers start, because they need seconds for that
+    if finished_step(recipe.output_dir) is None:
+        check_paths(recipe.model, recipe.data, recipe.output_dir)
+        with locked(recipe.output_dir):  # else each worker would find out after seconds of imports
+            pass
     _check_devices(processes, bool(recipe.trainer.get("use_cpu")))
     train = ["-m", "cumo_model", "train", "--config", os.fspath(config), "--", *overrides]
     return supervise([sys.executable, *train], processes, max_restarts)
@@ -215,7 +222,7 @@ class _Workers:
 
     def __init__(self, command: Sequence[str], number: int, work: Path):
         self.processes: list[subprocess.Popen] = []
-        self.store = None
+        self.store, self.work = None, work
         environment = {"OMP_NUM_THREADS": str(max(1, cores() // number)), **os.environ}
         if number > 1:
             from torch.distributed import TCPStore
@@ -261,6 +268,8 @@ class _Workers:
                     sent = signals.count
                     # SIGINT would print a traceback in a worker that is still importing
                     self._send(signal.SIGTERM)
+                if bad and end is None and (_read(self.work / REPORTED) or {}).get("is_final"):
+                    self._send(signal.SIGKILL)  # nothing was trained that the others could save
                 # workers that were asked once to stop have all the time they need to save
                 if end is None and (bad or sent > 1):
                     end = time.monotonic() + GRACE_S

@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from cumo_model.model.full_disk import is_no_room
+
 LOCK_FILE = ".lock"
 HOLDER_FILE = ".running.json"  # who holds the lock; deleted at the end
 BEAT = 5.0  # seconds between two touches
@@ -47,7 +49,12 @@ def locked(run: str | os.PathLike) -> Iterator[None]:
         ValueError: another process holds the lock; the message says which one, on which machine.
     """
     run = Path(run)
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if is_no_room(error):
+            raise
+        raise ValueError(f"output_dir must be a folder that can be made, got {str(run)!r}: {error}") from None
     key = os.path.realpath(run)
     if key in _held:
         raise ValueError(_in_use(run, f"process {os.getpid()}, which is this one"))

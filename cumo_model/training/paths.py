@@ -2,11 +2,13 @@
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cumo_model.processing.tokenizer_files import has_tokenizer, no_tokenizer
 
+MODEL_PATHS = ("start", "vision", "language", "projector", "tokenizer")
 PATTERN = "*?["
 
 
@@ -22,6 +24,8 @@ def check_paths(model: Any, data: Any, output_dir: str | os.PathLike) -> None:
         ValueError: a file or folder is missing or of another kind, or output_dir cannot be the folder of a
             run; the message names the key.
     """
+    _check_home({"output_dir": output_dir, **{f"model.{name}": getattr(model, name) for name in MODEL_PATHS}})
+    _check_home({"data.files": data.files, "data.images": data.images, "data.cache_dir": data.cache_dir})
     if (model.start is None) == (model.vision is None or model.language is None):
         raise ValueError("model must have either start, or vision and language, got both or neither")
     for name in ("start", "vision", "language"):
@@ -50,6 +54,8 @@ def check_paths(model: Any, data: Any, output_dir: str | os.PathLike) -> None:
             raise ValueError(f"data.files must name files, got {pattern!r}, which does not exist")
         if os.path.isdir(pattern):
             raise ValueError(f"data.files must name files, got {pattern!r}, which is a folder")
+    if not data.images and not any(pattern.endswith(".tar") for pattern in data.files):
+        raise ValueError("data.images must name a folder or .tar files, got none")
     for pattern in data.images:
         if not exists(pattern):
             raise ValueError(
@@ -79,6 +85,16 @@ def check_packages(model: Any, stage: Any) -> None:
             raise ValueError(
                 f"{key} needs the package {package}, which is not installed: pip install cumo[{extra}]"
             )
+
+
+def _check_home(named: Mapping[str, Any]) -> None:
+    for key, value in named.items():
+        for path in value if isinstance(value, tuple) else (value,):
+            if path is not None and os.fspath(path).startswith("~"):
+                whole = os.path.expanduser(path)
+                raise ValueError(
+                    f"{key} must not begin with ~, which only a shell expands: write {whole!r}, got {path!r}"
+                )
 
 
 def _check_folder(key: str, path: str) -> None:

@@ -86,8 +86,8 @@ def check_experts(model: ModelSection, found: dict[str, tuple[int, int]]) -> Non
                 )
 
 
-def check_plan(recipe: Recipe, args: TrainingArguments) -> None:
-    """Check all that is known of a stage before its model is loaded.
+def check_plan(recipe: Recipe, args: TrainingArguments) -> CumoConfig:
+    """Check all that is known of a stage before its model is loaded -> the config, as `planned_config`.
 
     Raises:
         ValueError: experts or processes do not fit the model, or the disk has too little room; the message
@@ -122,6 +122,7 @@ def check_plan(recipe: Recipe, args: TrainingArguments) -> None:
             if of_place > 1 and of_place % number:
                 raise ValueError(f"stage.expert_parallel must divide {name}, {of_place}, got {number}")
     check_room(recipe, args, config)
+    return config
 
 
 def weights_of(recipe: Recipe, config: CumoConfig) -> tuple[int, int]:

@@ -38,6 +38,9 @@ def read_recipe(path: Path, above: Sequence[Path] = ()) -> dict:
             raise ValueError(f"base of {str(above[-1])!r} must be a YAML file, got {str(path)!r}") from None
         names = ", ".join(shipped_recipes())
         raise ValueError(f"config must be a YAML file or one of {names}, got {str(path)!r}") from None
+    except IsADirectoryError:
+        key = f"base of {str(above[-1])!r}" if above else "config"
+        raise ValueError(f"{key} must be a YAML file, got {str(path)!r}, which is a folder") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"config {str(path)!r} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

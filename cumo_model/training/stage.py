@@ -283,6 +283,8 @@ def _train(recipe: Recipe, build: Callable[[Recipe, Sequence], StageTrainer], ca
     except Exception as error:
         if not is_no_room(error):
             raise
+        if trainer.is_world_process_zero():
+            shutil.rmtree(_work(out / RESULT), ignore_errors=True)
         last = checkpoints(out)
         kept = f"checkpoint of step {step_of(last[-1])}" if last else "NO checkpoint"
         raise OSError(

@@ -180,9 +180,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         given[options] = {"use_reentrant": False, **(given.get(options) or {})}
     defaults = {**DEFAULTS, "use_cpu": not torch.cuda.is_available()}
     environment = os.environ.get
-    if environment("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(
-        environment("TORCHELASTIC_MAX_RESTARTS", 0)
-    ):
+    may_restart = int(environment("TORCHELASTIC_MAX_RESTARTS", 0)) and environment("LOCAL_RANK", "0") == "0"
+    if environment("TORCHELASTIC_USE_AGENT_STORE") == "True" and may_restart:
         warnings.warn(
             "torchrun gives restarted workers the store of the previous ones, so they would wait for workers "
             "that have ended: use --processes of cumo train, or torchrun with --standalone (one machine) or "
@@ -242,7 +241,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     check_tools(args)
     check_paths(recipe.model, recipe.data, recipe.output_dir)
     check_packages(recipe.model, recipe.stage)
-    check_plan(recipe, args)
+    check_positions(check_plan(recipe, args), recipe.data, np.zeros(0, np.int64))
     set_seed(args.seed)
     join_processes(args)
     model, processor = begin(recipe, args)

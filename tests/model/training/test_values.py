@@ -210,9 +210,7 @@ def test_what_does_not_exist_is_named_before_a_model_is_loaded(folder, override,
 def test_a_start_without_a_tokenizer_is_named(folder):
     for path in (folder / "start").glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(
-        ValueError, match=r"^model.start must be a folder with a tokenizer, got .*: copy"
-    ):
+    with pytest.raises(ValueError, match=r"^model.start must be a folder with a tokenizer, got .*: copy"):
         load_recipe(write_recipe(folder), files=True)
 
 

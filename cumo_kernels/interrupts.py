@@ -1,0 +1,72 @@
+"""Ctrl-C and SIGTERM in the commands of this package: one line and exit code 130, no traceback.
+
+While modules are imported nothing has to be cleaned up, and an exception could get lost in one that catches
+it: the process then ends at once. Later both signals raise KeyboardInterrupt.
+"""
+
+import contextlib
+import itertools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+STOPPED = 130  # exit code
+COMMANDS = {"cumo_kernels": "cumo-kernels", "benchmarks": "bench"}  # module -> name in messages
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def program() -> str | None:
+    """The name of the command that this process is; None in a program that imports the package."""
+    for option, module in itertools.pairwise(sys.orig_argv):
+        if option == "-m":
+            return COMMANDS.get(module)
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    return name if name in COMMANDS.values() else None
+
+
+def end_at_once() -> None:
+    """From now on both signals end the process."""
+    _set(lambda number, frame: _end())
+
+
+@contextlib.contextmanager
+def raising() -> Iterator[None]:
+    """Inside the `with` block both signals raise KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    _set(signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stoppable(command: Callable[[], int]) -> int:
+    """Call a command -> its exit code, or 130 and a line if a signal has stopped it."""
+    try:
+        with raising():
+            return command()
+    except KeyboardInterrupt:
+        _say()
+        return STOPPED
+
+
+def _say() -> None:
+    if "--quiet" not in sys.argv and "--serve" not in sys.argv:  # processes of a command that says it
+        os.write(2, f"{program() or 'cumo-kernels'}: stopped\n".encode())
+
+
+def _end() -> None:
+    _say()
+    os._exit(STOPPED)
+
+
+def _set(handler) -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # such as in a shell's background job
+            signal.signal(number, handler)
