@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end the commands of cumo_kernels and benchmarks at any moment in one line, with code 130."""
+"""Ctrl-C and SIGTERM end the commands of cumo_kernels and benchmarks in one line, with code 130."""
 
 import os
 import signal

@@ -13,6 +13,7 @@ import pytest
 
 from cumo_model import __main__ as program
 from cumo_model.__main__ import main
+from cumo_model.command_line import parsed
 from tests.processes import kill
 
 HEAVY = {"torch", "transformers", "numpy", "PIL", "cumo_kernels"}
@@ -59,7 +60,7 @@ REFUSED = {  # words of a command -> part of the message
     "data check data.json --images none": "--images must be a folder or a .tar file, got 'none'",
     "data check data.json --template none": "--template: template must be one of ",
     "train --config none.yaml": "config must be a YAML file or one of demo/pft, ",
-    "train --config pictures": "config 'pictures' cannot be read: ",
+    "train --config pictures": "config must be a YAML file, got 'pictures', which is a folder",
     "train --config mistral-7b/sft stage": "overrides must look like key=value, got 'stage'",
     f"{EXPERTS} --limit -1": "--limit must be at least 1, got -1",
     f"{EXPERTS} --batch-size 0": "--batch-size must be at least 1, got 0",
@@ -99,6 +100,30 @@ for command in sys.argv[1:]:
     sys.stderr.write(f"= {code}\\n")
 print(json.dumps(sorted(sys.modules)))
 """
+
+
+def test_overrides_may_stand_anywhere(capsys):
+    words = [
+        "train",
+        "--config",
+        "x",
+        "a=1",
+        "b=",
+        "--processes",
+        "2",
+        "c.d=[1, 2]",
+        "--max-restarts=1",
+        "e=-3",
+    ]
+    args = parsed(words)
+    assert args.overrides == ["a=1", "b=", "c.d=[1, 2]", "e=-3"] and (args.processes, args.max_restarts) == (
+        2,
+        1,
+    )
+    for wrong in (["train", "--config", "x", "--nothing=1"], ["chat", "--checkpoint", "x", "a=1"]):
+        with pytest.raises(SystemExit):
+            parsed(wrong)
+        assert "unrecognized arguments: " in capsys.readouterr().err
 
 
 def test_what_is_refused_is_one_line_before_torch_is_imported(folders):

@@ -19,6 +19,7 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 from cumo_model.__main__ import main
 from cumo_model.training import launch
 from cumo_model.training.launch import reported_once, supervise
+from cumo_model.training.lock import locked
 from cumo_model.training.recover import Interrupted, checkpoints
 from cumo_model.training.trainer import training_arguments
 from tests.model.test_documentation import blocks, commands
@@ -251,6 +252,16 @@ def test_workers_end_with_their_launcher(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=20)
     assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_folder_in_use_is_refused_before_workers_start(folder, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "supervise", None)
+    recipe = write_recipe(folder)
+    with locked(folder / "run"):
+        assert main(["train", "--config", str(recipe), "--processes", "2"]) == 1
+    assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+    assert main(["train", "--config", str(recipe), "--processes", "2", "data.images=[]"]) == 1
+    assert "data.images must name" in capsys.readouterr().err
 
 
 def test_the_first_worker_that_fails_reports(tmp_path, monkeypatch):
