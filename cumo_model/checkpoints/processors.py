@@ -8,13 +8,21 @@ from pathlib import Path
 from transformers import AutoProcessor
 from transformers.utils import logging
 
-from cumo_model.checkpoints.folders import first_line
+from cumo_model.checkpoints.folders import first_line, read_object
 from cumo_model.model.config import CumoConfig
 from cumo_model.processing.conversation import chat_template, template_of
 from cumo_model.processing.processor import CumoProcessor, load_tokenizer, processor_from
 from cumo_model.processing.templates import IMAGE_MARKER, TEMPLATES, get_template
 from cumo_model.processing.tokenizer_files import has_tokenizer
 
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 logger = logging.get_logger(__name__)
 
 
@@ -30,6 +38,9 @@ def read_processor(folder: Path, config: CumoConfig) -> CumoProcessor | None:
     if not has_tokenizer(folder):
         return None
     has_processor = (folder / "processor_config.json").is_file()
+    for name in PROCESSOR_FILES:  # the loaders do not name a damaged file
+        if (folder / name).is_file():
+            read_object(folder / name)
     try:
         return AutoProcessor.from_pretrained(folder) if has_processor else processor_from(folder, config)
     except Exception as error:  # damaged files make the loaders raise many kinds of errors

@@ -14,6 +14,7 @@ from pathlib import Path
 from cumo_model.demo.settings import Settings, plain
 from cumo_model.training.launch import cores as cores
 from cumo_model.training.launch import end_with_parent as _end_with_parent
+from cumo_model.training.lock import name_of, this_process
 from cumo_model.training.recover import Interrupted
 
 # by default glibc returns large blocks to the system, which causes page faults in every step; keeping them
@@ -62,17 +63,27 @@ def locked(out: Path) -> Iterator[None]:
     except ImportError:  # not a POSIX system
         yield
         return
-    with (out / ".lock").open("a") as file:
+    with (out / ".lock").open("a+") as file:
         for second in range(LOCK_SECONDS + 1):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                file.seek(0)
+                try:
+                    who = name_of(json.loads(file.read()))
+                except ValueError:  # it is being written
+                    who = name_of({})
                 if second == LOCK_SECONDS:
-                    raise ValueError(f"another demo is running in {out}: wait for it, or stop it") from None
+                    raise ValueError(
+                        f"another demo is running in {out}, {who}: wait for it, or stop it"
+                    ) from None
                 if second == 0:
-                    print(f"another demo, or a task of one, is still running in {out}; waiting", flush=True)
+                    print(f"another demo, or a task of one, still runs in {out}, {who}; waiting", flush=True)
                 time.sleep(1)
+        file.truncate(0)
+        json.dump(this_process(), file)
+        file.flush()
         os.set_inheritable(file.fileno(), True)
         # nothing else writes here: these are left over from a call that was killed
         for name in (".data-", "*/.model-", "rows/*/.model-"):

@@ -86,7 +86,7 @@ def _lock(file, run: Path) -> bool:
             return False
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise
-        raise ValueError(_in_use(run, _name(_holder(run)))) from None
+        raise ValueError(_in_use(run, name_of(_holder(run)))) from None
     return True
 
 
@@ -96,8 +96,8 @@ def _wait_for_silence(run: Path) -> None:
     if first is None:
         return
     print(
-        f"{run} was last used by {_name(_holder(run))}: waiting {SILENT:.0f} seconds to see whether it still "
-        "runs",
+        f"{run} was last used by {name_of(_holder(run))}: waiting {SILENT:.0f} seconds to see whether it "
+        "still runs",
         file=sys.stderr,
     )
     end = time.monotonic() + SILENT
@@ -107,25 +107,29 @@ def _wait_for_silence(run: Path) -> None:
         if now is None:
             return
         if now != first:
-            raise ValueError(_in_use(run, _name(_holder(run))))
+            raise ValueError(_in_use(run, name_of(_holder(run))))
 
 
-def _write_holder(run: Path) -> None:
-    content = {
+def this_process() -> dict[str, str | int]:
+    """What a lock says of the process that holds it."""
+    return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "machine": machine(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": " ".join(sys.argv),
     }
+
+
+def _write_holder(run: Path) -> None:
     path = run / HOLDER_FILE
     with contextlib.suppress(FileNotFoundError):
         path.unlink()  # of a process that has ended
     try:
         with open(path, "x") as file:  # only one of several processes succeeds
-            json.dump(content, file)
+            json.dump(this_process(), file)
     except FileExistsError:
-        raise ValueError(_in_use(run, _name(_holder(run)))) from None
+        raise ValueError(_in_use(run, name_of(_holder(run)))) from None
 
 
 def _touch(path: Path, stop: threading.Event) -> None:
@@ -150,7 +154,8 @@ def _holder(run: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def _name(holder: dict) -> str:
+def name_of(holder: dict) -> str:
+    """The process that a lock names, in words."""
     if not holder:
         return "another process"
     return f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"

@@ -18,7 +18,13 @@ from transformers import (
 from cumo_model import CumoForConditionalGeneration, CumoModel, build_processor, convert
 from cumo_model.__main__ import main
 from cumo_model.checkpoints.assemble import assemble, describe
-from cumo_model.checkpoints.processors import same_processor, template_for, with_settings
+from cumo_model.checkpoints.processors import (
+    PROCESSOR_FILES,
+    read_processor,
+    same_processor,
+    template_for,
+    with_settings,
+)
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing.conversation import chat_template
 from cumo_model.processing.processor import load_tokenizer
@@ -240,3 +246,14 @@ def test_training_and_analysis_ask_for_a_template_that_has_no_name(tiny_model, t
     assert main(arguments) == 1
     assert "template must be given, one of plain," in capsys.readouterr().err
     assert main([*arguments, "--template", "vicuna_v1"]) == 0
+
+
+@pytest.mark.parametrize("name", PROCESSOR_FILES)
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_file_of_a_processor_is_named(tiny_model, tmp_path, name, content):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    build_processor(with_image_word(), 12, 4).save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} (is damaged|must hold an object)"):
+        read_processor(tmp_path, model.config)

@@ -170,7 +170,8 @@ def test_one_demo_at_a_time_and_a_task_keeps_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "LOCK_SECONDS", 0)
     with processes.locked(tmp_path):
         child = subprocess.Popen(["sleep", "60"], close_fds=False)
-        with pytest.raises(ValueError, match="another demo is running in"), processes.locked(tmp_path):
+        wanted = rf"another demo is running in \S+, process {os.getpid()} on \S+, since 20"
+        with pytest.raises(ValueError, match=wanted), processes.locked(tmp_path):
             pass
     with pytest.raises(ValueError, match="another demo is running in"), processes.locked(tmp_path):
         pass
