@@ -35,6 +35,7 @@ def register() -> None:
     try:
         import cumo_model.registered  # noqa: F401  the lock of this import also lets other threads wait
     except Exception as error:
+        Hook.is_on = False  # transformers itself is fine, and must be when it is imported again
         raise ImportError(
             f"cumo_model cannot register itself with transformers: {type(error).__name__}: {error}"
         ) from error
@@ -51,6 +52,8 @@ def _register_ops() -> None:
 
 class Hook:
     """A finder that finds what the other finders do, and acts after a watched module has been executed."""
+
+    is_on = True  # whether the watched modules are watched
 
     def __init__(self):
         self.thread = threading.local()
@@ -93,7 +96,7 @@ class Hook:
                 execute(module)
             finally:
                 state["depth"] -= 1
-            if fullname in WATCHED:
+            if fullname in WATCHED and Hook.is_on:
                 state["due"] = True
             if not state["depth"] and state.pop("due", False):
                 register()

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 import cumo_kernels
-import cumo_model
 from cumo_kernels import expert_mlp, route
 from cumo_kernels.testing import make_routing
-from cumo_model import MoELayer
 
 T, H, I, O, E, K = 6, 5, 8, 3, 4, 2
 PLAN = make_routing("uniform", T, E, K)
@@ -20,7 +18,6 @@ META_PLAN = cumo_kernels.routing_from_topk(
     torch.empty(T, K, device="meta"), torch.empty(T, K, dtype=torch.int32, device="meta"), E
 )
 ANYTHING = [None, 1.5, True, "word", [1], {}, (1, 2), object(), torch.float32]
-LAYER = MoELayer(H, I, E, K, "gelu")
 
 
 def tensors(good, none=False):
@@ -96,37 +93,20 @@ CALLS = {  # function -> good arguments, wrong values of each
          "num_experts": [*only(), 0]},
     ),
     cumo_kernels.use_backend: ({"name": "reference"}, {"name": only(None)}),
-    MoELayer: (
-        {"hidden_size": H, "intermediate_size": I, "num_experts": E, "top_k": K, "activation": "gelu",
-         "output_size": O, "bias": True, "compat": None, "place": "", "layer": 0},
-        {"hidden_size": only(), "intermediate_size": only(), "num_experts": [*only(), 0],
-         "top_k": [*only(), 0, 5], "activation": only(), "output_size": [*only(None), 0], "bias": only(True),
-         "compat": only(None), "place": [None, 1, torch.ones(1)], "layer": [None, "a", 1.5, True]},
-    ),
-    LAYER.forward: (
-        {"x": X, "groups": 1, "router_only": False, "counted": torch.ones(T, dtype=torch.bool)},
-        {"x": [*ANYTHING, torch.tensor(1.0), X[:, :4], X.double(), X.long(), X.to("meta")], "groups": only(),
-         "router_only": only(True), "counted": [*ANYTHING[1:], torch.ones(T), torch.ones(2).bool()]},
-    ),
 }  # fmt: skip
-ROWS_OF_TEST = [
-    pytest.param(function, name, id=f"{function.__name__}-{name}")
-    for function, (_, wrong) in CALLS.items()
-    for name in wrong
-]
 
 
-def test_every_public_function_and_argument_is_here():
-    data = ("ACTIVATIONS", "Routing", "RouterStats")
-    functions = {getattr(cumo_kernels, name) for name in cumo_kernels.__all__ if name not in data}
-    assert functions <= set(CALLS)
-    for function, (good, wrong) in CALLS.items():
-        assert set(inspect.signature(function).parameters) == set(good) == set(wrong), function
+def rows_of(calls):
+    """One row for each argument of each function."""
+    return [
+        pytest.param(function, name, id=f"{function.__name__}-{name}")
+        for function, (_, wrong) in calls.items()
+        for name in wrong
+    ]
 
 
-@pytest.mark.parametrize("function, name", ROWS_OF_TEST)
-def test_a_wrong_argument_is_named(function, name):
-    good, wrong = CALLS[function]
+def check_wrong_values(calls, function, name):
+    good, wrong = calls[function]
     values = [*wrong[name]]
     assert values
     for value in values:
@@ -135,10 +115,26 @@ def test_a_wrong_argument_is_named(function, name):
         assert re.search(rf"\b{name}\b", str(caught.value)), (name, value, caught.value)
 
 
+def check_signatures(calls):
+    for function, (good, wrong) in calls.items():
+        assert set(inspect.signature(function).parameters) == set(good) == set(wrong), function
+
+
+def test_every_public_function_and_argument_is_here():
+    data = ("ACTIVATIONS", "Routing", "RouterStats")
+    functions = {getattr(cumo_kernels, name) for name in cumo_kernels.__all__ if name not in data}
+    assert functions <= set(CALLS)
+    check_signatures(CALLS)
+
+
+@pytest.mark.parametrize("function, name", rows_of(CALLS))
+def test_a_wrong_argument_is_named(function, name):
+    check_wrong_values(CALLS, function, name)
+
+
 def test_numpy_integers_are_integers():
     plan = route(X, np.int64(2), GATE, groups=np.int32(3))
     assert plan.top_k == 2 and plan.stats.mean_probs.shape == (3, E)
-    assert MoELayer(np.int64(H), np.int64(I), np.int64(E), np.int64(K), "gelu")(X).shape == (T, H)
     with pytest.raises(ValueError, match="top_k must be an int between 1 and the 4 experts, got True"):
         route(X, True, GATE)
 
@@ -159,7 +155,10 @@ def test_weights_for_another_kind_of_activation_are_explained():
         expert_mlp(X, PLAN, torch.rand(E, 7, H), torch.rand(E, O, 7))
 
 
-@pytest.mark.parametrize("package", [cumo_kernels, cumo_model])
-def test_every_public_class_has_its_own_docstring(package):
+def check_docstrings(package):
     classes = [value for name in package.__all__ if isinstance(value := getattr(package, name), type)]
     assert classes and all(value.__dict__.get("__doc__") for value in classes)
+
+
+def test_every_public_class_has_its_own_docstring():
+    check_docstrings(cumo_kernels)

@@ -87,8 +87,10 @@ def test_a_registration_that_fails_says_so(module, words):
         f"import sys, cumo_model\nsys.modules[{module!r}] = None\n"
         "try:\n    from transformers import AutoConfig\n    import torch\n"
         f"except ImportError as error:\n    assert 'cumo_model cannot register {words}' in str(error)\n"
-        "else:\n    raise AssertionError"
+        "else:\n    raise AssertionError\n"
     )
+    if module == "cumo_model.registered":
+        code += "from transformers import AutoConfig, AutoModel  # which are fine"
     python(code)
 
 
