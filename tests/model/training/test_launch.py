@@ -30,14 +30,16 @@ from tests.processes import Forked, finish, free_port
 
 ROOT = Path(__file__).parents[3]
 TWO = {"trainer__per_device_train_batch_size": 1, "model__text_experts": 0}  # for two processes
-PAGE = (ROOT / "docs" / "training.md").read_text()
-LINES = [
-    words
-    for block in blocks(PAGE)
-    if block.language == "bash"
-    for words in commands(block.code, keep_variables=True)
-    if "torchrun" in words or "--processes" in words
-]
+
+
+def lines_of(page: str) -> list[list[str]]:
+    """The commands of a page that start several processes, as words."""
+    code = [block.code for block in blocks((ROOT / page).read_text()) if block.language == "bash"]
+    found = [words for text in code for words in commands(text, keep_variables=True)]
+    return [words for words in found if "torchrun" in words or "--processes" in words]
+
+
+LINES = lines_of("docs/training.md")
 
 
 @pytest.fixture
@@ -82,6 +84,8 @@ def test_the_docs_have_a_line_for_one_machine_and_for_several():
     texts = [shlex.join(words) for words in LINES]
     for option in ("--processes 8", "--standalone", "--rdzv-backend=c10d"):
         assert sum(option in text for text in texts) == 1, texts
+    (readme,) = lines_of("README.md")  # the same, with fewer overrides; these are replaced below
+    assert readme in [words[: len(readme)] for words in LINES]
 
 
 @pytest.mark.slow
