@@ -26,8 +26,12 @@ def _bench(words: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command -> its exit code; 130 if it was stopped by a signal."""
-    return interrupts.stoppable(lambda: _run(argv))
+    """Run a command -> its exit code.
+
+    Args:
+        argv: its words; None: those of this process, which a signal then ends with code 130.
+    """
+    return interrupts.stoppable(lambda: _run(None)) if argv is None else _run(argv)
 
 
 def _run(argv: list[str] | None) -> int:

@@ -55,7 +55,8 @@ MULTIMODAL = (
 
 def is_original(values: dict[str, Any]) -> bool:
     """Whether a config.json is in the released layout."""
-    return values.get("model_type") in TEXT_TYPE
+    kind = values.get("model_type")
+    return isinstance(kind, str) and kind in TEXT_TYPE
 
 
 def from_original(values: dict[str, Any], folder: str | os.PathLike | None = None) -> dict[str, Any]:

@@ -199,8 +199,8 @@ def write_shards(
         unit="B",
         unit_scale=True,
         desc="writing",
-        disable=not progress or not sys.stderr.isatty(),
-        mininterval=0.3,
+        disable=not progress,
+        mininterval=0.3 if sys.stderr.isatty() else 20,
     )
     with bar:
         for file, tensors in zip(names, files, strict=True):
