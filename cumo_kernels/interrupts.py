@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 STOPPED = 130  # exit code
+GRACE = 5.0  # seconds that a command has to clean up
 COMMANDS = {"cumo_kernels": "cumo-kernels", "benchmarks": "bench"}  # module -> name in messages
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -38,7 +39,7 @@ def raising() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    _set(signal.default_int_handler)
+    _set(_raise)
     try:
         yield
     finally:
@@ -59,6 +60,14 @@ def stoppable(command: Callable[[], int]) -> int:
 def _say() -> None:
     if "--quiet" not in sys.argv and "--serve" not in sys.argv:  # processes of a command that says it
         os.write(2, f"{program() or 'cumo-kernels'}: stopped\n".encode())
+
+
+def _raise(number: int, frame) -> None:
+    # an import that catches the exception would go on as if there had been no signal
+    end = threading.Timer(GRACE, _end)
+    end.daemon = True
+    end.start()
+    raise KeyboardInterrupt
 
 
 def _end() -> None:

@@ -24,7 +24,7 @@ def check_paths(model: Any, data: Any, output_dir: str | os.PathLike) -> None:
         ValueError: a file or folder is missing or of another kind, or output_dir cannot be the folder of a
             run; the message names the key.
     """
-    _check_home({**{f"model.{name}": getattr(model, name) for name in MODEL_PATHS}})
+    _check_home({f"model.{name}": getattr(model, name) for name in MODEL_PATHS})
     _check_home({"data.files": data.files, "data.images": data.images, "data.cache_dir": data.cache_dir})
     if (model.start is None) == (model.vision is None or model.language is None):
         raise ValueError("model must have either start, or vision and language, got both or neither")
