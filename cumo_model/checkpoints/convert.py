@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from cumo_model.checkpoints.assemble import describe
@@ -92,7 +91,9 @@ def convert(
     if layout == "original":
         try:
             new_config = to_original(config, _pictures(processor), source)
-        except StrictDataclassError as error:  # in what a released config.json said, which is kept there
+        except ValueError:
+            raise
+        except Exception as error:  # of any kind, by what a released config.json said, which is kept there
             reason = " ".join(str(error).split())
             raise ValueError(f"{source / 'config.json'}: original cannot be used: {reason}") from error
     shards = Shards(source)
