@@ -2,6 +2,8 @@
 
 While modules are imported nothing has to be cleaned up, and an exception could get lost in one that catches
 it: the process then ends at once. Later both signals raise KeyboardInterrupt.
+
+cumo_model has its own, `signals`: it is needed before torch, which `import cumo_kernels` loads.
 """
 
 import contextlib

@@ -52,13 +52,13 @@ def _train(args: argparse.Namespace) -> Callable[[], int]:
 
     import torch
 
-    from cumo_model.training.run_folder import finished_step
+    from cumo_model.training.run_folder import finished_step, is_first_process
     from cumo_model.training.trainer import run_recipe
 
     def train() -> int:
         before = finished_step(recipe.output_dir)
         path = run_recipe(recipe)
-        if int(os.environ.get("RANK", 0)) == 0:
+        if is_first_process():
             done = finished_step(recipe.output_dir)
             print(f"already finished at step {done}: {path}" if done == before else f"trained: {path}")
         if torch.distributed.is_initialized():
@@ -67,11 +67,7 @@ def _train(args: argparse.Namespace) -> Callable[[], int]:
             torch.distributed.destroy_process_group()
         return 0
 
-    def reported() -> int:
-        with reported_once():
-            return train()
-
-    return reported
+    return reported_once()(train)
 
 
 def _experts(args: argparse.Namespace) -> Callable[[], int]:
@@ -233,10 +229,12 @@ def _told(error: BaseException) -> int | None:
         return None
     from safetensors import SafetensorError
 
+    from cumo_model.checkpoints.shards import is_refused_pickle
+
     if not isinstance(error, SafetensorError | EOFError | pickle.UnpicklingError):
         return None
     what = f"a file of tensors is damaged: {' '.join(str(error).split())}"
-    if "weights_only" in str(error) or "Weights only" in str(error):  # torch advises to run its code
+    if is_refused_pickle(error):  # torch advises to run its code
         what = (
             "a pickled file is refused, because it holds more than tensors, and reading it could run code: "
             "delete the checkpoint or file that it is in, or restore it"

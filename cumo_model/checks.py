@@ -7,18 +7,18 @@ the functions that read it, and so is all of this for those who call the functio
 import argparse
 import base64
 import binascii
-import glob
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cumo_model.data.patterns import record_files
+from cumo_model.data.patterns import check_roots, record_files
 from cumo_model.processing.templates import IMAGE_MARKER, get_template
 from cumo_model.processing.tokenizer_files import has_tokenizer, no_tokenizer
 
 MOST = 2**31 - 1  # of numbers that count something
+IMAGES = "--images must be a folder or a .tar file"
 SMALLEST = 30  # bytes of a picture; shorter base64 text is a name
 
 
@@ -64,7 +64,7 @@ def _experts(args: argparse.Namespace) -> None:
     _check_template(args.template)
     with _named("--data"):
         record_files(args.data)
-    _check_roots(args.images or [])
+    check_roots(IMAGES, args.images or [])
     _check_pictures(args.picture or [])
     _check_talking(args.checkpoint)
     _check_new("--out", args.out)
@@ -72,7 +72,7 @@ def _experts(args: argparse.Namespace) -> None:
 
 def _data(args: argparse.Namespace) -> int | None:
     _check_template(args.template)
-    _check_roots(args.images or [])
+    check_roots(IMAGES, args.images or [])
     problems = []
     for pattern in args.files:
         try:
@@ -217,15 +217,6 @@ def _check_template(name: str | None, must_instruct: bool = False) -> None:
         if must_instruct and not get_template(name).instruct:
             raise ValueError(f"template must be an instruct template, got {name!r}")
         get_template(name)
-
-
-def _check_roots(roots: Iterable[str]) -> None:
-    """Folders and .tar files of pictures, or patterns of these files."""
-    for root in roots:
-        if not os.path.exists(root) and not (root.endswith(".tar") and glob.glob(root)):
-            raise ValueError(f"--images must be a folder or a .tar file, got {root!r}, which does not exist")
-        if not root.endswith(".tar") and not os.path.isdir(root):
-            raise ValueError(f"--images must be a folder or a .tar file, got {root!r}")
 
 
 def _check_pictures(names: Iterable[str]) -> None:

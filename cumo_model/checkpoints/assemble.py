@@ -211,6 +211,19 @@ def describe(checkpoint: str | os.PathLike) -> tuple[CumoConfig, CumoProcessor |
         no tokenizer.
 
     Raises:
+        ValueError: as `config_of`, or a file of the processor is damaged.
+    """
+    folder, config = Path(checkpoint), config_of(checkpoint)
+    processor = read_processor(folder, config)
+    if processor is not None:
+        agree(config, processor)
+    return config, processor
+
+
+def config_of(checkpoint: str | os.PathLike) -> CumoConfig:
+    """Read the config of a checkpoint in either layout, as its files say it.
+
+    Raises:
         ValueError: `checkpoint` is not a folder, or its config.json is missing, damaged or of another
             model, or its generation_config.json cannot be read.
     """
@@ -228,10 +241,7 @@ def describe(checkpoint: str | os.PathLike) -> tuple[CumoConfig, CumoProcessor |
         )
     config = read_checked(folder / "config.json", lambda values: _read(values, folder))
     check_generation(folder)
-    processor = read_processor(folder, config)
-    if processor is not None:
-        agree(config, processor)
-    return config, processor
+    return config
 
 
 def _read(values: dict[str, Any], folder: Path) -> CumoConfig:

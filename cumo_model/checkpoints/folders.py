@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cumo_kernels.files import write_whole
-from cumo_model.model.json_files import read_object as read_object
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from transformers import AutoProcessor
 from transformers.utils import logging
 
-from cumo_model.checkpoints.folders import first_line, read_object
+from cumo_model.checkpoints.folders import first_line
 from cumo_model.model.config import CumoConfig
+from cumo_model.model.json_files import read_object
 from cumo_model.processing.conversation import chat_template, template_of
 from cumo_model.processing.processor import CumoProcessor, load_tokenizer, processor_from
 from cumo_model.processing.templates import IMAGE_MARKER, TEMPLATES, get_template

@@ -20,4 +20,5 @@ def is_no_room(error: BaseException) -> bool:
     """Whether an error says that a disk or a quota is full, or a file too large for its file system."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in NO_ROOM
-    return any(word in str(error) for word in NO_ROOM_WORDS)
+    is_of_writer = isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"
+    return is_of_writer and any(word in str(error) for word in NO_ROOM_WORDS)

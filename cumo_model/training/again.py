@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from cumo_model.checkpoints.folders import read_object
+from cumo_model.model.json_files import read_object
 from cumo_model.training.arguments import default_here
 from cumo_model.training.recipe import Recipe
 from cumo_model.training.run_folder import RECIPE_FILE, RESULT, checkpoints, finished_step, step_of

@@ -23,8 +23,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import ExplicitEnum
 from transformers.training_args import _convert_str_dict, trainer_log_levels
 
-from cumo_model.checkpoints.folders import read_object
 from cumo_model.model.compat import checkpointing_arguments
+from cumo_model.model.json_files import read_object
 from cumo_model.training.recipe_files import SHIPPED
 from cumo_model.training.values import (
     NOT_NEGATIVE,

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from cumo_model.checkpoints.assemble import describe
-from cumo_model.checkpoints.folders import fingerprint, read_object, write_json
+from cumo_model.checkpoints.folders import fingerprint, write_json
 from cumo_model.checkpoints.processors import template_for
-from cumo_model.data.patterns import record_files
+from cumo_model.data.patterns import exists, record_files
+from cumo_model.model.json_files import read_object
 from cumo_model.processing.processor import DEFAULT_TEMPLATE
-from cumo_model.training.paths import exists
 from cumo_model.training.recipe import ModelSection, Recipe
-from cumo_model.training.run_folder import has_begun
+from cumo_model.training.run_folder import has_begun, is_first_process
 from cumo_model.training.start import DEFAULT_TOP_K
 
 OPAQUE = "content of "  # names whose values are digests, of no use in a message
@@ -51,7 +51,7 @@ def claim(path: Path, wanted: dict, advice: str = "") -> None:
 
 def _record(path: Path, content: dict) -> None:
     """Write a record, on the first process only: the others do not know whether it holds the run's lock."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first_process():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from cumo_model.model.full_disk import is_no_room
 from cumo_model.training.lock import locked
-from cumo_model.training.paths import check_paths
 from cumo_model.training.run_folder import finished_step
 
 MAX_RESTARTS = 3
@@ -118,9 +117,10 @@ def launch(
     from cumo_model.training.recipe import load_recipe
 
     _check(processes, max_restarts)
-    recipe = load_recipe(config, overrides)  # before the workers start, because they need seconds for that
+    recipe = load_recipe(
+        config, overrides, files=True
+    )  # before the workers start, because they need seconds for that
     if finished_step(recipe.output_dir) is None:
-        check_paths(recipe.model, recipe.data, recipe.output_dir)
         with locked(recipe.output_dir):  # else each worker would find out after seconds of imports
             pass
     _check_devices(processes, bool(recipe.trainer.get("use_cpu")))

@@ -3,13 +3,12 @@
 import importlib.util
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from cumo_model.data.patterns import check_roots, matching
 from cumo_model.processing.tokenizer_files import has_tokenizer, no_tokenizer
 
 MODEL_PATHS = ("start", "vision", "language", "projector", "tokenizer")
-PATTERN = "*?["
 
 
 def check_paths(model: Any, data: Any, output_dir: str | os.PathLike) -> None:
@@ -50,19 +49,13 @@ def check_paths(model: Any, data: Any, output_dir: str | os.PathLike) -> None:
     if not data.files:
         raise ValueError("data.files must name at least one file, got none")
     for pattern in data.files:
-        if not exists(pattern):
+        if not matching(pattern):
             raise ValueError(f"data.files must name files, got {pattern!r}, which does not exist")
         if os.path.isdir(pattern):
             raise ValueError(f"data.files must name files, got {pattern!r}, which is a folder")
     if not data.images and not any(pattern.endswith(".tar") for pattern in data.files):
         raise ValueError("data.images must name a folder or .tar files, got none")
-    for pattern in data.images:
-        if not exists(pattern):
-            raise ValueError(
-                f"data.images must name folders or .tar files, got {pattern!r}, which does not exist"
-            )
-        if os.path.isfile(pattern) and not pattern.endswith(".tar"):
-            raise ValueError(f"data.images must name folders or .tar files, got the file {pattern!r}")
+    check_roots("data.images must name folders or .tar files", data.images)
     if data.cache_dir is not None:
         _check_place("data.cache_dir", data.cache_dir)
     check_output(output_dir, model)
@@ -115,14 +108,6 @@ def _check_place(key: str, path: str) -> None:
             f"{key} must be a folder that can be written to, got {path!r}: there is no permission to write "
             f"to {above!r}"
         )
-
-
-def exists(pattern: str) -> bool:
-    """Whether a path exists, or a pattern fits one."""
-    if os.path.exists(pattern):
-        return True
-    anchor = Path(pattern).anchor
-    return any(c in pattern for c in PATTERN) and any(Path(anchor or ".").glob(pattern.removeprefix(anchor)))
 
 
 def check_output(output_dir: str | os.PathLike, model: Any) -> None:

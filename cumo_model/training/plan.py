@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig, TrainingArguments
+from transformers import TrainingArguments
 from transformers.initialization import no_init_weights
 
-from cumo_model.checkpoints.assemble import experts_of
-from cumo_model.checkpoints.folders import read_object
-from cumo_model.model.config import CumoConfig, CumoVisionConfig
+from cumo_model.checkpoints.assemble import config_of, experts_of
+from cumo_model.checkpoints.parts import read_parts
+from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.training.recipe import EXPERTS, PARTS, ModelSection, Recipe
 from cumo_model.training.run_folder import RESULT, checkpoints
@@ -32,21 +32,13 @@ def planned_config(model: ModelSection) -> CumoConfig:
     Raises:
         ValueError: a config is missing, damaged or of another kind.
     """
-    if model.start is not None:
-        return CumoConfig.from_pretrained(model.start)
-    vision = read_object(Path(model.vision, "config.json"))
-    is_ours = vision.get("model_type") == CumoVisionConfig.model_type
-    tower = (CumoVisionConfig if is_ours else CLIPVisionConfig).from_pretrained(model.vision).to_dict()
-    tower = {name: v for name, v in tower.items() if name not in ("model_type", "architectures", "dtype")}
-    tower |= {} if is_ours else {"num_experts": 1}
-    text: PreTrainedConfig = AutoConfig.from_pretrained(model.language)
-    return CumoConfig(
-        vision_config=tower,
-        text_config=text,
-        projector_num_experts=1,
-        scales=model.scales,
-        compat=model.compat,
-    )
+    try:
+        if model.start is not None:
+            return config_of(model.start)
+        options = {"scales": model.scales, "compat": model.compat}
+        return read_parts(model.vision, model.language, model.projector, **options).config
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
 
 
 def planned_experts(model: ModelSection, config: CumoConfig) -> dict[str, tuple[int, int]]:
@@ -104,8 +96,7 @@ def check_plan(recipe: Recipe, args: TrainingArguments) -> CumoConfig:
             f"got {model.quantize}"
         )
     experts = planned_experts(model, config)
-    if model.projector is None:  # its experts are known when it is loaded
-        check_experts(model, experts)
+    check_experts(model, experts)
     number = stage.expert_parallel
     if number > 1:
         if stage.lora is not None or args.deepspeed:

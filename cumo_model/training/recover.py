@@ -28,8 +28,9 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from cumo_model.checkpoints.folders import first_line, read_object
+from cumo_model.checkpoints.folders import first_line
 from cumo_model.model.full_disk import is_no_room
+from cumo_model.model.json_files import read_object
 from cumo_model.training.run_folder import checkpoints
 
 SAVING = ".saving"

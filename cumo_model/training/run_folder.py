@@ -12,6 +12,11 @@ RESULT = "model"  # subfolder of a finished run, with its own RECIPE_FILE, the w
 HISTORY_FILE = "trainer_state.json"  # file in RESULT and in each checkpoint, as the Trainer calls it
 
 
+def is_first_process() -> bool:
+    """Whether this is the first process of a run; known before the processes have joined."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = {}

@@ -18,9 +18,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-from cumo_model.checkpoints.folders import first_line, new_directory, read_object
+from cumo_model.checkpoints.folders import first_line, new_directory
 from cumo_model.data.sampling import StepSampler
 from cumo_model.model.full_disk import is_no_room
+from cumo_model.model.json_files import read_object
 from cumo_model.model.losses import share_of_labels
 from cumo_model.training.again import EnoughSteps, check_resumed, fields_of, is_complete
 from cumo_model.training.claims import claim, claim_recipe, claim_start, record_fields, sizes_of
@@ -41,6 +42,7 @@ from cumo_model.training.run_folder import (
     checkpoints,
     finished_step,
     has_begun,
+    is_first_process,
     step_of,
 )
 
@@ -233,14 +235,14 @@ def run_stage(
         FloatingPointError: the loss or a weight is not finite.
         Interrupted: SIGINT or SIGTERM was received; progress is saved if the disk is not full.
     """
-    out, is_first = Path(recipe.output_dir), int(os.environ.get("RANK", 0)) == 0
+    out = Path(recipe.output_dir)
     if _is_finished(recipe):
-        if is_first:  # files of a run that was killed after it had saved its result
+        if is_first_process():  # files of a run that was killed after it had saved its result
             clear(recipe)
             shutil.rmtree(_work(out / RESULT), ignore_errors=True)
         return out / RESULT
     check_output(out, recipe.model)
-    with locked(out) if is_first else contextlib.nullcontext():
+    with locked(out) if is_first_process() else contextlib.nullcontext():
         return _train(recipe, build, callbacks)
 
 
@@ -257,7 +259,7 @@ def _is_finished(recipe: Recipe) -> bool:
 
 def _train(recipe: Recipe, build: Callable[[Recipe, Sequence], StageTrainer], callbacks: Sequence) -> Path:
     out, fields = Path(recipe.output_dir), fields_of(recipe.trainer)
-    if not has_begun(out) and int(os.environ.get("RANK", 0)) == 0:
+    if not has_begun(out) and is_first_process():
         clear(recipe)  # a first model that was made for another recipe
     before = claim_recipe(out / RECIPE_FILE, recipe, fields)
     claim_start(out / START_FILE, recipe.model)
@@ -274,9 +276,7 @@ def _train(recipe: Recipe, build: Callable[[Recipe, Sequence], StageTrainer], ca
     if any(stop.stopped for stop in stops):
         what = "progress is saved"
         if trainer.save_failed is not None:
-            last = checkpoints(out)
-            kept = f"the last checkpoint is of step {step_of(last[-1])}" if last else "there is no checkpoint"
-            what = f"progress is NOT saved: {trainer.save_failed}; {kept}"
+            what = f"progress is NOT saved: {trainer.save_failed}; {_kept(out)}"
         raise Interrupted(f"{out}: stopped at step {trainer.state.global_step}, {what}")
     try:
         trainer.save_result(out / RESULT, recipe)
@@ -285,15 +285,18 @@ def _train(recipe: Recipe, build: Callable[[Recipe, Sequence], StageTrainer], ca
             raise
         if trainer.is_world_process_zero():
             shutil.rmtree(_work(out / RESULT), ignore_errors=True)
-        last = checkpoints(out)
-        kept = f"checkpoint of step {step_of(last[-1])}" if last else "NO checkpoint"
         raise OSError(
-            f"{out}: the result is NOT saved, the disk is full ({first_line(error)}); there is a {kept}: "
+            f"{out}: the result is NOT saved, the disk is full ({first_line(error)}); {_kept(out)}: "
             "make room and give the same command again"
         ) from error
     if trainer.is_world_process_zero():
         clear(recipe)
     return out / RESULT
+
+
+def _kept(out: Path) -> str:
+    last = checkpoints(out)
+    return f"there is a checkpoint of step {step_of(last[-1])}" if last else "there is NO checkpoint"
 
 
 def read_history(result: str | os.PathLike) -> dict:

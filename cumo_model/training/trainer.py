@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from cumo_model.checkpoints.assemble import experts_of
 from cumo_model.checkpoints.processors import template_for
 from cumo_model.data.batches import Collator
 from cumo_model.data.sampling import Units, plan_packs
@@ -44,7 +43,7 @@ from cumo_model.training.expert_checkpoints import is_spread, spread_experts
 from cumo_model.training.lora import has_adapters, load_beside, merged, save_beside, with_lora
 from cumo_model.training.monitor import Monitor
 from cumo_model.training.paths import check_packages, check_paths
-from cumo_model.training.plan import check_experts, check_plan
+from cumo_model.training.plan import check_plan
 from cumo_model.training.recipe import (
     PARTS,
     DataSection,
@@ -245,7 +244,6 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
     set_seed(args.seed)
     join_processes(args)
     model, processor = begin(recipe, args)
-    check_experts(recipe.model, experts_of(model.config))
     stage, data = recipe.stage, recipe.data
     if (stage.balance_loss_coef or stage.router_z_loss_coef) and not model.has_expert_losses:
         warnings.warn(

@@ -20,19 +20,12 @@ from cumo_model.training.recover import Interrupted
 from cumo_model.training.run_folder import checkpoints, finished_step
 from cumo_model.training.stage import StageTrainer, run_stage
 from cumo_model.training.trainer import run_recipe
-from tests.model.training.small_runs import write_data, write_model, write_recipe
+from tests.model.training.small_runs import write_recipe
 from tests.model.training.test_recover import StopAt, same_result
 from tests.model.training.toy_stage import build_toy, toy_recipe
 from tests.processes import Forked
 
 CONSTANT = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2, "save_steps": 2}
-
-
-@pytest.fixture
-def folder(tmp_path, tiny_config):
-    write_data(tmp_path)
-    write_model(tmp_path, tiny_config)
-    return tmp_path
 
 
 def train(recipe: Path, *overrides: str) -> int:

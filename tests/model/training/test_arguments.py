@@ -18,14 +18,7 @@ from cumo_model.training.recipe import (
     load_recipe,
 )
 from cumo_model.training.trainer import build_trainer, training_arguments
-from tests.model.training.small_runs import write_data, write_model, write_recipe
-
-
-@pytest.fixture
-def folder(tmp_path, tiny_config):
-    write_data(tmp_path)
-    write_model(tmp_path, tiny_config)
-    return tmp_path
+from tests.model.training.small_runs import write_model, write_recipe
 
 
 def arguments(*settings):

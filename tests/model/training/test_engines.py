@@ -14,18 +14,10 @@ from cumo_model.training.recover import Interrupted
 from cumo_model.training.run_folder import checkpoints
 from cumo_model.training.trainer import build_trainer, run_recipe, training_arguments
 from tests.model.gradients import beside_weights
-from tests.model.training.small_runs import write_data, write_model, write_recipe
+from tests.model.training.small_runs import write_data, write_recipe
 from tests.model.training.test_recover import CLOSELY, LOGGED, STEP, StopAt, losses, same_result, start
 from tests.processes import finish
 from tests.rounding import assert_close_after, assert_same_formula, in_fp64
-
-
-@pytest.fixture
-def folder(tmp_path, tiny_config):
-    write_data(tmp_path)
-    write_model(tmp_path, tiny_config)
-    return tmp_path
-
 
 OPTIONS = {"trainer__per_device_train_batch_size": 1, "trainer__max_steps": 4, "model__text_experts": 0}
 ENGINES = {

@@ -20,11 +20,12 @@ from cumo_model.__main__ import main
 from cumo_model.training import launch
 from cumo_model.training.launch import reported_once, supervise
 from cumo_model.training.lock import locked
-from cumo_model.training.recover import Interrupted, checkpoints
+from cumo_model.training.recover import Interrupted
+from cumo_model.training.run_folder import checkpoints
 from cumo_model.training.trainer import training_arguments
 from tests.model.test_documentation import blocks, commands
-from tests.model.training.small_runs import write_data, write_model, write_recipe
-from tests.model.training.test_recover import ENVIRONMENT, reached, same_result, start, wait_for
+from tests.model.training.small_runs import write_recipe
+from tests.model.training.test_recover import as_a_user, reached, same_result, start, wait_for
 from tests.model.training.toy_stage import toy_recipe
 from tests.processes import Forked, finish, free_port
 
@@ -42,13 +43,6 @@ def lines_of(page: str) -> list[list[str]]:
 LINES = lines_of("docs/training.md")
 
 
-@pytest.fixture
-def folder(tmp_path, tiny_config):
-    write_data(tmp_path)
-    write_model(tmp_path, tiny_config)
-    return tmp_path
-
-
 def as_documented(words: list[str], recipe: Path) -> subprocess.Popen:
     """Start a command of the docs with two processes on this machine and another recipe."""
     words = (
@@ -63,16 +57,7 @@ def as_documented(words: list[str], recipe: Path) -> subprocess.Popen:
     }
     line = " ".join(here.get(word, shlex.quote(word)) for word in words)
     line = re.sub(r"^((?:\w+=\w+ )*)", r"exec env \1", line)
-    return subprocess.Popen(
-        line,
-        shell=True,
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return as_a_user(line)
 
 
 def workers(process: subprocess.Popen) -> list[psutil.Process]:

@@ -21,7 +21,7 @@ from cumo_model.training.recipe import load_recipe
 from cumo_model.training.recover import Interrupted, StopRequests
 from cumo_model.training.run_folder import checkpoints
 from cumo_model.training.trainer import build_trainer, run_recipe
-from tests.model.training.small_runs import write_data, write_model, write_recipe
+from tests.model.training.small_runs import write_recipe
 from tests.processes import Forked, finish, kill
 from tests.rounding import assert_close_after
 
@@ -36,13 +36,6 @@ STEP = 2
 LOGGED = STEP + 3 + 3  # a logged loss is also a sum over four micro-batches: three additions in each run
 
 
-@pytest.fixture
-def folder(tmp_path, tiny_config):
-    write_data(tmp_path)
-    write_model(tmp_path, tiny_config)
-    return tmp_path
-
-
 def start(recipe: Path, ranks: int = 1) -> Forked:
     out = recipe.with_suffix(f".{time.monotonic_ns()}.txt")
     train = ["-m", "cumo_model", "train", "--config", str(recipe)]
@@ -53,8 +46,14 @@ def torchrun(recipe: Path) -> subprocess.Popen:
     """Start a run on two processes with torchrun, as a user does."""
     launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     train = ["-m", "cumo_model", "train", "--config", str(recipe)]
+    return as_a_user([sys.executable, *launch, "--max-restarts=0", *train])
+
+
+def as_a_user(command: list[str] | str) -> subprocess.Popen:
+    """Start a program, or a line of a shell, in the root of the tree and a session of its own."""
     return subprocess.Popen(
-        [sys.executable, *launch, "--max-restarts=0", *train],
+        command,
+        shell=isinstance(command, str),
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,

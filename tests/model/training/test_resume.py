@@ -17,18 +17,11 @@ from cumo_model.training.recipe import load_recipe
 from cumo_model.training.recover import Interrupted, damage
 from cumo_model.training.run_folder import checkpoints
 from cumo_model.training.trainer import run_recipe
-from tests.model.training.small_runs import write_data, write_model, write_recipe
+from tests.model.training.small_runs import write_recipe
 from tests.model.training.test_recover import StopAt, losses, same_result, start, wait_for
 from tests.processes import Forked, finish, kill
 
 WORKER = Path(__file__).with_name("full_disk_worker.py")
-
-
-@pytest.fixture
-def folder(tmp_path, tiny_config):
-    write_data(tmp_path)
-    write_model(tmp_path, tiny_config)
-    return tmp_path
 
 
 def cut(path: Path) -> None:

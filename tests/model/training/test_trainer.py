@@ -21,13 +21,6 @@ from tests.model.training.small_runs import write_data, write_model, write_recip
 from tests.rounding import assert_close_after, assert_same_formula
 
 
-@pytest.fixture
-def folder(tmp_path, tiny_config):
-    write_data(tmp_path)
-    write_model(tmp_path, tiny_config)
-    return tmp_path
-
-
 def history(path):
     return json.loads((path / "trainer_state.json").read_text())["log_history"]
 

@@ -1,15 +1,19 @@
 """Values of a recipe are checked when it is read, and what it needs before a model is loaded."""
 
 import dataclasses
+import errno
 import math
 import shutil
 
 import pytest
+from safetensors import SafetensorError
 from transformers.utils import is_flash_attn_2_available
 
 from cumo_model import CumoConfig
 from cumo_model.__main__ import main
 from cumo_model.checkpoints import assemble as assembling
+from cumo_model.data.patterns import record_files
+from cumo_model.model.full_disk import is_no_room
 from cumo_model.training import plan, trainer
 from cumo_model.training.paths import check_paths
 from cumo_model.training.plan import check_plan, planned_config, weights_of
@@ -23,15 +27,7 @@ from cumo_model.training.recipe import (
 from cumo_model.training.recover import AtomicCheckpoints
 from cumo_model.training.run_folder import checkpoints
 from cumo_model.training.trainer import build_trainer, run_recipe, training_arguments
-from tests.model.training.small_runs import write_data, write_model, write_recipe
-
-
-@pytest.fixture
-def folder(tmp_path, tiny_config):
-    write_data(tmp_path)
-    write_model(tmp_path, tiny_config)
-    return tmp_path
-
+from tests.model.training.small_runs import write_recipe
 
 OUT_OF_RANGE = {
     "stage.balance_loss_coef": ["-1", ".nan", ".inf"],
@@ -208,6 +204,21 @@ def test_what_does_not_exist_is_named_before_a_model_is_loaded(folder, override,
     assert main(["train", "--config", str(recipe), given]) == 1
     said = capsys.readouterr().err
     assert said.startswith("cumo: ") and said.count("\n") == 1
+
+
+def test_a_name_with_brackets_is_a_pattern_before_and_after_loading(folder):
+    """Even where a file has that very name."""
+    file = folder / "colours[1].jsonl"
+    file.write_text((folder / "colours.jsonl").read_text())
+    with pytest.raises(ValueError, match=r"^data.files must name files, got '\S*colours\[1\].jsonl'"):
+        load_recipe(write_recipe(folder, data__files=[str(file)]), files=True)
+    assert record_files(folder / "colours?1?.jsonl") == [str(file)]
+
+
+def test_only_what_writes_can_say_that_a_disk_is_full():
+    full = [OSError(errno.ENOSPC, "x"), RuntimeError("PytorchStreamWriter"), SafetensorError("os error 28")]
+    other = [OSError(errno.ENOENT, "File too large"), ValueError("File too large"), KeyError("No space left")]
+    assert all(map(is_no_room, full)) and not any(map(is_no_room, other))
 
 
 def test_a_start_without_a_tokenizer_is_named(folder):
