@@ -117,9 +117,8 @@ def launch(
     from cumo_model.training.recipe import load_recipe
 
     _check(processes, max_restarts)
-    recipe = load_recipe(
-        config, overrides, files=True
-    )  # before the workers start, because they need seconds for that
+    # here, because workers need seconds before they could say what is wrong
+    recipe = load_recipe(config, overrides, files=True)
     if finished_step(recipe.output_dir) is None:
         with locked(recipe.output_dir):  # else each worker would find out after seconds of imports
             pass
