@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM in the commands of this package: one line and exit code 130, no traceback.
 
 While modules are imported nothing has to be cleaned up, and an exception could get lost in one that catches
-it: the process then ends at once. Later both signals raise KeyboardInterrupt.
+it: the process then ends at once. Later both signals raise Stopped.
 
 cumo_model has its own, `signals`: it is needed before torch, which `import cumo_kernels` loads.
 """
@@ -18,6 +18,12 @@ STOPPED = 130  # exit code
 GRACE = 5.0  # seconds that a command has to clean up
 COMMANDS = {"cumo_kernels": "cumo-kernels", "benchmarks": "bench"}  # module -> name in messages
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM. After KeyboardInterrupt itself, raised in code that C evaluates, Python would end
+    with SIGINT's own exit code even where the exception is caught.
+    """
 
 
 def program() -> str | None:
@@ -40,11 +46,32 @@ def raising() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    _set(_raise)
+    before, hook = {number: signal.getsignal(number) for number in SIGNALS}, sys.unraisablehook
+    ends = []
+
+    def stop(number: int, frame) -> None:
+        # an import that catches the exception would go on as if there had been no signal
+        ends.append(threading.Timer(GRACE, _end))
+        ends[-1].daemon = True
+        ends[-1].start()
+        raise Stopped
+
+    def again(unraisable) -> None:
+        """Python ignores exceptions in destructors, and would ignore one of this function."""
+        if not isinstance(unraisable.exc_value, Stopped):
+            hook(unraisable)
+            return
+        ends.append(threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)))
+        ends[-1].start()
+
+    _set(stop)
+    sys.unraisablehook = again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
+        for end in ends:
+            end.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -62,14 +89,6 @@ def stoppable(command: Callable[[], int]) -> int:
 def _say() -> None:
     if "--quiet" not in sys.argv and "--serve" not in sys.argv:  # processes of a command that says it
         os.write(2, f"{program() or 'cumo-kernels'}: stopped\n".encode())
-
-
-def _raise(number: int, frame) -> None:
-    # an import that catches the exception would go on as if there had been no signal
-    end = threading.Timer(GRACE, _end)
-    end.daemon = True
-    end.start()
-    raise KeyboardInterrupt
 
 
 def _end() -> None:

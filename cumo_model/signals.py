@@ -16,7 +16,13 @@ STOPPED = 130  # exit code
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Terminated(KeyboardInterrupt):
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C. After KeyboardInterrupt itself, raised in code that C evaluates, Python would end with
+    SIGINT's own exit code even where the exception is caught.
+    """
+
+
+class Terminated(Stopped):
     """SIGTERM: as Ctrl-C, but it also ends what continues after Ctrl-C."""
 
 
@@ -71,7 +77,7 @@ def is_stop(error: BaseException | None) -> bool:
 
 
 def _raise(number: int, frame) -> None:
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    raise Terminated if number == signal.SIGTERM else Stopped
 
 
 def _end() -> None:

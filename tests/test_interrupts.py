@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM end the commands of cumo_kernels and benchmarks in one line, with code 130."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -48,7 +49,10 @@ def test_a_program_that_imports_the_package_keeps_its_handlers():
     assert run.stdout.split() == ["True"]
 
 
-def test_handlers_are_restored_and_a_signal_is_a_code():
+def test_handlers_are_restored_and_a_signal_is_a_code(monkeypatch):
+    ended = []
+    monkeypatch.setattr(interrupts, "GRACE", 0.2)
+    monkeypatch.setattr(interrupts, "_end", lambda: ended.append(True))
     before = signal.getsignal(signal.SIGTERM)
     assert interrupts.stoppable(lambda: 7) == 7
 
@@ -59,3 +63,62 @@ def test_handlers_are_restored_and_a_signal_is_a_code():
 
     assert interrupts.stoppable(stop) == interrupts.STOPPED
     assert signal.getsignal(signal.SIGTERM) is before
+    time.sleep(0.5)
+    assert not ended  # the process is not ended later, when the command is over
+
+
+def test_a_command_that_catches_the_exception_is_ended(monkeypatch):
+    ended = []
+    monkeypatch.setattr(interrupts, "GRACE", 0.2)
+    monkeypatch.setattr(interrupts, "_end", lambda: ended.append(True))
+
+    def caught() -> int:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        time.sleep(0.5)
+        return 0
+
+    interrupts.stoppable(caught)
+    assert ended
+
+
+def test_a_signal_in_a_destructor_is_not_lost():
+    class Caught:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def command() -> int:
+        caught = Caught()
+        del caught
+        time.sleep(10)
+        return 0
+
+    begin = time.monotonic()
+    assert interrupts.stoppable(command) == interrupts.STOPPED and time.monotonic() - begin < 4
+
+
+@pytest.mark.parametrize("module", ["cumo_kernels.interrupts", "cumo_model.signals"])
+def test_a_signal_in_code_that_c_evaluates_is_a_code(module, tmp_path):
+    """Python ends with SIGINT's own exit code if it has seen KeyboardInterrupt there."""
+    (tmp_path / "command.py").write_text(f"""
+import ctypes, sys
+from {module} import raising
+
+text = b"import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
+evaluate, scope = ctypes.pythonapi.PyRun_String, ctypes.py_object({{}})
+evaluate.restype = ctypes.py_object
+try:
+    with raising():
+        evaluate(text, 257, scope, scope)
+except KeyboardInterrupt:
+    sys.exit(130)
+""")
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "command"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == interrupts.STOPPED, run.stderr
