@@ -17,13 +17,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C. After KeyboardInterrupt itself, raised in code that C evaluates, Python would end with
-    SIGINT's own exit code even where the exception is caught.
+    """A signal, whose number is the argument: SIGTERM also ends what continues after Ctrl-C.
+
+    After KeyboardInterrupt itself, raised in code that C evaluates, Python would end with SIGINT's own exit code
+    even where the exception is caught.
     """
-
-
-class Terminated(Stopped):
-    """SIGTERM: as Ctrl-C, but it also ends what continues after Ctrl-C."""
 
 
 def is_command() -> bool:
@@ -77,7 +75,7 @@ def is_stop(error: BaseException | None) -> bool:
 
 
 def _raise(number: int, frame) -> None:
-    raise Terminated if number == signal.SIGTERM else Stopped
+    raise Stopped(number)
 
 
 def _end() -> None:

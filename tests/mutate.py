@@ -2,8 +2,8 @@
 
     python -m tests.mutate [--only WORD] [--package NAME] [--jobs N] [--write FILE]
 
-Each fault is one replacement in a copy of the tree. For cumo_kernels the tests of the affected stem then run:
-for the Triton backend in Triton's interpreter, for csrc/ in emulation, for the reference directly. For cumo_model
+Each fault is one replacement in a copy of the tree. In cumo_kernels the tests of the affected stem then run:
+for the Triton backend in Triton's interpreter, for csrc/ in emulation, for the reference directly. In cumo_model
 the tests run that the fault names, after all of them have passed without a fault. A fault that no test detects
 shows a missing test, or code that nothing needs.
 """
@@ -93,7 +93,7 @@ def notice(fault: Fault, tree: Path) -> tuple[bool, str]:
 
 
 def without_fault(faults: list[Fault], tree: Path, jobs: int) -> None:
-    """Run all tests that faults of cumo_model name; SystemExit if one fails, because it would prove nothing."""
+    """Run all tests that faults of cumo_model name; SystemExit if one fails: it would prove nothing."""
     ids = sorted({test for fault in faults if fault in FAULTS["cumo_model"] for test in named_tests(fault)})
     if not ids:
         return

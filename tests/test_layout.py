@@ -179,7 +179,7 @@ ROOMS = {
     "checkpoints": ("processing",),
     "training": ("data", "checkpoints"),
     "analysis": ("data", "checkpoints"),
-    "serving": ("checkpoints", "signals"),
+    "serving": ("checkpoints",),
     "demo": ("training", "analysis", "serving"),
     "names": (),
     "old_paths": (),

@@ -1,6 +1,7 @@
 """Chat with a checkpoint about a picture, the command `python -m cumo_model chat`."""
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -17,7 +18,6 @@ from cumo_model.processing.pictures import load_image
 from cumo_model.processing.processor import CumoProcessor
 from cumo_model.processing.templates import IMAGE_MARKER, get_template
 from cumo_model.processing.tokenizer_files import no_tokenizer
-from cumo_model.signals import Terminated
 
 NEW_TOKENS = 64
 # what values in config.json that no check knows can make of generation
@@ -156,7 +156,7 @@ def chat(
             what = f"{type(error).__name__}: {first_line(error)}"
             raise ValueError(f"checkpoint {str(checkpoint)!r} cannot answer: {what}") from error
         except KeyboardInterrupt as stop:
-            if question is not None or isinstance(stop, Terminated):
+            if question is not None or signal.SIGTERM in stop.args:
                 raise
             printer.end()
             said = _bare(printer.said, template)
