@@ -19,8 +19,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Stopped(KeyboardInterrupt):
     """A signal, whose number is the argument: SIGTERM also ends what continues after Ctrl-C.
 
-    After KeyboardInterrupt itself, raised in code that C evaluates, Python would end with SIGINT's own exit code
-    even where the exception is caught.
+    After KeyboardInterrupt itself, raised in code that C evaluates, Python would end with SIGINT's own exit
+    code even where the exception is caught.
     """
 
 

@@ -3,9 +3,9 @@
     python -m tests.mutate [--only WORD] [--package NAME] [--jobs N] [--write FILE]
 
 Each fault is one replacement in a copy of the tree. In cumo_kernels the tests of the affected stem then run:
-for the Triton backend in Triton's interpreter, for csrc/ in emulation, for the reference directly. In cumo_model
-the tests run that the fault names, after all of them have passed without a fault. A fault that no test detects
-shows a missing test, or code that nothing needs.
+for the Triton backend in Triton's interpreter, for csrc/ in emulation, for the reference directly. In
+cumo_model the tests run that the fault names, after all of them have passed without a fault. A fault that no
+test detects shows a missing test, or code that nothing needs.
 """
 
 import argparse
