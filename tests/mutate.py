@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.faults import Fault
+from tests.faults.checkpoints import FAULTS as CHECKPOINTS
 from tests.faults.data import FAULTS as DATA
 from tests.faults.kernels import CUDA, HOPPER, TRITON
 from tests.faults.kernels import FAULTS as KERNELS
@@ -28,7 +29,7 @@ from tests.faults.model import FAULTS as MODEL
 from tests.faults.training import FAULTS as TRAINING
 
 ROOT = Path(__file__).parents[1]
-FAULTS = {"cumo_kernels": KERNELS, "cumo_model": MODEL + DATA + TRAINING}
+FAULTS = {"cumo_kernels": KERNELS, "cumo_model": MODEL + DATA + CHECKPOINTS + TRAINING}
 TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught
 # stems whose tests need neither interpreter nor emulation
 ALONE = ("cute", "ptx_tables", "launch", "pdl")

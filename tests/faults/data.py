@@ -1,4 +1,4 @@
-"""Faults in the rooms processing, data and checkpoints."""
+"""Faults in the rooms processing and data."""
 
 from tests.faults import Fault
 

@@ -1,4 +1,4 @@
-"""Faults in the rooms model, analysis and serving."""
+"""Faults in the room model."""
 
 from tests.faults import Fault
 

@@ -1,0 +1,5 @@
+"""Faults in the rooms checkpoints, analysis and serving."""
+
+from tests.faults import Fault
+
+FAULTS: tuple[Fault, ...] = ()
