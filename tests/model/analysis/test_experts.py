@@ -8,7 +8,16 @@ import torch
 from PIL import Image
 
 from cumo_model.__main__ import main
-from cumo_model.analysis.experts import _as_seen, expert_load, patch_experts, specialisation
+from cumo_model.analysis.experts import (
+    _as_seen,
+    _batches,
+    expert_load,
+    kinds_of,
+    patch_experts,
+    specialisation,
+)
+from cumo_model.checkpoints.assemble import assemble
+from cumo_model.data.streamed import StreamedConversations
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing import build_processor
 from cumo_model.training.monitor import Monitor, gradient_norms, layer_facts
@@ -58,6 +67,56 @@ def test_specialisation_is_none_when_alike_and_one_when_apart():
     assert specialisation({"a": [[1.0, 0.0]], "b": [[0.0, 1.0]]}) == 1
     assert specialisation({"a": [[1.0, 0.0], [0.5, 0.5]], "b": [[0.5, 0.5], [0.5, 0.5]]}) == 0.25
     assert specialisation({"a": [[1.0, 0.0]]}) == 0
+    # distances of the three pairs: 1, 1/2 and 1/2 in the first layer, none in the second
+    three = {"a": [[1.0, 0.0], [0.5, 0.5]], "b": [[0.0, 1.0], [0.5, 0.5]], "c": [[0.5, 0.5], [0.5, 0.5]]}
+    assert_close_after(3, specialisation(three), 1 / 3)
+
+
+def test_load_is_by_kind_and_layer_in_the_order_of_the_layers(tiny_model, tiny_batch):
+    """Half of kind "b" is padding; each share is counted from what the gates chose in evaluation mode."""
+    model, first, second = tiny_model(text="mixtral"), tiny_batch(), tiny_batch()
+    second["attention_mask"][:, 12:] = 0
+    for training in (True, False):
+        load = expert_load(model.train(training), [("a", first), ("b", second), ("a", second)])
+        assert model.training == training
+    names = {"clip": "vision_tower.encoder.layers.{}.mlp", "llm": "language_model.layers.{}.mlp"}
+    assert {place: list(kinds) for place, kinds in load.items()} == {key: ["a", "b"] for key in load}
+    assert {place: len(kinds["a"]) for place, kinds in load.items()} == {"clip": 2, "mlp": 1, "llm": 2}
+    for place, name in names.items():
+        for layer in range(len(load[place]["a"])):
+            chosen = {}
+            gate = model.model.get_submodule(name.format(layer)).gate
+            for batch in (first, second):
+                logits = []
+                handle = gate.register_forward_hook(lambda m, a, out, logits=logits: logits.append(out))
+                with torch.no_grad():
+                    model.eval()(**batch)
+                handle.remove()
+                top = logits[0].flatten(0, -2).topk(2).indices
+                real = batch["attention_mask"].flatten().bool() if place == "llm" else slice(None)
+                chosen[id(batch)] = top[real].flatten().bincount(minlength=4)
+            wanted = {"a": chosen[id(first)] + chosen[id(second)], "b": chosen[id(second)]}
+            for kind, count in wanted.items():
+                assert load[place][kind][layer] == (count / count.sum()).tolist(), (place, layer, kind)
+
+
+def test_kinds_are_files_or_values_of_a_field_with_a_limit_for_each(tmp_path, tiny_config):
+    write_model(tmp_path, tiny_config)
+    _, processor = assemble(tmp_path / "start")
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "red"}]
+    for name, kinds in (("one", [3, "x", 3, "x", 3]), ("two", ["x", 3])):
+        records = [{"id": i, "kind": kind, "conversations": turns} for i, kind in enumerate(kinds)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    files = [str(tmp_path / f"{name}.json") for name in ("one", "two")]
+    dataset = StreamedConversations(files, [str(tmp_path)], processor, "mistral_instruct")
+    assert kinds_of(dataset, None, None) == {"one": [0, 1, 2, 3, 4], "two": [5, 6]}
+    assert kinds_of(dataset, "kind", None) == {"3": [0, 2, 4, 6], "x": [1, 3, 5]}
+    assert kinds_of(dataset, "kind", 2) == {"3": [0, 2], "x": [1, 3]}
+    assert kinds_of(dataset, None, 1) == {"one": [0], "two": [5]}
+    sizes = [
+        (kind, len(batch["input_ids"])) for kind, batch in _batches(dataset, {"a": [0, 1, 2], "b": [3]}, 2)
+    ]
+    assert sizes == [("a", 2), ("a", 1), ("b", 1)]
 
 
 def test_the_command_draws_any_checkpoint(tmp_path, tiny_config, capsys):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from cumo_model import CumoForConditionalGeneration, MoELayer, step0_difference, upcycle
-from tests.rounding import assert_same_formula
+from cumo_model.checkpoints.assemble import PLACES, experts_of
+from cumo_model.checkpoints.upcycle import scratch_experts
+from tests.rounding import assert_same_formula, assert_spread
 
 
 def layers(model) -> dict[str, MoELayer]:
@@ -46,6 +48,101 @@ def test_step_0_equals_the_dense_model(dense, tiny_batch, options, changed):
     assert counts == changed and sum(counts.values()) == len(layers(moe))
     for name, value in dense.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_each_place_has_its_own_number_of_choices(dense):
+    moe = upcycle(dense, 4, 3, 5, top_k=3)
+    assert experts_of(moe.config) == dict(zip(PLACES, [(4, 3), (3, 3), (5, 3)], strict=True))
+    moe = upcycle(dense, 4, 3, 5, top_k=2, vision_top_k=1, projector_top_k=3, text_top_k=4)
+    assert experts_of(moe.config) == dict(zip(PLACES, [(4, 1), (3, 3), (5, 4)], strict=True))
+    found = {
+        name.split(".")[1]: (layer.gate.out_features, layer.top_k) for name, layer in layers(moe).items()
+    }
+    assert found == {"vision_tower": (4, 1), "multi_modal_projector": (3, 3), "language_model": (5, 4)}
+
+
+def test_noise_is_that_of_each_weight_and_leaves_biases_and_gates(dense):
+    """Standard deviations of 1, 2 and 4 times another's, so that none is taken for another's."""
+    with torch.no_grad():
+        for layer in (*dense.model.vision_tower.encoder.layers, dense.model.multi_modal_projector):
+            layer.mlp.fc2.weight.mul_(2)
+        for layer in dense.model.language_model.layers:
+            layer.mlp.down_proj.weight.mul_(4)
+    plain, noisy, same = (upcycle(dense, text_experts=3, seed=5, noise=n) for n in (0, 0.25, 0.25))
+    for name, value in noisy.state_dict().items():
+        assert torch.equal(value, same.state_dict()[name]), name
+    drawn, gates = {}, 0
+    for name, value in plain.named_parameters():
+        other = noisy.get_parameter(name)
+        if ".experts." not in name or "bias" in name:
+            gates += name.endswith("gate.weight") and torch.equal(value, other)
+            assert torch.equal(value, other) or name.endswith("gate.weight"), name
+            continue
+        noise = other - value
+        assert_spread(noise, 0.25 * value[0].std())
+        assert all(not torch.equal(noise[0], other) for other in noise[1:])
+        drawn[name] = noise.flatten()[:100] / value[0].std()
+    assert gates  # that of the first layer, which is drawn before any noise
+    values = list(drawn.values())
+    assert all(not torch.equal(values[0], other) for other in values[1:]) and len(values) == 2 * 6
+
+
+def test_experts_from_scratch_are_seeded_and_only_in_new_places(tiny_model):
+    dense = tiny_model(projector_num_experts=1)  # its tower has experts
+    moe = upcycle(dense, vision_experts=0)
+    before = {name: value.clone() for name, value in moe.state_dict().items()}
+    results, states = [], []
+    for seed in (1, 1, 2):
+        moe.load_state_dict(before)
+        torch.manual_seed(9)
+        scratch_experts(dense, moe, seed)
+        states.append(torch.random.get_rng_state())
+        results.append({name: value.clone() for name, value in moe.state_dict().items()})
+    torch.manual_seed(9)
+    assert all(torch.equal(torch.random.get_rng_state(), state) for state in states)
+    new = "model.multi_modal_projector.mlp.experts."
+    for name, value in before.items():
+        assert torch.equal(results[0][name], results[1][name])
+        assert torch.equal(results[0][name], value) != name.startswith(new), name
+        assert torch.equal(results[0][name], results[2][name]) != name.startswith(new), name
+    up = results[0][f"{new}up_proj"]
+    assert up.abs().max() <= up.shape[2] ** -0.5  # as nn.Linear draws
+
+
+def test_what_is_no_weight_is_kept(dense, tiny_batch):
+    dense.generation_config.max_new_tokens = 7
+    dense.config.text_config.sliding_window, dense.config.text_config.rope_theta = 5, 123.0
+    dense.set_attn_implementation("eager")
+    moe = upcycle(dense.eval(), text_experts=4)
+    assert moe.generation_config.max_new_tokens == 7 and not moe.training
+    moe.generation_config.max_new_tokens = 8
+    assert dense.generation_config.max_new_tokens == 7
+    for config in (moe.config, moe.config.text_config, moe.config.vision_config):
+        assert config._attn_implementation == "eager"
+    text = moe.config.text_config
+    old = dense.config.text_config.to_dict()
+    changed = {"model_type", "architectures", "dtype", "num_local_experts", "num_experts_per_tok"}
+    for name in (old.keys() & text.to_dict().keys()) - changed:
+        assert text.to_dict()[name] == old[name], name
+    assert text.sliding_window == 5
+
+
+def test_the_step_0_difference_is_the_largest_of_both_signs_in_evaluation_mode(dense, tiny_batch):
+    moe, batch = upcycle(dense), tiny_batch()
+    with torch.no_grad():
+        moe.lm_head.weight[3].mul_(-5)
+        dense.lm_head.weight[4].mul_(7)
+    for model in (dense.train(), moe.train()):
+        model.model.language_model.config.attention_dropout = 0.5
+        for layer in model.model.language_model.layers:
+            layer.self_attn.attention_dropout = 0.5
+    difference = step0_difference(dense, moe, batch)
+    assert dense.training and moe.training
+    ours, theirs = (model.eval()(**batch).logits.detach() for model in (moe, dense))
+    assert difference == (ours - theirs).abs().max()
+    assert (ours - theirs).max() != difference or (theirs - ours).max() != difference
+    step0_difference(dense.train(), moe.eval(), batch)
+    assert dense.training and not moe.training
 
 
 def test_every_expert_is_the_dense_mlp(dense):
