@@ -166,14 +166,32 @@ def test_the_seed_decides_and_the_global_generator_stays(start):
     assert not any("vision_tower" in key and "gate" not in key for key in differ)
 
 
+@pytest.mark.parametrize("name", ["ours", "released", "parts"])
+def test_dtype_and_attention_are_those_asked_for(start, name):
+    where = start(name)
+    plain, _ = assemble(**where)
+    asked, _ = assemble(**where, dtype=torch.float16, attn_implementation="eager")
+    places = ("", "model.language_model", "model.vision_tower")
+    for model, dtype, attention in ((plain, torch.float32, "sdpa"), (asked, torch.float16, "eager")):
+        assert {value.dtype for value in model.parameters()} == {dtype} and model.config.dtype == dtype
+        configs = [model.get_submodule(place).config for place in places]
+        assert [config._attn_implementation for config in configs] == [attention] * 3
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_checkpoint(start, bits):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     where = start("ours")
     model, processor = assemble(**where, quantize=bits, dtype=torch.bfloat16)
     kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
-    language = [m for n, m in model.named_modules() if isinstance(m, kind)]
+    language = [m for m in model.model.language_model.modules() if isinstance(m, kind)]
     assert len(language) == 2 * 7 and not isinstance(model.lm_head, kind)
+    quantised = [m for m in model.modules() if isinstance(m, kind)]
+    assert len(quantised) == len(language)  # none in the tower and the connector
+    if bits == 4:  # as QLoRA: NF4 with quantised scales (arXiv 2305.14314), computed in the model's dtype
+        states = [m.weight.quant_state for m in quantised]
+        assert all(state.quant_type == "nf4" and state.nested for state in states)
+        assert {m.compute_dtype for m in quantised} == {torch.bfloat16}
     assert processor.image_token_id == model.config.image_token_index
 
 

@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, MistralConfig, Mistr
 
 from cumo_model import convert
 from cumo_model.__main__ import main
-from cumo_model.checkpoints.configs import read_checked
+from cumo_model.checkpoints.configs import REAL, WHOLE, read_checked
 from cumo_model.checkpoints.shards import read_bin, read_tensors
 from cumo_model.demo.tokenizer import train_tokenizer
 from tests.model import original
@@ -138,6 +138,31 @@ def test_the_key_to_blame_is_that_without_which_it_can_be_read(tmp_path):
         read_checked(file, read)
     with pytest.raises(ValueError, match=r"config.json: division by zero$"):
         read_checked(file, lambda values: 1 / 0)
+
+
+@pytest.mark.parametrize("key", [*WHOLE, *REAL])
+@pytest.mark.parametrize("within", ["", "text_config"])
+def test_the_ends_of_a_range_are_in_it(tmp_path, key, within):
+    least, most = (WHOLE | REAL)[key]
+    file, step = tmp_path / "config.json", 1 if key in WHOLE else 1e-3
+    for value, is_right in ((least, True), (most, True), (least - step, False), (most * 2 + step, False)):
+        file.write_text(json.dumps({within: {key: value}} if within else {key: value}))
+        if is_right:
+            assert read_checked(file, lambda values: 7) == 7
+            continue
+        with pytest.raises(ValueError, match=f"{within}.?{key} must be a (whole )?number from"):
+            read_checked(file, lambda values: 7)
+
+
+def test_every_id_of_several_is_checked(tmp_path):
+    file = tmp_path / "config.json"
+    for value in ([1, 2], -1, 0, 2**31 - 1):
+        file.write_text(json.dumps({"eos_token_id": value}))
+        assert read_checked(file, lambda values: values)["eos_token_id"] == value
+    for value in ([1, -2], [1, "2"], [], -2, 2**31, True):
+        file.write_text(json.dumps({"eos_token_id": value}))
+        with pytest.raises(ValueError, match="eos_token_id must be the id of a token"):
+            read_checked(file, lambda values: values)
 
 
 class Code:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import softmax
 from transformers.activations import ACT2FN
 
+from cumo_kernels import route
 from cumo_model import patch_original, record_routing
 from cumo_model.checkpoints.patch import _say_once
 from tests.rounding import assert_same_formula
@@ -163,6 +164,67 @@ def test_parameters_are_shared_not_copied_and_keep_their_names(tmp_path):
     with torch.no_grad():
         layer.load_state_dict(before)
     assert torch.equal(layer(x)[0], first)
+
+
+def test_moved_weights_are_read_where_they_are():
+    """After a change of device or dtype, the parameters are no longer views of one tensor."""
+    layer = patch_original(MLPMoE())
+    x = torch.randn(1, 4, 16)
+    layer(x)
+    with torch.no_grad():
+        for parameter in layer.experts.parameters():
+            parameter.data = parameter.data.clone()
+            parameter.mul_(2)
+    plain = MLPMoE()
+    plain.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x)[0], patch_original(plain)(x)[0])
+
+
+def test_frozen_experts_get_no_gradient():
+    layer = patch_original(CLIPEncoderMoELayer())
+    frozen = {"experts.1.fc1.weight", "experts.2.fc2.bias", "experts.0.fc2.weight"}
+    for name in frozen:
+        layer.get_parameter(name).requires_grad_(False)
+    layer(torch.randn(2, 5, 16))[0].sum().backward()
+    assert {name for name, p in layer.named_parameters() if p.grad is None} == frozen
+
+
+@pytest.mark.usefixtures("fp64")
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_patched_layer_has_its_own_number_of_choices(kind):
+    layer, x = LAYERS[kind](), torch.randn(2, 5, 16)
+    name = "top_k" if kind.startswith("llm") else "num_selected"
+    outputs = []
+    for choices in (1, 3):
+        patched = LAYERS[kind]()
+        patched.load_state_dict(layer.state_dict())
+        setattr(patched, name, choices)
+        patch_original(patched)
+        with record_routing() as records:
+            outputs.append(flat(patched(x))[0])
+        assert [record.routing.topk_indices.shape[1] for record in records] == [choices]
+    assert not torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_compat_rounds_each_place_as_the_original_does(kind):
+    """The weights are those of `route` with "cumo" in tower and connector and "cumo_llm" in a Mixtral."""
+    layer, x = LAYERS[kind]().bfloat16(), torch.randn(2, 5, 16).bfloat16()
+    weights = {}
+    for compat in (None, "cumo"):
+        patched = copy.deepcopy(layer)
+        if kind == "llm":
+            patched.forward = lambda hidden_states, patched=patched: patched.run(hidden_states, True)
+        patch_original(patched, compat)
+        logits = []
+        patched.gate.register_forward_hook(lambda m, a, out, logits=logits: logits.append(out))
+        with record_routing() as records:
+            patched(x)
+        weights[compat] = records[0].routing.topk_weights
+        rounding = compat and ("cumo_llm" if kind.startswith("llm") else "cumo")
+        wanted = {mode: route(logits[0], 2, compat=mode).topk_weights for mode in (None, "cumo", "cumo_llm")}
+        assert torch.equal(weights[compat], wanted[rounding])
+        assert not any(torch.equal(wanted[rounding], wanted[mode]) for mode in wanted.keys() - {rounding})
 
 
 def test_a_model_is_patched_once_and_its_routing_can_be_recorded():

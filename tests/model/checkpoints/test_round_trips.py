@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from cumo_model import CumoConfig, CumoForConditionalGeneration, build_processor, convert
 from cumo_model.checkpoints.assemble import assemble, describe
-from cumo_model.checkpoints.convert import KEPT
+from cumo_model.checkpoints.convert import KEPT, _copy
 from cumo_model.checkpoints.original_config import EXPORTED, differing, from_original, to_original
 from cumo_model.checkpoints.processors import same_processor
 from cumo_model.checkpoints.shards import Shards
@@ -252,6 +252,33 @@ def test_values_changed_after_the_export_win(tiny_config):
     for wrong in ({}, [], {"config": 1}):
         with pytest.raises(ValueError, match=r"cumo of config\.json must be an object with a config, got"):
             from_original(values | {EXPORTED: wrong})
+
+
+def test_a_copy_that_says_something_else_is_refused(tmp_path, tokenizer, monkeypatch):
+    """What the other layout loses, of the model or of its processor, is an error and not a copy."""
+    original.write(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours", progress=False)
+
+    def forgetful(config, pictures, folder):
+        return to_original(config, pictures, folder) | {"balance_loss_coef": 0.875}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cumo_model.checkpoints.convert.to_original", forgetful)
+        with pytest.raises(ValueError, match=r"the layout of the copy cannot describe .*balance_loss_coef"):
+            convert(tmp_path / "ours", tmp_path / "back", progress=False)
+
+    def careless(source, files, work, processor):
+        _copy(source, files, work)
+        processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+        processor.save_pretrained(work)
+        processor.image_processor.image_mean = [0.4, 0.5, 0.6]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cumo_model.checkpoints.convert._copy_to_original", careless)
+        with pytest.raises(ValueError, match="the layout of the copy cannot describe the processor"):
+            convert(tmp_path / "ours", tmp_path / "back", progress=False)
+    assert not (tmp_path / "back").exists()
 
 
 def test_scales_that_the_original_code_ignores_are_refused(tiny_config):

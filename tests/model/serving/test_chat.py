@@ -97,6 +97,32 @@ def test_a_picture_of_several_tiles_is_talked_about(tiny_config, picture):
     assert answer(model, processor, Image.open(picture), turns, "mistral_instruct", 3)
 
 
+def test_an_answer_is_greedy_in_the_models_dtype_and_of_the_length_asked_for(checkpoint, picture):
+    """Whatever the generation config says; the tokens are those of the largest logits."""
+    model, processor = load(checkpoint)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.double()
+    model.generation_config.update(do_sample=True, temperature=5.0, max_new_tokens=2, eos_token_id=None)
+    streamed, turns = [], [{"from": "human", "value": "<image>\nwhat is it?"}]
+    streamer = type("Tokens", (), {"put": lambda self, ids: streamed.append(ids), "end": lambda self: None})()
+    said = [
+        answer(model, processor, Image.open(picture), turns, "mistral_instruct", 7, streamer)
+        for _ in range(2)
+    ]
+    prompt, *tokens = streamed[: len(streamed) // 2]
+    assert said[0] == said[1] and len(tokens) == 7
+    pixels = processor(images=Image.open(picture), text="<image>", return_tensors="pt")["pixel_values"]
+    ids = prompt.view(1, -1)
+    for token in tokens:
+        logits = model(input_ids=ids, pixel_values=pixels.double(), use_cache=False).logits[0, -1]
+        assert token.item() == logits.argmax()
+        ids = torch.cat([ids, token.view(1, 1)], 1)
+    decoded = processor.tokenizer.decode(torch.stack(tokens).flatten(), skip_special_tokens=True)
+    assert said[0] == decoded.strip().removesuffix("</s>").strip()
+
+
 def test_the_picture_matters_and_a_second_turn_keeps_the_first(checkpoint, picture):
     model, processor = load(checkpoint)
     torch.manual_seed(0)
@@ -237,6 +263,23 @@ def test_an_answer_does_not_begin_with_a_blank(checkpoint, capsys):
         printer.on_finalized_text(piece)
     printer.on_finalized_text("", stream_end=True)
     assert capsys.readouterr().out == "a red apple \n" and printer.said == "a red apple "
+
+
+def test_a_question_from_standard_input_has_the_picture_in_its_first_turn(
+    checkpoint, picture, monkeypatch, capsys
+):
+    asked = []
+
+    def generate(model, processor, image, turns, template, new_tokens, streamer):
+        asked.append(([(turn["from"], turn["value"]) for turn in turns], image.size, template, new_tokens))
+        return f"answer {len(asked)}"
+
+    monkeypatch.setattr(serving, "answer", generate)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n two \n\nthree\n"))
+    assert run(capsys, "--checkpoint", checkpoint, "--image", picture, "--max-new-tokens", 9)[0] == 0
+    first = [("human", "<image>\none")]
+    second = [*first, ("gpt", "answer 1"), ("human", "two")]
+    assert asked == [(turns, (20, 14), "mistral_instruct", 9) for turns in (first, second)]
 
 
 @pytest.mark.parametrize("said, kept", [(" a red", ["a red"]), ("", [])])
