@@ -40,9 +40,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        pieces = grad.flatten(0, 1).split(ctx.sizes)
-        needed = ctx.needs_input_grad[1:]
-        return None, *(piece if need else None for piece, need in zip(pieces, needed, strict=True))
+        return None, *grad.flatten(0, 1).split(ctx.sizes)
 
 
 class SharedWeights:
