@@ -137,6 +137,7 @@ def test_saved_model_is_the_same_model(tiny_model, tiny_batch, tmp_path, text, t
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         keys = set(file.keys())
     assert keys == set(model.state_dict()) - ({"lm_head.weight"} if tied else set())
+    assert keys == set(own_layout(model.config))
     again, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert type(again) is CumoForConditionalGeneration and not any(info.values())
     batch = tiny_batch()
