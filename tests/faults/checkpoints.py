@@ -208,7 +208,7 @@ FAULTS = (
           "checkpoints/assemble::test_every_start_gives_a_model_and_a_processor_that_agree"),
     Fault("a folder that is being written has its final name", CHECKPOINTS + "folders.py",
           'work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))', "path.mkdir(exist_ok=True); work = path",
-          "checkpoints/convert::test_an_error_leaves_no_folder_and_a_killed_run_is_told_of"),
+          "checkpoints/folders::test_a_new_folder_appears_whole_or_not_at_all"),
     Fault("only the begin of a tensor in a fingerprint", CHECKPOINTS + "folders.py",
           "piece = begin + int(number * step)", "piece = begin",
           "checkpoints/folders::test_a_fingerprint_sees_a_change_anywhere_that_it_samples"),
