@@ -1,6 +1,7 @@
 """Expert load and patch maps compared with their definitions; the command on checkpoints with any scales."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from cumo_model.__main__ import main
-from cumo_model.analysis.experts import _as_seen, expert_load, patch_experts, specialisation
+from cumo_model.analysis.experts import _as_seen, expert_load, load_entropy, patch_experts, specialisation
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing import build_processor
 from cumo_model.training.monitor import Monitor, gradient_norms, layer_facts
@@ -58,6 +59,20 @@ def test_specialisation_is_none_when_alike_and_one_when_apart():
     assert specialisation({"a": [[1.0, 0.0]], "b": [[0.0, 1.0]]}) == 1
     assert specialisation({"a": [[1.0, 0.0], [0.5, 0.5]], "b": [[0.5, 0.5], [0.5, 0.5]]}) == 0.25
     assert specialisation({"a": [[1.0, 0.0]]}) == 0
+
+
+def test_load_entropy_is_one_for_uniform_shares_of_any_number_of_experts():
+    """The logarithm of the number of experts is the unit; kinds are averaged first, then layers."""
+    for experts in (2, 3, 4, 8):
+        # log and entr have an error of an ulp each; with at most 7 additions and a division
+        assert_close_after(11, load_entropy({"a": [[1 / experts] * experts]}), 1)
+    assert load_entropy({"a": [[0, 0, 1.0]]}) == 0
+    assert_close_after(11, load_entropy({"a": [[0.5, 0.5, 0, 0]]}), 0.5)
+    # two kinds that use one expert each use both together; the second layer is collapsed
+    load = {"a": [[1.0, 0], [1.0, 0]], "b": [[0, 1.0], [1.0, 0]]}
+    assert_close_after(11, load_entropy(load), 0.5)
+    three = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2)
+    assert_close_after(11, load_entropy({"a": [[1.0, 0]], "b": [[0.5, 0.5]]}), three)
 
 
 def test_the_command_draws_any_checkpoint(tmp_path, tiny_config, capsys):

@@ -1,0 +1,64 @@
+"""Which features take which places: dummy pictures, cut pictures, newlines, and the class token."""
+
+import pytest
+import torch
+
+from tests.model.conftest import IMAGE_TOKEN
+from tests.rounding import assert_same_formula
+
+pytestmark = pytest.mark.usefixtures("fp64")
+
+
+def rows(counts, tokens):
+    """A row for each count: so many pictures of `tokens` placeholders, in the middle of words."""
+    ids = torch.randint(3, 50, (len(counts), 4 + 2 * max(counts) * tokens))
+    for row, count in enumerate(counts):
+        ids[row, 2 : 2 + count * tokens] = IMAGE_TOKEN
+    return ids
+
+
+def all_different(number):
+    """Pictures with a colour each, so that features of different pictures differ much."""
+    return torch.randn(number, 3, 12, 12) + torch.arange(number).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("merge, tokens", [("flat", 9), ("spatial_unpad", 10)])
+@pytest.mark.parametrize("cut", [False, True])
+def test_dummy_pictures_are_the_last_and_have_no_place(tiny_model, merge, tokens, cut):
+    """A batch of pictures and text: the features of the real pictures are at the placeholders, in order."""
+    model = tiny_model(patch_merge_type=merge).eval()
+    ids = rows([1, 0, 2], tokens)
+    lengths = [tokens] * 3
+    if cut:
+        lengths[2] = 4
+        ids[2, 2 + tokens + 4 :] = 5
+    pixels = all_different(3)
+    given = torch.cat([pixels, torch.zeros(2, 3, 12, 12)])
+    pictures = model.get_image_features(pixels).pooler_output
+    embeds = model.get_input_embeddings()(ids.masked_fill(ids == IMAGE_TOKEN, 0))
+    embeds[ids == IMAGE_TOKEN] = torch.cat([p[:n] for p, n in zip(pictures, lengths, strict=True)])
+    options = {"image_lengths": torch.tensor(lengths)} if cut else {}
+    out = model.model(ids, given, num_dummy_images=2, embed_only=True, **options)
+    assert_same_formula(out.last_hidden_state, embeds)
+    logits = model(ids, given, num_dummy_images=2, **options).logits
+    assert_same_formula(logits, model(inputs_embeds=embeds).logits)
+
+
+def test_dummy_pictures_count_in_the_router_losses_and_learn_nothing_else(tiny_model):
+    model = tiny_model().train()
+    ids, given = rows([1, 0], 9), all_different(2).requires_grad_()
+    out = model(ids, given, num_dummy_images=1, labels=ids, output_router_stats=True)
+    assert out.router_stats["clip"]["mean_probs"].shape[1] == 2 * 10  # crops
+    assert out.router_stats["mlp"]["mean_probs"].shape[1] == 2
+    language, aux = (
+        torch.autograd.grad(loss, given, retain_graph=True)[0]
+        for loss in (out.loss - out.aux_loss, out.aux_loss)
+    )
+    assert language[0].any() and not language[1].any() and aux[0].any() and aux[1].any()
+
+
+def test_a_batch_of_text_has_dummies_alone(tiny_model):
+    model = tiny_model().eval()
+    ids = rows([0, 0], 9)
+    found = model(ids, torch.zeros(2, 3, 12, 12), num_dummy_images=2).logits
+    assert_same_formula(found, model(ids).logits)
