@@ -47,6 +47,23 @@ def literal_spatial(features, rows, columns):
     return torch.cat([features[0], tiles.permute(0, 2, 1, 3, 4).contiguous().flatten(0, 3)])
 
 
+def tokens_of_llava_next(size, pinpoints, side, patch):
+    counter = SimpleNamespace(
+        image_processor=SimpleNamespace(image_grid_pinpoints=pinpoints),
+        patch_size=patch,
+        num_additional_image_tokens=0,
+        _get_unpadded_features=lambda *args: LlavaNextProcessor._get_unpadded_features(None, *args),
+    )
+    return LlavaNextProcessor._get_number_of_features(counter, *size, side, side)
+
+
+@pytest.mark.parametrize("pinpoint, size", [([336, 672], (88, 55)), ([672, 336], (55, 88))])
+def test_a_side_of_whole_patches_is_not_rounded_down(pinpoint, size):
+    """55 * (24 / 88) is 15, but less in fp64."""
+    found = PictureLayout(336, 24, 576, "spatial_unpad", [pinpoint])
+    assert found.tokens(size) == tokens_of_llava_next(size, [pinpoint], 336, 14)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_tokens_are_those_of_llava_next_and_in_its_order(size):
     own = SimpleNamespace(
@@ -61,13 +78,7 @@ def test_tokens_are_those_of_llava_next_and_in_its_order(size):
     )
     assert torch.equal(unpadded.arrange(features, size, newline), wanted)
     assert unpadded.tokens(size) == count == len(wanted)
-    counter = SimpleNamespace(
-        image_processor=SimpleNamespace(image_grid_pinpoints=PINPOINTS),
-        patch_size=4,
-        num_additional_image_tokens=0,
-        _get_unpadded_features=lambda *args: LlavaNextProcessor._get_unpadded_features(None, *args),
-    )
-    assert unpadded.tokens(size) == LlavaNextProcessor._get_number_of_features(counter, *size, 12, 12)
+    assert unpadded.tokens(size) == tokens_of_llava_next(size, PINPOINTS, 12, 4)
 
     rows, columns = spatial._shape(size)
     assert torch.equal(spatial.arrange(features, size, None), literal_spatial(features, rows, columns))
@@ -222,7 +233,9 @@ def test_a_new_newline_has_the_size_of_a_token(tiny_config):
         tiny_config(patch_merge_type="spatial_unpad", text_options={"hidden_size": 512, "vocab_size": 8})
     )
     assert_spread(model.model.image_newline, 512**-0.5)
-    assert CumoForConditionalGeneration(tiny_config()).model.image_newline is None
+    for merge in ("flat", "spatial"):
+        model = CumoForConditionalGeneration(tiny_config(patch_merge_type=merge))
+        assert model.model.image_newline is None
 
 
 @pytest.mark.parametrize("written", ["text", "list"])

@@ -57,6 +57,33 @@ def test_dummy_pictures_count_in_the_router_losses_and_learn_nothing_else(tiny_m
     assert language[0].any() and not language[1].any() and aux[0].any() and aux[1].any()
 
 
+def test_a_place_is_where_the_whole_embedding_is_that_of_the_image_token(tiny_model):
+    """Also without ids: words that share some of its coordinates are words."""
+    model = tiny_model(image_token_index=7).eval().model
+    words = model.get_input_embeddings().weight
+    embeds = torch.randn(2, 3, 24)
+    embeds[0, 0, :23] = words[7, :23]
+    embeds[0, 1] = embeds[1, 2] = words[7]
+    assert model.is_image(None, embeds).tolist() == [[False, True, False], [False, False, True]]
+    ids = torch.tensor([[7, 5, 7], [7, 7, 5]])
+    assert torch.equal(model.is_image(ids, embeds), ids == 7)  # ids tell where both are given
+
+
+@pytest.mark.parametrize("layer", [0, 2, [1, 0], None])
+@pytest.mark.parametrize("strategy", ["default", "full", None])
+def test_the_options_of_a_call_come_before_those_of_the_config(tiny_model, layer, strategy):
+    """The hidden states of the layers, with or without the class token, which is the first of ten."""
+    model = tiny_model(scales=(1,), vision_feature_layer=[3, 1] if layer == [1, 0] else -2).eval()
+    pixels = all_different(2)
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    layers = [-2] if layer is None else layer if isinstance(layer, list) else [layer]
+    wanted = torch.cat([states[i] for i in layers], -1)
+    given = {"vision_feature_layer": layer, "vision_feature_select_strategy": strategy}
+    found = model.get_image_features(pixels, **given)
+    wanted = wanted if strategy == "full" else wanted[:, 1:]
+    assert_same_formula(torch.stack(found.pooler_output), model.model.multi_modal_projector(wanted))
+
+
 def test_a_batch_of_text_has_dummies_alone(tiny_model):
     model = tiny_model().eval()
     ids = rows([0, 0], 9)

@@ -111,5 +111,7 @@ def test_bad_input_is_named(tiny_config, shape):
 
 
 def test_bad_config_is_named(tiny_config):
-    with pytest.raises(ValueError, match=r"projector_num_experts_per_tok must be .* 2 experts, got 3"):
-        tiny_config(projector_num_experts=2, projector_num_experts_per_tok=3)
+    for top_k in (3, 0):
+        message = rf"projector_num_experts_per_tok must be .* 2 experts, got {top_k}"
+        with pytest.raises(ValueError, match=message):
+            tiny_config(projector_num_experts=2, projector_num_experts_per_tok=top_k)

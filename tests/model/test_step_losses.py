@@ -243,11 +243,14 @@ def test_skipping_logits_averages_over_the_predicted_tokens(tiny_model, tiny_bat
     assert predicted.sum() == 7
     rows = model(**batch).logits[:, :-1].flatten(0, 1)[predicted]
     total = -rows.log_softmax(-1)[torch.arange(7), targets[predicted]].sum()
-    for options, divisor in (({}, 7), ({"num_items_in_batch": 30}, 30), ({"num_items_in_batch": 0}, 1)):
+    cases = [({}, 7), ({"num_items_in_batch": 30}, 30), ({"num_items_in_batch": 0}, 1)]
+    cases.append(({"num_items_in_batch": torch.tensor([30])}, 30))  # as nn.DataParallel passes it
+    for options, divisor in cases:
         for skip in (False, True):
             out = model(**batch, skip_logits=skip, **options)
             assert_same_formula(out.loss, total / divisor)
             assert_same_formula(out.loss_parts["language"], total / 7)
+            assert out.loss.shape == ()
 
 
 @pytest.mark.parametrize("shifted", [False, True])

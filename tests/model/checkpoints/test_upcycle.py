@@ -130,7 +130,7 @@ def test_mixtral_keeps_its_experts(tiny_model, tiny_batch):
 
 
 def units_of(experts):
-    """Rows of each matrix for each inner unit: (E, I, H) of up, or of gate and of up, and (E, I, O) of down."""
+    """Each matrix by inner unit: (E, I, H) of up, or of gate and of up, and (E, I, O) of down."""
     up, down = experts.up[0].detach(), experts.down_proj.detach()
     return [*up.split(down.shape[2], 1), down.transpose(1, 2)]
 

@@ -1,0 +1,53 @@
+"""The configurations: defaults, derived values and errors."""
+
+import pytest
+
+from cumo_model import CumoConfig
+
+
+def test_config_knows_its_derived_values(tmp_path):
+    config = CumoConfig()
+    assert config.image_seq_length == 576 and config.image_token_id == config.image_token_index
+    assert config.scales == (1, 3) and config.vision_feature_layer == -2 and config.image_token_index == 32000
+    assert (config.balance_loss_coef, config.router_z_loss_coef) == (0.1, 0.01)
+    assert (config.projector_num_experts, config.projector_num_experts_per_tok) == (4, 2)
+    assert (config.average_loss_over, config.patch_merge_type, config.compat) == ("tokens", "flat", None)
+    tower, text = config.vision_config, config.text_config  # ViT-L/14-336 and Mistral-7B-Instruct-v0.2
+    assert (tower.image_size, tower.patch_size, tower.hidden_size, tower.intermediate_size) == (
+        336,
+        14,
+        1024,
+        4096,
+    )
+    assert (tower.num_hidden_layers, tower.num_attention_heads, tower.hidden_act) == (24, 16, "quick_gelu")
+    assert (tower.num_experts, tower.num_experts_per_tok, tower.layer_norm_eps) == (4, 2, 1e-5)
+    assert (text.hidden_size, text.intermediate_size, text.num_hidden_layers) == (4096, 14336, 32)
+    assert (text.num_attention_heads, text.num_key_value_heads, text.vocab_size) == (32, 8, 32000)
+    assert (text.rms_norm_eps, text.sliding_window, text.max_position_embeddings) == (1e-5, None, 32768)
+    assert text.rope_parameters["rope_theta"] == 1e6 and not text.tie_word_embeddings
+    config = CumoConfig(compat="cumo", scales=[1, 2])
+    assert config.vision_config.compat == "cumo"
+    config.save_pretrained(tmp_path)
+    assert CumoConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"scales": ()}, r"scales must be one or more positive integers, got \[\]"),
+        ({"scales": (1, 0)}, r"scales must be one or more positive integers, got \[1, 0\]"),
+        ({"balance_loss_coef": -0.1}, "balance_loss_coef must be finite and not negative, got -0.1"),
+        ({"router_z_loss_coef": float("inf")}, "router_z_loss_coef must be finite and not .*, got inf"),
+        (
+            {"vision_feature_layer": -5},
+            r"vision_feature_layer must index the tower's 4 hidden states, got -5",
+        ),
+        (
+            {"vision_feature_select_strategy": "full"},
+            r"vision_feature_select_strategy must be 'default' unless",
+        ),
+    ],
+)
+def test_bad_config_is_named(tiny_config, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**options)
