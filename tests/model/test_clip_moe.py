@@ -163,12 +163,13 @@ def test_outputs_may_be_requested_by_the_config():
     assert torch.equal(asked.hidden_states[-2], plain.last_hidden_state)
 
 
-def test_features_of_several_layers_are_concatenated():
+@pytest.mark.parametrize("layers", [[-2, 0, -3], [-1, 0]])
+def test_features_of_several_layers_are_concatenated(layers):
     model, pixels = tower().eval(), torch.randn(2, 3, 12, 12)
     states = model(pixels, output_hidden_states=True).hidden_states
     with record_routing() as records:
-        several = model(pixels, feature_layer=[-2, 0, -3], all_routers=True).last_hidden_state
-    assert torch.equal(several, torch.cat([states[-2], states[0], states[-3]], -1))
+        several = model(pixels, feature_layer=layers, all_routers=True).last_hidden_state
+    assert torch.equal(several, torch.cat([states[i] for i in layers], -1))
     assert [record.layer for record in records] == [0, 1, 2]
     one = model(pixels, feature_layer=[1]).last_hidden_state
     assert torch.equal(one, model(pixels, feature_layer=1).last_hidden_state)

@@ -1,8 +1,11 @@
 """The configurations: defaults, derived values and errors."""
 
+from dataclasses import fields
+
 import pytest
 
 from cumo_model import CumoConfig
+from cumo_model.model.outputs import CumoOutput
 
 
 def test_config_knows_its_derived_values(tmp_path):
@@ -31,11 +34,26 @@ def test_config_knows_its_derived_values(tmp_path):
     assert CumoConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
+def test_evaluation_of_the_trainer_keeps_loss_and_logits_alone():
+    """It gathers every other output of the model, in memory, unless the config names it."""
+    kept = {field.name for field in fields(CumoOutput)} - set(CumoConfig().keys_to_ignore_at_inference)
+    assert kept == {"loss", "logits"}
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"scales": ()}, r"scales must be one or more positive integers, got \[\]"),
         ({"scales": (1, 0)}, r"scales must be one or more positive integers, got \[1, 0\]"),
+        ({"image_grid_pinpoints": [[0, 12]]}, r"multiples of the image_size 12, got \[\[0, 12\]\]"),
+        (
+            {"image_grid_pinpoints": [[12, 24, 12]]},
+            r"must be \[height, width\] pairs, .* got \[\[12, 24, 12\]\]",
+        ),
+        (
+            {"image_grid_pinpoints": [[12, 24], 24]},
+            r"must be \[height, width\] pairs, .* got \[\[12, 24\], 24\]",
+        ),
         ({"balance_loss_coef": -0.1}, "balance_loss_coef must be finite and not negative, got -0.1"),
         ({"router_z_loss_coef": float("inf")}, "router_z_loss_coef must be finite and not .*, got inf"),
         (

@@ -96,6 +96,17 @@ def test_a_picture_of_one_tile_ends_with_a_newline_if_any():
     assert torch.equal(layout("spatial").arrange(features, None, None), features[0])
 
 
+@pytest.mark.parametrize("size", [None, (20, 31)])
+def test_tokens_have_the_dtype_of_the_features(size):
+    places = layout("spatial_unpad")
+    features, newline = torch.randn(places.tiles(size), 9, 5).bfloat16(), torch.randn(5)
+    tokens = places.arrange(features, size, newline)
+    assert tokens.dtype == torch.bfloat16
+    assert any(torch.equal(row, newline.bfloat16()) for row in tokens)
+    if size is None:
+        assert torch.equal(places.arrange_single(features, newline), tokens[None])
+
+
 def picture(size, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
     return Image.fromarray(pixels)

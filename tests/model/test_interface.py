@@ -130,6 +130,8 @@ def test_only_the_kept_positions_get_logits(tiny_model, tiny_batch):
 def test_the_loss_of_evaluation_has_no_router_losses_also_when_they_are_returned(tiny_model, tiny_batch):
     model = tiny_model(text="mixtral").eval()
     out = model(**tiny_batch(), output_router_logits=True)
+    batch = {key: value for key, value in tiny_batch().items() if key != "labels"}
+    assert model(**batch).loss_parts is None and model(**batch).loss is None
     assert out.aux_loss > 0 and out.loss == out.loss_parts["language"] == model(**tiny_batch()).loss
 
 
@@ -164,3 +166,14 @@ def test_either_config_ties_the_embeddings(tiny_config, options):
         model = CumoForConditionalGeneration(tiny_config(**given))
         assert model.config.tie_word_embeddings == tied
         assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+
+
+def test_tower_and_decoder_may_have_different_dtypes(tiny_model, tiny_batch):
+    model, batch = tiny_model().eval(), tiny_batch()
+    for part in (model.model.language_model, model.lm_head):
+        part.bfloat16()
+    pictures = model.get_image_features(batch["pixel_values"]).pooler_output
+    assert pictures[0].dtype == torch.float32
+    embeds = model.model.embed(batch["input_ids"], None, batch["pixel_values"])
+    assert torch.equal(embeds[batch["input_ids"] == 60], torch.cat(pictures).bfloat16())
+    assert model(**batch).logits.dtype == torch.bfloat16

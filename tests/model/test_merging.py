@@ -30,8 +30,8 @@ def test_dummy_pictures_are_the_last_and_have_no_place(tiny_model, merge, tokens
     ids = rows([1, 0, 2], tokens)
     lengths = [tokens] * 3
     if cut:
-        lengths[2] = 4
-        ids[2, 2 + tokens + 4 :] = 5
+        lengths = [5, tokens, 4]  # the first and the last are cut
+        ids[0, 2 + 5 :] = ids[2, 2 + tokens + 4 :] = 7
     pixels = all_different(3)
     given = torch.cat([pixels, torch.zeros(2, 3, 12, 12)])
     pictures = model.get_image_features(pixels).pooler_output

@@ -131,6 +131,17 @@ def test_eager_experts_are_added_in_fp32():
     assert torch.equal(layer(x), wanted.bfloat16())
 
 
+def test_padding_may_be_anything():
+    """It has no part in the statistics of the others, not even if its squares are infinite."""
+    layer, x = MoELayer(16, 8, 4, 2, "gelu"), torch.randn(12, 16)
+    counted = torch.arange(12) % 3 > 0
+    wanted = layer.route(x, counted=counted)
+    x[~counted] *= 1e30
+    found = layer.route(x, counted=counted)
+    for name in ("mean_probs", "top1_density", "mean_squared_logsumexp"):
+        assert torch.equal(getattr(found.stats, name), getattr(wanted.stats, name))
+
+
 def test_parameters_have_the_names_of_transformers():
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
