@@ -35,6 +35,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("only the first layer of a dense connector is new", ROOT + "mlp_moe.py", "        self.fc2.reset_parameters()\n", "", "mlp_moe::test_a_new_dense_connector_starts_as_nn_linear_does"),
     Fault("the connector always uses two experts", ROOT + "mlp_moe.py", "                config.projector_num_experts_per_tok,\n", "                2,\n", "interface::test_every_place_has_its_own_numbers_of_experts"),
     Fault("the connector's statistics are of the whole batch", ROOT + "mlp_moe.py", "groups=features.shape[0])", "groups=1)", "mlp_moe::test_output_losses_and_gradients_are_the_loops"),
+    Fault("connector and decoder must have one dtype", ROOT + "cumo.py", "used = used.to(inputs_embeds.device, inputs_embeds.dtype)", "used = used.to(inputs_embeds.device)", "interface::test_tower_and_decoder_may_have_different_dtypes"),
     # the tower
     Fault("the tower always uses two experts", ROOT + "clip_moe.py", "                config.num_experts_per_tok,\n", "                2,\n", "interface::test_every_place_has_its_own_numbers_of_experts"),
     Fault("the tower's first norm has the default eps", ROOT + "clip_moe.py", ", eps=config.layer_norm_eps)", ")", "clip_moe::test_dense_tower_is_transformers_clip"),
@@ -55,6 +56,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("a replaced forward of a gate is not called", ROOT + "moe.py", '"forward" in module.__dict__ or any(', 'any(', "offload::test_a_forward_replaced_on_a_gate_is_called"),
     Fault("outputs are added in the order of the choices", ROOT + "moe.py", "order = routing.topk_indices.argsort(1)[", "order = routing.topk_indices.argsort(1, descending=True)[", "faithful::test_compat_repeats_the_originals_rounding_bit_for_bit"),
     Fault("all nested blocks get logits", ROOT + "moe.py", "kept = logits if recorder.logits else None", "kept = logits", "recording::test_nested_blocks_each_get_all_records_and_only_those_who_ask_get_logits"),
+    Fault("padding is multiplied by 0", ROOT + "moe.py", "kept = torch.where(counted.view(-1, *[1] * (values.ndim - 1)), values, 0.0)", "kept = values * counted.view(-1, *[1] * (values.ndim - 1))", "moe::test_padding_may_be_anything"),
+    Fault("the choices' order counts with compat", ROOT + "moe.py", "first, *rest = slots.gather(1, order).unbind(1)", "first, *rest = slots.unbind(1)", "faithful::test_compat_repeats_the_originals_rounding_bit_for_bit"),
     # losses
     Fault("the parts of the loss are added in another order", ROOT + "moe.py", 'PLACES = ("mlp", "clip", "llm")', 'PLACES = ("clip", "mlp", "llm")', "interface::test_the_terms_of_the_loss_are_in_the_order_of_the_original"),
     Fault("layers are added up", ROOT + "losses.py", "z]).mean(1)  # (2, G)", "z]).sum(1)  # (2, G)", "losses::test_one_scale_is_the_mean_over_layers_and_groups test_layers_then_scales_are_averaged"),
@@ -66,6 +69,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("smoothed labels are not shifted", ROOT + "losses.py", "nn.functional.pad(labels[..., 1:], (0, 1), value=-100)", "labels", "step_losses::test_label_smoothing_of_a_model_is_that_of_the_definition"),
     Fault("the smoothed loss is divided by all positions", ROOT + "losses.py", "((targets != -100).sum() if", "(targets.numel() if", "step_losses::test_label_smoothing_of_a_model_is_that_of_the_definition"),
     Fault("image tokens do not count in the share", ROOT + "losses.py", "share = share_of_labels(given, num_items)", "share = share_of_labels(tokens, num_items)", "step_losses::test_router_losses_are_weighted_by_the_share_of_the_labels"),
+    Fault("the smoothed loss in 16 bits", ROOT + "losses.py", "logits.float().view(-1, vocab_size)", "logits.view(-1, vocab_size)", "losses::test_the_smoothed_loss_of_16_bit_logits_is_fp32"),
     # layouts of tiles, scales
     Fault("padding of a wide picture is not rounded as in LLaVA", ROOT + "image_tokens.py", "int(round(height * (columns / width), 7))", "int(height * (columns / width))", "image_tokens::test_a_side_of_whole_patches_is_not_rounded_down"),
     Fault("padding of a high picture is not rounded as in LLaVA", ROOT + "image_tokens.py", "int(round(width * (rows / height), 7))", "int(width * (rows / height))", "image_tokens::test_a_side_of_whole_patches_is_not_rounded_down"),
@@ -76,6 +80,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("enlarged pictures are bilinear", ROOT + "pyramid.py", 'mode="bicubic"', 'mode="bilinear"', "pyramid::test_pyramid_is_the_image_then_its_enlargements"),
     Fault("pictures are enlarged in 16 bits", ROOT + "pyramid.py", "interpolate(images.float(),", "interpolate(images,", "pyramid::test_enlarging_is_fp32_inside"),
     Fault("tiles are column-major", ROOT + "pyramid.py", "tiles.permute(2, 4, 0, 1, 3, 5)", "tiles.permute(4, 2, 0, 1, 3, 5)", "pyramid::test_tiles_are_row_major_and_tile_major"),
+    Fault("a newline makes tokens fp32", ROOT + "image_tokens.py", "newline.to(image)", "newline", "image_tokens::test_tokens_have_the_dtype_of_the_features"),
     # positions and generation
     Fault("the largest position is the number of positions", ROOT + "positions.py", "return int(position_ids.max()) + 1 if", "return int(position_ids.max()) if", "positions::test_a_prompt_is_as_long_as_its_longest_row_or_its_largest_position"),
     Fault("a prompt is as long as its shortest row", ROOT + "positions.py", "attention_mask.sum(1).max()", "attention_mask.sum(1).min()", "positions::test_a_prompt_is_as_long_as_its_longest_row_or_its_largest_position"),
@@ -91,6 +96,9 @@ FAULTS: tuple[Fault, ...] = (
     Fault("another default weight of the z-loss", ROOT + "config.py", "router_z_loss_coef: float | int = 0.01", "router_z_loss_coef: float | int = 0.001", "config::test_config_knows_its_derived_values"),
     Fault("another default of the tower", ROOT + "config.py", "num_attention_heads: int = 16", "num_attention_heads: int = 8", "config::test_config_knows_its_derived_values"),
     Fault("another default of the language model", ROOT + "config.py", '"rope_theta": 1e6', '"rope_theta": 1e4', "config::test_config_knows_its_derived_values"),
+    Fault("the trainer gathers router statistics in evaluation", ROOT + "config.py", "        \"router_stats\",\n", "", "config::test_evaluation_of_the_trainer_keeps_loss_and_logits_alone"),
+    Fault("grids of no tile", ROOT + "config.py", "or n < side or", "or", "config::test_bad_config_is_named"),
+    Fault("the connector's FSDP unit is missing", ROOT + "config.py", "{\"multi_modal_projector\": \"free_full_weight\"}", "{}", "host::test_transformers_shards_the_parts_that_it_should"),
     # parallelism, quantisation
     Fault("heads of the tower are not checked", ROOT + "tensor_parallel.py", '("config", "text_config", "vision_config")', '("config", "text_config")', "tensor_parallel::test_refused_before_weights_are_loaded"),
     Fault("every rank adds the output bias", ROOT + "tensor_parallel.py", " * (dist.get_rank(group) == 0)", "", "tensor_parallel::test_two_processes_compute_the_same_as_one"),

@@ -74,6 +74,20 @@ def test_no_model_with_quantised_experts_can_be_saved(tiny_model, tmp_path, part
     assert not (tmp_path / "saved").exists()
 
 
+def test_transformers_shards_the_parts_that_it_should(tiny_model):
+    """Its FSDP gathers each of them for its own call; the last ones stay whole between forward and backward."""
+    fsdp = pytest.importorskip("transformers.distributed.fsdp")
+    model = tiny_model(text="mixtral")
+    freed, kept = ([name for name, _ in part] for part in fsdp.expand_fsdp_plan(model, model._fsdp_plan))
+    assert freed == [
+        *(f"model.vision_tower.encoder.layers.{i}" for i in range(3)),
+        "model.multi_modal_projector",
+        "model.language_model.embed_tokens",
+        *(f"model.language_model.layers.{i}" for i in range(2)),
+    ]
+    assert kept == ["model.language_model.norm", "lm_head"]
+
+
 REFUSAL = r"must have use_reentrant False where there are experts, got True for "
 
 
