@@ -84,6 +84,20 @@ def test_the_options_of_a_call_come_before_those_of_the_config(tiny_model, layer
     assert_same_formula(torch.stack(found.pooler_output), model.model.multi_modal_projector(wanted))
 
 
+def test_ids_are_ignored_where_they_mark_nothing(tiny_model):
+    """As generate gives them: empty beside embeddings, and without a picture."""
+    model = tiny_model(image_token_index=7).eval().model
+    ids = rows([1, 2], 9)
+    ids = ids.masked_fill(ids == 7, 8).masked_fill(ids == IMAGE_TOKEN, 7)
+    embeds, pixels = model.get_input_embeddings()(ids), all_different(3)
+    wanted = model.embed(ids, None, pixels)
+    assert torch.equal(model.embed(ids, embeds, pixels), wanted)
+    for other in (None, ids[:, :0], ids[:, :3]):
+        assert torch.equal(model.embed(other, embeds, pixels), wanted)
+    for none in (None, []):
+        assert torch.equal(model.embed(ids, embeds, none), embeds)
+
+
 def test_a_batch_of_text_has_dummies_alone(tiny_model):
     model = tiny_model().eval()
     ids = rows([0, 0], 9)
