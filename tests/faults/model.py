@@ -27,6 +27,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("the logged language loss depends on the step's labels", ROOT + "cumo.py", "mean = loss if num_items_in_batch is None else loss * (targets.num_items / targets.count)", "mean = loss", "step_losses::test_skipping_logits_averages_over_the_predicted_tokens"),
     Fault("image tokens are predicted without logits", ROOT + "cumo.py", "hidden_states[targets.tokens != -100]", "hidden_states[:, :-1][targets.tokens[:, 1:] != -100]", "step_losses::test_skipping_logits_averages_over_the_predicted_tokens"),
     Fault("the steps are averaged over micro-batches by default", ROOT + "cumo.py", 'self.config.average_loss_over == "tokens"', 'self.config.average_loss_over != "tokens"', "step_losses::test_the_mean_of_the_micro_batches_on_request"),
+    Fault("ids of another length mark places", ROOT + "cumo.py", "as_tiles(pixel_values) is None or input_ids.shape", "as_tiles(pixel_values) is None and input_ids.shape", "merging::test_ids_are_ignored_where_they_mark_nothing"),
+    Fault("the first word cannot be the image token", ROOT + "cumo.py", "if not 0 <= token < words:", "if not 0 < token < words:", "merging::test_a_place_is_where_the_whole_embedding_is_that_of_the_image_token"),
     # a new connector
     Fault("a new connector starts as transformers' layers", ROOT + "base.py", "module.reset_parameters()", "pass", "mlp_moe::test_a_new_connector_starts_as_nn_linear_does test_a_new_dense_connector_starts_as_nn_linear_does"),
     Fault("biases of experts have the wrong bound", ROOT + "moe.py", "nn.init.uniform_(bias, -bound, bound)", "nn.init.zeros_(bias)", "mlp_moe::test_a_new_connector_starts_as_nn_linear_does"),
@@ -88,6 +90,11 @@ FAULTS: tuple[Fault, ...] = (
     Fault("the image token may be generated", ROOT + "generation.py", "LogitsProcessorList([SuppressTokensLogitsProcessor([token], device), *processors])", "LogitsProcessorList([*processors])", "generate_modes::test_the_image_token_is_never_generated"),
     Fault("chunks of a later turn have the first positions", ROOT + "generation.py", "mask[:, : begin + stop]", "mask[:, :stop]", "generate_modes::test_chunks_of_a_later_turn_begin_behind_the_cache"),
     Fault("beams take the pictures in the order of the batch", ROOT + "generation.py", "[row for row in rows for _ in range(expand_size)]", "[row for _ in range(expand_size) for row in rows]", "generate::test_beams_take_all_images_of_their_row_along"),
+    Fault("chunks have the positions of the first tokens", ROOT + "generation.py", "offset = positions.shape[-1] - length", "offset = 0", "generate_modes::test_chunks_of_a_later_turn_begin_behind_the_cache"),
+    Fault("chunks count padding as positions", ROOT + "generation.py", "chunk[\"position_ids\"] = positions[..., offset + start : offset + stop]", "pass", "generate_modes::test_prefill_in_chunks_with_padding_and_without_a_picture"),
+    Fault("an assistant of another image token gets the pictures", ROOT + "generation.py", "            and assistant_model.config.image_token_index == token\n", "", "generate_modes::test_assistants_change_no_token"),
+    Fault("a picture of a later turn is taken for one in the cache", ROOT + "generation.py", "if cached < is_image.shape[1]:", "if False:", "generate_modes::test_new_pictures_of_a_later_turn_stay_with_their_rows"),
+    Fault("a config is read beside its subfolder", ROOT + "layouts.py", "(\"revision\", \"subfolder\", \"cache_dir\", \"token\")", "(\"revision\", \"cache_dir\", \"token\")", "config::test_a_config_is_read_from_its_subfolder"),
     # the configuration
     Fault("the connector's tie is lost", ROOT + "config.py", "self.tie_word_embeddings = self.tie_word_embeddings or text_ties", "self.tie_word_embeddings = text_ties", "interface::test_either_config_ties_the_embeddings"),
     Fault("infinite coefficients", ROOT + "config.py", "if not 0 <= value < math.inf:", "if not 0 <= value:", "config::test_bad_config_is_named"),

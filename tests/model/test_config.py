@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 
 from cumo_model import CumoConfig
+from cumo_model.model.layouts import read_config
 from cumo_model.model.outputs import CumoOutput
 
 
@@ -32,6 +33,13 @@ def test_config_knows_its_derived_values(tmp_path):
     assert config.vision_config.compat == "cumo"
     config.save_pretrained(tmp_path)
     assert CumoConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_a_config_is_read_from_its_subfolder(tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner/config.json").write_text('{"model_type": "some", "value": 3}')
+    assert read_config(tmp_path, subfolder="inner", device_map="cpu")["value"] == 3
+    assert read_config(tmp_path) == read_config(None, subfolder="inner") == {}
 
 
 def test_evaluation_of_the_trainer_keeps_loss_and_logits_alone():

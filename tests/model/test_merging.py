@@ -57,16 +57,23 @@ def test_dummy_pictures_count_in_the_router_losses_and_learn_nothing_else(tiny_m
     assert language[0].any() and not language[1].any() and aux[0].any() and aux[1].any()
 
 
-def test_a_place_is_where_the_whole_embedding_is_that_of_the_image_token(tiny_model):
+@pytest.mark.parametrize("token", [0, 7, 49])
+def test_a_place_is_where_the_whole_embedding_is_that_of_the_image_token(tiny_model, token):
     """Also without ids: words that share some of its coordinates are words."""
-    model = tiny_model(image_token_index=7).eval().model
+    model = tiny_model(image_token_index=token).eval().model
     words = model.get_input_embeddings().weight
     embeds = torch.randn(2, 3, 24)
-    embeds[0, 0, :23] = words[7, :23]
-    embeds[0, 1] = embeds[1, 2] = words[7]
+    embeds[0, 0, :23] = words[token, :23]
+    embeds[0, 1] = embeds[1, 2] = words[token]
     assert model.is_image(None, embeds).tolist() == [[False, True, False], [False, False, True]]
-    ids = torch.tensor([[7, 5, 7], [7, 7, 5]])
-    assert torch.equal(model.is_image(ids, embeds), ids == 7)  # ids tell where both are given
+    ids = torch.tensor([[token, 5, token], [token, token, 5]])
+    assert torch.equal(model.is_image(ids, embeds), ids == token)  # ids tell where both are given
+
+
+@pytest.mark.parametrize("token", [-1, 50])
+def test_places_of_a_token_that_is_no_word_need_ids(tiny_model, token):
+    with pytest.raises(ValueError, match=f"their id {token} has no embedding in a vocabulary of 50"):
+        tiny_model(image_token_index=token).model.is_image(None, torch.randn(2, 3, 24))
 
 
 @pytest.mark.parametrize("layer", [0, 2, [1, 0], None])
