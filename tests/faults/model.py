@@ -106,6 +106,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("the trainer gathers router statistics in evaluation", ROOT + "config.py", "        \"router_stats\",\n", "", "config::test_evaluation_of_the_trainer_keeps_loss_and_logits_alone"),
     Fault("grids of no tile", ROOT + "config.py", "or n < side or", "or", "config::test_bad_config_is_named"),
     Fault("the connector's FSDP unit is missing", ROOT + "config.py", "{\"multi_modal_projector\": \"free_full_weight\"}", "{}", "host::test_transformers_shards_the_parts_that_it_should"),
+    Fault("the first word is no image token of a tokenizer", ROOT + "layouts.py", "(token := read(folder)) is not None)", "(token := read(folder)))", "config::test_the_image_token_is_that_of_the_first_reader_that_knows_it"),
+    Fault("a known image token stays known", ROOT + "layouts.py", "_known_token.reset(before)", "pass", "config::test_the_image_token_is_that_of_the_first_reader_that_knows_it"),
     # parallelism, quantisation
     Fault("heads of the tower are not checked", ROOT + "tensor_parallel.py", '("config", "text_config", "vision_config")', '("config", "text_config")', "tensor_parallel::test_refused_before_weights_are_loaded"),
     Fault("every rank adds the output bias", ROOT + "tensor_parallel.py", " * (dist.get_rank(group) == 0)", "", "tensor_parallel::test_two_processes_compute_the_same_as_one"),

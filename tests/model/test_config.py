@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from cumo_model import CumoConfig
-from cumo_model.model.layouts import read_config
+from cumo_model.model import layouts
 from cumo_model.model.outputs import CumoOutput
 
 
@@ -38,8 +38,20 @@ def test_config_knows_its_derived_values(tmp_path):
 def test_a_config_is_read_from_its_subfolder(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner/config.json").write_text('{"model_type": "some", "value": 3}')
-    assert read_config(tmp_path, subfolder="inner", device_map="cpu")["value"] == 3
-    assert read_config(tmp_path) == read_config(None, subfolder="inner") == {}
+    assert layouts.read_config(tmp_path, subfolder="inner", device_map="cpu")["value"] == 3
+    assert layouts.read_config(tmp_path) == layouts.read_config(None, subfolder="inner") == {}
+
+
+def test_the_image_token_is_that_of_the_first_reader_that_knows_it(tmp_path, monkeypatch):
+    """Also if it is the first word; inside known_image_token nothing is read."""
+    monkeypatch.setattr(layouts, "TOKEN_READERS", [lambda _: None, lambda _: 0, lambda _: 5])
+    assert layouts.image_token_of(tmp_path) == 0
+    assert layouts.image_token_of(None) is layouts.image_token_of(tmp_path, "none") is None
+    with layouts.known_image_token(0):
+        with layouts.known_image_token(7):
+            assert layouts.image_token_of(tmp_path) == layouts.image_token_of(None) == 7
+        assert layouts.image_token_of(None) == 0
+    assert layouts.image_token_of(None) is None
 
 
 def test_evaluation_of_the_trainer_keeps_loss_and_logits_alone():

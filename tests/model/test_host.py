@@ -75,7 +75,7 @@ def test_no_model_with_quantised_experts_can_be_saved(tiny_model, tmp_path, part
 
 
 def test_transformers_shards_the_parts_that_it_should(tiny_model):
-    """Its FSDP gathers each of them for its own call; the last ones stay whole between forward and backward."""
+    """Its FSDP gathers each of them for its own call; the last ones stay whole until backward."""
     fsdp = pytest.importorskip("transformers.distributed.fsdp")
     model = tiny_model(text="mixtral")
     freed, kept = ([name for name, _ in part] for part in fsdp.expand_fsdp_plan(model, model._fsdp_plan))
