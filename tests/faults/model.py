@@ -108,6 +108,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("the connector's FSDP unit is missing", ROOT + "config.py", "{\"multi_modal_projector\": \"free_full_weight\"}", "{}", "host::test_transformers_shards_the_parts_that_it_should"),
     Fault("the first word is no image token of a tokenizer", ROOT + "layouts.py", "(token := read(folder)) is not None)", "(token := read(folder)))", "config::test_the_image_token_is_that_of_the_first_reader_that_knows_it"),
     Fault("a known image token stays known", ROOT + "layouts.py", "_known_token.reset(before)", "pass", "config::test_the_image_token_is_that_of_the_first_reader_that_knows_it"),
+    Fault("one value under both names is refused", ROOT + "compat.py", "if len(values) == 2 and values[0] != values[1]:", "if len(values) == 2:", "host::test_the_trainers_checkpointing_goes_by_either_name"),
+    Fault("the index of a variant is not checked", ROOT + "indexes.py", '"*.index*.json"', '"*.index.json"', "indexes::test_the_index_of_a_variant_is_checked_too"),
     # parallelism, quantisation
     Fault("heads of the tower are not checked", ROOT + "tensor_parallel.py", '("config", "text_config", "vision_config")', '("config", "text_config")', "tensor_parallel::test_refused_before_weights_are_loaded"),
     Fault("every rank adds the output bias", ROOT + "tensor_parallel.py", " * (dist.get_rank(group) == 0)", "", "tensor_parallel::test_two_processes_compute_the_same_as_one"),
