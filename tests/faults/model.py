@@ -117,6 +117,9 @@ FAULTS: tuple[Fault, ...] = (
     # analysis and upcycling
     Fault("entropy in nats", "cumo_model/analysis/experts.py", " / torch.log(torch.tensor(float(shares.shape[1])))", "", "analysis/experts::test_load_entropy_is_one_for_uniform_shares_of_any_number_of_experts"),
     Fault("entropy in the unit of the number of layers", "cumo_model/analysis/experts.py", "torch.tensor(float(shares.shape[1]))", "torch.tensor(float(shares.shape[0]))", "analysis/experts::test_load_entropy_is_one_for_uniform_shares_of_any_number_of_experts"),
+    Fault("load is measured with dropout", "cumo_model/analysis/experts.py", "    model.eval()\n    for kind", "    for kind", "analysis/experts::test_load_is_measured_in_evaluation_mode"),
+    Fault("training goes on in evaluation mode", "cumo_model/analysis/experts.py", "model.train(was_training)", "pass", "analysis/experts::test_load_is_measured_in_evaluation_mode"),
+    Fault("a patch's last choice is drawn", "cumo_model/analysis/experts.py", "record.routing.topk_indices[:, 0].cpu()", "record.routing.topk_indices[:, -1].cpu()", "analysis/experts::test_a_patch_map_is_what_the_gate_chose"),
     Fault("padding counts in the load", "cumo_model/analysis/experts.py", "indices = indices[real]", "pass", "analysis/experts::test_load_counts_slots_without_padding"),
     Fault("drop-upcycling keeps the drawn units", "cumo_model/checkpoints/upcycle.py", "[: int(drop * width)]", "[int(drop * width) :]", "checkpoints/upcycle::test_drop_upcycling_draws_whole_units_of_each_expert_anew"),
     Fault("drop-upcycling loses the mean", "cumo_model/checkpoints/upcycle.py", ".to(old) + old.mean()", ".to(old)", "checkpoints/upcycle::test_drop_upcycling_draws_whole_units_of_each_expert_anew"),

@@ -54,6 +54,17 @@ def test_load_counts_slots_without_padding(tiny_model, tiny_batch):
             assert_close_after(1, sum(shares), 1)  # each share is rounded once to fp32, the sum is fp64
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_load_is_measured_in_evaluation_mode(tiny_model, tiny_batch, training):
+    """Without dropout; the mode is restored."""
+    model, seen = tiny_model().train(training), []
+    model.model.vision_tower.register_forward_hook(lambda module, *_: seen.append(module.training))
+    expert_load(model, [("all", tiny_batch())])
+    assert seen == [False] and model.training == training
+    patch_experts(model, tiny_batch()["pixel_values"][:1])
+    assert seen == [False, False] and not model.training
+
+
 def test_specialisation_is_none_when_alike_and_one_when_apart():
     assert specialisation({"a": [[0.5, 0.5]], "b": [[0.5, 0.5]]}) == 0
     assert specialisation({"a": [[1.0, 0.0]], "b": [[0.0, 1.0]]}) == 1
