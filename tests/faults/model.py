@@ -72,6 +72,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("the smoothed loss is divided by all positions", ROOT + "losses.py", "((targets != -100).sum() if", "(targets.numel() if", "step_losses::test_label_smoothing_of_a_model_is_that_of_the_definition"),
     Fault("image tokens do not count in the share", ROOT + "losses.py", "share = share_of_labels(given, num_items)", "share = share_of_labels(tokens, num_items)", "step_losses::test_router_losses_are_weighted_by_the_share_of_the_labels"),
     Fault("the smoothed loss in 16 bits", ROOT + "losses.py", "logits.float().view(-1, vocab_size)", "logits.view(-1, vocab_size)", "losses::test_the_smoothed_loss_of_16_bit_logits_is_fp32"),
+    Fault("image tokens in shifted labels are predicted", ROOT + "losses.py", "tokens = given.masked_fill(given == image_token, -100)", "tokens = given if labels is None else given.masked_fill(given == image_token, -100)", "step_losses::test_skipping_logits_averages_over_the_predicted_tokens"),
     # layouts of tiles, scales
     Fault("padding of a wide picture is not rounded as in LLaVA", ROOT + "image_tokens.py", "int(round(height * (columns / width), 7))", "int(height * (columns / width))", "image_tokens::test_a_side_of_whole_patches_is_not_rounded_down"),
     Fault("padding of a high picture is not rounded as in LLaVA", ROOT + "image_tokens.py", "int(round(width * (rows / height), 7))", "int(width * (rows / height))", "image_tokens::test_a_side_of_whole_patches_is_not_rounded_down"),
@@ -95,6 +96,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("an assistant of another image token gets the pictures", ROOT + "generation.py", "            and assistant_model.config.image_token_index == token\n", "", "generate_modes::test_assistants_change_no_token"),
     Fault("a picture of a later turn is taken for one in the cache", ROOT + "generation.py", "if cached < is_image.shape[1]:", "if False:", "generate_modes::test_new_pictures_of_a_later_turn_stay_with_their_rows"),
     Fault("a config is read beside its subfolder", ROOT + "layouts.py", "(\"revision\", \"subfolder\", \"cache_dir\", \"token\")", "(\"revision\", \"cache_dir\", \"token\")", "config::test_a_config_is_read_from_its_subfolder"),
+    Fault("beams take a cut picture for a whole one", ROOT + "generation.py", 'lengths = images.get("image_lengths", tokens.new_tensor([layout.tokens(size) for size in sizes]))', "lengths = tokens.new_tensor([layout.tokens(size) for size in sizes])", "generate::test_beams_take_all_images_of_their_row_along"),
     # the configuration
     Fault("the connector's tie is lost", ROOT + "config.py", "self.tie_word_embeddings = self.tie_word_embeddings or text_ties", "self.tie_word_embeddings = text_ties", "interface::test_either_config_ties_the_embeddings"),
     Fault("infinite coefficients", ROOT + "config.py", "if not 0 <= value < math.inf:", "if not 0 <= value:", "config::test_bad_config_is_named"),

@@ -1,6 +1,7 @@
 """The loss of a step: its average over tokens, micro-batches and processes, and the router losses in it."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -245,12 +246,13 @@ def test_skipping_logits_averages_over_the_predicted_tokens(tiny_model, tiny_bat
     total = -rows.log_softmax(-1)[torch.arange(7), targets[predicted]].sum()
     cases = [({}, 7), ({"num_items_in_batch": 30}, 30), ({"num_items_in_batch": 0}, 1)]
     cases.append(({"num_items_in_batch": torch.tensor([30])}, 30))  # as nn.DataParallel passes it
-    for options, divisor in cases:
-        for skip in (False, True):
-            out = model(**batch, skip_logits=skip, **options)
-            assert_same_formula(out.loss, total / divisor)
-            assert_same_formula(out.loss_parts["language"], total / 7)
-            assert out.loss.shape == ()
+    shifted = {key: value for key, value in batch.items() if key != "labels"}
+    shifted["shift_labels"] = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    for (options, divisor), given, skip in product(cases, (batch, shifted), (False, True)):
+        out = model(**given, skip_logits=skip, **options)
+        assert_same_formula(out.loss, total / divisor)
+        assert_same_formula(out.loss_parts["language"], total / 7)
+        assert out.loss.shape == ()
 
 
 @pytest.mark.parametrize("shifted", [False, True])
