@@ -167,7 +167,7 @@ class CumoModel(CumoPreTrainedModel):
 
         `input_ids` of another length than `inputs_embeds` are ignored.
         """
-        if inputs_embeds is not None and (
+        if not (input_ids is None or inputs_embeds is None) and (
             as_tiles(pixel_values) is None or input_ids.shape != inputs_embeds.shape[:2]
         ):
             input_ids = None

@@ -129,7 +129,7 @@ def write(folder, values=None, shards=2, pickled=False, **options):
     return values
 
 
-def moe(x, logits, experts, width, per_crop=True, counted=slice(None)):
+def moe(x, logits, experts, width, per_crop=True, counted=slice(None), top_k=K):
     """MoE layer of section 2.1 (per_crop: softmax rounded to x's dtype before top-k) or 2.2; x (N, n, .).
 
     `counted` selects the tokens n of which the losses are means: all, as in the original, or some.
@@ -138,7 +138,7 @@ def moe(x, logits, experts, width, per_crop=True, counted=slice(None)):
     z = torch.logsumexp(logits[:, counted], -1).square().mean()
     p = F.softmax(logits, -1, dtype=torch.promote_types(torch.float32, x.dtype))
     p = p.to(x.dtype) if per_crop else p
-    weights, chosen = torch.topk(p, K)
+    weights, chosen = torch.topk(p, top_k)
     first = F.one_hot(chosen[:, counted, 0], num).float().mean(-2)
     balance = (p[:, counted].mean(-2) * first).mean() * num**2
     weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)

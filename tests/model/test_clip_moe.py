@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.clip.modeling_clip import CLIPMLP
 
 from cumo_model import CumoVisionConfig, CumoVisionModel, record_routing
 from cumo_model.model.losses import place_losses
@@ -114,8 +115,9 @@ def test_tower_losses_and_gradients_are_the_loops(attention):
 @pytest.mark.usefixtures("fp64")
 @pytest.mark.parametrize("layer", range(-4, 4))
 def test_dense_tower_is_transformers_clip(layer):
-    model = tower(num_experts=1).eval()
-    clip = CLIPVisionModel(CLIPVisionConfig(**SIZES, attn_implementation="eager")).eval()
+    options = {"layer_norm_eps": 0.1}  # not that of nn.LayerNorm
+    model = tower(num_experts=1, **options).eval()
+    clip = CLIPVisionModel(CLIPVisionConfig(**SIZES, **options, attn_implementation="eager")).eval()
     missing, unexpected = clip.load_state_dict(model.state_dict(), strict=False)
     assert unexpected == [] and all("post_layernorm" in name for name in missing)
     pixels = torch.randn(2, 3, 12, 12)
@@ -161,12 +163,13 @@ def test_outputs_may_be_requested_by_the_config():
     assert torch.equal(asked.hidden_states[-2], plain.last_hidden_state)
 
 
-def test_features_of_several_layers_are_concatenated():
+@pytest.mark.parametrize("layers", [[-2, 0, -3], [-1, 0]])
+def test_features_of_several_layers_are_concatenated(layers):
     model, pixels = tower().eval(), torch.randn(2, 3, 12, 12)
     states = model(pixels, output_hidden_states=True).hidden_states
     with record_routing() as records:
-        several = model(pixels, feature_layer=[-2, 0, -3], all_routers=True).last_hidden_state
-    assert torch.equal(several, torch.cat([states[-2], states[0], states[-3]], -1))
+        several = model(pixels, feature_layer=layers, all_routers=True).last_hidden_state
+    assert torch.equal(several, torch.cat([states[i] for i in layers], -1))
     assert [record.layer for record in records] == [0, 1, 2]
     one = model(pixels, feature_layer=[1]).last_hidden_state
     assert torch.equal(one, model(pixels, feature_layer=1).last_hidden_state)
@@ -274,11 +277,30 @@ def test_checkpointed_layers_give_the_same_gradients():
         assert torch.equal(gradient, gradients[1][name]), name
 
 
-def test_weights_start_as_clips_and_gates_as_the_originals():
-    model = CumoVisionModel(CumoVisionConfig(**{**SIZES, "hidden_size": 64, "intermediate_size": 128}))
+@pytest.mark.usefixtures("fp64")
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh"])
+def test_experts_have_the_activation_of_the_config(act):
+    """Experts with the weights of CLIP's MLP compute what it does."""
+    model = tower(hidden_act=act)
+    layer, mlp = model.encoder.layers[1].mlp, CLIPMLP(model.config)
+    experts = layer.experts
+    with torch.no_grad():
+        for name, part in (("up_proj", mlp.fc1), ("down_proj", mlp.fc2)):
+            part.weight.normal_(), part.bias.normal_()
+            getattr(experts, name).copy_(part.weight.expand_as(getattr(experts, name)))
+            getattr(experts, f"{name}_bias").copy_(part.bias.expand_as(getattr(experts, f"{name}_bias")))
+    x = torch.randn(2, 10, 16)
+    assert_same_formula(layer(x), mlp(x))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_weights_start_as_clips_and_gates_as_the_originals(factor):
+    sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 128}
+    model = CumoVisionModel(CumoVisionConfig(**sizes, initializer_factor=factor))
     mlp = model.encoder.layers[0].mlp
     for weight, std in ((mlp.experts.up_proj, 128**-0.5), (mlp.experts.down_proj, (2 * 64 * 3) ** -0.5)):
-        assert_spread(weight, std)
+        for expert in weight:
+            assert_spread(expert, std * factor)
     assert mlp.experts.up_proj_bias.abs().max() == 0 and mlp.experts.down_proj_bias.abs().max() == 0
     assert mlp.gate.weight.abs().max() <= 1 / 8
     assert_spread(mlp.gate.weight, 1 / 8 / 3**0.5)

@@ -75,6 +75,8 @@ def test_pictures_of_another_size_on_request(tiny_config):
     assert [x.shape for x in found] == [(16, 24)] * 2 and torch.equal(torch.stack(found), wanted)
     with pytest.raises(ValueError, match=r"pixel_values must be \(B, 3, 12, 12\)"):
         model.get_image_features(pixels)
+    with pytest.raises(ValueError, match=r"pixel_values must be \(B, 3, 12, 12\), got \(3, 16, 16\)"):
+        model.get_image_features(pixels[0], interpolate_pos_encoding=True)
     scaled = CumoForConditionalGeneration(tiny_config(scales=(1, 2))).eval()
     with pytest.raises(ValueError, match=r"interpolate_pos_encoding must be False unless scales is \[1\]"):
         scaled.get_image_features(pixels, interpolate_pos_encoding=True)

@@ -50,11 +50,16 @@ def test_beams_take_all_images_of_their_row_along(tiny_model, with_lengths):
     model = tiny_model(text_options={"pad_token_id": 0}).eval()
     ids, mask, alone, pixels = rows([1, 2], [3, 3])
     options = {**OPTIONS, "num_beams": 3, "num_return_sequences": 2}
-    lengths = {"image_lengths": torch.tensor([9, 9, 9])} if with_lengths else {}
+    lengths, each = {}, [{}, {}]
+    if with_lengths:  # the picture of row 0 is cut to its first four tokens
+        for row in (ids, alone[0]):
+            row[0, (row[0] == 60).nonzero()[4:, 0]] = 7
+        lengths = {"image_lengths": torch.tensor([4, 9, 9])}
+        each = [{"image_lengths": lengths["image_lengths"][part]} for part in (slice(1), slice(1, 3))]
     together = model.generate(ids, attention_mask=mask, pixel_values=torch.cat(pixels), **lengths, **options)
     assert together.shape[0] == 4
     for i, row in enumerate(alone):
-        single = model.generate(row, pixel_values=pixels[i], **options)
+        single = model.generate(row, pixel_values=pixels[i], **each[i], **options)
         assert torch.equal(together[2 * i : 2 * i + 2, ids.shape[1] :], single[:, row.shape[1] :]), i
 
 

@@ -185,6 +185,7 @@ def test_assistants_change_no_token(prompt, text, token):
     for options in (
         {"assistant_model": other},
         {"assistant_model": larger},
+        {"assistant_model": prompt(INSIDE if token != INSIDE else OUTSIDE)[0]},
         {"assistant_model": text_model(3)},
         {"prompt_lookup_num_tokens": 3},
         {"prompt_lookup_num_tokens": 2, "repetition_penalty": 1.0000001, "bad_words_ids": [[49, 49, 49]]},

@@ -12,7 +12,7 @@ from transformers import AutoModel, Trainer, TrainingArguments
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.model import moe
 from cumo_model.model.clip_moe import CumoVisionModel
-from cumo_model.model.compat import CHECKPOINTING
+from cumo_model.model.compat import CHECKPOINTING, NEWER, OLDER, checkpointing_arguments
 from cumo_model.model.cumo import CumoModel
 from cumo_model.model.llm_moe import CumoMixtralModel
 from cumo_model.model.moe import MoELayer
@@ -72,6 +72,31 @@ def test_no_model_with_quantised_experts_can_be_saved(tiny_model, tmp_path, part
     with pytest.raises(ValueError, match="save_pretrained must come before quantize_experts"):
         PARTS[part](model).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("suffix, one, other", [("", True, False), ("_kwargs", {"use_reentrant": False}, {})])
+def test_the_trainers_checkpointing_goes_by_either_name(suffix, one, other):
+    wanted = {f"{CHECKPOINTING}{suffix}": one, "seed": 1}
+    for given in ([OLDER], [NEWER], [OLDER, NEWER]):
+        found = checkpointing_arguments({"seed": 1} | {name + suffix: one for name in given})
+        assert found == wanted
+    with pytest.raises(ValueError, match="one argument under two names, got"):
+        checkpointing_arguments({OLDER + suffix: one, NEWER + suffix: other})
+    assert checkpointing_arguments({OLDER + suffix: other}) == {f"{CHECKPOINTING}{suffix}": other}
+
+
+def test_transformers_shards_the_parts_that_it_should(tiny_model):
+    """Its FSDP gathers each of them for its own call; the last ones stay whole until backward."""
+    fsdp = pytest.importorskip("transformers.distributed.fsdp")
+    model = tiny_model(text="mixtral")
+    freed, kept = ([name for name, _ in part] for part in fsdp.expand_fsdp_plan(model, model._fsdp_plan))
+    assert freed == [
+        *(f"model.vision_tower.encoder.layers.{i}" for i in range(3)),
+        "model.multi_modal_projector",
+        "model.language_model.embed_tokens",
+        *(f"model.language_model.layers.{i}" for i in range(2)),
+    ]
+    assert kept == ["model.language_model.norm", "lm_head"]
 
 
 REFUSAL = r"must have use_reentrant False where there are experts, got True for "

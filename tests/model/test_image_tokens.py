@@ -47,6 +47,23 @@ def literal_spatial(features, rows, columns):
     return torch.cat([features[0], tiles.permute(0, 2, 1, 3, 4).contiguous().flatten(0, 3)])
 
 
+def tokens_of_llava_next(size, pinpoints, side, patch):
+    counter = SimpleNamespace(
+        image_processor=SimpleNamespace(image_grid_pinpoints=pinpoints),
+        patch_size=patch,
+        num_additional_image_tokens=0,
+        _get_unpadded_features=lambda *args: LlavaNextProcessor._get_unpadded_features(None, *args),
+    )
+    return LlavaNextProcessor._get_number_of_features(counter, *size, side, side)
+
+
+@pytest.mark.parametrize("pinpoint, size", [([336, 672], (88, 55)), ([672, 336], (55, 88))])
+def test_a_side_of_whole_patches_is_not_rounded_down(pinpoint, size):
+    """55 * (24 / 88) is 15, but less in fp64."""
+    found = PictureLayout(336, 24, 576, "spatial_unpad", [pinpoint])
+    assert found.tokens(size) == tokens_of_llava_next(size, [pinpoint], 336, 14)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_tokens_are_those_of_llava_next_and_in_its_order(size):
     own = SimpleNamespace(
@@ -61,13 +78,7 @@ def test_tokens_are_those_of_llava_next_and_in_its_order(size):
     )
     assert torch.equal(unpadded.arrange(features, size, newline), wanted)
     assert unpadded.tokens(size) == count == len(wanted)
-    counter = SimpleNamespace(
-        image_processor=SimpleNamespace(image_grid_pinpoints=PINPOINTS),
-        patch_size=4,
-        num_additional_image_tokens=0,
-        _get_unpadded_features=lambda *args: LlavaNextProcessor._get_unpadded_features(None, *args),
-    )
-    assert unpadded.tokens(size) == LlavaNextProcessor._get_number_of_features(counter, *size, 12, 12)
+    assert unpadded.tokens(size) == tokens_of_llava_next(size, PINPOINTS, 12, 4)
 
     rows, columns = spatial._shape(size)
     assert torch.equal(spatial.arrange(features, size, None), literal_spatial(features, rows, columns))
@@ -83,6 +94,17 @@ def test_a_picture_of_one_tile_ends_with_a_newline_if_any():
     assert torch.equal(layout("spatial_unpad").arrange(features, None, newline), wanted)
     assert layout("spatial_unpad").tokens(None) == 10
     assert torch.equal(layout("spatial").arrange(features, None, None), features[0])
+
+
+@pytest.mark.parametrize("size", [None, (20, 31)])
+def test_tokens_have_the_dtype_of_the_features(size):
+    places = layout("spatial_unpad")
+    features, newline = torch.randn(places.tiles(size), 9, 5).bfloat16(), torch.randn(5)
+    tokens = places.arrange(features, size, newline)
+    assert tokens.dtype == torch.bfloat16
+    assert any(torch.equal(row, newline.bfloat16()) for row in tokens)
+    if size is None:
+        assert torch.equal(places.arrange_single(features, newline), tokens[None])
 
 
 def picture(size, seed=0):
@@ -222,7 +244,9 @@ def test_a_new_newline_has_the_size_of_a_token(tiny_config):
         tiny_config(patch_merge_type="spatial_unpad", text_options={"hidden_size": 512, "vocab_size": 8})
     )
     assert_spread(model.model.image_newline, 512**-0.5)
-    assert CumoForConditionalGeneration(tiny_config()).model.image_newline is None
+    for merge in ("flat", "spatial"):
+        model = CumoForConditionalGeneration(tiny_config(patch_merge_type=merge))
+        assert model.model.image_newline is None
 
 
 @pytest.mark.parametrize("written", ["text", "list"])

@@ -117,6 +117,20 @@ def test_an_index_that_is_none_is_named(tiny_model, tmp_path, content, words):
             READERS[reader](tmp_path / "start")
 
 
+def test_the_index_of_a_variant_is_checked_too(tiny_model, tmp_path):
+    """Such as model.safetensors.index.fp16.json, which transformers reads with variant="fp16"."""
+    folder = tmp_path / "start"
+    tiny_model().save_pretrained(folder, max_shard_size="20KB", variant="fp16")
+    (index,) = folder.glob("*.index.fp16.json")
+    values = json.loads(index.read_text())
+    values["weight_map"] = dict.fromkeys(values["weight_map"], "../away.safetensors")
+    index.write_text(json.dumps(values))
+    with pytest.raises(
+        ValueError, match=r"index\.fp16\.json: '\.\./away\.safetensors' must be a path inside"
+    ):
+        CumoForConditionalGeneration.from_pretrained(folder, variant="fp16")
+
+
 def test_weights_that_config_json_names_lie_in_the_folder(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path / "start")
     os.rename(tmp_path / "start/model.safetensors", tmp_path / "away.safetensors")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from cumo_model import CumoForConditionalGeneration
+from cumo_model import CumoForConditionalGeneration, record_routing
+from cumo_model.model.compat import CACHE, cache_of
 from tests.model.gradients import gradients
 from tests.rounding import assert_same_formula
 
@@ -99,3 +100,80 @@ def test_skipping_logits_changes_no_gradient(tiny_model, tiny_batch):
     assert_same_formula(*grads)
     batch["labels"].fill_(-100)
     assert model.eval()(**batch, skip_logits=True).loss == 0
+
+
+def test_the_cache_is_returned_in_evaluation_or_on_request(tiny_model, tiny_batch):
+    batch = tiny_batch()
+    for training in (True, False):
+        model = tiny_model().train(training)
+        for asked, wanted in ((None, not training), (True, True), (False, False)):
+            assert (cache_of(model(**batch, use_cache=asked))[CACHE] is not None) == wanted
+
+
+def test_only_the_kept_positions_get_logits(tiny_model, tiny_batch):
+    """A number of last positions, or their indices; 0 is all."""
+    model, batch = tiny_model().eval(), tiny_batch()
+    del batch["labels"]
+    runs = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: runs.append(args[0]))
+    for kept, places in (
+        (0, range(20)),
+        (3, (17, 18, 19)),
+        (1, (19,)),
+        (torch.tensor([2, 11, 5]), (2, 11, 5)),
+    ):
+        out = model(**batch, logits_to_keep=kept, output_hidden_states=True)
+        assert torch.equal(runs[-1], out.hidden_states[-1][:, list(places)])
+        assert torch.equal(out.logits, model._head.logits(model.lm_head, runs[-1]))
+
+
+def test_the_loss_of_evaluation_has_no_router_losses_also_when_they_are_returned(tiny_model, tiny_batch):
+    model = tiny_model(text="mixtral").eval()
+    out = model(**tiny_batch(), output_router_logits=True)
+    batch = {key: value for key, value in tiny_batch().items() if key != "labels"}
+    assert model(**batch).loss_parts is None and model(**batch).loss is None
+    assert out.aux_loss > 0 and out.loss == out.loss_parts["language"] == model(**tiny_batch()).loss
+
+
+def test_the_terms_of_the_loss_are_in_the_order_of_the_original(tiny_model, tiny_batch):
+    """Sums depend on it: connector, tower, language model."""
+    parts = tiny_model(text="mixtral").train()(**tiny_batch()).loss_parts
+    terms = [f"{place}_{name}" for place in ("mlp", "clip", "llm") for name in ("balance", "z")]
+    assert list(parts) == ["language", *terms]
+
+
+def test_every_place_has_its_own_numbers_of_experts(tiny_model, tiny_batch):
+    model = tiny_model(
+        text="mixtral",
+        vision_experts=5,
+        vision={"num_experts_per_tok": 3},
+        projector_num_experts=6,
+        projector_num_experts_per_tok=1,
+        text_options={"num_local_experts": 7, "num_experts_per_tok": 4},
+    )
+    with record_routing(logits=True) as records:
+        model(**tiny_batch(), use_cache=False)
+    found = {(r.place, r.layer): (r.logits.shape[1], r.routing.topk_indices.shape[1]) for r in records}
+    tower, text = {("clip", i): (5, 3) for i in range(3)}, {("llm", i): (7, 4) for i in range(2)}
+    assert found == tower | {("mlp", 0): (6, 1)} | text
+
+
+@pytest.mark.parametrize(
+    "options", [{"tie_word_embeddings": True}, {"text_options": {"tie_word_embeddings": True}}]
+)
+def test_either_config_ties_the_embeddings(tiny_config, options):
+    for given, tied in ((options, True), ({}, False)):
+        model = CumoForConditionalGeneration(tiny_config(**given))
+        assert model.config.tie_word_embeddings == tied
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+
+
+def test_tower_and_decoder_may_have_different_dtypes(tiny_model, tiny_batch):
+    model, batch = tiny_model().eval(), tiny_batch()
+    for part in (model.model.language_model, model.lm_head):
+        part.bfloat16()
+    pictures = model.get_image_features(batch["pixel_values"]).pooler_output
+    assert pictures[0].dtype == torch.float32
+    embeds = model.model.embed(batch["input_ids"], None, batch["pixel_values"])
+    assert torch.equal(embeds[batch["input_ids"] == 60], torch.cat(pictures).bfloat16())
+    assert model(**batch).logits.dtype == torch.bfloat16

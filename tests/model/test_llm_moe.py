@@ -14,11 +14,12 @@ from transformers import (
     Qwen3MoeConfig,
     StaticCache,
 )
+from transformers.activations import ACT2FN
 
 from cumo_kernels.testing import assert_as_accurate_as_torch
 from cumo_model import MoELayer, load_balancing_loss, record_routing, router_z_loss
 from cumo_model.model.compat import cache_argument
-from cumo_model.model.llm_moe import CumoMixtralModel, build_language_model
+from cumo_model.model.llm_moe import GATED_ACTIVATION_OF, CumoMixtralModel, build_language_model
 from tests.rounding import assert_same_formula, assert_spread
 
 SIZES = {
@@ -73,8 +74,9 @@ def test_output_losses_and_gradients_are_the_loops():
 
 
 def test_whole_model_is_transformers_mixtral():
-    theirs = MixtralModel(mixtral_config(experts_implementation="eager"))
-    ours = build_language_model(mixtral_config())
+    options = {"rms_norm_eps": 0.1, "pad_token_id": 0}  # a token without gradient
+    theirs = MixtralModel(mixtral_config(**options, experts_implementation="eager"))
+    ours = build_language_model(mixtral_config(**options))
     ours.load_state_dict(theirs.state_dict())
     names = [name for name, _ in ours.named_parameters()]
     input_ids = torch.randint(30, (2, 9))
@@ -198,6 +200,18 @@ def test_compat_reaches_the_layers():
         "cumo_llm"
     }
     assert {layer.mlp.compat for layer in build_language_model(mixtral_config()).layers} == {None}
+
+
+@pytest.mark.usefixtures("fp64")
+@pytest.mark.parametrize("act", GATED_ACTIVATION_OF)
+def test_experts_have_the_activation_of_the_config(act):
+    config = mixtral_config(hidden_act=act)
+    layer, x = build_language_model(config).layers[0].mlp, torch.randn(6, 16)
+    gate_up, down = layer.experts.gate_up_proj, layer.experts.down_proj
+    with torch.no_grad():
+        gate_up.copy_(gate_up[:1].expand_as(gate_up)), down.copy_(down[:1].expand_as(down))
+    gate, up = (x @ gate_up[0].T).chunk(2, -1)
+    assert_same_formula(layer(x), ACT2FN[act](gate) * up @ down[0].T)
 
 
 def test_weights_start_as_transformers():

@@ -6,7 +6,7 @@ import torch
 from cumo_kernels import RouterStats, route
 from cumo_kernels.testing import assert_as_accurate_as_torch
 from cumo_model import load_balancing_loss, router_z_loss
-from cumo_model.model.losses import place_losses
+from cumo_model.model.losses import place_losses, smoothed_language_loss
 from tests.rounding import assert_same_formula
 
 
@@ -59,6 +59,12 @@ def test_losses_are_fp32_scalars():
     stats = route(torch.randn(6, 4).bfloat16(), 2).stats
     for loss in (load_balancing_loss(stats), router_z_loss(stats), *place_losses([stats, stats])):
         assert loss.shape == () and loss.dtype == torch.float32
+
+
+def test_the_smoothed_loss_of_16_bit_logits_is_fp32():
+    logits, labels = (8 * torch.randn(2, 50, 300)).bfloat16(), torch.randint(300, (2, 50))
+    wide, narrow = (smoothed_language_loss(0.1)(x, labels, 300) for x in (logits.float(), logits))
+    assert narrow.dtype == torch.float32 and torch.equal(narrow, wide)
 
 
 def test_layers_then_scales_are_averaged():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.func import functional_call
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, linear, silu
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -116,6 +116,30 @@ def test_without_compat_the_router_is_fp32():
     assert torch.equal(routing.topk_indices, idx.int())
     assert torch.equal(routing.topk_weights, v / v.sum(-1, keepdim=True))
     assert layer(x).dtype == torch.bfloat16
+
+
+def test_eager_experts_are_added_in_fp32():
+    layer = MoELayer(16, 8, 4, 3, "gelu").bfloat16()
+    layer.experts.implementation = "eager"
+    x, wanted = torch.randn(40, 16, dtype=torch.bfloat16), torch.zeros(40, 16)
+    routing, experts = layer.route(x), layer.experts
+    for e in range(4):
+        tokens, slots = (routing.topk_indices == e).nonzero(as_tuple=True)
+        inner = gelu(linear(x[tokens], experts.up_proj[e], experts.up_proj_bias[e]))
+        rows = linear(inner, experts.down_proj[e], experts.down_proj_bias[e])
+        wanted[tokens] += rows.float() * routing.topk_weights[tokens, slots, None]
+    assert torch.equal(layer(x), wanted.bfloat16())
+
+
+def test_padding_may_be_anything():
+    """It has no part in the statistics of the others, not even if its squares are infinite."""
+    layer, x = MoELayer(16, 8, 4, 2, "gelu"), torch.randn(12, 16)
+    counted = torch.arange(12) % 3 > 0
+    wanted = layer.route(x, counted=counted)
+    x[~counted] *= 1e30
+    found = layer.route(x, counted=counted)
+    for name in ("mean_probs", "top1_density", "mean_squared_logsumexp"):
+        assert torch.equal(getattr(found.stats, name), getattr(wanted.stats, name))
 
 
 def test_parameters_have_the_names_of_transformers():

@@ -86,6 +86,27 @@ def test_with_compat_padding_counts(tiny_model, tiny_batch):
     assert_same_formula(found(model, real)["llm_balance"], one["llm_balance"])
 
 
+@pytest.mark.parametrize(
+    "compat, training, is_zero", [("cumo", True, True), ("cumo", False, False), (None, True, False)]
+)
+def test_the_embedding_of_padding_is_zero_in_training_with_compat(
+    tiny_model, tiny_batch, compat, training, is_zero
+):
+    """As in the original code, which pads embeddings; in evaluation and without compat it is the token's."""
+    model, seen = tiny_model(text="mixtral", compat=compat).train(training), []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    batch = tiny_batch(images=0)
+    batch["attention_mask"][0, 17:] = batch["attention_mask"][1, :2] = 0
+    model(**batch)
+    wanted = model.get_input_embeddings()(batch["input_ids"]).detach()
+    if is_zero:
+        wanted = wanted * batch["attention_mask"][:, :, None]
+        assert wanted[0, 16].any() and not wanted[0, 17:].any() and not wanted[1, :2].any()
+    assert torch.equal(seen[0], wanted)
+
+
 def samples():
     source = torch.Generator().manual_seed(4)
     rows = []

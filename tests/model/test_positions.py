@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from cumo_model.model.compat import CACHE
-from cumo_model.model.positions import position_limit
+from cumo_model.model.positions import longest_prompt, position_limit, positions_of
 from cumo_model.training.recipe import load_recipe
 from cumo_model.training.trainer import build_trainer
 from tests.model.training.small_runs import write_data, write_model, write_recipe
@@ -59,6 +59,16 @@ LIMITS = [
 @pytest.mark.parametrize(("config", "limit"), LIMITS)
 def test_the_limit_of_a_decoder(config, limit):
     assert position_limit(config) == limit
+
+
+def test_a_prompt_is_as_long_as_its_longest_row_or_its_largest_position():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    for prompt in (torch.zeros(3, 5), torch.zeros(3, 5, 8)):
+        assert longest_prompt(prompt, mask) == 4
+        assert longest_prompt(prompt, None) == longest_prompt(prompt, mask[:, :4]) == 5
+    assert longest_prompt(torch.zeros(0, 5), mask[:0]) == 5
+    assert positions_of(torch.tensor([[3, 127, 0]])) == 128  # positions begin at 0
+    assert positions_of(torch.zeros(1, 0, dtype=torch.long)) == 0
 
 
 @pytest.mark.parametrize("text", ["mistral", "mixtral"])

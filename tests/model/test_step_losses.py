@@ -1,12 +1,14 @@
 """The loss of a step: its average over tokens, micro-batches and processes, and the router losses in it."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from cumo_model.model.losses import smoothed_language_loss
 from cumo_model.training.router_losses import RouterLosses
 from tests.model.gradients import gradients
 from tests.rounding import assert_same_formula
@@ -230,6 +232,48 @@ def test_num_items_shifted_labels_and_the_loss_function_are_those_of_transformer
         == model(**batch, num_items_in_batch=3, skip_logits=True).loss
     )
     assert seen == [(50, 3), (50, 3)]
+
+
+def test_skipping_logits_averages_over_the_predicted_tokens(tiny_model, tiny_batch):
+    """Rows with 6 and 2 labels, and one on an image token: the mean of 7, or the sum / num_items_in_batch."""
+    model, batch = tiny_model(**OFF).train(), tiny_batch()
+    batch["labels"][1, :18] = -100
+    batch["labels"][0, 14] = 60
+    targets = batch["labels"][:, 1:].flatten()
+    predicted = (targets != -100) & (targets != 60)
+    assert predicted.sum() == 7
+    rows = model(**batch).logits[:, :-1].flatten(0, 1)[predicted]
+    total = -rows.log_softmax(-1)[torch.arange(7), targets[predicted]].sum()
+    cases = [({}, 7), ({"num_items_in_batch": 30}, 30), ({"num_items_in_batch": 0}, 1)]
+    cases.append(({"num_items_in_batch": torch.tensor([30])}, 30))  # as nn.DataParallel passes it
+    shifted = {key: value for key, value in batch.items() if key != "labels"}
+    shifted["shift_labels"] = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    for (options, divisor), given, skip in product(cases, (batch, shifted), (False, True)):
+        out = model(**given, skip_logits=skip, **options)
+        assert_same_formula(out.loss, total / divisor)
+        assert_same_formula(out.loss_parts["language"], total / 7)
+        assert out.loss.shape == ()
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_label_smoothing_of_a_model_is_that_of_the_definition(tiny_model, tiny_batch, shifted):
+    """(1 - s) * -log p(label) + s / V * sum_v -log p(v), averaged over the predicted tokens."""
+    model, batch = tiny_model(**OFF).train(), tiny_batch()
+    batch["labels"][1, :18] = -100
+    labels = batch.pop("labels")
+    logits = model(**batch).logits[:, :-1].flatten(0, 1)
+    targets = labels[:, 1:].flatten()
+    logs = -logits[targets != -100].log_softmax(-1)
+    each = 0.7 * logs[torch.arange(8), targets[targets != -100]] + 0.3 * logs.mean(1)
+    given = {"shift_labels": torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)}
+    given = given if shifted else {"labels": labels}
+    model.loss_function = smoothed_language_loss(0.3)
+    for skip in (False, True):
+        assert_same_formula(model(**batch, **given, skip_logits=skip).loss, each.mean())
+        loss = model(**batch, **given, skip_logits=skip, num_items_in_batch=30).loss
+        assert_same_formula(loss, each.sum() / 30)
+    unshifted = smoothed_language_loss(0.3)(model(**batch).logits, labels, 50)  # as a function of its own
+    assert_same_formula(unshifted, each.mean())
 
 
 def test_a_loss_function_is_called_as_transformers_calls_it(tiny_model, tiny_batch):

@@ -81,6 +81,12 @@ REFUSED = [
         {}, {"tp_size": 3}, r"tp_size must divide text_config.num_attention_heads, 2, got 3", id="heads"
     ),
     pytest.param(
+        {"vision": {"num_attention_heads": 1}},
+        {"tp_size": 2},
+        "tp_size must divide vision_config.num_attention_heads, 1, got 2",
+        id="heads-of-the-tower",
+    ),
+    pytest.param(
         {"text_options": {"num_key_value_heads": 1}},
         {"tp_size": 2},
         "tp_size must divide text_config.num_key_value_heads, 1, got 2",

@@ -1,6 +1,7 @@
 """Expert load and patch maps compared with their definitions; the command on checkpoints with any scales."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from cumo_model.analysis.experts import (
     _batches,
     expert_load,
     kinds_of,
+    load_entropy,
     patch_experts,
     specialisation,
 )
@@ -60,6 +62,17 @@ def test_load_counts_slots_without_padding(tiny_model, tiny_batch):
         assert kinds["all"] == apart[place]["all"]
         for shares in kinds["all"]:
             assert_close_after(1, sum(shares), 1)  # each share is rounded once to fp32, the sum is fp64
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_load_is_measured_in_evaluation_mode(tiny_model, tiny_batch, training):
+    """Without dropout; the mode is restored."""
+    model, seen = tiny_model().train(training), []
+    model.model.vision_tower.register_forward_hook(lambda module, *_: seen.append(module.training))
+    expert_load(model, [("all", tiny_batch())])
+    assert seen == [False] and model.training == training
+    patch_experts(model, tiny_batch()["pixel_values"][:1])
+    assert seen == [False, False] and not model.training
 
 
 def test_specialisation_is_none_when_alike_and_one_when_apart():
@@ -117,6 +130,20 @@ def test_kinds_are_files_or_values_of_a_field_with_a_limit_for_each(tmp_path, ti
         (kind, len(batch["input_ids"])) for kind, batch in _batches(dataset, {"a": [0, 1, 2], "b": [3]}, 2)
     ]
     assert sizes == [("a", 2), ("a", 1), ("b", 1)]
+
+
+def test_load_entropy_is_one_for_uniform_shares_of_any_number_of_experts():
+    """The logarithm of the number of experts is the unit; kinds are averaged first, then layers."""
+    for experts in (2, 3, 4, 8):
+        # log and entr have an error of an ulp each; with at most 7 additions and a division
+        assert_close_after(11, load_entropy({"a": [[1 / experts] * experts]}), 1)
+    assert load_entropy({"a": [[0, 0, 1.0]]}) == 0
+    assert_close_after(11, load_entropy({"a": [[0.5, 0.5, 0, 0]]}), 0.5)
+    # two kinds that use one expert each use both together; the second layer is collapsed
+    load = {"a": [[1.0, 0], [1.0, 0]], "b": [[0, 1.0], [1.0, 0]]}
+    assert_close_after(11, load_entropy(load), 0.5)
+    three = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2)
+    assert_close_after(11, load_entropy({"a": [[1.0, 0]], "b": [[0.5, 0.5]]}), three)
 
 
 def test_the_command_draws_any_checkpoint(tmp_path, tiny_config, capsys):

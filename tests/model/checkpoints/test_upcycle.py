@@ -226,6 +226,70 @@ def test_mixtral_keeps_its_experts(tiny_model, tiny_batch):
     assert torch.equal(moe.get_parameter(name), dense.get_parameter(name))
 
 
+def units_of(experts):
+    """Each matrix by inner unit: (E, I, H) of up, or of gate and of up, and (E, I, O) of down."""
+    up, down = experts.up[0].detach(), experts.down_proj.detach()
+    return [*up.split(down.shape[2], 1), down.transpose(1, 2)]
+
+
+@pytest.mark.parametrize("drop, text_experts", [(0.33, 3), (0.5, 3), (1.0, 2)])
+def test_drop_upcycling_draws_whole_units_of_each_expert_anew(tiny_model, drop, text_experts):
+    """floor(drop * I) of the inner units, in all matrices at once, others in each expert; no bias.
+
+    The new values are normal, with the mean and the standard deviation of those they replace.
+    """
+    dense = tiny_model(vision_experts=1, projector_num_experts=1)
+    with torch.no_grad():  # means and spreads that differ between matrices
+        for name, weight in dense.named_parameters():
+            if name.endswith(("fc1.weight", "gate_proj.weight")):
+                weight.mul_(3).add_(2)
+            elif name.endswith(("fc2.weight", "down_proj.weight")):
+                weight.mul_(0.1).sub_(5)
+    plain, dropped = (upcycle(dense, text_experts=text_experts, drop=d) for d in (0.0, drop))
+    found = []
+    for name, layer in layers(dropped).items():
+        before, after = units_of(layers(plain)[name].experts), units_of(layer.experts)
+        changed = [(a != b).any(2) for a, b in zip(before, after, strict=True)]
+        count = int(drop * changed[0].shape[1])
+        assert all(torch.equal(units, changed[0]) for units in changed), name
+        assert changed[0].sum(1).tolist() == [count] * len(changed[0]) and count > 0
+        assert drop == 1.0 or len(set(map(tuple, changed[0].tolist()))) == len(changed[0])
+        for a, b in zip(before, after, strict=True):
+            for e, units in enumerate(changed[0]):
+                old, new = a[e, units], b[e, units]
+                assert (old != new).any(0).all()
+                z = (new - old.mean()) / old.std()
+                assert z.mean().abs() < 4 / z.numel() ** 0.5  # standard errors
+                found.append(z.flatten())
+        for key in ("up_proj_bias", "down_proj_bias"):
+            if (bias := getattr(layer.experts, key, None)) is not None:
+                assert torch.equal(bias, getattr(layers(plain)[name].experts, key))
+    assert_spread(torch.cat(found), 1.0)
+    for key, value in plain.state_dict().items():
+        if "experts" not in key and "gate.weight" not in key:
+            assert torch.equal(value, dropped.state_dict()[key])
+
+
+def test_noise_is_in_units_of_the_spread_of_each_weight(tiny_model):
+    """Drawn for each expert; not added to biases."""
+    dense = tiny_model(vision_experts=1, projector_num_experts=1)
+    with torch.no_grad():
+        for name, weight in dense.named_parameters():
+            if name.endswith("fc2.weight"):
+                weight.mul_(0.1).sub_(5)
+    plain, noisy = (upcycle(dense, text_experts=3, noise=noise) for noise in (0.0, 0.25))
+    added = []
+    for name, layer in layers(noisy).items():
+        ours, theirs = layer.experts, layers(plain)[name].experts
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            if a.ndim == 2:  # a bias
+                assert torch.equal(a, b)
+            else:
+                added += [((x - y) / y.std()).flatten() for x, y in zip(a, b, strict=True)]
+                assert not torch.equal(a[0] - b[0], a[1] - b[1])
+    assert_spread(torch.cat(added), 0.25)
+
+
 @pytest.mark.parametrize(
     "model, options, message",
     [

@@ -129,6 +129,16 @@ def test_experts_in_4_bits(tiny_model, tiny_batch, tmp_path, quant_type):
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("options, nested", [({}, True), ({"compress_statistics": False}, False)])
+def test_scales_of_quantised_experts_are_quantised_on_request(tiny_model, options, nested):
+    pytest.importorskip("bitsandbytes.functional")
+    layer = MoELayer(64, 64, 2, 1, "gelu")
+    quantize_experts(layer, **options)
+    parts = layer.experts.parametrizations
+    assert set(parts) == {"up_proj", "down_proj"}
+    assert {part[0].quant_state.nested for part in parts.values()} == {nested}
+
+
 def test_what_cannot_be_quantised_is_named(tiny_model, monkeypatch):
     model = tiny_model()
     with pytest.raises(ValueError, match="quant_type must be nf4 or fp4, got 'int8'"):
