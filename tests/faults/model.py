@@ -128,5 +128,4 @@ FAULTS: tuple[Fault, ...] = (
     Fault("drop-upcycling has the spread of the whole matrix", "cumo_model/checkpoints/upcycle.py", "old.std(), generator)", "matrix.float().std() * 2, generator)", "checkpoints/upcycle::test_drop_upcycling_draws_whole_units_of_each_expert_anew"),
     Fault("drop-upcycling draws rows of the second layer", "cumo_model/checkpoints/upcycle.py", "(*rows, down[e].T)", "(*rows, down[e])", "checkpoints/upcycle::test_drop_upcycling_draws_whole_units_of_each_expert_anew"),
     Fault("drop-upcycling leaves the gate's half", "cumo_model/checkpoints/upcycle.py", "for i in range(up.shape[1] // width)]", "for i in range(1)]", "checkpoints/upcycle::test_drop_upcycling_draws_whole_units_of_each_expert_anew"),
-    Fault("noise in the unit of one", "cumo_model/checkpoints/upcycle.py", "expert.float().std() * noise", "torch.tensor(noise)", "checkpoints/upcycle::test_noise_is_in_units_of_the_spread_of_each_weight"),
 )  # fmt: skip

@@ -270,26 +270,6 @@ def test_drop_upcycling_draws_whole_units_of_each_expert_anew(tiny_model, drop, 
             assert torch.equal(value, dropped.state_dict()[key])
 
 
-def test_noise_is_in_units_of_the_spread_of_each_weight(tiny_model):
-    """Drawn for each expert; not added to biases."""
-    dense = tiny_model(vision_experts=1, projector_num_experts=1)
-    with torch.no_grad():
-        for name, weight in dense.named_parameters():
-            if name.endswith("fc2.weight"):
-                weight.mul_(0.1).sub_(5)
-    plain, noisy = (upcycle(dense, text_experts=3, noise=noise) for noise in (0.0, 0.25))
-    added = []
-    for name, layer in layers(noisy).items():
-        ours, theirs = layer.experts, layers(plain)[name].experts
-        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-            if a.ndim == 2:  # a bias
-                assert torch.equal(a, b)
-            else:
-                added += [((x - y) / y.std()).flatten() for x, y in zip(a, b, strict=True)]
-                assert not torch.equal(a[0] - b[0], a[1] - b[1])
-    assert_spread(torch.cat(added), 0.25)
-
-
 @pytest.mark.parametrize(
     "model, options, message",
     [
