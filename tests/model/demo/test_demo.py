@@ -31,7 +31,7 @@ from cumo_model.model.moe import record_routing
 from cumo_model.processing.conversation import tokenize_prompt
 from cumo_model.processing.processor import build_processor
 from cumo_model.training.recipe import PARTS, load_recipe, plain
-from tests.rounding import assert_close_after
+from tests.rounding import assert_close_after, assert_same_formula
 
 WORDS = ["red", "green", "blue", "dark red"]
 
@@ -77,6 +77,25 @@ def test_choice_is_the_likeliest_answer(examiner):
                 total += float(logits[position - 1].log_softmax(-1)[ids[position]])
             scores.append(total)
         assert choice == scores.index(max(scores))
+
+
+@pytest.mark.usefixtures("fp64")
+def test_a_likelihood_is_the_sum_over_the_tokens_of_the_answer(examiner):
+    """Not the mean, which would favour long answers. The end of the answer counts; the question does not."""
+    answers = ["red", "dark red", "green dark red blue"]
+    samples = [examiner._answered(row, answer) for row, answer in zip((0, 2, 4), answers, strict=True)]
+    found, lengths = examiner._likelihood([0, 2, 4], samples), []
+    for row, answer, (ids, _), likelihood in zip((0, 2, 4), answers, samples, found, strict=True):
+        prompt = examiner._prompt(row)
+        said = examiner.tokenizer(f" {answer} </s>", add_special_tokens=False)["input_ids"]
+        assert ids.tolist() == prompt.tolist() + said
+        with torch.no_grad():
+            pixels = examiner.dataset[row]["pixel_values"].double()
+            logits = examiner.model(input_ids=ids[None], pixel_values=pixels).logits[0]
+        each = logits[len(prompt) - 1 : -1].log_softmax(-1)[range(len(said)), said]
+        assert_same_formula(likelihood, float(each.sum()))
+        lengths.append(len(said))
+    assert len(set(lengths)) == 3
 
 
 def test_exact_match_counts_equal_answers_only(examiner, monkeypatch):

@@ -1,5 +1,6 @@
 """Tests of recipes and the Trainer: hyperparameters, trained parts, losses by name, consecutive stages."""
 
+import dataclasses
 import json
 import warnings
 
@@ -12,8 +13,9 @@ from transformers import TrainerCallback
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.__main__ import main
 from cumo_model.model.compat import checkpointing_arguments
+from cumo_model.training import arguments
 from cumo_model.training.flops import step_flops
-from cumo_model.training.recipe import load_recipe
+from cumo_model.training.recipe import Recipe, StageSection, load_recipe
 from cumo_model.training.recipe_files import shipped_recipes
 from cumo_model.training.start import start_model
 from cumo_model.training.trainer import build_trainer, run_recipe, training_arguments
@@ -99,6 +101,33 @@ def test_recipes_that_are_no_recipes_are_named(tmp_path):
         ValueError, match=r"must be a multiple of 3 \(micro-batch\) x 1 \(processes\), got 256"
     ):
         training_arguments(load_recipe("mistral-7b/sft", ["trainer.per_device_train_batch_size=3"]))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_micro_batches_of_all_processes_are_one_batch(tmp_path, monkeypatch, processes):
+    """Rows per device x accumulation x processes is the batch of the recipe."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(arguments, "TrainingArguments", lambda **given: given)  # would wait for the others
+    made = Recipe(
+        str(tmp_path), stage=StageSection(batch_size=24), trainer={"per_device_train_batch_size": 4}
+    )
+    args = training_arguments(made)
+    assert args["per_device_train_batch_size"] == 4
+    assert args["gradient_accumulation_steps"] == {1: 6, 2: 3, 3: 2}[processes]
+    without = training_arguments(dataclasses.replace(made, trainer={}))
+    assert (without["per_device_train_batch_size"], without["gradient_accumulation_steps"]) == (
+        1,
+        24 // processes,
+    )
+    for batch in (12, 20):
+        other = dataclasses.replace(made, stage=StageSection(batch_size=batch))
+        if batch % (4 * processes):
+            with pytest.raises(
+                ValueError, match=rf"4 \(micro-batch\) x {processes} \(processes\), got {batch}"
+            ):
+                training_arguments(other)
+        else:
+            assert training_arguments(other)["gradient_accumulation_steps"] == batch // (4 * processes)
 
 
 def test_three_stages_in_a_row_and_stage_three_again_from_its_result(folder):
