@@ -304,3 +304,108 @@ def test_the_padding_of_packed_rows_counts_with_compat_only(folder, tiny_config,
     made = build_trainer(load_recipe(write_recipe(folder, data__packing=True, data__max_length=40)))
     batch = made.data_collator([made.train_dataset[0], made.train_dataset[1]])
     assert ("router_mask" in batch) == (compat is None) and "position_ids" in batch
+
+
+@pytest.mark.parametrize("own_rate", [None, 5e-2])
+def test_every_parameter_has_the_rate_and_the_decay_of_its_kind(folder, own_rate):
+    """Norms and biases do not decay; the connector may have its own rate. The optimizer has all, once."""
+    given = {} if own_rate is None else {"stage__projector_learning_rate": own_rate}
+    made = build_trainer(load_recipe(write_recipe(folder, trainer__weight_decay=0.1, **given)))
+    made.create_optimizer()
+    found = {}
+    for group in made.optimizer.param_groups:
+        for parameter in group["params"]:
+            assert id(parameter) not in found
+            found[id(parameter)] = (group["lr"], group["weight_decay"])
+    assert len(found) == sum(p.requires_grad for p in made.model.parameters())
+    norms = {id(p) for m in made.model.modules() if "Norm" in type(m).__name__ for p in m.parameters()}
+    for name, parameter in made.model.named_parameters():
+        rate = own_rate if own_rate is not None and "multi_modal_projector" in name else 1e-3
+        decays = id(parameter) not in norms and "bias" not in name
+        assert found[id(parameter)] == (rate, 0.1 if decays else 0.0), name
+
+
+TOWER, CONNECTOR, LANGUAGE = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
+TRAINED = {  # stage.trains -> beginnings of the names of what is trained
+    "vision": (TOWER,),
+    "projector": (CONNECTOR,),
+    "language": (LANGUAGE, "lm_head."),
+    "vision,projector": (TOWER, CONNECTOR),
+    "vision,projector,language": (TOWER, CONNECTOR, LANGUAGE, "lm_head."),
+}
+
+
+@pytest.mark.parametrize("trains", TRAINED)
+def test_a_stage_trains_its_parts_and_nothing_else(folder, trains):
+    made = build_trainer(load_recipe(write_recipe(folder, stage__trains=trains.split(","))))
+    for name, parameter in made.model.named_parameters():
+        assert parameter.requires_grad == name.startswith(TRAINED[trains]), name
+    assert set(made.monitor.trains) == set(trains.split(","))
+
+
+def test_settings_of_a_stage_reach_the_model_and_the_batches(folder):
+    """Each has another value than the default, and than the others."""
+    options = {
+        "stage__balance_loss_coef": 0.3,
+        "stage__router_z_loss_coef": 0.02,
+        "stage__average_loss_over": "micro_batches",
+        "data__dummy_images": True,
+        "data__max_length": 110,
+        "data__grouping": "none",
+        "data__template": "vicuna_v1",
+        "model__dtype": "bfloat16",
+        "model__attn_implementation": "eager",
+    }
+    made = build_trainer(load_recipe(write_recipe(folder, **options)))
+    config, collator, dataset = made.model.config, made.data_collator, made.train_dataset.dataset
+    assert (config.balance_loss_coef, config.router_z_loss_coef) == (0.3, 0.02)
+    assert config.average_loss_over == "micro_batches"
+    assert collator.dummy_images and dataset.max_length == 110 and dataset.template == "vicuna_v1"
+    assert max(made.lengths) <= 110 and made.grouping == options["data__grouping"]
+    assert made.model.dtype == torch.bfloat16 and config.text_config._attn_implementation == "eager"
+    usual = build_trainer(load_recipe(write_recipe(folder, "usual")))
+    assert usual.model.config.average_loss_over == "tokens" and not usual.data_collator.dummy_images
+    assert usual.grouping == "modality_length" and usual.model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("trains, lora, needs", [
+    (["projector"], None, True),
+    (["vision", "projector"], None, True),
+    (["projector", "language"], None, False),
+    (["projector"], {"r": 2, "targets": ["q_proj"]}, False),
+])  # fmt: skip
+def test_only_a_stage_without_the_language_model_needs_pictures_in_every_micro_batch(
+    folder, trains, lora, needs
+):
+    """Where adapters or the language model are trained, rows of text have gradients too."""
+    if lora is not None:
+        pytest.importorskip("peft")
+    made = build_trainer(load_recipe(write_recipe(folder, stage__trains=trains, stage__lora=lora)))
+    assert made.data_collator.needs_image == needs
+
+
+def test_the_order_of_the_data_has_its_own_seed(folder):
+    """data_seed, or else seed; the new experts have model.seed, and adapters the seed of the Trainer."""
+    pytest.importorskip("peft")
+    lora = {"r": 2, "targets": ["q_proj"], "dropout": 0.0}
+
+    def made(**changes):
+        given = {f"trainer__{name}": value for name, value in changes.items() if name != "model_seed"}
+        if "model_seed" in changes:
+            given["model__seed"] = changes["model_seed"]
+        trainer = build_trainer(load_recipe(write_recipe(folder, **given, stage__lora=lora)))
+        state = trainer.model.state_dict()
+        pick = lambda mark: torch.cat([value.flatten() for name, value in state.items() if mark in name])
+        order = list(trainer.get_train_dataloader().batch_sampler)
+        return order, pick("lora_A"), pick("gate.weight")
+
+    order, adapters, gates = made(seed=3)
+    again = made(seed=3)
+    assert order == again[0] and torch.equal(adapters, again[1]) and torch.equal(gates, again[2])
+    other = made(seed=4)
+    assert order != other[0] and not torch.equal(adapters, other[1]) and torch.equal(gates, other[2])
+    apart = made(seed=4, data_seed=3)
+    assert apart[0] == order and torch.equal(apart[1], other[1])
+    assert made(seed=3, data_seed=0)[0] == made(seed=0)[0] != order
+    another = made(seed=3, model_seed=5)
+    assert another[0] == order and torch.equal(another[1], adapters) and not torch.equal(another[2], gates)
