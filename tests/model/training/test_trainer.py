@@ -345,14 +345,15 @@ def test_a_stage_trains_its_parts_and_nothing_else(folder, trains):
 
 def test_settings_of_a_stage_reach_the_model_and_the_batches(folder):
     """Each has another value than the default, and than the others."""
+    write_data(folder, text_rows=0)
     options = {
         "stage__balance_loss_coef": 0.3,
         "stage__router_z_loss_coef": 0.02,
         "stage__average_loss_over": "micro_batches",
         "data__dummy_images": True,
-        "data__max_length": 110,
+        "data__max_length": 40,
         "data__grouping": "none",
-        "data__template": "vicuna_v1",
+        "data__template": "plain",
         "model__dtype": "bfloat16",
         "model__attn_implementation": "eager",
     }
@@ -360,8 +361,8 @@ def test_settings_of_a_stage_reach_the_model_and_the_batches(folder):
     config, collator, dataset = made.model.config, made.data_collator, made.train_dataset.dataset
     assert (config.balance_loss_coef, config.router_z_loss_coef) == (0.3, 0.02)
     assert config.average_loss_over == "micro_batches"
-    assert collator.dummy_images and dataset.max_length == 110 and dataset.template == "vicuna_v1"
-    assert max(made.lengths) <= 110 and made.grouping == options["data__grouping"]
+    assert collator.dummy_images and dataset.max_length == 40 and dataset.template == "plain"
+    assert max(made.lengths) <= 40 and made.grouping == options["data__grouping"]
     assert made.model.dtype == torch.bfloat16 and config.text_config._attn_implementation == "eager"
     usual = build_trainer(load_recipe(write_recipe(folder, "usual")))
     assert usual.model.config.average_loss_over == "tokens" and not usual.data_collator.dummy_images
