@@ -37,7 +37,7 @@ WORDS = ["red", "green", "blue", "dark red"]
 
 
 @pytest.fixture
-def examiner(tiny_config, tmp_path):
+def make_examiner(tiny_config, tmp_path):
     """Three pictures, each with a question for its name and one for its kind, both with four choices."""
     records = []
     for i, name in enumerate(("red", "green", "dark red")):
@@ -55,7 +55,12 @@ def examiner(tiny_config, tmp_path):
     )
     model = CumoForConditionalGeneration(config)
     processor = build_processor(tokenizer, 12, 4)
-    return Examiner(model, processor, tmp_path / "test.json", "mistral_instruct")
+    return lambda limit=None: Examiner(model, processor, tmp_path / "test.json", "mistral_instruct", limit)
+
+
+@pytest.fixture
+def examiner(make_examiner):
+    return make_examiner()
 
 
 def test_choice_is_the_likeliest_answer(examiner):
@@ -98,15 +103,45 @@ def test_a_likelihood_is_the_sum_over_the_tokens_of_the_answer(examiner):
     assert len(set(lengths)) == 3
 
 
+def test_every_question_is_asked_about_its_own_picture(examiner):
+    """Also in a batch whose rows are in the order of their lengths, which is none of the records."""
+    with torch.no_grad():
+        for name, parameter in examiner.model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.3)
+    asked = examiner.dataset.records
+    for row, length in enumerate((5, 1, 4, 2, 3, 0)):  # shorter questions come first
+        asked[row]["conversations"][0]["value"] = "<image>\nwhat name?" + " what kind?" * length
+    together = examiner.answers()
+    assert len(set(together.values())) > 2
+    for row in examiner.rows:
+        ids = examiner._prompt(row)[None]
+        pixels = examiner.dataset[row]["pixel_values"]
+        out = examiner.model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=16, do_sample=False)
+        text = examiner.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        assert together[row] == text.strip()
+    samples = [examiner._answered(row, "red") for row in (4, 0, 2)]
+    several = examiner._likelihood([4, 0, 2], samples)
+    alone = [examiner._likelihood([row], [sample])[0] for row, sample in zip((4, 0, 2), samples, strict=True)]
+    assert sorted(range(3), key=several.__getitem__) == sorted(range(3), key=alone.__getitem__)
+    assert torch.equal(examiner._pixels([4, 0]), torch.cat([examiner._pixels([4]), examiner._pixels([0])]))
+
+
+def test_an_exam_asks_the_first_questions_of_each_kind(make_examiner):
+    for limit, rows in ((None, [0, 1, 2, 3, 4, 5]), (2, [0, 1, 2, 3]), (1, [0, 1])):
+        assert make_examiner(limit).rows == rows
+
+
 def test_exact_match_counts_equal_answers_only(examiner, monkeypatch):
     said = {0: "red", 1: "redd", 2: "green", 3: "green", 4: "dark", 5: "dark red"}
     monkeypatch.setattr(examiner, "answers", lambda: said)
-    monkeypatch.setattr(examiner, "choices", lambda field: {0: 0, 2: 0, 4: 3} if field == "choices" else {})
-    expected = [record["answer"] for record in examiner.dataset.records]
-    scores = examiner.scores({"name": expected[0], "kind": "none of them"})
+    picked = {"choices": {0: 0, 2: 0, 4: 3}, "choices_same_kind": {2: 1}}
+    monkeypatch.setattr(examiner, "choices", picked.get)
+    examiner.dataset.records[2]["choices_same_kind"] = ["red", "green", "blue", "dark red"]
+    scores = examiner.scores({"name": "dark red", "kind": "none of them"})
     assert scores["exact"] == {"name": [2, 3], "kind": [2, 3]}
-    assert scores["majority"]["name"][0] >= 1 and scores["majority"]["kind"] == [0, 3]
-    assert scores["choice"] == {"name": [2, 3]}
+    assert scores["majority"] == {"name": [1, 3], "kind": [0, 3]}
+    assert scores["choice"] == {"name": [2, 3], "name, same kind": [1, 1]}
 
 
 def test_answers_in_a_padded_batch_equal_single_ones(examiner):
@@ -245,6 +280,21 @@ def test_a_loss_that_does_not_fall_is_seen():
     assert _fell({"series": {"loss": falling}}) and not _fell({"series": {"loss": flat}})
     assert not _fell({"series": {"loss": falling, "language": flat}})
     assert not _fell({"series": {"loss": [1.0, math.nan]}})
+
+
+def test_settings_are_those_of_the_docs():
+    """Sizes of the models, which the results in the docs are of; a quick demo asks fewer questions."""
+    assert Settings().eval_limit is None and Settings(quick=True).eval_limit == 32
+    vision, text = Settings().vision_config(), Settings().text_config(train_tokenizer(WORDS * 9, 300))
+    assert (vision.image_size, vision.patch_size, vision.num_experts) == (48, 8, 1)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    assert [getattr(vision, name) for name in sizes] == [128, 512, 5, 4]
+    assert [getattr(text, name) for name in sizes] == [128, 384, 2, 4]
+    assert (text.num_key_value_heads, text.head_dim, text.max_position_embeddings) == (2, 32, 512)
+    assert (text.bos_token_id, text.eos_token_id, text.pad_token_id) == (1, 2, 0)
+    assert Settings(sft_steps=7).changes("sft")["trainer.max_steps"] == 7
+    assert Settings(sft_steps=7, quick=True).changes("sft_dense")["trainer.max_steps"] == 7
+    assert "trainer.max_steps" not in Settings(sft_steps=7).changes("pft")
 
 
 def test_load_entropy():

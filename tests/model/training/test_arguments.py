@@ -282,6 +282,28 @@ def test_overrides_that_can_all_hold():
     assert load_recipe("demo/sft", ["stage=", "trainer="]).stage == StageSection()
 
 
+def test_the_command_line_wins_over_a_variant_and_a_variant_over_its_base(tmp_path):
+    """Key by key, also in sections and in objects inside them; a variant is that of the command line."""
+    (tmp_path / "base.yaml").write_text(
+        "output_dir: base\nstage: {batch_size: 1, learning_rate: 1, balance_loss_coef: 1}\n"
+        "trainer: {seed: 1, lr_scheduler_kwargs: {a: 1, b: 1}}\nvariant: x\n"
+        "variants: {x: {stage: {learning_rate: 3}}, y: {stage: {learning_rate: 4, balance_loss_coef: 4}}}\n"
+    )
+    (tmp_path / "own.yaml").write_text(
+        "base: base.yaml\nstage: {batch_size: 2, learning_rate: 2}\ntrainer: {lr_scheduler_kwargs: {a: 2}}\n"
+    )
+    recipe = load_recipe(tmp_path / "own.yaml")
+    stage = recipe.stage
+    assert (recipe.output_dir, recipe.variant) == ("base", "x")
+    assert (stage.batch_size, stage.learning_rate, stage.balance_loss_coef) == (2, 3.0, 1.0)
+    assert recipe.trainer == {"seed": 1, "lr_scheduler_kwargs": {"a": 2, "b": 1}}
+    given = ["variant=y", "stage.learning_rate=5", "stage.batch_size=6", "output_dir=there"]
+    recipe = load_recipe(tmp_path / "own.yaml", given)
+    stage = recipe.stage
+    assert (stage.batch_size, stage.learning_rate, stage.balance_loss_coef) == (6, 5.0, 4.0)
+    assert (recipe.output_dir, recipe.variant) == ("there", "y")
+
+
 def test_a_key_twice_in_a_file_is_named(tmp_path):
     (tmp_path / "x.yaml").write_text("output_dir: a\nstage:\n  batch_size: 1\n  batch_size: 2\n")
     with pytest.raises(

@@ -101,6 +101,14 @@ def test_a_stop_request_to_one_process_stops_all_at_one_step(tmp_path):
     assert {path.name for path in last.glob("window_*")} == {"window_0_of_2.pt", "window_1_of_2.pt"}
     finish(begin("asked", 0))
     same(tmp_path / "whole", tmp_path / "asked")
+    assert result(tmp_path / "whole")[2] == 40 * 8  # points of both processes
+
+
+def test_a_stop_in_the_last_step_is_too_late(tmp_path):
+    """The run is finished, and signals have their former effect again."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert run_stage(toy_recipe(tmp_path / "run"), build_toy, [StopAt(6).callback]).is_dir()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 class Weights(TrainerCallback):

@@ -60,6 +60,12 @@ def test_the_recipes_have_the_papers_figures():
         assert ("ddp_timeout" in common) == name.startswith("mixtral")
         assert data.grouping == ("none" if trains else "modality_length")
         assert data.aspect == ("square" if trains else "pad")
+        assert (common["adam_beta1"], common["adam_epsilon"], common["seed"]) == (0.9, 1e-8, 42)
+        assert (recipe.model.top_k or 2, stage.average_loss_over) == (2, "micro_batches")
+        assert trains is None or recipe.model.scales == (1, 3)
+        # the configs of DeepSpeed in the original scripts clip in these stages only
+        clips = name.endswith("sft") or name == "mixtral-8x7b/pft"
+        assert common["max_grad_norm"] == (1.0 if clips else 0.0)
     for name, figures in SCRIPTS.items():
         stage = load_recipe(name, ["variant=script"]).stage
         assert (stage.batch_size, stage.learning_rate) == figures
@@ -367,6 +373,20 @@ def test_settings_of_a_stage_reach_the_model_and_the_batches(folder):
     usual = build_trainer(load_recipe(write_recipe(folder, "usual")))
     assert usual.model.config.average_loss_over == "tokens" and not usual.data_collator.dummy_images
     assert usual.grouping == "modality_length" and usual.model.dtype == torch.float32
+
+
+def test_packs_have_the_length_and_the_pictures_of_all_their_samples(folder):
+    """A packed row needs the sum of its samples' tokens, and no row is longer than data.max_length."""
+    made = build_trainer(load_recipe(write_recipe(folder, data__packing=True, data__max_length=64)))
+    units, dataset = made.train_dataset.units, made.train_dataset.dataset
+    assert sorted(sum(units, [])) == list(range(12)) and max(map(len, units)) > 1
+    assert list(made.lengths) == [sum(int(dataset.lengths[i]) for i in unit) for unit in units]
+    assert list(made.has_image) == [any(dataset.has_image[i] for i in unit) for unit in units]
+    ids = [made.data_collator([made.train_dataset[u]])["input_ids"].shape[1] for u in range(len(units))]
+    assert ids == list(made.lengths) and 32 < max(ids) <= 64
+    rows = made.data_collator([made.train_dataset[0]])
+    assert torch.equal(rows["position_ids"][0, : len(dataset[units[0][0]]["input_ids"])],
+                       torch.arange(len(dataset[units[0][0]]["input_ids"])))  # fmt: skip
 
 
 @pytest.mark.parametrize("trains, lora, needs", [
