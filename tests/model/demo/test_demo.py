@@ -18,7 +18,7 @@ from PIL import Image
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.analysis.experts import load_entropy, patch_experts
 from cumo_model.analysis.plots import plot_expert_load, plot_patches
-from cumo_model.demo import processes, task
+from cumo_model.demo import evaluate, processes, task
 from cumo_model.demo import run as demo_run
 from cumo_model.demo.evaluate import Examiner
 from cumo_model.demo.folder import RECIPES, load_model, read_json, stage_recipe
@@ -37,8 +37,12 @@ WORDS = ["red", "green", "blue", "dark red"]
 
 
 @pytest.fixture
-def make_examiner(tiny_config, tmp_path):
-    """Three pictures, each with a question for its name and one for its kind, both with four choices."""
+def make_examiner(tiny_config, tmp_path, monkeypatch):
+    """Three pictures, each with a question for its name and one for its kind, both with four choices.
+
+    The exam is in batches of four, so there are several.
+    """
+    monkeypatch.setattr(evaluate, "BATCH", 4)
     records = []
     for i, name in enumerate(("red", "green", "dark red")):
         Image.new("RGB", (12, 12), (60 * i, 90, 10)).save(tmp_path / f"{i}.png")
@@ -82,6 +86,11 @@ def test_choice_is_the_likeliest_answer(examiner):
                 total += float(logits[position - 1].log_softmax(-1)[ids[position]])
             scores.append(total)
         assert choice == scores.index(max(scores))
+    # only names and kinds have enough answers; only records with the field have choices
+    examiner.rows, records = [3, 4, 5], examiner.dataset.records
+    records[5]["kind"] = "colour"
+    del records[3]["choices"]
+    assert examiner.choices("choices") == {4: picked[4]}
 
 
 @pytest.mark.usefixtures("fp64")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from cumo_model.training import monitor
+from cumo_model.training import monitor, stage
 from cumo_model.training.monitor import ShortProgress
 from cumo_model.training.recover import Interrupted, damage
 from cumo_model.training.run_folder import checkpoints
@@ -154,6 +154,21 @@ def test_a_checkpoint_gets_its_name_when_it_is_complete(tmp_path):
     trainer._publish = publish
     trainer.train()
     assert seen == [[".saving"], [".saving", "checkpoint-2"], [".saving", "checkpoint-4"]]
+
+
+def test_the_loader_has_the_options_of_the_recipe(tmp_path):
+    options = {"num_workers": 2, "prefetch_factor": 3, "persistent_workers": True}
+    given = {f"dataloader_{name}": value for name, value in options.items()}
+    recipe = toy_recipe(tmp_path / "run", **given, dataloader_multiprocessing_context="spawn")
+    loader = build_toy(recipe, []).get_train_dataloader()
+    assert {name: getattr(loader, name) for name in options} == options
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+    assert loader.worker_init_fn is stage._ignore_stop_signals  # a worker must not end before the step
+    sampler = loader.batch_sampler
+    batches = [list(sampler)]
+    loader.set_epoch(1)
+    batches.append(list(sampler))
+    assert batches[0] != batches[1] and [len(batch) for batch in batches[0]] == [8, 8, 8]
 
 
 def test_logged_time_is_that_of_the_steps_of_all_calls(tmp_path, monkeypatch):
