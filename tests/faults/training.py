@@ -83,6 +83,13 @@ FAULTS = (
           "training/stage::test_the_loader_has_the_options_of_the_recipe"),
     Fault("every epoch in the same order", T + "stage.py", "self.batch_sampler.set_epoch(epoch)",
           "self.batch_sampler.set_epoch(0)", "training/stage::test_the_loader_has_the_options_of_the_recipe"),
+    Fault("DeepSpeed clips at 1 whatever the recipe says", T + "trainer.py",
+          '"gradient_clipping": given.get("max_grad_norm", 1.0),', '"gradient_clipping": 1.0,',
+          "training/deepspeed::test_a_config_has_the_values_of_the_recipe"),
+    Fault("DeepSpeed has the batch of one process", T + "trainer.py", '"train_batch_size": stage.batch_size,',
+          '"train_batch_size": micro * steps,', "training/deepspeed::test_a_config_has_the_values_of_the_recipe"),
+    Fault("a row that needs every position is refused", T + "trainer.py", "lengths.max() > limit:",
+          "lengths.max() >= limit:", "training/trainer::test_rows_use_every_position_and_no_more"),
     # a stage: what is trained, how fast, on what
     Fault("the head is frozen", T + "recipe.py", '("model.language_model", "lm_head")', '("model.language_model",)',
           "training/trainer::test_a_stage_trains_its_parts_and_nothing_else"),

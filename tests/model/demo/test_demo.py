@@ -37,12 +37,8 @@ WORDS = ["red", "green", "blue", "dark red"]
 
 
 @pytest.fixture
-def make_examiner(tiny_config, tmp_path, monkeypatch):
-    """Three pictures, each with a question for its name and one for its kind, both with four choices.
-
-    The exam is in batches of four, so there are several.
-    """
-    monkeypatch.setattr(evaluate, "BATCH", 4)
+def make_examiner(tiny_config, tmp_path):
+    """Three pictures, each with a question for its name and one for its kind, both with four choices."""
     records = []
     for i, name in enumerate(("red", "green", "dark red")):
         Image.new("RGB", (12, 12), (60 * i, 90, 10)).save(tmp_path / f"{i}.png")
@@ -112,8 +108,9 @@ def test_a_likelihood_is_the_sum_over_the_tokens_of_the_answer(examiner):
     assert len(set(lengths)) == 3
 
 
-def test_every_question_is_asked_about_its_own_picture(examiner):
-    """Also in a batch whose rows are in the order of their lengths, which is none of the records."""
+def test_every_question_is_asked_about_its_own_picture(examiner, monkeypatch):
+    """Also in batches whose rows are in the order of their lengths, which is none of the records."""
+    monkeypatch.setattr(evaluate, "BATCH", 4)
     with torch.no_grad():
         for name, parameter in examiner.model.named_parameters():
             if "norm" not in name:

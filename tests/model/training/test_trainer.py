@@ -4,6 +4,7 @@ import dataclasses
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,10 +16,10 @@ from cumo_model.__main__ import main
 from cumo_model.model.compat import checkpointing_arguments
 from cumo_model.training import arguments
 from cumo_model.training.flops import step_flops
-from cumo_model.training.recipe import Recipe, StageSection, load_recipe
+from cumo_model.training.recipe import DataSection, Recipe, StageSection, load_recipe
 from cumo_model.training.recipe_files import shipped_recipes
 from cumo_model.training.start import start_model
-from cumo_model.training.trainer import build_trainer, run_recipe, training_arguments
+from cumo_model.training.trainer import build_trainer, check_positions, run_recipe, training_arguments
 from tests.model.training.small_runs import write_data, write_model, write_recipe
 from tests.rounding import assert_close_after, assert_same_formula
 
@@ -373,6 +374,18 @@ def test_settings_of_a_stage_reach_the_model_and_the_batches(folder):
     usual = build_trainer(load_recipe(write_recipe(folder, "usual")))
     assert usual.model.config.average_loss_over == "tokens" and not usual.data_collator.dummy_images
     assert usual.grouping == "modality_length" and usual.model.dtype == torch.float32
+
+
+def test_rows_use_every_position_and_no_more(tiny_config):
+    """The language model has 128; positions of a packed row begin again with each record."""
+    config, lengths = tiny_config(), np.array([5, 128, 7])
+    for data in (DataSection(), DataSection(max_length=128), DataSection(max_length=500, packing=True)):
+        check_positions(config, data, lengths)
+        check_positions(config, data, lengths[:0])
+        with pytest.raises(ValueError, match=r"at most 128, .*, got 129 tokens in record 2"):
+            check_positions(config, data, lengths + [0, 0, 122])
+    with pytest.raises(ValueError, match=r"data\.max_length must be at most 128, .*, got 129"):
+        check_positions(config, DataSection(max_length=129), lengths[:0])
 
 
 def test_packs_have_the_length_and_the_pictures_of_all_their_samples(folder):
