@@ -207,18 +207,22 @@ def test_expert_load_of_the_language_model_leaves_padding_out(examiner, tiny_con
 
 def test_the_table_has_each_model_in_its_column():
     part = lambda right: {
-        "exact": {"name": [right, 10], "kind": [right, 10]},
+        "exact": {"name": [right, 10], "kind": [right - 2, 10]},
         "majority": {"name": [1, 10], "kind": [2, 10]},
         "choice": {"name": [right, 10]},
     }
     scores = {"sft": {"test_a": part(9)}, "sft_dense": {"test_a": part(4)}}
     table = _accuracy_table(scores, "test_a", "", {"FLOPs per step": 1.376})
     cells = {column.header: list(column.cells) for column in table.columns}
-    assert all(cell.strip().startswith("90.0%") for cell in cells["MoE"][:-1])
-    assert all(cell.strip().startswith("40.0%") for cell in cells["dense"][:-1])
+    # with one standard error: sqrt(p (1 - p) / n)
+    moe = [" 90.0% ± 9.5%", " 70.0% ±14.5%", " 80.0% ± 8.9%", " 90.0% ± 9.5%"]
+    dense = [" 40.0% ±15.5%", " 20.0% ±12.6%", " 30.0% ±10.2%", " 40.0% ±15.5%"]
+    assert (cells["MoE"][:-1], cells["dense"][:-1]) == (moe, dense)
+    assert cells["number"] == ["10", "10", "20", "10", "-"]
     assert cells["majority answer"] == ["10.0%", "20.0%", "15.0%", "-", "-"]
     assert [cells[name][-1] for name in ("question", "MoE", "dense")] == ["FLOPs per step", "1.38x", "1.00x"]
-    assert "choice 90.0% with experts, 40.0% dense" in _headline(scores)
+    said = "choice 90.0% with experts, 40.0% dense (chance 25%); exact match 80.0% and 30.0% (majority 15.0%)"
+    assert said in _headline(scores)
 
 
 def test_cpu_time_is_compared_per_step():
