@@ -21,7 +21,7 @@ FAULTS = (
           "demo/demo::test_every_question_is_asked_about_its_own_picture"),
     Fault("answers are padded on the right", D + "evaluate.py",
           "ids[i, width - len(row) :], mask[i, width - len(row) :] = row, 1",
-          "ids[i, : len(row)], mask[i, : len(row)] = row, 1", "demo/demo::test_answers_in_a_padded_batch_equal_single_ones"),
+          "ids[i, : len(row)], mask[i, : len(row)] = row, 1", "demo/demo::test_every_question_is_asked_about_its_own_picture"),
     Fault("one question more than the limit", D + "evaluate.py",
           'seen[record["kind"]] <= limit', 'seen[record["kind"]] <= limit + 1',
           "demo/demo::test_an_exam_asks_the_first_questions_of_each_kind"),

@@ -5,6 +5,7 @@ import math
 import shutil
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor
 
 from cumo_model import CumoConfig
@@ -25,6 +26,7 @@ from cumo_model.demo.processes import claim
 from cumo_model.demo.settings import Settings
 from cumo_model.demo.stages import TASKS, measure_flops
 from cumo_model.training.stage import read_history
+from cumo_model.training.start import start_model
 from tests.model.training.small_runs import COLOURS, write_data, write_model
 
 
@@ -53,6 +55,9 @@ def test_a_verdict_needs_a_t_test():
     assert verdict([0.6, 0.61, 0.62], [0.7, 0.72, 0.71])[2] == "opposite result"
     assert verdict([0.7, 0.5], [0.6, 0.6])[2] == "not significant"
     assert verdict([0.64, 0.60, 0.62], [0.6, 0.6, 0.6])[2] == "not significant"  # 1.7 errors, t is 4.3
+    # 3.5 errors are enough for four seeds, where t is 3.2, and not for three
+    assert verdict([0.66, 0.62, 0.64], [0.6] * 3)[2] == "not significant"
+    assert verdict([0.75, 0.5, 0.5, 0.375], [0.25] * 4)[2] == "confirmed"
     assert math.isnan(verdict([0.7], [0.6])[1]) and verdict([0.7], [0.6])[2] == "not significant"
 
 
@@ -205,6 +210,13 @@ def test_stage_3_is_scored_and_reloads_to_the_logits_of_what_was_trained(run):
     assert json.loads((run.folder / "scores-sft.json").read_text())["reload_difference"] is None
     found = measure_flops(run)
     assert found["flops_ratio"] > 1 and found["parameters"]["moe"] > found["parameters"]["dense"]
+    recipe, flops = run.recipe("sft"), found["flops_per_step"]
+    model = start_model(recipe.model, recipe.data)[0].train()
+    with FlopCounterMode(display=False) as counter:
+        model(**run.batch("sft"), use_cache=False, skip_logits=True)
+    # every product has two gradients, but for the pixels and the positions
+    assert 2 * counter.get_total_flops() < flops["moe"] < 3 * counter.get_total_flops()
+    assert found["flops_ratio"] == flops["moe"] / flops["dense"]
 
 
 def test_unknown_rows_are_named(tmp_path):
