@@ -23,13 +23,14 @@ from pathlib import Path
 from tests.faults import Fault
 from tests.faults.checkpoints import FAULTS as CHECKPOINTS
 from tests.faults.data import FAULTS as DATA
+from tests.faults.demo import FAULTS as DEMO
 from tests.faults.kernels import CUDA, HOPPER, TRITON
 from tests.faults.kernels import FAULTS as KERNELS
 from tests.faults.model import FAULTS as MODEL
 from tests.faults.training import FAULTS as TRAINING
 
 ROOT = Path(__file__).parents[1]
-FAULTS = {"cumo_kernels": KERNELS, "cumo_model": MODEL + DATA + CHECKPOINTS + TRAINING}
+FAULTS = {"cumo_kernels": KERNELS, "cumo_model": MODEL + DATA + CHECKPOINTS + TRAINING + DEMO}
 TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught
 # stems whose tests need neither interpreter nor emulation
 ALONE = ("cute", "ptx_tables", "launch", "pdl")

@@ -76,6 +76,12 @@ class SpreadCheckpoints(AtomicCheckpoints):
             return self._fsdp_on_cpu
         return any(isinstance(module, ParallelExperts) for module in self.model.modules())
 
+    def _has_mixed_mesh_grads(self, model):
+        # The Trainer's own norm fails where experts are spread over two axes. It is also chosen once, by the
+        # gradients of a run's first step, and experts have none there if it has no pictures: a run that
+        # resumes at a later step would add in another order. Accelerate's norm takes all DTensors.
+        return False
+
     def save_model(self, output_dir=None, _internal_call=False):
         if not self._is_spread:
             return super().save_model(output_dir, _internal_call)

@@ -32,7 +32,7 @@ def with_lora(model: nn.Module, stage: StageSection) -> nn.Module:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        target_parameters=list(lora.target_parameters) or None,
+        target_parameters=list(lora.target_parameters),
         task_type=None,
     )
     _check_names("targets", targets if isinstance(targets, list) else [], dict(model.named_modules()))

@@ -1,8 +1,11 @@
 """The command line before torch is imported: help, refused paths and numbers, and signals at any moment."""
 
+import importlib
+import inspect
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +16,8 @@ import pytest
 
 from cumo_model import __main__ as program
 from cumo_model.__main__ import main
-from cumo_model.command_line import parsed
+from cumo_model.command_line import parsed, parser
+from cumo_model.training import launch
 from tests.processes import kill
 
 HEAVY = {"torch", "transformers", "numpy", "PIL", "cumo_kernels"}
@@ -236,3 +240,86 @@ def test_bitsandbytes_does_not_warn_of_a_kernel_that_is_not_used(monkeypatch, ca
     logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
     assert main(["demo"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_defaults_are_those_that_the_help_says():
+    """Numbers; what has no default of its own is decided later."""
+    seen = 0
+    for command in parser()._subparsers._group_actions[0].choices.values():
+        for action in command._actions:
+            said = re.search(r"\(default: ([\d.]+)\)", action.help or "")
+            if said and action.default is not None:
+                assert action.default == float(said[1]), (command.prog, action.dest)
+                seen += 1
+    assert seen >= 10
+    later = parsed(["train", "--config", "x"])
+    assert (later.processes, later.max_restarts, launch.MAX_RESTARTS) == (None, None, 3)
+
+
+REACHES = {  # command -> the function that it calls, and the arguments that are not those of the defaults
+    "demo --quick --out d --seed 5": ("demo.run.run_demo", {"out_dir": "d", "is_quick": True, "seed": 5}),
+    "demo": ("demo.run.run_demo", {"out_dir": "runs/demo"}),
+    "demo --quick": ("demo.run.run_demo", {"out_dir": "runs/demo-quick", "is_quick": True}),
+    "ablate --out d --seeds 5 --rows clip e8 --steps 7 --quick": (
+        "demo.ablation.run_ablation",
+        {"out_dir": "d", "seeds": 5, "rows": ["clip", "e8"], "steps": 7, "is_quick": True},
+    ),
+    "ablate": ("demo.ablation.run_ablation", {"out_dir": "runs/ablation"}),
+    "chat --checkpoint c --image i --question q --template t --max-new-tokens 9": (
+        "serving.chat.chat",
+        {"checkpoint": "c", "image": "i", "question": "q", "template": "t", "max_new_tokens": 9},
+    ),
+    "train --config r --processes 2 --max-restarts 0 a=1 b=2": (
+        "training.launch.launch",
+        {"config": "r", "processes": 2, "max_restarts": 0, "overrides": ["a=1", "b=2"]},
+    ),
+    "train --config r --max-restarts 5": (
+        "training.launch.launch",
+        {"config": "r", "max_restarts": 5, "overrides": []},
+    ),
+    "experts --checkpoint c --data a b --images i --images j --out o --by f --template t --limit 5 "
+    "--batch-size 3 --picture p": (
+        "analysis.experts.report_experts",
+        {"checkpoint": "c", "files": ["a", "b"], "images": ["i", "j"], "out": "o", "by": "f", "template": "t",
+         "limit": 5, "batch_size": 3, "pictures": ["p"]},
+    ),
+    "data check a b --images i --decode --template t": (
+        "data.report.check_files",
+        {"files": ["a", "b"], "image_root": ["i"], "decode": True, "template": "t"},
+    ),
+    "convert s t --layout original --shard-gb 0.5": (
+        "checkpoints.convert.convert_checkpoint",
+        {"source": "s", "target": "t", "layout": "original", "shard_bytes": 500_000_000},
+    ),
+    "upcycle --out o --vision v --clip c --text t --projector p --tokenizer k --vision-experts 2 "
+    "--vision-top-k 1 --projector-experts 3 --projector-top-k 4 --text-experts 5 --text-top-k 6 --top-k 7 "
+    "--noise 0.5 --drop 0.25 --dtype float16 --seed 8": (
+        "checkpoints.upcycle_checkpoint.upcycle_checkpoint",
+        {"out": "o", "vision": "v", "clip": "c", "text": "t", "projector": "p", "tokenizer": "k",
+         "dtype": "float16",
+         "options": {"vision_experts": 2, "vision_top_k": 1, "projector_experts": 3, "projector_top_k": 4,
+                     "text_experts": 5, "text_top_k": 6, "top_k": 7, "noise": 0.5, "drop": 0.25, "seed": 8}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", REACHES)
+def test_every_option_reaches_the_function_of_its_command(words, monkeypatch):
+    where, wanted = REACHES[words]
+    module, _, name = where.rpartition(".")
+    module = importlib.import_module(f"cumo_model.{module}")
+    signature, seen = inspect.signature(getattr(module, name)), []
+
+    def called(*given, **options):
+        bound = signature.bind(*given, **options)
+        bound.apply_defaults()
+        seen.append(bound.arguments)
+        return {"entropy": {}} if name == "report_experts" else 0
+
+    monkeypatch.setattr(module, name, called)
+    args = parsed(words.split())
+    program.COMMANDS[args.command](args)()
+    (found,) = seen
+    usual = {key: p.default for key, p in signature.parameters.items()}
+    plain = lambda value: str(value) if isinstance(value, Path) else value
+    assert {key: plain(value) for key, value in found.items()} == {**usual, **wanted}

@@ -5,8 +5,10 @@ import math
 import shutil
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor
 
+from cumo_model import CumoConfig
 from cumo_model.checkpoints.folders import write_json
 from cumo_model.demo import ablation
 from cumo_model.demo.ablation import (
@@ -23,6 +25,8 @@ from cumo_model.demo.folder import Run
 from cumo_model.demo.processes import claim
 from cumo_model.demo.settings import Settings
 from cumo_model.demo.stages import TASKS, measure_flops
+from cumo_model.training.stage import read_history
+from cumo_model.training.start import start_model
 from tests.model.training.small_runs import COLOURS, write_data, write_model
 
 
@@ -51,6 +55,9 @@ def test_a_verdict_needs_a_t_test():
     assert verdict([0.6, 0.61, 0.62], [0.7, 0.72, 0.71])[2] == "opposite result"
     assert verdict([0.7, 0.5], [0.6, 0.6])[2] == "not significant"
     assert verdict([0.64, 0.60, 0.62], [0.6, 0.6, 0.6])[2] == "not significant"  # 1.7 errors, t is 4.3
+    # 3.5 errors are enough for four seeds, where t is 3.2, and not for three
+    assert verdict([0.66, 0.62, 0.64], [0.6] * 3)[2] == "not significant"
+    assert verdict([0.75, 0.5, 0.5, 0.375], [0.25] * 4)[2] == "confirmed"
     assert math.isnan(verdict([0.7], [0.6])[1]) and verdict([0.7], [0.6])[2] == "not significant"
 
 
@@ -60,6 +67,34 @@ def test_the_table_has_mean_spread_cost_and_claims():
     assert "| + MLP-MoE, 2 of 4 | 70.0 ± 14.1 |" in text and "1.20x" in text and "clip 0.90" in text
     assert "+10.0 ± 0.0: confirmed" in text and "-0.100 ± 0.000: confirmed" in text
     assert len([line for line in text.splitlines() if "confirmed" in line]) == 1
+
+
+def test_the_summary_adds_up_kinds_of_questions(tmp_path):
+    """Exact match over all questions; choice for names only; the first run's sizes, mean entropies."""
+    (tmp_path / "rows").mkdir()
+    for seed, (right, entropy) in enumerate(((1, 0.5), (2, 1.0))):
+        scores = {
+            "exact": {"name": [right, 4], "kind": [3, 6]},
+            "choice": {"name": [right, 8], "kind": [0, 8], "name, same kind": [0, 8]},
+            "language_loss": 0.5 + seed,
+            "cpu_seconds": 3.0 + seed,
+            "parameters": 1000 + seed,
+            "flops_per_step": 100 + seed,
+            "load_entropy": {"clip": entropy},
+        }
+        write_json(scores_path(tmp_path, "clip", seed), scores)
+    assert ablation.summary(tmp_path, 3) == {}
+    assert ablation.summary(tmp_path, 2) == {
+        "clip": {
+            "choice": [1 / 8, 2 / 8],
+            "exact": [4 / 10, 5 / 10],
+            "loss": [0.5, 1.5],
+            "cpu_seconds": [3.0, 4.0],
+            "parameters": 1000,
+            "flops": 100,
+            "load_entropy": {"clip": 0.75},
+        }
+    }
 
 
 def _write_scores(out, row, seed):
@@ -136,9 +171,17 @@ def test_a_row_is_the_demos_recipe_with_what_it_changes(run):
         assert recipe.data == run.recipe("sft").data and recipe.trainer["max_steps"] == 3
 
 
-def test_a_row_killed_between_its_model_and_its_scores_gets_the_same_scores(run):
-    """The saved model is loaded and not trained again."""
+def test_a_row_killed_between_its_model_and_its_scores_gets_the_same_scores(run, monkeypatch):
+    """The saved model is loaded and not trained again. Its loss is the mean of the last twenty steps."""
     run_row(run, "clip", 1)
+    result = run.folder / "rows" / "clip-1" / "model"
+    found, config = (
+        json.loads(scores_path(run.folder, "clip", 1).read_text()),
+        CumoConfig.from_pretrained(result),
+    )
+    losses = read_history(result)["series"]["language"]
+    assert len(losses) == 3 and found["language_loss"] == sum(losses) / 3
+    assert found["exact"]["name"][1] == 8 and config.vision_config.num_experts == 4
     path = scores_path(run.folder, "clip", 1)
     first, model = path.read_text(), run.folder / "rows" / "clip-1" / "model" / "model.safetensors"
     assert json.loads(first)["load_entropy"].keys() == {"clip", "mlp"}
@@ -146,6 +189,11 @@ def test_a_row_killed_between_its_model_and_its_scores_gets_the_same_scores(run)
     path.unlink()
     run_row(run, "clip", 1)
     assert path.read_text() == first and model.stat().st_mtime_ns == stamp
+    history = {"series": {"language": [float(n) for n in range(50)], "loss": [9.0] * 50}, "cpu_seconds": 2.0}
+    monkeypatch.setattr(ablation, "read_history", lambda result: history)
+    run_row(run, "clip", 1)
+    found = json.loads(path.read_text())
+    assert (found["language_loss"], found["cpu_seconds"]) == (sum(range(30, 50)) / 20, 2.0)
 
 
 def test_stage_3_is_scored_and_reloads_to_the_logits_of_what_was_trained(run):
@@ -162,6 +210,13 @@ def test_stage_3_is_scored_and_reloads_to_the_logits_of_what_was_trained(run):
     assert json.loads((run.folder / "scores-sft.json").read_text())["reload_difference"] is None
     found = measure_flops(run)
     assert found["flops_ratio"] > 1 and found["parameters"]["moe"] > found["parameters"]["dense"]
+    recipe, flops = run.recipe("sft"), found["flops_per_step"]
+    model = start_model(recipe.model, recipe.data)[0].train()
+    with FlopCounterMode(display=False) as counter:
+        model(**run.batch("sft"), use_cache=False, skip_logits=True)
+    # every product has two gradients, but for the pixels and the positions
+    assert 2 * counter.get_total_flops() < flops["moe"] < 3 * counter.get_total_flops()
+    assert found["flops_ratio"] == flops["moe"] / flops["dense"]
 
 
 def test_unknown_rows_are_named(tmp_path):

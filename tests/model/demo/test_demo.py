@@ -18,7 +18,7 @@ from PIL import Image
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.analysis.experts import load_entropy, patch_experts
 from cumo_model.analysis.plots import plot_expert_load, plot_patches
-from cumo_model.demo import processes, task
+from cumo_model.demo import evaluate, processes, task
 from cumo_model.demo import run as demo_run
 from cumo_model.demo.evaluate import Examiner
 from cumo_model.demo.folder import RECIPES, load_model, read_json, stage_recipe
@@ -31,13 +31,13 @@ from cumo_model.model.moe import record_routing
 from cumo_model.processing.conversation import tokenize_prompt
 from cumo_model.processing.processor import build_processor
 from cumo_model.training.recipe import PARTS, load_recipe, plain
-from tests.rounding import assert_close_after
+from tests.rounding import assert_close_after, assert_same_formula
 
 WORDS = ["red", "green", "blue", "dark red"]
 
 
 @pytest.fixture
-def examiner(tiny_config, tmp_path):
+def make_examiner(tiny_config, tmp_path):
     """Three pictures, each with a question for its name and one for its kind, both with four choices."""
     records = []
     for i, name in enumerate(("red", "green", "dark red")):
@@ -55,7 +55,12 @@ def examiner(tiny_config, tmp_path):
     )
     model = CumoForConditionalGeneration(config)
     processor = build_processor(tokenizer, 12, 4)
-    return Examiner(model, processor, tmp_path / "test.json", "mistral_instruct")
+    return lambda limit=None: Examiner(model, processor, tmp_path / "test.json", "mistral_instruct", limit)
+
+
+@pytest.fixture
+def examiner(make_examiner):
+    return make_examiner()
 
 
 def test_choice_is_the_likeliest_answer(examiner):
@@ -77,17 +82,72 @@ def test_choice_is_the_likeliest_answer(examiner):
                 total += float(logits[position - 1].log_softmax(-1)[ids[position]])
             scores.append(total)
         assert choice == scores.index(max(scores))
+    # only names and kinds have enough answers; only records with the field have choices
+    examiner.rows, records = [3, 4, 5], examiner.dataset.records
+    records[5]["kind"] = "colour"
+    del records[3]["choices"]
+    assert examiner.choices("choices") == {4: picked[4]}
+
+
+@pytest.mark.usefixtures("fp64")
+def test_a_likelihood_is_the_sum_over_the_tokens_of_the_answer(examiner):
+    """Not the mean, which would favour long answers. The end of the answer counts; the question does not."""
+    answers = ["red", "dark red", "green dark red blue"]
+    samples = [examiner._answered(row, answer) for row, answer in zip((0, 2, 4), answers, strict=True)]
+    found, lengths = examiner._likelihood([0, 2, 4], samples), []
+    for row, answer, (ids, _), likelihood in zip((0, 2, 4), answers, samples, found, strict=True):
+        prompt = examiner._prompt(row)
+        said = examiner.tokenizer(f" {answer} </s>", add_special_tokens=False)["input_ids"]
+        assert ids.tolist() == prompt.tolist() + said
+        with torch.no_grad():
+            pixels = examiner.dataset[row]["pixel_values"].double()
+            logits = examiner.model(input_ids=ids[None], pixel_values=pixels).logits[0]
+        each = logits[len(prompt) - 1 : -1].log_softmax(-1)[range(len(said)), said]
+        assert_same_formula(likelihood, float(each.sum()))
+        lengths.append(len(said))
+    assert len(set(lengths)) == 3
+
+
+def test_every_question_is_asked_about_its_own_picture(examiner, monkeypatch):
+    """Also in batches whose rows are in the order of their lengths, which is none of the records."""
+    monkeypatch.setattr(evaluate, "BATCH", 4)
+    with torch.no_grad():
+        for name, parameter in examiner.model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.3)
+    asked = examiner.dataset.records
+    for row, length in enumerate((5, 1, 4, 2, 3, 0)):  # shorter questions come first
+        asked[row]["conversations"][0]["value"] = "<image>\nwhat name?" + " what kind?" * length
+    together = examiner.answers()
+    assert len(set(together.values())) > 2
+    for row in examiner.rows:
+        ids = examiner._prompt(row)[None]
+        pixels = examiner.dataset[row]["pixel_values"]
+        out = examiner.model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=16, do_sample=False)
+        text = examiner.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        assert together[row] == text.strip()
+    samples = [examiner._answered(row, "red") for row in (4, 0, 2)]
+    several = examiner._likelihood([4, 0, 2], samples)
+    alone = [examiner._likelihood([row], [sample])[0] for row, sample in zip((4, 0, 2), samples, strict=True)]
+    assert sorted(range(3), key=several.__getitem__) == sorted(range(3), key=alone.__getitem__)
+    assert torch.equal(examiner._pixels([4, 0]), torch.cat([examiner._pixels([4]), examiner._pixels([0])]))
+
+
+def test_an_exam_asks_the_first_questions_of_each_kind(make_examiner):
+    for limit, rows in ((None, [0, 1, 2, 3, 4, 5]), (2, [0, 1, 2, 3]), (1, [0, 1])):
+        assert make_examiner(limit).rows == rows
 
 
 def test_exact_match_counts_equal_answers_only(examiner, monkeypatch):
     said = {0: "red", 1: "redd", 2: "green", 3: "green", 4: "dark", 5: "dark red"}
     monkeypatch.setattr(examiner, "answers", lambda: said)
-    monkeypatch.setattr(examiner, "choices", lambda field: {0: 0, 2: 0, 4: 3} if field == "choices" else {})
-    expected = [record["answer"] for record in examiner.dataset.records]
-    scores = examiner.scores({"name": expected[0], "kind": "none of them"})
+    picked = {"choices": {0: 0, 2: 0, 4: 3}, "choices_same_kind": {2: 1}}
+    monkeypatch.setattr(examiner, "choices", picked.get)
+    examiner.dataset.records[2]["choices_same_kind"] = ["red", "green", "blue", "dark red"]
+    scores = examiner.scores({"name": "dark red", "kind": "none of them"})
     assert scores["exact"] == {"name": [2, 3], "kind": [2, 3]}
-    assert scores["majority"]["name"][0] >= 1 and scores["majority"]["kind"] == [0, 3]
-    assert scores["choice"] == {"name": [2, 3]}
+    assert scores["majority"] == {"name": [1, 3], "kind": [0, 3]}
+    assert scores["choice"] == {"name": [2, 3], "name, same kind": [1, 1]}
 
 
 def test_answers_in_a_padded_batch_equal_single_ones(examiner):
@@ -147,18 +207,22 @@ def test_expert_load_of_the_language_model_leaves_padding_out(examiner, tiny_con
 
 def test_the_table_has_each_model_in_its_column():
     part = lambda right: {
-        "exact": {"name": [right, 10], "kind": [right, 10]},
+        "exact": {"name": [right, 10], "kind": [right - 2, 10]},
         "majority": {"name": [1, 10], "kind": [2, 10]},
         "choice": {"name": [right, 10]},
     }
     scores = {"sft": {"test_a": part(9)}, "sft_dense": {"test_a": part(4)}}
     table = _accuracy_table(scores, "test_a", "", {"FLOPs per step": 1.376})
     cells = {column.header: list(column.cells) for column in table.columns}
-    assert all(cell.strip().startswith("90.0%") for cell in cells["MoE"][:-1])
-    assert all(cell.strip().startswith("40.0%") for cell in cells["dense"][:-1])
+    # with one standard error: sqrt(p (1 - p) / n)
+    moe = [" 90.0% ± 9.5%", " 70.0% ±14.5%", " 80.0% ± 8.9%", " 90.0% ± 9.5%"]
+    dense = [" 40.0% ±15.5%", " 20.0% ±12.6%", " 30.0% ±10.2%", " 40.0% ±15.5%"]
+    assert (cells["MoE"][:-1], cells["dense"][:-1]) == (moe, dense)
+    assert cells["number"] == ["10", "10", "20", "10", "-"]
     assert cells["majority answer"] == ["10.0%", "20.0%", "15.0%", "-", "-"]
     assert [cells[name][-1] for name in ("question", "MoE", "dense")] == ["FLOPs per step", "1.38x", "1.00x"]
-    assert "choice 90.0% with experts, 40.0% dense" in _headline(scores)
+    said = "choice 90.0% with experts, 40.0% dense (chance 25%); exact match 80.0% and 30.0% (majority 15.0%)"
+    assert said in _headline(scores)
 
 
 def test_cpu_time_is_compared_per_step():
@@ -226,6 +290,21 @@ def test_a_loss_that_does_not_fall_is_seen():
     assert _fell({"series": {"loss": falling}}) and not _fell({"series": {"loss": flat}})
     assert not _fell({"series": {"loss": falling, "language": flat}})
     assert not _fell({"series": {"loss": [1.0, math.nan]}})
+
+
+def test_settings_are_those_of_the_docs():
+    """Sizes of the models, which the results in the docs are of; a quick demo asks fewer questions."""
+    assert Settings().eval_limit is None and Settings(quick=True).eval_limit == 32
+    vision, text = Settings().vision_config(), Settings().text_config(train_tokenizer(WORDS * 9, 300))
+    assert (vision.image_size, vision.patch_size, vision.num_experts) == (48, 8, 1)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    assert [getattr(vision, name) for name in sizes] == [128, 512, 5, 4]
+    assert [getattr(text, name) for name in sizes] == [128, 384, 2, 4]
+    assert (text.num_key_value_heads, text.head_dim, text.max_position_embeddings) == (2, 32, 512)
+    assert (text.bos_token_id, text.eos_token_id, text.pad_token_id) == (1, 2, 0)
+    assert Settings(sft_steps=7).changes("sft")["trainer.max_steps"] == 7
+    assert Settings(sft_steps=7, quick=True).changes("sft_dense")["trainer.max_steps"] == 7
+    assert "trainer.max_steps" not in Settings(sft_steps=7).changes("pft")
 
 
 def test_load_entropy():

@@ -30,16 +30,16 @@ def write_data(folder: Path, text_rows: int = 4) -> Path:
     return path
 
 
-def write_model(folder: Path, make_config, **options) -> Path:
+def write_model(folder: Path, make_config, seed: int = 0, text_options=(), **options) -> Path:
     """Save a tiny dense CuMo with its processor."""
     tokenizer = train_tokenizer([f"what colour? {colour}" for colour in COLOURS], 300)
     options = {"vision_experts": 1, "projector_num_experts": 1, "scales": (1,), **options}
     config = make_config(
-        text_options={"vocab_size": len(tokenizer)},
+        text_options={"vocab_size": len(tokenizer), **dict(text_options)},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         **options,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     CumoForConditionalGeneration(config).save_pretrained(folder / "start")
     build_processor(tokenizer, 12, 4).save_pretrained(folder / "start")
     return folder / "start"

@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
 from cumo_model.__main__ import main
 from cumo_model.training import lock
+from cumo_model.training.again import check_resumed, fields_of, is_complete
+from cumo_model.training.arguments import default_here
 from cumo_model.training.lock import HOLDER_FILE, locked
-from cumo_model.training.recipe import load_recipe
+from cumo_model.training.recipe import Recipe, load_recipe
 from cumo_model.training.recover import Interrupted
 from cumo_model.training.run_folder import checkpoints, finished_step
 from cumo_model.training.stage import StageTrainer, run_stage
@@ -168,6 +171,40 @@ def test_what_changes_in_a_run_that_goes_on_is_told(tmp_path, recwarn):
     with pytest.warns(UserWarning, match=r"another trainer.max_steps \(was 7, is 6\)"):
         run(tmp_path / "run", weight_decay=0.1, max_steps=6)  # the linear schedule depends on it
     assert finished_step(tmp_path / "run") == 6
+
+
+CHANGES = {  # what changes the result of a run, with a value that is not the default
+    "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}, "warmup_steps": 3,
+    "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_epsilon": 1e-6, "max_grad_norm": 0.5,
+    "optim": "sgd", "optim_args": "a=1", "optim_target_modules": ["x"], "label_smoothing_factor": 0.1,
+    "neftune_noise_alpha": 5.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_field_that_changes_the_result_is_noticed_and_its_default_is_not(tmp_path, name):
+    """In a finished run, and in one that goes on; steps, places and what is logged may change."""
+    record = lambda fields: (tmp_path / "model" / "recipe.json").write_text(json.dumps({"trainer": fields}))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "trainer_state.json").write_text('{"global_step": 5}')
+    changed = Recipe(str(tmp_path), trainer={name: CHANGES[name], "max_steps": 5})
+    same = Recipe(str(tmp_path), trainer={name: default_here(name), "max_steps": 5, "logging_steps": 7})
+    record({"max_steps": 5})
+    assert is_complete(tmp_path, same)
+    with pytest.raises(ValueError, match=rf"with another trainer\.{name} \(was .*, is .*\): choose another"):
+        is_complete(tmp_path, changed)
+    record({"max_steps": 5, name: CHANGES[name]})
+    assert is_complete(tmp_path, changed)
+    with pytest.raises(ValueError, match=rf"with another trainer\.{name} \(was .*, is .*\): choose another"):
+        is_complete(tmp_path, same)
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    with pytest.warns(UserWarning, match=rf"from step 2 with another trainer\.{name} \("):
+        check_resumed(tmp_path, changed, fields_of({"max_steps": 5}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_resumed(tmp_path, changed, fields_of(changed.trainer))
 
 
 def test_a_moved_run_goes_on_and_another_place_is_another_run(folder, tmp_path_factory):

@@ -5,6 +5,7 @@ import json
 import warnings
 
 import pytest
+import torch
 import yaml
 
 from cumo_model.training.arguments import FIELDS, WITHOUT_EFFECT, default
@@ -280,6 +281,51 @@ def test_overrides_that_can_all_hold():
     )
     assert (recipe.trainer["seed"], recipe.stage.batch_size, recipe.stage.trains) == (1, 8, ("vision",))
     assert load_recipe("demo/sft", ["stage=", "trainer="]).stage == StageSection()
+
+
+def test_a_run_has_the_defaults_of_the_docs_where_a_recipe_says_nothing():
+    args = training_arguments(Recipe("out", stage=StageSection(batch_size=6, learning_rate=3e-4)))
+    assert (args.output_dir, args.learning_rate, args.gradient_accumulation_steps) == ("out", 3e-4, 6)
+    assert (args.logging_steps, args.save_total_limit, args.save_strategy.value) == (1, 2, "steps")
+    assert (args.report_to, args.disable_tqdm, args.log_level_replica) == ([], False, "passive")
+    assert (args.optim.value, args.ddp_find_unused_parameters) == ("adamw_torch_fused", True)
+    assert (args.remove_unused_columns, args.logging_nan_inf_filter, args.label_names) == (
+        False,
+        False,
+        ["labels"],
+    )
+    assert args.use_cpu == (not torch.cuda.is_available()) and args.per_device_train_batch_size == 1
+    assert args.gradient_checkpointing_kwargs is None and args.max_grad_norm == 1.0
+    checkpointing = {"gradient_checkpointing": True}
+    assert training_arguments(Recipe("out", trainer=checkpointing)).gradient_checkpointing_kwargs == {
+        "use_reentrant": False
+    }
+    given = {"logging_steps": 5, "save_total_limit": 0, "optim": "sgd", "ddp_find_unused_parameters": False}
+    args = training_arguments(Recipe("out", trainer=given))
+    assert (args.logging_steps, args.save_total_limit, args.optim.value) == (5, 0, "sgd")
+    assert args.ddp_find_unused_parameters is False
+
+
+def test_the_command_line_wins_over_a_variant_and_a_variant_over_its_base(tmp_path):
+    """Key by key, also in sections and in objects inside them; a variant is that of the command line."""
+    (tmp_path / "base.yaml").write_text(
+        "output_dir: base\nstage: {batch_size: 1, learning_rate: 1, balance_loss_coef: 1}\n"
+        "trainer: {seed: 1, lr_scheduler_kwargs: {a: 1, b: 1}}\nvariant: x\n"
+        "variants: {x: {stage: {learning_rate: 3}}, y: {stage: {learning_rate: 4, balance_loss_coef: 4}}}\n"
+    )
+    (tmp_path / "own.yaml").write_text(
+        "base: base.yaml\nstage: {batch_size: 2, learning_rate: 2}\ntrainer: {lr_scheduler_kwargs: {a: 2}}\n"
+    )
+    recipe = load_recipe(tmp_path / "own.yaml")
+    stage = recipe.stage
+    assert (recipe.output_dir, recipe.variant) == ("base", "x")
+    assert (stage.batch_size, stage.learning_rate, stage.balance_loss_coef) == (2, 3.0, 1.0)
+    assert recipe.trainer == {"seed": 1, "lr_scheduler_kwargs": {"a": 2, "b": 1}}
+    given = ["variant=y", "stage.learning_rate=5", "stage.batch_size=6", "output_dir=there"]
+    recipe = load_recipe(tmp_path / "own.yaml", given)
+    stage = recipe.stage
+    assert (stage.batch_size, stage.learning_rate, stage.balance_loss_coef) == (6, 5.0, 4.0)
+    assert (recipe.output_dir, recipe.variant) == ("there", "y")
 
 
 def test_a_key_twice_in_a_file_is_named(tmp_path):

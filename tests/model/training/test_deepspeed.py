@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cumo_model.training import arguments, trainer
 from cumo_model.training.deepspeed import complete_config
-from cumo_model.training.recipe import SHIPPED, load_recipe
+from cumo_model.training.recipe import SHIPPED, Recipe, StageSection, load_recipe
 from cumo_model.training.run_folder import checkpoints
 from cumo_model.training.start import start_model
 from cumo_model.training.trainer import run_recipe, training_arguments
@@ -134,3 +135,37 @@ def test_idle_experts_do_not_block_zero3(folder):
     entries = json.loads((folder / "zero" / "model" / "trainer_state.json").read_text())["log_history"]
     idle = [entry["mlp_zero_experts"] for entry in entries if "mlp_zero_experts" in entry]
     assert len(losses(folder / "zero")) == 4 and idle and min(idle) >= 1
+
+
+def test_a_config_has_the_values_of_the_recipe(monkeypatch):
+    """All that follow, on two processes; each other value is refused with the one that holds."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(trainer, "require_deepspeed", lambda: None)
+    monkeypatch.setattr(arguments, "TrainingArguments", lambda **given: given)
+    follows = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 3,
+        "train_batch_size": 24,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+    }
+
+    def made(config, **options):
+        options = {"per_device_train_batch_size": 4, "max_grad_norm": 0.5, "bf16": True, **options}
+        given = {name: value for name, value in options.items() if value is not None}
+        stage = StageSection(batch_size=24)
+        return training_arguments(Recipe("out", stage=stage, trainer={**given, "deepspeed": config}))
+
+    assert made(follows)["deepspeed"] == follows
+    assert made({"zero_optimization": {"stage": 2}})["deepspeed"] == {
+        "zero_optimization": {"stage": 2},
+        **{k: {"enabled": "auto"} if isinstance(v, dict) else "auto" for k, v in follows.items()},
+    }
+    for key, value in follows.items():
+        other = {"enabled": not value["enabled"]} if isinstance(value, dict) else value + 1
+        wanted = value["enabled"] if isinstance(value, dict) else value
+        with pytest.raises(ValueError, match=rf"deepspeed\.{key}\S* must be auto or {wanted}, as it follows"):
+            made({**follows, key: other})
+    with pytest.raises(ValueError, match=r"gradient_clipping must be auto or 1\.0, "):  # of transformers
+        made(follows, max_grad_norm=None)

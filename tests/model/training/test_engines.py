@@ -14,8 +14,9 @@ from cumo_model.training.recover import Interrupted
 from cumo_model.training.run_folder import checkpoints
 from cumo_model.training.trainer import build_trainer, run_recipe, training_arguments
 from tests.model.gradients import beside_weights
-from tests.model.training.small_runs import write_data, write_recipe
+from tests.model.training.small_runs import write_data, write_model, write_recipe
 from tests.model.training.test_recover import CLOSELY, LOGGED, STEP, StopAt, losses, same_result, start
+from tests.model.training.test_trainer import history
 from tests.processes import finish
 from tests.rounding import assert_close_after, assert_same_formula, in_fp64
 
@@ -49,9 +50,13 @@ def test_engines_train_alike(folder):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_experts_over_two_of_four_processes_train_alike(folder):
-    """Each expert is on two processes, in addition to DDP, so gradient norms are summed over both axes."""
-    options = {**OPTIONS, **CLOSELY, "trainer__max_steps": 2}
+    """Each expert is on two processes, in addition to DDP, so gradient norms are summed over both axes.
+
+    The first step has pictures: it is the one by which the Trainer would choose how to compute the norm.
+    """
+    options = {**OPTIONS, **CLOSELY, "trainer__max_steps": 2, "trainer__seed": 4}
     run_recipe(load_recipe(write_recipe(folder, "one", **options)))
+    assert "grad_norm_vision" in history(folder / "one" / "model")[0]
     finish(start(write_recipe(folder, "four", **options, stage__expert_parallel=2), 4), seconds=250)
     assert_close_after(LOGGED, losses(folder / "four"), losses(folder / "one"))
 
@@ -79,8 +84,14 @@ def test_the_exchange_of_a_recipe_reaches_the_layers(folder, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_with_spread_experts_resumes(folder):
-    """From a checkpoint of unsharded tensors, with as many processes: the same losses, bit for bit."""
+@pytest.mark.parametrize("seed", [0, 6, 12])
+def test_a_run_with_spread_experts_goes_on(folder, tiny_config, seed):
+    """From a checkpoint of unsharded tensors, with as many processes: the same losses and norms, bit for bit.
+
+    The first step of the run has no pictures, so no expert has a gradient; the first one after the checkpoint
+    has some.
+    """
+    write_model(folder, tiny_config, seed=seed)
     options = {**OPTIONS, **ENGINES["experts"], "trainer__save_steps": 2}
     finish(start(write_recipe(folder, "whole", **options), 2))
     recipe = write_recipe(folder, "again", **options)
@@ -89,6 +100,8 @@ def test_a_run_with_spread_experts_resumes(folder):
     (folder / "whole" / "checkpoint-2").rename(run / "checkpoint-2")
     finish(start(recipe, 2))
     assert losses(folder / "whole") == losses(run)
+    first, _, third, _ = (entry for entry in history(run / "model") if "loss" in entry)
+    assert "grad_norm_vision" not in first and "grad_norm_vision" in third
 
 
 def test_frozen_weights_with_lora_have_no_weight_gradients(folder):
@@ -138,7 +151,7 @@ def test_spread_experts_are_not_trained_in_fp16(folder, monkeypatch):
 
 def test_lora_trains_adapters_and_the_connector(folder):
     peft = pytest.importorskip("peft")
-    lora = {"r": 4, "alpha": 8, "dropout": 0.0, "target_parameters": ["experts.gate_up_proj"]}
+    lora = {"r": 4, "alpha": 12, "dropout": 0.0, "target_parameters": ["experts.gate_up_proj"]}
     recipe = write_recipe(
         folder, trainer__max_steps=2, stage__lora=lora, stage__trains=["projector", "language"]
     )
@@ -146,9 +159,28 @@ def test_lora_trains_adapters_and_the_connector(folder):
     trained = {name for name, p in made.model.named_parameters() if p.requires_grad}
     assert any("lora_A" in n and "self_attn.q_proj" in n for n in trained)
     assert any("lora_A" in n and "experts" in n for n in trained)
-    assert any("multi_modal_projector" in n for n in trained)
-    assert not any("vision_tower" in n or ("language_model" in n and "lora_" not in n) for n in trained)
+    whole = {n for n, _ in made.model.named_parameters() if "multi_modal_projector" in n}
+    assert {
+        n for n in trained if "lora_" not in n
+    } == whole  # and not the head, which is of the language model
     assert isinstance(made.model, peft.PeftModel)
+
+
+def test_adapters_have_the_rank_the_scale_and_the_dropout_of_the_recipe(folder):
+    """The update is alpha / r times the product; no value is a default, of peft or of the recipe."""
+    pytest.importorskip("peft")
+    lora = {"r": 4, "alpha": 12, "dropout": 0.25, "targets": ["q_proj"]}
+    recipe = load_recipe(write_recipe(folder, stage__lora=lora, stage__trains=["projector", "language"]))
+    made = build_trainer(recipe).model
+    layers = [module for module in made.modules() if hasattr(module, "lora_A")]
+    assert len(layers) == 2 + 3  # of the language model and of the tower
+    for layer in layers:
+        assert (layer.r, layer.scaling, layer.lora_A["default"].out_features) == (
+            {"default": 4},
+            {"default": 12 / 4},
+            4,
+        )
+        assert layer.lora_dropout["default"].p == 0.25
 
 
 def test_a_lora_stage_stops_resumes_and_saves_a_merged_model(folder):

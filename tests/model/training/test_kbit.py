@@ -1,14 +1,21 @@
 """QLoRA: quantised linear layers and experts with peft's preparation, in any order."""
 
+import dataclasses
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from cumo_model import quantize_experts
 from cumo_model.model.moe import MoELayer
+from cumo_model.training.recipe import load_recipe
+from cumo_model.training.start import start_model
+from cumo_model.training.trainer import build_trainer, run_recipe
+from tests.model.training.small_runs import write_data, write_model, write_recipe
 
 peft = pytest.importorskip("peft")
-pytest.importorskip("bitsandbytes")
+bitsandbytes = pytest.importorskip("bitsandbytes")
 
 PLAIN = peft.prepare_model_for_kbit_training
 ORDERS = {
@@ -76,3 +83,41 @@ def test_experts_quantised_before_the_preparation_keep_their_values(saved, tiny_
             for a, b in zip(one.experts._weights(x), other.experts._weights(x), strict=True):
                 assert (a is None and b is None) or torch.equal(a.float(), b)
                 assert b is None or b.dtype == torch.float32
+
+
+def test_a_quantised_stage_trains_adapters_and_saves_an_unquantised_model(tmp_path, tiny_config):
+    """New experts are made of unquantised weights; the result is the first one plus products of adapters."""
+    write_data(tmp_path, text_rows=0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    text = {**sizes, "num_key_value_heads": 2}
+    write_model(tmp_path, tiny_config, vision=sizes, text_options=text)
+    experts = {"model__projector_experts": 0, "model__text_experts": 0, "model__vision_experts": 4}
+    lora = {"r": 2, "alpha": 6, "dropout": 0.0, "targets": r".*language_model.*\.(q|v)_proj"}
+    options = {"stage__trains": ["projector", "language"], "stage__lora": lora, "trainer__max_steps": 2}
+    recipe = load_recipe(write_recipe(tmp_path, model__quantize=4, **options, **experts))
+    made = build_trainer(recipe)
+    packed = [n for n, m in made.model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert any("k_proj" in name for name in packed) and (tmp_path / "run" / ".start").is_dir()
+    trained = {name for name, p in made.model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {
+        name for name, _ in made.model.named_parameters() if "multi_modal_projector" in name
+    }
+    result = run_recipe(recipe)
+    assert not (tmp_path / "run" / ".start").exists()
+    found, wanted = load_file(result / "model.safetensors"), start_model(
+        dataclasses.replace(recipe.model, quantize=None), recipe.data
+    )[0].state_dict()  # fmt: skip
+    adapters = load_file(tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors")
+    beside = load_file(tmp_path / "run" / "checkpoint-2" / "beside_adapters.safetensors")
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        first = wanted[name]
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" in adapters:
+            product = adapters[f"{key}.lora_B.weight"] @ adapters[f"{key}.lora_A.weight"]
+            first = first + product * (6 / 2)
+            assert product.any()
+        elif f"base_model.model.{name}" in beside:
+            first = beside[f"base_model.model.{name}"]
+            assert not torch.equal(first, wanted[name])
+        assert torch.equal(value, first), name

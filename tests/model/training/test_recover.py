@@ -1,6 +1,7 @@
 """Tests of training in real processes: killed at random, stopped by a signal, with a full disk, two ranks."""
 
 import json
+import math
 import os
 import random
 import re
@@ -18,8 +19,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from cumo_model.training.recipe import load_recipe
-from cumo_model.training.recover import Interrupted, StopRequests
-from cumo_model.training.run_folder import checkpoints
+from cumo_model.training.recover import Interrupted, StopRequests, _finite, last_sound
+from cumo_model.training.run_folder import checkpoints, step_of
 from cumo_model.training.trainer import build_trainer, run_recipe
 from tests.model.training.small_runs import write_recipe
 from tests.processes import Forked, finish, kill
@@ -317,6 +318,36 @@ def test_an_incomplete_checkpoint_is_not_counted(folder):
     assert checkpoints(folder / "run") == []
     run_recipe(load_recipe(write_recipe(folder, trainer__max_steps=7, trainer__save_steps=7)))
     assert [path.name for path in checkpoints(folder / "run")] == ["checkpoint-7"]
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    """Of numbers, not of text; other folders are none, and neither is one without the Trainer's state."""
+    for name in (
+        "checkpoint-9",
+        "checkpoint-100",
+        "checkpoint-20",
+        "checkpoint-20-old",
+        "damaged-checkpoint-30",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-300").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "checkpoint-9",
+        "checkpoint-20",
+        "checkpoint-100",
+    ]
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [9, 20, 100]
+    assert last_sound(tmp_path) == tmp_path / "checkpoint-100" and last_sound(tmp_path / "none") is None
+
+
+def test_weights_are_finite_unless_one_of_them_is_not():
+    good, empty = torch.tensor([1.0, -3e38]), torch.empty(0)
+    for bad in (math.nan, math.inf, -math.inf):
+        assert not _finite([good, torch.tensor([[0.0, bad]]), empty])
+    assert (
+        _finite([good, empty, torch.tensor(2.0, dtype=torch.bfloat16)]) and _finite([empty]) and _finite([])
+    )
 
 
 def test_signals_at_once_are_one_request_and_a_later_one_stops(monkeypatch):

@@ -1,6 +1,9 @@
 """Tests of the common part of all stages, on a linear model: stops, kills, history, refused runs."""
 
+import itertools
 import json
+import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -11,14 +14,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from cumo_model.training import monitor
+from cumo_model.training import monitor, stage
 from cumo_model.training.monitor import ShortProgress
-from cumo_model.training.recover import Interrupted
+from cumo_model.training.recover import Interrupted, damage
 from cumo_model.training.run_folder import checkpoints
 from cumo_model.training.stage import read_history, run_stage
-from tests.model.training.test_recover import StopAt
+from tests.model.training.test_recover import StopAt, reached, wait_for
 from tests.model.training.toy_stage import build_toy, toy_recipe
 from tests.processes import Forked, finish, kill
+from tests.rounding import assert_same_formula
 
 WORKER = Path(__file__).with_name("toy_stage.py")
 
@@ -79,6 +83,92 @@ def test_killed_processes_end_at_the_same_bits(tmp_path):
         assert not (killed / "model").exists()
     finish(start("killed", 0))
     same(tmp_path / "whole", killed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_stop_request_to_one_process_stops_all_at_one_step(tmp_path):
+    """Only the second of two gets the signal; a process that went on alone would wait for it forever."""
+    begin = lambda name, pause: Forked([WORKER, tmp_path / name, pause], tmp_path / f"{name}.txt", ranks=2)
+    finish(begin("whole", 0))
+    process = begin("asked", 0.05)
+    wait_for(lambda: reached(tmp_path / "asked", 3), process)
+    os.kill(process.ranks[1].pid, signal.SIGTERM)
+    out = finish(process, code=1, seconds=60)
+    one, other = re.findall(r"stopped at step (\d+), progress is saved", out)
+    last = checkpoints(tmp_path / "asked")[-1]
+    assert one == other == last.name.removeprefix("checkpoint-")
+    assert {path.name for path in last.glob("window_*")} == {"window_0_of_2.pt", "window_1_of_2.pt"}
+    finish(begin("asked", 0))
+    same(tmp_path / "whole", tmp_path / "asked")
+    assert result(tmp_path / "whole")[2] == 40 * 8  # points of both processes
+
+
+def test_a_stop_in_the_last_step_is_too_late(tmp_path):
+    """The run is finished, and signals have their former effect again."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert run_stage(toy_recipe(tmp_path / "run"), build_toy, [StopAt(6).callback]).is_dir()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+class Weights(TrainerCallback):
+    """Keeps the weights before each step and at the end, as vectors."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.found.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone())
+
+    on_train_end = on_step_begin
+
+
+@pytest.mark.usefixtures("fp64")
+@pytest.mark.parametrize("limit", [1e-3, 0.0])
+def test_gradients_are_clipped_before_the_step(tmp_path, limit):
+    """With plain SGD the length of a step is the rate times the norm of what is left of the gradient."""
+    weights = Weights()
+    options = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": limit}
+    done = run_stage(toy_recipe(tmp_path / "run", max_steps=2, **options), build_toy, [weights])
+    norms = read_history(done)["series"]["grad_norm"]
+    assert min(norms) > 1e-3
+    steps = [float((b - a).norm()) for a, b in itertools.pairwise(weights.found)]
+    left = [norm * limit / (norm + 1e-6) if limit else norm for norm in norms]  # torch adds 1e-6
+    assert_same_formula(steps, [0.05 * norm for norm in left])
+
+
+def test_a_checkpoint_gets_its_name_when_it_is_complete(tmp_path):
+    """It is written elsewhere and moved at once; older ones are deleted only afterwards."""
+    trainer = build_toy(toy_recipe(tmp_path / "run", max_steps=6, save_steps=2, save_total_limit=1), [])
+    real, seen = trainer._publish, []
+    names = lambda: [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
+
+    def publish(written, final):
+        seen.append(sorted(names()))
+        assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= {
+            p.name for p in written.iterdir()
+        }
+        real(written, final)
+        assert names() == [final.name] and damage(final) is None
+
+    trainer._publish = publish
+    trainer.train()
+    assert seen == [[".saving"], [".saving", "checkpoint-2"], [".saving", "checkpoint-4"]]
+
+
+def test_the_loader_has_the_options_of_the_recipe(tmp_path):
+    options = {"num_workers": 2, "prefetch_factor": 3, "persistent_workers": True}
+    given = {f"dataloader_{name}": value for name, value in options.items()}
+    recipe = toy_recipe(tmp_path / "run", **given, dataloader_multiprocessing_context="spawn")
+    loader = build_toy(recipe, []).get_train_dataloader()
+    assert {name: getattr(loader, name) for name in options} == options
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+    assert loader.worker_init_fn is stage._ignore_stop_signals  # a worker must not end before the step
+    sampler = loader.batch_sampler
+    batches = [list(sampler)]
+    loader.set_epoch(1)
+    batches.append(list(sampler))
+    assert batches[0] != batches[1] and [len(batch) for batch in batches[0]] == [8, 8, 8]
 
 
 def test_logged_time_is_that_of_the_steps_of_all_calls(tmp_path, monkeypatch):

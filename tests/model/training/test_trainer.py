@@ -1,8 +1,10 @@
 """Tests of recipes and the Trainer: hyperparameters, trained parts, losses by name, consecutive stages."""
 
+import dataclasses
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -12,11 +14,12 @@ from transformers import TrainerCallback
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.__main__ import main
 from cumo_model.model.compat import checkpointing_arguments
+from cumo_model.training import arguments
 from cumo_model.training.flops import step_flops
-from cumo_model.training.recipe import load_recipe
+from cumo_model.training.recipe import DataSection, Recipe, StageSection, load_recipe
 from cumo_model.training.recipe_files import shipped_recipes
 from cumo_model.training.start import start_model
-from cumo_model.training.trainer import build_trainer, run_recipe, training_arguments
+from cumo_model.training.trainer import build_trainer, check_positions, run_recipe, training_arguments
 from tests.model.training.small_runs import write_data, write_model, write_recipe
 from tests.rounding import assert_close_after, assert_same_formula
 
@@ -58,6 +61,12 @@ def test_the_recipes_have_the_papers_figures():
         assert ("ddp_timeout" in common) == name.startswith("mixtral")
         assert data.grouping == ("none" if trains else "modality_length")
         assert data.aspect == ("square" if trains else "pad")
+        assert (common["adam_beta1"], common["adam_epsilon"], common["seed"]) == (0.9, 1e-8, 42)
+        assert (recipe.model.top_k or 2, stage.average_loss_over) == (2, "micro_batches")
+        assert trains is None or recipe.model.scales == (1, 3)
+        # the configs of DeepSpeed in the original scripts clip in these stages only
+        clips = name.endswith("sft") or name == "mixtral-8x7b/pft"
+        assert common["max_grad_norm"] == (1.0 if clips else 0.0)
     for name, figures in SCRIPTS.items():
         stage = load_recipe(name, ["variant=script"]).stage
         assert (stage.batch_size, stage.learning_rate) == figures
@@ -99,6 +108,33 @@ def test_recipes_that_are_no_recipes_are_named(tmp_path):
         ValueError, match=r"must be a multiple of 3 \(micro-batch\) x 1 \(processes\), got 256"
     ):
         training_arguments(load_recipe("mistral-7b/sft", ["trainer.per_device_train_batch_size=3"]))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_micro_batches_of_all_processes_are_one_batch(tmp_path, monkeypatch, processes):
+    """Rows per device x accumulation x processes is the batch of the recipe."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(arguments, "TrainingArguments", lambda **given: given)  # would wait for the others
+    made = Recipe(
+        str(tmp_path), stage=StageSection(batch_size=24), trainer={"per_device_train_batch_size": 4}
+    )
+    args = training_arguments(made)
+    assert args["per_device_train_batch_size"] == 4
+    assert args["gradient_accumulation_steps"] == {1: 6, 2: 3, 3: 2}[processes]
+    without = training_arguments(dataclasses.replace(made, trainer={}))
+    assert (without["per_device_train_batch_size"], without["gradient_accumulation_steps"]) == (
+        1,
+        24 // processes,
+    )
+    for batch in (12, 20):
+        other = dataclasses.replace(made, stage=StageSection(batch_size=batch))
+        if batch % (4 * processes):
+            with pytest.raises(
+                ValueError, match=rf"4 \(micro-batch\) x {processes} \(processes\), got {batch}"
+            ):
+                training_arguments(other)
+        else:
+            assert training_arguments(other)["gradient_accumulation_steps"] == batch // (4 * processes)
 
 
 def test_three_stages_in_a_row_and_stage_three_again_from_its_result(folder):
@@ -275,3 +311,135 @@ def test_the_padding_of_packed_rows_counts_with_compat_only(folder, tiny_config,
     made = build_trainer(load_recipe(write_recipe(folder, data__packing=True, data__max_length=40)))
     batch = made.data_collator([made.train_dataset[0], made.train_dataset[1]])
     assert ("router_mask" in batch) == (compat is None) and "position_ids" in batch
+
+
+@pytest.mark.parametrize("own_rate", [None, 5e-2])
+def test_every_parameter_has_the_rate_and_the_decay_of_its_kind(folder, own_rate):
+    """Norms and biases do not decay; the connector may have its own rate. The optimizer has all, once."""
+    given = {} if own_rate is None else {"stage__projector_learning_rate": own_rate}
+    made = build_trainer(load_recipe(write_recipe(folder, trainer__weight_decay=0.1, **given)))
+    made.create_optimizer()
+    found = {}
+    for group in made.optimizer.param_groups:
+        for parameter in group["params"]:
+            assert id(parameter) not in found
+            found[id(parameter)] = (group["lr"], group["weight_decay"])
+    assert len(found) == sum(p.requires_grad for p in made.model.parameters())
+    norms = {id(p) for m in made.model.modules() if "Norm" in type(m).__name__ for p in m.parameters()}
+    for name, parameter in made.model.named_parameters():
+        rate = own_rate if own_rate is not None and "multi_modal_projector" in name else 1e-3
+        decays = id(parameter) not in norms and "bias" not in name
+        assert found[id(parameter)] == (rate, 0.1 if decays else 0.0), name
+
+
+TOWER, CONNECTOR, LANGUAGE = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
+TRAINED = {  # stage.trains -> beginnings of the names of what is trained
+    "vision": (TOWER,),
+    "projector": (CONNECTOR,),
+    "language": (LANGUAGE, "lm_head."),
+    "vision,projector": (TOWER, CONNECTOR),
+    "vision,projector,language": (TOWER, CONNECTOR, LANGUAGE, "lm_head."),
+}
+
+
+@pytest.mark.parametrize("trains", TRAINED)
+def test_a_stage_trains_its_parts_and_nothing_else(folder, trains):
+    made = build_trainer(load_recipe(write_recipe(folder, stage__trains=trains.split(","))))
+    for name, parameter in made.model.named_parameters():
+        assert parameter.requires_grad == name.startswith(TRAINED[trains]), name
+    assert set(made.monitor.trains) == set(trains.split(","))
+
+
+def test_settings_of_a_stage_reach_the_model_and_the_batches(folder):
+    """Each has another value than the default, and than the others."""
+    write_data(folder, text_rows=0)
+    options = {
+        "stage__balance_loss_coef": 0.3,
+        "stage__router_z_loss_coef": 0.02,
+        "stage__average_loss_over": "micro_batches",
+        "data__dummy_images": True,
+        "data__max_length": 40,
+        "data__grouping": "none",
+        "data__template": "plain",
+        "model__dtype": "bfloat16",
+        "model__attn_implementation": "eager",
+    }
+    made = build_trainer(load_recipe(write_recipe(folder, **options)))
+    config, collator, dataset = made.model.config, made.data_collator, made.train_dataset.dataset
+    assert (config.balance_loss_coef, config.router_z_loss_coef) == (0.3, 0.02)
+    assert config.average_loss_over == "micro_batches"
+    assert collator.dummy_images and dataset.max_length == 40 and dataset.template == "plain"
+    assert max(made.lengths) <= 40 and made.grouping == options["data__grouping"]
+    assert made.model.dtype == torch.bfloat16 and config.text_config._attn_implementation == "eager"
+    usual = build_trainer(load_recipe(write_recipe(folder, "usual")))
+    assert usual.model.config.average_loss_over == "tokens" and not usual.data_collator.dummy_images
+    assert usual.grouping == "modality_length" and usual.model.dtype == torch.float32
+
+
+def test_rows_use_every_position_and_no_more(tiny_config):
+    """The language model has 128; positions of a packed row begin again with each record."""
+    config, lengths = tiny_config(), np.array([5, 128, 7])
+    for data in (DataSection(), DataSection(max_length=128), DataSection(max_length=500, packing=True)):
+        check_positions(config, data, lengths)
+        check_positions(config, data, lengths[:0])
+        with pytest.raises(ValueError, match=r"at most 128, .*, got 129 tokens in record 2"):
+            check_positions(config, data, np.array([5, 128, 129]))
+    with pytest.raises(ValueError, match=r"data\.max_length must be at most 128, .*, got 129"):
+        check_positions(config, DataSection(max_length=129), lengths[:0])
+
+
+def test_packs_have_the_length_and_the_pictures_of_all_their_samples(folder):
+    """A packed row needs the sum of its samples' tokens, and no row is longer than data.max_length."""
+    made = build_trainer(load_recipe(write_recipe(folder, data__packing=True, data__max_length=64)))
+    units, dataset = made.train_dataset.units, made.train_dataset.dataset
+    assert sorted(i for unit in units for i in unit) == list(range(12)) and max(map(len, units)) > 1
+    assert list(made.lengths) == [sum(int(dataset.lengths[i]) for i in unit) for unit in units]
+    assert list(made.has_image) == [any(dataset.has_image[i] for i in unit) for unit in units]
+    ids = [made.data_collator([made.train_dataset[u]])["input_ids"].shape[1] for u in range(len(units))]
+    assert ids == list(made.lengths) and 32 < max(ids) <= 64
+    rows = made.data_collator([made.train_dataset[0]])
+    assert torch.equal(rows["position_ids"][0, : len(dataset[units[0][0]]["input_ids"])],
+                       torch.arange(len(dataset[units[0][0]]["input_ids"])))  # fmt: skip
+
+
+@pytest.mark.parametrize("trains, lora, needs", [
+    (["projector"], None, True),
+    (["vision", "projector"], None, True),
+    (["projector", "language"], None, False),
+    (["projector"], {"r": 2, "targets": ["q_proj"]}, False),
+])  # fmt: skip
+def test_only_a_stage_without_the_language_model_needs_pictures_in_every_micro_batch(
+    folder, trains, lora, needs
+):
+    """Where adapters or the language model are trained, rows of text have gradients too."""
+    if lora is not None:
+        pytest.importorskip("peft")
+    made = build_trainer(load_recipe(write_recipe(folder, stage__trains=trains, stage__lora=lora)))
+    assert made.data_collator.needs_image == needs
+
+
+def test_the_order_of_the_data_has_its_own_seed(folder):
+    """data_seed, or else seed; the new experts have model.seed, and adapters the seed of the Trainer."""
+    pytest.importorskip("peft")
+    lora = {"r": 2, "targets": ["q_proj"], "dropout": 0.0}
+
+    def made(**changes):
+        given = {f"trainer__{name}": value for name, value in changes.items() if name != "model_seed"}
+        if "model_seed" in changes:
+            given["model__seed"] = changes["model_seed"]
+        trainer = build_trainer(load_recipe(write_recipe(folder, **given, stage__lora=lora)))
+        state = trainer.model.state_dict()
+        pick = lambda mark: torch.cat([value.flatten() for name, value in state.items() if mark in name])
+        order = list(trainer.get_train_dataloader().batch_sampler)
+        return order, pick("lora_A"), pick("gate.weight")
+
+    order, adapters, gates = made(seed=3)
+    again = made(seed=3)
+    assert order == again[0] and torch.equal(adapters, again[1]) and torch.equal(gates, again[2])
+    other = made(seed=4)
+    assert order != other[0] and not torch.equal(adapters, other[1]) and torch.equal(gates, other[2])
+    apart = made(seed=4, data_seed=3)
+    assert apart[0] == order and torch.equal(apart[1], other[1])
+    assert made(seed=3, data_seed=0)[0] == made(seed=0)[0] != order
+    another = made(seed=3, model_seed=5)
+    assert another[0] == order and torch.equal(another[1], adapters) and not torch.equal(another[2], gates)

@@ -132,6 +132,26 @@ def test_sections_made_in_python_have_the_types_of_their_fields():
     assert hash(dataclasses.replace(ModelSection(vision="a", language="b"), scales=[1, 3]).scales)
 
 
+DEFAULTS = {  # a recipe that says nothing; those of LoRA are LLaVA's
+    ModelSection: {"scales": (1, 3), "vision_experts": 0, "projector_experts": 0, "text_experts": 0,
+                   "scratch": False, "seed": 0, "dtype": "float32"},
+    DataSection: {"files": (), "images": (), "grouping": "modality_length", "packing": False,
+                  "skip_bad": False, "dummy_images": False},
+    LoraSection: {"r": 64, "alpha": 16, "dropout": 0.05, "target_parameters": (),
+                  "targets": r"model\.language_model\..*(q|k|v|o|gate|up|down)_proj"},
+    StageSection: {"trains": ("vision", "projector", "language"), "batch_size": 256, "learning_rate": 2e-5,
+                   "balance_loss_coef": 0.0, "router_z_loss_coef": 0.0, "average_loss_over": "tokens",
+                   "expert_parallel": 1, "expert_exchange": "exact"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_sections_have_the_defaults_of_the_docs(kind):
+    """All others are None."""
+    given = {key: value for key, value in dataclasses.asdict(kind()).items() if value is not None}
+    assert given == DEFAULTS[kind]
+
+
 UNKNOWN = {
     "stage.learningrate=1": "stage.learningrate is not a key: did you mean stage.learning_rate?",
     "stages.batch_size=1": "stages is not a key: did you mean stage?",

@@ -1,5 +1,6 @@
 """A stage of a linear model, for tests of all stages; as a program: toy_stage.py FOLDER PAUSE."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -73,5 +74,6 @@ class Pause(TrainerCallback):
 
 
 if __name__ == "__main__":
-    recipe = toy_recipe(Path(sys.argv[1]), max_steps=40, save_steps=3)
+    micro = 8 // int(os.environ.get("WORLD_SIZE", 1))
+    recipe = toy_recipe(Path(sys.argv[1]), max_steps=40, save_steps=3, per_device_train_batch_size=micro)
     run_stage(recipe, build_toy, [Pause(float(sys.argv[2]))])
