@@ -41,7 +41,7 @@ def test_pictures_are_in_the_order_of_the_rows():
 
 
 def test_a_packed_row_is_written_out():
-    """Positions begin again in each conversation, and its first token is not predicted from the one before."""
+    """Positions begin again in each conversation; its first token is not predicted from the last one."""
     rows = [[_sample(10, 3), _sample(20, 2)], [_sample(30, 1)]]
     batch = collate_packed(rows, PAD)
     assert set(batch) == {"input_ids", "labels", "position_ids", "router_mask"}

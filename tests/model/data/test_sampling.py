@@ -1,4 +1,4 @@
-"""Which process gets which samples in which step, written out: order, dealing, groups, the last step, packs."""
+"""Which process gets which samples in which step, written out; the packs of samples by hand."""
 
 import pytest
 import torch
