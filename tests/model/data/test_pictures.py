@@ -4,13 +4,16 @@ import errno
 import io
 import json
 import os
+import re
 import tarfile
 
 import pytest
 from PIL import Image
 
-from cumo_model.data import Pictures, check, scan
+from cumo_model.data import ConversationDataset, Pictures, StreamedConversations, check, scan
 from cumo_model.data.pictures import KNOWN_DIRECTORIES, is_system_failure
+from cumo_model.demo.tokenizer import train_tokenizer
+from cumo_model.processing import build_processor
 
 TURNS = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
 
@@ -36,6 +39,11 @@ def folder(tmp_path):
     (root / "a.png").write_bytes(_png("red"))
     (root / "sub" / "b.png").write_bytes(_png("blue"))
     return root
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor(train_tokenizer(["what? red"] * 9, 300), 12, 4)
 
 
 def _colour(pictures, name):
@@ -69,6 +77,33 @@ def test_a_name_means_the_same_in_a_folder_and_in_a_tar(folder, tmp_path, prefix
             assert "must lie under image_root" in pictures.problem(name), name
             with pytest.raises(ValueError, match="must lie under image_root"):
                 pictures.load(name)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_an_absolute_path_in_a_data_file_is_refused(folder, tmp_path, processor, shard):
+    """Also that of a picture under the root, by every reader; with skip_bad the record is left out."""
+    root = folder
+    if shard:
+        root = tmp_path / "all.tar"
+        with tarfile.open(root, "w") as tar:
+            _add(tar, str(folder / "a.png").lstrip("/"), _png("red"))
+            _add(tar, "a.png", _png("red"))
+    records = [
+        {"id": n, "image": name, "conversations": TURNS}
+        for n, name in enumerate(("a.png", str(folder / "a.png")))
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    told = r"x\.jsonl:2: record 1 \(id 1\): image '/.*a\.png' must lie under image_root"
+    for decode in (False, True):
+        (problem,) = check(path, root, decode=decode)
+        assert re.search(told, str(problem))
+    for kind in (ConversationDataset, StreamedConversations):
+        with pytest.raises(ValueError, match=told):
+            kind(path, root, processor)
+    with pytest.warns(UserWarning, match=f"left out: .*{told}"):
+        data = StreamedConversations(path, root, processor, skip_bad=True)
+    assert [data.record(i)["id"] for i in range(len(data))] == [0]
 
 
 def test_links_out_of_the_folder_are_refused(folder, tmp_path):

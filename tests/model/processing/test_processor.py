@@ -13,13 +13,15 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cumo_model import CumoConfig
 from cumo_model.demo.tokenizer import train_tokenizer
-from cumo_model.processing.conversation import render, tokenize_conversation, tokenize_prompt
+from cumo_model.processing.conversation import chat_template, render, tokenize_conversation, tokenize_prompt
 from cumo_model.processing.image_processor import CumoImageProcessor
 from cumo_model.processing.pictures import load_image
 from cumo_model.processing.processor import (
     CumoProcessor,
+    aspect_of,
     build_processor,
     image_seq_length,
+    processor_for,
     processor_from,
 )
 from cumo_model.processing.templates import TEMPLATES
@@ -158,6 +160,71 @@ def test_processor_of_an_original_checkpoint(tokenizer, tmp_path):
     assert processor.tokenizer.pad_token_id == processor.tokenizer.unk_token_id == 0
     text = processor.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert text.startswith("<s><s>[INST] <<SYS>>\nA chat between") and image_seq_length(processor) == 576
+
+
+def test_pictures_are_padded_where_nothing_is_said(tokenizer, tmp_path):
+    """A processor, an image processor and a config without an aspect pad; any other word crops, as LLaVA."""
+    wide = Image.new("RGB", (96, 48), (255, 0, 0))
+    wide.paste((0, 0, 255), (24, 0, 72, 48))
+    kinds = {
+        ratio: build_processor(tokenizer, 48, 8, image_aspect_ratio=ratio) for ratio in ("pad", "square")
+    }
+    wanted = {
+        ratio: processor.image_processor(wide, return_tensors="pt")["pixel_values"]
+        for ratio, processor in kinds.items()
+    }
+    assert not torch.equal(wanted["pad"], wanted["square"])
+    sizes = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}
+    for images in (build_processor(tokenizer, 48, 8).image_processor, CumoImageProcessor(**sizes)):
+        assert images.image_aspect_ratio == "pad"
+        assert torch.equal(images(wide, return_tensors="pt")["pixel_values"], wanted["pad"])
+    tokenizer.save_pretrained(tmp_path)
+    vision = {"image_size": 48, "patch_size": 8}
+    for original_config, ratio in (
+        (None, "pad"),
+        ({}, "pad"),
+        ({"image_aspect_ratio": "pad"}, "pad"),
+        ({"image_aspect_ratio": "square"}, "square"),
+        ({"image_aspect_ratio": None}, "square"),
+        ({"image_aspect_ratio": "crop"}, "square"),
+    ):
+        config = CumoConfig(vision_config=vision, original=original_config)
+        assert aspect_of(config) == ratio, original_config
+        for processor in (processor_for(config, tokenizer), processor_from(tmp_path, config)):
+            got = processor.image_processor(wide, return_tensors="pt")["pixel_values"]
+            assert torch.equal(got, wanted[ratio]), original_config
+
+
+def test_what_a_processor_is_where_nothing_is_said(tokenizer):
+    images, processor = CumoImageProcessor(), build_processor(tokenizer, 48, 8)
+    assert (images.size.shortest_edge, images.crop_size.height, images.crop_size.width) == (336, 336, 336)
+    noise = np.random.default_rng(0).integers(0, 256, (500, 400, 3), dtype=np.uint8)
+    pixels = images(noise, return_tensors="np")["pixel_values"][0]
+    assert np.abs(pixels - _by_hand(Image.fromarray(noise), 336)).max() <= ROUNDING
+    assert processor.patch_merge_type == "flat" and processor.vision_feature_select_strategy == "default"
+    assert processor.chat_template == chat_template("mistral_instruct")
+    assert image_seq_length(processor) == 36
+    config = CumoConfig(vision_config={"image_size": 48, "patch_size": 8})
+    assert processor_for(config, tokenizer).chat_template == chat_template("mistral_instruct_system")
+    with pytest.raises(ValueError, match="image_grid_pinpoints must be in config"):
+        processor_for(CumoConfig(original={"image_aspect_ratio": "anyres"}), tokenizer)
+
+
+def test_a_processor_has_the_settings_of_its_config(tokenizer):
+    vision = {"image_size": 48, "patch_size": 6}
+    config = CumoConfig(
+        vision_config=vision,
+        vision_feature_select_strategy="full",
+        scales=(1,),
+        patch_merge_type="spatial",
+        image_grid_pinpoints=[[48, 96]],
+    )
+    processor = processor_for(config, tokenizer, "vicuna_v1")
+    images = processor.image_processor
+    assert (images.image_aspect_ratio, images.image_grid_pinpoints) == ("anyres", [[48, 96]])
+    assert (images.crop_size.height, images.size.shortest_edge, processor.patch_size) == (48, 48, 6)
+    assert processor.vision_feature_select_strategy == "full" and processor.patch_merge_type == "spatial"
+    assert processor.chat_template == chat_template("vicuna_v1")
 
 
 def test_demo_tokenizer_ids_and_round_trip(tokenizer):
