@@ -212,19 +212,16 @@ def test_what_a_processor_is_where_nothing_is_said(tokenizer):
 
 def test_a_processor_has_the_settings_of_its_config(tokenizer):
     vision = {"image_size": 48, "patch_size": 6}
-    config = CumoConfig(
-        vision_config=vision,
-        vision_feature_select_strategy="full",
-        scales=(1,),
-        patch_merge_type="spatial",
-        image_grid_pinpoints=[[48, 96]],
-    )
-    processor = processor_for(config, tokenizer, "vicuna_v1")
+    more = {"patch_merge_type": "spatial", "image_grid_pinpoints": [[48, 96]]}
+    processor = processor_for(CumoConfig(vision_config=vision, **more), tokenizer, "vicuna_v1")
     images = processor.image_processor
     assert (images.image_aspect_ratio, images.image_grid_pinpoints) == ("anyres", [[48, 96]])
     assert (images.crop_size.height, images.size.shortest_edge, processor.patch_size) == (48, 48, 6)
-    assert processor.vision_feature_select_strategy == "full" and processor.patch_merge_type == "spatial"
+    assert processor.vision_feature_select_strategy == "default"
+    assert processor.patch_merge_type == "spatial"
     assert processor.chat_template == chat_template("vicuna_v1")
+    full = CumoConfig(vision_config=vision, vision_feature_select_strategy="full", scales=(1,))
+    assert image_seq_length(processor_for(full, tokenizer)) == 8 * 8 + 1
 
 
 def test_demo_tokenizer_ids_and_round_trip(tokenizer):
