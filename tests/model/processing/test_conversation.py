@@ -146,6 +146,18 @@ def test_plain_with_the_demo_tokenizer(demo):
     assert labels.tolist() == [IGNORE_INDEX] * 3 + ids.tolist()[3:]
 
 
+def test_the_eos_of_another_tokenizer_is_learnt():
+    """Where it is not called </s>, as in many language models; and its BOS is written."""
+    texts = ["what is it?", "a red apple", "red"] * 20
+    other = train_tokenizer(texts, 340)
+    other.add_special_tokens({"bos_token": "<begin>", "eos_token": "<end>"})
+    bos, eos = other.bos_token_id, other.eos_token_id
+    ids, labels = tokenize_conversation(TWO_ROUNDS, other, "mistral_instruct", 1)
+    assert ids[:2].tolist() == [bos, bos] and ids.tolist().count(bos) == 2
+    assert ids[-1] == labels[-1] == eos and labels.tolist().count(eos) == 2
+    assert not {"<s>", "</s>"} & set(other.convert_ids_to_tokens(ids.tolist()))
+
+
 def test_text_alone_has_no_image_tokens(demo):
     turns = [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "red"}]
     ids, _ = tokenize_conversation(turns, demo, "mistral_instruct", 99)

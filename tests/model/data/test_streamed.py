@@ -1,0 +1,171 @@
+"""The index of a streamed data set: chunks, files, places, what a stored index depends on, defaults."""
+
+import json
+import os
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers.processors import TemplateProcessing
+
+from cumo_model.data import ConversationDataset, StreamedConversations, streamed
+from cumo_model.demo.tokenizer import train_tokenizer
+from cumo_model.processing.conversation import tokenize_conversation
+from cumo_model.processing.processor import build_processor
+
+COLOURS = ["red", "green", "blue"]
+
+
+def _processor(side=12, **options):
+    return build_processor(train_tokenizer(["what? red green blue"] * 5, 300), side, 4, **options)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return _processor()
+
+
+def _record(number, words=1, image=None):
+    question = "what?" if image is None else "<image>\nwhat?"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "red " * words + str(number)}]
+    return {"id": number, "conversations": turns} | ({} if image is None else {"image": image})
+
+
+RECORDS = [_record(n, 1 + n % 4, f"{COLOURS[n % 3]}.png" if n % 5 in (1, 2) else None) for n in range(11)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for colour in COLOURS:
+        Image.new("RGB", (12, 12), colour).save(tmp_path / f"{colour}.png")
+    return tmp_path
+
+
+def _write(path, records):
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+def _ids(data):
+    return [data.record(index)["id"] for index in range(len(data))]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 11, 12])
+def test_every_record_is_indexed_once_in_order(folder, processor, monkeypatch, chunk):
+    """Records are tokenised in chunks; the last of a file may be full, begun or empty."""
+    monkeypatch.setattr(streamed, "CHUNK", chunk)
+    files = [_write(folder / "b.jsonl", RECORDS[:5]), _write(folder / "a.jsonl", RECORDS[5:])]
+    data = StreamedConversations(files, folder, processor, "mistral_instruct")
+    assert _ids(data) == list(range(11))
+    assert [data.file_of(n) for n in range(11)] == [str(files[0])] * 5 + [str(files[1])] * 6
+    assert data.has_image.tolist() == ["image" in record for record in RECORDS]
+    whole = ConversationDataset(_write(folder / "all.jsonl", RECORDS), folder, processor)
+    for n in range(11):
+        one, other = data[n], whole[n]
+        assert torch.equal(one["input_ids"], other["input_ids"]) and data.lengths[n] == len(one["input_ids"])
+        assert torch.equal(one["labels"], other["labels"])
+
+
+def test_skipped_records_leave_no_gap(folder, processor, monkeypatch):
+    monkeypatch.setattr(streamed, "CHUNK", 3)
+    bad = {"id": "bad", "conversations": []}
+    path = _write(folder / "x.jsonl", [RECORDS[0], bad, *RECORDS[1:4], bad, RECORDS[4], bad])
+    with pytest.warns(UserWarning, match=r"x\.jsonl:2: .*x\.jsonl:6: .*x\.jsonl:8: .*\(3 such records\)"):
+        data = StreamedConversations(path, folder, processor, skip_bad=True)
+    assert _ids(data) == [0, 1, 2, 3, 4]
+
+
+def test_a_stored_index_is_used_until_something_it_depends_on_changes(folder, processor, tmp_path):
+    def stored(**changed):
+        given = {
+            "files": folder / "x.jsonl",
+            "image_root": folder,
+            "processor": processor,
+            "template": "mistral_instruct",
+            "max_length": None,
+            "skip_bad": False,
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = StreamedConversations(cache_dir=tmp_path / "index", **{**given, **changed})
+        return data, data.identity(), len(list((tmp_path / "index").glob("index-*.safetensors")))
+
+    path = _write(folder / "x.jsonl", RECORDS)
+    _, first, count = stored()
+    assert count == 1 and stored()[2] == 1
+    assert stored(skip_bad=True)[2] == 1  # that of all records is used too
+    (folder / "more").mkdir()
+    other = train_tokenizer(["what? red green blue yellow"] * 5, 310)
+    for expected, changed in enumerate(
+        (
+            {"template": "vicuna_v1"},
+            {"max_length": 20},
+            {"image_root": [folder, folder / "more"]},
+            {"processor": _processor(24)},  # more tokens per picture
+            {"processor": build_processor(other, 12, 4)},
+        ),
+        2,
+    ):
+        _, identity, count = stored(**changed)
+        assert count == expected, changed
+        assert (identity == first) == ("image_root" in changed), changed
+    os.utime(path, ns=(1, 1))  # written again, with another content of the same size
+    _, identity, count = stored()
+    assert count == 7 and identity == first
+    _write(path, RECORDS[:4])
+    data, four, count = stored()
+    assert count == 8 and len(data) == 4 and four != first
+    path.rename(folder / "y.jsonl")
+    assert stored(files=folder / "y.jsonl")[1] != four
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "y.jsonl").rename(tmp_path / "elsewhere" / "x.jsonl")
+    assert stored(files=tmp_path / "elsewhere" / "x.jsonl")[1] == four
+    assert not list((tmp_path / "index").glob(".*"))  # written beside it, then renamed
+
+
+def test_an_index_of_skipped_records_is_not_one_of_all(folder, processor, tmp_path):
+    path = _write(folder / "x.jsonl", [RECORDS[0], {"id": "bad", "conversations": []}])
+    options = {"cache_dir": tmp_path / "index"}
+    with pytest.warns(UserWarning, match="left out"):
+        StreamedConversations(path, folder, processor, skip_bad=True, **options)
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: "):
+        StreamedConversations(path, folder, processor, **options)
+
+
+def test_the_text_is_whole_and_that_of_the_template_where_nothing_is_said(folder, processor):
+    path = _write(folder / "x.jsonl", [_record(0, 200)])
+    for kind, template in (
+        (ConversationDataset, "mistral_instruct"),
+        (StreamedConversations, "mistral_instruct_system"),
+    ):
+        data = kind(path, folder, processor)
+        turns = _record(0, 200)["conversations"]
+        ids, labels = tokenize_conversation(turns, processor.tokenizer, template, 9)
+        assert torch.equal(data[0]["input_ids"], ids) and torch.equal(data[0]["labels"], labels)
+
+
+def test_rows_are_padded_with_the_token_of_the_tokenizer(folder):
+    processor = _processor()
+    processor.tokenizer.pad_token = "blue"
+    number = processor.tokenizer.convert_tokens_to_ids("blue")
+    processor.tokenizer.pad_token_id = number
+    path = _write(folder / "x.jsonl", RECORDS[:2])
+    data = ConversationDataset(path, folder, processor)
+    assert data.pad_id == StreamedConversations(path, folder, processor).pad_id == number
+    lengths = [len(data[n]["input_ids"]) for n in (0, 1)]
+    row = data.batch([0, 1])["input_ids"][lengths.index(min(lengths))]
+    assert min(lengths) < max(lengths) and set(row[min(lengths) :].tolist()) == {number}
+
+
+def test_an_eos_that_the_tokenizer_adds_to_texts_is_not_in_the_samples(folder):
+    """BOS once, then the template's own marks only."""
+    processor = _processor()
+    tokenizer = processor.tokenizer
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    data = ConversationDataset(_write(folder / "x.jsonl", RECORDS[:2]), folder, processor, "vicuna_v1")
+    for n in (0, 1):
+        ids = data[n]["input_ids"].tolist()
+        assert (ids.count(1), ids.count(2), ids[0], ids[-1]) == (1, 1, 1, 2)
