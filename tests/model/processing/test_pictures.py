@@ -280,6 +280,39 @@ def test_limits_name_the_picture_and_the_bound(tmp_path, monkeypatch):
     opened = Image.open(tmp_path / "a.png")
     opened.load()
     assert read_picture(opened).size == (60, 50)  # the memory is used already
+    monkeypatch.setattr(reading, "MEMORY", 60 * 50 * 4)
+    assert load_image(tmp_path / "a.png").size == (60, 50)
+    opened = Image.open(tmp_path / "a.png")
+    assert load_image(opened).size == (60, 50) and opened.im is not None  # decoded itself, not once more
+    Image.new("RGB", (SIDE, 1)).save(tmp_path / "long.png")
+    monkeypatch.undo()
+    assert load_image(tmp_path / "long.png").size == (SIDE, 1)
+
+
+# format and mode of a picture of 40 x 30 pixels, options of saving, bytes per pixel while it is decoded:
+# those that Pillow stores, and those of the decoder beside them
+HELD = [
+    ("PNG", "L", {}, 1),
+    ("PNG", "I;16", {}, 2),
+    ("PNG", "RGB", {}, 4),
+    ("WEBP", "RGB", {}, 4 + 8.5),
+    ("AVIF", "RGB", {}, 4 + 8),
+    ("JPEG2000", "RGB", {}, 4 + 11),
+    ("JPEG", "RGB", {}, 4),
+    # coefficients of 16 bits: of each channel, or with a quarter of the two colours
+    ("JPEG", "RGB", {"progressive": True, "subsampling": 0}, 4 + 2 * 3),
+    ("JPEG", "RGB", {"progressive": True, "subsampling": 2}, 4 + 2 * 1.5),
+    ("JPEG", "L", {"progressive": True}, 1 + 2),
+    ("TIFF", "RGB", {"tiffinfo": {278: 30}}, 4 + 3),  # all rows in one strip
+    ("TIFF", "RGB", {"tiffinfo": {278: 10}}, 4 + 1),
+]
+
+
+@pytest.mark.parametrize("kind, mode, options, held", HELD)
+def test_the_memory_of_a_file_is_that_of_its_pixels_and_decoder(kind, mode, options, held):
+    out = io.BytesIO()
+    Image.new(mode, (40, 30)).save(out, kind, **options)
+    assert needed(Image.open(out)) == 40 * 30 * held
 
 
 def test_a_large_jpeg_is_decoded_smaller(tmp_path, monkeypatch):
@@ -416,12 +449,12 @@ def test_one_opened_image_in_several_threads(tmp_path):
 
 
 def test_the_size_of_a_large_jpeg_is_that_of_its_file(processors, tmp_path, monkeypatch):
-    Image.new("RGB", (100, 61), "red").save(tmp_path / "a.jpg", exif=_exif(6))
+    Image.new("RGB", (100, 60), "red").save(tmp_path / "a.jpg", exif=_exif(6))
     monkeypatch.setattr(reading, "MEMORY", 50 * 30 * 4)
     picture = read_picture(tmp_path / "a.jpg")
-    assert picture.full_size == (61, 100) and picture.size < picture.full_size
+    assert (picture.full_size, picture.size) == ((60, 100), (30, 50))  # no smaller than must be
     found = processors["anyres"].image_processor(str(tmp_path / "a.jpg"), return_tensors="pt")
-    assert found["image_sizes"].tolist() == [[100, 61]]
+    assert found["image_sizes"].tolist() == [[100, 60]]
 
 
 def _exif(orientation: int) -> Image.Exif:
