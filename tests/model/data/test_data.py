@@ -144,6 +144,24 @@ def test_max_length_cuts_text_but_not_images(folder, processor):
         ConversationDataset(path, folder, processor, max_length=20)
 
 
+def test_a_later_picture_is_whole_or_the_record_is_refused(folder, processor):
+    """Also where only its last token would be lost, or all of them: the batch would still have the pixels."""
+    record = {
+        "id": 5,
+        "image": list(NAMES[:2]),
+        "conversations": _turns("<image>\nwhat?", "red", "<image>", "red"),
+    }
+    path = _write(folder, [record])
+    ids = ConversationDataset(path, folder, processor)[0]["input_ids"]
+    end = int((ids == processor.image_token_id).nonzero()[-1]) + 1
+    for limit in (end - 1, end - IMAGE_TOKENS + 1, end - IMAGE_TOKENS):
+        with pytest.raises(ValueError, match=f"max_length {limit} cuts through the 36 tokens of an image"):
+            ConversationDataset(path, folder, processor, max_length=limit)
+    with pytest.warns(UserWarning, match="1 record is longer"):
+        cut = ConversationDataset(path, folder, processor, max_length=end)[0]
+    assert torch.equal(cut["input_ids"], ids[:end]) and len(cut["pixel_values"]) == 2
+
+
 ONE = _turns("<image>\nwhat?", "red")
 BAD_RECORDS = [
     pytest.param("hello", "must be an object with conversations, got str", id="not-an-object"),

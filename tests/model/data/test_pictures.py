@@ -250,6 +250,32 @@ def test_the_last_member_of_a_name_is_used_and_the_first_shard(tmp_path):
     assert _colour(Pictures(tmp_path / "*.tar"), "a.png") == (0, 0, 255)
 
 
+def test_of_several_roots_each_is_read(folder, tmp_path):
+    """The first shard that has the name, else the first folder; a damaged picture names its own shard."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        _add(tar, "x.png", _png("red"))
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        _add(tar, "pad.png", _png("white"))
+        _add(tar, "x.png", _png("blue"))
+        _add(tar, "y.png", _png("lime"))
+        _add(tar, "bad.png", b"no picture")
+        _add(tar, "out.png", linkname="/etc/a.png", type=tarfile.SYMTYPE)
+    (tmp_path / "more").mkdir()
+    for name, colour in (("a.png", "black"), ("x.png", "black"), ("z.png", "white")):
+        (tmp_path / "more" / name).write_bytes(_png(colour))
+    pictures = Pictures([folder, tmp_path / "more", tmp_path / "0.tar", tmp_path / "1.tar"])
+    found = {name: _colour(pictures, f"{name}.png") for name in "axyz"}
+    red, lime, white = (255, 0, 0), (0, 255, 0), (255, 255, 255)
+    assert found == {"a": red, "x": red, "y": lime, "z": white}
+    assert _colour(Pictures([tmp_path / "1.tar", tmp_path / "0.tar"]), "x.png") == (0, 0, 255)
+    assert re.search(
+        r"image 'bad\.png in .*1\.tar' is not a picture", pictures.problem("bad.png", decode=True)
+    )
+    assert re.search(r"image 'out\.png' in '.*1\.tar' is a link to", pictures.problem("out.png"))
+    told = pictures.problem("none.png")
+    assert all(repr(str(root)) in told for root in pictures.roots)
+
+
 def test_members_beside_a_record(tmp_path):
     """Every suffix of a picture, in any case; other media and a second record of a name are problems."""
     shard = tmp_path / "beside.tar"

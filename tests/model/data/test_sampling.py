@@ -87,6 +87,8 @@ def test_a_data_set_smaller_than_a_step_is_repeated():
     order, _ = _order(3, 5, 0)
     step = sorted([*order, *order, *order[:2]])  # unit 0 is the longest
     assert [sorted(unit for row in ranks for unit in row[0])] == [step] and len(ranks[0]) == 1
+    two = _batches([2, 1], batch=4, grouping="length")[0]  # as many are missing as there are
+    assert sorted(two[0]) == [0, 0, 1, 1]
     five = _batches([1] * 5, batch=4, grouping="length")[0]
     assert len(set(five[0])) == len(set(five[1])) == 4  # no unit occurs twice in a step that others can fill
 

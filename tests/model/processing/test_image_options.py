@@ -77,7 +77,7 @@ def test_pixels_are_scaled_then_normalised_per_channel():
     ],
 )
 @pytest.mark.parametrize("ratio", ["pad", "square"])
-@pytest.mark.parametrize("size", [(30, 40), (24, 24)])
+@pytest.mark.parametrize("size", [(30, 40), (24, 24), (24, 15), (15, 24)])
 def test_training_data_have_the_options_of_the_processor(ratio, settings, size):
     images, picture = _processor(image_aspect_ratio=ratio, **settings), _noise(*size)
     reader = PixelReader(images)
