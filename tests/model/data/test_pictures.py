@@ -268,12 +268,23 @@ def test_of_several_roots_each_is_read(folder, tmp_path):
     red, lime, white = (255, 0, 0), (0, 255, 0), (255, 255, 255)
     assert found == {"a": red, "x": red, "y": lime, "z": white}
     assert _colour(Pictures([tmp_path / "1.tar", tmp_path / "0.tar"]), "x.png") == (0, 0, 255)
+    for pattern in ("*.tar", "?.tar", "[01].tar"):
+        assert [_colour(Pictures(tmp_path / pattern), f"{n}.png") for n in "xy"] == [red, lime]
+    with pytest.raises(ValueError, match="fits no tar file"):
+        Pictures(tmp_path / "[23].tar")
     assert re.search(
         r"image 'bad\.png in .*1\.tar' is not a picture", pictures.problem("bad.png", decode=True)
     )
     assert re.search(r"image 'out\.png' in '.*1\.tar' is a link to", pictures.problem("out.png"))
     told = pictures.problem("none.png")
     assert all(repr(str(root)) in told for root in pictures.roots)
+
+
+def test_a_picture_that_decodes_but_has_no_colours_is_a_problem(folder):
+    Image.new("F", (4, 4), float("nan")).save(folder / "nan.tif")
+    pictures = Pictures(folder)
+    assert pictures.problem("nan.tif") is None
+    assert "'nan.tif' must have finite values" in pictures.problem("nan.tif", decode=True)
 
 
 def test_members_beside_a_record(tmp_path):
