@@ -261,6 +261,11 @@ def test_words_read_from_a_picture_are_text(tokens):
     assert record_problem(_record(f"<video>\n{OCR}{tokens}", image="a.jpg")) is not None
 
 
+def test_at_the_end_of_a_question_without_a_picture_a_mark_stands_for_one():
+    assert "holds <IMAGE>" in record_problem(_record("Reference OCR token: Sony <IMAGE>"))
+    assert record_problem(_record("<image>\nReference OCR token: Sony <IMAGE>", image="a.jpg")) is None
+
+
 @pytest.mark.parametrize(
     "answer",
     ["It replaces the <image_token> token", "<|image_pad|> is Qwen's", "<im_start>assistant", "<video>"],

@@ -276,6 +276,9 @@ def test_of_several_roots_each_is_read(folder, tmp_path):
         r"image 'bad\.png in .*1\.tar' is not a picture", pictures.problem("bad.png", decode=True)
     )
     assert re.search(r"image 'out\.png' in '.*1\.tar' is a link to", pictures.problem("out.png"))
+    (tmp_path / "0.tar").unlink()
+    with pytest.raises(ValueError, match=r"image 'x\.png in .*0\.tar' cannot be read: No such file"):
+        pictures.load("x.png")
     told = pictures.problem("none.png")
     assert all(repr(str(root)) in told for root in pictures.roots)
 
@@ -297,6 +300,14 @@ def test_members_beside_a_record(tmp_path):
             _add(tar, f"{number}.{suffix}", _png("red"))
     assert [row.value.get("image") for row in scan(shard)] == [f"{n}.{s}" for n, s in enumerate(suffixes)]
     assert list(check(shard, shard, decode=True)) == []
+    with tarfile.open(shard, "w") as tar:  # the record with the longest name that begins that of the member
+        for name in ("a", "a.b"):
+            _add(tar, f"{name}.json", json.dumps({"conversations": TURNS}).encode())
+        for name in ("a.0.left.png", "a.b.0.left.png", "c.png"):
+            _add(tar, name, _png("red"))
+    rows = list(scan(shard))
+    assert [row.value["image"] for row in rows] == ["a.0.left.png", "a.b.0.left.png"]
+    assert [(row.number, row.line) for row in rows] == [(0, 1), (1, 2)]
     record = json.dumps({"conversations": [{**TURNS[0], "value": "what?"}, TURNS[1]]}).encode()
     with tarfile.open(shard, "w") as tar:
         _add(tar, "a.json", record)

@@ -1,7 +1,9 @@
 """The index of a streamed data set: chunks, files, places, what a stored index depends on, defaults."""
 
+import io
 import json
 import os
+import tarfile
 import warnings
 
 import pytest
@@ -67,6 +69,15 @@ def test_every_record_is_indexed_once_in_order(folder, processor, monkeypatch, c
         assert torch.equal(one["labels"], other["labels"])
 
 
+def test_blank_lines_and_a_byte_order_mark_are_no_records(folder, processor):
+    (folder / "x.jsonl").write_bytes(
+        b"\xef\xbb\xbf%b\r\n\n  \n%b\n\n%b" % tuple(json.dumps(r).encode() for r in RECORDS[:3])
+    )
+    data = StreamedConversations(folder / "x.jsonl", folder, processor)
+    assert [data.record(n) for n in range(len(data))] == RECORDS[:3]
+    assert data._line.tolist() == [1, 4, 6]
+
+
 def test_skipped_records_leave_no_gap(folder, processor, monkeypatch):
     monkeypatch.setattr(streamed, "CHUNK", 3)
     bad = {"id": "bad", "conversations": []}
@@ -110,18 +121,67 @@ def test_a_stored_index_is_used_until_something_it_depends_on_changes(folder, pr
         _, identity, count = stored(**changed)
         assert count == expected, changed
         assert (identity == first) == ("image_root" in changed), changed
-    os.utime(path, ns=(1, 1))  # written again, with another content of the same size
-    _, identity, count = stored()
-    assert count == 7 and identity == first
+    for expected, time in enumerate((10**18, 10**18 + 10_000), 7):
+        os.utime(path, ns=(time, time))  # written again, perhaps with another content of the same size
+        _, identity, count = stored()
+        assert count == expected and identity == first
     _write(path, RECORDS[:4])
     data, four, count = stored()
-    assert count == 8 and len(data) == 4 and four != first
+    assert count == 9 and len(data) == 4 and four != first
     path.rename(folder / "y.jsonl")
     assert stored(files=folder / "y.jsonl")[1] != four
     (tmp_path / "elsewhere").mkdir()
     (folder / "y.jsonl").rename(tmp_path / "elsewhere" / "x.jsonl")
     assert stored(files=tmp_path / "elsewhere" / "x.jsonl")[1] == four
     assert not list((tmp_path / "index").glob(".*"))  # written beside it, then renamed
+
+
+def test_a_record_behind_two_gibibytes_is_read(folder, processor):
+    """In a shard with a file of zeros, which need no place on the disk."""
+    size = (1 << 31) + 512
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        info = tarfile.TarInfo("zeros.bin")
+        info.size = size
+        tar.addfile(info)
+        tar.fileobj.seek(size, os.SEEK_CUR)
+        tar.offset += size
+        data = json.dumps(RECORDS[0]).encode()
+        info = tarfile.TarInfo("a.json")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    data = StreamedConversations(folder / "x.tar", None, processor, cache_dir=folder / "index")
+    again = StreamedConversations(folder / "x.tar", None, processor, cache_dir=folder / "index")
+    assert data.record(0) == again.record(0) == RECORDS[0]
+
+
+def test_pictures_of_a_records_own_shard_come_first(folder, processor):
+    shards = [(folder / "x.tar", "red"), (folder / "other.tar", "blue")]
+    for path, colour in shards:
+        with tarfile.open(path, "w") as tar:
+            tar.add(folder / f"{colour}.png", "a.png")
+            tar.add(_write(folder / "record", [_record(0, image="a.png")]), "a.json")
+    (own, colour), (other, _) = shards
+    data = StreamedConversations(own, [folder, other], processor)
+    wanted = processor.image_processor(Image.open(folder / f"{colour}.png"), return_tensors="pt")
+    assert torch.equal(data[0]["pixel_values"], wanted["pixel_values"])
+    with pytest.raises(ValueError, match="image_root must name a folder or tar files, got None"):
+        StreamedConversations(_write(folder / "x.jsonl", RECORDS), None, processor)
+
+
+def test_nothing_to_train_on_and_another_record_at_a_place_are_refused(folder, processor):
+    path = _write(folder / "x.jsonl", [{"id": 0, "conversations": []}])
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match="holds no records that"),
+    ):
+        StreamedConversations(path, folder, processor, skip_bad=True)
+    data = StreamedConversations(_write(path, RECORDS[:1]), folder, processor)
+    path.write_text(json.dumps({"id": "x" * 200})[:-1] + " " * (int(data._length[0]) - 209) + "}")
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: the file has changed since it was indexed"):
+        data.record(0)
+    path.write_text("0" + " " * 500)
+    with pytest.raises(ValueError, match="has changed since it was indexed: there is no record at its place"):
+        data.record(0)
 
 
 def test_an_index_of_skipped_records_is_not_one_of_all(folder, processor, tmp_path):
@@ -147,12 +207,11 @@ def test_the_text_is_whole_and_that_of_the_template_where_nothing_is_said(folder
 
 def test_rows_are_padded_with_the_token_of_the_tokenizer(folder):
     processor = _processor()
-    processor.tokenizer.pad_token = "blue"
-    number = processor.tokenizer.convert_tokens_to_ids("blue")
+    number = processor.tokenizer.convert_tokens_to_ids("Ġblue")
     processor.tokenizer.pad_token_id = number
     path = _write(folder / "x.jsonl", RECORDS[:2])
     data = ConversationDataset(path, folder, processor)
-    assert data.pad_id == StreamedConversations(path, folder, processor).pad_id == number
+    assert data.pad_id == StreamedConversations(path, folder, processor).pad_id == number > 0
     lengths = [len(data[n]["input_ids"]) for n in (0, 1)]
     row = data.batch([0, 1])["input_ids"][lengths.index(min(lengths))]
     assert min(lengths) < max(lengths) and set(row[min(lengths) :].tolist()) == {number}

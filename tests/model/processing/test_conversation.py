@@ -6,7 +6,9 @@ import warnings
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from cumo_model import CumoConfig
 from cumo_model.demo.tokenizer import train_tokenizer
@@ -241,3 +243,12 @@ def test_errors_name_template_tokenizer_and_prompt(demo):
         tokenize_prompt(TWO_ROUNDS, demo, "mistral_instruct", 1)
     with pytest.raises(ValueError, match="tokenizer must be a fast one"):
         tokenize_conversation(TWO_ROUNDS, object(), "mistral_instruct", 1)
+    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1}, "<unk>"))
+    without = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    with pytest.raises(ValueError, match="tokenizer must have a bos_token, got none"):
+        tokenize_conversation(TWO_ROUNDS, without, "mistral_instruct", 1)
+    without = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>")
+    with pytest.raises(ValueError, match="tokenizer must have <image> as one token"):
+        tokenize_conversation(TWO_ROUNDS, without, "mistral_instruct", 1)
+    ids, _ = tokenize_conversation(TWO_ROUNDS[2:], without, "vicuna_v1", 1)  # needed for pictures only
+    assert ids[0] == 1

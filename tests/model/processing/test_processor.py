@@ -8,8 +8,9 @@ import pytest
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, LlavaProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from cumo_model import CumoConfig
 from cumo_model.demo.tokenizer import train_tokenizer
@@ -193,6 +194,34 @@ def test_pictures_are_padded_where_nothing_is_said(tokenizer, tmp_path):
         for processor in (processor_for(config, tokenizer), processor_from(tmp_path, config)):
             got = processor.image_processor(wide, return_tensors="pt")["pixel_values"]
             assert torch.equal(got, wanted[ratio]), original_config
+
+
+def test_an_image_processor_beside_a_tokenizer_is_used(tokenizer, tmp_path):
+    """If it is this project's, not that of a CLIP."""
+    tokenizer.save_pretrained(tmp_path)
+    own = CumoImageProcessor(image_mean=[0.1, 0.2, 0.3], crop_size={"height": 48, "width": 48})
+    config = CumoConfig(vision_config={"image_size": 48, "patch_size": 8})
+    own.save_pretrained(tmp_path)
+    assert list(processor_from(tmp_path, config).image_processor.image_mean) == [0.1, 0.2, 0.3]
+    CLIPImageProcessorPil(image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+    found = processor_from(tmp_path, config).image_processor
+    assert type(found) is CumoImageProcessor and list(found.image_mean) == list(CumoImageProcessor.image_mean)
+
+
+def test_tokens_of_a_processor_of_transformers(tokenizer):
+    """48 / 8 squared; LLaVA's own processors count the class token where it is kept."""
+    images = CumoImageProcessor(crop_size={"height": 48, "width": 48})
+    for strategy, tokens in (("default", 36), ("full", 37)):
+        processor = LlavaProcessor(images, tokenizer, 8, strategy, num_additional_image_tokens=1)
+        assert image_seq_length(processor) == tokens
+
+
+@pytest.mark.parametrize(
+    "option", [{"vision_feature_select_strategy": "all"}, {"patch_merge_type": "mean"}], ids=str
+)
+def test_unknown_options_are_refused(tokenizer, option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be "):
+        build_processor(tokenizer, 48, 8, **option)
 
 
 def test_what_a_processor_is_where_nothing_is_said(tokenizer):
