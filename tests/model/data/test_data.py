@@ -112,7 +112,7 @@ def test_collate_pads_right_and_keeps_image_order(dataset):
     assert torch.equal(batch["pixel_values"], torch.cat([items[1]["pixel_values"], items[2]["pixel_values"]]))
 
 
-@pytest.mark.parametrize("indices", [[0], [1], [4, 1, 2, 0], [0, 0]])
+@pytest.mark.parametrize("indices", [[0], [1], [4, 1, 2, 3, 0], [0, 0], [3, 2]])
 def test_batch_equals_collate(dataset, indices):
     expected = collate([dataset[index] for index in indices], dataset.pad_id)
     got = dataset.batch(indices)
@@ -327,6 +327,7 @@ def test_a_corrupt_picture_is_named_when_it_is_used(folder, processor):
     picture.write_bytes(picture.read_bytes()[:400])
     with pytest.raises(ValueError, match=r"record 4 \(id 4\): image '.*red-apple-wide\.png' cannot be read"):
         dataset[4]
+    assert len(ConversationDataset(folder / "talk.json", folder, processor)) == 5  # decoded at its first use
     assert [problem.record for problem in check(folder / "talk.json", folder, decode=True)] == [0, 4]
     assert list(check(folder / "talk.json", folder)) == []
 

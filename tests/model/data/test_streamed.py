@@ -168,6 +168,17 @@ def test_pictures_of_a_records_own_shard_come_first(folder, processor):
         StreamedConversations(_write(folder / "x.jsonl", RECORDS), None, processor)
 
 
+def test_of_several_missing_pictures_the_first_is_named(folder, processor):
+    names = ["red.png", "one.png", "two.png"]
+    turns = [{"from": "human", "value": "<image><image><image>"}, {"from": "gpt", "value": "red"}]
+    path = _write(folder / "x.jsonl", [{"id": 0, "image": names, "conversations": turns}])
+    with pytest.warns(UserWarning, match=r"kept with grey .*: image 'one\.png' does not exist"):
+        data = StreamedConversations(path, folder, processor, skip_bad=True)
+    with pytest.warns(UserWarning, match=r"(one|two)\.png"):
+        pixels = data[0]["pixel_values"]
+    assert pixels.shape == (3, 3, 12, 12) and pixels[0].abs().max() > 0 == pixels[1:].abs().max()
+
+
 def test_nothing_to_train_on_and_another_record_at_a_place_are_refused(folder, processor):
     path = _write(folder / "x.jsonl", [{"id": 0, "conversations": []}])
     with (
