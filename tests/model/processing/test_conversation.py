@@ -114,6 +114,7 @@ def test_plain_matches_sentencepiece(mistral):
     caption = pieces.encode("a cat on a mat\n")
     assert ids.tolist() == [1] + [image] * IMAGE_TOKENS + caption
     assert labels.tolist() == [IGNORE_INDEX] * (1 + IMAGE_TOKENS) + caption
+    assert render(turns, "plain") == ("<image>a cat on a mat\n", [(7, 22)])
     assert 2 not in ids.tolist()
 
 
@@ -239,6 +240,10 @@ def test_errors_name_template_tokenizer_and_prompt(demo):
         ValueError, match="template plain must have one <image> turn and one caption, got 4 turns"
     ):
         tokenize_conversation(TWO_ROUNDS, demo, "plain", 1)
+    for question, count in (("<image><image>", 2), ("what?", 0)):
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}]
+        with pytest.raises(ValueError, match=f"got 2 turns, {count} <image> in the first"):
+            render(turns, "plain")
     with pytest.raises(ValueError, match="a prompt must end with a human turn"):
         tokenize_prompt(TWO_ROUNDS, demo, "mistral_instruct", 1)
     with pytest.raises(ValueError, match="tokenizer must be a fast one"):
