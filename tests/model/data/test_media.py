@@ -42,6 +42,7 @@ READ_BY_NOBODY = [
     {"link": "data:image/png;base64,iVBORw0KGgo="},
     {"screenshot": "a/b.jpg"},
     {"thumbnail": "a/b.jpg"},
+    {"image_thumbnail": "a/b.jpg"},
     {"figure": "a/b.jpg"},
     {"rgb": "a/b.png"},
     {"depth": "a/b.tif"},
@@ -82,6 +83,7 @@ HARMLESS = {
     "image_folder": "coco",
     "num_images": 2,
     "has_images": True,
+    "image_data": True,
     "video_length": 3.5,
     "Images": [],
     "Video": None,
@@ -138,6 +140,7 @@ def test_beside_pictures_other_keys_may_say_where_they_are_from():
         "media": "twitter",
     }
     assert unread_media(free, used) is None
+    assert unread_media({"image_url": "https://host/a%20b.jpg"}, ["a b.jpg"]) is None
     for fields in (
         {"images": ["a.png"]},
         {"images": ["a.png", "c.png"]},

@@ -22,6 +22,7 @@ from cumo_model.processing.conversation import (
 )
 from cumo_model.processing.processor import processor_from
 from cumo_model.processing.templates import TEMPLATES
+from cumo_model.processing.tokenizer_files import has_tokenizer
 from tests.model import original
 
 TWO_ROUNDS = [
@@ -74,7 +75,9 @@ def test_two_rounds_match_sentencepiece(mistral, template):
 
 def test_the_processor_of_released_weights_gives_these_ids(mistral_model, tmp_path):
     """From tokenizer files only: `<image>` after the vocabulary, two BOS, the space before </s>."""
+    assert not has_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(mistral_model.read_bytes())
+    assert has_tokenizer(tmp_path)
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",
