@@ -265,7 +265,7 @@ FAULTS = (
           "data/data::test_a_bad_record_is_named"),
     Fault("first picture for all markers", D + "conversations.py",
           "self._pixels[name] = self", "self._pixels[names[0]] = self",
-          "data/data::test_batch_equals_collate"),
+          "data/data_files::test_several_pictures_of_a_record_in_every_form"),
     Fault("pictures of a batch backwards", D + "conversations.py",
           "torch.cat(pictures)", "torch.cat(pictures[::-1])",
           "data/data::test_batch_equals_collate"),
