@@ -22,6 +22,7 @@ from cumo_model.processing.processor import (
     aspect_of,
     build_processor,
     image_seq_length,
+    load_tokenizer,
     processor_for,
     processor_from,
 )
@@ -194,6 +195,18 @@ def test_pictures_are_padded_where_nothing_is_said(tokenizer, tmp_path):
         for processor in (processor_for(config, tokenizer), processor_from(tmp_path, config)):
             got = processor.image_processor(wide, return_tensors="pt")["pixel_values"]
             assert torch.equal(got, wanted[ratio]), original_config
+
+
+def test_a_tokenizer_keeps_its_tokens_and_pads_on_the_right(tmp_path):
+    """Without a padding token with that of unknown words, else with EOS."""
+    given = train_tokenizer(["what is it?"] * 20, 300)
+    given.padding_side = "left"
+    for pad, unk, wanted in (("[INST]", "<unk>", "[INST]"), (None, "<unk>", "<unk>"), (None, None, "</s>")):
+        given.pad_token, given.unk_token = pad, unk
+        given.save_pretrained(tmp_path)
+        found = load_tokenizer(tmp_path)
+        assert (found.bos_token, found.eos_token, found.pad_token) == ("<s>", "</s>", wanted)
+        assert found.unk_token == unk and found.padding_side == "right"
 
 
 def test_an_image_processor_beside_a_tokenizer_is_used(tokenizer, tmp_path):
