@@ -240,17 +240,12 @@ class StreamedConversations(Dataset):
             columns["cut"].append(cut)
 
     def _count(self, rows: list[Row], file: str) -> list[tuple[int, bool, Problem | None]]:
-        """Tokens of each record, whether it is cut, and why template or max_length do not fit it, or None."""
+        """Tokens of each record, whether it is cut, and why max_length does not fit it, or None."""
 
         def problem(row: Row, reason: str) -> tuple[int, bool, Problem]:
             return 0, False, Problem(file, row.number, row.value.get("id"), reason, line=row.line)
 
-        try:
-            samples = self.tokenising.whole([row.value["conversations"] for row in rows])
-        except ValueError as error:
-            if len(rows) == 1:
-                return [problem(rows[0], str(error))]
-            return [found for row in rows for found in self._count([row], file)]
+        samples = self.tokenising.whole([row.value["conversations"] for row in rows])
         counts = []
         for row, sample in zip(rows, samples, strict=True):
             reason = self.tokenising.problem(row.value["conversations"], sample)

@@ -197,6 +197,8 @@ def _file(text: str, named: str) -> str | bytes:
             try:
                 with Image.open(io.BytesIO(data)):
                     return data
+            except Image.DecompressionBombError:
+                return data  # it is refused where it is opened
             except Exception:
                 pass  # a path that could be base64 text
     return text

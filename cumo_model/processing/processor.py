@@ -70,10 +70,7 @@ class CumoProcessor(LlavaProcessor):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers. For a checkpoint that has only a tokenizer, `processor_from` is used."""
         path = pretrained_model_name_or_path
-        try:
-            values = read_config(path)
-        except ValueError:  # config.json is damaged; the processor's own files may still be readable
-            values = {}
+        values = read_config(path)
         is_cumo = values.get("model_type") == CumoConfig.model_type or layout_of(values) is not None
         if is_cumo and not Path(path, "processor_config.json").is_file():
             return processor_from(path, CumoConfig.from_pretrained(path))

@@ -112,7 +112,7 @@ def test_collate_pads_right_and_keeps_image_order(dataset):
     assert torch.equal(batch["pixel_values"], torch.cat([items[1]["pixel_values"], items[2]["pixel_values"]]))
 
 
-@pytest.mark.parametrize("indices", [[0], [1], [4, 1, 2, 0], [0, 0]])
+@pytest.mark.parametrize("indices", [[0], [1], [4, 1, 2, 3, 0], [0, 0], [3, 2]])
 def test_batch_equals_collate(dataset, indices):
     expected = collate([dataset[index] for index in indices], dataset.pad_id)
     got = dataset.batch(indices)
@@ -142,6 +142,24 @@ def test_max_length_cuts_text_but_not_images(folder, processor):
         ValueError, match=r"talk\.json:1: record 0 \(id 0\): max_length 20 cuts through the 36 tokens"
     ):
         ConversationDataset(path, folder, processor, max_length=20)
+
+
+def test_a_later_picture_is_whole_or_the_record_is_refused(folder, processor):
+    """Also where only its last token would be lost, or all of them: the batch would still have the pixels."""
+    record = {
+        "id": 5,
+        "image": list(NAMES[:2]),
+        "conversations": _turns("<image>\nwhat?", "red", "<image>", "red"),
+    }
+    path = _write(folder, [record])
+    ids = ConversationDataset(path, folder, processor)[0]["input_ids"]
+    end = int((ids == processor.image_token_id).nonzero()[-1]) + 1
+    for limit in (end - 1, end - IMAGE_TOKENS + 1, end - IMAGE_TOKENS):
+        with pytest.raises(ValueError, match=f"max_length {limit} cuts through the 36 tokens of an image"):
+            ConversationDataset(path, folder, processor, max_length=limit)
+    with pytest.warns(UserWarning, match="1 record is longer"):
+        cut = ConversationDataset(path, folder, processor, max_length=end)[0]
+    assert torch.equal(cut["input_ids"], ids[:end]) and len(cut["pixel_values"]) == 2
 
 
 ONE = _turns("<image>\nwhat?", "red")
@@ -309,6 +327,7 @@ def test_a_corrupt_picture_is_named_when_it_is_used(folder, processor):
     picture.write_bytes(picture.read_bytes()[:400])
     with pytest.raises(ValueError, match=r"record 4 \(id 4\): image '.*red-apple-wide\.png' cannot be read"):
         dataset[4]
+    assert len(ConversationDataset(folder / "talk.json", folder, processor)) == 5  # decoded at its first use
     assert [problem.record for problem in check(folder / "talk.json", folder, decode=True)] == [0, 4]
     assert list(check(folder / "talk.json", folder)) == []
 

@@ -42,6 +42,7 @@ READ_BY_NOBODY = [
     {"link": "data:image/png;base64,iVBORw0KGgo="},
     {"screenshot": "a/b.jpg"},
     {"thumbnail": "a/b.jpg"},
+    {"image_thumbnail": "a/b.jpg"},
     {"figure": "a/b.jpg"},
     {"rgb": "a/b.png"},
     {"depth": "a/b.tif"},
@@ -82,6 +83,7 @@ HARMLESS = {
     "image_folder": "coco",
     "num_images": 2,
     "has_images": True,
+    "image_data": True,
     "video_length": 3.5,
     "Images": [],
     "Video": None,
@@ -138,6 +140,7 @@ def test_beside_pictures_other_keys_may_say_where_they_are_from():
         "media": "twitter",
     }
     assert unread_media(free, used) is None
+    assert unread_media({"image_url": "https://host/a%20b.jpg"}, ["a b.jpg"]) is None
     for fields in (
         {"images": ["a.png"]},
         {"images": ["a.png", "c.png"]},
@@ -259,6 +262,11 @@ OCR = "<image>\nProvide a one-sentence caption.\nReference OCR token: "
 def test_words_read_from_a_picture_are_text(tokens):
     assert record_problem(_record(OCR + tokens, image="a.jpg")) is None
     assert record_problem(_record(f"<video>\n{OCR}{tokens}", image="a.jpg")) is not None
+
+
+def test_at_the_end_of_a_question_without_a_picture_a_mark_stands_for_one():
+    assert "holds <IMAGE>" in record_problem(_record("Reference OCR token: Sony <IMAGE>"))
+    assert record_problem(_record("<image>\nReference OCR token: Sony <IMAGE>", image="a.jpg")) is None
 
 
 @pytest.mark.parametrize(

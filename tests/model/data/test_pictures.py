@@ -4,13 +4,16 @@ import errno
 import io
 import json
 import os
+import re
 import tarfile
 
 import pytest
 from PIL import Image
 
-from cumo_model.data import Pictures, check, scan
+from cumo_model.data import ConversationDataset, Pictures, StreamedConversations, check, scan
 from cumo_model.data.pictures import KNOWN_DIRECTORIES, is_system_failure
+from cumo_model.demo.tokenizer import train_tokenizer
+from cumo_model.processing import build_processor
 
 TURNS = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
 
@@ -36,6 +39,11 @@ def folder(tmp_path):
     (root / "a.png").write_bytes(_png("red"))
     (root / "sub" / "b.png").write_bytes(_png("blue"))
     return root
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor(train_tokenizer(["what? red"] * 9, 300), 12, 4)
 
 
 def _colour(pictures, name):
@@ -69,6 +77,33 @@ def test_a_name_means_the_same_in_a_folder_and_in_a_tar(folder, tmp_path, prefix
             assert "must lie under image_root" in pictures.problem(name), name
             with pytest.raises(ValueError, match="must lie under image_root"):
                 pictures.load(name)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_an_absolute_path_in_a_data_file_is_refused(folder, tmp_path, processor, shard):
+    """Also that of a picture under the root, by every reader; with skip_bad the record is left out."""
+    root = folder
+    if shard:
+        root = tmp_path / "all.tar"
+        with tarfile.open(root, "w") as tar:
+            _add(tar, str(folder / "a.png").lstrip("/"), _png("red"))
+            _add(tar, "a.png", _png("red"))
+    records = [
+        {"id": n, "image": name, "conversations": TURNS}
+        for n, name in enumerate(("a.png", str(folder / "a.png")))
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    told = r"x\.jsonl:2: record 1 \(id 1\): image '/.*a\.png' must lie under image_root"
+    for decode in (False, True):
+        (problem,) = check(path, root, decode=decode)
+        assert re.search(told, str(problem))
+    for kind in (ConversationDataset, StreamedConversations):
+        with pytest.raises(ValueError, match=told):
+            kind(path, root, processor)
+    with pytest.warns(UserWarning, match=f"left out: .*{told}"):
+        data = StreamedConversations(path, root, processor, skip_bad=True)
+    assert [data.record(i)["id"] for i in range(len(data))] == [0]
 
 
 def test_links_out_of_the_folder_are_refused(folder, tmp_path):
@@ -215,6 +250,46 @@ def test_the_last_member_of_a_name_is_used_and_the_first_shard(tmp_path):
     assert _colour(Pictures(tmp_path / "*.tar"), "a.png") == (0, 0, 255)
 
 
+def test_of_several_roots_each_is_read(folder, tmp_path):
+    """The first shard that has the name, else the first folder; a damaged picture names its own shard."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        _add(tar, "x.png", _png("red"))
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        _add(tar, "pad.png", _png("white"))
+        _add(tar, "x.png", _png("blue"))
+        _add(tar, "y.png", _png("lime"))
+        _add(tar, "bad.png", b"no picture")
+        _add(tar, "out.png", linkname="/etc/a.png", type=tarfile.SYMTYPE)
+    (tmp_path / "more").mkdir()
+    for name, colour in (("a.png", "black"), ("x.png", "black"), ("z.png", "white")):
+        (tmp_path / "more" / name).write_bytes(_png(colour))
+    pictures = Pictures([folder, tmp_path / "more", tmp_path / "0.tar", tmp_path / "1.tar"])
+    found = {name: _colour(pictures, f"{name}.png") for name in "axyz"}
+    red, lime, white = (255, 0, 0), (0, 255, 0), (255, 255, 255)
+    assert found == {"a": red, "x": red, "y": lime, "z": white}
+    assert _colour(Pictures([tmp_path / "1.tar", tmp_path / "0.tar"]), "x.png") == (0, 0, 255)
+    for pattern in ("*.tar", "?.tar", "[01].tar"):
+        assert [_colour(Pictures(tmp_path / pattern), f"{n}.png") for n in "xy"] == [red, lime]
+    with pytest.raises(ValueError, match="fits no tar file"):
+        Pictures(tmp_path / "[23].tar")
+    assert re.search(
+        r"image 'bad\.png in .*1\.tar' is not a picture", pictures.problem("bad.png", decode=True)
+    )
+    assert re.search(r"image 'out\.png' in '.*1\.tar' is a link to", pictures.problem("out.png"))
+    (tmp_path / "0.tar").unlink()
+    with pytest.raises(ValueError, match=r"image 'x\.png in .*0\.tar' cannot be read: No such file"):
+        pictures.load("x.png")
+    told = pictures.problem("none.png")
+    assert all(repr(str(root)) in told for root in pictures.roots)
+
+
+def test_a_picture_that_decodes_but_has_no_colours_is_a_problem(folder):
+    Image.new("F", (4, 4), float("nan")).save(folder / "nan.tif")
+    pictures = Pictures(folder)
+    assert pictures.problem("nan.tif") is None
+    assert "'nan.tif' must have finite values" in pictures.problem("nan.tif", decode=True)
+
+
 def test_members_beside_a_record(tmp_path):
     """Every suffix of a picture, in any case; other media and a second record of a name are problems."""
     shard = tmp_path / "beside.tar"
@@ -225,6 +300,14 @@ def test_members_beside_a_record(tmp_path):
             _add(tar, f"{number}.{suffix}", _png("red"))
     assert [row.value.get("image") for row in scan(shard)] == [f"{n}.{s}" for n, s in enumerate(suffixes)]
     assert list(check(shard, shard, decode=True)) == []
+    with tarfile.open(shard, "w") as tar:  # the record with the longest name that begins that of the member
+        for name in ("a", "a.b"):
+            _add(tar, f"{name}.json", json.dumps({"conversations": TURNS}).encode())
+        for name in ("a.0.left.png", "a.b.0.left.png", "c.png"):
+            _add(tar, name, _png("red"))
+    rows = list(scan(shard))
+    assert [row.value["image"] for row in rows] == ["a.0.left.png", "a.b.0.left.png"]
+    assert [(row.number, row.line) for row in rows] == [(0, 1), (1, 2)]
     record = json.dumps({"conversations": [{**TURNS[0], "value": "what?"}, TURNS[1]]}).encode()
     with tarfile.open(shard, "w") as tar:
         _add(tar, "a.json", record)

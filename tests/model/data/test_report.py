@@ -9,6 +9,7 @@ from PIL import Image
 from cumo_model.__main__ import main
 from cumo_model.data import check
 from cumo_model.data.records import _in_order
+from cumo_model.data.report import check_files
 
 
 def _record(number, image=None, question="what?"):
@@ -59,6 +60,29 @@ def test_it_names_lines_of_records_without_labels(folder, capsys):
     assert lines[0].startswith(f"{path}:2: record 1 (id 1): turn 1 holds </s>") and len(lines) == 7
     one = _write(folder / "one.jsonl", records[:2])
     assert _run(capsys, one)[1][-1].endswith("1 have no usable label (line 2)")
+
+
+def test_every_file_is_looked_at_once_and_a_missing_one_counts(folder, capsys):
+    """The pictures of a shard are those in it, also without --images."""
+    good = _write(folder / "good.jsonl", [_record(0)])
+    bad = _write(folder / "bad.jsonl", [_record(0), {"id": 1}, _record(2), {"id": 3}])
+    shard = folder / "x.tar"
+    with tarfile.open(shard, "w") as tar:
+        for number, name in enumerate(("a.png", "gone.png")):
+            tar.add(_write(folder / "record", [_record(number, name)]), f"{number}.json")
+        tar.add(folder / "a.png", "a.png")
+    gone = folder / "gone*.jsonl"
+    assert check_files([good, gone, bad, folder / "*.jsonl", shard]) == 1 + 2 + 1
+    lines = capsys.readouterr().out.splitlines()
+    counted = [line for line in lines if "cannot be used" in line]
+    assert counted == [
+        f"{good}: 1 record, 0 cannot be used",
+        f"{bad}: 4 records, 2 cannot be used",
+        f"{shard}: 2 records, 1 cannot be used",
+    ]
+    assert lines[0] == f"{gone}: the file does not exist"
+    assert lines[-1] == f"{shard}: 1 picture was found, not decoded; --decode reads it"
+    assert check_files([good]) == 0 and check_files([gone]) == 1
 
 
 @pytest.mark.parametrize("shard", [False, True])

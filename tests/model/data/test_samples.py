@@ -1,11 +1,13 @@
 """Truncation: records that keep no label are refused, cut records are counted; summaries name lines."""
 
+import copy
 import json
 import re
 import warnings
 
 import pytest
 import torch
+from tokenizers.pre_tokenizers import Metaspace
 
 from cumo_model.data import ConversationDataset, Problem, StreamedConversations
 from cumo_model.data.samples import Tokenising, summaries
@@ -80,6 +82,15 @@ def test_a_record_without_any_label_is_bad(processor):
         tokenising = Tokenising(processor, "mistral_instruct", limit)
         assert tokenising.problem(turns, (ids, torch.full_like(ids, -100))) == said
         assert tokenising.problem(turns, (ids, ids)) is None
+
+
+def test_a_tokenizer_that_gives_other_ids_after_a_picture_is_refused(processor):
+    """As one that puts a space before the first text only: training and prompts would differ."""
+    other = copy.copy(processor)
+    other.tokenizer = copy.deepcopy(processor.tokenizer)
+    other.tokenizer.backend_tokenizer.pre_tokenizer = Metaspace(prepend_scheme="first", split=False)
+    with pytest.raises(ValueError, match="tokenizer must give the text after <image> the ids"):
+        Tokenising(other, "mistral_instruct", None)
 
 
 def test_records_that_are_cut_are_counted_and_reserved_marks_stay_a_warning(tmp_path, processor):

@@ -44,6 +44,7 @@ def test_bool_half_and_bfloat16_arrays():
         (np.array([["a"]]), "array of numbers"),
         (Image.new("F", (3, 3), float("inf")), "finite"),
         (Image.new("I", (3, 3), -5), "got -5"),
+        (Image.new("L", (0, 3)), "must have at least one pixel, got 0 x 3"),
         (Image.new("F", (3, 3), 1e6), "got 1e.06"),
         (3, "got int"),
         (None, "got NoneType"),

@@ -6,7 +6,9 @@ import warnings
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from cumo_model import CumoConfig
 from cumo_model.demo.tokenizer import train_tokenizer
@@ -20,6 +22,7 @@ from cumo_model.processing.conversation import (
 )
 from cumo_model.processing.processor import processor_from
 from cumo_model.processing.templates import TEMPLATES
+from cumo_model.processing.tokenizer_files import has_tokenizer
 from tests.model import original
 
 TWO_ROUNDS = [
@@ -72,7 +75,9 @@ def test_two_rounds_match_sentencepiece(mistral, template):
 
 def test_the_processor_of_released_weights_gives_these_ids(mistral_model, tmp_path):
     """From tokenizer files only: `<image>` after the vocabulary, two BOS, the space before </s>."""
+    assert not has_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(mistral_model.read_bytes())
+    assert has_tokenizer(tmp_path)
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",
@@ -112,6 +117,7 @@ def test_plain_matches_sentencepiece(mistral):
     caption = pieces.encode("a cat on a mat\n")
     assert ids.tolist() == [1] + [image] * IMAGE_TOKENS + caption
     assert labels.tolist() == [IGNORE_INDEX] * (1 + IMAGE_TOKENS) + caption
+    assert render(turns, "plain") == ("<image>a cat on a mat\n", [(7, 22)])
     assert 2 not in ids.tolist()
 
 
@@ -144,6 +150,18 @@ def test_plain_with_the_demo_tokenizer(demo):
         "ĠĊ",
     ]
     assert labels.tolist() == [IGNORE_INDEX] * 3 + ids.tolist()[3:]
+
+
+def test_the_eos_of_another_tokenizer_is_learnt():
+    """Where it is not called </s>, as in many language models; and its BOS is written."""
+    texts = ["what is it?", "a red apple", "red"] * 20
+    other = train_tokenizer(texts, 340)
+    other.add_special_tokens({"bos_token": "<begin>", "eos_token": "<end>"})
+    bos, eos = other.bos_token_id, other.eos_token_id
+    ids, labels = tokenize_conversation(TWO_ROUNDS, other, "mistral_instruct", 1)
+    assert ids[:2].tolist() == [bos, bos] and ids.tolist().count(bos) == 2
+    assert ids[-1] == labels[-1] == eos and labels.tolist().count(eos) == 2
+    assert not {"<s>", "</s>"} & set(other.convert_ids_to_tokens(ids.tolist()))
 
 
 def test_text_alone_has_no_image_tokens(demo):
@@ -225,7 +243,20 @@ def test_errors_name_template_tokenizer_and_prompt(demo):
         ValueError, match="template plain must have one <image> turn and one caption, got 4 turns"
     ):
         tokenize_conversation(TWO_ROUNDS, demo, "plain", 1)
+    for question, count in (("<image><image>", 2), ("what?", 0)):
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}]
+        with pytest.raises(ValueError, match=f"got 2 turns, {count} <image> in the first"):
+            render(turns, "plain")
     with pytest.raises(ValueError, match="a prompt must end with a human turn"):
         tokenize_prompt(TWO_ROUNDS, demo, "mistral_instruct", 1)
     with pytest.raises(ValueError, match="tokenizer must be a fast one"):
         tokenize_conversation(TWO_ROUNDS, object(), "mistral_instruct", 1)
+    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1}, "<unk>"))
+    without = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    with pytest.raises(ValueError, match="tokenizer must have a bos_token, got none"):
+        tokenize_conversation(TWO_ROUNDS, without, "mistral_instruct", 1)
+    without = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>")
+    with pytest.raises(ValueError, match="tokenizer must have <image> as one token"):
+        tokenize_conversation(TWO_ROUNDS, without, "mistral_instruct", 1)
+    ids, _ = tokenize_conversation(TWO_ROUNDS[2:], without, "vicuna_v1", 1)  # needed for pictures only
+    assert ids[0] == 1

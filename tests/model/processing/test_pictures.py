@@ -3,10 +3,13 @@
 import base64
 import io
 import json
+import re
 import tarfile
 import tempfile
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -142,22 +145,29 @@ class _Quiet(SimpleHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def _served(folder: Path):
+    """A web server of the folder's files; its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_a_url_gives_the_same_tensor(processors, tmp_path):
     upright = np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8)
     (tmp_path / "a.png").write_bytes(_file(upright, 6))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        url = f"http://127.0.0.1:{server.server_port}/a.png"
+    with _served(tmp_path) as address:
+        url = f"{address}/a.png"
         wanted = processors["pad"].image_processor(upright, return_tensors="pt")["pixel_values"]
         got = processors["pad"](images=url, text="<image>", return_tensors="pt")["pixel_values"]
         assert torch.equal(got, wanted)
         assert torch.equal(_chat(processors["pad"], url=url), wanted)
         with pytest.raises(ValueError, match=r"image 'http://.*/b\.png' cannot be fetched: .*404"):
             load_image(url.replace("a.png", "b.png"))
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -178,9 +188,10 @@ def test_unknown_and_damaged_orientations_are_none(orientation, tmp_path):
     exif[0x0112] = orientation
     image.save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(np.asarray(load_image(tmp_path / "a.png")), upright)
-    image.save(tmp_path / "b.png", exif=b"Exif\x00\x00II*\x00 damaged")
-    assert orientation_of(Image.open(tmp_path / "b.png")) == 1
-    assert np.array_equal(np.asarray(load_image(tmp_path / "b.png")), upright)
+    for data in (b"Exif\x00\x00II*\x00 damaged", b"no EXIF"):
+        image.save(tmp_path / "b.png", exif=data)
+        assert orientation_of(Image.open(tmp_path / "b.png")) == 1
+        assert np.array_equal(np.asarray(load_image(tmp_path / "b.png")), upright)
 
 
 def test_a_picture_is_turned_once():
@@ -270,6 +281,39 @@ def test_limits_name_the_picture_and_the_bound(tmp_path, monkeypatch):
     opened = Image.open(tmp_path / "a.png")
     opened.load()
     assert read_picture(opened).size == (60, 50)  # the memory is used already
+    monkeypatch.setattr(reading, "MEMORY", 60 * 50 * 4)
+    assert load_image(tmp_path / "a.png").size == (60, 50)
+    opened = Image.open(tmp_path / "a.png")
+    assert load_image(opened).size == (60, 50) and opened.im is not None  # decoded itself, not once more
+    Image.new("RGB", (SIDE, 1)).save(tmp_path / "long.png")
+    monkeypatch.undo()
+    assert load_image(tmp_path / "long.png").size == (SIDE, 1)
+
+
+# format and mode of a picture of 40 x 30 pixels, options of saving, bytes per pixel while it is decoded:
+# those that Pillow stores, and those of the decoder beside them
+HELD = [
+    ("PNG", "L", {}, 1),
+    ("PNG", "I;16", {}, 2),
+    ("PNG", "RGB", {}, 4),
+    ("WEBP", "RGB", {}, 4 + 8.5),
+    ("AVIF", "RGB", {}, 4 + 8),
+    ("JPEG2000", "RGB", {}, 4 + 11),
+    ("JPEG", "RGB", {}, 4),
+    # coefficients of 16 bits: of each channel, or with a quarter of the two colours
+    ("JPEG", "RGB", {"progressive": True, "subsampling": 0}, 4 + 2 * 3),
+    ("JPEG", "RGB", {"progressive": True, "subsampling": 2}, 4 + 2 * 1.5),
+    ("JPEG", "L", {"progressive": True}, 1 + 2),
+    ("TIFF", "RGB", {"tiffinfo": {278: 30}}, 4 + 3),  # all rows in one strip
+    ("TIFF", "RGB", {"tiffinfo": {278: 10}}, 4 + 1),
+]
+
+
+@pytest.mark.parametrize("kind, mode, options, held", HELD)
+def test_the_memory_of_a_file_is_that_of_its_pixels_and_decoder(kind, mode, options, held):
+    out = io.BytesIO()
+    Image.new(mode, (40, 30)).save(out, kind, **options)
+    assert needed(Image.open(out)) == 40 * 30 * held
 
 
 def test_a_large_jpeg_is_decoded_smaller(tmp_path, monkeypatch):
@@ -282,7 +326,8 @@ def test_a_large_jpeg_is_decoded_smaller(tmp_path, monkeypatch):
     opened = Image.open(tmp_path / "a.jpg")
     small = load_image(tmp_path / "a.jpg")
     assert small.size == (200, 151) and needed(decode_image(tmp_path / "a.jpg")) <= reading.MEMORY
-    for other in (opened, (tmp_path / "a.jpg").read_bytes()):
+    data = (tmp_path / "a.jpg").read_bytes()
+    for other in (opened, data, Image.open(io.BytesIO(data))):
         assert np.array_equal(np.asarray(load_image(other)), np.asarray(small))
     assert opened.size == (400, 301)  # the user's own object is unchanged
     reduced = Image.open(tmp_path / "a.jpg")
@@ -293,12 +338,63 @@ def test_a_large_jpeg_is_decoded_smaller(tmp_path, monkeypatch):
     assert np.abs(difference).max() <= 3
 
 
-def test_a_bomb_is_named(tmp_path, monkeypatch):
-    Image.new("L", (100, 100)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match=r"image '.*bomb\.png' cannot be read: .*decompression bomb"):
-        load_image(tmp_path / "bomb.png")
+def _claims(side: int) -> bytes:
+    """A PNG of a few bytes that claims to have side x side pixels of one bit."""
+    out = io.BytesIO()
+    Image.new("1", (1, 1)).save(out, "PNG")
+    data = bytearray(out.getvalue())
+    data[16:24] = side.to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+# more pixels than Pillow opens, and fewer, but more memory than a picture gets
+BOMBS = {
+    "bomb": (65_000, "cannot be read: .*decompression bomb"),
+    "memory": (13_000, "must be decoded in at"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_bomb_is_named_whichever_way_it_comes(processors, tmp_path, kind):
+    side, told = BOMBS[kind]
+    data, processor = _claims(side), processors["pad"]
+    path = tmp_path / "big.png"
+    path.write_bytes(data)
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "a.json").write_text(json.dumps([{"id": 1, "image": "big.png", "conversations": turns}]))
+    folder, shard = Pictures(tmp_path), Pictures(_shard(data, tmp_path, "big.png"))
+    text = base64.b64encode(data).decode()
+    named = {  # whose name the message has
+        "path": (load_image, str(path)),
+        "Path": (load_image, path),
+        "file URL": (load_image, f"file://{path}"),
+        "bytes": (lambda source: load_image(source, "big.png"), data),
+        "file": (lambda source: read_picture(source, "big.png"), io.BytesIO(data)),
+        "folder": (folder.load, "big.png"),
+        "shard": (shard.load, "big.png"),
+        "image processor": (processor.image_processor, str(path)),
+        "processor": (lambda source: processor(images=source, text="<image>"), str(path)),
+        "chat": (lambda source: _chat(processor, path=source), str(path)),
+        "in memory": (lambda file: ConversationDataset(file, tmp_path, processor)[0], tmp_path / "a.json"),
+        "streamed": (lambda file: StreamedConversations(file, tmp_path, processor)[0], tmp_path / "a.json"),
+    }
+    if kind == "memory":
+        named["opened"] = load_image, Image.open(path)
+    with _served(tmp_path) as address:
+        named["URL"] = load_image, f"{address}/big.png"
+        named["URL in a chat"] = (lambda source: _chat(processor, url=source)), f"{address}/big.png"
+        for way, (read, source) in named.items():
+            with pytest.raises(ValueError, match=rf"image '[^']*big\.png.*' {told}"):
+                pytest.fail(f"{way}: {read(source)}")
+    for way, source in {"data URL": f"data:image/png;base64,{text}", "base64": text}.items():
+        with pytest.raises(ValueError, match=rf"image '{source[:30]}.*' {told}"):
+            pytest.fail(f"{way}: {load_image(source)}")
+    assert re.search(rf"image 'big\.png in .*shard\.tar' {told}", shard.problem("big.png", decode=True) or "")
     assert MEMORY < 200e6
+    with pytest.raises(ValueError, match=rf"image 'big' must have sides of at most {SIDE} pixels"):
+        read_picture(np.zeros((SIDE + 1, 1, 3), np.uint8), "big")
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -355,12 +451,12 @@ def test_one_opened_image_in_several_threads(tmp_path):
 
 
 def test_the_size_of_a_large_jpeg_is_that_of_its_file(processors, tmp_path, monkeypatch):
-    Image.new("RGB", (100, 61), "red").save(tmp_path / "a.jpg", exif=_exif(6))
+    Image.new("RGB", (100, 60), "red").save(tmp_path / "a.jpg", exif=_exif(6))
     monkeypatch.setattr(reading, "MEMORY", 50 * 30 * 4)
     picture = read_picture(tmp_path / "a.jpg")
-    assert picture.full_size == (61, 100) and picture.size < picture.full_size
+    assert (picture.full_size, picture.size) == ((60, 100), (30, 50))  # no smaller than must be
     found = processors["anyres"].image_processor(str(tmp_path / "a.jpg"), return_tensors="pt")
-    assert found["image_sizes"].tolist() == [[100, 61]]
+    assert found["image_sizes"].tolist() == [[100, 60]]
 
 
 def _exif(orientation: int) -> Image.Exif:

@@ -8,18 +8,22 @@ import pytest
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, LlavaProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from cumo_model import CumoConfig
 from cumo_model.demo.tokenizer import train_tokenizer
-from cumo_model.processing.conversation import render, tokenize_conversation, tokenize_prompt
+from cumo_model.processing.conversation import chat_template, render, tokenize_conversation, tokenize_prompt
 from cumo_model.processing.image_processor import CumoImageProcessor
 from cumo_model.processing.pictures import load_image
 from cumo_model.processing.processor import (
     CumoProcessor,
+    aspect_of,
     build_processor,
     image_seq_length,
+    load_tokenizer,
+    processor_for,
     processor_from,
 )
 from cumo_model.processing.templates import TEMPLATES
@@ -158,6 +162,108 @@ def test_processor_of_an_original_checkpoint(tokenizer, tmp_path):
     assert processor.tokenizer.pad_token_id == processor.tokenizer.unk_token_id == 0
     text = processor.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert text.startswith("<s><s>[INST] <<SYS>>\nA chat between") and image_seq_length(processor) == 576
+
+
+def test_pictures_are_padded_where_nothing_is_said(tokenizer, tmp_path):
+    """A processor, an image processor and a config without an aspect pad; any other word crops, as LLaVA."""
+    wide = Image.new("RGB", (96, 48), (255, 0, 0))
+    wide.paste((0, 0, 255), (24, 0, 72, 48))
+    kinds = {
+        ratio: build_processor(tokenizer, 48, 8, image_aspect_ratio=ratio) for ratio in ("pad", "square")
+    }
+    wanted = {
+        ratio: processor.image_processor(wide, return_tensors="pt")["pixel_values"]
+        for ratio, processor in kinds.items()
+    }
+    assert not torch.equal(wanted["pad"], wanted["square"])
+    sizes = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}
+    for images in (build_processor(tokenizer, 48, 8).image_processor, CumoImageProcessor(**sizes)):
+        assert images.image_aspect_ratio == "pad"
+        assert torch.equal(images(wide, return_tensors="pt")["pixel_values"], wanted["pad"])
+    tokenizer.save_pretrained(tmp_path)
+    vision = {"image_size": 48, "patch_size": 8}
+    for original_config, ratio in (
+        (None, "pad"),
+        ({}, "pad"),
+        ({"image_aspect_ratio": "pad"}, "pad"),
+        ({"image_aspect_ratio": "square"}, "square"),
+        ({"image_aspect_ratio": None}, "square"),
+        ({"image_aspect_ratio": "crop"}, "square"),
+    ):
+        config = CumoConfig(vision_config=vision, original=original_config)
+        assert aspect_of(config) == ratio, original_config
+        for processor in (processor_for(config, tokenizer), processor_from(tmp_path, config)):
+            got = processor.image_processor(wide, return_tensors="pt")["pixel_values"]
+            assert torch.equal(got, wanted[ratio]), original_config
+
+
+def test_a_tokenizer_keeps_its_tokens_and_pads_on_the_right(tmp_path):
+    """Without a padding token with that of unknown words, else with EOS."""
+    given = train_tokenizer(["what is it?"] * 20, 300)
+    given.padding_side = "left"
+    for pad, unk, wanted in (("[INST]", "<unk>", "[INST]"), (None, "<unk>", "<unk>"), (None, None, "</s>")):
+        given.pad_token, given.unk_token = pad, unk
+        given.save_pretrained(tmp_path)
+        found = load_tokenizer(tmp_path)
+        assert (found.bos_token, found.eos_token, found.pad_token) == ("<s>", "</s>", wanted)
+        assert found.unk_token == unk and found.padding_side == "right"
+
+
+def test_an_image_processor_beside_a_tokenizer_is_used(tokenizer, tmp_path):
+    """If it is this project's, not that of a CLIP."""
+    tokenizer.save_pretrained(tmp_path)
+    own = CumoImageProcessor(image_mean=[0.1, 0.2, 0.3], crop_size={"height": 48, "width": 48})
+    config = CumoConfig(vision_config={"image_size": 48, "patch_size": 8})
+    own.save_pretrained(tmp_path)
+    assert list(processor_from(tmp_path, config).image_processor.image_mean) == [0.1, 0.2, 0.3]
+    CLIPImageProcessorPil(image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+    found = processor_from(tmp_path, config).image_processor
+    assert type(found) is CumoImageProcessor and list(found.image_mean) == list(CumoImageProcessor.image_mean)
+
+
+def test_tokens_of_a_processor_of_transformers(tokenizer):
+    """48 / 8 squared; LLaVA's own processors count the class token where it is kept."""
+    images = CumoImageProcessor(crop_size={"height": 48, "width": 48})
+    for strategy, tokens in (("default", 36), ("full", 37)):
+        processor = LlavaProcessor(images, tokenizer, 8, strategy, num_additional_image_tokens=1)
+        assert image_seq_length(processor) == tokens
+
+
+@pytest.mark.parametrize(
+    "option", [{"vision_feature_select_strategy": "all"}, {"patch_merge_type": "mean"}], ids=str
+)
+def test_unknown_options_are_refused(tokenizer, option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be "):
+        build_processor(tokenizer, 48, 8, **option)
+
+
+def test_what_a_processor_is_where_nothing_is_said(tokenizer):
+    images, processor = CumoImageProcessor(), build_processor(tokenizer, 48, 8)
+    assert (images.size.shortest_edge, images.crop_size.height, images.crop_size.width) == (336, 336, 336)
+    noise = np.random.default_rng(0).integers(0, 256, (500, 400, 3), dtype=np.uint8)
+    pixels = images(noise, return_tensors="np")["pixel_values"][0]
+    assert np.abs(pixels - _by_hand(Image.fromarray(noise), 336)).max() <= ROUNDING
+    assert processor.patch_merge_type == "flat" and processor.vision_feature_select_strategy == "default"
+    assert processor.chat_template == chat_template("mistral_instruct")
+    assert image_seq_length(processor) == 36
+    config = CumoConfig(vision_config={"image_size": 48, "patch_size": 8})
+    assert processor_for(config, tokenizer).chat_template == chat_template("mistral_instruct_system")
+    with pytest.raises(ValueError, match="image_grid_pinpoints must be in config"):
+        processor_for(CumoConfig(original={"image_aspect_ratio": "anyres"}), tokenizer)
+
+
+def test_a_processor_has_the_settings_of_its_config(tokenizer):
+    vision = {"image_size": 48, "patch_size": 6}
+    more = {"patch_merge_type": "spatial", "image_grid_pinpoints": [[48, 96]]}
+    processor = processor_for(CumoConfig(vision_config=vision, **more), tokenizer, "vicuna_v1")
+    images = processor.image_processor
+    assert (images.image_aspect_ratio, images.image_grid_pinpoints) == ("anyres", [[48, 96]])
+    assert (images.crop_size.height, images.size.shortest_edge, processor.patch_size) == (48, 48, 6)
+    assert processor.vision_feature_select_strategy == "default"
+    assert processor.patch_merge_type == "spatial"
+    assert processor.chat_template == chat_template("vicuna_v1")
+    full = CumoConfig(vision_config=vision, vision_feature_select_strategy="full", scales=(1,))
+    assert image_seq_length(processor_for(full, tokenizer)) == 8 * 8 + 1
 
 
 def test_demo_tokenizer_ids_and_round_trip(tokenizer):

@@ -247,6 +247,11 @@ def test_what_a_message_has_beside_its_content_is_refused(tokenizers, message, t
         processor.apply_chat_template([{"role": "user", **message}], tokenize=True)
     harmless = {"role": "user", "content": "q", "name": "a", "images": [], "tool_calls": None}
     assert "q" in processor.apply_chat_template([harmless], tokenize=False)
+    parts = [{"type": "image", "image": PICTURE, "text": None}, {"type": "text", "text": "q", "image": None}]
+    filled = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=False
+    )  # by datasets
+    assert "<image>\nq" in filled
     processor.chat_template = "{{ messages[0]['tool_calls'] }}"
     asked = [{"role": "user", "content": "q", "tool_calls": ["x"]}]
     assert "x" in processor.apply_chat_template(asked, tokenize=False)

@@ -75,6 +75,19 @@ def test_a_window_is_the_middle_of_the_whole(width, height, seed):
     assert difference <= 2  # positions are rounded to fp32: one level in each pass
 
 
+@pytest.mark.parametrize("size", [(10, 300), (300, 10)])
+def test_a_window_beside_the_picture_shows_the_canvas(size):
+    """Where the filter reaches no pixel of the picture, in either direction."""
+    picture, colour = read_picture(Image.new("RGB", size, "white")), (122, 116, 104)
+    canvas = Canvas.square(size, colour)
+    windows = [(0, 0, 10, 60), (50, 0, 60, 60), (0, 0, 60, 10), (0, 50, 60, 60)]
+    found = [resize(picture, (60, 60), Image.Resampling.BICUBIC, canvas, window) for window in windows]
+    if size[0] > size[1]:  # the picture lies across: above and below it
+        found = found[::-1]
+    assert [image.getcolors() for image in found[:2]] == [[(600, colour)]] * 2
+    assert all(image.getextrema()[0][1] > colour[0] for image in found[2:])  # the picture is on the others
+
+
 def test_ordinary_pictures_are_bit_equal_to_the_original_steps():
     processor = build_processor(train_tokenizer(["what is it?"] * 20, 300), 24, 8)
     for size in ((400, 300), (300, 400), (1000, 37)):

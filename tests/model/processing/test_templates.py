@@ -106,8 +106,18 @@ def demo():
 
 def test_every_template_is_written_out_here():
     assert set(BY_HAND) | {"plain"} == set(TEMPLATES)
-    assert set(ALIASES.values()) <= set(TEMPLATES)
-    assert get_template("v1") is TEMPLATES["vicuna_v1"]
+    others = {  # of LLaVA's conv_templates
+        "v0": "llava_v0",
+        "vicuna_v0": "llava_v0",
+        "v0_mmtag": "llava_v0_mmtag",
+        "v0_plain": "plain",
+        "v1": "vicuna_v1",
+        "v1_mmtag": "llava_v1_mmtag",
+        "mistral_direct": "chatml_direct",
+    }
+    assert others == ALIASES
+    assert all(get_template(alias) is TEMPLATES[name] for alias, name in others.items())
+    assert all(get_template(name) is form and form.name == name for name, form in TEMPLATES.items())
 
 
 @pytest.mark.parametrize("name", BY_HAND)
@@ -276,7 +286,15 @@ def test_a_system_message_takes_the_place_of_the_system_text(demo):
 
 @pytest.mark.parametrize(
     "name, mark",
-    [("vicuna_v1", " ASSISTANT: "), ("llava_v0", "###"), ("mpt", "<|im_end|>"), ("llama_2", "</s>")],
+    [
+        ("vicuna_v1", " ASSISTANT: "),
+        ("vicuna_v1", "</s>"),
+        ("llava_v0", "###"),
+        ("mpt", "<|im_end|>"),
+        ("mpt", "<|im_start|>"),
+        ("llama_2", "</s>"),
+        ("llama_2", "[/INST]"),
+    ],
 )
 def test_reserved_markers_mask_the_whole_conversation(demo, name, mark):
     turns = [dict(turn) for turn in TWO_ROUNDS]
