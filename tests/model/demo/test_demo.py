@@ -307,13 +307,6 @@ def test_settings_are_those_of_the_docs():
     assert "trainer.max_steps" not in Settings(sft_steps=7).changes("pft")
 
 
-def test_load_entropy():
-    # two logarithms with an error of one ulp each, a product and a quotient, the sum of four, the mean of two
-    assert_close_after(11, load_entropy({"a": [[0.25] * 4], "b": [[0.25] * 4]}), 1)
-    assert load_entropy({"a": [[1.0, 0, 0, 0]]}) == 0
-    assert_close_after(11, load_entropy({"a": [[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]]}), 0.25)
-
-
 def test_pictures_are_drawn(examiner, tmp_path):
     history = {
         "series": {"loss": [3.0, 2.0, 1.0], "language": [3.0, 2.0, 1.0], "clip_balance": [1.0, 1.1, 1.0]}
