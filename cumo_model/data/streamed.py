@@ -241,16 +241,13 @@ class StreamedConversations(Dataset):
 
     def _count(self, rows: list[Row], file: str) -> list[tuple[int, bool, Problem | None]]:
         """Tokens of each record, whether it is cut, and why max_length does not fit it, or None."""
-
-        def problem(row: Row, reason: str) -> tuple[int, bool, Problem]:
-            return 0, False, Problem(file, row.number, row.value.get("id"), reason, line=row.line)
-
         samples = self.tokenising.whole([row.value["conversations"] for row in rows])
         counts = []
         for row, sample in zip(rows, samples, strict=True):
             reason = self.tokenising.problem(row.value["conversations"], sample)
             if reason:
-                counts.append(problem(row, reason))
+                problem = Problem(file, row.number, row.value.get("id"), reason, line=row.line)
+                counts.append((0, False, problem))
             else:
                 tokens = len(self.tokenising.cut(sample)[0])
                 counts.append((tokens, self.tokenising.is_cut(sample), None))

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from cumo_model import CumoForConditionalGeneration
-from cumo_model.analysis.experts import load_entropy, patch_experts
+from cumo_model.analysis.experts import patch_experts
 from cumo_model.analysis.plots import plot_expert_load, plot_patches
 from cumo_model.demo import evaluate, processes, task
 from cumo_model.demo import run as demo_run
