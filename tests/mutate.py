@@ -9,13 +9,14 @@ test detects shows a missing test, or code that nothing needs.
 """
 
 import argparse
+import json
 import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +35,7 @@ FAULTS = {"cumo_kernels": KERNELS, "cumo_model": MODEL + DATA + CHECKPOINTS + TR
 TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught
 # stems whose tests need neither interpreter nor emulation
 ALONE = ("cute", "ptx_tables", "launch", "pdl")
-PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+PYTEST = ["-x", "-q", "-p", "no:cacheprovider"]
 
 
 def named_tests(fault: Fault) -> list[str]:
@@ -48,64 +49,100 @@ def named_tests(fault: Fault) -> list[str]:
     return ids
 
 
-def command_and_environment(fault: Fault, tree: Path) -> tuple[list[str], dict[str, str]]:
-    """The command that runs the fault's tests in the tree, and its environment variables."""
-    environment = dict(os.environ, PYTHONPATH=str(tree), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+class Tree:
+    """A copy of the project in which faults are planted and tests run."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.output = copied(folder), folder.with_suffix(".txt")
+        self.output.touch()
+        self.environment = os.environ | {
+            "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+        }  # fmt: skip
+        self.forks: subprocess.Popen | None = None
+
+    def pytest(self, arguments: list[str], more: dict[str, str]) -> tuple[int | None, str]:
+        """Run pytest -> its exit code, None after TIMEOUT_S, and its output.
+
+        The environment variables `more` have an effect on imports, so that a new process is then started.
+        """
+        self.output.write_text("")
+        if more:
+            command = [sys.executable, "-m", "pytest", *arguments]
+            with self.output.open("w") as file:
+                try:
+                    code = subprocess.run(
+                        command, cwd=self.folder, env=self.environment | more, stdout=file,
+                        stderr=subprocess.STDOUT, timeout=TIMEOUT_S,
+                    ).returncode  # fmt: skip
+                except subprocess.TimeoutExpired:
+                    code = None
+            return code, self.output.read_text()
+        if self.forks is None:
+            self.forks = subprocess.Popen(
+                [sys.executable, "-m", "tests.forks"], cwd=self.folder, env=self.environment, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        self.forks.stdin.write(json.dumps([arguments, str(self.output), TIMEOUT_S]) + "\n")
+        self.forks.stdin.flush()
+        return json.loads(self.forks.stdout.readline()), self.output.read_text()
+
+    def close(self) -> None:
+        if self.forks is not None:
+            self.forks.stdin.close()
+            self.forks.wait()
+
+
+def pytest_of(fault: Fault) -> tuple[list[str], dict[str, str]]:
+    """The arguments of pytest that run a fault's tests, and environment variables for them."""
     if not fault.path.startswith(("cumo_kernels/", CUDA)):
-        select = ["-k", fault.select] if fault.select else []
-        return [*PYTEST, *select, *named_tests(fault)], environment
-    select = "not triton"
+        return [*PYTEST, *(["-k", fault.select] if fault.select else []), *named_tests(fault)], {}
+    select, more = "not triton", {"CUMO_EMULATE": os.environ.get("CUMO_EMULATE", "0")}
     if fault.tests in ALONE:
         select = "test"
     elif fault.path.startswith(TRITON):
-        environment["TRITON_INTERPRET"], select = "1", "triton"
+        more, select = {"TRITON_INTERPRET": "1"}, "triton"
     elif fault.path.startswith(CUDA):
-        environment["CUMO_EMULATE"], select = "1", "cuda"
-        environment["CUMO_EMULATE_CAPABILITY"] = "90" if fault.path.startswith(HOPPER) else "80"
+        more, select = {"CUMO_EMULATE": "1"}, "cuda"
+        more["CUMO_EMULATE_CAPABILITY"] = "90" if fault.path.startswith(HOPPER) else "80"
     if fault.select:
         select = f"({fault.select}) and {select}"
     files = [f"tests/kernels/test_{stem}.py" for stem in fault.tests.split()]
-    return [*PYTEST, "-m", "not slow and not sweep and not large", "-k", select, *files], environment
+    return [*PYTEST, "-m", "not slow and not sweep and not large", "-k", select, *files], more
 
 
-def notice(fault: Fault, tree: Path) -> tuple[bool, str]:
+def notice(fault: Fault, tree: Tree) -> tuple[bool, str]:
     """-> whether a test failed, and which one or why."""
-    path = tree / fault.path
+    path = tree.folder / fault.path
     text = path.read_text()
     if text.count(fault.old) != 1:
         raise SystemExit(f"{fault.what}: occurs {text.count(fault.old)} times in {fault.path}: {fault.old!r}")
-    command, environment = command_and_environment(fault, tree)
     path.write_text(text.replace(fault.old, fault.new))
     try:
-        done = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired:
-        return True, "endless loop"
+        code, said = tree.pytest(*pytest_of(fault))
     finally:
         path.write_text(text)
-    if done.returncode < 0:
+    if code is None:
+        return True, "endless loop"
+    if code < 0:
         return True, "the interpreter crashes"
-    if done.returncode not in (0, 1):  # 2 to 5: pytest ran no test
-        raise SystemExit(f"{fault.what}: pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    failed = re.search(r"^FAILED \S*?::(\S+)", done.stdout, re.M)
-    if done.returncode and not failed:  # a failing fixture, for example a compile timeout, proves nothing
-        raise SystemExit(f"{fault.what}: no test failed, pytest ended with:\n{done.stdout[-4000:]}")
-    return done.returncode == 1, failed[1] if failed else ""
+    if code not in (0, 1):  # 2 to 5: pytest ran no test
+        raise SystemExit(f"{fault.what}: pytest ended with {code}:\n{said}")
+    failed = re.search(r"^FAILED \S*?::(\S+)", said, re.M)
+    if code and not failed:  # a failing fixture, for example a compile timeout, proves nothing
+        raise SystemExit(f"{fault.what}: no test failed, pytest ended with:\n{said[-4000:]}")
+    return code == 1, failed[1] if failed else ""
 
 
-def without_fault(faults: list[Fault], tree: Path, jobs: int) -> None:
+def without_fault(faults: list[Fault], folder: Path, jobs: int) -> None:
     """Run all tests that faults of cumo_model name; SystemExit if one fails: it would prove nothing."""
     ids = sorted({test for fault in faults if fault in FAULTS["cumo_model"] for test in named_tests(fault)})
     if not ids:
         return
     print(f"without a fault: {len(ids)} tests", flush=True)
-    _, environment = command_and_environment(FAULTS["cumo_model"][0], tree)
-    done = subprocess.run(
-        [*PYTEST, "-n", str(jobs), *ids], cwd=tree, env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise SystemExit(f"tests fail without a fault:\n{done.stdout[-4000:]}{done.stderr}")
+    code, said = Tree(folder).pytest([*PYTEST, "-n", str(jobs), *ids], {"OMP_NUM_THREADS": "1"})
+    if code:
+        raise SystemExit(f"tests fail without a fault:\n{said[-4000:]}")
 
 
 def copied(target: Path) -> Path:
@@ -124,39 +161,39 @@ def copied(target: Path) -> Path:
 
 def table(faults: list[Fault], jobs: int) -> tuple[list[str], int, int]:
     """Plant the faults -> rows, how many were noticed, how many of the others are harmless."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        own = threading.local()
-        count = iter(range(jobs))
-        without_fault(faults, copied(Path(folder, "without")), jobs)
+    with tempfile.TemporaryDirectory() as folder:
+        without_fault(faults, Path(folder, "without"), jobs)
+        trees = [Tree(Path(folder, f"tree-{i}")) for i in range(jobs)]
+        free = queue.SimpleQueue()
+        for tree in trees:
+            free.put(tree)
 
         def row(fault: Fault) -> tuple[str, bool]:
-            if not hasattr(own, "tree"):
-                own.tree = copied(Path(folder, str(next(count))))
-            start = time.monotonic()
-            noticed, by = notice(fault, own.tree)
-            where = (
-                fault.path.removeprefix("cumo_kernels/").removeprefix("backends/").removeprefix("cumo_model/")
-            )
+            tree, start = free.get(), time.monotonic()
+            try:
+                noticed, by = notice(fault, tree)
+            finally:
+                free.put(tree)
+            where = re.sub("^cumo_(model|kernels)/|backends/", "", fault.path)
             verdict = "caught" if noticed else "harmless" if fault.harmless else "MISSED"
             line = f"| {fault.what} | {where} | {verdict} | {by or fault.harmless} |"
             print(f"{line} {time.monotonic() - start:.0f} s", flush=True)
             return line, noticed
 
-        found = list(pool.map(row, faults))
-    rows = [line for line, _ in found]
-    harmless = sum(
-        bool(fault.harmless) and not noticed for fault, (_, noticed) in zip(faults, found, strict=True)
-    )
-    return rows, sum(noticed for _, noticed in found), harmless
+        with ThreadPoolExecutor(jobs) as pool:
+            found = list(pool.map(row, faults))
+        for tree in trees:
+            tree.close()
+    caught = [noticed for _, noticed in found]
+    harmless = sum(bool(fault.harmless) and not seen for fault, seen in zip(faults, caught, strict=True))
+    return [line for line, _ in found], sum(caught), harmless
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__)
     parser.add_argument("--only", default="", help="only faults with this word in their name, file or tests")
     parser.add_argument("--package", choices=FAULTS, action="append", help="default: both")
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="faults at a time, each in its own copy of the tree"
-    )
+    parser.add_argument("--jobs", type=int, default=1, help="faults at a time, each in a copy of the tree")
     parser.add_argument("--write", type=Path, help="file for the table")
     args = parser.parse_args(argv)
     text = ["# Faults planted by `python -m tests.mutate`", ""]
