@@ -222,6 +222,16 @@ def test_bad_input_is_named(make, message):
 
 
 @pytest.mark.usefixtures("fp64")
+@pytest.mark.parametrize("x", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float64])
+def test_a_gate_computes_in_the_wider_of_its_dtypes(x, weight):
+    gate, rows = moe.Gate(16, 4, bias=False).to(weight), torch.randn(7, 16).to(x)
+    wanted = torch.float64 if torch.float64 in (x, weight) else torch.bfloat16
+    logits = gate(rows)
+    assert logits.dtype == wanted
+    assert torch.equal(logits, torch.nn.functional.linear(rows.to(wanted), gate.weight.to(wanted)))
+
+
 def test_a_watched_gate_computes_what_the_router_does(monkeypatch):
     """The router computes the gate's product unless the gate has hooks: same results, same FLOPs."""
     layer, x = MoELayer(12, 16, 4, 2, "gelu"), torch.randn(5, 12)

@@ -34,6 +34,13 @@ def sliding(window, **options):
     return Qwen2Config(max_position_embeddings=100, use_sliding_window=True, sliding_window=window, **options)
 
 
+def two_ropes(full):
+    """Local layers with plain rotary embeddings, and others."""
+    ropes = {"sliding_attention": {"rope_type": "default"}, "full_attention": full}
+    ropes = {kind: {"rope_theta": 1e4, **rope} for kind, rope in ropes.items()}
+    return Gemma3TextConfig(max_position_embeddings=100, sliding_window=64, rope_parameters=ropes)
+
+
 LIMITS = [
     (LlamaConfig(max_position_embeddings=100), 100),
     (GPT2Config(n_positions=100), 100),
@@ -49,10 +56,13 @@ LIMITS = [
     (MistralConfig(max_position_embeddings=100, sliding_window=None), 100),
     (MistralConfig(max_position_embeddings=100, sliding_window=4096), 100),
     (MistralConfig(max_position_embeddings=100, sliding_window=64), None),
+    (MistralConfig(max_position_embeddings=100, sliding_window=100), None),
+    (MistralConfig(max_position_embeddings=100, sliding_window=101), 100),
     (sliding(64, num_hidden_layers=2, max_window_layers=0), None),
     (sliding(64, num_hidden_layers=2, max_window_layers=1), 100),
     (Qwen2Config(max_position_embeddings=100, sliding_window=64), 100),
     (Gemma3TextConfig(max_position_embeddings=100, sliding_window=64), 100),
+    (two_ropes({"rope_type": "linear", "factor": 8.0}), 800),  # that of the layers that see everything
 ]
 
 

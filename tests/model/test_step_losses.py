@@ -170,6 +170,13 @@ def test_aux_loss_is_given_in_training_with_and_without_labels(tiny_model, tiny_
     model(**batch, labels=labels).loss.backward()
     assert_same_formula(found, gradients(model))
     assert model.eval()(**batch).aux_loss is None
+    text = model.train()(
+        batch["input_ids"].clamp(max=49), labels=labels
+    )  # no picture: Mixtral's routers only
+    llm = {name: value for name, value in text.loss_parts.items() if name != "language"}
+    assert set(llm) == {"llm_balance", "llm_z"}
+    assert_same_formula(text.aux_loss, sum(coefs[n.split("_")[1]] * v for n, v in llm.items()))
+    assert_same_formula(text.loss, text.loss_parts["language"] + text.aux_loss)
     without = tiny_model(text="mixtral", vision_experts=1, projector_num_experts=1).train()
     out = without(**batch, labels=labels, output_router_logits=True)
     assert out.aux_loss == 0 and len(out.router_logits) == 2
@@ -232,6 +239,18 @@ def test_num_items_shifted_labels_and_the_loss_function_are_those_of_transformer
         == model(**batch, num_items_in_batch=3, skip_logits=True).loss
     )
     assert seen == [(50, 3), (50, 3)]
+    given = {key: value for key, value in batch.items() if key != "labels"}
+    passed = []
+
+    def seen_targets(logits, labels, vocab_size, shift_labels=None, **kwargs):
+        passed.append((labels, shift_labels))
+        return logits.sum() * 0
+
+    model.loss_function = seen_targets
+    model(**given, shift_labels=targets)
+    model(**batch)
+    assert passed[0][0] is None and torch.equal(passed[0][1], targets)
+    assert torch.equal(passed[1][0], batch["labels"]) and passed[1][1] is None
 
 
 def test_skipping_logits_averages_over_the_predicted_tokens(tiny_model, tiny_batch):

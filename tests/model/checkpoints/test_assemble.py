@@ -5,6 +5,7 @@ import tempfile
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -164,6 +165,12 @@ def test_the_seed_decides_and_the_global_generator_stays(start):
     assert {key for key in one if key.endswith("gate.weight")} <= differ
     assert any("multi_modal_projector" in key for key in differ)
     assert not any("vision_tower" in key and "gate" not in key for key in differ)
+    one, two, other = (
+        assemble(**where, experts=EXPERTS, scratch=True, seed=seed)[0].state_dict() for seed in (5, 5, 6)
+    )
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    new = {key for key in one if ".experts." in key}
+    assert new and not any(torch.equal(one[key], other[key]) for key in new)
 
 
 @pytest.mark.parametrize("name", ["ours", "released", "parts"])
@@ -193,6 +200,25 @@ def test_a_quantised_checkpoint(start, bits):
         assert all(state.quant_type == "nf4" and state.nested for state in states)
         assert {m.compute_dtype for m in quantised} == {torch.bfloat16}
     assert processor.image_token_id == model.config.image_token_index
+
+
+def test_a_quantised_checkpoint_computes_in_the_dtype_of_its_files(start):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    where = start("ours")
+    assemble(**where, dtype=torch.bfloat16)[0].save_pretrained(where["checkpoint"])
+    for asked, wanted in ((None, torch.bfloat16), (torch.float16, torch.float16)):
+        model, _ = assemble(**where, quantize=4, dtype=asked)
+        found = {m.compute_dtype for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+        assert found == {wanted}
+
+
+def test_pickled_weights_of_our_layout_are_not_read(start):
+    where = start("ours")
+    folder = where["checkpoint"]
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*safetensors"):
+        assemble(**where)
 
 
 @pytest.mark.parametrize("name", ["ours", "released", "parts"])

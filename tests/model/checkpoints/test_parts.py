@@ -164,6 +164,14 @@ def test_upcycle_command_makes_experts_everywhere_and_says_step_0(parts, tmp_pat
     assert (vision.num_experts, vision.num_experts_per_tok) == (3, 2)
     assert (model.config.projector_num_experts, model.config.projector_num_experts_per_tok) == (4, 1)
     assert (text.model_type, text.num_local_experts, text.num_experts_per_tok) == ("mixtral", 8, 3)
+    first = torch.load(tmp_path / "mm_projector.bin")["model.mm_projector.0.weight"]
+    connector = model.model.multi_modal_projector.mlp.experts.up_proj
+    assert all(torch.equal(expert, first.to(connector)) for expert in connector)
+    assert main(["upcycle", *paths[:-1], str(tmp_path / "half"), "--dtype", "float16"]) == 0
+    half = Shards(tmp_path / "half")
+    assert set(half.dtypes.values()) == {torch.float16} and not any(".experts.4." in n for n in half.shapes)
+    assert half.shapes["model.vision_tower.encoder.layers.0.mlp.gate.weight"][0] == 4  # by default
+    capsys.readouterr()
     processor = AutoProcessor.from_pretrained(tmp_path / "moe")
     assert processor.image_token_id == model.config.image_token_index
     # from a checkpoint with experts: places given as 0 do not change, and the model can be trained

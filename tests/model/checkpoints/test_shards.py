@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cumo_model.checkpoints.shards import Shards, check_tensors, write_shards
@@ -44,6 +45,8 @@ def test_shards_are_as_large_as_they_may_be(tmp_path, limit, files):
         }
     for name, part in zip(names, files, strict=True):
         assert sorted(load_file(tmp_path / name)) == part
+        with safe_open(tmp_path / name, "pt") as file:
+            assert file.metadata() == {"format": "pt"}  # releases of transformers require it
     found = Shards(tmp_path)
     for i, (name, size) in enumerate(sizes.items()):
         assert found.shapes[name] == (size // 4,) and found.dtypes[name] == torch.float32
