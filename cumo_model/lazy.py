@@ -8,6 +8,7 @@ be used.
 import contextlib
 import sys
 import threading
+import time
 from typing import Any
 
 from cumo_model.old_paths import OLD
@@ -24,6 +25,7 @@ WATCHED = (
     "transformers.integrations.moe",
 )
 COUNTED = ("transformers", "cumo_model", "cumo_kernels")  # packages whose imports must have ended
+PATIENCE_S = 3.0  # for imports in other threads, which may wait for this thread's
 
 
 def register() -> None:
@@ -32,13 +34,20 @@ def register() -> None:
     Raises:
         ImportError: a module that this needs cannot be imported.
     """
-    try:
-        import cumo_model.registered  # noqa: F401  the lock of this import also lets other threads wait
-    except Exception as error:
-        Hook.is_on = False  # transformers itself is fine, and must be when it is imported again
-        raise ImportError(
-            f"cumo_model cannot register itself with transformers: {type(error).__name__}: {error}"
-        ) from error
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            import cumo_model.registered  # noqa: F401  the lock of this import also lets other threads wait
+        except Exception as error:
+            # what another thread has half imported, of whatever package, cannot be used yet
+            if threading.active_count() > 1 and time.monotonic() < end:
+                time.sleep(0.05)
+                continue
+            Hook.is_on = False  # transformers itself is fine, and must be when it is imported again
+            raise ImportError(
+                f"cumo_model cannot register itself with transformers: {type(error).__name__}: {error}"
+            ) from error
+        return
 
 
 def _register_ops() -> None:
