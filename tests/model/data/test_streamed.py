@@ -168,6 +168,28 @@ def test_pictures_of_a_records_own_shard_come_first(folder, processor):
         StreamedConversations(_write(folder / "x.jsonl", RECORDS), None, processor)
 
 
+def test_pictures_beside_a_record_are_its_own_also_behind_skipped_records_and_shards(folder, processor):
+    """Records of .tar shards that name no picture: those with the name of the record are theirs."""
+    for shard, colours in (("x.tar", ["", "red", "green"]), ("y.tar", ["blue", "red"])):
+        with tarfile.open(folder / shard, "w") as tar:
+            for n, colour in enumerate(colours):
+                record = (
+                    {**_record(n, image="a"), "id": colour} if colour else {"id": "", "conversations": []}
+                )
+                tar.add(
+                    _write(folder / "record", [{k: v for k, v in record.items() if k != "image"}]),
+                    f"{n}.json",
+                )
+                if colour:
+                    tar.add(folder / f"{colour}.png", f"{n}.png")
+    with pytest.warns(UserWarning, match="left out"):
+        data = StreamedConversations([folder / "x.tar", folder / "y.tar"], None, processor, skip_bad=True)
+    assert [(record["id"], record["image"]) for record in map(data.record, range(len(data)))] == [
+        ("red", "1.png"), ("green", "2.png"), ("blue", "0.png"), ("red", "1.png"),
+    ]  # fmt: skip
+    assert data.has_image.all()
+
+
 def test_of_several_missing_pictures_the_first_is_named(folder, processor):
     names = ["red.png", "one.png", "two.png"]
     turns = [{"from": "human", "value": "<image><image><image>"}, {"from": "gpt", "value": "red"}]

@@ -361,6 +361,8 @@ def test_settings_of_a_stage_reach_the_model_and_the_batches(folder):
         "data__max_length": 40,
         "data__grouping": "none",
         "data__template": "plain",
+        "data__skip_bad": True,
+        "data__cache_dir": str(folder / "kept" / "here"),
         "model__dtype": "bfloat16",
         "model__attn_implementation": "eager",
     }
@@ -369,11 +371,13 @@ def test_settings_of_a_stage_reach_the_model_and_the_batches(folder):
     assert (config.balance_loss_coef, config.router_z_loss_coef) == (0.3, 0.02)
     assert config.average_loss_over == "micro_batches"
     assert collator.dummy_images and dataset.max_length == 40 and dataset.template == "plain"
+    assert dataset.skip_bad and [path.suffix for path in (folder / "kept/here").iterdir()] == [".safetensors"]
     assert max(made.lengths) <= 40 and made.grouping == options["data__grouping"]
     assert made.model.dtype == torch.bfloat16 and config.text_config._attn_implementation == "eager"
     usual = build_trainer(load_recipe(write_recipe(folder, "usual")))
     assert usual.model.config.average_loss_over == "tokens" and not usual.data_collator.dummy_images
     assert usual.grouping == "modality_length" and usual.model.dtype == torch.float32
+    assert not usual.train_dataset.dataset.skip_bad and len(list((folder / "index").iterdir())) == 1
 
 
 def test_rows_use_every_position_and_no_more(tiny_config):
