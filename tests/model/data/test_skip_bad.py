@@ -198,7 +198,8 @@ def test_a_failure_of_the_system_stops_a_run_with_skip_bad(folder, processor, mo
         raise ValueError(f"{name} is nowhere") from FAILURES[kind]
 
     monkeypatch.setattr("cumo_model.data.pictures.Pictures.place", is_nowhere)
-    with pytest.raises(ValueError, match=r"^red\.png is nowhere$"):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"^red\.png is nowhere$"):
+        warnings.simplefilter("error")  # not before a grey picture is announced
         StreamedConversations(folder / "x.jsonl", folder, processor, skip_bad=True)
 
 

@@ -194,7 +194,7 @@ def test_pictures_beside_a_record_are_its_own_also_behind_skipped_records_and_sh
 def test_all_that_is_said_of_records_is_said_again_with_a_stored_index(folder, processor):
     """Each record once, for example the one without its picture, whose answers hold a marker as well."""
     marked = {**_record(3, image="gone.png"), "id": "marked"}
-    marked["conversations"][1]["value"] = "[INST]"
+    marked["conversations"][1]["value"] = "[/INST]"
     outside, empty = {**_record(2, image="../x.png"), "id": "outside"}, {"id": "empty", "conversations": []}
     path = _write(folder / "x.jsonl", [RECORDS[1], empty, outside, marked, _record(4, 30)])
     for _ in range(2):
