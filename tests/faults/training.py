@@ -325,4 +325,10 @@ FAULTS = (
     Fault("one coefficient without effect is not told", T + "trainer.py",
           "if (stage.balance_loss_coef or stage.router_z_loss_coef) and not", "if (stage.balance_loss_coef and stage.router_z_loss_coef) and not",
           "training/arguments::test_coefficients_without_effect_are_told"),
+    Fault("positions not checked with the lengths of the data", T + "trainer.py",
+          "    check_positions(model.config, data, dataset.lengths)\n", "",
+          "training/trainer::test_rows_use_every_position_and_no_more"),
+    Fault("all of a model with adapters counts as trained", T + "trainer.py",
+          '({"language"} if stage.lora is not None else set())', "set()",
+          "training/trainer::test_the_order_of_the_data_has_its_own_seed"),
 )  # fmt: skip

@@ -395,7 +395,7 @@ def test_settings_of_a_stage_reach_the_model_and_the_batches(folder):
     assert not usual.train_dataset.dataset.skip_bad and len(list((folder / "index").iterdir())) == 1
 
 
-def test_rows_use_every_position_and_no_more(tiny_config):
+def test_rows_use_every_position_and_no_more(folder, tiny_config):
     """The language model has 128; positions of a packed row begin again with each record."""
     config, lengths = tiny_config(), np.array([5, 128, 7])
     for data in (DataSection(), DataSection(max_length=128), DataSection(max_length=500, packing=True)):
@@ -405,6 +405,10 @@ def test_rows_use_every_position_and_no_more(tiny_config):
             check_positions(config, data, np.array([5, 128, 129]))
     with pytest.raises(ValueError, match=r"data\.max_length must be at most 128, .*, got 129"):
         check_positions(config, DataSection(max_length=129), lengths[:0])
+    turns = [{"from": "human", "value": "red " * 200}, {"from": "gpt", "value": "red"}]
+    (folder / "colours.jsonl").write_text(json.dumps({"id": 0, "conversations": turns}))
+    with pytest.raises(ValueError, match=r"data\.max_length must be given, at most 128, .* in record 0"):
+        build_trainer(load_recipe(write_recipe(folder)))
 
 
 def test_packs_have_the_length_and_the_pictures_of_all_their_samples(folder):
@@ -449,6 +453,7 @@ def test_the_order_of_the_data_has_its_own_seed(folder):
         if "model_seed" in changes:
             given["model__seed"] = changes["model_seed"]
         trainer = build_trainer(load_recipe(write_recipe(folder, **given, stage__lora=lora)))
+        assert set(trainer.monitor.trains) == {"vision", "projector"}  # of the language model adapters only
         state = trainer.model.state_dict()
         pick = lambda mark: torch.cat([value.flatten() for name, value in state.items() if mark in name])
         order = list(trainer.get_train_dataloader().batch_sampler)
