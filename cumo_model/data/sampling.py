@@ -157,7 +157,7 @@ class StepSampler(Sampler[list[int]]):
         while len(rest):
             part, rest = rest[:size], rest[size:]
             missing = size - len(part)
-            filler = shuffled[~np.isin(shuffled, part)] if missing < len(shuffled) else shuffled
+            filler = shuffled[~np.isin(shuffled, part)] if len(part) < len(shuffled) else shuffled
             part = np.concatenate([part, np.resize(filler, missing)]) if missing else part
             steps.append(part[np.argsort(-self.lengths[part], kind="stable")])
         return steps

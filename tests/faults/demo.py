@@ -109,4 +109,13 @@ FAULTS = (
     Fault("answers of 32 tokens by default", "cumo_model/command_line.py",
           '"--max-new-tokens", type=int, default=64', '"--max-new-tokens", type=int, default=32',
           "command_line::test_defaults_are_those_that_the_help_says"),
+    Fault("padding of a prompt attended to", D + "evaluate.py",
+          "mask[i, width - len(row) :]", "mask[i, :]",
+          "demo/demo::test_prompts_of_a_batch_end_together_and_padding_is_masked"),
+    Fault("as many test pictures as training pictures", D + "questions.py",
+          'variants if part == "train" else 1', "variants",
+          "demo/demo_data::test_the_manifest_counts_what_is_there"),
+    Fault("settings that an older data set has not are the same", D + "questions.py",
+          "settled.get(name) != settings[name]", "name in settled and settled[name] != settings[name]",
+          "demo/demo_data::test_a_finished_data_set_is_found_and_never_overwritten"),
 )  # fmt: skip

@@ -91,6 +91,16 @@ def test_a_data_set_smaller_than_a_step_is_repeated():
     assert sorted(two[0]) == [0, 0, 1, 1]
     five = _batches([1] * 5, batch=4, grouping="length")[0]
     assert len(set(five[0])) == len(set(five[1])) == 4  # no unit occurs twice in a step that others can fill
+    order = _order(5, 5, 0)[0]
+    for alone in range(5):  # the one with a picture is left for the last step
+        pictured = [unit == alone for unit in range(5)]
+        *_, last = _batches([1] * 5, pictured, batch=4, grouping="modality_length")[0]
+        assert sorted(last) == sorted([alone, *[unit for unit in order if unit != alone][:3]])
+    for epoch in range(9):  # more than half a step: it is filled from the front of the order
+        order = _order(3, 5, epoch)[0]
+        assert sorted(_batches([1] * 3, batch=5, epoch=epoch, grouping="length")[0][0]) == sorted(
+            [*order, *order[:2]]
+        )
 
 
 def test_a_rank_without_a_picture_runs_the_tower_only_if_another_has_one():

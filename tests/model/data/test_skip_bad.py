@@ -182,7 +182,9 @@ def test_a_failure_of_the_system_stops_a_run_with_skip_bad(folder, processor, mo
     )
     with pytest.raises(ValueError, match=said):
         data[1]
-    with pytest.raises(ValueError, match=r"\.png.* cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"^image .*\.png.* cannot be read"
+    ):  # at once, not after many others
         StreamedConversations(folder / "x.jsonl", folder, processor, skip_bad=True)
     monkeypatch.undo()
     monkeypatch.setattr("cumo_model.data.pictures.decode_image", fails)
@@ -191,6 +193,14 @@ def test_a_failure_of_the_system_stops_a_run_with_skip_bad(folder, processor, mo
             data.pictures.load("green.png")
     with pytest.raises(ValueError, match="failure of the system"):
         data[1]
+
+    def is_nowhere(self, name):
+        raise ValueError(f"{name} is nowhere") from FAILURES[kind]
+
+    monkeypatch.setattr("cumo_model.data.pictures.Pictures.place", is_nowhere)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"^red\.png is nowhere$"):
+        warnings.simplefilter("error")  # not before a grey picture is announced
+        StreamedConversations(folder / "x.jsonl", folder, processor, skip_bad=True)
 
 
 def test_a_data_set_without_a_readable_picture_stops(folder, processor, monkeypatch):
@@ -203,8 +213,14 @@ def test_a_data_set_without_a_readable_picture_stops(folder, processor, monkeypa
     )
     with pytest.warns(UserWarning, match="kept with grey"), pytest.raises(ValueError, match=said):
         StreamedConversations(folder / "x.jsonl", folder, processor, skip_bad=True)
+    monkeypatch.setattr("cumo_model.data.streamed.TRIED", 1)
+    with pytest.warns(UserWarning, match="kept"), pytest.raises(ValueError, match=r"read \(1 tried\)"):
+        StreamedConversations(folder / "x.jsonl", folder, processor, skip_bad=True)
     monkeypatch.setattr("cumo_model.data.streamed.TRIED", 2)
     shutil.copy(folder / "blue.png", folder / "red.png")
+    (folder / "y.jsonl").write_text("\n".join(map(json.dumps, _records()[::-1])))
+    with pytest.warns(UserWarning, match="kept with grey"):  # the first and the last record are tried
+        StreamedConversations(folder / "y.jsonl", folder, processor, skip_bad=True)
     with pytest.warns(UserWarning, match="green"):
         for index in (1, 1, 0, 2):  # in the third record red is read between the two others
             data[index]

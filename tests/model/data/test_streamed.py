@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 import warnings
 
@@ -168,6 +169,77 @@ def test_pictures_of_a_records_own_shard_come_first(folder, processor):
         StreamedConversations(_write(folder / "x.jsonl", RECORDS), None, processor)
 
 
+def test_pictures_beside_a_record_are_its_own_also_behind_skipped_records_and_shards(folder, processor):
+    """Records of .tar shards that name no picture: those with the name of the record are theirs."""
+    for shard, colours in (("x.tar", ["", "red", "green"]), ("y.tar", ["blue", "red"])):
+        with tarfile.open(folder / shard, "w") as tar:
+            for n, colour in enumerate(colours):
+                record = (
+                    {**_record(n, image="a"), "id": colour} if colour else {"id": "", "conversations": []}
+                )
+                tar.add(
+                    _write(folder / "record", [{k: v for k, v in record.items() if k != "image"}]),
+                    f"{n}.json",
+                )
+                if colour:
+                    tar.add(folder / f"{colour}.png", f"{n}.png")
+    with pytest.warns(UserWarning, match="left out"):
+        data = StreamedConversations([folder / "x.tar", folder / "y.tar"], None, processor, skip_bad=True)
+    assert [(record["id"], record["image"]) for record in map(data.record, range(len(data)))] == [
+        ("red", "1.png"), ("green", "2.png"), ("blue", "0.png"), ("red", "1.png"),
+    ]  # fmt: skip
+    assert data.has_image.all()
+
+
+def test_all_that_is_said_of_records_is_said_again_with_a_stored_index(folder, processor):
+    """Each record once, for example the one without its picture, whose answers hold a marker as well."""
+    marked = {**_record(3, image="gone.png"), "id": "marked"}
+    marked["conversations"][1]["value"] = "[/INST]"
+    outside, empty = {**_record(2, image="../x.png"), "id": "outside"}, {"id": "empty", "conversations": []}
+    path = _write(folder / "x.jsonl", [RECORDS[1], empty, outside, marked, _record(4, 30)])
+    for _ in range(2):
+        with pytest.warns(UserWarning) as caught:
+            options = {"cache_dir": folder / "index", "skip_bad": True}
+            data = StreamedConversations(path, folder, processor, "mistral_instruct", 30, **options)
+        left, grey, cut = (str(warning.message) for warning in caught)
+        assert re.search(r"left out: .*:2: .*; .*:3: .*\(id 'outside'\).*\(2 such records\)", left)
+        assert re.search(r"kept with grey .*:4: .*'gone\.png' does not exist.*\(1 such records\)", grey)
+        assert cut.startswith("1 record is longer than max_length 30 and is cut")
+    assert _ids(data) == [1, "marked", 4]
+
+
+def test_an_index_depends_on_every_file_and_on_its_format(folder, processor, monkeypatch):
+    files = [_write(folder / "x.jsonl", RECORDS[:2]), _write(folder / "y.jsonl", RECORDS[2:4])]
+
+    def count(root=folder):
+        StreamedConversations(files, root, processor, cache_dir=folder / "index")
+        return len(list((folder / "index").iterdir()))
+
+    assert (count(), count()) == (1, 1)
+    os.utime(files[1], ns=(10**18, 10**18))
+    assert count() == 2
+    before = StreamedConversations(files, folder, processor).identity()
+    _write(files[1], RECORDS[2:5])
+    os.utime(files[1], ns=(10**18, 10**18))
+    assert count() == 3 and StreamedConversations(files, folder, processor).identity() != before
+    monkeypatch.setattr(streamed, "INDEX_FORMAT", 0)
+    assert count() == 4
+    monkeypatch.chdir(folder)
+    assert count(".") == 4
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    with pytest.raises(ValueError, match=r"image .* does not exist under"):
+        count(".")
+
+
+def test_a_record_that_max_length_does_not_fit_is_named_with_its_file(folder, processor):
+    files = [_write(folder / "x.jsonl", RECORDS[:1]), _write(folder / "y.jsonl", RECORDS[1:2])]
+    with pytest.raises(
+        ValueError, match=r"y\.jsonl:1: .*begins at token 18 of 22, max_length is 12: no label"
+    ):
+        StreamedConversations(files, folder, processor, "mistral_instruct", 12)
+
+
 def test_of_several_missing_pictures_the_first_is_named(folder, processor):
     names = ["red.png", "one.png", "two.png"]
     turns = [{"from": "human", "value": "<image><image><image>"}, {"from": "gpt", "value": "red"}]
@@ -226,6 +298,8 @@ def test_rows_are_padded_with_the_token_of_the_tokenizer(folder):
     lengths = [len(data[n]["input_ids"]) for n in (0, 1)]
     row = data.batch([0, 1])["input_ids"][lengths.index(min(lengths))]
     assert min(lengths) < max(lengths) and set(row[min(lengths) :].tolist()) == {number}
+    processor.tokenizer.pad_token = None
+    assert StreamedConversations(path, folder, processor).pad_id == 0
 
 
 def test_an_eos_that_the_tokenizer_adds_to_texts_is_not_in_the_samples(folder):

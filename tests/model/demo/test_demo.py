@@ -133,6 +133,11 @@ def test_every_question_is_asked_about_its_own_picture(examiner, monkeypatch):
     assert torch.equal(examiner._pixels([4, 0]), torch.cat([examiner._pixels([4]), examiner._pixels([0])]))
 
 
+def test_prompts_of_a_batch_end_together_and_padding_is_masked():
+    ids, mask = evaluate._left_pad([torch.tensor([5, 6, 7]), torch.tensor([8])], 9)
+    assert (ids.tolist(), mask.tolist()) == ([[5, 6, 7], [9, 9, 8]], [[1, 1, 1], [0, 0, 1]])
+
+
 def test_an_exam_asks_the_first_questions_of_each_kind(make_examiner):
     for limit, rows in ((None, [0, 1, 2, 3, 4, 5]), (2, [0, 1, 2, 3]), (1, [0, 1])):
         assert make_examiner(limit).rows == rows

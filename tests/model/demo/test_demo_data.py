@@ -205,8 +205,12 @@ def test_the_manifest_counts_what_is_there(dataset):
     assert manifest == json.loads((out / "manifest.json").read_text())
     for name, count in manifest["records"].items():
         assert len(_records(dataset, name)) == count
+    pictures = 0
     for part, count in manifest["drawings"].items():
-        assert len({p.stem.rsplit("-", 1)[0] for p in out.glob(f"images/{part}/*.png")}) == count
+        found = Counter(p.stem.rsplit("-", 1)[0] for p in out.glob(f"images/{part}/*.png"))
+        assert len(found) == count and set(found.values()) == {4 if part == "train" else 1}
+        pictures += found.total()
+    assert manifest["images"]["count"] == pictures
     for name, digest in manifest["files"].items():
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
     assert "Apache-2.0" in (out / "ATTRIBUTION.md").read_text()
@@ -320,7 +324,7 @@ def test_same_settings_make_the_same_data_set(dataset, tarballs, tmp_path, monke
     assert other["images"]["sha256"] != again["images"]["sha256"] and other["drawings"] == again["drawings"]
 
 
-def test_a_finished_data_set_is_found_and_never_overwritten(dataset, monkeypatch):
+def test_a_finished_data_set_is_found_and_never_overwritten(dataset, monkeypatch, tmp_path):
     out, manifest = dataset
     monkeypatch.setattr(packages, "fetch", lambda *_: pytest.fail("a finished data set needs no packages"))
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -330,6 +334,10 @@ def test_a_finished_data_set_is_found_and_never_overwritten(dataset, monkeypatch
     ):
         questions.make_dataset(out, seed=3, progress=False)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    older = {name: value for name, value in manifest["settings"].items() if name != "format"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"settings": older}))
+    with pytest.raises(ValueError, match="contains a data set with another format: choose"):
+        questions.make_dataset(tmp_path, quick=True, progress=False)
 
 
 def test_foreign_and_damaged_folders_are_refused(dataset, tarballs, tmp_path, monkeypatch):

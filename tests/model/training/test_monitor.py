@@ -78,6 +78,27 @@ def test_rates_are_per_second_since_the_last_log(tiny_model, tiny_batch, clock):
         assert found["tflops_per_second"] == flops / seconds / 1e12
 
 
+def test_sums_go_on_from_those_of_a_checkpoint(tiny_model, tiny_batch, clock):
+    """The next log after a resume has all that it would have had, but for the time in between."""
+    model, batch = tiny_model().train(), tiny_batch()
+    stopped, resumed = Monitor(model), Monitor(model)
+    with stopped.watching(batch, training=True):
+        stopped.add_losses(model(**batch).loss_parts, 0.5)
+    clock.seconds, clock.cpu = 14.0, 5.0
+    state = stopped.state_dict()
+    clock.seconds, clock.cpu = 16.0, 6.0
+    wanted = stopped.read()
+    assert (wanted["wall_seconds"], wanted["cpu_seconds"]) == (6.0, 3.0)
+    assert all(wanted[name] > 0 for name in ("tflops_per_second", "images_per_second", "language", "clip_z"))
+    clock.seconds, clock.cpu = 1000.0, 100.0
+    resumed.load_state_dict(state)
+    clock.seconds, clock.cpu = 1002.0, 101.0
+    found = resumed.read()
+    for measured in (found, wanted):
+        measured.pop("memory_gib")
+    assert found == wanted
+
+
 def test_the_share_of_the_peak_is_that_of_all_gpus(clock, monkeypatch):
     """Two GPUs of 100 TFLOPS, which together made 60 TFLOP in two seconds."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,5 +1,6 @@
 """Tests of training in real processes: killed at random, stopped by a signal, with a full disk, two ranks."""
 
+import errno
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from cumo_model.training.recover import Interrupted, StopRequests, _finite, last
 from cumo_model.training.run_folder import checkpoints, step_of
 from cumo_model.training.trainer import build_trainer, run_recipe
 from tests.model.training.small_runs import write_recipe
+from tests.model.training.toy_stage import build_toy, toy_recipe
 from tests.processes import Forked, finish, kill
 from tests.rounding import assert_close_after
 
@@ -312,6 +314,53 @@ def test_a_checkpoint_that_would_not_fit_is_not_started(folder, monkeypatch, cap
     assert [path.name for path in checkpoints(recipe.output_dir)] == ["checkpoint-2"]
 
 
+def test_a_checkpoint_needs_the_room_of_the_last_one_and_older_ones_go(tmp_path, monkeypatch):
+    """Files in folders count too, for example those of DeepSpeed; a limit of 0 keeps all, as no limit."""
+    trainer = build_toy(toy_recipe(tmp_path), [])
+    assert trainer._room_problem(tmp_path) is None
+    for step, size in ((2, 7), (4, 50), (6, 100)):
+        (tmp_path / f"checkpoint-{step}" / "sub").mkdir(parents=True)
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        (tmp_path / f"checkpoint-{step}" / "sub" / "weights").write_bytes(bytes(size))
+    usage = shutil.disk_usage(tmp_path)
+    for free, problem in ((102, None), (101, "101 bytes are free in .* a checkpoint takes 102$")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        found = trainer._room_problem(tmp_path)
+        assert re.search(problem, found) if problem else found is None
+    for limit, kept in ((None, [2, 4, 6]), (0, [2, 4, 6]), (3, [2, 4, 6]), (2, [4, 6]), (1, [6])):
+        trainer.args.save_total_limit = limit
+        trainer._keep_last(tmp_path)
+        assert [step_of(path) for path in checkpoints(tmp_path)] == kept
+
+
+def test_a_disk_that_is_full_when_a_checkpoint_gets_its_name_costs_that_checkpoint(tmp_path, capsys):
+    """Other errors, and those outside checkpoints, end the run."""
+    trainer = build_toy(toy_recipe(tmp_path, max_steps=5, save_steps=2), [])
+    real, reasons = trainer._publish, [OSError(errno.ENOSPC, "No space left on device")]
+
+    def publish(written, final):
+        if reasons:
+            raise reasons.pop()
+        real(written, final)
+
+    trainer._publish = publish
+    trainer.train()
+    assert re.findall("NO checkpoint at step 2: the disk is full: .*No space", capsys.readouterr().err)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-5"]
+    assert trainer.save_failed is None and not (tmp_path / ".saving").exists()
+    with pytest.raises(OSError, match="No space"), trainer._room_may_end():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    reasons.append(OSError(errno.EIO, "Input/output error"))
+    shutil.rmtree(tmp_path / "checkpoint-5")
+    with pytest.raises(OSError, match="Input/output"):
+        trainer._save_checkpoint(trainer.model, None)
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    reasons.append(OSError(errno.EIO, "Input/output error"))
+    trainer._save_checkpoint(trainer.model, None)  # a checkpoint is written once
+    assert len(reasons) == 1
+
+
 def test_an_incomplete_checkpoint_is_not_counted(folder):
     (folder / "run" / "checkpoint-7").mkdir(parents=True)
     (folder / "run" / "checkpoint-7" / "model.safetensors").write_bytes(b"half")
@@ -353,8 +402,10 @@ def test_weights_are_finite_unless_one_of_them_is_not():
 def test_signals_at_once_are_one_request_and_a_later_one_stops(monkeypatch):
     """A killed launcher has several threads, and Linux sends its workers a SIGTERM for each."""
     before, stop = signal.signal(signal.SIGTERM, signal.default_int_handler), StopRequests()
+    ctrl_c = signal.getsignal(signal.SIGINT)
     try:
         stop.on_train_begin(None, None, None)
+        assert signal.getsignal(signal.SIGINT) == stop._note
         for _ in range(3):
             signal.raise_signal(signal.SIGTERM)
         assert stop.asked
@@ -363,3 +414,4 @@ def test_signals_at_once_are_one_request_and_a_later_one_stops(monkeypatch):
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, ctrl_c)

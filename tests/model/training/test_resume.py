@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cumo_model.__main__ import main
 from cumo_model.checkpoints.folders import fingerprint
 from cumo_model.training.recipe import load_recipe
-from cumo_model.training.recover import Interrupted, damage
+from cumo_model.training.recover import Interrupted, damage, last_sound
 from cumo_model.training.run_folder import checkpoints
 from cumo_model.training.trainer import run_recipe
 from tests.model.training.small_runs import write_recipe
@@ -50,8 +50,14 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(folder):
     assert (folder / "cut" / "damaged-checkpoint-4").is_dir()
 
 
+def longer(path: Path) -> None:
+    os.truncate(path, path.stat().st_size + 1)
+
+
 DAMAGES = [
     (cut, "model.safetensors", "model.safetensors has"),
+    (longer, "optimizer.pt", "optimizer.pt has"),
+    (blank, "rng_state.pth", "rng_state.pth is not what torch.save writes"),
     (cut, "optimizer.pt", "optimizer.pt has"),
     (blank, "model.safetensors", "model.safetensors: "),
     (blank, "optimizer.pt", "optimizer.pt is not what torch.save writes"),
@@ -80,6 +86,22 @@ def test_what_is_damaged_is_seen_and_named(folder, capsys):
     said = capsys.readouterr().err
     assert "no checkpoint in" in said and "checkpoint-3: model.safetensors has" in said
     assert "Traceback" not in said and len(checkpoints(folder / "run")) == 2
+
+
+def test_a_checkpoint_damaged_again_takes_the_place_of_what_was_set_aside(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-4/global_step4", "damaged-checkpoint-4/older"):
+        (tmp_path / name).mkdir(parents=True)
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-4" / "global_step4" / "model.safetensors").write_bytes(bytes(20))  # of DeepSpeed
+    with pytest.warns(UserWarning, match=r"checkpoint-4 cannot be read .*kept as damaged-checkpoint-4"):
+        assert last_sound(tmp_path) == tmp_path / "checkpoint-2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "damaged-checkpoint-4"]
+    assert not (tmp_path / "damaged-checkpoint-4" / "older").exists()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read \(checkpoint-2: "):
+        last_sound(tmp_path)
+    assert (tmp_path / "checkpoint-2").is_dir()
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "window_0_of_1.pt"])

@@ -24,6 +24,7 @@ def test_router_losses_are_scaled_as_the_trainer_scales_the_loss(
     )
     own = lambda outputs, labels, num_items_in_batch=None: outputs.logits.square().mean()
     model, batch = tiny_model(balance_loss_coef=0.5, router_z_loss_coef=0.25).train(), tiny_batch()
+    batch["labels"][:, 0] = 7  # no position predicts the first one
     trainer = WithRouterLosses(model, args, compute_loss_func=own)
     monkeypatch.setattr(Accelerator, "num_processes", 3)
     found, outputs = trainer.compute_loss(model, dict(batch), return_outputs=True, num_items_in_batch=40)

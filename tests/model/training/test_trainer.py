@@ -9,10 +9,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.__main__ import main
+from cumo_model.data.sampling import plan_packs
 from cumo_model.model.compat import checkpointing_arguments
 from cumo_model.training import arguments
 from cumo_model.training.flops import step_flops
@@ -352,8 +353,19 @@ def test_a_stage_trains_its_parts_and_nothing_else(folder, trains):
 
 def test_settings_of_a_stage_reach_the_model_and_the_batches(folder):
     """Each has another value than the default, and than the others."""
-    write_data(folder, text_rows=0)
+    first, more = write_data(folder, text_rows=0), folder / "more"
+    more.mkdir()
+    (folder / "red.png").rename(more / "red.png")
+    first.rename(more / "all.jsonl")
+    for number in (1, 2):
+        lines = (more / "all.jsonl").read_text().splitlines()
+        (more / f"{number}.jsonl").write_text("\n".join(lines[number::2]))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "start")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(7)
+    tokenizer.save_pretrained(folder / "start")
     options = {
+        "data__files": [str(more / "1.jsonl"), str(more / "2.jsonl")],
+        "data__images": [str(folder), str(more)],
         "stage__balance_loss_coef": 0.3,
         "stage__router_z_loss_coef": 0.02,
         "stage__average_loss_over": "micro_batches",
@@ -361,6 +373,8 @@ def test_settings_of_a_stage_reach_the_model_and_the_batches(folder):
         "data__max_length": 40,
         "data__grouping": "none",
         "data__template": "plain",
+        "data__skip_bad": True,
+        "data__cache_dir": str(folder / "kept" / "here"),
         "model__dtype": "bfloat16",
         "model__attn_implementation": "eager",
     }
@@ -369,14 +383,19 @@ def test_settings_of_a_stage_reach_the_model_and_the_batches(folder):
     assert (config.balance_loss_coef, config.router_z_loss_coef) == (0.3, 0.02)
     assert config.average_loss_over == "micro_batches"
     assert collator.dummy_images and dataset.max_length == 40 and dataset.template == "plain"
+    assert (len(dataset), collator.pad_id, collator.image_size) == (7, 7, 12)
+    assert (dataset.files, dataset.pictures.roots) == (options["data__files"], options["data__images"])
+    assert dataset.skip_bad and [path.suffix for path in (folder / "kept/here").iterdir()] == [".safetensors"]
     assert max(made.lengths) <= 40 and made.grouping == options["data__grouping"]
     assert made.model.dtype == torch.bfloat16 and config.text_config._attn_implementation == "eager"
+    write_data(folder)
     usual = build_trainer(load_recipe(write_recipe(folder, "usual")))
     assert usual.model.config.average_loss_over == "tokens" and not usual.data_collator.dummy_images
     assert usual.grouping == "modality_length" and usual.model.dtype == torch.float32
+    assert not usual.train_dataset.dataset.skip_bad and len(list((folder / "index").iterdir())) == 1
 
 
-def test_rows_use_every_position_and_no_more(tiny_config):
+def test_rows_use_every_position_and_no_more(folder, tiny_config):
     """The language model has 128; positions of a packed row begin again with each record."""
     config, lengths = tiny_config(), np.array([5, 128, 7])
     for data in (DataSection(), DataSection(max_length=128), DataSection(max_length=500, packing=True)):
@@ -386,6 +405,10 @@ def test_rows_use_every_position_and_no_more(tiny_config):
             check_positions(config, data, np.array([5, 128, 129]))
     with pytest.raises(ValueError, match=r"data\.max_length must be at most 128, .*, got 129"):
         check_positions(config, DataSection(max_length=129), lengths[:0])
+    turns = [{"from": "human", "value": "red " * 200}, {"from": "gpt", "value": "red"}]
+    (folder / "colours.jsonl").write_text(json.dumps({"id": 0, "conversations": turns}))
+    with pytest.raises(ValueError, match=r"data\.max_length must be given, at most 128, .* in record 0"):
+        build_trainer(load_recipe(write_recipe(folder)))
 
 
 def test_packs_have_the_length_and_the_pictures_of_all_their_samples(folder):
@@ -393,6 +416,8 @@ def test_packs_have_the_length_and_the_pictures_of_all_their_samples(folder):
     made = build_trainer(load_recipe(write_recipe(folder, data__packing=True, data__max_length=64)))
     units, dataset = made.train_dataset.units, made.train_dataset.dataset
     assert sorted(i for unit in units for i in unit) == list(range(12)) and max(map(len, units)) > 1
+    assert units == plan_packs(dataset.lengths, dataset.has_image, 64, seed=3)  # that of the recipe
+    assert units != plan_packs(dataset.lengths, dataset.has_image, 64)
     assert list(made.lengths) == [sum(int(dataset.lengths[i]) for i in unit) for unit in units]
     assert list(made.has_image) == [any(dataset.has_image[i] for i in unit) for unit in units]
     ids = [made.data_collator([made.train_dataset[u]])["input_ids"].shape[1] for u in range(len(units))]
@@ -428,6 +453,7 @@ def test_the_order_of_the_data_has_its_own_seed(folder):
         if "model_seed" in changes:
             given["model__seed"] = changes["model_seed"]
         trainer = build_trainer(load_recipe(write_recipe(folder, **given, stage__lora=lora)))
+        assert set(trainer.monitor.trains) == {"vision", "projector"}  # of the language model adapters only
         state = trainer.model.state_dict()
         pick = lambda mark: torch.cat([value.flatten() for name, value in state.items() if mark in name])
         order = list(trainer.get_train_dataloader().batch_sampler)
