@@ -8,7 +8,6 @@ be used.
 import contextlib
 import sys
 import threading
-import time
 from typing import Any
 
 from cumo_model.old_paths import OLD
@@ -25,7 +24,6 @@ WATCHED = (
     "transformers.integrations.moe",
 )
 COUNTED = ("transformers", "cumo_model", "cumo_kernels")  # packages whose imports must have ended
-PATIENCE_S = 3.0  # for imports in other threads, which may wait for this thread's
 
 
 def register() -> None:
@@ -34,20 +32,26 @@ def register() -> None:
     Raises:
         ImportError: a module that this needs cannot be imported.
     """
-    end = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            import cumo_model.registered  # noqa: F401  the lock of this import also lets other threads wait
-        except Exception as error:
-            # what another thread has half imported, of whatever package, cannot be used yet
-            if threading.active_count() > 1 and time.monotonic() < end:
-                time.sleep(0.05)
-                continue
-            Hook.is_on = False  # transformers itself is fine, and must be when it is imported again
-            raise ImportError(
-                f"cumo_model cannot register itself with transformers: {type(error).__name__}: {error}"
-            ) from error
-        return
+    Hook.is_left = False
+    try:
+        import cumo_model.registered  # noqa: F401  the lock of this import also lets other threads wait
+    except Exception as error:
+        if _waits_for_us(error):
+            Hook.is_left = True
+            return
+        Hook.is_on = False  # transformers itself is fine, and must be when it is imported again
+        raise ImportError(
+            f"cumo_model cannot register itself with transformers: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _waits_for_us(error: BaseException | None) -> bool:
+    """Whether another thread, in the middle of an import, waits for one of this thread; it will register."""
+    while error is not None:
+        if type(error).__name__ == "_DeadlockError" or "partially initialized module" in str(error):
+            return threading.active_count() > 1
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _register_ops() -> None:
@@ -63,6 +67,7 @@ class Hook:
     """A finder that finds what the other finders do, and acts after a watched module has been executed."""
 
     is_on = True  # whether the watched modules are watched
+    is_left = False  # whether a thread has left the registration to the next import that ends
 
     def __init__(self):
         self.thread = threading.local()
@@ -107,7 +112,7 @@ class Hook:
                 state["depth"] -= 1
             if fullname in WATCHED and Hook.is_on:
                 state["due"] = True
-            if not state["depth"] and state.pop("due", False):
+            if not state["depth"] and (state.pop("due", False) or Hook.is_left):
                 register()
 
         loader.exec_module = exec_module

@@ -36,6 +36,7 @@ TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught
 # stems whose tests need neither interpreter nor emulation
 ALONE = ("cute", "ptx_tables", "launch", "pdl")
 PYTEST = ["-x", "-q", "-p", "no:cacheprovider"]
+NAMED = ["-m", "not network"]  # also slow ones
 
 
 def named_tests(fault: Fault) -> list[str]:
@@ -96,7 +97,7 @@ class Tree:
 def pytest_of(fault: Fault) -> tuple[list[str], dict[str, str]]:
     """The arguments of pytest that run a fault's tests, and environment variables for them."""
     if not fault.path.startswith(("cumo_kernels/", CUDA)):
-        return [*PYTEST, *(["-k", fault.select] if fault.select else []), *named_tests(fault)], {}
+        return [*PYTEST, *NAMED, *(["-k", fault.select] if fault.select else []), *named_tests(fault)], {}
     select, more = "not triton", {"CUMO_EMULATE": os.environ.get("CUMO_EMULATE", "0")}
     if fault.tests in ALONE:
         select = "test"
@@ -140,7 +141,7 @@ def without_fault(faults: list[Fault], folder: Path, jobs: int) -> None:
     if not ids:
         return
     print(f"without a fault: {len(ids)} tests", flush=True)
-    code, said = Tree(folder).pytest([*PYTEST, "-n", str(jobs), *ids], {"OMP_NUM_THREADS": "1"})
+    code, said = Tree(folder).pytest([*PYTEST, *NAMED, "-n", str(jobs), *ids], {"OMP_NUM_THREADS": "1"})
     if code:
         raise SystemExit(f"tests fail without a fault:\n{said[-4000:]}")
 
