@@ -221,7 +221,6 @@ def test_bad_input_is_named(make, message):
         make()
 
 
-@pytest.mark.usefixtures("fp64")
 @pytest.mark.parametrize("x", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("weight", [torch.bfloat16, torch.float64])
 def test_a_gate_computes_in_the_wider_of_its_dtypes(x, weight):
@@ -232,6 +231,7 @@ def test_a_gate_computes_in_the_wider_of_its_dtypes(x, weight):
     assert torch.equal(logits, torch.nn.functional.linear(rows.to(wanted), gate.weight.to(wanted)))
 
 
+@pytest.mark.usefixtures("fp64")
 def test_a_watched_gate_computes_what_the_router_does(monkeypatch):
     """The router computes the gate's product unless the gate has hooks: same results, same FLOPs."""
     layer, x = MoELayer(12, 16, 4, 2, "gelu"), torch.randn(5, 12)
