@@ -97,7 +97,7 @@ def test_a_picture_of_several_tiles_is_talked_about(tiny_config, picture):
     assert answer(model, processor, Image.open(picture), turns, "mistral_instruct", 3)
 
 
-def test_an_answer_is_greedy_in_the_models_dtype_and_of_the_length_asked_for(checkpoint, picture):
+def test_an_answer_is_greedy_and_of_the_length_asked_for(checkpoint, picture):
     """Whatever the generation config says; the tokens are those of the largest logits."""
     model, processor = load(checkpoint)
     torch.manual_seed(0)
@@ -129,7 +129,7 @@ def test_the_picture_matters_and_a_second_turn_keeps_the_first(checkpoint, pictu
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     prompts = []
-    model.generate = lambda **inputs: prompts.append(inputs) or inputs["input_ids"]
+    model.bfloat16().generate = lambda **inputs: prompts.append(inputs) or inputs["input_ids"]
     first = [{"from": "human", "value": "<image>\nwhat is it?"}]
     answer(model, processor, Image.open(picture), first, "mistral_instruct")
     second = [*first, {"from": "gpt", "value": "a red apple"}, {"from": "human", "value": "what is it?"}]
@@ -137,6 +137,7 @@ def test_the_picture_matters_and_a_second_turn_keeps_the_first(checkpoint, pictu
     one, two = (prompt["input_ids"][0].tolist() for prompt in prompts)
     assert two[: len(one)] == one and len(two) > len(one)
     assert prompts[0]["pixel_values"].shape == (1, 3, 12, 12)
+    assert prompts[0]["pixel_values"].dtype == torch.bfloat16  # as the original's
 
 
 def broken_picture(tmp_path):
