@@ -137,7 +137,7 @@ FAULTS = (
           "training/trainer::test_the_order_of_the_data_has_its_own_seed"),
     Fault("every process has the first one's rows", T + "stage.py",
           "            args.process_index,\n            args.world_size,", "            0,\n            args.world_size,",
-          "training/stage::test_a_stop_request_to_one_process_stops_all_at_one_step"),
+          "training/stage::test_each_process_has_rows_of_its_own"),
     Fault("parts of the loss not weighted", T + "stage.py",
           'self.monitor.add_losses(outputs.get("loss_parts") or {}, weight)',
           'self.monitor.add_losses(outputs.get("loss_parts") or {})',

@@ -104,6 +104,21 @@ def test_a_stop_request_to_one_process_stops_all_at_one_step(tmp_path):
     assert result(tmp_path / "whole")[2] == 40 * 8  # points of both processes
 
 
+def test_each_process_has_rows_of_its_own(tmp_path, monkeypatch):
+    """Two processes share the rows that one process has, none twice."""
+    trainer, found = build_toy(toy_recipe(tmp_path), []), {}
+    for ranks in ([0], [0, 1]):
+        trainer.args.per_device_train_batch_size = 8 // len(ranks)
+        world = len(ranks)
+        monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self, world=world: world))
+        for rank in ranks:
+            monkeypatch.setattr(type(trainer.args), "process_index", property(lambda self, rank=rank: rank))
+            found[len(ranks), rank] = list(trainer.get_train_dataloader().batch_sampler)[:2]
+    for whole, first, second in zip(found[1, 0], found[2, 0], found[2, 1], strict=True):
+        assert len(first) == len(second) == 4 and sorted([*first, *second]) == sorted(whole)
+        assert len({*first, *second}) == 8
+
+
 def test_a_stop_in_the_last_step_is_too_late(tmp_path):
     """The run is finished, and signals have their former effect again."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
