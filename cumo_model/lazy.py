@@ -6,6 +6,7 @@ be used.
 """
 
 import contextlib
+import importlib
 import sys
 import threading
 from typing import Any
@@ -75,7 +76,7 @@ class Hook:
     def find_spec(self, fullname: str, path=None, target=None):
         if fullname in OLD:
             register()
-            return sys.modules["cumo_model.registered"].OLD_PATHS.find_spec(fullname)
+            return importlib.import_module("cumo_model.registered").OLD_PATHS.find_spec(fullname)
         if fullname.partition(".")[0] not in COUNTED and fullname != "torch":
             return None
         searched = self.thread.__dict__.setdefault("searched", set())

@@ -62,13 +62,15 @@ class Tree:
         }  # fmt: skip
         self.forks: subprocess.Popen | None = None
 
-    def pytest(self, arguments: list[str], more: dict[str, str]) -> tuple[int | None, str]:
+    def pytest(self, arguments: list[str], more: dict[str, str] | None) -> tuple[int | None, str]:
         """Run pytest -> its exit code, None after TIMEOUT_S, and its output.
 
-        The environment variables `more` have an effect on imports, so that a new process is then started.
+        Args:
+            arguments: of pytest.
+            more: environment variables for a new process; None: a fork, which starts in a moment.
         """
         self.output.write_text("")
-        if more:
+        if more is not None:
             command = [sys.executable, "-m", "pytest", *arguments]
             with self.output.open("w") as file:
                 try:
@@ -94,11 +96,11 @@ class Tree:
             self.forks.wait()
 
 
-def pytest_of(fault: Fault) -> tuple[list[str], dict[str, str]]:
-    """The arguments of pytest that run a fault's tests, and environment variables for them."""
+def pytest_of(fault: Fault) -> tuple[list[str], dict[str, str] | None]:
+    """The arguments of `Tree.pytest` that run a fault's tests."""
     if not fault.path.startswith(("cumo_kernels/", CUDA)):
-        return [*PYTEST, *NAMED, *(["-k", fault.select] if fault.select else []), *named_tests(fault)], {}
-    select, more = "not triton", {"CUMO_EMULATE": os.environ.get("CUMO_EMULATE", "0")}
+        return [*PYTEST, *NAMED, *(["-k", fault.select] if fault.select else []), *named_tests(fault)], None
+    select, more = "not triton", {}
     if fault.tests in ALONE:
         select = "test"
     elif fault.path.startswith(TRITON):
@@ -141,7 +143,7 @@ def without_fault(faults: list[Fault], folder: Path, jobs: int) -> None:
     if not ids:
         return
     print(f"without a fault: {len(ids)} tests", flush=True)
-    code, said = Tree(folder).pytest([*PYTEST, *NAMED, "-n", str(jobs), *ids], {"OMP_NUM_THREADS": "1"})
+    code, said = Tree(folder).pytest([*PYTEST, *NAMED, "-n", str(jobs), *ids], {})
     if code:
         raise SystemExit(f"tests fail without a fault:\n{said[-4000:]}")
 

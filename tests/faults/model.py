@@ -1,4 +1,4 @@
-"""Faults in the model, its losses, its generation, the analysis of experts and drop-upcycling."""
+"""Faults in the room model: the model, its losses and its generation."""
 
 from tests.faults import Fault
 
@@ -339,41 +339,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("scales of 4-bit weights are always quantised", ROOT + "quantize.py",
           "compress_statistics, quant_type)", "True, quant_type)",
           "training/lora::test_scales_of_quantised_experts_are_quantised_on_request"),
-    # analysis and upcycling
-    Fault("entropy in nats", "cumo_model/analysis/experts.py",
-          " / torch.log(torch.tensor(float(shares.shape[1])))", "",
-          "analysis/experts::test_load_entropy_is_one_for_uniform_shares_of_any_number_of_experts"),
-    Fault("entropy in the unit of the number of layers", "cumo_model/analysis/experts.py",
-          "torch.tensor(float(shares.shape[1]))", "torch.tensor(float(shares.shape[0]))",
-          "analysis/experts::test_load_entropy_is_one_for_uniform_shares_of_any_number_of_experts"),
-    Fault("load is measured with dropout", "cumo_model/analysis/experts.py",
-          "    model.eval()\n    for kind", "    for kind",
-          "analysis/experts::test_load_is_measured_in_evaluation_mode"),
-    Fault("training goes on in evaluation mode", "cumo_model/analysis/experts.py",
-          "model.train(was_training)", "pass",
-          "analysis/experts::test_load_is_measured_in_evaluation_mode"),
-    Fault("a patch's last choice is drawn", "cumo_model/analysis/experts.py",
-          "record.routing.topk_indices[:, 0].cpu()", "record.routing.topk_indices[:, -1].cpu()",
-          "analysis/experts::test_a_patch_map_is_what_the_gate_chose"),
-    Fault("padding counts in the load", "cumo_model/analysis/experts.py",
-          "indices = indices[real]", "pass",
-          "analysis/experts::test_load_counts_slots_without_padding"),
-    Fault("drop-upcycling keeps the drawn units", "cumo_model/checkpoints/upcycle.py",
-          "[: int(drop * width)]", "[int(drop * width) :]",
-          "checkpoints/upcycle::test_drop_upcycling_draws_whole_units_of_each_expert_anew"),
-    Fault("drop-upcycling loses the mean", "cumo_model/checkpoints/upcycle.py",
-          ".to(old) + old.mean()", ".to(old)",
-          "checkpoints/upcycle::test_drop_upcycling_draws_whole_units_of_each_expert_anew"),
-    Fault("drop-upcycling has the spread of the whole matrix", "cumo_model/checkpoints/upcycle.py",
-          "old.std(), generator)", "matrix.float().std() * 2, generator)",
-          "checkpoints/upcycle::test_drop_upcycling_draws_whole_units_of_each_expert_anew"),
-    Fault("drop-upcycling draws rows of the second layer", "cumo_model/checkpoints/upcycle.py",
-          "(*rows, down[e].T)", "(*rows, down[e])",
-          "checkpoints/upcycle::test_drop_upcycling_draws_whole_units_of_each_expert_anew"),
-    Fault("drop-upcycling leaves the gate's half", "cumo_model/checkpoints/upcycle.py",
-          "for i in range(up.shape[1] // width)]", "for i in range(1)]",
-          "checkpoints/upcycle::test_drop_upcycling_draws_whole_units_of_each_expert_anew"),
-    # found by a reviewer
+    # rows and limits
     Fault("the shortest of several limits", ROOT + "positions.py",
           "else max(lengths)", "else min(lengths)", "positions::test_the_limit_of_a_decoder"),
     Fault("a window as long as the positions has a limit", ROOT + "positions.py",
@@ -394,4 +360,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("sums with compat in the order of the weights", ROOT + "moe.py",
           "routing.topk_indices.argsort(1)[", "routing.topk_weights.argsort(1)[",
           "faithful::test_compat_repeats_the_originals_rounding_bit_for_bit"),
+    Fault("a cut draft has the logits of its end", ROOT + "generation.py",
+          "logits = logits[:, :length] if", "logits = logits[:, -length:] if",
+          "generate_modes::test_a_cut_draft_has_the_logits_of_its_tokens"),
 )  # fmt: skip

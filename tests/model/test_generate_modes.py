@@ -16,8 +16,9 @@ from transformers import (
     StoppingCriteria,
     WatermarkingConfig,
 )
+from transformers.generation.candidate_generator import CandidateGenerator
 
-from cumo_model.model.generation import text_ids
+from cumo_model.model.generation import TextCandidates, text_ids
 
 OPTIONS = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 OUTSIDE, INSIDE, NEGATIVE = 60, 2, -200  # ids of the image token; the vocabulary has 50 words
@@ -216,6 +217,22 @@ def test_drafts_end_before_an_image_token(prompt):
     assert torch.equal(model.generate(**inputs, **OPTIONS, assistant_model=assistant), greedy(model, inputs))
     sampled = model.generate(**inputs, **{**OPTIONS, "do_sample": True}, assistant_model=assistant)
     assert sampled.shape == (1, 27) and INSIDE not in sampled[:, 20:]
+
+
+@pytest.mark.parametrize("drafted, kept", [([5, 6, INSIDE, 7], 2), ([INSIDE, 5], 0), ([5, 6, 7], 3), ([], 0)])
+def test_a_cut_draft_has_the_logits_of_its_tokens(drafted, kept):
+    prompt, scores = torch.tensor([[3, 4]]), torch.randn(1, len(drafted), 50)
+
+    class Drafts(CandidateGenerator):
+        def get_candidates(self, input_ids, *args, **kwargs):
+            return torch.cat([input_ids, torch.tensor([drafted], dtype=torch.long)], 1), scores
+
+    ids, logits = TextCandidates(Drafts(), INSIDE, takes_pictures=True).get_candidates(prompt)
+    assert ids.tolist() == [[3, 4, *drafted[:kept]]]
+    if kept or not drafted:
+        assert torch.equal(logits, scores[:, :kept])
+    else:
+        assert logits is None
 
 
 @TOKENS

@@ -12,6 +12,7 @@ import pytest
 import cumo_model
 import cumo_model.data
 import cumo_model.processing
+from cumo_model.lazy import WATCHED
 
 HEAVY = "{'torch', 'transformers', 'numpy', 'PIL', 'cumo_kernels'}"
 REGISTERED = """
@@ -69,6 +70,31 @@ def test_nothing_heavy_is_imported():
 @pytest.mark.parametrize("first", FIRST)
 def test_everything_is_registered_whatever_comes_first(first):
     python(FIRST[first] + REGISTERED, "-W", "ignore::DeprecationWarning")
+
+
+WAITS = """
+import importlib._bootstrap, sys, threading, cumo_model
+
+class Waits:
+    \"""Another thread waits for an import of this one: Python's import system raises this.\"""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "cumo_model.registered":
+            raise importlib._bootstrap._DeadlockError(name)
+
+waits = Waits()
+sys.meta_path.insert(0, waits)
+"""
+ALIVE = "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+
+
+def test_registration_is_left_to_the_next_import_that_ends():
+    watched = f"for name in {WATCHED}: importlib.import_module(name)\n"
+    then = "sys.meta_path.remove(waits)\nassert cumo_model.lazy.Hook.is_left\n"
+    then += "import transformers.models.fuyu.modeling_fuyu\n"
+    python(WAITS + ALIVE + watched + then + REGISTERED, "-W", "ignore::DeprecationWarning")
+    with pytest.raises(AssertionError, match="cumo_model cannot register itself with transformers: _Dead"):
+        python(WAITS + watched)  # there is no other thread
 
 
 def test_the_ops_are_there_with_torch_alone():

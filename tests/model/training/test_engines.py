@@ -208,6 +208,7 @@ def test_a_lora_stage_stops_resumes_and_saves_a_merged_model(folder):
         trained, merged = (one.eval()(**batch).logits for one in (made.model, model))
     assert_same_formula(merged, trained)
     assert not any("lora" in name for name, _ in model.named_parameters())
+    assert (whole / "tokenizer.json").is_file() and (whole / "processor_config.json").is_file()
     following = write_recipe(folder, "next", model__start=str(whole), trainer__max_steps=1)
     assert run_recipe(load_recipe(following)).is_dir()
 
