@@ -1,0 +1,293 @@
+"""Answers of a model in this process: streamed one at a time, or in batches."""
+
+import os
+import queue
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+from cumo_model.checkpoints.assemble import assemble
+from cumo_model.checkpoints.folders import first_line
+from cumo_model.checkpoints.processors import template_for
+from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.model.positions import position_limit
+from cumo_model.processing.conversation import chat_template
+from cumo_model.processing.processor import CumoProcessor
+from cumo_model.processing.templates import get_template
+from cumo_model.processing.tokenizer_files import no_tokenizer
+from cumo_model.serving.messages import Message, check_conversation
+from cumo_model.serving.replies import CONTEXT, LENGTH, STOP, Reply, Stream
+from cumo_model.serving.sampling import GREEDY, Sampling
+
+# what values in config.json that no check knows can make of generation
+UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError)
+
+
+def load(
+    checkpoint: str | os.PathLike,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    bits: int | None = None,
+) -> tuple[CumoForConditionalGeneration, CumoProcessor]:
+    """Load (model, processor) from a checkpoint in this project's or the released layout.
+
+    Args:
+        checkpoint: folder of the checkpoint, with a tokenizer.
+        device: device of the model; by default the GPU if there is one.
+        dtype: dtype of the weights; by default that of the files.
+        bits: 4 or 8 to quantise the weights with bitsandbytes.
+
+    Raises:
+        ValueError: the device is not there, or the folder is missing or not a complete checkpoint; the
+            message gives the reason.
+    """
+    device = _device(device)
+    try:
+        model, processor = assemble(checkpoint, dtype=dtype, quantize=bits)
+    except Exception as error:  # a damaged file can raise any exception; report it in one line
+        raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be loaded: {first_line(error)}") from error
+    if processor is None:
+        raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be loaded: it {no_tokenizer(checkpoint)}")
+    if not getattr(model, "is_quantized", False):  # bitsandbytes has chosen the device of its weights
+        model = model.to(device)
+    return model.eval(), processor
+
+
+def _device(given: str | torch.device | None) -> torch.device:
+    if given is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(given)
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises several kinds, by device
+        raise ValueError(
+            f"device must be one of this machine, got {str(given)!r}: {first_line(error)}"
+        ) from None
+    return device
+
+
+def own_template(processor: CumoProcessor) -> str:
+    """Name of the template that is the processor's chat template.
+
+    Raises:
+        ValueError: it is none of this project's instruct templates.
+    """
+    name = template_for(processor, option="template")
+    if not get_template(name).instruct:
+        raise ValueError(
+            f"template must be given, as the checkpoint's own is for captions only, got {name!r}"
+        )
+    return name
+
+
+class Local:
+    """A model in this process.
+
+    Args:
+        model: the model, in evaluation mode.
+        processor: its processor.
+        template: name of an instruct template; by default that of the processor.
+        name: of the model, for messages.
+
+    Raises:
+        ValueError: the template is not an instruct template, or must be given.
+    """
+
+    def __init__(
+        self,
+        model: CumoForConditionalGeneration,
+        processor: CumoProcessor,
+        template: str | None = None,
+        name: str = "the model",
+    ):
+        if template is not None and not get_template(template).instruct:
+            raise ValueError(f"template must be an instruct template, got {template!r}")
+        self.model, self.processor, self.name = model, processor, name
+        self.template = template or own_template(processor)
+        end = get_template(self.template).end.strip()
+        self._chat = chat_template(template) if template else processor.chat_template_for()
+        self._end = end
+        self._stops = (
+            {"stop_strings": [end], "tokenizer": processor.tokenizer} if end not in ("", "</s>") else {}
+        )
+        self._turn = threading.Lock()  # one generation at a time: the others wait
+
+    def check(self, messages: Sequence[Message]) -> None:
+        """
+        Raises:
+            ValueError: as `check_conversation`, or the conversation is longer than the model's context.
+        """
+        check_conversation(messages, self.template)
+        self._room(self._prompt([messages])["input_ids"].shape[1])
+
+    def stream(self, messages: Sequence[Message], sampling: Sampling = GREEDY) -> Stream:
+        """Generate the answer to a conversation; the generation runs in a thread of its own.
+
+        Args:
+            messages: the conversation, as in `check_conversation`.
+            sampling: options of generation.
+
+        Raises:
+            ValueError: as `check`; while it is read also if the model cannot run.
+        """
+        check_conversation(messages, self.template)
+        inputs = self._prompt([messages])
+        room = self._room(inputs["input_ids"].shape[1])
+        return Stream(self._pieces(inputs, room, sampling), self._end)
+
+    def answers(self, talks: Sequence[Sequence[Message]], sampling: Sampling = GREEDY) -> list[Reply]:
+        """Generate the answers to several conversations as one batch.
+
+        A conversation whose answer may reach the end of the context is answered by itself, because a batch
+        has one length for all.
+
+        Raises:
+            ValueError: as `check`; the number of the conversation is named.
+        """
+        rooms, alone = [], []
+        for number, messages in enumerate(talks, 1):
+            try:
+                check_conversation(messages, self.template)
+            except ValueError as error:
+                raise ValueError(f"conversation {number}: {error}") from None
+        if not talks:
+            return []
+        inputs = self._prompt(talks)
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        for number, length in enumerate(lengths, 1):
+            try:
+                rooms.append(self._room(length))
+            except ValueError as error:
+                raise ValueError(f"conversation {number}: {error}") from None
+        alone = [i for i, room in enumerate(rooms) if room is not None and room < sampling.max_new_tokens]
+        if alone and len(talks) > 1:
+            together = [i for i in range(len(talks)) if i not in alone]
+            found = dict(zip(together, self.answers([talks[i] for i in together], sampling), strict=True))
+            found |= {i: self.stream(talks[i], sampling).read() for i in alone}
+            return [found[i] for i in range(len(talks))]
+        if alone:
+            return [self.stream(talks[0], sampling).read()]
+        with self._turn:
+            out = self._generate(inputs, sampling.max_new_tokens, sampling)
+        width = inputs["input_ids"].shape[1]
+        return [
+            self._reply(row, length, sampling)
+            for row, length in zip(out[:, width:].tolist(), lengths, strict=True)
+        ]
+
+    def _reply(self, ids: list[int], prompt_tokens: int, sampling: Sampling) -> Reply:
+        """The answer in one row of a batch, which is padded after its end."""
+        config, tokenizer = self.model.generation_config, self.processor.tokenizer
+        ends = config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        tokens = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
+        finish = STOP
+        if tokens is None:  # by a stop string, after which the row is padded, or not at all
+            padding = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
+            tokens = len(ids)
+            while self._stops and tokens and ids[tokens - 1] == padding:
+                tokens -= 1
+            text = tokenizer.decode(ids[:tokens], skip_special_tokens=True)
+            is_ended = bool(self._stops) and text.strip().endswith(self._end)
+            finish = STOP if is_ended or len(ids) < sampling.max_new_tokens else LENGTH
+        text = tokenizer.decode(ids[:tokens], skip_special_tokens=True)
+        return Reply(text.strip().removesuffix(self._end).strip(), finish, tokens, prompt_tokens)
+
+    def _prompt(self, talks: Sequence[Sequence[Message]]) -> dict[str, torch.Tensor]:
+        """Tensors of conversations, padded on the left."""
+        found = self.processor.apply_chat_template(
+            [list(messages) for messages in talks],
+            chat_template=self._chat,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+        return dict(found)
+
+    def _room(self, prompt: int) -> int | None:
+        """Tokens that the context has left for the answer; None if it has no limit."""
+        limit = position_limit(self.model.config.text_config)
+        if limit is None:
+            return None
+        if prompt >= limit:
+            raise ValueError(
+                f"the conversation must have fewer than {limit} tokens, the model's context, got {prompt}: "
+                "start a new one, or leave out pictures or text"
+            )
+        return limit - prompt
+
+    @torch.no_grad()
+    def _generate(self, inputs: dict, new_tokens: int, sampling: Sampling, **more: Any) -> torch.Tensor:
+        model = self.model
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        options = {"max_new_tokens": new_tokens, **sampling.for_generate(), **self._stops, **more}
+        try:
+            return model.generate(**inputs, **options)
+        except UNFORESEEN as error:
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise ValueError(f"{self.name} cannot answer: {what}") from error
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"{self.name} cannot answer: {first_line(error)}") from error
+
+    def _pieces(self, inputs: dict, room: int | None, sampling: Sampling):
+        found: queue.SimpleQueue = queue.SimpleQueue()
+        left = threading.Event()
+        new_tokens = sampling.max_new_tokens if room is None else min(room, sampling.max_new_tokens)
+        streamer = _Pieces(self.processor.tokenizer, found)
+
+        def run():
+            try:
+                criteria = StoppingCriteriaList([_Left(left)])
+                out = self._generate(
+                    inputs, new_tokens, sampling, streamer=streamer, stopping_criteria=criteria
+                )
+                found.put(out[0, inputs["input_ids"].shape[1] :].tolist())
+            except BaseException as error:
+                found.put(error)
+
+        with self._turn:
+            thread = threading.Thread(target=run, name="cumo-generate", daemon=True)
+            thread.start()
+            try:
+                while isinstance(piece := found.get(), str):
+                    yield piece
+            finally:  # also where the reader leaves: the next generation must find the model idle
+                left.set()
+                thread.join()
+        if isinstance(piece, BaseException):
+            raise piece
+        finish = self._reply(piece, 0, Sampling(new_tokens)).finish
+        if finish == LENGTH and new_tokens < sampling.max_new_tokens:
+            finish = CONTEXT
+        return finish, len(piece), inputs["input_ids"].shape[1]
+
+
+class _Pieces(TextStreamer):
+    """Puts the pieces of an answer into a queue."""
+
+    def __init__(self, tokenizer, found: queue.SimpleQueue):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.found = found
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.found.put(text)
+
+
+class _Left(StoppingCriteria):
+    """Ends a generation whose reader has left."""
+
+    def __init__(self, left: threading.Event):
+        self.left = left
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.left.is_set(), device=input_ids.device)
