@@ -117,7 +117,9 @@ def _convert(args: argparse.Namespace) -> Callable[[], int | None]:
     from cumo_model.checkpoints.convert import convert_checkpoint
 
     shard_bytes = max(1, int(args.shard_gb * 1000**3))
-    return lambda: convert_checkpoint(args.source, args.target, args.layout, shard_bytes)
+    return lambda: convert_checkpoint(
+        args.source, args.target, args.layout, shard_bytes, args.remote_code
+    )
 
 
 def _upcycle(args: argparse.Namespace) -> Callable[[], int | None]:

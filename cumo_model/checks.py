@@ -98,6 +98,8 @@ def _train(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     if not 0 < args.shard_gb < math.inf:
         raise ValueError(f"--shard-gb must be positive, got {args.shard_gb}")
+    if args.remote_code and args.layout == "original":
+        raise ValueError("--layout must be cumo with --remote-code, got original, the original code's own")
     _check_model("source", args.source)
     _check_new("target", args.target)
 

@@ -132,6 +132,11 @@ def parser() -> argparse.ArgumentParser:
         default=2.0,
         help="largest output file and memory needed, in GB (default: 2)",
     )
+    convert.add_argument(
+        "--remote-code",
+        action="store_true",
+        help="in this project's layout, also for programs that open it with trust_remote_code=True only",
+    )
 
     upcycle = commands.add_parser(
         "upcycle", help="make experts of the MLPs of a dense model and print the step-0 difference"
