@@ -1,4 +1,4 @@
-"""Command line: python -m cumo_model {demo,ablate,chat,data,train,experts,convert,upcycle}.
+"""Command line: python -m cumo_model {demo,ablate,chat,answer,data,train,experts,convert,upcycle}.
 
 The commands call the library. Arguments are checked before it is imported, which takes seconds. Expected
 errors are printed in one line, without a traceback.
@@ -37,6 +37,50 @@ def _chat(args: argparse.Namespace) -> Callable[[], int | None]:
     from cumo_model.serving.chat import chat
 
     return lambda: chat(args.checkpoint, args.image, args.question, args.template, args.max_new_tokens)
+
+
+def _answer(args: argparse.Namespace) -> Callable[[], int]:
+    from cumo_model.training.launch import reported_once, supervise
+
+    if args.processes is not None and args.processes > 1:
+        if "RANK" in os.environ:
+            raise ValueError(f"--processes must be left out under torchrun, got {args.processes}")
+        words = _words({**vars(args), "processes": None})
+        return lambda: supervise([sys.executable, "-m", "cumo_model", *words], args.processes, 0)
+    from cumo_model.serving.answer import answer
+    from cumo_model.serving.sampling import Sampling
+
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    return reported_once()(
+        lambda: answer(
+            args.checkpoint,
+            args.questions,
+            args.images,
+            args.out,
+            sampling,
+            args.batch_size,
+            args.system,
+            args.template,
+            args.limit,
+            args.device,
+            args.dtype,
+            4 if args.load_4bit else 8 if args.load_8bit else None,
+            args.endpoint,
+            args.at_once,
+        )
+    )
+
+
+def _words(args: dict) -> list[str]:
+    """The words of a command, from its parsed arguments: `command` and `checkpoint`, all others options."""
+    words = [args["command"], *([] if args["checkpoint"] is None else [str(args["checkpoint"])])]
+    for name, value in args.items():
+        option = f"--{name.replace('_', '-')}"
+        if name in ("command", "checkpoint") or value is None or value is False:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [option] if value is True else [f"{option}={one}" for one in values]
+    return words
 
 
 def _train(args: argparse.Namespace) -> Callable[[], int]:
@@ -117,9 +161,7 @@ def _convert(args: argparse.Namespace) -> Callable[[], int | None]:
     from cumo_model.checkpoints.convert import convert_checkpoint
 
     shard_bytes = max(1, int(args.shard_gb * 1000**3))
-    return lambda: convert_checkpoint(
-        args.source, args.target, args.layout, shard_bytes, args.remote_code
-    )
+    return lambda: convert_checkpoint(args.source, args.target, args.layout, shard_bytes, args.remote_code)
 
 
 def _upcycle(args: argparse.Namespace) -> Callable[[], int | None]:
@@ -149,6 +191,7 @@ COMMANDS = {
     "demo": _demo,
     "ablate": _ablate,
     "chat": _chat,
+    "answer": _answer,
     "data": _data,
     "train": _train,
     "experts": _experts,

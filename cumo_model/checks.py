@@ -145,10 +145,50 @@ def _upcycle(args: argparse.Namespace) -> None:
     _check_new("--out", args.out)
 
 
+def _answer(args: argparse.Namespace) -> None:
+    if (args.checkpoint is None) == (args.endpoint is None):
+        got = "neither" if args.checkpoint is None else "both"
+        raise ValueError(f"give either the folder of a checkpoint or --endpoint, got {got}")
+    own = ("template", "device", "dtype", "load_4bit", "load_8bit", "processes")
+    if args.endpoint is not None and (given := [name for name in own if getattr(args, name)]):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{options} must not be given with --endpoint, where the server decides")
+    for option, least in (("max_new_tokens", 1), ("batch_size", 1), ("at_once", 1), ("limit", 1),
+                          ("processes", 1)):  # fmt: skip
+        if getattr(args, option) is not None:
+            _number(f"--{option.replace('_', '-')}", getattr(args, option), least)
+    _number("--seed", args.seed, 0, 2**63 - 1)
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature must be finite and not negative, got {args.temperature}")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+    if args.system is not None and not args.system.strip():
+        raise ValueError("--system must not be empty")
+    if not args.questions.is_file():
+        raise ValueError(
+            f"--questions must be a file, got {str(args.questions)!r}, which {_no_file(args.questions)}"
+        )
+    check_roots(IMAGES, args.images or [])
+    if args.out.is_dir():
+        raise ValueError(f"--out must be a file, got {str(args.out)!r}, which is a folder")
+    _check_template(args.template, must_instruct=True)
+    if args.checkpoint is not None:
+        _check_model("checkpoint", args.checkpoint)
+        if not has_tokenizer(args.checkpoint):
+            raise ValueError(
+                f"checkpoint {str(args.checkpoint)!r} cannot be loaded: it {no_tokenizer(args.checkpoint)}"
+            )
+
+
+def _no_file(path: Path) -> str:
+    return "does not exist" if not path.exists() else "is a folder"
+
+
 CHECKS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": _demo,
     "ablate": _ablate,
     "chat": _chat,
+    "answer": _answer,
     "data": _data,
     "train": _train,
     "experts": _experts,

@@ -45,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
 
+    _add_answer(commands)
+
     train = commands.add_parser(
         "train", help="run a recipe, which is one stage of training; an interrupted run is resumed"
     )
@@ -173,3 +175,54 @@ def parser() -> argparse.ArgumentParser:
     )
     upcycle.add_argument("--seed", type=int, default=0, help="seed of gates, noise and drop (default: 0)")
     return program
+
+
+def _add_answer(commands) -> None:
+    answer = commands.add_parser(
+        "answer", help="answer a file of questions about pictures; an interrupted run is resumed"
+    )
+    answer.add_argument(
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        metavar="DIR",
+        help="folder with config, safetensors and processor; or give --endpoint",
+    )
+    answer.add_argument(
+        "--questions",
+        type=Path,
+        required=True,
+        help="JSON lines with question_id, text, and image, the name of a picture or a list of names",
+    )
+    answer.add_argument(
+        "--images", action="append", help="folder or .tar file of the pictures; may be repeated"
+    )
+    answer.add_argument("--out", type=Path, required=True, help="file of the answers, JSON lines")
+    answer.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
+    answer.add_argument("--temperature", type=float, default=0.0, help="0 for greedy decoding (default: 0)")
+    answer.add_argument("--top-p", type=float, default=1.0, help="likeliest tokens to draw from (default: 1)")
+    answer.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default: 0)")
+    answer.add_argument("--system", help="text for the system's place in each conversation")
+    answer.add_argument(
+        "--template", help="conversation template (default: that of the processor); not with --endpoint"
+    )
+    answer.add_argument("--batch-size", type=int, default=8, help="questions per batch (default: 8)")
+    answer.add_argument("--limit", type=int, help="answer only so many questions, the first ones")
+    answer.add_argument(
+        "--device", help="such as cuda:1 or cpu (default: a GPU for each process, if there is one)"
+    )
+    answer.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: that of the files)",
+    )
+    bits = answer.add_mutually_exclusive_group()
+    bits.add_argument("--load-4bit", action="store_true", help="quantise the weights with bitsandbytes")
+    bits.add_argument("--load-8bit", action="store_true", help="likewise, with 8 bits")
+    answer.add_argument(
+        "--processes", type=int, help="processes on this machine, one for each GPU (default: 1)"
+    )
+    answer.add_argument("--endpoint", help="address of a running server, such as http://127.0.0.1:8000/v1")
+    answer.add_argument(
+        "--at-once", type=int, default=16, help="requests to the endpoint at the same time (default: 16)"
+    )

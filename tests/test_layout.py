@@ -180,7 +180,7 @@ ROOMS = {
     "checkpoints": ("processing",),
     "training": ("data", "checkpoints"),
     "analysis": ("data", "checkpoints"),
-    "serving": ("checkpoints",),
+    "serving": ("data", "checkpoints"),
     "demo": ("training", "analysis", "serving"),
     "names": (),
     "old_paths": (),
