@@ -14,7 +14,7 @@ from typing import Any
 from cumo_kernels.files import write_whole
 
 MODULE = "cumo_remote"
-CODE = '''"""Names the classes of this checkpoint, which are in the package cumo, for trust_remote_code=True."""
+CODE = '''"""Names the classes of this checkpoint for trust_remote_code=True; they are in the package cumo."""
 
 try:
     from cumo_model import (  # noqa: F401
