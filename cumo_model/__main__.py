@@ -34,9 +34,23 @@ def _demo(args: argparse.Namespace) -> Callable[[], int]:
 
 
 def _chat(args: argparse.Namespace) -> Callable[[], int | None]:
+    engine = {"checkpoint": args.checkpoint, "endpoint": args.endpoint, "template": args.template}
+    engine |= {"device": args.device, "dtype": args.dtype, "bits": args.bits}
+    if args.web:
+        from cumo_model.serving.web import serve_page
+
+        page = {"host": args.host, "port": args.port, "share": args.share}
+        return lambda: serve_page(**engine, sampling=_sampling(args), system=args.system, **page)
     from cumo_model.serving.chat import chat
 
-    return lambda: chat(args.checkpoint, args.image, args.question, args.template, args.max_new_tokens)
+    asked = {"images": args.image or (), "question": args.question, "system": args.system}
+    return lambda: chat(**engine, **asked, sampling=_sampling(args))
+
+
+def _sampling(args: argparse.Namespace):
+    from cumo_model.serving.sampling import Sampling
+
+    return Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 
 def _answer(args: argparse.Namespace) -> Callable[[], int]:
@@ -48,38 +62,21 @@ def _answer(args: argparse.Namespace) -> Callable[[], int]:
         words = _words({**vars(args), "processes": None})
         return lambda: supervise([sys.executable, "-m", "cumo_model", *words], args.processes, 0)
     from cumo_model.serving.answer import answer
-    from cumo_model.serving.sampling import Sampling
 
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    return reported_once()(
-        lambda: answer(
-            args.checkpoint,
-            args.questions,
-            args.images,
-            args.out,
-            sampling,
-            args.batch_size,
-            args.system,
-            args.template,
-            args.limit,
-            args.device,
-            args.dtype,
-            4 if args.load_4bit else 8 if args.load_8bit else None,
-            args.endpoint,
-            args.at_once,
-        )
-    )
+    engine = {"checkpoint": args.checkpoint, "endpoint": args.endpoint, "template": args.template}
+    engine |= {"device": args.device, "dtype": args.dtype, "bits": args.bits, "at_once": args.at_once}
+    asked = {"questions": args.questions, "images": args.images, "out": args.out, "limit": args.limit}
+    asked |= {"batch_size": args.batch_size, "system": args.system}
+    return reported_once()(lambda: answer(**engine, **asked, sampling=_sampling(args)))
 
 
 def _words(args: dict) -> list[str]:
-    """The words of a command, from its parsed arguments: `command` and `checkpoint`, all others options."""
-    words = [args["command"], *([] if args["checkpoint"] is None else [str(args["checkpoint"])])]
+    """The words of a command, from its checked arguments."""
+    words = [args["command"], *([f"--load-{args['bits']}bit"] if args["bits"] else [])]
     for name, value in args.items():
-        option = f"--{name.replace('_', '-')}"
-        if name in ("command", "checkpoint") or value is None or value is False:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [option] if value is True else [f"{option}={one}" for one in values]
+        if name not in ("command", "folder", "bits") and value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}={one}" for one in values]
     return words
 
 

@@ -31,19 +31,23 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: 0)")
 
-    chat = commands.add_parser("chat", help="ask a checkpoint questions about a picture")
+    chat = commands.add_parser("chat", help="ask a checkpoint questions about pictures")
+    _add_engine(chat)
     chat.add_argument(
-        "--checkpoint", type=Path, required=True, help="folder with config, safetensors and processor"
+        "--image",
+        action="append",
+        help="file or URL of a picture; may be repeated; without it the first question is about text only",
     )
-    chat.add_argument("--image", help="file or URL of the picture; without it the chat is about text only")
     chat.add_argument(
         "--question", help="answer this question and exit; without it questions are read from standard input"
     )
+    _add_sampling(chat)
+    chat.add_argument("--web", action="store_true", help="open a page for the browser instead")
+    chat.add_argument("--host", default="127.0.0.1", help="address of the page (default: this machine only)")
+    chat.add_argument("--port", type=int, default=7860, help="port of the page (default: 7860)")
     chat.add_argument(
-        "--template",
-        help="conversation template, such as mistral_instruct (default: that of the processor)",
+        "--share", action="store_true", help="also give the page a public address, through Gradio's servers"
     )
-    chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
 
     _add_answer(commands)
 
@@ -181,13 +185,7 @@ def _add_answer(commands) -> None:
     answer = commands.add_parser(
         "answer", help="answer a file of questions about pictures; an interrupted run is resumed"
     )
-    answer.add_argument(
-        "checkpoint",
-        nargs="?",
-        type=Path,
-        metavar="DIR",
-        help="folder with config, safetensors and processor; or give --endpoint",
-    )
+    _add_engine(answer)
     answer.add_argument(
         "--questions",
         type=Path,
@@ -198,31 +196,56 @@ def _add_answer(commands) -> None:
         "--images", action="append", help="folder or .tar file of the pictures; may be repeated"
     )
     answer.add_argument("--out", type=Path, required=True, help="file of the answers, JSON lines")
-    answer.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
-    answer.add_argument("--temperature", type=float, default=0.0, help="0 for greedy decoding (default: 0)")
-    answer.add_argument("--top-p", type=float, default=1.0, help="likeliest tokens to draw from (default: 1)")
-    answer.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default: 0)")
-    answer.add_argument("--system", help="text for the system's place in each conversation")
-    answer.add_argument(
-        "--template", help="conversation template (default: that of the processor); not with --endpoint"
-    )
+    _add_sampling(answer)
     answer.add_argument("--batch-size", type=int, default=8, help="questions per batch (default: 8)")
     answer.add_argument("--limit", type=int, help="answer only so many questions, the first ones")
     answer.add_argument(
-        "--device", help="such as cuda:1 or cpu (default: a GPU for each process, if there is one)"
+        "--processes", type=int, help="processes on this machine, one for each GPU (default: 1)"
     )
     answer.add_argument(
+        "--at-once", type=int, default=16, help="requests to the endpoint at the same time (default: 16)"
+    )
+
+
+def _add_engine(command: argparse.ArgumentParser) -> None:
+    """Options of what answers: a checkpoint or an endpoint."""
+    command.add_argument("folder", nargs="?", type=Path, help="folder with config, safetensors and processor")
+    command.add_argument("--checkpoint", type=Path, help="the same, as an option")
+    command.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="a running server instead of a folder, such as http://127.0.0.1:8000/v1 of `cumo serve`",
+    )
+    command.add_argument(
+        "--template",
+        help="conversation template, such as mistral_instruct (default: that of the processor)",
+    )
+    command.add_argument("--device", help="such as cuda:1 or cpu (default: the GPU if there is one)")
+    command.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="dtype of the weights (default: that of the files)",
     )
-    bits = answer.add_mutually_exclusive_group()
-    bits.add_argument("--load-4bit", action="store_true", help="quantise the weights with bitsandbytes")
-    bits.add_argument("--load-8bit", action="store_true", help="likewise, with 8 bits")
-    answer.add_argument(
-        "--processes", type=int, help="processes on this machine, one for each GPU (default: 1)"
+    bits = command.add_mutually_exclusive_group()
+    for number in (4, 8):
+        text = f"quantise the weights to {number} bits with bitsandbytes"
+        bits.add_argument(f"--load-{number}bit", dest="bits", action="store_const", const=number, help=text)
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    """Options of generation."""
+    command.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
+    command.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 for the likeliest words, above to vary them (default: 0)",
     )
-    answer.add_argument("--endpoint", help="address of a running server, such as http://127.0.0.1:8000/v1")
-    answer.add_argument(
-        "--at-once", type=int, default=16, help="requests to the endpoint at the same time (default: 16)"
+    command.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="with a temperature: sample from the likeliest words with this probability (default: 1)",
     )
+    command.add_argument("--seed", type=int, help="seed of the samples (default: another answer each time)")
+    command.add_argument("--system", help="text in place of the template's system text")

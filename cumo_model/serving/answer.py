@@ -20,7 +20,7 @@ from cumo_model.data.pictures import Pictures, is_system_failure
 from cumo_model.processing.pictures import load_image
 from cumo_model.serving.answer_file import AnswerFile
 from cumo_model.serving.endpoint import Endpoint, RefusedError
-from cumo_model.serving.local import Local, load
+from cumo_model.serving.engines import Engine, open_engine
 from cumo_model.serving.messages import Message
 from cumo_model.serving.questions import Question, pictures_of_questions, read_questions
 from cumo_model.serving.replies import Reply
@@ -49,7 +49,7 @@ class Answered:
 
 
 def answer_questions(
-    engine: Any,
+    engine: Engine | Callable[[], Engine],
     questions: Sequence[Question],
     images: Images,
     out: str | os.PathLike,
@@ -57,6 +57,7 @@ def answer_questions(
     batch_size: int = BATCH,
     system: str | None = None,
     settings: dict[str, Any] | None = None,
+    model_id: str | None = None,
     progress: bool = True,
 ) -> Answered:
     """Answer questions and write the answers to a file, in the order of the questions.
@@ -79,6 +80,7 @@ def answer_questions(
         system: a text for the system's place in each conversation.
         settings: what else the answers depend on, as JSON: an interrupted run goes on only with the same. By
             default name and template of the engine.
+        model_id: name of the model in the answers; by default that of the engine.
         progress: whether to show a progress bar and the questions that fail.
 
     Raises:
@@ -124,7 +126,7 @@ def answer_questions(
         )
         failures, new = {}, 0
         with bar:
-            for question, reply in _answered(engine, rest, pictures, system, sampling, file):
+            for question, reply in _answered(engine, rest, pictures, system, sampling, file, model_id):
                 bar.update()
                 if isinstance(reply, Reply):
                     new += 1
@@ -155,6 +157,7 @@ def _answered(
     system: str | None,
     sampling: Sampling,
     file: AnswerFile,
+    model_id: str | None,
 ) -> Iterator[tuple[Question, Reply | str]]:
     """Answer batches and add them to the file; yields each question with its answer, or why it has none."""
     talk = lambda question: _talk(question, pictures, system)
@@ -164,7 +167,9 @@ def _answered(
     else:
         found = _in_batches(engine, batches, talk, sampling)
     for batch in found:
-        file.add([file.answer(q, reply, engine.name) for q, reply in batch if isinstance(reply, Reply)])
+        file.add(
+            [file.answer(q, reply, model_id or engine.name) for q, reply in batch if isinstance(reply, Reply)]
+        )
         yield from batch
 
 
@@ -358,17 +363,14 @@ def answer(
     if Path(out).exists() and os.path.samefile(out, questions):
         raise ValueError(f"out must be another file than the questions, got {str(out)!r}")
     if endpoint is not None:
-        engine: Any = Endpoint(endpoint, at_once=at_once)
+        engine = Endpoint(endpoint, at_once=at_once)
         settings = {"model": engine.name}
+        name = engine.name
     else:
         settings = {"model": fingerprint(checkpoint), "template": template, "dtype": dtype, "bits": bits}
-
-        def engine() -> Local:
-            kind = getattr(torch, dtype) if dtype else None
-            model, processor = load(checkpoint, _own_device(device), kind, bits)
-            return Local(model, processor, template, Path(os.path.abspath(checkpoint)).name)
-
-    done = answer_questions(engine, asked, images, out, sampling, batch_size, system, settings)
+        engine = lambda: open_engine(checkpoint, None, template, _own_device(device), dtype, bits)
+        name = Path(os.path.abspath(checkpoint)).name
+    done = answer_questions(engine, asked, images, out, sampling, batch_size, system, settings, name)
     rank, ranks = _rank()
     if ranks > 1:
         torch.distributed.destroy_process_group()
