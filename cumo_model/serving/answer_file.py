@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cumo_model.serving.questions import Question
 from cumo_model.serving.replies import Reply
 
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+DYING = 2.0  # seconds for a process that was killed to let go of its part
 SHOWN = 12  # digits of the digest that names a run
 
 
@@ -84,13 +86,19 @@ class AnswerFile:
         return sorted(path for path in found if path.name.removeprefix(head).isdecimal())
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
+        end = time.monotonic() + DYING
+        while True:
+            try:
+                fcntl.flock(self._part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno in WITHOUT_LOCKS:
+                    return
+            if time.monotonic() > end:
                 raise ValueError(
                     f"out {str(self.out)!r} is being written by another run: wait for it, or choose another"
-                ) from None
+                )
+            time.sleep(0.1)
 
     def _drop_torn_line(self) -> None:
         self._part.seek(0)

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,7 @@ def read_questions(path: str | os.PathLike, limit: int | None = None) -> list[Qu
     """
     questions: list[Question] = []
     seen: dict[Any, str] = {}
-    for place, value in _objects(Path(path)):
-        if limit is not None and len(questions) == limit:
-            break
+    for place, value in islice(_objects(Path(path)), limit):
         question = _question(value, place)
         if question.id in seen:
             raise ValueError(
@@ -99,9 +98,10 @@ def _objects(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield f"{path}, line {number}", json.loads(line)
+                value = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: must be JSON: {error}") from None
+            yield f"{path}, line {number}", value
 
 
 def _question(value: Any, place: str) -> Question:
