@@ -123,6 +123,14 @@ def test_two_runs_are_the_same_file_and_a_finished_one_is_left_alone(
     assert texts[0] != texts[1]
 
 
+def test_the_system_text_is_in_each_conversation(talker, questions, images, tmp_path):
+    asked = read_questions(questions, 1)
+    answer_questions(talker, asked, images, tmp_path / "a", SHORT, system="a red door")
+    talk = [{"role": "system", "content": "a red door"}, asked[0].message()]
+    assert lines(tmp_path / "a")[0]["text"] == talker.stream(talk, SHORT).read().text
+    assert lines(tmp_path / "a")[0]["text"] != talker.stream(talk[1:], SHORT).read().text
+
+
 def interrupted(words, out: Path, log: Path, ranks: int = 1) -> list[Path]:
     """Start the command, kill it with SIGKILL after a few answers, and return the parts it has left."""
     process = Forked(["-m", "cumo_model", "answer", *map(str, words)], log, ranks)
