@@ -227,9 +227,9 @@ def _add_engine(command: argparse.ArgumentParser) -> None:
         help="dtype of the weights (default: that of the files)",
     )
     bits = command.add_mutually_exclusive_group()
-    for number in (4, 8):
+    for option, number in (("--load-4bit", 4), ("--load-8bit", 8)):
         text = f"quantise the weights to {number} bits with bitsandbytes"
-        bits.add_argument(f"--load-{number}bit", dest="bits", action="store_const", const=number, help=text)
+        bits.add_argument(option, dest="bits", action="store_const", const=number, help=text)
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
