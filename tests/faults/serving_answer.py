@@ -10,7 +10,8 @@ KILLED = "serving/answer::test_a_killed_run_goes_on_where_it_was"
 FAILED = "serving/answer::test_a_question_that_cannot_be_answered_is_named_and_tried_again"
 FAULTS: tuple[Fault, ...] = (
     Fault("answers in the order in which they came", FILE,
-          "{question.id: found[question.id] for question in self.questions if question.id in found}", "found", ORDER),
+          "question.id: found[question.id] for question in self.questions if question.id in found",
+          "number: answer for number, answer in found.items()", ORDER),
     Fault("parts are left behind", FILE, "path.unlink()\n", "pass\n", ORDER),
     Fault("settings of a part are not looked at", FILE, "if head != self._head:", "if False:", KILLED),
     Fault("a torn line is left in the part", FILE,
