@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cached_property
 
 from torch import Tensor, nn
-from transformers import AutoModel, MixtralModel
+from transformers import AutoModel, BatchFeature, MixtralModel
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.transformers import (
     CausalMixin,
@@ -27,6 +27,7 @@ from vllm.model_executor.models.transformers import (
 from vllm.model_executor.models.transformers.base import Base, PreTrainedModelClasses
 from vllm.model_executor.models.transformers.utils import init_on_device_without_buffers
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from cumo_model.model.head import head_of
 
@@ -34,8 +35,20 @@ WHOLE = ("vision_tower", "multi_modal_projector")  # parts of the model that sta
 FUSED_ACTIVATIONS = ("silu", "swish")  # of experts, that the backend gives to vLLM's fused experts
 
 
+class CumoPictures(MultiModalProcessor):
+    """Pictures and prompts for the model, by CumoProcessor."""
+
+    def _get_field_config(
+        self, modality: str, key: str, hf_inputs: BatchFeature, sizes: Tensor
+    ) -> MultiModalFieldConfig:
+        """As in the backend, which would give a picture as many rows of image_sizes as it has tiles."""
+        if key == "image_sizes":
+            return MultiModalFieldConfig.batched(modality)
+        return super()._get_field_config(modality, key, hf_inputs, sizes)
+
+
 @MULTIMODAL_REGISTRY.register_processor(
-    MultiModalProcessor, info=MultiModalProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
+    CumoPictures, info=MultiModalProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
 )
 class CumoForVllm(MoEMixin, MultiModalMixin, CausalMixin):
     """CuMo in vLLM, with a dense language model or with Mixtral."""
