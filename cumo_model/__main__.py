@@ -1,4 +1,4 @@
-"""Command line: python -m cumo_model {demo,ablate,chat,data,train,experts,convert,upcycle}.
+"""Command line: python -m cumo_model {demo,ablate,chat,serve,data,train,experts,convert,upcycle}.
 
 The commands call the library. Arguments are checked before it is imported, which takes seconds. Expected
 errors are printed in one line, without a traceback.
@@ -37,6 +37,14 @@ def _chat(args: argparse.Namespace) -> Callable[[], int | None]:
     from cumo_model.serving.chat import chat
 
     return lambda: chat(args.checkpoint, args.image, args.question, args.template, args.max_new_tokens)
+
+
+def _serve(args: argparse.Namespace) -> Callable[[], int]:
+    from cumo_model.serving.serve import serve
+
+    names = ("host", "port", "name", "max_model_len", "tensor_parallel", "dtype", "images_per_prompt",
+             "extra")  # fmt: skip
+    return lambda: serve(args.checkpoint, **{name: getattr(args, name) for name in names})
 
 
 def _train(args: argparse.Namespace) -> Callable[[], int]:
@@ -147,6 +155,7 @@ COMMANDS = {
     "demo": _demo,
     "ablate": _ablate,
     "chat": _chat,
+    "serve": _serve,
     "data": _data,
     "train": _train,
     "experts": _experts,

@@ -9,8 +9,8 @@ from cumo_model import CumoConfig, CumoForConditionalGeneration, build_processor
 from cumo_model.demo.tokenizer import train_tokenizer
 
 WORDS = (
-    "what is in the picture", "a red square left of a blue circle", "how many dots are there", "one two three",
-    "describe both pictures in one sentence", "which of them is larger", "the first the second", "yes no",
+    "what is in the picture", "a red square left of a blue circle", "how many dots are there",
+    "one two three",     "describe both pictures in one sentence", "which of them is larger", "the first the second", "yes no",
 )  # fmt: skip
 SIDE = 24
 

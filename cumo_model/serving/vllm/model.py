@@ -30,9 +30,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from cumo_model.model.head import head_of
+from cumo_model.serving.vllm.limits import check_config
 
 WHOLE = ("vision_tower", "multi_modal_projector")  # parts of the model that stay as they are
-FUSED_ACTIVATIONS = ("silu", "swish")  # of experts, that the backend gives to vLLM's fused experts
 
 
 class CumoPictures(MultiModalProcessor):
@@ -54,11 +54,12 @@ class CumoForVllm(MoEMixin, MultiModalMixin, CausalMixin):
     """CuMo in vLLM, with a dense language model or with Mixtral."""
 
     def __init__(self, *, vllm_config, prefix: str = ""):
-        config = vllm_config.model_config.hf_config
-        check_config(config)
+        check_config(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        words = self.text_config.vocab_size
         self.head = head_of(self.text_config)
-        self.logits_processor = LogitsProcessor(self.text_config.vocab_size)  # the head has scale and cap
+        self.logits_processor = LogitsProcessor(words)  # the head has scale and cap
+        self.configure_mm_token_handling(words, [self.config.image_token_index])
 
     @property
     def is_sparse(self) -> bool:
@@ -107,18 +108,3 @@ def _without(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
         changed = dict(model._modules)
         model._modules.clear()
         model._modules.update({name: changed.get(name, part) for name, part in before.items()})
-
-
-def check_config(config) -> None:
-    """Refuse a config that would be computed otherwise than in transformers.
-
-    Raises:
-        ValueError: compat is set, or Mixtral's experts have an activation that vLLM's do not compute.
-    """
-    text = config.text_config
-    if config.compat is not None:
-        raise ValueError(f"config.compat must be None, vLLM cannot repeat that rounding, got {config.compat!r}")
-    if text.model_type == "mixtral" and text.hidden_act not in FUSED_ACTIVATIONS:
-        raise ValueError(
-            f"text_config.hidden_act must be one of {FUSED_ACTIVATIONS} for mixtral in vLLM, got {text.hidden_act!r}"
-        )
