@@ -4,22 +4,35 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from cumo_model import CumoConfig, CumoForConditionalGeneration, build_processor
 from cumo_model.demo.tokenizer import train_tokenizer
 
 WORDS = (
     "what is in the picture", "a red square left of a blue circle", "how many dots are there",
-    "one two three",     "describe both pictures in one sentence", "which of them is larger", "the first the second", "yes no",
+    "one two three", "describe both pictures in one sentence", "which of them is larger",
+    "the first the second", "yes no",
 )  # fmt: skip
 SIDE = 24
 
 
-def tokenizer():
-    return train_tokenizer(WORDS, 330)
+def tokenizer(marker_last: bool = False):
+    """The demo's tokenizer; with `marker_last` the image token is beyond the model's vocabulary."""
+    found = train_tokenizer(WORDS, 330)
+    if not marker_last:
+        return found
+    text = found.backend_tokenizer.to_str().replace("<image>", "<former>")
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(text), unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="<unk>", padding_side="right",
+    )  # fmt: skip
+    found.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    return found
 
 
-def config(words: int, text: str = "mixtral", **options) -> CumoConfig:
+def config(words: int, text: str = "mixtral", text_config=(), **options) -> CumoConfig:
     """Experts in tower, connector and, for mixtral, language model; 4 x 4 tokens a tile."""
     vision = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -32,18 +45,16 @@ def config(words: int, text: str = "mixtral", **options) -> CumoConfig:
         "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
         "sliding_window": None,
     }  # fmt: skip
-    return CumoConfig(
-        vision_config=options.pop("vision_config", vision),
-        text_config=sizes | experts | options.pop("text_config", {}),
-        **options,
-    )
+    sizes = sizes | experts | dict(text_config)
+    return CumoConfig(vision_config=vision, text_config=sizes, **options)
 
 
-def write(folder: Path, text: str = "mixtral", seed: int = 0, **options) -> Path:
-    """A checkpoint in `folder`, in fp32, whose greedy answers differ by prompt and picture."""
-    words = tokenizer()
-    made = config(len(words), text, image_token_index=words.convert_tokens_to_ids("<image>"), **options)
-    torch.manual_seed(seed)
+def write(folder: Path, text: str = "mixtral", marker_last: bool = False, **options) -> Path:
+    """A checkpoint in fp32 whose greedy answers differ by prompt and picture; `options` of the config."""
+    words = tokenizer(marker_last)
+    token = words.convert_tokens_to_ids("<image>")
+    made = config(len(words) - marker_last, text, image_token_index=token, **options)
+    torch.manual_seed(0)
     model = CumoForConditionalGeneration(made)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

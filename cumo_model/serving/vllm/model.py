@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModel, BatchFeature, MixtralModel
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -90,10 +91,17 @@ class CumoForVllm(MoEMixin, MultiModalMixin, CausalMixin):
                 Base.recursive_replace(self)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """(T, H) -> (T, V), None on the ranks to which vLLM does not gather them."""
-        hidden_states = self.head.before(hidden_states)
-        logits = super().compute_logits(hidden_states)
-        return None if logits is None else self.head.after(logits)
+        """(T, H) -> (T, V), None on the ranks to which vLLM does not gather them.
+
+        The image token, if it is in the vocabulary, is never the next one, as in `generate`.
+        """
+        logits = super().compute_logits(self.head.before(hidden_states))
+        if logits is None:
+            return None
+        logits, token = self.head.after(logits), self.config.image_token_index
+        if token < logits.shape[-1]:
+            logits[..., token] = -torch.inf
+        return logits
 
 
 @contextmanager
