@@ -44,7 +44,7 @@ def main(folder: str, out: str, options: str) -> None:
     from tests.serve.questions import NEW_TOKENS, TALKS, messages
 
     engine = LLM(folder, **json.loads(options))
-    greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+    greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=0)
     rounds = []
     for _ in range(2):
         found = engine.chat([messages(talk, "image_pil") for talk in TALKS], greedy, use_tqdm=False)
@@ -54,6 +54,7 @@ def main(folder: str, out: str, options: str) -> None:
                     "prompt": list(answer.prompt_token_ids),
                     "answer": list(answer.outputs[0].token_ids),
                     "cached": answer.num_cached_tokens,
+                    "logprob": next(iter(answer.outputs[0].logprobs[0].values())).logprob,
                 }
                 for answer in found
             ]

@@ -70,12 +70,22 @@ class Right:
         self.precise = load(folder, dtype=torch.float64).eval()
         self.processor = CumoProcessor.from_pretrained(folder)
 
-    def answer(self, talk: tuple, new_tokens: int = NEW_TOKENS) -> tuple[list[int], list[int]]:
-        """Ids of the prompt and of the answer."""
-        inputs = self.processor.apply_chat_template(
+    def inputs(self, talk: tuple) -> dict:
+        return self.processor.apply_chat_template(
             messages(talk, "image"), tokenize=True, return_dict=True, return_tensors="pt",
             add_generation_prompt=True,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def first_scores(self, talk: tuple) -> torch.Tensor:
+        """Logits (V,) of the first token of the answer; the image token has none."""
+        scores = self.model(**self.inputs(talk)).logits[0, -1]
+        scores[self.processor.image_token_id] = -torch.inf
+        return scores
+
+    def answer(self, talk: tuple, new_tokens: int = NEW_TOKENS) -> tuple[list[int], list[int]]:
+        """Ids of the prompt and of the answer."""
+        inputs = self.inputs(talk)
         ids, found = inputs["input_ids"], []
         for model in (self.model, self.precise):
             if "pixel_values" in inputs:
