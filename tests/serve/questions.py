@@ -94,7 +94,3 @@ class Right:
             found.append(out[0, ids.shape[1] :].tolist())
         assert found[0] == found[1], "rounding decides this answer: give the checkpoint other weights"
         return ids[0].tolist(), found[0]
-
-    def text(self, talk: tuple, new_tokens: int = NEW_TOKENS) -> str:
-        answer = self.answer(talk, new_tokens)[1]
-        return self.processor.tokenizer.decode(answer, skip_special_tokens=True)

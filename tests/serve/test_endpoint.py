@@ -65,8 +65,11 @@ class Server:
             **options,
         )  # fmt: skip
 
-    def text(self, talk: tuple) -> str:
-        return self.ask(talk).choices[0].message.content
+    def tokens(self, talk: tuple) -> list[int]:
+        """Ids of the answer; its text lacks the beginning of a letter at the end."""
+        found = self.ask(talk, extra_body={"return_token_ids": True}).choices[0]
+        assert found.message.content
+        return found.token_ids
 
     def family(self) -> list[psutil.Process]:
         own = psutil.Process(self.process.pid)
@@ -108,19 +111,24 @@ def refused(server: Server, content, role: str = "user", **options) -> str:
 
 def test_a_picture_two_pictures_text_and_turns(server, right):
     for number in (0, 1, 3, 6, 9, 11, 13):
-        assert server.text(TALKS[number]) == right.text(TALKS[number]), TALKS[number]
+        assert server.tokens(TALKS[number]) == right.answer(TALKS[number])[1], TALKS[number]
 
 
 def test_an_answer_is_streamed(server, right):
-    parts = [chunk.choices[0].delta.content or "" for chunk in server.ask(TALKS[2], stream=True)]
-    assert "".join(parts) == right.text(TALKS[2])
-    assert sum(map(bool, parts)) > 2
+    texts, tokens = [], []
+    for chunk in server.ask(TALKS[2], stream=True, extra_body={"return_token_ids": True}):
+        texts.append(chunk.choices[0].delta.content or "")
+        tokens += chunk.choices[0].token_ids or []
+    assert tokens == right.answer(TALKS[2])[1]
+    said = right.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert said.startswith("".join(texts))
+    assert sum(map(bool, texts)) > 2
 
 
 def test_sixteen_requests_at_once(server, right):
     with ThreadPoolExecutor(16) as threads:
-        found = list(threads.map(server.text, TALKS[:16]))
-    assert found == [right.text(talk) for talk in TALKS[:16]]
+        found = list(threads.map(server.tokens, TALKS[:16]))
+    assert found == [right.answer(talk)[1] for talk in TALKS[:16]]
 
 
 def test_a_client_that_leaves_in_the_middle_of_an_answer(server, right):
@@ -132,7 +140,7 @@ def test_a_client_that_leaves_in_the_middle_of_an_answer(server, right):
     while server.running() and time.monotonic() < end:
         time.sleep(0.05)
     assert not server.running()
-    assert server.text(TALKS[0]) == right.text(TALKS[0])
+    assert server.tokens(TALKS[0]) == right.answer(TALKS[0])[1]
 
 
 def test_what_cannot_be_answered_is_an_error_of_the_request(server, right):
@@ -147,7 +155,7 @@ def test_what_cannot_be_answered_is_an_error_of_the_request(server, right):
     assert "<image>" in refused(server, "what <image> is in the picture")
     assert "<image>" in refused(server, [*link(url(0))[:1], {"type": "text", "text": "in <image>"}])
     assert "At most 8" in refused(server, link(url(0))[:1] * 9)
-    assert server.text(TALKS[0]) == right.text(TALKS[0])
+    assert server.tokens(TALKS[0]) == right.answer(TALKS[0])[1]
 
 
 @pytest.mark.parametrize("side", [30_000, 8_000])
@@ -164,7 +172,7 @@ def test_a_picture_bomb_is_not_decoded(server, right, side):
     after = [process.memory_info().rss for process in server.family()]
     assert "exceed" in message
     assert sum(after) - sum(before) < side * side // 2
-    assert server.text(TALKS[0]) == right.text(TALKS[0])
+    assert server.tokens(TALKS[0]) == right.answer(TALKS[0])[1]
 
 
 def test_ctrl_c_ends_the_server_and_all_that_it_started(server):
