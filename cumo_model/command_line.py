@@ -58,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
         "serve", help="serve a checkpoint through vLLM, with the API of OpenAI; needs vLLM"
     )
     serve.add_argument("checkpoint", type=Path, help="folder with config, safetensors and processor")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
     serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     serve.add_argument("--name", help="name of the model in requests (default: that of the folder)")
     serve.add_argument(
