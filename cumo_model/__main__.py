@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """Command line: python -m cumo_model {demo,ablate,chat,answer,data,train,experts,convert,upcycle}.
+=======
+"""Command line: python -m cumo_model {demo,ablate,chat,serve,data,train,experts,convert,upcycle}.
+>>>>>>> n-vllm
 
 The commands call the library. Arguments are checked before it is imported, which takes seconds. Expected
 errors are printed in one line, without a traceback.
@@ -78,6 +82,14 @@ def _words(args: dict) -> list[str]:
             values = value if isinstance(value, list) else [value]
             words += [f"--{name.replace('_', '-')}={one}" for one in values]
     return words
+
+
+def _serve(args: argparse.Namespace) -> Callable[[], int]:
+    from cumo_model.serving.serve import serve
+
+    names = ("host", "port", "name", "max_model_len", "tensor_parallel", "dtype", "images_per_prompt",
+             "extra")  # fmt: skip
+    return lambda: serve(args.checkpoint, **{name: getattr(args, name) for name in names})
 
 
 def _train(args: argparse.Namespace) -> Callable[[], int]:
@@ -188,7 +200,11 @@ COMMANDS = {
     "demo": _demo,
     "ablate": _ablate,
     "chat": _chat,
+<<<<<<< HEAD
     "answer": _answer,
+=======
+    "serve": _serve,
+>>>>>>> n-vllm
     "data": _data,
     "train": _train,
     "experts": _experts,

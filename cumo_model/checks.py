@@ -94,6 +94,19 @@ def _sampling(args: argparse.Namespace) -> None:
         raise ValueError(f"--system must be text without {IMAGE_MARKER}, got {args.system!r}")
 
 
+def _serve(args: argparse.Namespace) -> None:
+    _number("--port", args.port, 1, 65535)
+    _number("--tensor-parallel", args.tensor_parallel, 1)
+    _number("--images-per-prompt", args.images_per_prompt, 0)
+    if args.max_model_len is not None:
+        _number("--max-model-len", args.max_model_len, 1)
+    if not args.host.strip():
+        raise ValueError("--host must not be empty")
+    if args.name is not None and not args.name.strip():
+        raise ValueError("--name must not be empty")
+    _check_talking(args.checkpoint, "checkpoint")
+
+
 def _experts(args: argparse.Namespace) -> None:
     _number("--batch-size", args.batch_size, 1)
     if args.limit is not None:
@@ -208,7 +221,11 @@ CHECKS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": _demo,
     "ablate": _ablate,
     "chat": _chat,
+<<<<<<< HEAD
     "answer": _answer,
+=======
+    "serve": _serve,
+>>>>>>> n-vllm
     "data": _data,
     "train": _train,
     "experts": _experts,
@@ -244,9 +261,9 @@ def _check_model(option: str, path: Path) -> None:
         )
 
 
-def _check_talking(path: Path) -> None:
+def _check_talking(path: Path, option: str = "--checkpoint") -> None:
     """The folder of a model with a tokenizer."""
-    _check_model("--checkpoint", path)
+    _check_model(option, path)
     if not has_tokenizer(path):
         raise ValueError(f"checkpoint {str(path)!r} cannot be loaded: it {no_tokenizer(path)}")
 

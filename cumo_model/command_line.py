@@ -1,18 +1,27 @@
 """Parser of the command line. It imports the standard library only, so `--help` is there at once."""
 
 import argparse
+import sys
 from pathlib import Path
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
-    """The arguments of a command line; overrides of a recipe may stand anywhere among its options."""
+    """The arguments of a command line; overrides of a recipe may stand anywhere among its options.
+
+    What stands behind `--` in a `serve` command is for vLLM.
+    """
     program = parser()
-    args, rest = program.parse_known_args(words)
+    words = sys.argv[1:] if words is None else list(words)
+    behind = words[:1] == ["serve"] and "--" in words
+    at = words.index("--") if behind else len(words)
+    args, rest = program.parse_known_args(words[:at])
     is_override = [getattr(args, "overrides", None) is not None and "=" in word for word in rest]
     if not all(is_override) or any(word.startswith("-") for word in rest):
         program.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    if args.command == "serve":
+        args.extra = words[at + 1 :]
     return args
 
 
@@ -50,6 +59,36 @@ def parser() -> argparse.ArgumentParser:
     )
 
     _add_answer(commands)
+
+    serve = commands.add_parser(
+        "serve", help="serve a checkpoint through vLLM, with the API of OpenAI; needs vLLM"
+    )
+    serve.add_argument("checkpoint", type=Path, help="folder with config, safetensors and processor")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    serve.add_argument("--name", help="name of the model in requests (default: that of the folder)")
+    serve.add_argument(
+        "--max-model-len",
+        type=int,
+        help="most tokens of a prompt and its answer (default: the positions of the model)",
+    )
+    serve.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        help="number of GPUs over which the language model is split (default: 1)",
+    )
+    serve.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: that of the files)",
+    )
+    serve.add_argument(
+        "--images-per-prompt", type=int, default=8, help="most pictures in a prompt (default: 8)"
+    )
+    serve.epilog = "Arguments behind -- are for vllm serve, such as: serve DIR -- --max-num-seqs 16"
 
     train = commands.add_parser(
         "train", help="run a recipe, which is one stage of training; an interrupted run is resumed"

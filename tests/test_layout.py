@@ -199,6 +199,7 @@ FOREIGN = {
     "matplotlib": ("cumo_model.demo*", "cumo_model.analysis.plots"),
     "resvg_py": ("cumo_model.demo*",),
     "bitsandbytes": ("cumo_model.model.quantize",),
+    "vllm": ("cumo_model.serving.vllm.model", "cumo_model.serving.vllm.plugin"),
 }
 
 

@@ -90,7 +90,15 @@ class Head:
 
     def logits(self, lm_head: nn.Module, hidden_states: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., H)."""
-        return self._apply("logits", lm_head(self._apply("hidden", hidden_states)))
+        return self.after(lm_head(self.before(hidden_states)))
+
+    def before(self, hidden_states: Tensor) -> Tensor:
+        """What the output embedding takes: hidden states (..., H), scaled where the architecture does so."""
+        return self._apply("hidden", hidden_states)
+
+    def after(self, scores: Tensor) -> Tensor:
+        """Logits of what the output embedding gives (..., V)."""
+        return self._apply("logits", scores)
 
     def _apply(self, place: str, x: Tensor) -> Tensor:
         for _, (where, name), value in self.steps:

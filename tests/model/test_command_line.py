@@ -22,7 +22,7 @@ from cumo_model.training import launch
 from tests.processes import kill
 
 HEAVY = {"torch", "transformers", "numpy", "PIL", "cumo_kernels"}
-COMMANDS = ("demo", "ablate", "chat", "answer", "data", "train", "experts", "convert", "upcycle")
+COMMANDS = ("demo", "ablate", "chat", "answer", "serve", "data", "train", "experts", "convert", "upcycle")
 
 
 @pytest.fixture
@@ -86,6 +86,13 @@ REFUSED = {  # words of a command -> part of the message
     f"{ANSWER} --processes 0": "--processes must be at least 1, got 0",
     f"{ANSWER} --temperature -1": "--temperature must be finite and not negative, got -1.0",
     "answer --endpoint http://x --questions data.json --out new --processes 2": "--at-once is for it",
+    "serve nowhere": "checkpoint must be a folder, got 'nowhere', which does not exist",
+    "serve silent": "'silent' cannot be loaded: it has no tokenizer (tokenizer.json or",
+    "serve model --port 0": "--port must be at least 1, got 0",
+    "serve model --port 65536": "--port must be at most 65535, got 65536",
+    "serve model --tensor-parallel 0": "--tensor-parallel must be at least 1, got 0",
+    "serve model --images-per-prompt -1": "--images-per-prompt must be at least 0, got -1",
+    "serve model --max-model-len 0": "--max-model-len must be at least 1, got 0",
     "data check none.json": None,
     "data check none*.json a?.jsonl": None,
     "data check data.json --images none": "--images must be a folder or a .tar file, got 'none'",
@@ -302,6 +309,19 @@ REACHES = {  # command -> the function that it calls, and the arguments that are
     "chat --endpoint http://h/v1 --load-8bit": (
         "serving.chat.chat",
         {"endpoint": "http://h/v1", "bits": 8},
+    ),
+    "serve c": (
+        "serving.serve.serve",
+        {"checkpoint": "c",
+         "options": {"name": None, "max_model_len": None, "tensor_parallel": 1, "dtype": None,
+                     "images_per_prompt": 8, "extra": []}},
+    ),
+    "serve c --host h --port 9 --name n --max-model-len 5 --tensor-parallel 2 --dtype float16 "
+    "--images-per-prompt 3 -- --x y": (
+        "serving.serve.serve",
+        {"checkpoint": "c", "host": "h", "port": 9,
+         "options": {"name": "n", "max_model_len": 5, "tensor_parallel": 2, "dtype": "float16",
+                     "images_per_prompt": 3, "extra": ["--x", "y"]}},
     ),
     "train --config r --processes 2 --max-restarts 0 a=1 b=2": (
         "training.launch.launch",
