@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Command line: python -m cumo_model {demo,ablate,chat,answer,data,train,experts,convert,upcycle}.
-=======
-"""Command line: python -m cumo_model {demo,ablate,chat,serve,data,train,experts,convert,upcycle}.
->>>>>>> n-vllm
+"""Command line: python -m cumo_model COMMAND; the commands are those of COMMANDS.
 
 The commands call the library. Arguments are checked before it is imported, which takes seconds. Expected
 errors are printed in one line, without a traceback.
@@ -200,11 +196,8 @@ COMMANDS = {
     "demo": _demo,
     "ablate": _ablate,
     "chat": _chat,
-<<<<<<< HEAD
     "answer": _answer,
-=======
     "serve": _serve,
->>>>>>> n-vllm
     "data": _data,
     "train": _train,
     "experts": _experts,

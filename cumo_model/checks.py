@@ -221,11 +221,8 @@ CHECKS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": _demo,
     "ablate": _ablate,
     "chat": _chat,
-<<<<<<< HEAD
     "answer": _answer,
-=======
     "serve": _serve,
->>>>>>> n-vllm
     "data": _data,
     "train": _train,
     "experts": _experts,
