@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 try:
     import gradio as gr
+    from starlette.middleware import Middleware
 except ImportError:
     raise ValueError("a page needs the package gradio: pip install 'cumo[web]'") from None
 
@@ -20,54 +21,103 @@ from cumo_model.serving.messages import pictures_of, text_of
 from cumo_model.serving.sampling import Sampling
 from cumo_model.serving.web.routing import draw_routing, why_none
 from cumo_model.serving.web.talk import Talk, Talks
+from cumo_model.serving.web.uploads import Guard
 
 REFRESH = 0.04  # seconds between two states of an answer in the browser
+FILE = 32_000_000  # bytes of an uploaded file
 LONGEST = 2048  # tokens that the slider offers
 AT_ONCE = 16  # answers being written or waiting for the model
 STYLE = """
 footer { display: none !important; }
-.notice { min-height: 1.5rem; color: var(--error-text-color); font-size: var(--text-md); }
-.lead { color: var(--body-text-color-subdued); }
 .chat .message, .chat .bot, .chat .user { white-space: pre-wrap; }
+.chat button[aria-label="Share"] { display: none; }
+#notice { padding: 0; }
+#notice p { margin: 0; padding: 0.4rem 0.8rem; border-left: 3px solid #b91c1c; }
+#notice p { background: #fef2f2; color: #7f1d1d; }
 """
 FONTS = ("system-ui", "sans-serif")
 MONO = ("ui-monospace", "monospace")
 
 
-class Question(gr.MultimodalTextbox):
-    """A question with pictures that are uploaded: an address is not fetched."""
+def question_box() -> gr.MultimodalTextbox:
+    """The place for a question and pictures that are uploaded."""
+    box = gr.MultimodalTextbox(
+        show_label=False,
+        placeholder="A question; pictures are uploaded, dropped or pasted here",
+        sources=["upload"],
+        file_types=["image"],
+        file_count="multiple",
+        max_plain_text_length=1_000_000,  # longer text would become a file
+        elem_id="question",
+        autofocus=True,
+    )
+    kept = box.async_move_resource_to_block_cache
 
-    is_template = True  # of gradio: it is drawn as the class that it is derived from
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path):
-        if str(url_or_file_path).lower().startswith(("http://", "https://")):
+    async def keep(file):
+        if str(file).lower().startswith(("http://", "https://")):  # gradio would fetch it
             raise gr.Error("a picture must be uploaded, got an address")
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+        return await kept(file)
 
-
-def theme() -> gr.themes.Base:
-    """The look of the page, with fonts of the reader's system."""
-    return gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", font=FONTS, font_mono=MONO)
+    # a class derived from gradio's would write a file beside this one
+    box.async_move_resource_to_block_cache = keep
+    return box
 
 
 def build_page(
     engine: Any,
-    folder: str | os.PathLike,
+    folder: Path,
     sampling: Sampling | None = None,
     system: str | None = None,
+    name: str | None = None,
 ) -> tuple[gr.Blocks, Talks]:
     """Build the page.
 
     Args:
         engine: `Local` or `Endpoint`.
-        folder: for pictures, which must be gradio's own folder for files.
+        folder: for pictures; gradio's own folder for files, because it serves no other files.
         sampling: options of generation that the page begins with.
         system: text of the system at the begin of each conversation, or None.
+        name: of the model, for the title; by default the engine's.
 
     Returns:
         The page, and its conversations.
     """
-    return _Page(engine, Path(folder), sampling or Sampling(), system).build()
+    page = _Page(engine, folder, sampling or Sampling(), system)
+    return page.build(name or engine.name), page.talks
+
+
+def launch(page: gr.Blocks, host: str, port: int, share: bool) -> tuple[str, str | None]:
+    """Start the page's server in a thread.
+
+    Returns:
+        The page's address, and its public address if it is shared.
+
+    Raises:
+        ValueError: there is no public link.
+    """
+    _, address, public = page.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        prevent_thread_lock=True,
+        quiet=True,
+        inbrowser=False,
+        inline=False,
+        footer_links=[],
+        run_history=False,
+        allowed_paths=[],
+        max_file_size=FILE,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        theme=gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", font=FONTS, font_mono=MONO),
+        css=STYLE,
+        app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
+    )
+    if share and not public:
+        raise ValueError("share must reach gradio's server for public links, which cannot be reached")
+    return address, public
 
 
 class _Page:
@@ -75,16 +125,16 @@ class _Page:
         self.engine, self.sampling, self.system, self.folder = engine, sampling, system, folder
         self.talks = Talks(folder)
 
-    def build(self) -> tuple[gr.Blocks, Talks]:
-        with gr.Blocks(title=f"CuMo: {self.engine.name}", analytics_enabled=False, fill_height=True) as page:
-            gr.HTML(f"<h2>CuMo</h2><div class='lead'>{html.escape(self.engine.name)}</div>")
+    def build(self, name: str) -> gr.Blocks:
+        with gr.Blocks(title=f"CuMo: {name}", analytics_enabled=False, fill_height=True) as page:
+            gr.HTML(f"<h2 style='margin: 0'>CuMo: {html.escape(name)}</h2>")
             with gr.Tabs():
                 with gr.Tab("Chat"):
                     self._chat()
                 with gr.Tab("Routing") as tab:
                     self._routing(tab)
             page.unload(self._leave)
-        return page, self.talks
+        return page
 
     def _chat(self) -> None:
         with gr.Row(equal_height=False):
@@ -92,26 +142,17 @@ class _Page:
                 self.chat = gr.Chatbot(
                     show_label=False,
                     elem_classes="chat",
-                    height="60vh",
+                    height="max(300px, calc(100vh - 370px))",
                     buttons=["copy", "copy_all"],
                     render_markdown=False,  # an answer is text: it must not load pictures or hide its marks
                     placeholder="Ask about one or several pictures, or about anything.",
                     feedback_options=None,
                     group_consecutive_messages=False,
                 )
-                self.notice = gr.HTML("", elem_classes="notice", elem_id="notice", container=False)
-                self.question = Question(
-                    show_label=False,
-                    placeholder="A question; pictures are uploaded, dropped or pasted here",
-                    sources=["upload"],
-                    file_types=["image"],
-                    file_count="multiple",
-                    max_plain_text_length=1_000_000,  # longer text would become a file
-                    elem_id="question",
-                    autofocus=True,
-                )
+                self.notice = gr.HTML("", elem_id="notice", container=False, visible=False)
+                self.question = question_box()
                 with gr.Row():
-                    stop = gr.Button("Stop", variant="stop", elem_id="stop")
+                    stop = gr.Button("Stop", elem_id="stop")
                     again = gr.Button("Regenerate", elem_id="again")
                     clear = gr.Button("Clear", elem_id="clear")
             with gr.Column(scale=1, min_width=220):
@@ -122,8 +163,7 @@ class _Page:
                         max(2.0, given.temperature),
                         given.temperature,
                         step=0.05,
-                        label="Temperature",
-                        info="0: always the likeliest token",
+                        label="Temperature, 0 for greedy",
                         elem_id="temperature",
                     ),
                     gr.Slider(
@@ -132,7 +172,6 @@ class _Page:
                         given.top_p,
                         step=0.01,
                         label="Top-p",
-                        info="sample from the likeliest tokens of this share",
                         elem_id="top_p",
                     ),
                     gr.Slider(
@@ -141,7 +180,6 @@ class _Page:
                         given.max_new_tokens,
                         step=1,
                         label="Longest answer",
-                        info="in tokens",
                         elem_id="longest",
                     ),
                 ]
@@ -152,20 +190,31 @@ class _Page:
         again.click(self._again, options, seen, **answering, **private)
         at_once = {"concurrency_limit": None, "show_progress": "hidden", "queue": False, **private}
         stop.click(self._stop, None, None, **at_once)
-        clear.click(self._clear, None, seen, **at_once)
+        gr.on([clear.click, self.chat.clear], self._clear, None, seen, **at_once)
 
     def _routing(self, tab) -> None:
         if reason := why_none(self.engine):
             gr.HTML(f"<p id='no_routing'>{html.escape(reason)}</p>")
             return
-        self.told = gr.HTML("", elem_id="told", container=False)
+        self.told = gr.HTML("", elem_id="told", container=False, visible=False)
         self.choice = gr.Dropdown([], label="Picture", elem_id="choice", interactive=True, visible=False)
-        kwargs = {"format": "png", "buttons": ["download", "fullscreen"], "visible": False, "type": "filepath"}
-        patches = gr.Image(label="Patches by their first-choice expert", elem_id="patches", **kwargs)
-        load = gr.Image(
-            label="Share of the tokens of picture and question that each expert gets", elem_id="load", **kwargs
+        headings = (
+            "Its patches, coloured by the expert that each chooses first",
+            "Share of each expert, of all tokens of the picture and its question",
         )
-        drawn = [self.told, patches, load]
+        kwargs = {
+            "type": "filepath",
+            "format": "png",
+            "show_label": False,
+            "buttons": ["download", "fullscreen"],
+        }
+        self.groups, pictures = [], []
+        for heading, name in zip(headings, ("patches", "load"), strict=True):
+            with gr.Column(visible=False) as group:
+                gr.HTML(f"<h3 style='margin: 0'>{heading}</h3>", container=False)
+                pictures.append(gr.Image(elem_id=name, **kwargs))
+            self.groups.append(group)
+        drawn = [self.told, *self.groups, *pictures]
         one = {"concurrency_limit": 1, "concurrency_id": "routing", "api_visibility": "private"}
         tab.select(self._choices, None, [self.choice, *drawn], **one)
         self.choice.input(self._draw, self.choice, drawn, **one)
@@ -201,18 +250,18 @@ class _Page:
                 emptied = None if is_new and not number else gr.skip()
                 if not number or time.monotonic() - last > REFRESH:
                     last = time.monotonic()
-                    yield _rows(talk), emptied, ""
+                    yield _rows(talk), emptied, _notice("")
         except ValueError as error:
-            yield _rows(talk), gr.skip(), _told(error)
+            yield _rows(talk), gr.skip(), _notice(str(error))
             return
-        yield _rows(talk), gr.skip(), ""
+        yield _rows(talk), gr.skip(), _notice("")
 
     def _stop(self, request: gr.Request) -> None:
         self.talks.of(request.session_hash).stop()
 
     def _clear(self, request: gr.Request):
         self.talks.of(request.session_hash).clear()
-        return [], None, ""
+        return [], None, _notice("")
 
     def _leave(self, request: gr.Request) -> None:
         self.talks.end(request.session_hash)
@@ -226,23 +275,30 @@ class _Page:
 
     def _draw(self, number: int | None, request: gr.Request):
         talk = self.talks.of(request.session_hash)
-        pictures, nothing = talk.pictures(), gr.Image(None, visible=False)
+        pictures = talk.pictures()
         if number is None or not 0 <= number < len(pictures):
-            return "<p>Ask a question about a picture in the tab Chat first.</p>", nothing, nothing
+            return _drawn("Ask a question about a picture in the tab Chat first.")
         path, question = pictures[number]
-        names = [talk.folder / f"{secrets.token_hex(16)}.png" for _ in range(2)]
+        files = [talk.folder / f"{secrets.token_hex(16)}.png" for _ in range(2)]
         try:
-            has_patches = draw_routing(self.engine, path, question, *names)
+            has_patches = draw_routing(self.engine, path, question, *files)
         except ValueError as error:
-            return _told(error), nothing, nothing
-        told = "" if has_patches else "<p>No expert of this model sees patches of pictures.</p>"
-        shown = gr.Image(str(names[0]), visible=True) if has_patches else nothing
-        return told, shown, gr.Image(str(names[1]), visible=True)
+            return _drawn(str(error))
+        if not has_patches:
+            return _drawn("No expert of this model sees patches of pictures.", None, files[1])
+        return _drawn("", *files)
 
 
-def _told(error: Exception) -> str:
-    """An error as one line of the page."""
-    return f"<p>{html.escape(' '.join(str(error).split()))}</p>"
+def _drawn(told: str, *files: Path | None) -> tuple:
+    """The state of the tab of routing: a line to the user, and files of pictures."""
+    found = [*files, None, None][:2]
+    shown = [gr.Column(visible=file is not None) for file in found]
+    return _notice(told), *shown, *[file and str(file) for file in found]
+
+
+def _notice(told: str) -> gr.HTML:
+    """A line to the user, if there is something to tell."""
+    return gr.HTML(f"<p>{html.escape(' '.join(told.split()))}</p>" if told else "", visible=bool(told))
 
 
 def _rows(talk: Talk) -> list[dict]:

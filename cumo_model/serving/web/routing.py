@@ -5,9 +5,9 @@ from pathlib import Path
 
 from cumo_model.analysis.experts import expert_load, plot_picture
 from cumo_model.model.moe import MoELayer
+from cumo_model.processing.pictures import load_image
 from cumo_model.serving.local import Local
 from cumo_model.serving.messages import Message, text_of, user_message
-from cumo_model.processing.pictures import load_image
 
 _drawing = threading.Lock()  # matplotlib draws one picture at a time
 

@@ -6,12 +6,16 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from cumo_model.serving.messages import text_problem
 from cumo_model.serving.sampling import Sampling
+from cumo_model.serving.web.talk import Talks
 
-FILE = 32_000_000  # bytes of an uploaded file
 WHERE = "GRADIO_TEMP_DIR"
 
 
@@ -22,9 +26,44 @@ def web(
     share: bool = False,
     sampling: Sampling | None = None,
     system: str | None = None,
-    ready: Callable[[str], None] | None = None,
+    name: str | None = None,
 ) -> None:
-    """Serve the page until the process is stopped.
+    """Serve the page until the process is stopped; arguments and errors as in `served`."""
+    with served(engine, host, port, share, sampling, system, name) as site:
+        print(f"open {site.address} in a browser; Ctrl-C ends it", flush=True)
+        if site.public:
+            print(f"everybody who knows it can use {site.public}", flush=True)
+        threading.Event().wait()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A served page.
+
+    Attributes:
+        address: of the page.
+        public: its public address, or None.
+        folder: with all of its files, deleted at the end.
+        talks: its conversations.
+    """
+
+    address: str
+    public: str | None
+    folder: Path
+    talks: Talks
+
+
+@contextmanager
+def served(
+    engine: Any,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    share: bool = False,
+    sampling: Sampling | None = None,
+    system: str | None = None,
+    name: str | None = None,
+) -> Iterator[Site]:
+    """Serve the page inside the `with` block.
 
     Args:
         engine: `Local` or `Endpoint`.
@@ -33,53 +72,28 @@ def web(
         share: also open gradio's public link to the page. Everybody who knows it can use the page.
         sampling: options of generation that the page begins with.
         system: text of the system at the begin of each conversation, or None.
-        ready: called with the page's address when it can be opened; by default the address is printed.
+        name: of the model, for the title; by default the engine's.
 
     Raises:
-        ValueError: the package gradio is missing, or the server cannot listen.
+        ValueError: the package gradio is missing, the system text cannot be used, or the server cannot
+            listen.
     """
+    if system is not None and (reason := text_problem(system, engine.template)):
+        raise ValueError(f"system {reason}")
     port = _free(host, port)
     before, folder = os.environ.get(WHERE), tempfile.mkdtemp(prefix="cumo-web-")
-    os.environ[WHERE] = folder
+    os.environ[WHERE] = folder  # gradio keeps uploads there
     page = talks = None
     try:
-        from starlette.middleware import Middleware
+        from cumo_model.serving.web.page import build_page, launch
 
-        from cumo_model.serving.web.page import STYLE, build_page, theme
-        from cumo_model.serving.web.uploads import Guard
-
-        page, talks = build_page(engine, folder, sampling, system)
-        _, address, public = page.launch(
-            server_name=host,
-            server_port=port,
-            share=share,
-            prevent_thread_lock=True,
-            quiet=True,
-            inbrowser=False,
-            inline=False,
-            show_error=True,
-            footer_links=[],
-            run_history=False,
-            allowed_paths=[],
-            max_file_size=FILE,
-            enable_monitoring=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            theme=theme(),
-            css=STYLE,
-            app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
-        )
-        if share and not public:
-            raise ValueError("share must reach gradio's server for public links, which cannot be reached")
-        if ready is not None:
-            ready(address)
-        else:
-            print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
-        threading.Event().wait()
+        page, talks = build_page(engine, Path(folder), sampling, system, name)
+        address, public = launch(page, host, port, share)
+        yield Site(address, public, Path(folder), talks)
     finally:
         if talks is not None:
             talks.end_all()
+        shutil.rmtree(folder, ignore_errors=True)  # also here, because the next line can take seconds
         if page is not None and page.is_running:
             page.close(verbose=False)
         shutil.rmtree(folder, ignore_errors=True)
