@@ -34,9 +34,23 @@ def _demo(args: argparse.Namespace) -> Callable[[], int]:
 
 
 def _chat(args: argparse.Namespace) -> Callable[[], int | None]:
+    engine = {"checkpoint": args.checkpoint, "endpoint": args.endpoint, "template": args.template}
+    engine |= {"device": args.device, "dtype": args.dtype, "bits": args.bits}
+    if args.web:
+        from cumo_model.serving.web import serve_page
+
+        page = {"host": args.host, "port": args.port, "share": args.share}
+        return lambda: serve_page(**engine, sampling=_sampling(args), system=args.system, **page)
     from cumo_model.serving.chat import chat
 
-    return lambda: chat(args.checkpoint, args.image, args.question, args.template, args.max_new_tokens)
+    asked = {"images": args.image or (), "question": args.question, "system": args.system}
+    return lambda: chat(**engine, **asked, sampling=_sampling(args))
+
+
+def _sampling(args: argparse.Namespace):
+    from cumo_model.serving.sampling import Sampling
+
+    return Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 
 def _train(args: argparse.Namespace) -> Callable[[], int]:

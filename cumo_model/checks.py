@@ -47,14 +47,51 @@ def _ablate(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    _number("--max-new-tokens", args.max_new_tokens, 1)
+    _sampling(args)
     if args.question is not None and not args.question.strip():
         raise ValueError("question must not be empty")
     if args.question is not None and IMAGE_MARKER in args.question:
         raise ValueError(f"question must not hold {IMAGE_MARKER}: --image gives the picture")
-    _check_template(args.template, must_instruct=True)
-    _check_pictures([args.image] if args.image is not None else [])
-    _check_talking(args.checkpoint)
+    if args.web and (args.question is not None or args.image):
+        raise ValueError(
+            f"--{'image' if args.image else 'question'} must not be given with --web: the page asks"
+        )
+    _number("--port", args.port, 0, 65535)
+    _check_pictures(args.image or [])
+    _engine(args)
+
+
+def _engine(args: argparse.Namespace) -> None:
+    """What answers: a folder, as an argument or an option, or an endpoint."""
+    if args.folder is not None and args.checkpoint is not None:
+        raise ValueError(f"the checkpoint must be given once, got {str(args.folder)!r} and --checkpoint")
+    args.checkpoint = args.checkpoint or args.folder
+    if args.endpoint is None:
+        if args.checkpoint is None:
+            raise ValueError("the folder of a checkpoint, or --endpoint, must be given, got neither")
+        _check_template(args.template, must_instruct=True)
+        _check_talking(args.checkpoint)
+        return
+    if not args.endpoint.lower().startswith(("http://", "https://")):
+        raise ValueError(
+            f"--endpoint must be an address such as http://127.0.0.1:8000/v1, got {args.endpoint!r}"
+        )
+    given = {"a checkpoint": args.checkpoint, "--template": args.template, "--device": args.device,
+             "--dtype": args.dtype, "--load-4bit or --load-8bit": args.bits}  # fmt: skip
+    if named := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"{named[0]} must not be given with --endpoint, whose server has its own")
+
+
+def _sampling(args: argparse.Namespace) -> None:
+    _number("--max-new-tokens", args.max_new_tokens, 1)
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature must be finite and not negative, got {args.temperature}")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+    if args.seed is not None:
+        _number("--seed", args.seed, 0, 2**63 - 1)
+    if args.system is not None and (not args.system.strip() or IMAGE_MARKER in args.system):
+        raise ValueError(f"--system must be text without {IMAGE_MARKER}, got {args.system!r}")
 
 
 def _experts(args: argparse.Namespace) -> None:

@@ -31,19 +31,23 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: 0)")
 
-    chat = commands.add_parser("chat", help="ask a checkpoint questions about a picture")
+    chat = commands.add_parser("chat", help="ask a checkpoint questions about pictures")
+    _add_engine(chat)
     chat.add_argument(
-        "--checkpoint", type=Path, required=True, help="folder with config, safetensors and processor"
+        "--image",
+        action="append",
+        help="file or URL of a picture; may be repeated; without it the first question is about text only",
     )
-    chat.add_argument("--image", help="file or URL of the picture; without it the chat is about text only")
     chat.add_argument(
         "--question", help="answer this question and exit; without it questions are read from standard input"
     )
+    _add_sampling(chat)
+    chat.add_argument("--web", action="store_true", help="open a page for the browser instead")
+    chat.add_argument("--host", default="127.0.0.1", help="address of the page (default: this machine only)")
+    chat.add_argument("--port", type=int, default=7860, help="port of the page (default: 7860)")
     chat.add_argument(
-        "--template",
-        help="conversation template, such as mistral_instruct (default: that of the processor)",
+        "--share", action="store_true", help="also give the page a public address, through Gradio's servers"
     )
-    chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
 
     train = commands.add_parser(
         "train", help="run a recipe, which is one stage of training; an interrupted run is resumed"
@@ -168,3 +172,47 @@ def parser() -> argparse.ArgumentParser:
     )
     upcycle.add_argument("--seed", type=int, default=0, help="seed of gates, noise and drop (default: 0)")
     return program
+
+
+def _add_engine(command: argparse.ArgumentParser) -> None:
+    """Options of what answers: a checkpoint or an endpoint."""
+    command.add_argument("folder", nargs="?", type=Path, help="folder with config, safetensors and processor")
+    command.add_argument("--checkpoint", type=Path, help="the same, as an option")
+    command.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="a running server instead of a folder, such as http://127.0.0.1:8000/v1 of `cumo serve`",
+    )
+    command.add_argument(
+        "--template",
+        help="conversation template, such as mistral_instruct (default: that of the processor)",
+    )
+    command.add_argument("--device", help="such as cuda:1 or cpu (default: the GPU if there is one)")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: that of the files)",
+    )
+    bits = command.add_mutually_exclusive_group()
+    for number in (4, 8):
+        text = f"quantise the weights to {number} bits with bitsandbytes"
+        bits.add_argument(f"--load-{number}bit", dest="bits", action="store_const", const=number, help=text)
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    """Options of generation."""
+    command.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
+    command.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 for the likeliest words, above to vary them (default: 0)",
+    )
+    command.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="with a temperature: sample from the likeliest words with this probability (default: 1)",
+    )
+    command.add_argument("--seed", type=int, help="seed of the samples (default: another answer each time)")
+    command.add_argument("--system", help="text in place of the template's system text")

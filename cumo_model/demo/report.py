@@ -22,7 +22,9 @@ from cumo_model.demo.questions import QUESTIONS
 from cumo_model.demo.resume import command
 from cumo_model.demo.settings import TEMPLATE, Settings
 from cumo_model.processing.pictures import load_image
-from cumo_model.serving.chat import answer, load
+from cumo_model.serving.local import Local, load
+from cumo_model.serving.messages import user_message
+from cumo_model.serving.sampling import Sampling
 from cumo_model.training.stage import read_history
 
 STAGES = {  # folder of the stage -> title of its curve
@@ -35,6 +37,7 @@ STAGES = {  # folder of the stage -> title of its curve
 }
 CHANCE = 0.25
 PICTURES = 5  # best pictures about which the model is asked again, as in a chat
+NEW_TOKENS = 64  # of an answer: without training a model ends none
 EQUAL_FLOPS = (
     "Both models were trained for the same number of steps on the same data, so the model with experts "
     "needed {ratio:.2f}x the FLOPs. At equal FLOPs the dense model makes {ratio:.2f}x as many steps. "
@@ -212,13 +215,8 @@ def _answers_table(out: Path, model, processor, seed: int) -> Table:
         picture = load_image(out / "data" / image)
         for record in by_picture[image]:
             question = record["conversations"][0]["value"].removeprefix("<image>\n")
-            turns = [{"from": "human", "value": f"<image>\n{question}"}]
-            table.add_row(
-                Path(image).name,
-                question,
-                answer(model, processor, picture, turns, TEMPLATE),
-                record["answer"],
-            )
+            said = _answer(model, processor, picture, question)
+            table.add_row(Path(image).name, question, said, record["answer"])
         table.add_section()
     return table
 
@@ -264,8 +262,13 @@ def _merit(asked: list[Asked]) -> tuple[int, int, int]:
 
 def _ask(out: Path, model, processor, asked: Asked) -> Asked:
     picture = load_image(out / "data" / asked.image)
-    turns = [{"from": "human", "value": f"<image>\n{asked.question}"}]
-    return dataclasses.replace(asked, said=answer(model, processor, picture, turns, TEMPLATE))
+    return dataclasses.replace(asked, said=_answer(model, processor, picture, asked.question))
+
+
+def _answer(model, processor, picture, question: str) -> str:
+    """The answer that `chat` gives."""
+    talk = [user_message(question, [picture])]
+    return Local(model, processor, TEMPLATE).stream(talk, Sampling(NEW_TOKENS)).read().text
 
 
 def _questions_table(out: Path, shown: list[Asked], scores: dict) -> Table:

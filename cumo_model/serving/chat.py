@@ -1,208 +1,237 @@
-"""Chat with a checkpoint about a picture, the command `python -m cumo_model chat`."""
+"""Chat in the terminal about pictures, the command `python -m cumo_model chat`."""
 
 import os
+import shlex
 import signal
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from transformers import TextStreamer
 
-from cumo_model.checkpoints.assemble import assemble
-from cumo_model.checkpoints.folders import first_line
-from cumo_model.checkpoints.processors import template_for
-from cumo_model.model.cumo import CumoForConditionalGeneration
-from cumo_model.processing.conversation import reserved_marker, tokenize_prompt
+from cumo_model.checkpoints.folders import write_json
 from cumo_model.processing.pictures import load_image
-from cumo_model.processing.processor import CumoProcessor
-from cumo_model.processing.templates import IMAGE_MARKER, get_template
-from cumo_model.processing.tokenizer_files import no_tokenizer
+from cumo_model.serving.engines import Engine, open_engine
+from cumo_model.serving.messages import Message, pictures_of, text_of, text_problem, user_message
+from cumo_model.serving.replies import Reply
+from cumo_model.serving.sampling import GREEDY, Sampling
 
-NEW_TOKENS = 64
-# what values in config.json that no check knows can make of generation
-UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError)
+HELP = """\
+/image FILE  show a picture, a file or URL, with the next question; may be repeated
+/reset       forget the conversation and its pictures
+/undo        forget the last question and its answer
+/save FILE   write the conversation as JSON to a new file
+/help        this list
+/quit        end, as do an empty line and Ctrl-D
+Ctrl-C ends an answer; what was printed of it stays in the conversation."""
 
 
-class Printer(TextStreamer):
-    """Prints an answer as it is generated, without the blanks before its first word.
+class Conversation:
+    """A conversation with an engine.
 
     Attributes:
-        said: the text printed so far.
+        messages: questions and answers so far, after the system text if there is one.
+        shown: (name, picture) of the pictures that come with the next question.
     """
 
-    def __init__(self, tokenizer):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.said = ""
+    def __init__(self, engine: Engine, sampling: Sampling = GREEDY, system: str | None = None):
+        if system is not None and (reason := text_problem(system, engine.template)):
+            raise ValueError(f"system {reason}")
+        self._engine, self._sampling, self._system = engine, sampling, system
+        self._names: dict[int, str] = {}  # of pictures, by identity: for `save`
+        self.reset()
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        text = text if self.said else text.lstrip()
-        self.said += text
-        super().on_finalized_text(text, stream_end)
+    def reset(self) -> None:
+        """Forget all messages and pictures."""
+        self.messages: list[Message] = []
+        if self._system is not None:
+            self.messages.append({"role": "system", "content": self._system})
+        self.shown: list[tuple[str, Image.Image]] = []
 
+    def undo(self) -> bool:
+        """Forget the last question and its answer; False if there is none."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            return False
+        del self.messages[-2:]
+        return True
 
-def load(checkpoint: str | os.PathLike, device: torch.device | None = None):
-    """Load (model, processor) from a checkpoint in this project's or the released layout.
+    def show(self, source: Any, picture: Image.Image | None = None) -> None:
+        """Show a picture, as `load_image` reads it, with the next question."""
+        picture = load_image(source) if picture is None else picture
+        self.shown.append((str(source), picture))
 
-    Args:
-        checkpoint: folder of the checkpoint, with a tokenizer.
-        device: device of the model; by default the GPU if there is one.
+    def ask(self, text: str) -> Reply:
+        """Print the answer to a question as it is generated, and keep both in the conversation.
 
-    Raises:
-        ValueError: the folder is missing or not a complete checkpoint; the message gives the reason.
-    """
-    try:
-        model, processor = assemble(checkpoint)
-    except Exception as error:  # a damaged file can raise any exception; report it in one line
-        raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be loaded: {first_line(error)}") from error
-    if processor is None:
-        raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be loaded: it {no_tokenizer(checkpoint)}")
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), processor
+        An answer that is stopped by Ctrl-C is kept as far as it was printed; if nothing was, the question is
+        not kept either.
 
+        Raises:
+            ValueError: the question cannot be asked or answered; the conversation is unchanged.
+            KeyboardInterrupt: SIGTERM came.
+        """
+        if reason := text_problem(text, self._engine.template):
+            raise ValueError(f"the question {reason}")
+        question = user_message(text, [picture for _, picture in self.shown])
+        with self._engine.stream([*self.messages, question], self._sampling) as pieces:
+            try:
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+            except KeyboardInterrupt as stop:
+                if signal.SIGTERM in stop.args or self._is_single:
+                    raise
+            finally:
+                print(flush=True)
+        reply = pieces.reply
+        if reply.text or reply.finish != "cancelled":
+            self._names |= {id(picture): name for name, picture in self.shown}
+            self.messages += [question, {"role": "assistant", "content": reply.text}]
+            self.shown = []
+        return reply
 
-@torch.no_grad()
-def answer(
-    model: CumoForConditionalGeneration,
-    processor: CumoProcessor,
-    picture: Image.Image | None,
-    turns: list[dict[str, str]],
-    template: str,
-    max_new_tokens: int = NEW_TOKENS,
-    streamer: TextStreamer | None = None,
-) -> str:
-    """Generate the answer to the last turn by greedy decoding.
+    _is_single = False  # whether Ctrl-C ends more than the answer
 
-    Args:
-        model: the model, in evaluation mode.
-        processor: the processor of the model.
-        picture: the picture of the `<image>` marker in `turns`, or None.
-        turns: [{"from": "human" | "gpt", "value": str}, ...]; the last turn is a question.
-        template: name of the conversation template.
-        max_new_tokens: maximum length of the answer in tokens.
-        streamer: receives the tokens as they are generated.
-    """
-    inputs, tokens = {}, 0
-    if picture is not None:
-        inputs = processor(images=picture, text=IMAGE_MARKER, return_tensors="pt")
-        tokens = int((inputs.pop("input_ids") == processor.image_token_id).sum())
-    ids = tokenize_prompt(turns, processor.tokenizer, template, tokens)[None]
-    inputs = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    if picture is not None:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    end = get_template(template).end.strip()
-    if end and end != "</s>":
-        inputs |= {"stop_strings": [end], "tokenizer": processor.tokenizer}
-    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-    return _bare(processor.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), template)
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the messages as JSON, pictures by their names.
 
-
-def _bare(said: str, template: str) -> str:
-    """An answer without the mark that ends it."""
-    return said.strip().removesuffix(get_template(template).end.strip()).strip()
+        Raises:
+            ValueError: there is no message yet, or the file exists or cannot be written.
+        """
+        path = Path(path).expanduser()
+        if not any(message["role"] == "user" for message in self.messages):
+            raise ValueError("there is nothing to save: no question has been answered")
+        if path.exists():
+            raise ValueError(f"{str(path)!r} exists already")
+        said = [
+            {
+                "role": message["role"],
+                **(
+                    {"images": [self._names[id(p)] for p in shown]} if (shown := pictures_of(message)) else {}
+                ),
+                "text": text_of(message),
+            }
+            for message in self.messages
+        ]
+        try:
+            write_json(path, {"model": self._engine.name, "messages": said})
+        except OSError as error:
+            raise ValueError(f"{str(path)!r} cannot be written: {error.strerror}") from None
 
 
 def chat(
-    checkpoint: str | os.PathLike,
-    image: Any,
+    checkpoint: str | os.PathLike | None = None,
+    images: Sequence[Any] = (),
     question: str | None = None,
     template: str | None = None,
-    max_new_tokens: int = NEW_TOKENS,
+    sampling: Sampling = GREEDY,
+    *,
+    system: str | None = None,
+    endpoint: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    bits: int | None = None,
 ) -> None:
     """Answer one question, or questions from standard input until an empty line, as one conversation.
 
     Ctrl-C in an answer to a question from standard input stops the answer; what was printed of it stays in
-    the conversation. Anywhere else it ends the conversation.
+    the conversation. Anywhere else it ends the conversation. A line that begins with / is a command, see
+    HELP.
 
     Args:
-        checkpoint: folder of the checkpoint.
-        image: the picture as in `load_image`, such as a path or a URL; None for a conversation about text
-            only.
+        checkpoint: folder of the checkpoint; give either this or `endpoint`.
+        images: pictures as in `load_image`, such as paths or URLs, for the first question.
         question: the question; None: read questions from standard input.
         template: name of an instruct template; by default that of the checkpoint's processor.
-        max_new_tokens: maximum length of each answer in tokens.
+        sampling: options of generation.
+        system: text that replaces the system text of the template.
+        endpoint: address of a server, as in `open_engine`.
+        device: as in `open_engine`.
+        dtype: as in `open_engine`.
+        bits: as in `open_engine`.
 
     Raises:
-        ValueError: the checkpoint, the picture, the template or the question cannot be used.
+        ValueError: the checkpoint, a picture, the template or the question cannot be used.
     """
-    if question is not None and (reason := _unaskable(question)):
-        raise ValueError(f"question {reason}")
-    if template is not None and not get_template(template).instruct:
-        raise ValueError(f"template must be an instruct template, got {template!r}")
-    picture = load_image(image) if image is not None else None
-    model, processor = load(checkpoint)
-    template = template or own_template(processor)
-    if question is not None and (reason := _unaskable(question, template)):
-        raise ValueError(f"question {reason}")
-    turns: list[dict[str, str]] = []
-    asked = iter([question]) if question is not None else _typed()
-    for text in asked:
-        if reason := _unaskable(text, template):
-            print(f"the question {reason}", file=sys.stderr)
-            continue
-        first = picture is not None and not turns
-        turns.append({"from": "human", "value": f"{IMAGE_MARKER}\n{text}" if first else text})
-        printer = Printer(processor.tokenizer)
+    for what, text in (("question", question), ("system", system)):
+        if text is not None and (reason := text_problem(text)):
+            raise ValueError(f"{what} {reason}")
+    pictures = [load_image(image) for image in images]
+    engine = open_engine(checkpoint, endpoint, template, device, dtype, bits)
+    talk = Conversation(engine, sampling, system)
+    for image, picture in zip(images, pictures, strict=True):
+        talk.show(image, picture)
+    if question is not None:
+        talk._is_single = True
+        _tell(talk.ask(question).note)
+        return
+    for text in _typed():
         try:
-            said = answer(model, processor, picture, turns, template, max_new_tokens, printer)
+            if text.startswith("/"):
+                if _obey(text, talk):
+                    return
+            else:
+                reply = talk.ask(text)
+                stopped = "the answer was stopped; Ctrl-C again, or an empty line, ends the conversation"
+                _tell(stopped if reply.finish == "cancelled" else reply.note)
         except ValueError as error:  # such as a conversation that has become too long
-            if question is not None:
+            if error.__cause__ is not None:  # the model itself cannot run
                 raise
-            print(f"no answer: {error} (an empty line ends this conversation)", file=sys.stderr)
-            turns.pop()
-            continue
-        except UNFORESEEN as error:
-            what = f"{type(error).__name__}: {first_line(error)}"
-            raise ValueError(f"checkpoint {str(checkpoint)!r} cannot answer: {what}") from error
-        except KeyboardInterrupt as stop:
-            if question is not None or signal.SIGTERM in stop.args:
-                raise
-            printer.end()
-            said = _bare(printer.said, template)
-            print(
-                "the answer was stopped; Ctrl-C again, or an empty line, ends the conversation",
-                file=sys.stderr,
-            )
-            if not said:  # as if the question had not been asked
-                turns.pop()
-                continue
-        turns.append({"from": "gpt", "value": said})
+            _tell(f"no answer: {error}" if not text.startswith("/") else str(error))
 
 
-def own_template(processor: CumoProcessor) -> str:
-    """Name of the template that is the processor's chat template.
+def _obey(line: str, talk: Conversation) -> bool:
+    """Carry out a command of HELP; whether it ends the conversation."""
+    name, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if name in ("/image", "/save") and not rest:
+        raise ValueError(f"{name} must be followed by the name of a file")
+    if name == "/image":
+        rest = _unquoted(rest)
+        talk.show(rest if "://" in rest else str(Path(rest).expanduser()))
+        _tell(f"{len(talk.shown)} with the next question: {', '.join(name for name, _ in talk.shown)}")
+    elif name == "/save":
+        talk.save(_unquoted(rest))
+        _tell(f"saved as {_unquoted(rest)}")
+    elif name == "/reset":
+        talk.reset()
+        _tell("the conversation is empty")
+    elif name == "/undo":
+        _tell("forgotten" if talk.undo() else "there is no question to forget")
+    elif name == "/quit":
+        return True
+    elif name == "/help":
+        print(HELP)
+    else:
+        raise ValueError(f"{name} is no command; /help lists them")
+    return False
 
-    Raises:
-        ValueError: it is none of this project's instruct templates.
-    """
-    name = template_for(processor, option="template")
-    if not get_template(name).instruct:
-        raise ValueError(
-            f"template must be given, as the checkpoint's own is for captions only, got {name!r}"
-        )
-    return name
+
+def _unquoted(text: str) -> str:
+    """A file name as typed, or dragged into a terminal that quotes it."""
+    try:
+        parts = shlex.split(text)
+    except ValueError:  # an apostrophe
+        return text
+    return parts[0] if len(parts) == 1 else text
 
 
-def _unaskable(text: str, template: str | None = None) -> str | None:
-    """The reason why `text` cannot be a turn of a template, or of any template, or None."""
-    if not text.strip():
-        return "must not be empty"
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        return "must be text in UTF-8, got bytes that are not"
-    if IMAGE_MARKER in text:
-        return f"must not hold {IMAGE_MARKER}: --image gives the picture"
-    if template and (found := reserved_marker([{"value": text}], template)):
-        return f"must not hold {found}, which separates turns"
-    return None
+def _tell(text: str | None) -> None:
+    if text:
+        print(text, file=sys.stderr, flush=True)
 
 
-def _typed():
-    if sys.stdin.isatty():
-        print("ask about the picture; an empty line ends the conversation")
+def _typed() -> Iterator[str]:
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        try:
+            import readline  # noqa: F401  input() then edits lines and remembers them
+        except ImportError:
+            pass
+        print("ask, or type /help; an empty line ends the conversation")
     while True:
         try:
-            text = input("> " if sys.stdin.isatty() else "").strip()
+            text = input("> " if is_terminal else "").strip()
         except EOFError:
             return
         if not text:

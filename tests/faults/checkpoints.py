@@ -1,8 +1,8 @@
-"""Faults in the rooms checkpoints, analysis and serving."""
+"""Faults in the rooms checkpoints and analysis."""
 
 from tests.faults import Fault
 
-CHECKPOINTS, ANALYSIS, SERVING = "cumo_model/checkpoints/", "cumo_model/analysis/", "cumo_model/serving/"
+CHECKPOINTS, ANALYSIS = "cumo_model/checkpoints/", "cumo_model/analysis/"
 
 FAULTS = (
     Fault("experts of the tower with the general number of choices", CHECKPOINTS + "upcycle.py",
@@ -137,24 +137,6 @@ FAULTS = (
     Fault("dtype of a checkpoint ignored", CHECKPOINTS + "assemble.py",
           'dtype or "auto", known=(), **options', '"auto", known=(), **options',
           "checkpoints/assemble::test_dtype_and_attention_are_those_asked_for"),
-    Fault("an answer sampled", SERVING + "chat.py",
-          "do_sample=False, streamer=streamer", "streamer=streamer",
-          "serving/chat::test_an_answer_is_greedy_and_of_the_length_asked_for"),
-    Fault("the length of an answer ignored", SERVING + "chat.py",
-          "max_new_tokens=max_new_tokens, do_sample", "max_new_tokens=NEW_TOKENS, do_sample",
-          "serving/chat::test_an_answer_is_greedy_and_of_the_length_asked_for"),
-    Fault("pixels in fp32 for a model in another dtype", SERVING + "chat.py",
-          'inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)', "pass",
-          "serving/chat::test_the_picture_matters_and_a_second_turn_keeps_the_first"),
-    Fault("the picture in every turn", SERVING + "chat.py",
-          "first = picture is not None and not turns", "first = picture is not None",
-          "serving/chat::test_a_question_from_standard_input_has_the_picture_in_its_first_turn"),
-    Fault("answers not kept in the conversation", SERVING + "chat.py",
-          '        turns.append({"from": "gpt", "value": said})', "        pass",
-          "serving/chat::test_ctrl_c_stops_an_answer_and_keeps_the_conversation"),
-    Fault("the prompt in the answer", SERVING + "chat.py",
-          "out[0, ids.shape[1] :]", "out[0]",
-          "serving/chat::test_an_answer_is_greedy_and_of_the_length_asked_for"),
     Fault("halves of Mixtral's experts exchanged", CHECKPOINTS + "layout.py",
           '"gate_up_proj": ("w1.weight", "w3.weight")', '"gate_up_proj": ("w3.weight", "w1.weight")',
           "checkpoints/convert::test_original_to_ours_and_back_is_bit_exact"),

@@ -17,6 +17,7 @@ import pytest
 from cumo_model import __main__ as program
 from cumo_model.__main__ import main
 from cumo_model.command_line import parsed, parser
+from cumo_model.serving.sampling import Sampling
 from cumo_model.training import launch
 from tests.processes import kill
 
@@ -58,6 +59,19 @@ REFUSED = {  # words of a command -> part of the message
     f"{CHAT} --image none.png": "image 'none.png' does not exist",
     f"{CHAT} --image pictures": "image 'pictures' must be a file, got a folder",
     f"{CHAT} --template none": "--template: template must be one of ",
+    f"{CHAT} --temperature -1": "--temperature must be finite and not negative, got -1.0",
+    f"{CHAT} --temperature inf": "--temperature must be finite and not negative, got inf",
+    f"{CHAT} --top-p 0": "--top-p must be above 0 and at most 1, got 0.0",
+    f"{CHAT} --seed -1": "--seed must be at least 0, got -1",
+    f"{CHAT} --system <image>": "--system must be text without <image>, got '<image>'",
+    f"{CHAT} --web": "--question must not be given with --web",
+    "chat model --web --image a.png": "--image must not be given with --web",
+    "chat model --web --port 65536": "--port must be at most 65535, got 65536",
+    "chat": "the folder of a checkpoint, or --endpoint, must be given, got neither",
+    "chat model --checkpoint model": "the checkpoint must be given once, got 'model' and --checkpoint",
+    "chat model --endpoint http://h": "a checkpoint must not be given with --endpoint",
+    "chat --endpoint http://h --load-4bit": "--load-4bit or --load-8bit must not be given with --endpoint",
+    "chat --endpoint h:8000": "--endpoint must be an address such as http://127.0.0.1:8000/v1, got 'h:8000'",
     f"{CHAT} --template plain": "--template: template must be an instruct template, got 'plain'",
     "data check none.json": None,
     "data check none*.json a?.jsonl": None,
@@ -124,7 +138,7 @@ def test_overrides_may_stand_anywhere(capsys):
         2,
         1,
     )
-    for wrong in (["train", "--config", "x", "--nothing=1"], ["chat", "--checkpoint", "x", "a=1"]):
+    for wrong in (["train", "--config", "x", "--nothing=1"], ["chat", "x", "a=1"]):
         with pytest.raises(SystemExit):
             parsed(wrong)
         assert "unrecognized arguments: " in capsys.readouterr().err
@@ -265,9 +279,15 @@ REACHES = {  # command -> the function that it calls, and the arguments that are
         {"out_dir": "d", "seeds": 5, "rows": ["clip", "e8"], "steps": 7, "is_quick": True},
     ),
     "ablate": ("demo.ablation.run_ablation", {"out_dir": "runs/ablation"}),
-    "chat --checkpoint c --image i --question q --template t --max-new-tokens 9": (
+    "chat --checkpoint c --image i --image j --question q --template t --max-new-tokens 9 --temperature 0.5 "
+    "--top-p 0.25 --seed 3 --system s --device cpu --dtype float16 --load-4bit": (
         "serving.chat.chat",
-        {"checkpoint": "c", "image": "i", "question": "q", "template": "t", "max_new_tokens": 9},
+        {"checkpoint": "c", "images": ["i", "j"], "question": "q", "template": "t", "system": "s",
+         "device": "cpu", "dtype": "float16", "bits": 4, "sampling": Sampling(9, 0.5, 0.25, 3)},
+    ),
+    "chat --endpoint http://h/v1 --load-8bit": (
+        "serving.chat.chat",
+        {"endpoint": "http://h/v1", "bits": 8},
     ),
     "train --config r --processes 2 --max-restarts 0 a=1 b=2": (
         "training.launch.launch",

@@ -19,7 +19,7 @@ from cumo_model import CumoForConditionalGeneration, CumoVisionModel, MoELayer, 
 from cumo_model.checkpoints.assemble import assemble, describe
 from cumo_model.checkpoints.upcycle_checkpoint import probe, upcycle_checkpoint
 from cumo_model.demo.tokenizer import train_tokenizer
-from cumo_model.serving.chat import load
+from cumo_model.serving.local import load
 from cumo_model.training.recipe import DataSection, ModelSection
 from cumo_model.training.start import start_model
 from tests.model import original

@@ -55,8 +55,7 @@ def demo(tmp_path, tiny_config, monkeypatch):
         rows = {row: said(right, record) for row, record in enumerate(records)}
         monkeypatch.setattr(report.Examiner, "answers", lambda self: rows)
 
-        def answer(model, processor, picture, turns, template):
-            question = turns[0]["value"].removeprefix("<image>\n")
+        def answer(model, processor, picture, question):
             colour = next(
                 c
                 for c in COLOURS[:3]
@@ -66,7 +65,7 @@ def demo(tmp_path, tiny_config, monkeypatch):
             record = next(r for r in records if r["image"] == f"{colour}.png" and r["kind"] == kind)
             return said(right if in_chat is None else in_chat, record)
 
-        monkeypatch.setattr(report, "answer", answer)
+        monkeypatch.setattr(report, "_answer", answer)
         return report.show(tmp_path, model, processor)
 
     return tmp_path, says

@@ -1,43 +1,31 @@
-"""The chat command: answers, and a one-line error for every kind of invalid input."""
+"""The chat in the terminal: its commands and options, and one line for every kind of invalid input."""
 
 import base64
 import io
+import json
+import os
+import pty
+import select
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from cumo_model import CumoForConditionalGeneration
 from cumo_model.__main__ import main
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing.conversation import chat_template
-from cumo_model.processing.processor import build_processor
-from cumo_model.serving import chat as serving
-from cumo_model.serving.chat import Printer, answer, load, own_template
+from cumo_model.serving.chat import Conversation
+from cumo_model.serving.local import Local, load, own_template
+from cumo_model.serving.messages import text_of, user_message
+from cumo_model.serving.replies import Stream
+from cumo_model.serving.sampling import Sampling
 from tests.model import original
-
-
-@pytest.fixture
-def checkpoint(tiny_config, tmp_path):
-    tokenizer = train_tokenizer(["what is it? a red apple"] * 4, 300)
-    config = tiny_config(
-        text_options={"vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 0},
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        scales=(1, 3),
-    )
-    folder = tmp_path / "checkpoint"
-    CumoForConditionalGeneration(config).save_pretrained(folder)
-    build_processor(tokenizer, 12, 4).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def picture(tmp_path):
-    Image.new("RGB", (20, 14), "red").save(tmp_path / "red.png")
-    return tmp_path / "red.png"
+from tests.model.serving.endpoint_server import serving
 
 
 def run(capsys, *arguments):
@@ -45,22 +33,211 @@ def run(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
-def test_chat_prints_the_models_answer(checkpoint, picture, capsys):
-    code, out, _ = run(
-        capsys,
-        "--checkpoint",
-        checkpoint,
-        "--image",
-        picture,
-        "--question",
-        "what is it?",
-        "--max-new-tokens",
-        5,
+def typed(monkeypatch, *lines):
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+RED, BLUE = Image.new("RGB", (20, 14), "red"), Image.new("RGB", (20, 14), "blue")
+FEW = Sampling(6)
+
+
+def said(engine, *questions):
+    """The answers of a conversation; a question is a text or (text, picture, ...)."""
+    messages, found = [], []
+    for question in questions:
+        text, *pictures = (question,) if isinstance(question, str) else question
+        messages.append(user_message(text, pictures))
+        found.append(engine.stream(messages, FEW).read().text)
+        messages.append({"role": "assistant", "content": found[-1]})
+    return found
+
+
+def test_one_question_about_several_pictures(talker_folder, talker, tmp_path, picture, capsys):
+    BLUE.save(tmp_path / "blue.png")
+    pictures = ("--image", picture, "--image", tmp_path / "blue.png")
+    options = ("--question", "what is it?", "--max-new-tokens", 6)
+    code, out, err = run(capsys, talker_folder, *pictures, *options)
+    assert (code, out) == (0, said(talker, ("what is it?", RED, BLUE))[0] + "\n"), err
+    assert "cut after 6 tokens" in err
+    assert run(capsys, "--checkpoint", talker_folder, *options)[1].strip() == said(talker, "what is it?")[0]
+
+
+def test_the_same_over_an_endpoint(talker, picture, capsys):
+    with serving(talker) as server:
+        options = ("--image", picture, "--question", "what is it?", "--max-new-tokens", 6)
+        code, out, err = run(capsys, "--endpoint", server.url, *options)
+    assert (code, out) == (0, said(talker, ("what is it?", RED))[0] + "\n"), err
+
+
+def test_a_conversation_keeps_its_turns_and_shows_pictures_on_the_way(
+    talker_folder, talker, tmp_path, picture, monkeypatch, capsys
+):
+    BLUE.save(tmp_path / "a blue.png")
+    file = tmp_path / "talk.json"
+    blue = tmp_path / "a blue.png"
+    typed(monkeypatch, "what is it?", f"/image '{blue}'", "and the door?", f"/save {file}",
+          "/undo", f"/image {blue}", "near the house?", "/reset", "what is it?")  # fmt: skip
+    code, out, err = run(capsys, talker_folder, "--image", picture, "--max-new-tokens", 6)
+    assert code == 0, err
+    first = said(talker, ("what is it?", RED), ("and the door?", BLUE))
+    wanted = [*first, said(talker, ("what is it?", RED), ("near the house?", BLUE))[1]]
+    assert out.splitlines() == [*wanted, said(talker, "what is it?")[0]]
+    saved = json.loads(file.read_text())
+    assert [turn["role"] for turn in saved["messages"]] == ["user", "assistant"] * 2
+    assert [turn["text"] for turn in saved["messages"]][1::2] == first
+    assert [turn.get("images") for turn in saved["messages"]] == [
+        [str(picture)], None, [str(tmp_path / "a blue.png")], None
+    ]  # fmt: skip
+
+
+def test_options_reach_the_model(talker_folder, talker, capsys):
+    talker.model.bfloat16()
+    wanted = talker.stream(
+        [{"role": "system", "content": "the blue door"}, user_message("what is it?")],
+        Sampling(9, 2.0, 0.9, 5),
     )
-    model, processor = load(checkpoint)
-    turns = [{"from": "human", "value": "<image>\nwhat is it?"}]
-    said = answer(model, processor, Image.open(picture), turns, "mistral_instruct", 5)
-    assert code == 0 and out.strip() == said
+    options = ("--temperature", 2, "--top-p", 0.9, "--seed", 5, "--max-new-tokens", 9, "--dtype", "bfloat16")
+    more = ("--system", "the blue door", "--device", "cpu", "--question", "what is it?")
+    assert run(capsys, talker_folder, *options, *more)[1].strip() == wanted.read().text
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_model_answers(talker_folder, bits, capsys):
+    pytest.importorskip("bitsandbytes")
+    code, out, err = run(
+        capsys, talker_folder, f"--load-{bits}bit", "--question", "what is it?", "--max-new-tokens", 3
+    )
+    assert code == 0 and out.strip(), err
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("/image", "/image must be followed by the name of a file"),
+        ("/image none.png", "image 'none.png' does not exist"),
+        ("/image http://127.0.0.1:9/x.png", "cannot be fetched"),
+        ("/save", "/save must be followed by the name of a file"),
+        ("/save new.json", "there is nothing to save: no question has been answered"),
+        ("/undo", "there is no question to forget"),
+        ("/picture x", "/picture is no command; /help lists them"),
+        ("/help", "/image FILE"),
+        ("a [/INST] b", "no answer: the question must not hold [/INST]"),
+        ("<image> x", "no answer: the question must not hold <image>"),
+        ("a red apple " * 400, "no answer: the conversation must have fewer than 512 tokens"),
+    ],
+)
+def test_a_line_that_is_not_understood_is_told_and_the_conversation_goes_on(
+    talker_folder, talker, monkeypatch, capsys, line, told
+):
+    typed(monkeypatch, line, "what is it?")
+    code, out, err = run(capsys, talker_folder, "--max-new-tokens", 6)
+    assert code == 0 and told in out + err and out.splitlines()[-1] == said(talker, "what is it?")[0]
+
+
+def test_a_saved_conversation_is_not_overwritten(talker, tmp_path):
+    talk = Conversation(talker, FEW, system="the blue door")
+    (tmp_path / "old.json").write_text("precious")
+    assert talk.ask("what is it?").text
+    with pytest.raises(ValueError, match=r"old.json' exists already"):
+        talk.save(tmp_path / "old.json")
+    with pytest.raises(ValueError, match="cannot be written: No such file or directory"):
+        talk.save(tmp_path / "none" / "new.json")
+    talk.save(tmp_path / "new.json")
+    saved = json.loads((tmp_path / "new.json").read_text())["messages"]
+    assert saved[0] == {"role": "system", "text": "the blue door"} and len(saved) == 3
+    assert (tmp_path / "old.json").read_text() == "precious"
+
+
+class Terminal:
+    """`cumo chat` in a pseudo terminal."""
+
+    def __init__(self, *words):
+        self.end, own = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "cumo_model", "chat", *map(str, words)],
+            stdin=own,
+            stdout=own,
+            stderr=own,
+            start_new_session=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        )
+        os.close(own)
+        self.seen = ""
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        """Read until `text` is there; what came up to it."""
+        until = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < until, f"no {text!r} in {self.seen!r}"
+            if select.select([self.end], [], [], 0.2)[0]:
+                try:
+                    self.seen += os.read(self.end, 65536).decode(errors="replace")
+                except OSError:  # the program has ended
+                    assert text in self.seen, f"no {text!r} in {self.seen!r}"
+        found, _, self.seen = self.seen.partition(text)
+        return found
+
+    def type(self, text: str) -> None:
+        os.write(self.end, text.encode())
+
+    def close(self) -> int:
+        try:
+            return self.process.wait(30)
+        finally:
+            self.process.kill()
+            os.close(self.end)
+
+
+def test_in_a_terminal_ctrl_c_ends_the_answer_and_not_the_program(talker_folder, talker, picture, tmp_path):
+    endless = tmp_path / "endless"
+    shutil.copytree(talker_folder, endless)
+    settings = json.loads((endless / "generation_config.json").read_text())
+    (endless / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 399}))
+    limits = json.loads((endless / "config.json").read_text())
+    limits["text_config"] |= {"max_position_embeddings": 200_000}
+    (endless / "config.json").write_text(json.dumps(limits))
+    terminal = Terminal(endless, "--max-new-tokens", 100_000)
+    try:
+        terminal.wait_for("/help; an empty line ends the conversation")
+        terminal.wait_for("> ")
+        terminal.type(f"/image {picture}\n")
+        terminal.wait_for("1 with the next question")
+        terminal.wait_for("> ")
+        terminal.type("what is it?\n")
+        terminal.wait_for("what is it?")
+        begun = time.monotonic()
+        while len(terminal.seen.strip()) < 20:  # it streams: this is long before the end
+            assert time.monotonic() < begun + 60
+            terminal.seen += os.read(terminal.end, 65536).decode(errors="replace")
+        terminal.type("\x03")
+        terminal.wait_for("the answer was stopped")
+        terminal.wait_for("> ")
+        assert terminal.process.poll() is None
+        terminal.type("/save " + str(tmp_path / "talk.json") + "\n")
+        terminal.wait_for("saved as")
+        terminal.wait_for("> ")
+        time.sleep(1)  # readline misses a signal between printing its prompt and waiting for input
+        terminal.type("\x03")  # at the prompt it ends the program
+        terminal.wait_for("cumo: stopped")
+        assert terminal.close() == 130
+    finally:
+        terminal.process.kill()
+    question, answer = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert question["images"] == [str(picture)] and len(answer["text"]) > 10
+
+
+def test_in_a_terminal_an_empty_line_ends_the_conversation(talker_folder, talker):
+    terminal = Terminal(talker_folder, "--max-new-tokens", 6)
+    try:
+        terminal.wait_for("> ")
+        terminal.type("what is it?\n")
+        terminal.wait_for("what is it?")
+        shown = terminal.wait_for("> ")
+        assert said(talker, "what is it?")[0].split() == shown.split("the answer was cut")[0].split()
+        terminal.type("\n")
+        assert terminal.close() == 0
+    finally:
+        terminal.process.kill()
 
 
 def test_the_released_layout_chats_with_its_own_template(tmp_path, picture, capsys, monkeypatch):
@@ -81,63 +258,6 @@ def test_the_released_layout_chats_with_its_own_template(tmp_path, picture, caps
     )
     ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert out.strip() == tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def test_a_picture_of_several_tiles_is_talked_about(tiny_config, picture):
-    tokenizer = train_tokenizer(["what is it? a red apple"] * 4, 300)
-    tiles = {"patch_merge_type": "spatial_unpad", "image_grid_pinpoints": [[12, 24]]}
-    config = tiny_config(
-        text_options={"vocab_size": len(tokenizer), "eos_token_id": None, "max_position_embeddings": 256},
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        **tiles,
-    )
-    processor = build_processor(tokenizer, 12, 4, image_aspect_ratio="anyres", **tiles)
-    turns = [{"from": "human", "value": "<image>\nwhat is it?"}]
-    model = CumoForConditionalGeneration(config).eval()
-    assert answer(model, processor, Image.open(picture), turns, "mistral_instruct", 3)
-
-
-def test_an_answer_is_greedy_and_of_the_length_asked_for(checkpoint, picture):
-    """Whatever the generation config says; the tokens are those of the largest logits."""
-    model, processor = load(checkpoint)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.double()
-    model.generation_config.update(do_sample=True, temperature=5.0, max_new_tokens=2, eos_token_id=None)
-    streamed, turns = [], [{"from": "human", "value": "<image>\nwhat is it?"}]
-    streamer = type("Tokens", (), {"put": lambda self, ids: streamed.append(ids), "end": lambda self: None})()
-    said = [
-        answer(model, processor, Image.open(picture), turns, "mistral_instruct", 7, streamer)
-        for _ in range(2)
-    ]
-    prompt, *tokens = streamed[: len(streamed) // 2]
-    assert said[0] == said[1] and len(tokens) == 7
-    pixels = processor(images=Image.open(picture), text="<image>", return_tensors="pt")["pixel_values"]
-    ids = prompt.view(1, -1)
-    for token in tokens:
-        logits = model(input_ids=ids, pixel_values=pixels.double(), use_cache=False).logits[0, -1]
-        assert token.item() == logits.argmax()
-        ids = torch.cat([ids, token.view(1, 1)], 1)
-    decoded = processor.tokenizer.decode(torch.stack(tokens).flatten(), skip_special_tokens=True)
-    assert said[0] == decoded.strip().removesuffix("</s>").strip()
-
-
-def test_the_picture_matters_and_a_second_turn_keeps_the_first(checkpoint, picture):
-    model, processor = load(checkpoint)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    prompts = []
-    model.bfloat16().generate = lambda **inputs: prompts.append(inputs) or inputs["input_ids"]
-    first = [{"from": "human", "value": "<image>\nwhat is it?"}]
-    answer(model, processor, Image.open(picture), first, "mistral_instruct")
-    second = [*first, {"from": "gpt", "value": "a red apple"}, {"from": "human", "value": "what is it?"}]
-    answer(model, processor, Image.open(picture), second, "mistral_instruct")
-    one, two = (prompt["input_ids"][0].tolist() for prompt in prompts)
-    assert two[: len(one)] == one and len(two) > len(one)
-    assert prompts[0]["pixel_values"].shape == (1, 3, 12, 12)
-    assert prompts[0]["pixel_values"].dtype == torch.bfloat16  # as the original's
 
 
 def broken_picture(tmp_path):
@@ -257,45 +377,22 @@ def test_an_empty_question_is_refused_before_the_model_is_loaded(picture, capsys
     assert code == 1 and "question must not be empty" in err
 
 
-def test_an_answer_does_not_begin_with_a_blank(checkpoint, capsys):
-    _, processor = load(checkpoint)
-    printer = Printer(processor.tokenizer)
-    for piece in ("", " ", "\n a", " red", " apple "):
-        printer.on_finalized_text(piece)
-    printer.on_finalized_text("", stream_end=True)
-    assert capsys.readouterr().out == "a red apple \n" and printer.said == "a red apple "
-
-
-def test_a_question_from_standard_input_has_the_picture_in_its_first_turn(
-    checkpoint, picture, monkeypatch, capsys
-):
-    asked = []
-
-    def generate(model, processor, image, turns, template, new_tokens, streamer):
-        asked.append(([(turn["from"], turn["value"]) for turn in turns], image.size, template, new_tokens))
-        return f"answer {len(asked)}"
-
-    monkeypatch.setattr(serving, "answer", generate)
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\n two \n\nthree\n"))
-    assert run(capsys, "--checkpoint", checkpoint, "--image", picture, "--max-new-tokens", 9)[0] == 0
-    first = [("human", "<image>\none")]
-    second = [*first, ("gpt", "answer 1"), ("human", "two")]
-    assert asked == [(turns, (20, 14), "mistral_instruct", 9) for turns in (first, second)]
-
-
 @pytest.mark.parametrize("said, kept", [(" a red", ["a red"]), ("", [])])
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(checkpoint, monkeypatch, capsys, said, kept):
     """A real signal in each answer; at the prompt it ends the conversation, and SIGTERM does so anywhere."""
     asked, numbers = [], [signal.SIGINT, signal.SIGINT, signal.SIGTERM]
 
-    def generate(model, processor, picture, turns, template, new_tokens, streamer):
-        asked.append([turn["value"] for turn in turns])
-        streamer.on_finalized_text(said)
+    def pieces():
+        yield said
         signal.raise_signal(numbers[len(asked) - 1])
         raise AssertionError
 
-    monkeypatch.setattr(serving, "answer", generate)
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\nthree\nfour\n"))
+    def stream(self, messages, sampling):
+        asked.append([text_of(message) for message in messages])
+        return Stream(pieces())
+
+    monkeypatch.setattr(Local, "stream", stream)
+    typed(monkeypatch, "one", "two", "three", "four")
     code, _, err = run(capsys, "--checkpoint", checkpoint)
     assert code == 130 and err.count("the answer was stopped") == 2 and err.endswith("cumo: stopped\n")
     assert asked == [["one"], [*(["one", *kept] if kept else []), "two"],
