@@ -5,6 +5,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -219,42 +220,43 @@ class _Page:
         tab.select(self._choices, None, [self.choice, *drawn], **one)
         self.choice.input(self._draw, self.choice, drawn, **one)
 
-    def _ask(self, asked: dict, temperature, top_p, longest, request: gr.Request) -> Iterator:
+    def _ask(self, asked: dict | None, temperature, top_p, longest, request: gr.Request) -> Iterator:
+        asked = {"text": "", "files": [], **(asked or {})}
         talk = self.talks.of(request.session_hash)
-        steps = lambda: talk.ask(
-            self.engine,
-            (asked or {}).get("text") or "",
-            (asked or {}).get("files") or [],
-            Sampling(int(longest), float(temperature), float(top_p), self.sampling.seed),
-            self.system,
-        )
-        yield from self._shown(talk, steps, is_new=True)
-        for file in (asked or {}).get("files") or []:
-            if talk.turns:  # as it has its own copy
+        sampling = self._sampling(temperature, top_p, longest)
+        steps = talk.ask(self.engine, asked["text"], asked["files"], sampling, self.system)
+        is_given_back = False
+        try:
+            is_given_back = not (yield from self._shown(talk, steps, asked))
+        finally:  # also if the page was closed; the conversation has its own copy
+            for file in [] if is_given_back else asked["files"]:
                 Path(file).unlink(missing_ok=True)
 
     def _again(self, temperature, top_p, longest, request: gr.Request) -> Iterator:
         talk = self.talks.of(request.session_hash)
-        steps = lambda: talk.ask_again(
-            self.engine,
-            Sampling(int(longest), float(temperature), float(top_p), self.sampling.seed),
-            self.system,
-        )
-        yield from self._shown(talk, steps, is_new=False)
+        steps = talk.ask_again(self.engine, self._sampling(temperature, top_p, longest), self.system)
+        yield from self._shown(talk, steps)
 
-    def _shown(self, talk: Talk, steps, is_new: bool) -> Iterator:
-        """States of chat, question and notice while an answer is written."""
-        last = -REFRESH
-        try:
-            for number, _ in enumerate(steps()):
-                emptied = None if is_new and not number else gr.skip()
-                if not number or time.monotonic() - last > REFRESH:
-                    last = time.monotonic()
-                    yield _rows(talk), emptied, _notice("")
-        except ValueError as error:
-            yield _rows(talk), gr.skip(), _notice(str(error))
-            return
+    def _sampling(self, temperature, top_p, longest) -> Sampling:
+        return Sampling(int(longest), float(temperature), float(top_p), self.sampling.seed)
+
+    def _shown(self, talk: Talk, steps: Iterator, asked: dict | None = None) -> Iterator:
+        """States of chat, question and notice while an answer is written; returns whether there is one.
+
+        The question is given back to its box if there is no answer."""
+        last = None
+        with closing(steps):
+            try:
+                for _ in steps:
+                    if last is None or time.monotonic() - last > REFRESH:
+                        yield _rows(talk), None if asked and last is None else gr.skip(), _notice("")
+                        last = time.monotonic()
+            except ValueError as error:
+                back = gr.skip() if last is None or asked is None else asked
+                yield _rows(talk), back, _notice(str(error))
+                return False
         yield _rows(talk), gr.skip(), _notice("")
+        return True
 
     def _stop(self, request: gr.Request) -> None:
         self.talks.of(request.session_hash).stop()

@@ -1,8 +1,7 @@
-"""The page in the browser, in a real headless Chromium: chat, bad input, sessions, routing, what is loaded."""
+"""The page in the browser, in a real headless Chromium: chat, bad input, sessions, routing."""
 
 import base64
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from cumo_model import CumoForConditionalGeneration
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing.processor import build_processor
 from cumo_model.serving.local import Local
-from cumo_model.serving.messages import text_of, user_message
+from cumo_model.serving.messages import user_message
 from cumo_model.serving.sampling import Sampling
 from cumo_model.serving.web import talk as talks
 
@@ -117,7 +116,9 @@ def files(tmp_path_factory):
 
 def attach(page, *files):
     before = page.locator("#question .thumbnail-item").count()
-    page.set_input_files("#question input[type=file]", [str(file) for file in files])
+    with page.expect_file_chooser() as chooser:
+        page.click("#question button[aria-label='Upload a file']")
+    chooser.value.set_files([str(file) for file in files])
     page.wait_for_function(
         "wanted => document.querySelectorAll('#question .thumbnail-item').length == wanted",
         arg=before + len(files),
@@ -138,7 +139,8 @@ def longest(page, tokens):
 
 def said(page):
     """Texts of the rows of the chat, without pictures."""
-    return [text for row in page.locator(".chat .message").all() if (text := row.inner_text().strip())]
+    rows = page.evaluate("[...document.querySelectorAll('.chat .message')].map(row => row.innerText.trim())")
+    return [text for text in rows if text]
 
 
 def wait_until(page, holds, seconds=20):
@@ -227,6 +229,7 @@ def test_two_pictures_in_a_turn_and_a_pasted_one(page, engine, files):
     )
     assert page.locator(".chat img").count() == 2
     page.click("#clear")
+    wait_until(page, lambda: said(page) == [])
     page.evaluate(
         """data => {
             const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
@@ -240,13 +243,14 @@ def test_two_pictures_in_a_turn_and_a_pasted_one(page, engine, files):
     page.wait_for_selector("#question .thumbnail-item")
     ask(page, QUESTION)
     assert ended(page)[1] == expected(engine, (QUESTION, files[1]))
+    assert page.locator(".chat img").count() == 1
 
 
 def start_long(page, text=QUESTION):
     """Ask for an answer that takes seconds and wait for its first words."""
     longest(page, LONG)
     ask(page, text)
-    wait_until(page, lambda: len(said(page)[-1].split()) > 3)
+    wait_until(page, lambda: len("".join(said(page)[-1:]).split()) > 3)
 
 
 def assert_idle(engine):
@@ -289,10 +293,9 @@ def test_closing_the_page_ends_its_answer_and_deletes_its_pictures(opened, site,
     page = opened(site)
     ask(page, QUESTION, files[0])
     ended(page)
-    page.click("#clear")
     longest(page, LONG)
     ask(page, QUESTION, files[0])
-    wait_until(page, lambda: len(said(page)[-1].split()) > 3)
+    wait_until(page, lambda: len(said(page)) == 5 and len(said(page)[-1].split()) > 3)
     assert len(list(site.folder.rglob("*.png"))) > 0
     begin = time.monotonic()
     page.close()
@@ -327,7 +330,7 @@ def test_an_answer_can_be_stopped_while_it_waits(opened, site, engine):
 
 def bomb(path):
     """A picture whose file is small and that would fill the memory."""
-    Image.new("1", (60_000, 60_000)).save(path)
+    Image.new("1", (13_000, 13_000)).save(path)
 
 
 def no_picture(path):
@@ -340,19 +343,17 @@ def no_picture(path):
         (" ", None, "the question must not be empty"),
         ("<image> and?", None, "the question must not hold <image>"),
         ("a [/INST] b", None, "the question must not hold [/INST], which separates turns"),
-        ("it is " * 200, None, "the conversation must have fewer than 512 tokens"),
+        ("it is " * 400, None, "the conversation must have fewer than 512 tokens"),
         (
             QUESTION,
             no_picture,
             "picture 2 of the question' is not a picture in a format that Pillow supports",
         ),
-        (QUESTION, bomb, "picture 2 of the question"),
+        (QUESTION, bomb, "picture 2 of the question' must "),
     ],
     ids=["empty", "marker", "template", "long", "text", "bomb"],
 )
-def test_bad_input_is_one_line_and_leaves_the_conversation(
-    page, engine, site, files, tmp_path, text, make, told
-):
+def test_bad_input_is_one_line_and_leaves_the_conversation(page, engine, files, tmp_path, text, make, told):
     ask(page, "who?")
     before = ended(page)
     given = [files[0]] if make else []
