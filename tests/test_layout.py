@@ -179,8 +179,8 @@ ROOMS = {
     "checkpoints": ("processing",),
     "training": ("data", "checkpoints"),
     "analysis": ("data", "checkpoints"),
-    "serving": ("checkpoints",),
-    "demo": ("training", "analysis", "serving"),
+    "serving": ("analysis",),
+    "demo": ("training", "serving"),
     "names": (),
     "old_paths": (),
     "registered": ("checkpoints", "old_paths"),
@@ -197,6 +197,8 @@ FOREIGN = {
     "transformers": ("cumo_kernels.integrations*", "cumo_model*"),
     "matplotlib": ("cumo_model.demo*", "cumo_model.analysis.plots"),
     "resvg_py": ("cumo_model.demo*",),
+    "gradio": ("cumo_model.serving.web.page",),
+    "openai": ("cumo_model.serving.endpoint",),
     "bitsandbytes": ("cumo_model.model.quantize",),
 }
 

@@ -14,7 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 try:
     import gradio as gr
-    from starlette.middleware import Middleware
 except ImportError:
     raise ValueError("a page needs the package gradio: pip install 'cumo[web]'") from None
 
@@ -114,7 +113,7 @@ def launch(page: gr.Blocks, host: str, port: int, share: bool) -> tuple[str, str
         mcp_server=False,
         theme=gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", font=FONTS, font_mono=MONO),
         css=STYLE,
-        app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
+        app_kwargs={"middleware": [(Guard, (), {})], "docs_url": None, "redoc_url": None},
     )
     if share and not public:
         raise ValueError("share must reach gradio's server for public links, which cannot be reached")
