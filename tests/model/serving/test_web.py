@@ -1,8 +1,8 @@
 """The page in the browser, in a real headless Chromium: chat, bad input, sessions, routing."""
 
 import base64
+import shutil
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,18 +11,19 @@ from PIL import Image, ImageDraw
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing.processor import build_processor
+from cumo_model.serving.endpoint import Endpoint
 from cumo_model.serving.local import Local
 from cumo_model.serving.messages import user_message
 from cumo_model.serving.sampling import Sampling
 from cumo_model.serving.web import talk as talks
+from cumo_model.serving.web.server import served
+from tests.model.serving.endpoint_server import serving
 
 pytest.importorskip("gradio")
 sync = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next((path for path in ("/usr/bin/chromium",) if Path(path).exists()), None)
+CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
-    pytest.skip("there is no chromium", allow_module_level=True)
-
-from cumo_model.serving.web.server import served
+    pytest.skip("there is no chromium: `apt-get install chromium`", allow_module_level=True)
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
@@ -33,18 +34,22 @@ SHORT, LONG = Sampling(24), 330  # tokens; LONG takes seconds, so that it can be
 QUESTION = "what is it?"
 
 
-def make_engine(vision_experts=4, text="mixtral") -> Local:
+def make_engine() -> Local:
     """A model that answers in words, another one to each question, and never ends by itself."""
     tokenizer = train_tokenizer([" ".join(WORDS)] * 9, 400)
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
     options = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "pad_token_id": 0}
     options |= {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-    options |= {"num_local_experts": 4} if text == "mixtral" else {}
     config = CumoForConditionalGeneration.config_class(
-        vision_config={**vision, "image_size": 12, "patch_size": 4, "num_experts": vision_experts},
-        text_config={"model_type": text, "num_key_value_heads": 1, "eos_token_id": None, **options},
+        vision_config={**vision, "image_size": 12, "patch_size": 4, "num_experts": 4},
+        text_config={
+            "model_type": "mixtral",
+            "num_local_experts": 4,
+            "num_key_value_heads": 1,
+            "eos_token_id": None,
+            **options,
+        },
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        **({} if vision_experts else {"projector_num_experts": 0}),
     )
     torch.manual_seed(3)
     model = CumoForConditionalGeneration(config).eval()
@@ -414,3 +419,23 @@ def test_the_tab_of_routing_shows_the_pictures(page, engine, files):
         )
     assert page.locator("button[aria-label=Share]:visible").count() == 0
     assert page.get_by_text("gradio", exact=False).count() == 0
+
+
+def test_an_endpoint_answers_and_its_errors_are_one_line(opened, engine, files):
+    pytest.importorskip("openai")
+    with serving(engine) as server, served(Endpoint(server.url), port=0, sampling=SHORT) as site:
+        page = opened(site)
+        assert "CuMo: tiny" in page.inner_text("body")
+        ask(page, QUESTION, files[0])
+        wait_until(page, lambda: len(said(page)) == 3)
+        first = expected(engine, (QUESTION, files[0]))
+        assert ended(page)[1] == first
+        ask(page, "it is " * 400)  # how long a conversation may be is known to the server
+        noticed(page, "refuses it (400): the conversation must have fewer than 512 tokens")
+        assert said(page)[:2] == [QUESTION, first] and len(said(page)) == 3
+        start_long(page, "who?")
+        page.click("#stop")
+        wait_until(page, lambda: said(page)[-1] == f"[{talks.STOPPED}]")
+        assert server.left.wait(5)
+        page.get_by_role("tab", name="Routing").click()
+        assert "not for an endpoint" in page.inner_text("#no_routing")
