@@ -102,6 +102,8 @@ def served(
 
 def _free(host: str, port: int) -> int:
     """The port, or a free one for 0, after a test that the server can listen there."""
+    if not 0 <= port < 2**16:  # the resolver would take the lower bits
+        raise ValueError(f"port must be from 0 to {2**16 - 1}, got {port}")
     try:
         where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.socket(where[0], where[1]) as probe:

@@ -265,6 +265,7 @@ def assert_idle(engine):
         assert time.monotonic() - begin < 1
 
 
+@pytest.mark.slow
 def test_stop_keeps_what_was_said(page, engine):
     start_long(page)
     page.click("#stop")
@@ -280,6 +281,7 @@ def test_stop_keeps_what_was_said(page, engine):
     assert said(page)[4] == engine.stream(talk, SHORT).read().text
 
 
+@pytest.mark.slow
 def test_a_second_question_waits_and_clear_ends_an_answer(page, engine):
     start_long(page)
     page.click("#again")
@@ -294,6 +296,7 @@ def test_a_second_question_waits_and_clear_ends_an_answer(page, engine):
     assert ended(page)[:2] == ["who?", expected(engine, ("who?",))]
 
 
+@pytest.mark.slow
 def test_closing_the_page_ends_its_answer_and_deletes_its_pictures(opened, site, engine, files):
     page = opened(site)
     ask(page, QUESTION, files[0])
@@ -311,6 +314,7 @@ def test_closing_the_page_ends_its_answer_and_deletes_its_pictures(opened, site,
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_sessions_do_not_mix_and_wait_for_each_other(opened, site, engine, files):
     one, two = opened(site), opened(site)
     start_long(one)
@@ -321,6 +325,7 @@ def test_sessions_do_not_mix_and_wait_for_each_other(opened, site, engine, files
     assert said(one)[0] == QUESTION and said(one)[-1] == f"[{talks.STOPPED}]" and len(said(one)) == 3
 
 
+@pytest.mark.slow
 def test_an_answer_can_be_stopped_while_it_waits(opened, site, engine):
     one, two = opened(site), opened(site)
     start_long(one)
@@ -354,7 +359,7 @@ def no_picture(path):
             no_picture,
             "picture 2 of the question' is not a picture in a format that Pillow supports",
         ),
-        (QUESTION, bomb, "picture 2 of the question' must "),
+        pytest.param(QUESTION, bomb, "picture 2 of the question' must ", marks=pytest.mark.slow),
     ],
     ids=["empty", "marker", "template", "long", "text", "bomb"],
 )
@@ -379,6 +384,7 @@ def test_bad_input_is_one_line_and_leaves_the_conversation(page, engine, files, 
     assert page.locator("#notice p").count() == 0
 
 
+@pytest.mark.slow
 def test_the_sliders_are_the_sampling(opened, engine):
     given = Sampling(24, 0.5, 0.9, seed=5)
     with served(engine, port=0, sampling=given, system="who", name="of a <b>test</b>") as site:
@@ -421,6 +427,7 @@ def test_the_tab_of_routing_shows_the_pictures(page, engine, files):
     assert page.get_by_text("gradio", exact=False).count() == 0
 
 
+@pytest.mark.slow
 def test_an_endpoint_answers_and_its_errors_are_one_line(opened, engine, files):
     pytest.importorskip("openai")
     with serving(engine) as server, served(Endpoint(server.url), port=0, sampling=SHORT) as site:

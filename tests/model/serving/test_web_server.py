@@ -118,7 +118,7 @@ def test_an_address_is_not_fetched(site):
 
 def test_a_model_without_experts_says_so(tiny_config, tmp_path):
     pytest.importorskip("gradio")
-    write_checkpoint(tmp_path / "dense", tiny_config, vision_experts=0, projector_num_experts=0)
+    write_checkpoint(tmp_path / "dense", tiny_config, vision_experts=1, projector_num_experts=1)
     with served(Local(*load(tmp_path / "dense")), port=0) as site:
         with urllib.request.urlopen(f"{site.address}config") as answer:
             assert "This model has no experts" in answer.read().decode()
@@ -137,8 +137,8 @@ def test_what_cannot_be_served_is_named(talker, site, monkeypatch):
         port = taken.getsockname()[1]
         refused(f"host and port must be free to listen at, got 127.0.0.1:{port}: Address already", port=port)
     refused("host and port must be .*, got no.such.host.invalid", host="no.such.host.invalid")
-    refused("got 127.0.0.1:99999", port=99_999)
-    refused(r"system must not hold \[INST\]", system="[INST]")
+    refused("port must be from 0 to 65535, got 99999", port=99_999)
+    refused(r"system must not hold \[/INST\]", system="a [/INST]")
     page = sys.modules.pop("cumo_model.serving.web.page")
     monkeypatch.setitem(sys.modules, "gradio", None)
     refused(re.escape("a page needs the package gradio: pip install 'cumo[web]'"))
@@ -146,10 +146,11 @@ def test_what_cannot_be_served_is_named(talker, site, monkeypatch):
 
 
 CODE = """
-import sys
+import sys, tempfile
 from cumo_model import signals
 from cumo_model.serving.local import Local, load
 from cumo_model.serving.web.server import web
+tempfile.tempdir = sys.argv[2]
 with signals.raising():
     try:
         web(Local(*load(sys.argv[1])), port=0)
@@ -159,10 +160,9 @@ with signals.raising():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_server_and_deletes_its_files(talker_folder, tmp_path, monkeypatch, number):
+def test_a_signal_ends_the_server_and_deletes_its_files(talker_folder, tmp_path, number):
     pytest.importorskip("gradio")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    process = Forked(["-c", CODE, talker_folder], tmp_path / "out.txt")
+    process = Forked(["-c", CODE, talker_folder, tmp_path], tmp_path / "out.txt")
     end = time.monotonic() + 60
     while "open http" not in (tmp_path / "out.txt").read_text():
         assert time.monotonic() < end and process.poll() is None, (tmp_path / "out.txt").read_text()
