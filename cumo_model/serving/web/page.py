@@ -163,7 +163,7 @@ class _Page:
                         max(2.0, given.temperature),
                         given.temperature,
                         step=0.05,
-                        label="Temperature, 0 for greedy",
+                        label="Temperature",
                         elem_id="temperature",
                     ),
                     gr.Slider(
