@@ -142,7 +142,7 @@ class _Page:
                 self.chat = gr.Chatbot(
                     show_label=False,
                     elem_classes="chat",
-                    height="max(300px, calc(100vh - 370px))",
+                    height="max(300px, calc(100vh - 320px))",
                     buttons=["copy", "copy_all"],
                     render_markdown=False,  # an answer is text: it must not load pictures or hide its marks
                     placeholder="Ask about one or several pictures, or about anything.",
