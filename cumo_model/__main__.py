@@ -1,4 +1,4 @@
-"""Command line: python -m cumo_model {demo,ablate,chat,data,train,experts,convert,upcycle}.
+"""Command line: python -m cumo_model {demo,ablate,chat,answer,data,train,experts,convert,upcycle}.
 
 The commands call the library. Arguments are checked before it is imported, which takes seconds. Expected
 errors are printed in one line, without a traceback.
@@ -51,6 +51,33 @@ def _sampling(args: argparse.Namespace):
     from cumo_model.serving.sampling import Sampling
 
     return Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+
+
+def _answer(args: argparse.Namespace) -> Callable[[], int]:
+    from cumo_model.training.launch import reported_once, supervise
+
+    if args.processes is not None and args.processes > 1:
+        if "RANK" in os.environ:
+            raise ValueError(f"--processes must be left out under torchrun, got {args.processes}")
+        words = _words({**vars(args), "processes": None})
+        return lambda: supervise([sys.executable, "-m", "cumo_model", *words], args.processes, 0)
+    from cumo_model.serving.answer import answer
+
+    engine = {"checkpoint": args.checkpoint, "endpoint": args.endpoint, "template": args.template}
+    engine |= {"device": args.device, "dtype": args.dtype, "bits": args.bits, "at_once": args.at_once}
+    asked = {"questions": args.questions, "images": args.images, "out": args.out, "limit": args.limit}
+    asked |= {"batch_size": args.batch_size, "system": args.system}
+    return reported_once()(lambda: answer(**engine, **asked, sampling=_sampling(args)))
+
+
+def _words(args: dict) -> list[str]:
+    """The words of a command, from its checked arguments."""
+    words = [args["command"], *([f"--load-{args['bits']}bit"] if args["bits"] else [])]
+    for name, value in args.items():
+        if name not in ("command", "folder", "bits") and value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}={one}" for one in values]
+    return words
 
 
 def _train(args: argparse.Namespace) -> Callable[[], int]:
@@ -131,7 +158,7 @@ def _convert(args: argparse.Namespace) -> Callable[[], int | None]:
     from cumo_model.checkpoints.convert import convert_checkpoint
 
     shard_bytes = max(1, int(args.shard_gb * 1000**3))
-    return lambda: convert_checkpoint(args.source, args.target, args.layout, shard_bytes)
+    return lambda: convert_checkpoint(args.source, args.target, args.layout, shard_bytes, args.remote_code)
 
 
 def _upcycle(args: argparse.Namespace) -> Callable[[], int | None]:
@@ -161,6 +188,7 @@ COMMANDS = {
     "demo": _demo,
     "ablate": _ablate,
     "chat": _chat,
+    "answer": _answer,
     "data": _data,
     "train": _train,
     "experts": _experts,

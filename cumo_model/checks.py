@@ -135,6 +135,8 @@ def _train(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     if not 0 < args.shard_gb < math.inf:
         raise ValueError(f"--shard-gb must be positive, got {args.shard_gb}")
+    if args.remote_code and args.layout == "original":
+        raise ValueError("--layout must be cumo with --remote-code, got original, the original code's own")
     _check_model("source", args.source)
     _check_new("target", args.target)
 
@@ -180,10 +182,33 @@ def _upcycle(args: argparse.Namespace) -> None:
     _check_new("--out", args.out)
 
 
+def _answer(args: argparse.Namespace) -> None:
+    _sampling(args)
+    for option in ("batch_size", "at_once", "limit", "processes"):
+        if getattr(args, option) is not None:
+            _number(f"--{option.replace('_', '-')}", getattr(args, option), 1)
+    if args.endpoint is not None and (args.processes or 1) > 1:
+        raise ValueError(
+            f"--processes must not be given with --endpoint, got {args.processes}: --at-once is for it"
+        )
+    if not args.questions.is_file():
+        why = _no_file(args.questions)
+        raise ValueError(f"--questions must be a file, got {str(args.questions)!r}, which {why}")
+    check_roots(IMAGES, args.images or [])
+    if args.out.is_dir():
+        raise ValueError(f"--out must be a file, got {str(args.out)!r}, which is a folder")
+    _engine(args)
+
+
+def _no_file(path: Path) -> str:
+    return "does not exist" if not path.exists() else "is a folder"
+
+
 CHECKS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": _demo,
     "ablate": _ablate,
     "chat": _chat,
+    "answer": _answer,
     "data": _data,
     "train": _train,
     "experts": _experts,

@@ -49,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
         "--share", action="store_true", help="also give the page a public address, through Gradio's servers"
     )
 
+    _add_answer(commands)
+
     train = commands.add_parser(
         "train", help="run a recipe, which is one stage of training; an interrupted run is resumed"
     )
@@ -136,6 +138,11 @@ def parser() -> argparse.ArgumentParser:
         default=2.0,
         help="largest output file and memory needed, in GB (default: 2)",
     )
+    convert.add_argument(
+        "--remote-code",
+        action="store_true",
+        help="in this project's layout, also for programs that open it with trust_remote_code=True only",
+    )
 
     upcycle = commands.add_parser(
         "upcycle", help="make experts of the MLPs of a dense model and print the step-0 difference"
@@ -174,6 +181,32 @@ def parser() -> argparse.ArgumentParser:
     return program
 
 
+def _add_answer(commands) -> None:
+    answer = commands.add_parser(
+        "answer", help="answer a file of questions about pictures; an interrupted run is resumed"
+    )
+    _add_engine(answer)
+    answer.add_argument(
+        "--questions",
+        type=Path,
+        required=True,
+        help="JSON lines with question_id, text, and image, the name of a picture or a list of names",
+    )
+    answer.add_argument(
+        "--images", action="append", help="folder or .tar file of the pictures; may be repeated"
+    )
+    answer.add_argument("--out", type=Path, required=True, help="file of the answers, JSON lines")
+    _add_sampling(answer)
+    answer.add_argument("--batch-size", type=int, default=8, help="questions per batch (default: 8)")
+    answer.add_argument("--limit", type=int, help="answer only so many questions, the first ones")
+    answer.add_argument(
+        "--processes", type=int, help="processes on this machine, one for each GPU (default: 1)"
+    )
+    answer.add_argument(
+        "--at-once", type=int, default=16, help="requests to the endpoint at the same time (default: 16)"
+    )
+
+
 def _add_engine(command: argparse.ArgumentParser) -> None:
     """Options of what answers: a checkpoint or an endpoint."""
     command.add_argument("folder", nargs="?", type=Path, help="folder with config, safetensors and processor")
@@ -194,9 +227,9 @@ def _add_engine(command: argparse.ArgumentParser) -> None:
         help="dtype of the weights (default: that of the files)",
     )
     bits = command.add_mutually_exclusive_group()
-    for number in (4, 8):
+    for option, number in (("--load-4bit", 4), ("--load-8bit", 8)):
         text = f"quantise the weights to {number} bits with bitsandbytes"
-        bits.add_argument(f"--load-{number}bit", dest="bits", action="store_const", const=number, help=text)
+        bits.add_argument(option, dest="bits", action="store_const", const=number, help=text)
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:

@@ -28,11 +28,14 @@ from tests.faults.demo import FAULTS as DEMO
 from tests.faults.kernels import CUDA, HOPPER, TRITON
 from tests.faults.kernels import FAULTS as KERNELS
 from tests.faults.model import FAULTS as MODEL
-from tests.faults.serving_web import FAULTS as WEB
+from tests.faults.serving import FAULTS as SERVING
+from tests.faults.serving_answer import FAULTS as SERVING_ANSWER
+from tests.faults.serving_web import FAULTS as SERVING_WEB
 from tests.faults.training import FAULTS as TRAINING
 
 ROOT = Path(__file__).parents[1]
-FAULTS = {"cumo_kernels": KERNELS, "cumo_model": MODEL + DATA + CHECKPOINTS + TRAINING + WEB + DEMO}
+ALL_SERVING = SERVING + SERVING_ANSWER + SERVING_WEB
+FAULTS = {"cumo_kernels": KERNELS, "cumo_model": MODEL + DATA + CHECKPOINTS + TRAINING + ALL_SERVING + DEMO}
 TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught
 # stems whose tests need neither interpreter nor emulation
 ALONE = ("cute", "ptx_tables", "launch", "pdl")

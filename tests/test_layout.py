@@ -112,6 +112,7 @@ ARROWS = {
     "cumo_model.model.moe": ("cumo_model.*", KERNELS, f"{KERNELS}.ops*", f"{KERNELS}.tracing"),
     "cumo_model.model.indexes": ("cumo_model.*", f"{KERNELS}.files"),
     "cumo_model.model.image_tokens": ("cumo_model.*", f"{KERNELS}.hostsync"),
+    "cumo_model.model.remote": ("cumo_model.*", f"{KERNELS}.files"),
     "cumo_model.checkpoints.folders": ("cumo_model.*", f"{KERNELS}.files"),
     "cumo_model.data.pictures": ("cumo_model.*", f"{KERNELS}.files"),
     "cumo_model.demo.packages": ("cumo_model.*", f"{KERNELS}.files"),

@@ -28,7 +28,7 @@ from cumo_model.checkpoints.original_config import (
     is_original,
     to_original,
 )
-from cumo_model.checkpoints.processors import same_processor
+from cumo_model.checkpoints.processors import open_anywhere, same_processor
 from cumo_model.checkpoints.shards import PICKLES, WEIGHTS, Shape, Shards, check_tensors, write_shards
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
@@ -50,6 +50,7 @@ def convert(
     layout: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
+    remote_code: bool = False,
 ) -> Path:
     """Convert a checkpoint to the other layout; all values stay bit-identical, and so do the answers.
 
@@ -65,6 +66,9 @@ def convert(
         shard_bytes: largest size of an output file in bytes, unless a single tensor is larger. It is also
             about the memory needed.
         progress: whether to show a progress bar.
+        remote_code: whether the copy, which then has the layout "cumo", also opens with
+            `trust_remote_code=True` in programs that have not imported this package. A copy of a folder that
+            opens so does it too.
 
     Returns:
         The path of `target`.
@@ -80,9 +84,11 @@ def convert(
     config, processor = describe(source)
     values = read_object(source / "config.json")
     is_released = is_original(values)
-    layout = layout or ("cumo" if is_released else "original")
+    layout = layout or ("cumo" if is_released or remote_code else "original")
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    if remote_code and layout != "cumo":
+        raise ValueError(f"layout must be 'cumo' with remote_code, got {layout!r}, the original code's own")
     config.architectures = [CumoForConditionalGeneration.__name__]
     own = own_layout(config)
     parts = {key: original_names(key, shape) for key, shape in own.items()}
@@ -126,15 +132,22 @@ def convert(
         else:
             _copy(source, files, work)
         _check_content(work, config, processor)
+        if remote_code:
+            config.save_pretrained(work, remote_code=True)
+            open_anywhere(work)
         write_shards(work, plan, lambda name: _dtype_of(shards, parts, name), shard_bytes, progress)
     return Path(target)
 
 
 def convert_checkpoint(
-    source: str | os.PathLike, target: str | os.PathLike, layout: str | None, shard_bytes: int
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    layout: str | None,
+    shard_bytes: int,
+    remote_code: bool = False,
 ) -> None:
     """The command `python -m cumo_model convert`: convert, and say what the copy lacks."""
-    convert(source, target, layout, shard_bytes)
+    convert(source, target, layout, shard_bytes, remote_code=remote_code)
     if not has_tokenizer(target):
         print(f"{os.fspath(source)!r} has no tokenizer, so that the copy {no_tokenizer(target)}")
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from transformers import AutoProcessor
 from transformers.utils import logging
 
-from cumo_model.checkpoints.folders import first_line
+from cumo_model.checkpoints.folders import first_line, write_json
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.json_files import read_object
+from cumo_model.model.remote import auto_map_of
 from cumo_model.processing.conversation import chat_template, template_of
+from cumo_model.processing.image_processor import CumoImageProcessor
 from cumo_model.processing.processor import CumoProcessor, load_tokenizer, processor_from
 from cumo_model.processing.templates import IMAGE_MARKER, TEMPLATES, get_template
 from cumo_model.processing.tokenizer_files import has_tokenizer
@@ -46,6 +48,21 @@ def read_processor(folder: Path, config: CumoConfig) -> CumoProcessor | None:
         return AutoProcessor.from_pretrained(folder) if has_processor else processor_from(folder, config)
     except Exception as error:  # damaged files make the loaders raise many kinds of errors
         raise ValueError(f"the processor in {folder} cannot be loaded: {first_line(error)}") from error
+
+
+def open_anywhere(folder: Path) -> None:
+    """Add an `auto_map` to the files of a folder's processor, as `save_pretrained(remote_code=True)` does."""
+    images, whole = (part.remote_classes for part in (CumoImageProcessor, CumoProcessor))
+    for name in PROCESSOR_FILES[:2]:
+        if not (folder / name).is_file():
+            continue
+        values = read_object(folder / name)
+        if isinstance(inner := values.get("image_processor"), dict):
+            inner["auto_map"] = auto_map_of(images)
+            values["auto_map"] = auto_map_of(whole)
+        else:
+            values["auto_map"] = auto_map_of(images | whole)
+        write_json(folder / name, values)
 
 
 def read_image_token(folder: Path) -> int | None:

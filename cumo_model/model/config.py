@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, PreTrainedConfig
@@ -12,6 +12,7 @@ from cumo_model.model.choices import AVERAGES, COMPATS
 from cumo_model.model.compat import CACHE_NAMES
 from cumo_model.model.image_tokens import PictureLayout
 from cumo_model.model.layouts import layout_of
+from cumo_model.model.remote import RemoteCodeMixin
 
 MISTRAL_7B = {  # values of Mistral-7B-Instruct-v0.2 that differ from the defaults of MistralConfig
     "model_type": "mistral",
@@ -23,7 +24,7 @@ MISTRAL_7B = {  # values of Mistral-7B-Instruct-v0.2 that differ from the defaul
 
 
 @strict
-class CumoVisionConfig(CLIPVisionConfig):
+class CumoVisionConfig(RemoteCodeMixin, CLIPVisionConfig):
     """Configuration of a CLIP vision tower with dense or Mixture-of-Experts MLPs.
 
     The default is ViT-L/14-336 with 4 experts, 2 of them active per token.
@@ -36,6 +37,10 @@ class CumoVisionConfig(CLIPVisionConfig):
 
     model_type = "cumo_vision_model"
     base_config_key = "vision_config"
+    remote_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "CumoVisionConfig",
+        "AutoModel": "CumoVisionModel",
+    }
     base_model_fsdp_plan = {"encoder.layers.*": "free_full_weight"}
 
     hidden_size: int = 1024
@@ -54,7 +59,7 @@ class CumoVisionConfig(CLIPVisionConfig):
 
 
 @strict
-class CumoConfig(PreTrainedConfig):
+class CumoConfig(RemoteCodeMixin, PreTrainedConfig):
     """Configuration of a CuMo model: vision tower, connector and language model.
 
     Attributes:
@@ -88,6 +93,14 @@ class CumoConfig(PreTrainedConfig):
 
     model_type = "cumo"
     attribute_map = {"image_token_id": "image_token_index"}
+    remote_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "CumoConfig",
+        "AutoModel": "CumoModel",
+        "AutoModelForImageTextToText": "CumoForConditionalGeneration",
+        "AutoModelForMultimodalLM": "CumoForConditionalGeneration",
+        "AutoProcessor": "CumoProcessor",
+        "AutoImageProcessor": "CumoImageProcessor",
+    }
     sub_configs = {"text_config": AutoConfig, "vision_config": CumoVisionConfig}
     base_model_fsdp_plan = {"multi_modal_projector": "free_full_weight"}
     keys_to_ignore_at_inference = [

@@ -12,9 +12,10 @@ from cumo_model.model.compat import EitherCheckpointing, enable_checkpointing
 from cumo_model.model.indexes import check_indexes
 from cumo_model.model.moe import IMPLEMENTATIONS, MoELayer, RoutingRecord
 from cumo_model.model.quantize import are_experts_quantized
+from cumo_model.model.remote import RemoteCodeMixin, opening_anywhere
 
 
-class MoEHostMixin(EitherCheckpointing):
+class MoEHostMixin(RemoteCodeMixin, EitherCheckpointing):
     """Overrides for transformers models whose experts are MoELayers."""
 
     @classmethod
@@ -36,20 +37,32 @@ class MoEHostMixin(EitherCheckpointing):
         # every block. That rule is for classes whose _init_weights would overwrite loaded weights.
         super()._initialize_weights(module, is_custom_code=False)
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory,
+        *args,
+        save_original_format: bool = False,
+        remote_code: bool | None = None,
+        **kwargs,
+    ):
         """Save as transformers does, with the names and shapes of this model's state_dict.
 
         Experts are saved as stacked tensors, so that `load_state_dict` can read them; the Trainer resumes
-        this way. `save_original_format=True` writes one tensor per expert of Mixtral.
+        this way. `save_original_format=True` writes one tensor per expert of Mixtral. `remote_code=True`
+        makes a folder that also opens with `trust_remote_code=True` where this package was not imported; so
+        does a model that was loaded from such a folder, unless it is False.
 
         Raises:
-            ValueError: the experts are quantised; no loader could read such a checkpoint.
+            ValueError: the experts are quantised; no loader could read such a checkpoint. Or remote_code is
+                True for a part that cannot be opened by itself.
         """
         if are_experts_quantized(self):
             raise ValueError("save_pretrained must come before quantize_experts, got experts in 4 bits")
-        return super().save_pretrained(
-            save_directory, *args, save_original_format=save_original_format, **kwargs
-        )
+        with opening_anywhere(self.config, remote_code):  # the config writes the module
+            # not the mixin's, which is for what has its auto_map in itself
+            return super(RemoteCodeMixin, self).save_pretrained(
+                save_directory, *args, save_original_format=save_original_format, **kwargs
+            )
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs) -> None:
         """As in transformers; ValueError if use_reentrant is True and this model has experts."""

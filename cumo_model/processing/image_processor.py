@@ -15,6 +15,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from cumo_model.model.config import CumoConfig
+from cumo_model.model.remote import RemoteCodeMixin
 from cumo_model.processing.pictures import Picture, decode_image, read_picture
 from cumo_model.processing.resizing import Canvas, Size, resize
 
@@ -32,7 +33,7 @@ class CumoImageProcessorKwargs(LlavaNextImageProcessorKwargs, total=False):
     image_aspect_ratio: str
 
 
-class CumoImageProcessor(LlavaNextImageProcessorPil):
+class CumoImageProcessor(RemoteCodeMixin, LlavaNextImageProcessorPil):
     """Image processor: pictures of any size -> pixel_values (tiles, 3, s, s) and image_sizes.
 
     A picture may be anything that `pictures.read_picture` reads. image_sizes is the (height, width) of each
@@ -47,6 +48,7 @@ class CumoImageProcessor(LlavaNextImageProcessorPil):
     standard deviation of CLIP. Without `do_rescale`, pictures given as floats from 0 to 1 keep this range.
     """
 
+    remote_classes = {"AutoImageProcessor": "CumoImageProcessor"}
     model_input_names = ["pixel_values", "image_sizes"]
     valid_kwargs = CumoImageProcessorKwargs
     size = {"shortest_edge": 336}

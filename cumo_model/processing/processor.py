@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from cumo_model.model.config import CumoConfig, check_pinpoints
 from cumo_model.model.image_tokens import MERGES, PictureLayout
 from cumo_model.model.layouts import layout_of, read_config
+from cumo_model.model.remote import RemoteCodeMixin, is_remote, opening_anywhere
 from cumo_model.processing.conversation import (
     IMAGE_MARKER,
     answer_mask,
@@ -36,11 +37,13 @@ DEFAULT_TEMPLATE = "mistral_instruct_system"
 OWN_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")  # that load_tokenizer sets by name
 
 
-class CumoProcessor(LlavaProcessor):
+class CumoProcessor(RemoteCodeMixin, LlavaProcessor):
     """Tokenizer and CumoImageProcessor; each `<image>` becomes the placeholders of all tiles of its picture.
 
     `patch_merge_type` must be that of the model, see `CumoConfig` and cumo_model/model/image_tokens.py.
     """
+
+    remote_classes = {"AutoProcessor": "CumoProcessor"}
 
     def __init__(
         self,
@@ -75,6 +78,20 @@ class CumoProcessor(LlavaProcessor):
         if is_cumo and not Path(path, "processor_config.json").is_file():
             return processor_from(path, CumoConfig.from_pretrained(path))
         return super().from_pretrained(path, *args, **kwargs)
+
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict, **kwargs):
+        """As in transformers; an `auto_map` is kept, so that it is saved again."""
+        found = super().from_args_and_dict(args, processor_dict, **kwargs)
+        if auto_map := processor_dict.get("auto_map"):
+            (found[0] if isinstance(found, tuple) else found).auto_map = auto_map
+        return found
+
+    def save_pretrained(self, save_directory, *args, remote_code: bool | None = None, **kwargs):
+        """Save as transformers does; `remote_code` as in `MoEHostMixin.save_pretrained`."""
+        wanted = is_remote(self) if remote_code is None else remote_code
+        with opening_anywhere(self.image_processor, wanted):
+            return super().save_pretrained(save_directory, *args, remote_code=wanted, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:

@@ -16,6 +16,11 @@ from cumo_model.serving.sampling import GREEDY, Sampling
 
 TIMEOUT = 600.0  # seconds without a byte of an answer
 KEY = "OPENAI_API_KEY"
+OF_CONVERSATION = (400, 413, 422)  # codes of HTTP that concern the conversation, not the server
+
+
+class RefusedError(ValueError):
+    """The server refuses a conversation, and may answer others."""
 
 
 class Endpoint:
@@ -39,7 +44,7 @@ class Endpoint:
             import openai
         except ImportError:
             raise ValueError("an endpoint needs the package openai: pip install 'cumo[endpoint]'") from None
-        self._openai, self._url, self._at_once = openai, url, at_once
+        self._openai, self._url, self.at_once = openai, url, at_once
         self._client = openai.OpenAI(
             base_url=url, api_key=os.environ.get(KEY) or "none", timeout=TIMEOUT, max_retries=2
         )
@@ -74,7 +79,7 @@ class Endpoint:
                 check_conversation(messages)
             except ValueError as error:
                 raise ValueError(f"conversation {number}: {error}") from None
-        with ThreadPoolExecutor(self._at_once) as pool:
+        with ThreadPoolExecutor(self.at_once) as pool:
             return list(pool.map(lambda messages: self.stream(messages, sampling).read(), talks))
 
     def _pieces(self, messages: Sequence[Message], sampling: Sampling):
@@ -97,9 +102,8 @@ class Endpoint:
         try:
             return ask()
         except self._openai.APIStatusError as error:
-            raise ValueError(
-                f"endpoint {self._url} refuses it ({error.status_code}): {_told(error)}"
-            ) from None
+            kind = RefusedError if error.status_code in OF_CONVERSATION else ValueError
+            raise kind(f"endpoint {self._url} refuses it ({error.status_code}): {_told(error)}") from None
         except self._openai.APIError as error:
             raise ValueError(f"endpoint {self._url} cannot be asked: {_told(error)}") from None
 

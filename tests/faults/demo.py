@@ -107,7 +107,7 @@ FAULTS = (
           "for name, value in given.items() if value is not None}", "for name, value in given.items() if value}",
           "command_line::test_every_option_reaches_the_function_of_its_command"),
     Fault("answers of 32 tokens by default", "cumo_model/command_line.py",
-          '"--max-new-tokens", type=int, default=64', '"--max-new-tokens", type=int, default=32',
+          '"--max-new-tokens", type=int, default=512', '"--max-new-tokens", type=int, default=32',
           "command_line::test_defaults_are_those_that_the_help_says"),
     Fault("padding of a prompt attended to", D + "evaluate.py",
           "mask[i, width - len(row) :]", "mask[i, :]",

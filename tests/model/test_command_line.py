@@ -22,7 +22,7 @@ from cumo_model.training import launch
 from tests.processes import kill
 
 HEAVY = {"torch", "transformers", "numpy", "PIL", "cumo_kernels"}
-COMMANDS = ("demo", "ablate", "chat", "data", "train", "experts", "convert", "upcycle")
+COMMANDS = ("demo", "ablate", "chat", "answer", "data", "train", "experts", "convert", "upcycle")
 
 
 @pytest.fixture
@@ -43,6 +43,7 @@ def folders(tmp_path, monkeypatch):
 UPCYCLE = "upcycle --vision clip --text text --out new"
 EXPERTS = "experts --checkpoint model --data data.json --out new"
 CHAT = "chat --checkpoint model --question what"
+ANSWER = "answer model --questions data.json --out new.jsonl"
 REFUSED = {  # words of a command -> part of the message
     "demo --out full": "full contains something that is not a demo",
     "demo --out data.json": "--out must be a folder, got 'data.json', which is a file",
@@ -73,6 +74,18 @@ REFUSED = {  # words of a command -> part of the message
     "chat --endpoint http://h --load-4bit": "--load-4bit or --load-8bit must not be given with --endpoint",
     "chat --endpoint h:8000": "--endpoint must be an address such as http://127.0.0.1:8000/v1, got 'h:8000'",
     f"{CHAT} --template plain": "--template: template must be an instruct template, got 'plain'",
+    "answer --questions data.json --out new": "the folder of a checkpoint, or --endpoint, must be given",
+    "answer model --questions none.jsonl --out new": "--questions must be a file, got 'none.jsonl'",
+    "answer model --questions pictures --out new": "--questions must be a file, got 'pictures', which is",
+    "answer silent --questions data.json --out new": "'silent' cannot be loaded: it has no tokenizer",
+    "answer model --questions data.json --out pictures": "--out must be a file, got 'pictures', which",
+    f"{ANSWER} --images none": "--images must be a folder or a .tar file, got 'none'",
+    f"{ANSWER} --batch-size 0": "--batch-size must be at least 1, got 0",
+    f"{ANSWER} --at-once 0": "--at-once must be at least 1, got 0",
+    f"{ANSWER} --limit 0": "--limit must be at least 1, got 0",
+    f"{ANSWER} --processes 0": "--processes must be at least 1, got 0",
+    f"{ANSWER} --temperature -1": "--temperature must be finite and not negative, got -1.0",
+    "answer --endpoint http://x --questions data.json --out new --processes 2": "--at-once is for it",
     "data check none.json": None,
     "data check none*.json a?.jsonl": None,
     "data check data.json --images none": "--images must be a folder or a .tar file, got 'none'",
@@ -94,6 +107,7 @@ REFUSED = {  # words of a command -> part of the message
     "convert model a.png": "target a.png exists already",
     "convert model new --shard-gb nan": "--shard-gb must be positive, got nan",
     "convert model new --shard-gb 0": "--shard-gb must be positive, got 0.0",
+    "convert model new --remote-code --layout original": "--layout must be cumo with --remote-code",
     "upcycle --out new": "give either a checkpoint, or vision and text; got neither",
     "upcycle --checkpoint model --vision clip --out new": "got a checkpoint and vision",
     f"{UPCYCLE} --vision nowhere": "--vision must be a folder, got 'nowhere'",

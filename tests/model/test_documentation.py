@@ -132,7 +132,11 @@ def mention(words: list[str]) -> None:
     if words[0] == "make":
         assert words[1] in TARGETS, words
     elif module in ("cumo_model", "cumo_kernels"):
-        files = [model.__file__, *(program.__file__ for program in (kernels, verify, self_check, tune))]
+        files = [
+            model.__file__,
+            command_line.__file__,
+            *(program.__file__ for program in (kernels, verify, self_check, tune)),
+        ]
         source = "".join(Path(file).read_text() for file in files)
         given = [word for word in arguments[:1] if not word.startswith("-")]
         given += [word for word in arguments if word.startswith("--")]
