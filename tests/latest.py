@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 PINS, LATEST = ROOT / "constraints.txt", ROOT / "constraints-latest.txt"
 PYTHONS = ("3.11", "3.12", "3.13")
 FROM_SOURCE = "deepspeed"  # pip would have to build it to read its metadata
+PAGE = ("gradio", "playwright")  # gradio refuses the newest Pillow
 ALONE = "mistral-common"  # its requirements limit other packages; `make setup` installs it without them
 HEAD = """\
 # What pip brought on {day} for Python {first} to {last}, of every package that constraints.txt pins:
@@ -75,7 +76,7 @@ def lines(resolved: dict[str, dict[str, str]], names: list[str]) -> list[str]:
 
 
 def main() -> int:
-    names = [name for name in pins() if name != FROM_SOURCE]
+    names = [name for name in pins() if name not in (FROM_SOURCE, *PAGE)]
     together = [name for name in names if name != ALONE]
     resolved = {}
     for python in PYTHONS:

@@ -31,10 +31,11 @@ from tests.faults.model import FAULTS as MODEL
 from tests.faults.serving import FAULTS as SERVING
 from tests.faults.serving_answer import FAULTS as SERVING_ANSWER
 from tests.faults.serving_vllm import FAULTS as SERVING_VLLM
+from tests.faults.serving_web import FAULTS as SERVING_WEB
 from tests.faults.training import FAULTS as TRAINING
 
 ROOT = Path(__file__).parents[1]
-ALL_SERVING = SERVING + SERVING_ANSWER + SERVING_VLLM
+ALL_SERVING = SERVING + SERVING_ANSWER + SERVING_VLLM + SERVING_WEB
 FAULTS = {"cumo_kernels": KERNELS, "cumo_model": MODEL + DATA + CHECKPOINTS + TRAINING + ALL_SERVING + DEMO}
 TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught
 # stems whose tests need neither interpreter nor emulation

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -155,6 +156,29 @@ def _as_seen(pixels: Tensor, image_processor) -> np.ndarray:
     return ((pixels * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
+def plot_picture(model: CumoForConditionalGeneration, image_processor, picture: Image, path: Path) -> bool:
+    """Write a plot of a picture's patches, coloured by their first-choice expert in each layer.
+
+    Args:
+        model: switched to evaluation mode.
+        image_processor: the image processor of the model.
+        picture: the picture; of one that is cut into tiles, the first is plotted, which shows the whole.
+        path: of the plot, a PNG.
+
+    Returns:
+        Whether there is a plot: without experts for pictures there is none.
+    """
+    from cumo_model.analysis import plots
+
+    pixels = image_processor(picture, return_tensors="pt")["pixel_values"][:1]
+    found = patch_experts(model, pixels.to(model.dtype))
+    if not found:
+        return False
+    chosen = {key: value.numpy() for key, value in found.items()}
+    plots.plot_patches(_as_seen(pixels[0], image_processor), chosen, path)
+    return True
+
+
 def report_experts(
     checkpoint: str | os.PathLike,
     files: Sequence[str],
@@ -211,9 +235,6 @@ def report_experts(
         (work / "load.json").write_text(json.dumps(found, indent=1))
         plots.plot_expert_load(load, work / "load.png")
         for name in pictures:
-            # of a picture that is cut into tiles, the first shows the whole
-            pixels = processor.image_processor(load_image(name), return_tensors="pt")["pixel_values"][:1]
-            chosen = {key: value.numpy() for key, value in patch_experts(model, pixels).items()}
-            shown = _as_seen(pixels[0], processor.image_processor)
-            plots.plot_patches(shown, chosen, work / f"patches-{Path(name).stem}.png")
+            target = work / f"patches-{Path(name).stem}.png"
+            plot_picture(model, processor.image_processor, load_image(name), target)
     return found

@@ -4,6 +4,7 @@ import os
 import queue
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from cumo_model.serving.sampling import GREEDY, Sampling
 
 # what values in config.json that no check knows can make of generation
 UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError)
+
+WAIT = 0.1  # seconds between two looks at whether it is a stream's turn
 
 
 def load(
@@ -178,6 +181,19 @@ class Local:
             for row, length in zip(out[:, width:].tolist(), lengths, strict=True)
         ]
 
+    def inputs(self, messages: Sequence[Message]) -> dict[str, torch.Tensor]:
+        """Tensors of a conversation, on the CPU, as `generate` takes them.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        self.check(messages)
+        return self._prompt([messages])
+
+    def alone(self) -> AbstractContextManager:
+        """A `with` block in which no answer is generated, for other uses of the model."""
+        return self._turn
+
     def _reply(self, ids: list[int], prompt_tokens: int, sampling: Sampling) -> Reply:
         """The answer in one row of a batch, which is padded after its end."""
         config, tokenizer = self.model.generation_config, self.processor.tokenizer
@@ -254,7 +270,9 @@ class Local:
             except BaseException as error:
                 found.put(error)
 
-        with self._turn:
+        while not self._turn.acquire(timeout=WAIT):
+            yield ""  # so that a stream can be stopped before its turn
+        try:
             thread = threading.Thread(target=run, name="cumo-generate", daemon=True)
             thread.start()
             try:
@@ -263,6 +281,8 @@ class Local:
             finally:  # also where the reader leaves: the next generation must find the model idle
                 left.set()
                 thread.join()
+        finally:
+            self._turn.release()
         if isinstance(piece, BaseException):
             raise piece
         finish = self._reply(piece, 0, Sampling(new_tokens)).finish
@@ -279,8 +299,7 @@ class _Pieces(TextStreamer):
         self.found = found
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.found.put(text)
+        self.found.put(text)  # also an empty one, which means that a token has been generated
 
 
 class _Left(StoppingCriteria):

@@ -43,7 +43,7 @@ class Stream:
     Use it in a `with` block, whose end also ends the generation.
 
     Args:
-        source: yields pieces of text and returns (finish, tokens, prompt_tokens).
+        source: yields pieces of text, which may be empty, and returns (finish, tokens, prompt_tokens).
         end: the mark that ends an answer and is not part of it, or "".
     """
 
@@ -51,6 +51,7 @@ class Stream:
         self._source, self._end = source, end
         self._given = ""
         self._reply: Reply | None = None
+        self._is_stopped = False
 
     @property
     def reply(self) -> Reply:
@@ -67,9 +68,16 @@ class Stream:
         """End the generation, if it still runs."""
         self._source.close()
 
+    def stop(self) -> None:
+        """End the generation from another thread: whoever reads the stream comes to its end soon."""
+        self._is_stopped = True
+
     def __iter__(self) -> Iterator[str]:
         text = ""
         while True:
+            if self._is_stopped:
+                self.close()
+                return
             try:
                 text += next(self._source)
             except StopIteration as stop:

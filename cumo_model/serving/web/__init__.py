@@ -1,0 +1,1 @@
+"""A page in the browser: a chat, and the routing of its pictures."""
