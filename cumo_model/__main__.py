@@ -37,7 +37,7 @@ def _chat(args: argparse.Namespace) -> Callable[[], int | None]:
     engine = {"checkpoint": args.checkpoint, "endpoint": args.endpoint, "template": args.template}
     engine |= {"device": args.device, "dtype": args.dtype, "bits": args.bits}
     if args.web:
-        from cumo_model.serving.web import serve_page
+        from cumo_model.serving.web.server import serve_page
 
         page = {"host": args.host, "port": args.port, "share": args.share}
         return lambda: serve_page(**engine, sampling=_sampling(args), system=args.system, **page)

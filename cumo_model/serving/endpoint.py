@@ -11,7 +11,7 @@ from PIL import Image
 
 from cumo_model.processing.pictures import load_image
 from cumo_model.serving.messages import Message, check_conversation, picture_in, pictures_of
-from cumo_model.serving.replies import LENGTH, STOP, Reply, Stream
+from cumo_model.serving.replies import CONTEXT, LENGTH, STOP, Reply, Stream
 from cumo_model.serving.sampling import GREEDY, Sampling
 
 TIMEOUT = 600.0  # seconds without a byte of an answer
@@ -85,7 +85,15 @@ class Endpoint:
     def _pieces(self, messages: Sequence[Message], sampling: Sampling):
         request = {"model": self.name, "messages": [_as_sent(m) for m in messages], **sampling.for_endpoint()}
         options = {"stream": True, "stream_options": {"include_usage": True}}
-        chunks = self._call(lambda: self._client.chat.completions.create(**request, **options))
+        ask = lambda: self._client.chat.completions.create(**request, **options)
+        longest = LENGTH
+        try:
+            chunks = self._call(ask)
+        except RefusedError:
+            # servers may refuse a length that the context has no room for; without it they take what there is
+            del request["max_tokens"]
+            longest = CONTEXT
+            chunks = self._call(ask)
         finish, usage = STOP, None
         with chunks:  # a reader who leaves closes the connection, which ends the generation
             rest = iter(chunks)
@@ -93,7 +101,7 @@ class Endpoint:
                 usage = chunk.usage or usage
                 for choice in chunk.choices[:1]:
                     if choice.finish_reason:
-                        finish = LENGTH if choice.finish_reason == "length" else STOP
+                        finish = longest if choice.finish_reason == "length" else STOP
                     if choice.delta.content:
                         yield choice.delta.content
         return finish, usage and usage.completion_tokens, usage and usage.prompt_tokens

@@ -306,6 +306,11 @@ REACHES = {  # command -> the function that it calls, and the arguments that are
         {"checkpoint": "c", "images": ["i", "j"], "question": "q", "template": "t", "system": "s",
          "device": "cpu", "dtype": "float16", "bits": 4, "sampling": Sampling(9, 0.5, 0.25, 3)},
     ),
+    "chat --checkpoint c --web --host h --port 9 --share --template t --top-p 0.5": (
+        "serving.web.server.serve_page",
+        {"checkpoint": "c", "host": "h", "port": 9, "share": True, "template": "t",
+         "sampling": Sampling(512, 0.0, 0.5)},
+    ),
     "chat --endpoint http://h/v1 --load-8bit": (
         "serving.chat.chat",
         {"endpoint": "http://h/v1", "bits": 8},

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cumo_model.serving.engines import open_engine
 from cumo_model.serving.messages import text_problem
 from cumo_model.serving.sampling import Sampling
 from cumo_model.serving.web.talk import Talks
@@ -19,16 +20,42 @@ from cumo_model.serving.web.talk import Talks
 WHERE = "GRADIO_TEMP_DIR"
 
 
-def web(
-    engine: Any,
+def serve_page(
+    checkpoint: str | os.PathLike | None = None,
+    endpoint: str | None = None,
+    template: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    bits: int | None = None,
+    sampling: Sampling | None = None,
+    system: str | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
     share: bool = False,
-    sampling: Sampling | None = None,
-    system: str | None = None,
-    name: str | None = None,
 ) -> None:
-    """Serve the page until the process is stopped; arguments and errors as in `served`."""
+    """Serve the page until the process is stopped.
+
+    Args:
+        checkpoint: as in `open_engine`.
+        endpoint: as in `open_engine`.
+        template: as in `open_engine`.
+        device: as in `open_engine`.
+        dtype: as in `open_engine`.
+        bits: as in `open_engine`.
+        sampling: as in `served`.
+        system: as in `served`.
+        host: as in `served`.
+        port: as in `served`.
+        share: as in `served`.
+
+    Raises:
+        ValueError: as `open_engine` and `served`.
+    """
+    import cumo_model.serving.web.page  # noqa: F401  a missing gradio is told before the weights are loaded
+
+    _free(host, port)
+    engine = open_engine(checkpoint, endpoint, template, device, dtype, bits)
+    name = engine.name if checkpoint is None else Path(checkpoint).resolve().name
     with served(engine, host, port, share, sampling, system, name) as site:
         print(f"open {site.address} in a browser; Ctrl-C ends it", flush=True)
         if site.public:

@@ -20,9 +20,11 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append(request)
         try:
             messages = [self._message(message) for message in request["messages"]]
-            sampling = Sampling(
-                request["max_tokens"], request["temperature"], request.get("top_p", 1.0), request.get("seed")
-            )
+            tokens, limit = request.get("max_tokens", 1_000_000), self.server.positions
+            if limit is not None and limit <= tokens < 1_000_000:
+                raise ValueError(f"max_tokens must leave room in {limit} tokens, got {tokens}")
+            options = request["temperature"], request.get("top_p", 1.0), request.get("seed")
+            sampling = Sampling(tokens, *options)
             stream = self.server.engine.stream(messages, sampling)
         except ValueError as error:
             self._send(400, {"error": {"message": str(error), "type": "BadRequestError", "code": 400}})
@@ -74,6 +76,7 @@ def serving(engine, name="tiny"):
     """The server, with its address as `url`; it ends with the `with` block."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.engine, server.name, server.asked, server.left = engine, name, [], threading.Event()
+    server.positions = None  # refuses longer answers than this, as vLLM does
     server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

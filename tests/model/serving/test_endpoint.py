@@ -13,7 +13,7 @@ pytest.importorskip("openai")
 from cumo_model.serving.endpoint import Endpoint
 from cumo_model.serving.engines import open_engine
 from cumo_model.serving.messages import user_message
-from cumo_model.serving.replies import LENGTH
+from cumo_model.serving.replies import CONTEXT, LENGTH
 from cumo_model.serving.sampling import Sampling
 from tests.model.serving.endpoint_server import serving
 from tests.model.serving.test_local import RED, TALKS
@@ -60,7 +60,7 @@ def test_what_the_server_refuses_is_told(server):
         Endpoint(server.url).answers([TALKS["a picture"], [user_message("")]])
     with pytest.raises(ValueError, match=r"model must be one of endpoint http.*, tiny, got 'large'"):
         Endpoint(server.url, "large")
-    assert len(server.asked) == 1
+    assert len(server.asked) == 2  # the second time without a length
 
 
 def test_a_server_that_is_not_there_is_told(monkeypatch):
@@ -96,3 +96,14 @@ def test_a_picture_that_is_none_is_named_before_it_is_sent(server, tmp_path):
     with pytest.raises(ValueError, match=r"note.png' is not a picture"):
         Endpoint(server.url).stream([user_message("what?", [tmp_path / "note.png", RED])]).read()
     assert not server.asked
+
+
+def test_an_answer_ends_where_the_context_of_the_server_is_full(server, talker):
+    """As vLLM, this server refuses a length that has no room, and takes what room there is without one."""
+    server.positions = 512
+    talker.model.generation_config.eos_token_id = None
+    talk = TALKS["two turns"]
+    reply = Endpoint(server.url).stream(talk, Sampling(600)).read()
+    assert reply == talker.stream(talk, Sampling(600)).read() and reply.finish == CONTEXT
+    with pytest.raises(ValueError, match="the conversation must have fewer than 512"):
+        Endpoint(server.url).stream([user_message("a red apple " * 400)], Sampling(600)).read()

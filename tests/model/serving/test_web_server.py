@@ -145,30 +145,18 @@ def test_what_cannot_be_served_is_named(talker, site, monkeypatch):
     sys.modules["cumo_model.serving.web.page"] = page
 
 
-CODE = """
-import sys, tempfile
-from cumo_model import signals
-from cumo_model.serving.local import Local, load
-from cumo_model.serving.web.server import web
-tempfile.tempdir = sys.argv[2]
-with signals.raising():
-    try:
-        web(Local(*load(sys.argv[1])), port=0)
-    except KeyboardInterrupt as stop:
-        print("stopped by", stop.args[0])
-"""
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_server_and_deletes_its_files(talker_folder, tmp_path, number):
+def test_a_signal_ends_the_server_and_deletes_its_files(talker_folder, tmp_path, number, monkeypatch):
     pytest.importorskip("gradio")
-    process = Forked(["-c", CODE, talker_folder, tmp_path], tmp_path / "out.txt")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    words = ["-m", "cumo_model", "chat", "--web", talker_folder, "--port", "0"]
+    process = Forked(words, tmp_path / "out.txt")
     end = time.monotonic() + 60
     while "open http" not in (tmp_path / "out.txt").read_text():
         assert time.monotonic() < end and process.poll() is None, (tmp_path / "out.txt").read_text()
         time.sleep(0.1)
     assert len(list(tmp_path.glob("cumo-web-*"))) == 1
     process.send_signal(number)
-    out = finish(process, 0, 30)
-    assert out.endswith(f"stopped by {int(number)}\n") and "Traceback" not in out
+    out = finish(process, 130, 30)
+    assert out.endswith("cumo: stopped\n") and "Traceback" not in out
     assert list(tmp_path.glob("cumo-web-*")) == []
