@@ -217,8 +217,10 @@ def test_an_exception_ends_the_server_and_what_it_started(kind, tmp_path, monkey
             raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "Popen", Stopping)
+    begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run([sys.executable, "-c", DEAF, str(path), kind], dict(os.environ))
+    assert time.monotonic() - begin < 50, "the deaf process has ended by itself, after a minute"
     end = time.monotonic() + 10
     while _lives(int(path.read_text())) and time.monotonic() < end:
         time.sleep(0.01)
