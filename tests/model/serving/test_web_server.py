@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 import urllib.error
@@ -18,7 +20,6 @@ from cumo_model.serving.local import Local, load
 from cumo_model.serving.web import uploads
 from cumo_model.serving.web.server import served
 from tests.model.serving.conftest import write_checkpoint
-from tests.processes import Forked, finish
 
 PICTURE = b"\x89PNG\r\n--x--\r\n\r\nfilename=\r\n--x"
 
@@ -146,17 +147,22 @@ def test_what_cannot_be_served_is_named(talker, site, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_server_and_deletes_its_files(talker_folder, tmp_path, number, monkeypatch):
+def test_a_signal_ends_the_server_and_deletes_its_files(talker_folder, tmp_path, number):
     pytest.importorskip("gradio")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    words = ["-m", "cumo_model", "chat", "--web", talker_folder, "--port", "0"]
-    process = Forked(words, tmp_path / "out.txt")
+    words = [sys.executable, "-m", "cumo_model", "chat", "--web", str(talker_folder), "--port", "0"]
+    with open(tmp_path / "out.txt", "w") as out:
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        process = subprocess.Popen(words, stdout=out, stderr=out, env=environment)
     end = time.monotonic() + 60
     while "open http" not in (tmp_path / "out.txt").read_text():
         assert time.monotonic() < end and process.poll() is None, (tmp_path / "out.txt").read_text()
         time.sleep(0.1)
-    assert len(list(tmp_path.glob("cumo-web-*"))) == 1
-    process.send_signal(number)
-    out = finish(process, 130, 30)
+    try:
+        assert len(list(tmp_path.glob("cumo-web-*"))) == 1
+        process.send_signal(number)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+    out = (tmp_path / "out.txt").read_text()
     assert out.endswith("cumo: stopped\n") and "Traceback" not in out
     assert list(tmp_path.glob("cumo-web-*")) == []
