@@ -131,6 +131,12 @@ def test_the_system_text_is_in_each_conversation(talker, questions, images, tmp_
     assert lines(tmp_path / "a")[0]["text"] != talker.stream(talk[1:], SHORT).read().text
 
 
+def test_each_batch_has_samples_of_its_own(talker, tmp_path):
+    same = [Question(number, "what is it?") for number in range(4)]
+    answer_questions(talker, same, None, tmp_path / "a", Sampling(6, 2.0, seed=1), batch_size=1)
+    assert len({answer["text"] for answer in lines(tmp_path / "a")}) == 4
+
+
 def interrupted(words, out: Path, log: Path, ranks: int = 1) -> list[Path]:
     """Start the command, kill it with SIGKILL after a few answers, and return the parts it has left."""
     process = Forked(["-m", "cumo_model", "answer", *map(str, words)], log, ranks)
