@@ -248,7 +248,10 @@ class _Page:
             try:
                 for _ in steps:
                     if last is None or time.monotonic() - last > REFRESH:
-                        yield _rows(talk), None if asked and last is None else gr.skip(), _notice("")
+                        if last is None:
+                            yield _rows(talk), None if asked else gr.skip(), _notice("")
+                        else:  # a notice may have come from another button
+                            yield _rows(talk), gr.skip(), gr.skip()
                         last = time.monotonic()
             except ValueError as error:
                 back = gr.skip() if last is None or asked is None else asked
