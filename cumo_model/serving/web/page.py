@@ -224,12 +224,14 @@ class _Page:
         talk = self.talks.of(request.session_hash)
         sampling = self._sampling(temperature, top_p, longest)
         steps = talk.ask(self.engine, asked["text"], asked["files"], sampling, self.system)
+        talk.uploads.update(asked["files"])
         is_given_back = False
         try:
             is_given_back = not (yield from self._shown(talk, steps, asked))
         finally:  # also if the page was closed; the conversation has its own copy
             for file in [] if is_given_back else asked["files"]:
                 Path(file).unlink(missing_ok=True)
+                talk.uploads.discard(file)
 
     def _again(self, temperature, top_p, longest, request: gr.Request) -> Iterator:
         talk = self.talks.of(request.session_hash)

@@ -42,11 +42,13 @@ class Talk:
         folder: of its pictures, which it makes and deletes itself.
         turns: those that are answered.
         current: the one that is being answered, or None.
+        uploads: files of questions that are not answered yet, which are deleted with the conversation.
     """
 
     folder: Path
     turns: list[Turn] = field(default_factory=list)
     current: Turn | None = None
+    uploads: set[str] = field(default_factory=set)
 
     def __post_init__(self):
         self._lock = threading.Lock()
@@ -137,6 +139,9 @@ class Talk:
         self.stop()
         with self._lock:
             self.turns, self.current, self._stream = [], None, None
+            uploads, self.uploads = self.uploads, set()
+        for file in uploads:
+            Path(file).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def messages(self, system: str | None = None, turn: Turn | None = None) -> list[Message]:
