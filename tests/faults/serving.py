@@ -48,7 +48,7 @@ FAULTS: tuple[Fault, ...] = (
           "if role != wanted:", "if False:",
           "serving/local::test_a_conversation_that_is_none_is_named"),
     Fault("a cut answer of a server looks complete", ROOT + "endpoint.py",
-          'LENGTH if choice.finish_reason == "length" else STOP', "STOP",
+          'longest if choice.finish_reason == "length" else STOP', "STOP",
           "serving/endpoint::test_answers_are_those_of_the_served_model"),
     Fault("pictures sent with loss", ROOT + "endpoint.py",
           'picture.save(file, "PNG")', 'picture.save(file, "JPEG")',

@@ -171,6 +171,8 @@ def workshop(tmp_path_factory):
                 Image.new("RGB", (12, 12), colour).save(place / f"{colour}.png")
         Path("data/talks.jsonl").write_text("\n".join(map(json.dumps, records)))
         Path("runs/demo/data/test_a.json").write_text(json.dumps(records))
+        question = {"question_id": 1, "image": "red.png", "text": "What is it?"}
+        Path("q.jsonl").write_text(json.dumps(question))
         for name in ("picture.png", "cat.png"):
             Image.new("RGB", (30, 20), (200, 30, 30)).save(name)
     return folder
@@ -234,8 +236,13 @@ def check_analysis(names: dict, out: str) -> None:
     assert Path("runs/demo/patches/patches-picture.png").is_file()
 
 
+def check_serving(names: dict, out: str) -> None:
+    assert "1 answers: a.jsonl" in out and [type(reply.text) for reply in names["replies"]] == [str, str]
+
+
 CHECKS = {
     "README.md": check_readme,
+    "docs/serving.md": check_serving,
     "docs/model.md": check_model,
     "docs/training.md": check_training,
     "docs/analysis.md": check_analysis,
