@@ -84,8 +84,8 @@ def _engine(args: argparse.Namespace) -> None:
 
 def _sampling(args: argparse.Namespace) -> None:
     _number("--max-new-tokens", args.max_new_tokens, 1)
-    if not 0 <= args.temperature < math.inf:
-        raise ValueError(f"--temperature must be finite and not negative, got {args.temperature}")
+    if not (args.temperature == 0 or 1e-6 <= args.temperature <= 1e6):
+        raise ValueError(f"--temperature must be 0, or from 1e-06 to 1e+06, got {args.temperature}")
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
     if args.seed is not None:

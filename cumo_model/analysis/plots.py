@@ -173,7 +173,8 @@ def _load_figure(load: dict[str, dict[str, list[list[float]]]], kinds: list[str]
     for axis, name in zip(axes[:, 0], names, strict=True):
         axis.set_ylabel(name, rotation=0, ha="right", va="center", parse_math=False)
     _legend(figure, experts)
-    figure.suptitle("share of routed tokens per expert,\nby kind of record", fontsize=11)
+    of_kinds = ",\nby kind of record" if len(kinds) > 1 else ""
+    figure.suptitle(f"share of routed tokens per expert{of_kinds}", fontsize=11)
     return figure
 
 

@@ -19,7 +19,7 @@ from cumo_model.checkpoints.folders import fingerprint
 from cumo_model.data.pictures import Pictures, is_system_failure
 from cumo_model.processing.pictures import load_image
 from cumo_model.serving.answer_file import AnswerFile
-from cumo_model.serving.endpoint import Endpoint, RefusedError
+from cumo_model.serving.endpoint import Endpoint, RefusedError, at_once
 from cumo_model.serving.engines import Engine, open_engine
 from cumo_model.serving.messages import Message
 from cumo_model.serving.questions import Question, pictures_of_questions, read_questions
@@ -39,13 +39,13 @@ class Answered:
         path: the file of answers; there is none if no question has an answer.
         answers: number of questions that have an answer.
         new: how many of them were answered now, by this process.
-        failures: why others have none, by the id of the question; in the first process those of all.
+        failures: why others have none, by the `key` of the question; in the first process those of all.
     """
 
     path: Path
     answers: int
     new: int
-    failures: dict[int | str, str]
+    failures: dict[tuple[int | str, str], str]
 
 
 def answer_questions(
@@ -90,10 +90,13 @@ def answer_questions(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     pictures = pictures_of_questions(questions, images)
+    if model_id is None and hasattr(engine, "name"):
+        model_id = engine.name
     if settings is None:
         settings = {"model": engine.name, "template": engine.template}
     settings = {
         **settings,
+        "model_id": model_id,
         "system": system,
         "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
@@ -111,7 +114,7 @@ def answer_questions(
             _wait()
             return Answered(file.out, len(questions), 0, {})
         batches = _batches(questions, batch_size)
-        rest = [[question for question in batch if question.id not in file.answers] for batch in batches]
+        rest = [[question for question in batch if question.key not in file.answers] for batch in batches]
         rest = [batch for batch in rest if batch][rank::ranks]
         file.begin()
         if rest and not hasattr(engine, "answers"):
@@ -131,7 +134,7 @@ def answer_questions(
                 if isinstance(reply, Reply):
                     new += 1
                     continue
-                failures[question.id] = reply
+                failures[question.key] = reply
                 if progress:
                     tqdm.write(f"cumo: question {question.id!r}: {reply}", file=sys.stderr)
         failures = _gathered(failures)
@@ -286,14 +289,10 @@ def _asked_at_once(
         except RefusedError as error:
             return str(error)
 
-    with concurrent.futures.ThreadPoolExecutor(engine.at_once) as pool:
-        asked = {pool.submit(ask, question): question for question in questions}
-        try:
-            for done in concurrent.futures.as_completed(asked):
-                yield asked[done], done.result()
-        finally:  # also after Ctrl-C: those that run end with their next piece
-            is_left.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+    try:
+        yield from at_once(ask, questions, engine.at_once)
+    finally:  # also after Ctrl-C: those that run end with their next piece
+        is_left.set()
 
 
 def _rank() -> tuple[int, int]:
@@ -308,7 +307,7 @@ def _wait() -> None:
         torch.distributed.barrier()
 
 
-def _gathered(failures: dict[int | str, str]) -> dict[int | str, str]:
+def _gathered(failures: dict[tuple[int | str, str], str]) -> dict[int | str, str]:
     """The failures of all processes; the processes have then answered all questions."""
     ranks = _rank()[1]
     if ranks == 1:
@@ -384,9 +383,9 @@ def answer(
             else f"none of {len(asked)} questions has an answer, see above"
         )
     if ranks == 1 and not done.new:
-        print(f"already finished: {done.answers} answers in {done.path}")
+        print(f"already finished: answers to {done.answers} questions are in {done.path}")
     else:
-        print(f"{done.answers} answers: {done.path}")
+        print(f"answers to {done.answers} of {len(asked)} questions: {done.path}")
     return 0
 
 

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cumo_model.checkpoints.folders import write_whole
 from cumo_model.serving.questions import Question
@@ -37,7 +37,7 @@ class AnswerFile:
         rank: number of this process among those that write the same file.
 
     Attributes:
-        answers: the answers so far, by the id of their question; see `read`.
+        answers: the answers so far, by the `key` of their question; see `read`.
 
     Raises:
         ValueError: `out` cannot be written, or another process is writing it.
@@ -50,20 +50,22 @@ class AnswerFile:
         settings: dict[str, Any],
         rank: int = 0,
     ):
-        self.out, self.questions, self.rank = Path(out), questions, rank
+        # a link stays one, and its target is written
+        self.out, self.questions, self.rank = Path(os.path.realpath(out)), questions, rank
         asked = [[q.id, q.text, list(q.images)] for q in questions]
         self._head = json.loads(json.dumps({"settings": settings, "questions": _digest(asked)}))
         self.run = _digest(self._head)[:SHOWN]
         self.answers: dict[Any, dict] = {}
         if self.out.is_dir():
             raise ValueError(f"out must be a file, got {str(out)!r}, which is a folder")
+        if self.out.exists() and not self.out.is_file():
+            raise ValueError(f"out must be a file, got {str(out)!r}, which is a device or a pipe")
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._part = open(self._path(rank), "a+b")
+            self._part = self._opened()
         except OSError as error:
             raise ValueError(f"out {str(out)!r} cannot be written: {error.strerror or error}") from None
         try:
-            self._lock()
             self._drop_torn_line()
         except BaseException:
             self._part.close()
@@ -85,15 +87,20 @@ class AnswerFile:
         found = [path for path in self.out.parent.iterdir() if path.name.startswith(head)]
         return sorted(path for path in found if path.name.removeprefix(head).isdecimal())
 
-    def _lock(self) -> None:
-        end = time.monotonic() + DYING
+    def _opened(self) -> BinaryIO:
+        """This process's part, opened and locked."""
+        path, end = self._path(self.rank), time.monotonic() + DYING
         while True:
+            part = open(path, "a+b")
             try:
-                fcntl.flock(self._part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_ours = True
             except OSError as error:
-                if error.errno in WITHOUT_LOCKS:
-                    return
+                is_ours = error.errno in WITHOUT_LOCKS
+            # another run may have finished, and deleted it, between the two
+            if is_ours and path.exists() and os.path.samestat(os.fstat(part.fileno()), path.stat()):
+                return part
+            part.close()
             if time.monotonic() > end:
                 raise ValueError(
                     f"out {str(self.out)!r} is being written by another run: wait for it, or choose another"
@@ -123,7 +130,7 @@ class AnswerFile:
         if self.out.is_file():
             found |= self._of_file()
         self.answers = {
-            question.id: found[question.id] for question in self.questions if question.id in found
+            question.key: found[question.key] for question in self.questions if question.key in found
         }
 
     def _of_part(self, path: Path) -> dict[Any, dict]:
@@ -132,7 +139,7 @@ class AnswerFile:
             return {}
         try:
             head, *batches = map(json.loads, lines)
-            found = {answer["question_id"]: answer for batch in batches for answer in batch}
+            found = {_key(answer): answer for batch in batches for answer in batch}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is damaged: {error}; delete it to ask its questions again") from None
         if head != self._head:
@@ -159,7 +166,7 @@ class AnswerFile:
         try:
             found = [json.loads(line) for line in self.out.read_bytes().splitlines()]
             is_own = all(answer["metadata"]["run"] == self.run for answer in found)
-            found = {answer["question_id"]: answer for answer in found}
+            found = {_key(answer): answer for answer in found}
         except (ValueError, TypeError, KeyError):
             is_own = False
         if not is_own:
@@ -178,7 +185,7 @@ class AnswerFile:
         """Append the answers of a batch to this process's part."""
         if answers:
             self._append(list(answers))
-            self.answers |= {answer["question_id"]: answer for answer in answers}
+            self.answers |= {_key(answer): answer for answer in answers}
 
     def _append(self, value: Any) -> None:
         self._part.write(f"{json.dumps(value)}\n".encode())
@@ -209,6 +216,11 @@ class AnswerFile:
             "model_id": model,
             "metadata": {"finish": reply.finish, "run": self.run, **more},
         }
+
+
+def _key(answer: dict[str, Any]) -> tuple[int | str, str]:
+    """The `key` of the question of an answer."""
+    return answer["question_id"], answer["prompt"]
 
 
 def _digest(value: Any) -> str:

@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from PIL import Image
 from cumo_model.checkpoints.folders import write_json
 from cumo_model.processing.pictures import load_image
 from cumo_model.serving.engines import Engine, open_engine
+from cumo_model.serving.local import BrokenModelError
 from cumo_model.serving.messages import Message, pictures_of, text_of, text_problem, user_message
-from cumo_model.serving.replies import Reply
+from cumo_model.serving.replies import CANCELLED, Reply
 from cumo_model.serving.sampling import GREEDY, Sampling
 
 HELP = """\
@@ -25,6 +27,8 @@ HELP = """\
 /help        this list
 /quit        end, as do an empty line and Ctrl-D
 Ctrl-C ends an answer; what was printed of it stays in the conversation."""
+STOPPED = "the answer was stopped; Ctrl-C again, or an empty line, ends the conversation"
+EMPTY = "the answer is empty"
 
 
 class Conversation:
@@ -74,17 +78,19 @@ class Conversation:
         if reason := text_problem(text, self._engine.template):
             raise ValueError(f"the question {reason}")
         question = user_message(text, [picture for _, picture in self.shown])
-        with self._engine.stream([*self.messages, question], self._sampling) as pieces:
-            try:
-                for piece in pieces:
-                    print(piece, end="", flush=True)
-            except KeyboardInterrupt as stop:
-                if signal.SIGTERM in stop.args or self._is_single:
-                    raise
-            finally:
-                print(flush=True)
-        reply = pieces.reply
-        if reply.text or reply.finish != "cancelled":
+        reply = Reply("", CANCELLED)
+        try:
+            with self._engine.stream([*self.messages, question], self._sampling) as pieces:
+                try:
+                    for piece in pieces:
+                        print(_printable(piece), end="", flush=True)
+                finally:
+                    print(flush=True)
+                    reply = pieces.reply
+        except KeyboardInterrupt as stop:  # also while the pictures are prepared
+            if signal.SIGTERM in stop.args or self._is_single:
+                raise
+        if reply.text or reply.finish != CANCELLED:
             self._names |= {id(picture): name for name, picture in self.shown}
             self.messages += [question, {"role": "assistant", "content": reply.text}]
             self.shown = []
@@ -101,7 +107,7 @@ class Conversation:
         path = Path(path).expanduser()
         if not any(message["role"] == "user" for message in self.messages):
             raise ValueError("there is nothing to save: no question has been answered")
-        if path.exists():
+        if os.path.lexists(path):
             raise ValueError(f"{str(path)!r} exists already")
         said = [
             {
@@ -166,18 +172,26 @@ def chat(
         _tell(talk.ask(question).note)
         return
     for text in _typed():
+        is_command = text.startswith("/")
         try:
-            if text.startswith("/"):
+            if is_command:
                 if _obey(text, talk):
                     return
             else:
                 reply = talk.ask(text)
-                stopped = "the answer was stopped; Ctrl-C again, or an empty line, ends the conversation"
-                _tell(stopped if reply.finish == "cancelled" else reply.note)
-        except ValueError as error:  # such as a conversation that has become too long
-            if error.__cause__ is not None:  # the model itself cannot run
+                _tell(STOPPED if reply.finish == CANCELLED else reply.note or (None if reply.text else EMPTY))
+        except BrokenModelError:
+            raise
+        except (
+            ValueError,
+            OSError,
+            RuntimeError,
+        ) as error:  # such as a conversation that has become too long
+            _tell(str(error) if is_command else f"no answer: {error}")
+        except KeyboardInterrupt as stop:
+            if signal.SIGTERM in stop.args or not is_command:
                 raise
-            _tell(f"no answer: {error}" if not text.startswith("/") else str(error))
+            _tell("stopped")  # a picture that comes slowly
 
 
 def _obey(line: str, talk: Conversation) -> bool:
@@ -216,12 +230,19 @@ def _unquoted(text: str) -> str:
     return parts[0] if len(parts) == 1 else text
 
 
+def _printable(text: str) -> str:
+    """Text without control characters, with which an answer could command the terminal."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
 def _tell(text: str | None) -> None:
     if text:
         print(text, file=sys.stderr, flush=True)
 
 
 def _typed() -> Iterator[str]:
+    if sys.stdin is None:
+        raise ValueError("questions must come from standard input, which is closed, or from --question")
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         try:

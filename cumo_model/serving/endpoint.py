@@ -3,9 +3,11 @@
 import base64
 import io
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -14,8 +16,11 @@ from cumo_model.serving.messages import Message, check_conversation, picture_in,
 from cumo_model.serving.replies import CONTEXT, LENGTH, STOP, Reply, Stream
 from cumo_model.serving.sampling import GREEDY, Sampling
 
+Item, Result = TypeVar("Item"), TypeVar("Result")
 TIMEOUT = 600.0  # seconds without a byte of an answer
+WAIT = 0.2  # seconds after which a reader who waits for an answer can leave
 KEY = "OPENAI_API_KEY"
+END = object()
 OF_CONVERSATION = (400, 413, 422)  # codes of HTTP that concern the conversation, not the server
 
 
@@ -45,10 +50,9 @@ class Endpoint:
         except ImportError:
             raise ValueError("an endpoint needs the package openai: pip install 'cumo[endpoint]'") from None
         self._openai, self._url, self.at_once = openai, url, at_once
-        self._client = openai.OpenAI(
-            base_url=url, api_key=os.environ.get(KEY) or "none", timeout=TIMEOUT, max_retries=2
-        )
-        names = [found.id for found in self._call(lambda: self._client.models.list()).data]
+        options = {"api_key": os.environ.get(KEY) or "none", "timeout": TIMEOUT, "max_retries": 2}
+        self._client = self._call(lambda: openai.OpenAI(base_url=url, **options))
+        names = self._call(lambda: [found.id for found in self._client.models.list().data])
         if model is None and not names:
             raise ValueError(f"endpoint {url} must list a model, got none")
         if model is not None and model not in names:
@@ -79,8 +83,9 @@ class Endpoint:
                 check_conversation(messages)
             except ValueError as error:
                 raise ValueError(f"conversation {number}: {error}") from None
-        with ThreadPoolExecutor(self.at_once) as pool:
-            return list(pool.map(lambda messages: self.stream(messages, sampling).read(), talks))
+        read = lambda number: self.stream(talks[number], sampling).read()
+        found = dict(at_once(read, range(len(talks)), self.at_once))
+        return [found[number] for number in range(len(talks))]
 
     def _pieces(self, messages: Sequence[Message], sampling: Sampling):
         request = {"model": self.name, "messages": [_as_sent(m) for m in messages], **sampling.for_endpoint()}
@@ -89,37 +94,114 @@ class Endpoint:
         longest = LENGTH
         try:
             chunks = self._call(ask)
-        except RefusedError:
-            # servers may refuse a length that the context has no room for; without it they take what there is
-            del request["max_tokens"]
-            longest = CONTEXT
+        except RefusedError as refused:
+            # a length that the context has no room for; without one the server takes what there is
+            if re.search("context|max_tokens.*large", str(refused)):
+                del request["max_tokens"]
+                longest = CONTEXT
+            elif "max_completion_tokens" in str(refused):  # the newer name
+                request["max_completion_tokens"] = request.pop("max_tokens")
+            else:
+                raise
             chunks = self._call(ask)
-        finish, usage = STOP, None
-        with chunks:  # a reader who leaves closes the connection, which ends the generation
-            rest = iter(chunks)
-            while (chunk := self._call(lambda: next(rest, None))) is not None:
-                usage = chunk.usage or usage
-                for choice in chunk.choices[:1]:
-                    if choice.finish_reason:
-                        finish = longest if choice.finish_reason == "length" else STOP
-                    if choice.delta.content:
-                        yield choice.delta.content
-        return finish, usage and usage.completion_tokens, usage and usage.prompt_tokens
+        finish, usage = None, None
+        try:
+            for chunk in self._waiting(chunks):
+                if chunk is None:
+                    yield ""  # so that a stream can be stopped while the server is silent
+                    continue
+                usage = getattr(chunk, "usage", None) or usage
+                for choice in (getattr(chunk, "choices", None) or [])[:1]:
+                    if reason := choice.finish_reason:
+                        finish = {"stop": STOP, "length": longest}.get(reason, reason)
+                    if text := getattr(getattr(choice, "delta", None), "content", None):
+                        yield text
+        finally:  # a reader who leaves closes the connection, which ends the generation
+            chunks.close()
+        if finish is None:
+            raise ValueError(f"endpoint {self._url} has not sent a complete answer")
+        return finish, getattr(usage, "completion_tokens", None), getattr(usage, "prompt_tokens", None)
+
+    def _waiting(self, chunks) -> Iterator[Any]:
+        """The chunks of an answer as a thread receives them; None for each WAIT without one."""
+        found: queue.SimpleQueue = queue.SimpleQueue()
+
+        def receive():
+            try:
+                rest = iter(chunks)
+                while (chunk := self._call(lambda: next(rest, None))) is not None:
+                    found.put(chunk)
+                found.put(END)
+            except ValueError as error:
+                found.put(error)
+
+        threading.Thread(target=receive, name="cumo-receive", daemon=True).start()
+        while True:
+            try:
+                chunk = found.get(timeout=WAIT)
+            except queue.Empty:
+                yield None
+                continue
+            if chunk is END:
+                return
+            if isinstance(chunk, ValueError):
+                raise chunk
+            yield chunk
 
     def _call(self, ask) -> Any:
         try:
             return ask()
         except self._openai.APIStatusError as error:
             kind = RefusedError if error.status_code in OF_CONVERSATION else ValueError
-            raise kind(f"endpoint {self._url} refuses it ({error.status_code}): {_told(error)}") from None
+            where = "" if error.status_code != 404 else " (addresses of this interface often end with /v1)"
+            told = f"refuses it ({error.status_code}): {_told(error)}{where}"
+            raise kind(f"endpoint {self._url} {told}") from None
         except self._openai.APIError as error:
             raise ValueError(f"endpoint {self._url} cannot be asked: {_told(error)}") from None
+        except (
+            Exception
+        ) as error:  # what a server sends that has another interface, or an address that is none
+            told = f"{type(error).__name__}: {_told(error)}"
+            raise ValueError(f"endpoint {self._url} does not have OpenAI's interface: {told}") from None
+
+
+def at_once(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator:
+    """Pairs (item, result) of a function that waits for a server, in the order in which the results come.
+
+    The threads do not keep the process from ending, so Ctrl-C does not wait for a server that is silent.
+    """
+    waiting, found, is_left = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    for item in (items := list(items)):
+        waiting.put(item)
+
+    def work():
+        while not is_left.is_set():
+            try:
+                item = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                found.put((item, function(item), None))
+            except BaseException as error:
+                found.put((item, None, error))
+
+    for _ in range(min(threads, len(items))):
+        threading.Thread(target=work, name="cumo-ask", daemon=True).start()
+    try:
+        for _ in items:
+            item, result, error = found.get()
+            if error is not None:
+                raise error
+            yield item, result
+    finally:
+        is_left.set()
 
 
 def _told(error: Exception) -> str:
     body = getattr(error, "body", None)
-    told = body.get("message") if isinstance(body, dict) else None
-    return " ".join(str(told or error).split())
+    told = (body.get("message") or body.get("detail")) if isinstance(body, dict) else None
+    cause = error.__cause__ if str(error).startswith("Connection error") else None
+    return " ".join(str(told or (f"{error} {cause}" if cause else error)).split())
 
 
 def _as_sent(message: Message) -> Message:

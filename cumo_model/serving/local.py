@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ from cumo_model.serving.sampling import GREEDY, Sampling
 UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError)
 
 WAIT = 0.1  # seconds between two looks at whether it is a stream's turn
+
+
+class BrokenModelError(ValueError):
+    """The model cannot run at all, whatever it is asked."""
 
 
 def load(
@@ -64,7 +69,7 @@ def _device(given: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(given)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()
     except Exception as error:  # torch raises several kinds, by device
         raise ValueError(
             f"device must be one of this machine, got {str(given)!r}: {first_line(error)}"
@@ -144,13 +149,12 @@ class Local:
     def answers(self, talks: Sequence[Sequence[Message]], sampling: Sampling = GREEDY) -> list[Reply]:
         """Generate the answers to several conversations as one batch.
 
-        A conversation whose answer may reach the end of the context is answered by itself, because a batch
-        has one length for all.
+        A batch has one length for all. Where the context ends the answer of one, the others that are not
+        complete are answered again without it.
 
         Raises:
             ValueError: as `check`; the number of the conversation is named.
         """
-        rooms, alone = [], []
         for number, messages in enumerate(talks, 1):
             try:
                 check_conversation(messages, self.template)
@@ -159,27 +163,25 @@ class Local:
         if not talks:
             return []
         inputs = self._prompt(talks)
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        for number, length in enumerate(lengths, 1):
+        longest = []
+        for number, length in enumerate(inputs["attention_mask"].sum(1).tolist(), 1):
             try:
-                rooms.append(self._room(length))
+                room = self._room(length)
             except ValueError as error:
                 raise ValueError(f"conversation {number}: {error}") from None
-        alone = [i for i, room in enumerate(rooms) if room is not None and room < sampling.max_new_tokens]
-        if alone and len(talks) > 1:
-            together = [i for i in range(len(talks)) if i not in alone]
-            found = dict(zip(together, self.answers([talks[i] for i in together], sampling), strict=True))
-            found |= {i: self.stream(talks[i], sampling).read() for i in alone}
-            return [found[i] for i in range(len(talks))]
-        if alone:
-            return [self.stream(talks[0], sampling).read()]
-        with self._turn:
-            out = self._generate(inputs, sampling.max_new_tokens, sampling)
-        width = inputs["input_ids"].shape[1]
-        return [
-            self._reply(row, length, sampling)
-            for row, length in zip(out[:, width:].tolist(), lengths, strict=True)
-        ]
+            longest.append(sampling.max_new_tokens if room is None else min(room, sampling.max_new_tokens))
+        found: dict[int, Reply] = {}
+        while rest := [i for i in range(len(talks)) if i not in found]:
+            inputs = self._prompt([talks[i] for i in rest]) if found else inputs
+            new_tokens, width = min(longest[i] for i in rest), inputs["input_ids"].shape[1]
+            with self._turn:
+                out = self._generate(inputs, new_tokens, sampling)
+            lengths = inputs["attention_mask"].sum(1).tolist()
+            for i, row, length in zip(rest, out[:, width:].tolist(), lengths, strict=True):
+                reply = self._reply(row, length, new_tokens)
+                if reply.finish != LENGTH or longest[i] == new_tokens:
+                    found[i] = self._as_cut(reply, new_tokens, sampling)
+        return [found[i] for i in range(len(talks))]
 
     def inputs(self, messages: Sequence[Message]) -> dict[str, torch.Tensor]:
         """Tensors of a conversation, on the CPU, as `generate` takes them.
@@ -194,7 +196,12 @@ class Local:
         """A `with` block in which no answer is generated, for other uses of the model."""
         return self._turn
 
-    def _reply(self, ids: list[int], prompt_tokens: int, sampling: Sampling) -> Reply:
+    def _as_cut(self, reply: Reply, new_tokens: int, sampling: Sampling) -> Reply:
+        """The answer; it was cut by the context if it could have fewer tokens than asked for."""
+        is_context = reply.finish == LENGTH and new_tokens < sampling.max_new_tokens
+        return replace(reply, finish=CONTEXT) if is_context else reply
+
+    def _reply(self, ids: list[int], prompt_tokens: int, new_tokens: int) -> Reply:
         """The answer in one row of a batch, which is padded after its end."""
         config, tokenizer = self.model.generation_config, self.processor.tokenizer
         ends = config.eos_token_id
@@ -208,7 +215,7 @@ class Local:
                 tokens -= 1
             text = tokenizer.decode(ids[:tokens], skip_special_tokens=True)
             is_ended = bool(self._stops) and text.strip().endswith(self._end)
-            finish = STOP if is_ended or len(ids) < sampling.max_new_tokens else LENGTH
+            finish = STOP if is_ended or len(ids) < new_tokens else LENGTH
         text = tokenizer.decode(ids[:tokens], skip_special_tokens=True)
         return Reply(text.strip().removesuffix(self._end).strip(), finish, tokens, prompt_tokens)
 
@@ -233,7 +240,7 @@ class Local:
         if prompt >= limit:
             raise ValueError(
                 f"the conversation must have fewer than {limit} tokens, the model's context, got {prompt}: "
-                "start a new one, or leave out pictures or text"
+                "it must be shorter, or have fewer pictures"
             )
         return limit - prompt
 
@@ -250,8 +257,8 @@ class Local:
             return model.generate(**inputs, **options)
         except UNFORESEEN as error:
             what = f"{type(error).__name__}: {first_line(error)}"
-            raise ValueError(f"{self.name} cannot answer: {what}") from error
-        except torch.OutOfMemoryError as error:
+            raise BrokenModelError(f"{self.name} cannot answer: {what}") from error
+        except RuntimeError as error:  # such as a lack of memory
             raise ValueError(f"{self.name} cannot answer: {first_line(error)}") from error
 
     def _pieces(self, inputs: dict, room: int | None, sampling: Sampling):
@@ -285,10 +292,9 @@ class Local:
             self._turn.release()
         if isinstance(piece, BaseException):
             raise piece
-        finish = self._reply(piece, 0, Sampling(new_tokens)).finish
-        if finish == LENGTH and new_tokens < sampling.max_new_tokens:
-            finish = CONTEXT
-        return finish, len(piece), inputs["input_ids"].shape[1]
+        prompt_tokens = inputs["input_ids"].shape[1]
+        reply = self._as_cut(self._reply(piece, prompt_tokens, new_tokens), new_tokens, sampling)
+        return reply.finish, reply.tokens, prompt_tokens
 
 
 class _Pieces(TextStreamer):

@@ -76,6 +76,9 @@ def check_conversation(messages: Sequence[Message], template: str | None = None)
     Raises:
         ValueError: a message is not of this form; its number is named.
     """
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise ValueError(f"message {number} must have a role and content, got {type(message).__name__}")
     check_messages(messages, needs_pictures=True)
     turns = 0
     for number, message in enumerate(messages, 1):

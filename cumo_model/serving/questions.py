@@ -26,7 +26,7 @@ class Question:
     """A question.
 
     Attributes:
-        id: an int or a text; no two questions have the same.
+        id: an int or a text; no two questions with the same text have the same.
         text: the question. Each `<image>` in it stands for a picture; without any, all pictures go before it.
         images: names of its pictures.
         category: anything, for those who read the answers; None: none.
@@ -38,6 +38,11 @@ class Question:
     images: tuple[str, ...] = ()
     category: Any = None
     place: str = ""
+
+    @property
+    def key(self) -> tuple[int | str, str]:
+        """Id and text: LLaVA's files ask several questions under the id of one picture."""
+        return self.id, self.text
 
     def message(self, pictures: Sequence[Image.Image] = ()) -> Message:
         """The question as a message of the user, with its pictures."""
@@ -65,12 +70,12 @@ def read_questions(path: str | os.PathLike, limit: int | None = None) -> list[Qu
     seen: dict[Any, str] = {}
     for place, value in islice(_objects(Path(path)), limit):
         question = _question(value, place)
-        if question.id in seen:
+        if question.key in seen:
             raise ValueError(
-                f"{place}: question_id must be that of no other question, got {question.id!r}, "
-                f"as in {seen[question.id]}"
+                f"{place}: question_id must be that of no other question with the same text, "
+                f"got {question.id!r}, as in {seen[question.key]}"
             )
-        seen[question.id] = place
+        seen[question.key] = place
         questions.append(question)
     if not questions:
         raise ValueError(f"{path} must hold at least one question, got none")
@@ -89,7 +94,7 @@ def _objects(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".json":
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} must be JSON: {error}") from None
         if not isinstance(values, list):
             raise ValueError(f"{path} must be a list of questions, got {type(values).__name__}")
@@ -99,7 +104,7 @@ def _objects(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: must be JSON: {error}") from None
             yield f"{path}, line {number}", value
 

@@ -17,7 +17,7 @@ class Reply:
 
     Attributes:
         text: the answer without its end mark and without blanks around it.
-        finish: STOP, LENGTH, CONTEXT or CANCELLED.
+        finish: STOP, LENGTH, CONTEXT or CANCELLED, or a reason of its own that a server gives.
         tokens: number of generated tokens; None if an endpoint does not say.
         prompt_tokens: number of tokens of the prompt, those of pictures included; None likewise.
     """
@@ -31,6 +31,8 @@ class Reply:
     def note(self) -> str | None:
         """A sentence for the user if the answer was cut, else None."""
         told = CUT.get(self.finish)
+        if told is None and self.finish not in (STOP, CANCELLED):
+            told = f"the server ended the answer: {self.finish}"
         return told and told.format(tokens=self.tokens if self.tokens is not None else "some")
 
 
@@ -49,7 +51,7 @@ class Stream:
 
     def __init__(self, source: Source, end: str = ""):
         self._source, self._end = source, end
-        self._given = ""
+        self._text = self._given = ""  # what came, and what of it was given to the reader
         self._reply: Reply | None = None
         self._is_stopped = False
 
@@ -73,21 +75,20 @@ class Stream:
         self._is_stopped = True
 
     def __iter__(self) -> Iterator[str]:
-        text = ""
-        while True:
+        while self._reply is None:
             if self._is_stopped:
                 self.close()
                 return
             try:
-                text += next(self._source)
+                self._text += next(self._source)
             except StopIteration as stop:
-                said = self._said(text)
+                said = self._said(self._text)
+                self._reply = Reply(said, *(stop.value or (CANCELLED,)))  # no value: it was closed before
                 if more := said[len(self._given) :]:
                     self._given = said
                     yield more
-                self._reply = Reply(said, *(stop.value or ()))
                 return
-            if more := self._certain(text)[len(self._given) :]:
+            if more := self._certain(self._text)[len(self._given) :]:
                 self._given += more
                 yield more
 

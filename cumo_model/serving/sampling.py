@@ -1,10 +1,10 @@
 """How answers are generated: their length, and greedy decoding or sampling."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 NEW_TOKENS = 512
+COLDEST, HOTTEST = 1e-6, 1e6  # temperatures beyond which logits overflow or lose their order
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,11 @@ class Sampling:
     def __post_init__(self):
         if not _is_int(self.max_new_tokens) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be an int of at least 1, got {self.max_new_tokens!r}")
-        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be finite and not negative, got {self.temperature!r}")
+        if not _is_number(self.temperature) or not (
+            self.temperature == 0 or COLDEST <= self.temperature <= HOTTEST
+        ):
+            wanted = f"0, or from {COLDEST:g} to {HOTTEST:g}"
+            raise ValueError(f"temperature must be {wanted}, got {self.temperature!r}")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
         if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed < 2**63):

@@ -237,7 +237,10 @@ def check_analysis(names: dict, out: str) -> None:
 
 
 def check_serving(names: dict, out: str) -> None:
-    assert "1 answers: a.jsonl" in out and [type(reply.text) for reply in names["replies"]] == [str, str]
+    assert "answers to 1 of 1 questions: " in out and [type(reply.text) for reply in names["replies"]] == [
+        str,
+        str,
+    ]
 
 
 CHECKS = {

@@ -49,17 +49,19 @@ def config(words: int, text: str = "mixtral", text_config=(), **options) -> Cumo
     return CumoConfig(vision_config=vision, text_config=sizes, **options)
 
 
-def write(folder: Path, text: str = "mixtral", marker_last: bool = False, **options) -> Path:
+def write(
+    folder: Path, text: str = "mixtral", marker_last: bool = False, seed: int = 0, std: float = 0.3, **options
+) -> Path:
     """A checkpoint in fp32 whose greedy answers differ by prompt and picture; `options` of the config."""
     words = tokenizer(marker_last)
     token = words.convert_tokens_to_ids("<image>")
     made = config(len(words) - marker_last, text, image_token_index=token, **options)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = CumoForConditionalGeneration(made)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=std)
     grids = made.image_grid_pinpoints
     processor = build_processor(
         words, SIDE, 6, template="mistral_instruct", image_aspect_ratio="anyres" if grids else "pad",

@@ -10,6 +10,7 @@ from cumo_model import CumoForConditionalGeneration, CumoProcessor
 from tests.serve.checkpoints import picture
 
 NEW_TOKENS = 16
+CLEAR = 16
 # each turn is of the user, of the assistant, and so on; numbers are pictures
 TALKS = (
     ((0, "what is in the picture"),),
@@ -61,7 +62,8 @@ def messages(talk: tuple, form: str) -> list[dict]:
 class Right:
     """The model in transformers, of which all answers are to be found again.
 
-    `precise` is the same model in fp64: where it agrees, an answer is not decided by rounding.
+    `precise` is the same model in fp64. Its best logit must lead by CLEAR times the difference between the
+    two models, an estimate of what rounding does: then no other order of sums changes an answer.
     """
 
     def __init__(self, folder: Path):
@@ -93,4 +95,15 @@ class Right:
             out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
             found.append(out[0, ids.shape[1] :].tolist())
         assert found[0] == found[1], "rounding decides this answer: give the checkpoint other weights"
+        row = torch.cat([ids, torch.tensor(found[:1])], 1)
+        inputs = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+        scores = []
+        for model in (self.model, self.precise):
+            if "pixel_values" in inputs:
+                inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+            out = model(input_ids=row, **inputs).logits[0, ids.shape[1] - 1 : -1].double()
+            out[:, self.processor.image_token_id : self.processor.image_token_id + 1] = -1e9
+            scores.append(out)
+        best, second = scores[1].topk(2).values.unbind(1)
+        assert (best - second).min() > CLEAR * (scores[0] - scores[1]).abs().max(), "give it other weights"
         return ids[0].tolist(), found[0]

@@ -14,15 +14,20 @@ from tests.serve.questions import TALKS, Right
 
 ANYRES = {"patch_merge_type": "spatial_unpad", "image_grid_pinpoints": [[24, 48], [48, 24], [48, 48]]}
 SCALED = {"logits_scaling": 4.0, "embedding_multiplier": 2.0}
-KINDS = {
+KINDS = {  # seeds of weights with which no answer is decided by rounding, see `Right`
     # experts in all three places, two scales
-    "mixtral": {"text": "mixtral", "scales": [1, 3]},
+    "mixtral": {"text": "mixtral", "scales": [1, 3], "seed": 2, "std": 0.2},
     # pictures with numbers of tokens of their own, cut into chunks: at most 12 tokens a step
-    "anyres": {"text": "mistral", "scales": [1], **ANYRES},
+    "anyres": {"text": "mistral", "scales": [1], **ANYRES, "seed": 31},
     # an image token beyond the vocabulary, and one weight for both embeddings
-    "tied": {"text": "mistral", "marker_last": True, "text_config": {"tie_word_embeddings": True}},
+    "tied": {
+        "text": "mistral",
+        "marker_last": True,
+        "text_config": {"tie_word_embeddings": True},
+        "seed": 39,
+    },
     # a decoder that scales embeddings, with a head that divides its logits
-    "granite": {"text": "granite", "scales": [1], "text_config": SCALED},
+    "granite": {"text": "granite", "scales": [1], "text_config": SCALED, "seed": 2, "std": 0.2},
 }
 CHUNKED = {"max_num_batched_tokens": 12, "max_num_seqs": 4}
 

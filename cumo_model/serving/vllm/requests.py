@@ -53,8 +53,6 @@ class CheckedRequests:
 
 def problem_of(body: bytes) -> str | None:
     """Why a request cannot be answered; None if it can, or if vLLM itself says why not."""
-    if IMAGE_MARKER.encode() not in body and b"\\u" not in body:
-        return None
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -65,14 +63,18 @@ def problem_of(body: bytes) -> str | None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in a JSON value, those of its keys left out."""
+    """All texts in a JSON value, those of its keys left out; the texts of parts of a message also joined."""
     left = [value]
     while left:
         value = left.pop()
         if isinstance(value, str):
             yield value
-        elif isinstance(value, dict | list):
-            left.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, dict):
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)
+            parts = [part.get("text") for part in value if isinstance(part, dict)]
+            yield "".join(text for text in parts if isinstance(text, str))
 
 
 def _is_of_media(trace: TracebackType | None) -> bool:

@@ -2,6 +2,7 @@
 
 import html
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -31,7 +32,8 @@ STYLE = """
 footer { display: none !important; }
 .chat .message, .chat .bot, .chat .user { white-space: pre-wrap; }
 .chat button[aria-label="Share"] { display: none; }
-#notice { padding: 0; }
+#notice { position: fixed; top: 0.6rem; left: 50%; transform: translateX(-50%); z-index: 1000; padding: 0; }
+#notice { max-width: 92vw; }
 #notice p { margin: 0; padding: 0.4rem 0.8rem; border-left: 3px solid #b91c1c; }
 #notice p { background: #fef2f2; color: #7f1d1d; }
 """
@@ -190,7 +192,7 @@ class _Page:
         again.click(self._again, options, seen, **answering, **private)
         at_once = {"concurrency_limit": None, "show_progress": "hidden", "queue": False, **private}
         stop.click(self._stop, None, None, **at_once)
-        gr.on([clear.click, self.chat.clear], self._clear, None, seen, **at_once)
+        gr.on([clear.click, self.chat.clear], self._clear, self.question, seen, **at_once)
 
     def _routing(self, tab) -> None:
         if reason := why_none(self.engine):
@@ -265,12 +267,15 @@ class _Page:
     def _stop(self, request: gr.Request) -> None:
         self.talks.of(request.session_hash).stop()
 
-    def _clear(self, request: gr.Request):
+    def _clear(self, asked: dict | None, request: gr.Request):
         self.talks.of(request.session_hash).clear()
+        for file in (asked or {}).get("files", []):
+            Path(file).unlink(missing_ok=True)
         return [], None, _notice("")
 
     def _leave(self, request: gr.Request) -> None:
         self.talks.end(request.session_hash)
+        self.talks.sweep()
 
     def _choices(self, request: gr.Request):
         """Choices of pictures, and the routing of the last one."""
@@ -307,14 +312,19 @@ def _notice(told: str) -> gr.HTML:
     return gr.HTML(f"<p>{html.escape(' '.join(told.split()))}</p>" if told else "", visible=bool(told))
 
 
+def _as_text(text: str) -> str:
+    """Text that gradio's chat shows as it is: it takes HTML for HTML, also without Markdown."""
+    return re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;")
+
+
 def _rows(talk: Talk) -> list[dict]:
     """The rows of the chat."""
     rows = []
     for turn in talk.shown():
         pictures = [{"path": path} for path in pictures_of(turn.question)]
-        text = {"type": "text", "text": text_of(turn.question)}
+        text = {"type": "text", "text": _as_text(text_of(turn.question))}
         rows.append({"role": "user", "content": [*pictures, text]})
-        answer = [{"type": "text", "text": turn.answer or ("" if turn.note else "…")}]
+        answer = [{"type": "text", "text": _as_text(turn.answer) or ("" if turn.note else "…")}]
         answer += [{"type": "text", "text": f"[{turn.note}]"}] * bool(turn.note)
         rows.append({"role": "assistant", "content": answer})
     return rows

@@ -1,8 +1,10 @@
 """The conversation of one browser session, and its answer while it is generated."""
 
+import contextlib
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,6 +185,15 @@ class Talks:
             talk = self._talks.pop(session, None)
         if talk is not None:
             talk.clear()
+
+    def sweep(self, age: float = 3600) -> None:
+        """Delete uploads that are `age` seconds old and about which nobody has asked."""
+        with self._lock:
+            kept = {talk.folder for talk in self._talks.values()}
+        for file in self._folder.glob("*/*"):
+            with contextlib.suppress(OSError):  # another thread may delete it
+                if file.parent not in kept and file.is_file() and time.time() - file.stat().st_mtime > age:
+                    file.unlink()
 
     def end_all(self) -> None:
         """End all sessions."""

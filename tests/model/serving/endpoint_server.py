@@ -13,6 +13,9 @@ class Handler(BaseHTTPRequestHandler):
     """Streams the answers of `server.engine`, and keeps the requests in `server.asked`."""
 
     def do_GET(self):
+        if self.path != "/v1/models":
+            self._send(404, {"detail": "Not Found"})
+            return
         self._send(200, {"object": "list", "data": [{"id": self.server.name, "object": "model"}]})
 
     def do_POST(self):
@@ -22,7 +25,7 @@ class Handler(BaseHTTPRequestHandler):
             messages = [self._message(message) for message in request["messages"]]
             tokens, limit = request.get("max_tokens", 1_000_000), self.server.positions
             if limit is not None and limit <= tokens < 1_000_000:
-                raise ValueError(f"max_tokens must leave room in {limit} tokens, got {tokens}")
+                raise ValueError(f"the maximum context length is {limit} tokens, got max_tokens {tokens}")
             options = request["temperature"], request.get("top_p", 1.0), request.get("seed")
             sampling = Sampling(tokens, *options)
             stream = self.server.engine.stream(messages, sampling)
@@ -69,6 +72,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments):
         pass
+
+
+def silent(is_over):
+    """A `do_POST` whose answer has a first piece, and a second one only when `is_over` is set."""
+    chunk = '{"choices": [{"index": 0, "delta": {"content": "a "}, "finish_reason": null}]}'
+
+    def answer(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(f"data: {chunk}\n\n".encode())
+        self.wfile.flush()
+        is_over.wait(120)
+
+    return answer
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from PIL import Image
 from cumo_model.__main__ import main
 from cumo_model.demo.tokenizer import train_tokenizer
 from cumo_model.processing.conversation import chat_template
-from cumo_model.serving.chat import Conversation
+from cumo_model.serving.chat import Conversation, _printable
 from cumo_model.serving.local import Local, load, own_template
 from cumo_model.serving.messages import text_of, user_message
 from cumo_model.serving.replies import Stream
@@ -42,13 +42,13 @@ FEW = Sampling(6)
 
 
 def said(engine, *questions):
-    """The answers of a conversation; a question is a text or (text, picture, ...)."""
+    """The answers of a conversation as they are shown; a question is a text or (text, picture, ...)."""
     messages, found = [], []
     for question in questions:
         text, *pictures = (question,) if isinstance(question, str) else question
         messages.append(user_message(text, pictures))
-        found.append(engine.stream(messages, FEW).read().text)
-        messages.append({"role": "assistant", "content": found[-1]})
+        messages.append({"role": "assistant", "content": engine.stream(messages, FEW).read().text})
+        found.append(_printable(messages[-1]["content"]))
     return found
 
 
@@ -84,7 +84,7 @@ def test_a_conversation_keeps_its_turns_and_shows_pictures_on_the_way(
     assert out.splitlines() == [*wanted, said(talker, "what is it?")[0]]
     saved = json.loads(file.read_text())
     assert [turn["role"] for turn in saved["messages"]] == ["user", "assistant"] * 2
-    assert [turn["text"] for turn in saved["messages"]][1::2] == first
+    assert [_printable(turn["text"]) for turn in saved["messages"]][1::2] == first
     assert [turn.get("images") for turn in saved["messages"]] == [
         [str(picture)], None, [str(tmp_path / "a blue.png")], None
     ]  # fmt: skip
@@ -98,14 +98,14 @@ def test_options_reach_the_model(talker_folder, talker, capsys):
     )
     options = ("--temperature", 2, "--top-p", 0.9, "--seed", 5, "--max-new-tokens", 9, "--dtype", "bfloat16")
     more = ("--system", "the blue door", "--device", "cpu", "--question", "what is it?")
-    assert run(capsys, talker_folder, *options, *more)[1].strip() == wanted.read().text
+    assert run(capsys, talker_folder, *options, *more)[1].strip() == _printable(wanted.read().text).strip()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_model_answers(talker_folder, bits, capsys):
     pytest.importorskip("bitsandbytes")
     code, out, err = run(
-        capsys, talker_folder, f"--load-{bits}bit", "--question", "what is it?", "--max-new-tokens", 3
+        capsys, talker_folder, f"--load-{bits}bit", "--question", "what is it?", "--max-new-tokens", 30
     )
     assert code == 0 and out.strip(), err
 
@@ -115,6 +115,11 @@ def test_a_quantised_model_answers(talker_folder, bits, capsys):
     [
         ("/image", "/image must be followed by the name of a file"),
         ("/image none.png", "image 'none.png' does not exist"),
+        ("/image cut.png", "image 'cut.png' cannot be read: "),
+        ("/image bomb.png", "image 'bomb.png' must be decoded in at most 150 MB of memory"),
+        ("/image .", "image '.' cannot be read: "),
+        (f"/image {'x' * 300}.png", "cannot be read: "),
+        ("/image ~nobody-here/x.png", "ome directory"),
         ("/image http://127.0.0.1:9/x.png", "cannot be fetched"),
         ("/save", "/save must be followed by the name of a file"),
         ("/save new.json", "there is nothing to save: no question has been answered"),
@@ -127,8 +132,11 @@ def test_a_quantised_model_answers(talker_folder, bits, capsys):
     ],
 )
 def test_a_line_that_is_not_understood_is_told_and_the_conversation_goes_on(
-    talker_folder, talker, monkeypatch, capsys, line, told
+    talker_folder, talker, monkeypatch, capsys, line, told, tmp_path
 ):
+    monkeypatch.chdir(tmp_path)
+    broken_picture(tmp_path).rename("cut.png")
+    Image.new("L", (15_000, 11_000)).save("bomb.png")
     typed(monkeypatch, line, "what is it?")
     code, out, err = run(capsys, talker_folder, "--max-new-tokens", 6)
     assert code == 0 and told in out + err and out.splitlines()[-1] == said(talker, "what is it?")[0]
@@ -148,6 +156,25 @@ def test_a_saved_conversation_is_not_overwritten(talker, tmp_path):
     assert (tmp_path / "old.json").read_text() == "precious"
 
 
+def test_closed_standard_input_is_named(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    code, _, err = run(capsys, checkpoint)
+    assert code == 1 and "standard input, which is closed" in err
+
+
+def test_an_answer_cannot_command_the_terminal(talker, monkeypatch, capsys):
+    said = "a\x1b[2Jb\x07\u009b1m\nc"
+    monkeypatch.setattr(Local, "stream", lambda *_: Stream(iter_of(said)))
+    talk = Conversation(talker, FEW)
+    assert talk.ask("what is it?").text == said
+    assert capsys.readouterr().out == "a[2Jb1m\nc\n"
+
+
+def iter_of(text):
+    yield text
+    return "stop", 1, 1
+
+
 class Terminal:
     """`cumo chat` in a pseudo terminal."""
 
@@ -164,16 +191,22 @@ class Terminal:
         os.close(own)
         self.seen = ""
 
+    def read(self) -> bool:
+        """Read what there is within a moment; False if the program has ended."""
+        if select.select([self.end], [], [], 0.2)[0]:
+            try:
+                self.seen += os.read(self.end, 65536).decode(errors="replace")
+            except OSError:
+                return False
+        return True
+
     def wait_for(self, text: str, seconds: float = 60) -> str:
         """Read until `text` is there; what came up to it."""
         until = time.monotonic() + seconds
         while text not in self.seen:
             assert time.monotonic() < until, f"no {text!r} in {self.seen!r}"
-            if select.select([self.end], [], [], 0.2)[0]:
-                try:
-                    self.seen += os.read(self.end, 65536).decode(errors="replace")
-                except OSError:  # the program has ended
-                    assert text in self.seen, f"no {text!r} in {self.seen!r}"
+            if not self.read():  # the program has ended
+                assert text in self.seen, f"no {text!r} in {self.seen!r}"
         found, _, self.seen = self.seen.partition(text)
         return found
 
@@ -208,7 +241,7 @@ def test_in_a_terminal_ctrl_c_ends_the_answer_and_not_the_program(talker_folder,
         begun = time.monotonic()
         while len(terminal.seen.strip()) < 20:  # it streams: this is long before the end
             assert time.monotonic() < begun + 60
-            terminal.seen += os.read(terminal.end, 65536).decode(errors="replace")
+            terminal.read()
         terminal.type("\x03")
         terminal.wait_for("the answer was stopped")
         terminal.wait_for("> ")

@@ -4,6 +4,8 @@ import base64
 import io
 import socket
 import sys
+import threading
+import time
 
 import pytest
 from PIL import Image
@@ -13,9 +15,9 @@ pytest.importorskip("openai")
 from cumo_model.serving.endpoint import Endpoint
 from cumo_model.serving.engines import open_engine
 from cumo_model.serving.messages import user_message
-from cumo_model.serving.replies import CONTEXT, LENGTH
+from cumo_model.serving.replies import CANCELLED, CONTEXT, LENGTH
 from cumo_model.serving.sampling import Sampling
-from tests.model.serving.endpoint_server import serving
+from tests.model.serving.endpoint_server import serving, silent
 from tests.model.serving.test_local import RED, TALKS
 
 
@@ -107,3 +109,71 @@ def test_an_answer_ends_where_the_context_of_the_server_is_full(server, talker):
     assert reply == talker.stream(talk, Sampling(600)).read() and reply.finish == CONTEXT
     with pytest.raises(ValueError, match="the conversation must have fewer than 512"):
         Endpoint(server.url).stream([user_message("a red apple " * 400)], Sampling(600)).read()
+
+
+WRONG = {  # what a server sends for the list of models, and for an answer -> the error
+    "a page": ("<html>", None, "does not have OpenAI's interface"),
+    "a list": ("[1, 2]", None, "does not have OpenAI's interface"),
+    "no list": ('{"data": null}', None, "does not have OpenAI's interface"),
+    "no models": ('{"data": []}', None, "must list a model, got none"),
+    "no stream": (None, '{"choices": [{"message": {"content": "a"}}]}', "has not sent a complete answer"),
+    "no choices": (None, 'data: {"id": "a"}\n\n', "has not sent a complete answer"),
+    "no delta": (None, 'data: {"choices": [{"index": 0}]}\n\n', "OpenAI's interface|a complete answer"),
+    "torn": (None, 'data: {"choices": [{"ind\n\n', "endpoint http.* (cannot be asked|does not have)"),
+    "half": (None, 'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\n\n', "a complete answer"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_server_with_another_interface_is_named(server, kind, monkeypatch):
+    models, answer, told = WRONG[kind]
+
+    def send(self, content):
+        self.send_response(200)
+        kind = "text/event-stream" if self.command == "POST" else "application/json"
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content.encode())
+
+    handler = server.RequestHandlerClass
+    for method, content in (("do_GET", models), ("do_POST", answer)):
+        if content is not None:
+            monkeypatch.setattr(handler, method, lambda self, content=content: send(self, content))
+    with pytest.raises(ValueError, match=told):
+        Endpoint(server.url).stream(TALKS["a picture"]).read()
+
+
+def test_the_servers_own_reason_for_an_end_is_told(server, monkeypatch):
+    chunk = '{"choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": "content_filter"}]}'
+
+    def answer(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(f"data: {chunk}\n\ndata: [DONE]\n\n".encode())
+
+    monkeypatch.setattr(server.RequestHandlerClass, "do_POST", answer)
+    reply = Endpoint(server.url).stream(TALKS["a picture"]).read()
+    assert (reply.text, reply.finish) == ("a", "content_filter") and "content_filter" in reply.note
+
+
+def test_a_silent_server_can_be_left(server, monkeypatch):
+    is_over = threading.Event()
+    monkeypatch.setattr(server.RequestHandlerClass, "do_POST", silent(is_over))
+    try:
+        stream = Endpoint(server.url).stream(TALKS["a picture"])
+        began = time.monotonic()
+        for piece in stream:
+            assert piece == "a"
+            stream.stop()
+        assert stream.reply.finish == CANCELLED
+        assert time.monotonic() - began < 60  # and not the time limit of a request
+    finally:
+        is_over.set()
+
+
+def test_an_address_that_is_none_is_told(server):
+    with pytest.raises(ValueError, match=r"endpoint http://\[::1/v1 does not have OpenAI's interface"):
+        Endpoint("http://[::1/v1")
+    with pytest.raises(ValueError, match=r"refuses it \(404\).*often end with /v1"):
+        Endpoint(server.url.removesuffix("/v1"))

@@ -64,8 +64,9 @@ def test_a_cut_answer_says_so():
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be an int of at least 1, got 0"),
         ({"max_new_tokens": True}, "max_new_tokens must be an int of at least 1, got True"),
-        ({"temperature": -0.1}, "temperature must be finite and not negative, got -0.1"),
-        ({"temperature": float("nan")}, "temperature must be finite and not negative, got nan"),
+        ({"temperature": -0.1}, "temperature must be 0, or from 1e-06 to .*, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be 0, or from 1e-06 to .*, got nan"),
+        ({"temperature": 1e-45}, "temperature must be 0, or from 1e-06 to .*, got 1e-45"),
         ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
         ({"top_p": "1"}, "top_p must be above 0 and at most 1, got '1'"),
         ({"seed": -1}, "seed must be None or an int from 0"),

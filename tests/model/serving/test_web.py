@@ -2,6 +2,7 @@
 
 import base64
 import shutil
+import threading
 import time
 
 import pytest
@@ -17,7 +18,7 @@ from cumo_model.serving.messages import user_message
 from cumo_model.serving.sampling import Sampling
 from cumo_model.serving.web import talk as talks
 from cumo_model.serving.web.server import served
-from tests.model.serving.endpoint_server import serving
+from tests.model.serving.endpoint_server import serving, silent
 
 pytest.importorskip("gradio")
 sync = pytest.importorskip("playwright.sync_api")
@@ -91,7 +92,7 @@ def opened(browser):
         contexts.append(browser.new_context(viewport={"width": 1200, "height": 860}))
         page = contexts[-1].new_page()
         page.on("request", lambda request: loaded.append(request.url))
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(90_000)
         page.goto(site.address)
         page.wait_for_selector("#question textarea")
         return page
@@ -148,7 +149,7 @@ def said(page):
     return [text for text in rows if text]
 
 
-def wait_until(page, holds, seconds=20):
+def wait_until(page, holds, seconds=90):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, said(page)
@@ -396,8 +397,9 @@ def test_the_sliders_are_the_sampling(opened, engine):
             for name, value in (("temperature", temperature), ("top_p", top_p)):
                 page.fill(f"#{name} input[type=number]", str(value))
                 page.press(f"#{name} input[type=number]", "Tab")
-            page.click("#clear")
-            wait_until(page, lambda: said(page) == [])
+            if said(page):  # on an empty page nothing shows when it is cleared
+                page.click("#clear")
+                wait_until(page, lambda: said(page) == [])
             ask(page, QUESTION)
             ended(page)
             wanted = engine.stream(messages, Sampling(24, temperature, top_p, seed=5)).read().text
@@ -447,3 +449,38 @@ def test_an_endpoint_answers_and_its_errors_are_one_line(opened, engine, files):
         assert server.left.wait(5)
         page.get_by_role("tab", name="Routing").click()
         assert "not for an endpoint" in page.inner_text("#no_routing")
+
+
+def test_text_is_shown_as_it_is(page, engine):
+    text = "is <b>bold</b> a < b & c &lt; <img src=x> &amp; **x**"
+    ask(page, text)
+    assert ended(page)[0] == text
+
+
+def test_clear_deletes_uploads_in_the_box_and_old_ones_go(opened, engine, files):
+    with served(engine, port=0) as site:
+        page = opened(site)
+        uploads = lambda: list(site.folder.glob("*/*"))
+        attach(page, *files)
+        assert len(uploads()) == 2
+        page.click("#clear")
+        wait_until(page, lambda: not uploads() and page.locator("#question .thumbnail-item").count() == 0)
+        attach(page, files[0])
+        site.talks.sweep(3600)
+        assert len(uploads()) == 1
+        site.talks.sweep(0)
+        assert not uploads()
+
+
+def test_a_silent_server_can_be_stopped(opened, engine, monkeypatch):
+    pytest.importorskip("openai")
+    is_over = threading.Event()
+    with serving(engine) as server:
+        monkeypatch.setattr(server.RequestHandlerClass, "do_POST", silent(is_over))
+        with served(Endpoint(server.url), port=0) as site:
+            page = opened(site)
+            ask(page, QUESTION)
+            wait_until(page, lambda: said(page)[1:] == ["a"])
+            page.click("#stop")
+            wait_until(page, lambda: said(page)[1:] == ["a", "[the answer was stopped]"])
+            is_over.set()
