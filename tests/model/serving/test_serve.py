@@ -254,6 +254,15 @@ def test_the_marker_of_pictures_is_refused_as_text(body, is_refused):
     assert (problem_of(json.dumps(body).encode()) is not None) == is_refused
     escaped = json.dumps(body).replace("<", "\\u003c").encode()
     assert (problem_of(escaped) is not None) == is_refused
+    assert (problem_of(json.dumps(body).encode("utf-16")) is not None) == is_refused
+
+
+def test_the_marker_in_two_parts_is_refused():
+    """The chat template joins the texts of a message."""
+    texts = [{"type": "text", "text": text} for text in ("<ima", "ge> what?")]
+    split = lambda parts: json.dumps({"messages": [{"role": "user", "content": parts}]}).encode()
+    assert problem_of(split(texts)) is not None
+    assert problem_of(split(texts[::-1])) is None
 
 
 def test_what_is_no_json_is_left_to_vllm():
