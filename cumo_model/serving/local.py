@@ -129,7 +129,7 @@ class Local:
             ValueError: as `check_conversation`, or the conversation is longer than the model's context.
         """
         check_conversation(messages, self.template)
-        self._room(self._prompt([messages])["input_ids"].shape[1])
+        self._longest(self._prompt([messages])["input_ids"].shape[1], GREEDY)
 
     def stream(self, messages: Sequence[Message], sampling: Sampling = GREEDY) -> Stream:
         """Generate the answer to a conversation; the generation runs in a thread of its own.
@@ -143,8 +143,8 @@ class Local:
         """
         check_conversation(messages, self.template)
         inputs = self._prompt([messages])
-        room = self._room(inputs["input_ids"].shape[1])
-        return Stream(self._pieces(inputs, room, sampling), self._end)
+        new_tokens = self._longest(inputs["input_ids"].shape[1], sampling)
+        return Stream(self._pieces(inputs, new_tokens, sampling), self._end)
 
     def answers(self, talks: Sequence[Sequence[Message]], sampling: Sampling = GREEDY) -> list[Reply]:
         """Generate the answers to several conversations as one batch.
@@ -166,10 +166,9 @@ class Local:
         longest = []
         for number, length in enumerate(inputs["attention_mask"].sum(1).tolist(), 1):
             try:
-                room = self._room(length)
+                longest.append(self._longest(length, sampling))
             except ValueError as error:
                 raise ValueError(f"conversation {number}: {error}") from None
-            longest.append(sampling.max_new_tokens if room is None else min(room, sampling.max_new_tokens))
         found: dict[int, Reply] = {}
         while rest := [i for i in range(len(talks)) if i not in found]:
             inputs = self._prompt([talks[i] for i in rest]) if found else inputs
@@ -232,17 +231,17 @@ class Local:
         )
         return dict(found)
 
-    def _room(self, prompt: int) -> int | None:
-        """Tokens that the context has left for the answer; None if it has no limit."""
+    def _longest(self, prompt: int, sampling: Sampling) -> int:
+        """Tokens of the longest answer to a prompt of so many tokens, for which the context has room."""
         limit = position_limit(self.model.config.text_config)
         if limit is None:
-            return None
+            return sampling.max_new_tokens
         if prompt >= limit:
             raise ValueError(
                 f"the conversation must have fewer than {limit} tokens, the model's context, got {prompt}: "
                 "it must be shorter, or have fewer pictures"
             )
-        return limit - prompt
+        return min(limit - prompt, sampling.max_new_tokens)
 
     @torch.no_grad()
     def _generate(self, inputs: dict, new_tokens: int, sampling: Sampling, **more: Any) -> torch.Tensor:
@@ -261,10 +260,9 @@ class Local:
         except RuntimeError as error:  # such as a lack of memory
             raise ValueError(f"{self.name} cannot answer: {first_line(error)}") from error
 
-    def _pieces(self, inputs: dict, room: int | None, sampling: Sampling):
+    def _pieces(self, inputs: dict, new_tokens: int, sampling: Sampling):
         found: queue.SimpleQueue = queue.SimpleQueue()
         left = threading.Event()
-        new_tokens = sampling.max_new_tokens if room is None else min(room, sampling.max_new_tokens)
         streamer = _Pieces(self.processor.tokenizer, found)
 
         def run():

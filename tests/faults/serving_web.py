@@ -39,4 +39,12 @@ FAULTS = (
     Fault("top-p of the page ignored", W + "page.py",
           "float(temperature), float(top_p), self.sampling.seed", "float(temperature), 1.0, self.sampling.seed",
           "serving/web::test_the_sliders_are_the_sampling"),
+    Fault("tags in a text vanish", W + "page.py",
+          '.replace("<", "&lt;")', "", "serving/web::test_text_is_shown_as_it_is"),
+    Fault("Clear leaves uploads", W + "page.py",
+          'for file in (asked or {}).get("files", []):', "for file in []:",
+          "serving/web::test_clear_deletes_uploads_in_the_box_and_old_ones_go"),
+    Fault("new uploads are swept", W + "talk.py",
+          "time.time() - file.stat().st_mtime > age", "True",
+          "serving/web::test_clear_deletes_uploads_in_the_box_and_old_ones_go"),
 )  # fmt: skip
