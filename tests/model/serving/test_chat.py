@@ -249,8 +249,13 @@ def test_in_a_terminal_ctrl_c_ends_the_answer_and_not_the_program(talker_folder,
         terminal.type("/save " + str(tmp_path / "talk.json") + "\n")
         terminal.wait_for("saved as")
         terminal.wait_for("> ")
-        time.sleep(1)  # readline misses a signal between printing its prompt and waiting for input
-        terminal.type("\x03")  # at the prompt it ends the program
+        for _ in range(10):  # readline misses a signal between printing its prompt and waiting for input
+            time.sleep(1)
+            terminal.type("\x03")  # at the prompt it ends the program
+            for _ in range(10):
+                terminal.read()
+            if "cumo: stopped" in terminal.seen:
+                break
         terminal.wait_for("cumo: stopped")
         assert terminal.close() == 130
     finally:
