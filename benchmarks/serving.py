@@ -1,6 +1,6 @@
 """Requests per second and time to the first token of vLLM's endpoint and of `generate`, on a CPU.
 
-python -m benchmarks.serving --out benchmarks/results/serving
+python -m benchmarks.serving --out build/serving
 
 It runs in the environment of `make serve-test`, with random weights in fp32. At 1, 4 and 16 simultaneous
 requests both sides get the same questions, each about a picture of its own, so that no cache helps. All
