@@ -178,6 +178,7 @@ def write_ours(folder, config, look, chat, tokenizer_only):
     (folder / "notes/read.me").write_text("by hand")
 
 
+@pytest.mark.timeout(400)  # twelve models, each written three times
 @settings(
     max_examples=12,
     deadline=None,

@@ -15,6 +15,7 @@ from cumo_model.demo import report
 from cumo_model.demo.processes import locked
 from cumo_model.demo.questions import QUESTIONS
 from cumo_model.demo.resume import command, resumable
+from cumo_model.serving.chat import _printable
 from cumo_model.training.claims import claim_recipe, claim_start
 from cumo_model.training.recipe import DataSection, ModelSection, Recipe
 from cumo_model.training.recover import Interrupted
@@ -114,7 +115,8 @@ def test_the_command_gives_the_answer_that_the_report_says(tmp_path, tiny_config
     new = ["--max-new-tokens", "64"]
     assert main([*words[3:], *new]) == 0
     asked = next(asked for asked in shown if asked.question == words[-1])
-    assert capsys.readouterr().out.strip().splitlines()[-1:] == asked.said.splitlines()[-1:]
+    shown = _printable(asked.said).strip()
+    assert capsys.readouterr().out.strip().splitlines()[-1:] == shown.splitlines()[-1:]
 
 
 def test_every_kind_of_question_is_shown_with_an_example(demo):
