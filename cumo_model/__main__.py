@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from cumo_model import signals
 from cumo_model.checks import check
@@ -34,8 +35,7 @@ def _demo(args: argparse.Namespace) -> Callable[[], int]:
 
 
 def _chat(args: argparse.Namespace) -> Callable[[], int | None]:
-    engine = {"checkpoint": args.checkpoint, "endpoint": args.endpoint, "template": args.template}
-    engine |= {"device": args.device, "dtype": args.dtype, "bits": args.bits}
+    engine = _engine(args)
     if args.web:
         from cumo_model.serving.web.server import serve_page
 
@@ -45,6 +45,12 @@ def _chat(args: argparse.Namespace) -> Callable[[], int | None]:
 
     asked = {"images": args.image or (), "question": args.question, "system": args.system}
     return lambda: chat(**engine, **asked, sampling=_sampling(args))
+
+
+def _engine(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `open_engine`."""
+    names = ("checkpoint", "endpoint", "template", "device", "dtype", "bits")
+    return {name: getattr(args, name) for name in names}
 
 
 def _sampling(args: argparse.Namespace):
@@ -63,8 +69,7 @@ def _answer(args: argparse.Namespace) -> Callable[[], int]:
         return lambda: supervise([sys.executable, "-m", "cumo_model", *words], args.processes, 0)
     from cumo_model.serving.answer import answer
 
-    engine = {"checkpoint": args.checkpoint, "endpoint": args.endpoint, "template": args.template}
-    engine |= {"device": args.device, "dtype": args.dtype, "bits": args.bits, "at_once": args.at_once}
+    engine = _engine(args) | {"at_once": args.at_once}
     asked = {"questions": args.questions, "images": args.images, "out": args.out, "limit": args.limit}
     asked |= {"batch_size": args.batch_size, "system": args.system}
     return reported_once()(lambda: answer(**engine, **asked, sampling=_sampling(args)))

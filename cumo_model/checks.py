@@ -205,16 +205,12 @@ def _answer(args: argparse.Namespace) -> None:
             f"--processes must not be given with --endpoint, got {args.processes}: --at-once is for it"
         )
     if not args.questions.is_file():
-        why = _no_file(args.questions)
-        raise ValueError(f"--questions must be a file, got {str(args.questions)!r}, which {why}")
+        got = f"{str(args.questions)!r}, which {_what(args.questions)}"
+        raise ValueError(f"--questions must be a file, got {got}")
     check_roots(IMAGES, args.images or [])
     if args.out.is_dir():
         raise ValueError(f"--out must be a file, got {str(args.out)!r}, which is a folder")
     _engine(args)
-
-
-def _no_file(path: Path) -> str:
-    return "does not exist" if not path.exists() else "is a folder"
 
 
 CHECKS: dict[str, Callable[[argparse.Namespace], int | None]] = {
