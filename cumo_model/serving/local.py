@@ -27,7 +27,7 @@ from cumo_model.serving.sampling import GREEDY, Sampling
 # what values in config.json that no check knows can make of generation
 UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError)
 
-WAIT = 0.1  # seconds between two looks at whether it is a stream's turn
+WAIT = 0.1  # seconds after which a reader who waits can leave
 
 
 class BrokenModelError(ValueError):
@@ -281,7 +281,7 @@ class Local:
             thread = threading.Thread(target=run, name="cumo-generate", daemon=True)
             thread.start()
             try:
-                while isinstance(piece := found.get(), str):
+                while isinstance(piece := _next(found), str):
                     yield piece
             finally:  # also where the reader leaves: the next generation must find the model idle
                 left.set()
@@ -293,6 +293,13 @@ class Local:
         prompt_tokens = inputs["input_ids"].shape[1]
         reply = self._as_cut(self._reply(piece, prompt_tokens, new_tokens), new_tokens, sampling)
         return reply.finish, reply.tokens, prompt_tokens
+
+
+def _next(found: queue.SimpleQueue) -> Any:
+    try:
+        return found.get(timeout=WAIT)
+    except queue.Empty:
+        return ""
 
 
 class _Pieces(TextStreamer):

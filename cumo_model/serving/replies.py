@@ -75,6 +75,10 @@ class Stream:
         self._is_stopped = True
 
     def __iter__(self) -> Iterator[str]:
+        return filter(None, self.steps())
+
+    def steps(self) -> Iterator[str]:
+        """The pieces, and "" from time to time while there is no new one, for a reader who does more."""
         while self._reply is None:
             if self._is_stopped:
                 self.close()
@@ -88,9 +92,9 @@ class Stream:
                     self._given = said
                     yield more
                 return
-            if more := self._certain(self._text)[len(self._given) :]:
-                self._given += more
-                yield more
+            more = self._certain(self._text)[len(self._given) :]
+            self._given += more
+            yield more
 
     def _said(self, text: str) -> str:
         """A complete answer without its end mark and the blanks around it."""

@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from itertools import combinations
 
+import numpy as np
 import pytest
 
 if os.environ.get("TRITON_INTERPRET"):
@@ -59,3 +60,26 @@ def pytest_collection_modifyitems(items):
     for group in rows.values():
         for item in beyond_all_pairs(group):
             item.add_marker(pytest.mark.sweep)
+
+
+@pytest.fixture
+def ordered_dots(monkeypatch, backend):
+    """In Triton's interpreter each sum of `tl.dot` is taken in one order, as on a GPU.
+
+    There it is numpy's matmul, whose BLAS may take another order for other rows of the same tile.
+    """
+    if backend != "triton" or "TRITON_INTERPRET" not in os.environ:
+        yield
+        return
+    calls = []
+
+    def matmul(a, b, dtype):
+        calls.append(dtype)
+        out = np.zeros((*a.shape[:-1], b.shape[-1]), dtype)
+        for k in range(a.shape[-1]):
+            out += a[..., k, None].astype(dtype) * b[..., k, None, :].astype(dtype)
+        return out
+
+    monkeypatch.setattr(np, "matmul", matmul)
+    yield
+    assert calls, "the interpreter must take tl.dot from numpy.matmul"

@@ -175,6 +175,7 @@ def test_repeats_are_bitwise_equal(backend, device, dtype):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.usefixtures("ordered_dots")
 def test_batch_invariant_mode_gives_a_token_the_same_bits_in_any_batch(backend, device, dtype, monkeypatch):
     if backend in ("reference", "torch"):
         pytest.skip("it leaves the order of sums to torch")

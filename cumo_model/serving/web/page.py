@@ -247,16 +247,18 @@ class _Page:
         """States of chat, question and notice while an answer is written; returns whether there is one.
 
         The question is given back to its box if there is no answer."""
-        last = None
+        last = sent = None
         with closing(steps):
             try:
                 for _ in steps:
-                    if last is None or time.monotonic() - last > REFRESH:
-                        if last is None:
-                            yield _rows(talk), None if asked else gr.skip(), _notice("")
-                        else:  # a notice may have come from another button
-                            yield _rows(talk), gr.skip(), gr.skip()
-                        last = time.monotonic()
+                    if last is not None and time.monotonic() - last <= REFRESH:
+                        continue  # there is another step soon
+                    rows = _rows(talk)
+                    if last is None:
+                        yield rows, None if asked else gr.skip(), _notice("")
+                    elif rows != sent:  # a notice may have come from another button
+                        yield rows, gr.skip(), gr.skip()
+                    last, sent = time.monotonic(), rows
             except ValueError as error:
                 back = gr.skip() if last is None or asked is None else asked
                 yield _rows(talk), back, _notice(str(error))

@@ -60,7 +60,7 @@ class Talk:
     def ask(
         self, engine: Any, text: str, files: Sequence[str], sampling: Sampling, system: str | None = None
     ) -> Iterator[None]:
-        """Ask a question and read its answer; at each step the answer has grown.
+        """Ask a question and read its answer; at each step it may have grown.
 
         Args:
             engine: `Local` or `Endpoint`.
@@ -102,7 +102,7 @@ class Talk:
                     if self._is_stopped:
                         stream.stop()
                 yield
-                for piece in stream:
+                for piece in stream.steps():
                     turn.answer += piece
                     yield
             reply = stream.reply

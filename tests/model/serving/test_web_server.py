@@ -13,12 +13,16 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cumo_model.serving.local import Local, load
+from cumo_model.serving.replies import Stream
+from cumo_model.serving.sampling import GREEDY, Sampling
 from cumo_model.serving.web import uploads
 from cumo_model.serving.web.server import served
+from cumo_model.serving.web.talk import Talk
 from tests.model.serving.conftest import write_checkpoint
 
 PICTURE = b"\x89PNG\r\n--x--\r\n\r\nfilename=\r\n--x"
@@ -166,3 +170,25 @@ def test_a_signal_ends_the_server_and_deletes_its_files(talker_folder, tmp_path,
     out = (tmp_path / "out.txt").read_text()
     assert out.endswith("cumo: stopped\n") and "Traceback" not in out
     assert list(tmp_path.glob("cumo-web-*")) == []
+
+
+def test_a_piece_is_shown_although_no_other_follows(tmp_path):
+    pytest.importorskip("gradio")
+    from cumo_model.serving.web.page import _Page
+
+    seen = []
+
+    def pieces():  # the first comes at once, and then the server is silent for as long as it is not seen
+        yield "a"
+        end = time.monotonic() + 30
+        while "a" not in seen and time.monotonic() < end:
+            yield ""
+            time.sleep(0.01)
+        yield " b"
+        return "stop", 2, 1
+
+    engine = SimpleNamespace(template=None, stream=lambda *_: Stream(pieces()))
+    talk = Talk(tmp_path)
+    for rows, *_ in _Page(engine, tmp_path, Sampling(), None)._shown(talk, talk.ask(engine, "?", [], GREEDY)):
+        seen.append(rows[-1]["content"][0]["text"])
+    assert seen == ["…", "a", "a b"]
