@@ -28,7 +28,7 @@ from cumo_model.serving.sampling import GREEDY, Sampling
 
 BATCH = 8
 WAIT = datetime.timedelta(days=7)  # of a process for the others, whose answers may be longer
-Images = str | os.PathLike | Sequence[str | os.PathLike] | None
+Images = Pictures | str | os.PathLike | Sequence[str | os.PathLike] | None
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def answer_questions(
     Args:
         engine: a `Local`, an `Endpoint`, or a function that makes one where there is something to answer.
         questions: the questions, as from `read_questions`.
-        images: the folder or .tar file of their pictures, or several; None if they have none.
+        images: as in `pictures_of_questions`.
         out: path of the file.
         sampling: options of generation; the seed is that of each batch together with its first question.
         batch_size: questions per batch of a `Local`; an `Endpoint` is asked one by one, several at once.

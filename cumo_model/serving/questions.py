@@ -134,13 +134,14 @@ def _question(value: Any, place: str) -> Question:
 
 
 def pictures_of_questions(
-    questions: Sequence[Question], images: str | os.PathLike | Sequence[str | os.PathLike] | None
+    questions: Sequence[Question], images: Pictures | str | os.PathLike | Sequence[str | os.PathLike] | None
 ) -> Pictures:
     """The pictures of questions; all are looked for, none is decoded.
 
     Args:
         questions: the questions.
-        images: the folder or .tar file of the pictures, or several; None if no question has any.
+        images: the folder or .tar file of the pictures, or several, or an object with the methods `load` and
+            `problem` of `Pictures`; None if no question has any.
 
     Raises:
         ValueError: a picture is missing, or lies outside these places; it is named.
@@ -148,7 +149,8 @@ def pictures_of_questions(
     first = next((question for question in questions if question.images), None)
     if images is None and first is not None:
         raise ValueError(f"images must be given: {first.place} names the picture {first.images[0]!r}")
-    pictures, missing = Pictures([] if images is None else images), []
+    pictures = images if hasattr(images, "problem") else Pictures([] if images is None else images)
+    missing = []
     for question in questions:
         missing += [
             f"{question.place}: {problem}" for name in question.images if (problem := pictures.problem(name))

@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, their scorers, hallucination, and the comparison of runs."""

@@ -1,0 +1,1 @@
+"""Scorers of benchmarks: functions of texts that need the standard library only."""

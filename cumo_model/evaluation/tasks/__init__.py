@@ -1,0 +1,1 @@
+"""Benchmarks: each module reads one's official files, scores answers, and writes what its server takes."""
