@@ -83,7 +83,7 @@ def _eval(args: argparse.Namespace) -> Callable[[], int]:
         return found
     from cumo_model.evaluation.command import run_eval
 
-    names = ("task", "data", "out", "limit", "batch_size", "judge", "judge_model", "answers", "at_once")
+    names = ("task", "data", "out", "limit", "batch_size", "judge", "judge_url", "answers", "at_once")
     given = _engine(args) | {name: getattr(args, name) for name in names}
     return reported_once()(lambda: run_eval(**given))
 

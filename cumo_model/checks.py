@@ -72,10 +72,7 @@ def _engine(args: argparse.Namespace) -> None:
         _check_template(args.template, must_instruct=True)
         _check_talking(args.checkpoint)
         return
-    if not args.endpoint.lower().startswith(("http://", "https://")):
-        raise ValueError(
-            f"--endpoint must be an address such as http://127.0.0.1:8000/v1, got {args.endpoint!r}"
-        )
+    _check_url("--endpoint", args.endpoint)
     given = {"a checkpoint": args.checkpoint, "--template": args.template, "--device": args.device,
              "--dtype": args.dtype, "--load-4bit or --load-8bit": args.bits}  # fmt: skip
     if named := [name for name, value in given.items() if value is not None]:
@@ -225,11 +222,10 @@ def _eval(args: argparse.Namespace) -> None:
         if getattr(args, option) is None:
             raise ValueError(f"--{option} must be given, or --compare")
     _check_folder("--data", args.data)
-    for option, url in (("--judge", args.judge),):
-        if url is not None and not url.lower().startswith(("http://", "https://")):
-            raise ValueError(f"{option} must be an address such as http://127.0.0.1:8000/v1, got {url!r}")
-    if args.judge_model is not None and args.judge is None:
-        raise ValueError("--judge-model must not be given without --judge")
+    if args.judge_url is not None:
+        _check_url("--judge-url", args.judge_url)
+        if args.judge is None:
+            raise ValueError("--judge-url must not be given without --judge, the name of a model")
     if args.answers is None:
         _engine(args)
         return
@@ -276,6 +272,11 @@ def _number(option: str, value: int, least: int, most: int = MOST) -> None:
 def _what(path: Path) -> str:
     """Why a path is not the file or folder that it should be."""
     return "does not exist" if not path.exists() else "is a folder" if path.is_dir() else "is not a folder"
+
+
+def _check_url(option: str, url: str) -> None:
+    if not url.lower().startswith(("http://", "https://")):
+        raise ValueError(f"{option} must be an address such as http://127.0.0.1:8000/v1, got {url!r}")
 
 
 def _check_folder(option: str, path: Path) -> None:

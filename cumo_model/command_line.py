@@ -261,12 +261,12 @@ def _add_eval(commands) -> None:
     evaluation.add_argument("--batch-size", type=int, default=8, help="questions per batch (default: 8)")
     evaluation.add_argument(
         "--judge",
-        metavar="URL",
-        help="OpenAI-compatible interface of the judge that some benchmarks need; its key is read from "
-        "the environment variable OPENAI_API_KEY",
+        metavar="MODEL",
+        help="the model that judges, where a benchmark needs one, such as gpt-4-0613; its key is read from the "
+        "environment variable CUMO_JUDGE_KEY",
     )
     evaluation.add_argument(
-        "--judge-model", help="name of the judge's model (default: the first that the interface lists)"
+        "--judge-url", help="OpenAI-compatible interface of the judge (default: that of OpenAI)"
     )
     evaluation.add_argument(
         "--answers", type=Path, help="score this file of answers, in LLaVA's format, and ask no model"

@@ -1,5 +1,6 @@
 """The command `python -m cumo_model eval`."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import torch
 from cumo_model.checkpoints.folders import write_whole
 from cumo_model.evaluation import report
 from cumo_model.evaluation.compare import compare
-from cumo_model.evaluation.judge import Judge
+from cumo_model.evaluation.judge import OPENAI, Judge
 from cumo_model.evaluation.registry import TASKS
 from cumo_model.evaluation.run import Outcome, evaluate
 from cumo_model.evaluation.task import Task
@@ -46,7 +47,7 @@ def run_eval(
     limit: int | None = None,
     batch_size: int = BATCH,
     judge: str | None = None,
-    judge_model: str | None = None,
+    judge_url: str | None = None,
     answers: str | os.PathLike | None = None,
     template: str | None = None,
     device: str | None = None,
@@ -64,8 +65,8 @@ def run_eval(
         out: folder of the results.
         limit: number of units of each benchmark.
         batch_size: questions per batch.
-        judge: address of an OpenAI-compatible interface whose model judges; its key is in the environment.
-        judge_model: name of that model; by default the first that the interface lists.
+        judge: name of the model that judges, where a benchmark needs one.
+        judge_url: address of its OpenAI-compatible interface; by default that of OpenAI.
         answers: a file of answers to be scored in place of asking.
         template: as of `Source.of`, and so are the others.
         device: of the model.
@@ -86,23 +87,24 @@ def run_eval(
     if answers is None:
         source = Source.of(checkpoint, endpoint, template, device, dtype, bits, at_once)
     is_first = this_process()[0] == 0
-    asked = None
-    if judge is not None and is_first and any(task.judged for task in tasks):
-        asked = Judge(judge, judge_model, Path(out) / REVIEWS, at_once)
     name = source.name if source else Path(answers).stem
-    outcomes = evaluate(
-        source and source.engine,
-        tasks,
-        data,
-        out,
-        limit,
-        batch_size,
-        asked,
-        source and source.settings,
-        name,
-        answers,
-        each=_told,
-    )
+    opened = contextlib.nullcontext()
+    if judge is not None and is_first and any(task.judged for task in tasks):
+        opened = Judge(judge, Path(out) / REVIEWS, judge_url or OPENAI, at_once)
+    with opened as asked:
+        outcomes = evaluate(
+            source and source.engine,
+            tasks,
+            data,
+            out,
+            limit,
+            batch_size,
+            asked,
+            source and source.settings,
+            name,
+            answers,
+            each=_told,
+        )
     if this_process()[1] > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
