@@ -262,7 +262,7 @@ def _add_eval(commands) -> None:
     evaluation.add_argument(
         "--judge",
         metavar="MODEL",
-        help="the model that judges, where a benchmark needs one, such as gpt-4-0613; its key is read from the "
+        help="the model that judges, where a benchmark needs one, such as gpt-4-0613; its key is in the "
         "environment variable CUMO_JUDGE_KEY",
     )
     evaluation.add_argument(

@@ -5,7 +5,7 @@
     images/{train,test_a,test_b}/*.png
     stage1_caption.json   one short caption per picture (template plain)
     stage2_detail.json    one longer description per picture
-    stage3_vqa.json       five questions with short answers per record, one of them with yes or no, or a choice
+    stage3_vqa.json       five questions with short answers per record, one with yes or no, or a choice
     test_a.json           unseen drawings of known concepts, one question per record
     test_b.json           unseen concepts
     baselines.json        per kind of question: the most frequent training answer, its accuracy on each test
