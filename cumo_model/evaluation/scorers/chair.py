@@ -73,13 +73,10 @@ def chair_counts(caption: str, objects: Iterable[str], vocabulary: Vocabulary) -
 def chair_figures(counts: Sequence[Mapping[str, int]]) -> dict[str, float]:
     """CHAIR_s, CHAIR_i and the recall of objects, in percent, of the counts of captions.
 
-    Without any mention CHAIR_i is 0, and without any object recall is 0.
-
-    Raises:
-        ValueError: there are no captions.
+    Without any mention CHAIR_i is 0, without any object recall is 0, and without captions all are nan.
     """
     if not counts:
-        raise ValueError("counts must hold at least one caption, got none")
+        return dict.fromkeys(("CHAIR_s", "CHAIR_i", "recall"), float("nan"))
     total = {name: sum(one[name] for one in counts) for name in ("mentions", "absent", "objects", "named")}
     return {
         "CHAIR_s": 100 * sum(one["absent"] > 0 for one in counts) / len(counts),
