@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from cumo_model.evaluation.files import found, read_text
 from cumo_model.evaluation.scorers.mme import COGNITION, HIGHEST, PERCEPTION, mme_points, mme_sum, mme_verdict

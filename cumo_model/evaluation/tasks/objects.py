@@ -1,7 +1,7 @@
 """Objects that a model sees where there are none: POPE's questions and CHAIR from any labelled pictures.
 
-The folder has labels.json, {"name of a picture": ["dog", "car"]}, the pictures beside it or in images/, and for
-CHAIR vocabulary.json, {"dog": ["dogs", "puppy"]}.
+The folder has labels.json, {"name of a picture": ["dog", "car"]}, and the pictures beside it or in images/.
+CHAIR also needs vocabulary.json, {"dog": ["dogs", "puppy"]}.
 """
 
 import random
@@ -93,10 +93,10 @@ def read_labels(path: Path) -> dict[str, list[str]]:
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
-    """The names of objects.
+    """The names of objects, from an object whose values are lists of names.
 
     Raises:
-        ValueError: the file is not an object whose values are lists of names, or a name is that of two objects.
+        ValueError: the file is not such an object, or a name is that of two objects.
     """
     words = read_json(path, dict)
     for name, others in words.items():
@@ -126,10 +126,10 @@ def pope_items(
 ) -> list[Item]:
     """POPE's questions about labelled pictures, as many with the answer yes as with no.
 
-    All kinds ask about the same present objects. The absent ones are drawn ("random"), the most frequent in all
-    pictures ("popular"), or those that are most often in a picture with the present ones ("adversarial"); equal
-    ones are taken by name. A picture with fewer than `each` present or absent objects gets fewer questions of
-    both, and one that shows all or no objects gets none.
+    All kinds ask about the same present objects. The absent ones are drawn ("random"), the most frequent in
+    all pictures ("popular"), or those that are most often in a picture with the present ones ("adversarial");
+    of equally frequent ones the first by name. A picture with fewer than `each` present or absent objects
+    gets fewer questions of both sorts, and one that shows all or no objects gets none.
 
     Args:
         labels: name of a picture -> its objects. The objects of all pictures are those that can be absent.
@@ -170,7 +170,7 @@ def pope_items(
                 others = sorted(absent, key=lambda name: (-near[name], name))[:count]
             for shown, hidden in zip(asked, others, strict=True):
                 for name in (shown, hidden):
-                    items.append(_item(picture, name, kind, name is shown, template, place))
+                    items.append(_item(picture, name, kind, name == shown, template, place))
     if not items:
         raise ValueError(f"{place} must have a picture that shows some of the objects and not all, got none")
     return items

@@ -18,8 +18,8 @@ LETTERS = "abcd"
 class Seed(OneByOne):
     """SEED-Bench (arXiv 2307.16125), image part: accuracy of the letter.
 
-    As in LLaVA's scripts/convert_seed_for_submission.py the whole answer must be the letter. The second figure
-    also takes a letter with words around it.
+    As in LLaVA's scripts/convert_seed_for_submission.py the whole answer must be the letter. The second
+    figure also takes a letter with words around it.
     """
 
     name, title = "seed", "SEED-Bench (image)"

@@ -1,11 +1,11 @@
-"""VQAv2: open questions about COCO's pictures; test-dev for the server, or the validation split scored here."""
+"""VQAv2: open questions on pictures of COCO; test-dev for the server, or validation, scored here."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cumo_kernels.files import write_whole
+from cumo_model.checkpoints.folders import write_whole
 from cumo_model.evaluation.files import found, read_json, value_of
 from cumo_model.evaluation.scorers.vqa import normalised, vqa_accuracy_of_server
 from cumo_model.evaluation.task import Data, Item, Judge, Row, by_group, percent
