@@ -62,7 +62,7 @@ class Judge:
             raise ValueError(f"at_once must be at least 1, got {at_once}")
         if not (key := os.environ.get(KEY)):
             raise ValueError(
-                f"a judge needs its key in the environment variable {KEY} (any text, if the server wants none)"
+                f"a judge needs a key in the environment variable {KEY} (any text, if the server wants none)"
             )
         try:
             import openai

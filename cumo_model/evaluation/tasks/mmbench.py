@@ -95,7 +95,7 @@ class MmBench(Task):
         for item, answer in zip(data.items, answers, strict=True):
             letter = letter_of(answer, item.reference["choices"])
             units.setdefault(item.unit, []).append((item, letter))
-        rows = []
+        rows, is_circular = [], max(data.more["sizes"].values()) > 1
         for unit, said in units.items():
             letters = [letter for _, letter in said]
             right = [item.reference["answer"] for item, _ in said]
@@ -106,6 +106,7 @@ class MmBench(Task):
                 "right": is_whole and is_right_in_all(letters, right),
                 "plain": letter == first.reference["answer"],
                 "orders": len(said),
+                "is_circular": is_circular,
                 "unclear": letters.count(""),
                 "ability": first.reference["ability"],
             }
@@ -116,7 +117,7 @@ class MmBench(Task):
         plain = percent([row.values["plain"] for row in rows])
         orders = sum(row.values["orders"] for row in rows)
         unclear = 100 * sum(row.values["unclear"] for row in rows) / orders if orders else float("nan")
-        if orders > len(rows):
+        if any(row.values["is_circular"] for row in rows):
             figures = {self.metric: percent([row.values["right"] for row in rows])}
             figures["accuracy in the first order, %"] = plain
         else:
