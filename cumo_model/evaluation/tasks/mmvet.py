@@ -19,8 +19,8 @@ CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 SYSTEM = "You grade answers and write a number only."
 PROMPT = """\
 Grade an answer by comparing it with the reference. Write one number from 0.0 (wrong) to 1.0 (right), in \
-steps of 0.1, and nothing else. If parts of the reference are joined by <AND>, all of them are needed and each \
-gives its share; if they are joined by <OR>, any one of them suffices. Other wording is no mistake.
+steps of 0.1, and nothing else. If parts of the reference are joined by <AND>, all are needed and each gives \
+its share; if they are joined by <OR>, any one of them suffices. Other wording is no mistake.
 
 Question: Which two fruits are on the table?
 Reference: an apple <AND> a pear
