@@ -200,7 +200,9 @@ FOREIGN = {
     "matplotlib": ("cumo_model.demo*", "cumo_model.analysis.plots"),
     "resvg_py": ("cumo_model.demo*",),
     "gradio": ("cumo_model.serving.web.page",),
-    "openai": ("cumo_model.serving.endpoint",),
+    "openai": ("cumo_model.serving.endpoint", "cumo_model.evaluation.judge"),
+    "pyarrow": ("cumo_model.evaluation.tables",),
+    "openpyxl": ("cumo_model.evaluation.tables",),
     "bitsandbytes": ("cumo_model.model.quantize",),
     "vllm": ("cumo_model.serving.vllm.model", "cumo_model.serving.vllm.plugin"),
 }

@@ -1,15 +1,15 @@
 """What a benchmark is: questions with references, and the figures of a set of answers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cumo_model.evaluation.judge import Judge
 from cumo_model.serving.questions import Question
 
 SHORT, LONG = 128, 1024  # tokens: the longest answers in CuMo's scripts (model_vqa_loader.py, and the others)
-Judge = Callable[[str], str]  # a prompt -> what the judge says
 
 
 @dataclass(frozen=True)
