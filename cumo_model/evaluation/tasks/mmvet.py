@@ -52,6 +52,7 @@ class MmVet(Task):
     folders = ("mmvet", "mm-vet")
     max_new_tokens = LONG
     judged = True
+    mean_of = "score"
     server = "https://huggingface.co/spaces/whyu/MM-Vet_Evaluator"
 
     def read(self, folder: Path) -> Data:
