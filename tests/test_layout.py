@@ -202,6 +202,8 @@ FOREIGN = {
     "gradio": ("cumo_model.serving.web.page",),
     "openai": ("cumo_model.serving.endpoint",),
     "bitsandbytes": ("cumo_model.model.quantize",),
+    "lmms_eval": ("cumo_model.evaluation.lmms", "cumo_model.evaluation.lmms_plugin"),
+    "loguru": ("cumo_model.evaluation.lmms",),
     "vllm": ("cumo_model.serving.vllm.model", "cumo_model.serving.vllm.plugin"),
 }
 
