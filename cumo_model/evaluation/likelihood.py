@@ -49,8 +49,9 @@ def log_likelihoods(
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with engine.alone():
-        logits = model(**inputs, logits_to_keep=longest + 1).logits[:, :-1].float()
+        logits = model(**inputs, position_ids=positions, logits_to_keep=longest + 1).logits[:, :-1].float()
     image, words = model.config.image_token_index, logits.shape[-1]
     if 0 <= image < words:
         logits[..., image] = -torch.inf

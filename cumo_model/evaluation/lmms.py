@@ -7,7 +7,7 @@ need `--force_simple`, as with every model of lmms-eval that takes messages.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -127,8 +127,11 @@ class CumoMessages(lmms):
         self._tell(requests, replies)
         return [_result(replies[i], options[i]) for i in range(len(requests))]
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Log-probabilities of given answers, as `log_likelihoods`.
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """Log-probabilities of given answers, and whether greedy decoding would generate them.
+
+        A multiple choice gets minus the log-probability of each choice, because lmms-eval takes the one with
+        the smallest value. The pairs are wrapped, because lmms-eval 0.7.3 makes a text of a bare pair.
 
         Args:
             requests: of lmms-eval.
@@ -153,7 +156,11 @@ class CumoMessages(lmms):
                         raise ValueError(f"{_place(requests[i])}: {value}")
                     found[i] = value
                 bar.update(len(batch))
-        return [found[i] for i in range(len(requests))]
+        is_choice = [isinstance(request.args[1], str) for request in requests]
+        return [
+            GenerationResult((-found[i][0] if is_choice[i] else found[i][0], found[i][1]))
+            for i in range(len(requests))
+        ]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """
@@ -206,7 +213,7 @@ class CumoMessages(lmms):
                 talks.append(conversation(text, visuals(record) if visuals else None, self._system))
             except MediaError as error:
                 raise MediaError(f"task {request.task_name}: {error}") from None
-            answers.append(str(answer(record) if isinstance(answer, Callable) else answer))
+            answers.append(answer if isinstance(answer, str) else str(answer(record)))
         return log_likelihoods(self.engine, talks, answers)
 
     def _bar(self, total: int) -> tqdm:
