@@ -59,14 +59,40 @@ def _sampling(args: argparse.Namespace):
     return Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 
-def _answer(args: argparse.Namespace) -> Callable[[], int]:
-    from cumo_model.training.launch import reported_once, supervise
+def _in_processes(args: argparse.Namespace) -> Callable[[], int] | None:
+    """The same command in several processes, if it is asked for."""
+    from cumo_model.training.launch import supervise
 
-    if args.processes is not None and args.processes > 1:
-        if "RANK" in os.environ:
-            raise ValueError(f"--processes must be left out under torchrun, got {args.processes}")
-        words = _words({**vars(args), "processes": None})
-        return lambda: supervise([sys.executable, "-m", "cumo_model", *words], args.processes, 0)
+    if args.processes is None or args.processes == 1:
+        return None
+    if "RANK" in os.environ:
+        raise ValueError(f"--processes must be left out under torchrun, got {args.processes}")
+    words = _words({**vars(args), "processes": None})
+    return lambda: supervise([sys.executable, "-m", "cumo_model", *words], args.processes, 0)
+
+
+def _eval(args: argparse.Namespace) -> Callable[[], int]:
+    from cumo_model.training.launch import reported_once
+
+    if args.compare is not None:
+        from cumo_model.evaluation.command import run_compare
+
+        return lambda: run_compare(args.compare, args.out)
+    args.out = args.out or Path("runs", "eval")
+    if found := _in_processes(args):
+        return found
+    from cumo_model.evaluation.command import run_eval
+
+    names = ("task", "data", "out", "limit", "batch_size", "judge", "judge_url", "answers", "at_once")
+    given = _engine(args) | {name: getattr(args, name) for name in names}
+    return reported_once()(lambda: run_eval(**given))
+
+
+def _answer(args: argparse.Namespace) -> Callable[[], int]:
+    from cumo_model.training.launch import reported_once
+
+    if found := _in_processes(args):
+        return found
     from cumo_model.serving.answer import answer
 
     engine = _engine(args) | {"at_once": args.at_once}
@@ -202,6 +228,7 @@ COMMANDS = {
     "ablate": _ablate,
     "chat": _chat,
     "answer": _answer,
+    "eval": _eval,
     "serve": _serve,
     "data": _data,
     "train": _train,

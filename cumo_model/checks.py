@@ -72,10 +72,7 @@ def _engine(args: argparse.Namespace) -> None:
         _check_template(args.template, must_instruct=True)
         _check_talking(args.checkpoint)
         return
-    if not args.endpoint.lower().startswith(("http://", "https://")):
-        raise ValueError(
-            f"--endpoint must be an address such as http://127.0.0.1:8000/v1, got {args.endpoint!r}"
-        )
+    _check_url("--endpoint", args.endpoint)
     given = {"a checkpoint": args.checkpoint, "--template": args.template, "--device": args.device,
              "--dtype": args.dtype, "--load-4bit or --load-8bit": args.bits}  # fmt: skip
     if named := [name for name, value in given.items() if value is not None]:
@@ -195,8 +192,8 @@ def _upcycle(args: argparse.Namespace) -> None:
     _check_new("--out", args.out)
 
 
-def _answer(args: argparse.Namespace) -> None:
-    _sampling(args)
+def _asking(args: argparse.Namespace) -> None:
+    """Numbers of a command that asks many questions."""
     for option in ("batch_size", "at_once", "limit", "processes"):
         if getattr(args, option) is not None:
             _number(f"--{option.replace('_', '-')}", getattr(args, option), 1)
@@ -204,6 +201,44 @@ def _answer(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--processes must not be given with --endpoint, got {args.processes}: --at-once is for it"
         )
+
+
+def _eval(args: argparse.Namespace) -> None:
+    _asking(args)
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out must be a folder, got {str(args.out)!r}, which is a file")
+    if args.compare is not None:
+        given = {"a checkpoint": args.checkpoint or args.folder, "--endpoint": args.endpoint,
+                 "--task": args.task, "--data": args.data, "--answers": args.answers,
+                 "--judge": args.judge}  # fmt: skip
+        if named := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{named[0]} must not be given with --compare, which reads finished runs")
+        if len(args.compare) < 2:
+            raise ValueError(f"--compare must have at least two folders, got {len(args.compare)}")
+        for run in args.compare:
+            _check_folder("--compare", run)
+        return
+    for option in ("task", "data"):
+        if getattr(args, option) is None:
+            raise ValueError(f"--{option} must be given, or --compare")
+    _check_folder("--data", args.data)
+    if args.judge_url is not None:
+        _check_url("--judge-url", args.judge_url)
+        if args.judge is None:
+            raise ValueError("--judge-url must not be given without --judge, the name of a model")
+    if args.answers is None:
+        _engine(args)
+        return
+    if not args.answers.is_file():
+        raise ValueError(f"--answers must be a file, got {str(args.answers)!r}, which {_what(args.answers)}")
+    given = {"a checkpoint": args.checkpoint or args.folder, "--endpoint": args.endpoint}
+    if named := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"{named[0]} must not be given with --answers, which are scored as they are")
+
+
+def _answer(args: argparse.Namespace) -> None:
+    _sampling(args)
+    _asking(args)
     if not args.questions.is_file():
         got = f"{str(args.questions)!r}, which {_what(args.questions)}"
         raise ValueError(f"--questions must be a file, got {got}")
@@ -218,6 +253,7 @@ CHECKS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "ablate": _ablate,
     "chat": _chat,
     "answer": _answer,
+    "eval": _eval,
     "serve": _serve,
     "data": _data,
     "train": _train,
@@ -236,6 +272,11 @@ def _number(option: str, value: int, least: int, most: int = MOST) -> None:
 def _what(path: Path) -> str:
     """Why a path is not the file or folder that it should be."""
     return "does not exist" if not path.exists() else "is a folder" if path.is_dir() else "is not a folder"
+
+
+def _check_url(option: str, url: str) -> None:
+    if not url.lower().startswith(("http://", "https://")):
+        raise ValueError(f"{option} must be an address such as http://127.0.0.1:8000/v1, got {url!r}")
 
 
 def _check_folder(option: str, path: Path) -> None:

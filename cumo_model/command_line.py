@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     _add_answer(commands)
+    _add_eval(commands)
 
     serve = commands.add_parser(
         "serve", help="serve a checkpoint through vLLM, with the API of OpenAI; needs vLLM"
@@ -243,6 +244,48 @@ def _add_answer(commands) -> None:
     )
     answer.add_argument(
         "--at-once", type=int, default=16, help="requests to the endpoint at the same time (default: 16)"
+    )
+
+
+def _add_eval(commands) -> None:
+    evaluation = commands.add_parser(
+        "eval", help="run benchmarks, or compare runs of them; an interrupted run is resumed"
+    )
+    _add_engine(evaluation)
+    evaluation.add_argument(
+        "--task", help="names of benchmarks with commas between them, such as gqa,pope; or all"
+    )
+    evaluation.add_argument("--data", type=Path, help="folder with a folder for each benchmark")
+    evaluation.add_argument("--out", type=Path, help="folder of the results (default: runs/eval)")
+    evaluation.add_argument("--limit", type=int, help="ask only so many questions of each, spread evenly")
+    evaluation.add_argument("--batch-size", type=int, default=8, help="questions per batch (default: 8)")
+    evaluation.add_argument(
+        "--judge",
+        metavar="MODEL",
+        help="the model that judges, where a benchmark needs one, such as gpt-4-0613; its key is in the "
+        "environment variable CUMO_JUDGE_KEY",
+    )
+    evaluation.add_argument(
+        "--judge-url", help="OpenAI-compatible interface of the judge (default: that of OpenAI)"
+    )
+    evaluation.add_argument(
+        "--answers", type=Path, help="score this file of answers, in LLaVA's format, and ask no model"
+    )
+    evaluation.add_argument(
+        "--processes", type=int, help="processes on this machine, one for each GPU (default: 1)"
+    )
+    evaluation.add_argument(
+        "--at-once",
+        type=int,
+        default=16,
+        help="requests at the same time to the endpoint and to the judge (default: 16)",
+    )
+    evaluation.add_argument(
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="compare these folders of results, with intervals for each difference to the first one",
     )
 
 

@@ -5,7 +5,7 @@
     images/{train,test_a,test_b}/*.png
     stage1_caption.json   one short caption per picture (template plain)
     stage2_detail.json    one longer description per picture
-    stage3_vqa.json       four questions with short answers per record
+    stage3_vqa.json       five questions with short answers per record, one with yes or no, or a choice
     test_a.json           unseen drawings of known concepts, one question per record
     test_b.json           unseen concepts
     baselines.json        per kind of question: the most frequent training answer, its accuracy on each test
@@ -46,6 +46,8 @@ QUESTIONS = {  # kind of question -> its text
     "background": "what background?",
     "group": "what group?",
 }
+IS_KIND = "is the kind {object}?"  # the form of POPE: answered with yes or no
+WHICH = "which of {choices}?"  # the form of MMBench: answered with one of the choices
 BACKGROUNDS = {
     "white": (255, 255, 255),
     "pink": (255, 178, 200),
@@ -60,7 +62,7 @@ VARIANTS = {"core": 16, "full": 8}  # pictures per training drawing
 QUICK_VARIANTS = 4
 RECORDS_PER_PICTURE = 2  # stage 3
 VOCAB_SIZE = 1200
-FORMAT = 3  # to be increased when pictures, texts or their mixture change
+FORMAT = 4  # to be increased when pictures, texts or their mixture change
 
 
 @dataclass(frozen=True)
@@ -283,13 +285,26 @@ def _choose_names(picture: Picture, names: list[str], rng: random.Random) -> lis
     return options
 
 
-def _vqa(picture: Picture, number: int, rng: random.Random) -> dict:
+def which(choices: list[str]) -> str:
+    """The question that asks for one of several names."""
+    return WHICH.format(choices=", ".join(choices))
+
+
+def _vqa(picture: Picture, number: int, names: list[str], kinds: list[str], rng: random.Random) -> dict:
     answers = picture.answers
     asked = [kind for kind in QUESTIONS if kind in answers]
-    if len(asked) == 5:  # a record has four turns, one of which always asks for the name
+    if len(asked) == 5:  # with the fifth turn below; one always asks for the name
         asked.remove(rng.choice([kind for kind in asked if kind != "name"]))
-    rng.shuffle(asked)
-    return _conversation(picture, [(QUESTIONS[kind], answers[kind]) for kind in asked], number)
+    turns = [(QUESTIONS[kind], answers[kind]) for kind in asked]
+    if number % 2:
+        turns.append((which(_choose_names(picture, names, rng)), answers["name"]))
+    elif rng.random() < 0.5:
+        turns.append((IS_KIND.format(object=answers["kind"]), "yes"))
+    else:
+        other = rng.choice([kind for kind in kinds if kind != answers["kind"]])
+        turns.append((IS_KIND.format(object=other), "no"))
+    rng.shuffle(turns)
+    return _conversation(picture, turns, number)
 
 
 def _test_records(
@@ -313,11 +328,14 @@ def _test_records(
 def _write_records(root: Path, pictures: dict[str, list[Picture]], seed: int) -> dict[str, int]:
     train = pictures["train"]
     names = _distinct(p.drawing.concept.name for p in train)
+    kinds = _distinct(p.drawing.concept.kind for p in train)
     rng = random.Random(f"{seed} vqa")
     stages = {
         "stage1_caption": [_conversation(p, [("", caption(p))], "caption") for p in train],
         "stage2_detail": [_conversation(p, [("describe it.", description(p))], "detail") for p in train],
-        "stage3_vqa": [_vqa(p, number, rng) for p in train for number in range(RECORDS_PER_PICTURE)],
+        "stage3_vqa": [
+            _vqa(p, number, names, kinds, rng) for p in train for number in range(RECORDS_PER_PICTURE)
+        ],
     }
     pools = {kind: _distinct(p.answers[kind] for p in train if kind in p.answers) for kind in QUESTIONS}
     for part in ("test_a", "test_b"):
@@ -352,7 +370,8 @@ def _baselines(stages: dict[str, list[dict]]) -> dict[str, dict]:
     for record in stages["stage3_vqa"]:
         turns = record["conversations"]
         for question, answer in zip(turns[::2], turns[1::2], strict=True):
-            answers[kinds[question["value"].removeprefix("<image>\n")]][answer["value"]] += 1
+            if kind := kinds.get(question["value"].removeprefix("<image>\n")):
+                answers[kind][answer["value"]] += 1
     table = {}
     for kind in QUESTIONS:
         answer, count = answers[kind].most_common(1)[0]

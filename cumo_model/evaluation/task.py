@@ -1,15 +1,15 @@
 """What a benchmark is: questions with references, and the figures of a set of answers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cumo_model.evaluation.judge import Judge
 from cumo_model.serving.questions import Question
 
 SHORT, LONG = 128, 1024  # tokens: the longest answers in CuMo's scripts (model_vqa_loader.py, and the others)
-Judge = Callable[[str], str]  # a prompt -> what the judge says
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Task(ABC):
         max_new_tokens: the longest answer, in tokens.
         judged: whether a judge is needed for `rows`.
         server: where its answers are scored if the references are not public, or "".
-        top: the largest value of the first figure.
+        mean_of: the value of the rows whose mean, times 100, is the first figure; "" where it is no mean.
+        lower_is_better: whether a smaller first figure is a better one.
     """
 
     name: str
@@ -81,7 +82,8 @@ class Task(ABC):
     max_new_tokens: int = SHORT
     judged: bool = False
     server: str = ""
-    top: float = 100.0
+    mean_of: str = ""
+    lower_is_better: bool = False
 
     @abstractmethod
     def read(self, folder: Path) -> Data:

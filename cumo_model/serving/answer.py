@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cumo_model.checkpoints.folders import fingerprint
 from cumo_model.data.pictures import Pictures, is_system_failure
 from cumo_model.processing.pictures import load_image
 from cumo_model.serving.answer_file import AnswerFile
 from cumo_model.serving.endpoint import Endpoint, RefusedError, at_once
-from cumo_model.serving.engines import Engine, open_engine
+from cumo_model.serving.engines import Engine, Source
 from cumo_model.serving.messages import Message
 from cumo_model.serving.questions import Question, pictures_of_questions, read_questions
 from cumo_model.serving.replies import Reply
@@ -59,6 +58,7 @@ def answer_questions(
     settings: dict[str, Any] | None = None,
     model_id: str | None = None,
     progress: bool = True,
+    title: str = "answers",
 ) -> Answered:
     """Answer questions and write the answers to a file, in the order of the questions.
 
@@ -82,6 +82,7 @@ def answer_questions(
             default name and template of the engine.
         model_id: name of the model in the answers; by default that of the engine.
         progress: whether to show a progress bar and the questions that fail.
+        title: of the progress bar.
 
     Raises:
         ValueError: a picture is missing; `out` has answers to other questions or with other settings; or
@@ -103,7 +104,7 @@ def answer_questions(
         "top_p": sampling.top_p,
         "seed": sampling.seed,
     }
-    rank, ranks = _rank()
+    rank, ranks = this_process()
     with AnswerFile(out, questions, settings, rank) as file:
         _wait()  # until all have dropped what a killed process has left behind
         file.read()
@@ -123,7 +124,7 @@ def answer_questions(
         bar = tqdm(
             total=len(questions),
             initial=len(file.answers),
-            desc="answers",
+            desc=title,
             unit=" questions",
             disable=not (shown and sys.stderr.isatty()),
         )
@@ -295,7 +296,7 @@ def _asked_at_once(
         is_left.set()
 
 
-def _rank() -> tuple[int, int]:
+def this_process() -> tuple[int, int]:
     """Number of this process, and of all."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -303,13 +304,13 @@ def _rank() -> tuple[int, int]:
 
 
 def _wait() -> None:
-    if _rank()[1] > 1:
+    if this_process()[1] > 1:
         torch.distributed.barrier()
 
 
 def _gathered(failures: dict[tuple[int | str, str], str]) -> dict[int | str, str]:
     """The failures of all processes; the processes have then answered all questions."""
-    ranks = _rank()[1]
+    ranks = this_process()[1]
     if ranks == 1:
         return failures
     found: list[Any] = [None] * ranks
@@ -357,20 +358,15 @@ def answer(
     Raises:
         ValueError: as `answer_questions`; also if a question has no answer, after the file is written.
     """
-    _join_group(endpoint)
+    join_group(endpoint)
     asked = read_questions(questions, limit)
     if Path(out).exists() and os.path.samefile(out, questions):
         raise ValueError(f"out must be another file than the questions, got {str(out)!r}")
-    if endpoint is not None:
-        engine = Endpoint(endpoint, at_once=at_once)
-        settings = {"model": engine.name}
-        name = engine.name
-    else:
-        settings = {"model": fingerprint(checkpoint), "template": template, "dtype": dtype, "bits": bits}
-        engine = lambda: open_engine(checkpoint, None, template, _own_device(device), dtype, bits)
-        name = Path(os.path.abspath(checkpoint)).name
-    done = answer_questions(engine, asked, images, out, sampling, batch_size, system, settings, name)
-    rank, ranks = _rank()
+    source = Source.of(checkpoint, endpoint, template, device, dtype, bits, at_once)
+    done = answer_questions(
+        source.engine, asked, images, out, sampling, batch_size, system, source.settings, source.name
+    )
+    rank, ranks = this_process()
     if ranks > 1:
         torch.distributed.destroy_process_group()
     if rank:
@@ -389,7 +385,7 @@ def answer(
     return 0
 
 
-def _join_group(endpoint: str | None) -> None:
+def join_group(endpoint: str | None) -> None:
     """Join the other processes that torchrun has started, if it has."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return
@@ -398,12 +394,3 @@ def _join_group(endpoint: str | None) -> None:
             f"--endpoint must be used in one process, got {os.environ['WORLD_SIZE']}: give --at-once"
         )
     torch.distributed.init_process_group("gloo", timeout=WAIT)  # the processes exchange a few words only
-
-
-def _own_device(given: str | None) -> str | None:
-    """The device of this process: each of several has a GPU of its own."""
-    rank = os.environ.get("LOCAL_RANK")
-    if rank is None or not torch.cuda.is_available() or given not in (None, "cuda"):
-        return given
-    torch.cuda.set_device(int(rank))  # also for bitsandbytes, which takes the current one
-    return f"cuda:{rank}"

@@ -275,17 +275,30 @@ def test_answers_are_correct_for_their_pictures(dataset):
     for record in _records(dataset, "stage3_vqa") + _records(dataset, "test_a") + _records(dataset, "test_b"):
         reference = facts[record["image"]]
         turns = record["conversations"]
-        kinds = [words[turn["value"].removeprefix("<image>\n")] for turn in turns[::2]]
-        asked.update(kinds)
-        assert len(kinds) == len(set(kinds))
-        for kind, answer in zip(kinds, turns[1::2], strict=True):
-            assert answer["value"] in COLOURS if kind == "colour" else answer["value"] == reference[kind]
-    assert asked.keys() == questions.QUESTIONS.keys()
+        texts = [turn["value"].removeprefix("<image>\n") for turn in turns[::2]]
+        assert len(texts) == len(set(texts))
+        for text, answer in zip(texts, turns[1::2], strict=True):
+            said = answer["value"]
+            if choices := re.fullmatch("which of (.*), (.*), (.*), (.*)\\?", text):
+                assert (
+                    said == reference["name"] and said in choices.groups() and len({*choices.groups()}) == 4
+                )
+                asked["which", choices.groups().index(said)] += 1
+            elif kind := re.fullmatch("is the kind (.*)\\?", text):
+                assert said == ("yes" if kind[1] == reference["kind"] else "no")
+                asked[said] += 1
+            else:
+                kind = words[text]
+                asked[kind] += 1
+                assert said in COLOURS if kind == "colour" else said == reference[kind]
+    assert asked.keys() == {*questions.QUESTIONS, "yes", "no", *(("which", place) for place in range(4))}
+    assert 0.8 < asked["yes"] / asked["no"] < 1.25
 
 
-def test_vqa_records_have_four_turns_if_the_colour_is_clear(dataset):
-    lengths = Counter(len(record["conversations"]) // 2 for record in _records(dataset, "stage3_vqa"))
-    assert lengths.keys() == {4}
+def test_vqa_records_have_five_turns_one_of_them_with_yes_or_no_or_a_choice(dataset):
+    for record in _records(dataset, "stage3_vqa"):
+        texts = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"][::2]]
+        assert len(texts) == 5 and sum(text in questions.QUESTIONS.values() for text in texts) == 4
 
 
 @pytest.mark.parametrize("part", ["test_a", "test_b"])
