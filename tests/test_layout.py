@@ -205,7 +205,6 @@ FOREIGN = {
     "openpyxl": ("cumo_model.evaluation.tables",),
     "bitsandbytes": ("cumo_model.model.quantize",),
     "lmms_eval": ("cumo_model.evaluation.lmms", "cumo_model.evaluation.lmms_plugin"),
-    "loguru": ("cumo_model.evaluation.lmms",),
     "vllm": ("cumo_model.serving.vllm.model", "cumo_model.serving.vllm.plugin"),
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
-from loguru import logger
+from lmms_eval.utils import eval_logger
 from tqdm import tqdm
 
 from cumo_model.data.pictures import is_system_failure
@@ -183,7 +183,7 @@ class CumoMessages(lmms):
             raise ValueError(f"task {request.task_name}: {error}") from None
         for name in found.unused:
             if self.rank == 0 and name not in self._told:
-                logger.warning(f"task {request.task_name}: {name} has no effect on the model cumo")
+                eval_logger.warning(f"task {request.task_name}: {name} has no effect on the model cumo")
             self._told.add(name)
         return found
 
@@ -223,11 +223,11 @@ class CumoMessages(lmms):
         """Warn about questions without an answer."""
         failures = {i: reply for i, reply in replies.items() if isinstance(reply, str)}
         for i in sorted(failures)[:NAMED]:
-            logger.warning(f"{_place(requests[i])} has no answer: {failures[i]}")
+            eval_logger.warning(f"{_place(requests[i])} has no answer: {failures[i]}")
         if failures and len(failures) == len(replies):
             raise ValueError(f"none of {len(replies)} questions has an answer: {failures[min(failures)]}")
         if failures:
-            logger.warning(
+            eval_logger.warning(
                 f"{len(failures)} of {len(replies)} questions have no answer, they are scored as ''"
             )
 
