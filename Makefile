@@ -7,6 +7,7 @@
 #   BUDGET=SECONDS  time limit of make gpu, instead of the limits of its parts
 #   TRANSFORMERS_TESTS=DIR  checkout of transformers, for make test-transformers
 #   VENV_SERVE=DIR  environment of make serve-test: with vLLM for CPUs and its torch
+#   VENV_LMMS=DIR   environment of make lmms-test: lmms-eval, on top of the packages of VENV
 #   VENV_DOCS=DIR   environment of make docs: only mkdocs, no torch
 #   WORKERS=N       number of test processes, with one torch thread each
 #   VENV_GPU=DIR    environment of make gpu-artifacts: with the Python, torch and triton of the GPU machine
@@ -25,13 +26,14 @@ VENV_LATEST ?= .venv-latest
 VENV_GPU ?= .venv-gpu
 VENV_DOCS ?= .venv-docs
 VENV_SERVE ?= .venv-serve
+VENV_LMMS ?= .venv-lmms
 WORKERS ?= 2
 ARGS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-ci test-latest test-transformers named-checkout serve-setup serve-test latest lint format docs bench peers gpu gpu-artifacts clean
+.PHONY: help setup demo test test-all test-ci test-latest test-transformers named-checkout serve-setup serve-test lmms-setup lmms-test latest lint format docs bench peers gpu gpu-artifacts clean
 .DEFAULT_GOAL := help
 
 ifeq ($(VENV),system)
@@ -68,6 +70,7 @@ help:
 	@echo "make test-latest  the tests with the newest torch, Triton and transformers, in a separate environment"
 	@echo "make test-transformers TRANSFORMERS_TESTS=DIR   the common tests of transformers, from a checkout, on CuMo"
 	@echo "make serve-test  the tests of serving with vLLM for CPUs, in a separate environment (3.5 GB, Python 3.11)"
+	@echo "make lmms-test   the tests of the model class of lmms-eval, in an environment on top of $(VENV) (150 MB)"
 	@echo "make latest   write the newest versions of today to constraints-latest.txt"
 	@echo "make lint     ruff check and ruff format --check                       (make format applies fixes)"
 	@echo "make docs     build the documentation site in build/site; any warning is an error"
@@ -160,6 +163,31 @@ serve-setup: $(VENV_SERVE)/.installed
 
 serve-test: serve-setup
 	@$(SERVED) $(VENV_SERVE)/bin/python -m pytest -m "not network" tests/serve tests/model/serving/test_serve.py $(ARGS)
+
+# lmms-eval on top of the packages of $(VENV), with only what its imports and the tests need. All of its dependencies
+# are 3 GB, most of which are for other models
+$(VENV_LMMS)/.installed: private BASE := $(PY)
+$(VENV_LMMS)/.installed: private PY := $(VENV_LMMS)/bin/python
+$(VENV_LMMS)/.installed: private LOG := $(VENV_LMMS)/setup.log
+$(VENV_LMMS)/.installed: private CONSTRAINTS := constraints-lmms.txt
+$(VENV_LMMS)/.installed: constraints-lmms.txt | $(INSTALLED)
+	@echo "setup: $(VENV_LMMS); the first setup downloads about 40 MB"
+	@test -x $(PY) || $(BASE) -m venv $(VENV_LMMS)
+	@$(BASE) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+	  > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	@: > $(LOG)
+	@$(call install,setuptools wheel)
+	@$(call install,datasets evaluate filelock Levenshtein loguru pytablewriter sacrebleu tenacity)
+	@$(call install,--no-deps lmms-eval)
+	@touch $@
+
+# this tree, each time, as the model class is an entry point
+lmms-setup: $(VENV_LMMS)/.installed
+	@CUMO_BUILD=0 $(VENV_LMMS)/bin/python -m pip install --disable-pip-version-check -q --no-deps \
+	  --no-build-isolation -e . >> $(VENV_LMMS)/setup.log 2>&1
+
+lmms-test: lmms-setup
+	@$(SERVED) $(VENV_LMMS)/bin/python -m pytest -m "not network" tests/lmms $(ARGS)
 
 lint: $(INSTALLED)
 	@$(PY) -m ruff check .

@@ -45,8 +45,11 @@ def test_every_dependency_is_pinned_once():
     extras = [requirement for extra in PROJECT["optional-dependencies"].values() for requirement in extra]
     wanted = PYPROJECT["build-system"]["requires"] + PROJECT["dependencies"] + extras
     names = {re.match(r"[\w-]+", requirement)[0] for requirement in wanted}
-    assert names - set(latest.pins()) == {"vllm"}  # it wants another torch; its build for CPUs is pinned
+    apart = {"vllm", "lmms-eval", "filelock"}  # other versions than in constraints.txt are wanted beside them
+    assert names - set(latest.pins()) == apart
     assert "\nvllm-cpu==" in (ROOT / "constraints-serve.txt").read_text()
+    pinned = (ROOT / "constraints-lmms.txt").read_text()
+    assert "\nlmms-eval==" in pinned and "\nfilelock==" in pinned
 
 
 def test_every_import_is_a_dependency():
@@ -193,6 +196,7 @@ def test_github_runs_what_everybody_runs():
         latest.PINS,
         latest.LATEST,
         ROOT / "constraints-serve.txt",
+        ROOT / "constraints-lmms.txt",
     }
     assert job["timeout-minutes"] == 120
     assert workflow["concurrency"]["cancel-in-progress"] is True
