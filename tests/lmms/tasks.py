@@ -66,7 +66,7 @@ metric_list:
 
 
 def write_talker(folder: Path) -> Path:
-    """A checkpoint that answers in words, whose text has the tokens of the answer; no answer ends by itself."""
+    """A checkpoint that answers in words, which are tokens of their own; no answer ends by itself."""
     write(folder, text="mistral", scales=[1], seed=2)
     model = CumoForConditionalGeneration.from_pretrained(folder)
     tokenizer = CumoProcessor.from_pretrained(folder).tokenizer
