@@ -25,6 +25,7 @@ from tests.faults import Fault
 from tests.faults.checkpoints import FAULTS as CHECKPOINTS
 from tests.faults.data import FAULTS as DATA
 from tests.faults.demo import FAULTS as DEMO
+from tests.faults.evaluation_vqa import FAULTS as EVALUATION_VQA
 from tests.faults.kernels import CUDA, HOPPER, TRITON
 from tests.faults.kernels import FAULTS as KERNELS
 from tests.faults.model import FAULTS as MODEL
@@ -36,7 +37,11 @@ from tests.faults.training import FAULTS as TRAINING
 
 ROOT = Path(__file__).parents[1]
 ALL_SERVING = SERVING + SERVING_ANSWER + SERVING_VLLM + SERVING_WEB
-FAULTS = {"cumo_kernels": KERNELS, "cumo_model": MODEL + DATA + CHECKPOINTS + TRAINING + ALL_SERVING + DEMO}
+ALL_EVALUATION = EVALUATION_VQA
+FAULTS = {
+    "cumo_kernels": KERNELS,
+    "cumo_model": MODEL + DATA + CHECKPOINTS + TRAINING + ALL_SERVING + ALL_EVALUATION + DEMO,
+}
 TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught
 # stems whose tests need neither interpreter nor emulation
 ALONE = ("cute", "ptx_tables", "launch", "pdl")

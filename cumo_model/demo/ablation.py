@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cumo_model.analysis.experts import load_entropy
 from cumo_model.checkpoints.folders import write_json, write_whole
-from cumo_model.demo.evaluate import Examiner
+from cumo_model.demo.evaluate import Examiner, examine
 from cumo_model.demo.folder import RESULT, Run, load_model, stage_recipe
 from cumo_model.demo.processes import claim, cores, locked, named, run_tasks
 from cumo_model.demo.questions import make_dataset
@@ -146,7 +146,10 @@ def run_row(run: Run, name: str, seed: int) -> None:
     trained = load_model(CumoForConditionalGeneration, result).to(run.device)
     limit = run.settings.eval_limit
     examiner = Examiner(trained, run.processor, run.data / "test_a.json", TEMPLATE, limit)
-    scores, history = examiner.scores(run.majority()), read_history(result)
+    scores = examine(
+        run.folder, f"rows/{name}-{seed}", trained, run.processor, "test_a", run.majority(), limit
+    )
+    history = read_history(result)
     language = history["series"]["language"][-20:]
     scores |= {
         "flops_per_step": flops,

@@ -1,9 +1,10 @@
-"""Evaluation of a trained model on held-out pictures: accuracy and expert load.
+"""Evaluation of a trained model on held-out pictures: benchmarks, choice by likelihood, and expert load.
 
-Exact match: the greedy answer equals the reference answer. Choice: the model's answer is the one of four with
-the highest likelihood (summed log-probability of its tokens and the end of the answer); chance is 25 %.
+Choice: the model's answer is the one of four with the highest likelihood (summed log-probability of its
+tokens and the end of the answer); chance is 25 %.
 """
 
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,11 +13,16 @@ from torch import Tensor
 
 from cumo_model.analysis.experts import Load, expert_load
 from cumo_model.data import ConversationDataset
+from cumo_model.demo.benchmarks import FOLDER, benchmarks, run_benchmarks
+from cumo_model.demo.settings import TEMPLATE
+from cumo_model.evaluation.run import SCORES, read_scores
+from cumo_model.evaluation.task import Row
 from cumo_model.model.cumo import CumoForConditionalGeneration
-from cumo_model.processing.conversation import tokenize_conversation, tokenize_prompt
+from cumo_model.processing.conversation import tokenize_conversation
 from cumo_model.processing.processor import CumoProcessor
 
 BATCH = 64
+KINDS = 5  # of questions
 CHOICE_KINDS = ("name", "kind")  # also evaluated as a choice; other kinds have too few possible answers
 
 
@@ -53,28 +59,6 @@ class Examiner:
         pixels = torch.cat([self.dataset.pixels(i) for i in rows])
         return self.dataset.normalise(pixels).to(self.model.device)
 
-    def _prompt(self, row: int) -> Tensor:
-        turns = self.dataset.records[row]["conversations"][:1]
-        return tokenize_prompt(turns, self.tokenizer, self.template, self.model.config.image_seq_length)
-
-    @torch.no_grad()
-    def answers(self) -> dict[int, str]:
-        """Greedy answers, as row -> answer."""
-        found = {}
-        prompts = {row: self._prompt(row) for row in self.rows}
-        for rows in _batches(sorted(self.rows, key=lambda row: len(prompts[row]))):
-            ids, mask = _left_pad([prompts[row] for row in rows], self.tokenizer.pad_token_id)
-            out = self.model.generate(
-                input_ids=ids.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
-                pixel_values=self._pixels(rows),
-                max_new_tokens=16,
-                do_sample=False,
-            )
-            texts = self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-            found |= {row: text.strip() for row, text in zip(rows, texts, strict=True)}
-        return found
-
     @torch.no_grad()
     def choices(self, field: str) -> dict[int, int]:
         """The most likely choice, as row -> index in record[field], for rows whose record has the field."""
@@ -107,28 +91,18 @@ class Examiner:
         )
         return (-losses.view(targets.shape).sum(1)).tolist()
 
-    def scores(self, majority: dict[str, str]) -> dict:
-        """Scores of the model and of the majority answer.
+    def choice(self) -> dict[str, list[int]]:
+        """Choices by likelihood: kind of question -> [number correct, number of questions].
 
-        Args:
-            majority: the most frequent training answer for each kind of question, a baseline on the same
-                questions.
-
-        Returns:
-            {"exact", "majority", "choice": {kind of question: [number correct, number of questions]}};
-            "choice" also has "name, same kind".
+        There is also "name, same kind".
         """
-        exact, commonest, choice = (defaultdict(lambda: [0, 0]) for _ in range(3))
+        found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         records = self.dataset.records
-        for row, answer in self.answers().items():
-            kind, reference = records[row]["kind"], records[row]["answer"]
-            _count(exact[kind], answer == reference)
-            _count(commonest[kind], majority[kind] == reference)
         for field, suffix in (("choices", ""), ("choices_same_kind", ", same kind")):
             for row, picked in self.choices(field).items():
                 record = records[row]
-                _count(choice[record["kind"] + suffix], record[field][picked] == record["answer"])
-        return {"exact": dict(exact), "majority": dict(commonest), "choice": dict(choice)}
+                _count(found[record["kind"] + suffix], record[field][picked] == record["answer"])
+        return dict(found)
 
     def expert_load(self) -> Load:
         """Share of the routed slots of each expert, as place -> kind of question -> list of layers."""
@@ -148,10 +122,52 @@ def _batches(items: list) -> list[list]:
     return [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
 
 
-def _left_pad(rows: list[Tensor], value: int) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), value)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :], mask[i, width - len(row) :] = row, 1
-    return ids, mask
+def exact_match(rows: list[Row], majority: dict[str, str | None]) -> dict[str, dict[str, list[int]]]:
+    """Exact match of the model and of the majority answer.
+
+    Args:
+        rows: of `EmojiExact`.
+        majority: the most frequent training answer for each kind of question, a baseline on the same
+            questions.
+
+    Returns:
+        {"exact", "majority": {kind of question: [number correct, number of questions]}}.
+    """
+    exact, commonest = (defaultdict(lambda: [0, 0]) for _ in range(2))
+    for row in rows:
+        _count(exact[row.group], row.values["right"])
+        _count(commonest[row.group], majority[row.group] == row.values["reference"])
+    return {"exact": dict(exact), "majority": dict(commonest)}
+
+
+def examine(
+    folder: Path,
+    name: str,
+    model: CumoForConditionalGeneration,
+    processor: CumoProcessor,
+    part: str,
+    majority: dict[str, str | None],
+    limit: int | None = None,
+) -> dict:
+    """All scores of a model on one test file.
+
+    Args:
+        folder: of the demo.
+        name: path in it of the stage, whose answers go to eval/.
+        model: the model.
+        processor: its processor.
+        part: name of the test file.
+        majority: as of `exact_match`.
+        limit: number of questions of each kind; None for all.
+
+    Returns:
+        {"exact", "majority", "choice", "figures": {title of a benchmark: its figures}}.
+    """
+    tasks = benchmarks(part)
+    for task in tasks:  # perhaps with answers of a model that was there before
+        shutil.rmtree(folder / FOLDER / name / task.name, ignore_errors=True)
+    outcomes = run_benchmarks(folder, name, model, processor, tasks, limit and KINDS * limit)
+    rows = read_scores(folder / FOLDER / name / tasks[0].name / SCORES).rows
+    examiner = Examiner(model, processor, folder / "data" / f"{part}.json", TEMPLATE, limit)
+    figures = {outcome.task.title: outcome.figures for outcome in outcomes}
+    return {**exact_match(rows, majority), "choice": examiner.choice(), "figures": figures}

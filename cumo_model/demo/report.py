@@ -15,12 +15,16 @@ from rich.table import Table
 from cumo_model.analysis.experts import patch_experts
 from cumo_model.analysis.plots import PLACES, plot_expert_load, plot_patches
 from cumo_model.checkpoints.folders import write_whole
-from cumo_model.demo.evaluate import Examiner
+from cumo_model.demo.benchmarks import FOLDER, EmojiExact, benchmarks, run_benchmarks
+from cumo_model.demo.evaluate import KINDS
 from cumo_model.demo.folder import RESULT, read_json
 from cumo_model.demo.plots import plot_losses
 from cumo_model.demo.questions import QUESTIONS
 from cumo_model.demo.resume import command
 from cumo_model.demo.settings import TEMPLATE, Settings
+from cumo_model.evaluation.compare import Difference, difference, scores_of
+from cumo_model.evaluation.run import ANSWERS, given_answers, limited
+from cumo_model.evaluation.task import Item
 from cumo_model.processing.pictures import load_image
 from cumo_model.serving.local import Local, load
 from cumo_model.serving.messages import user_message
@@ -70,13 +74,14 @@ def report(out: Path, settings: Settings, seconds: float) -> None:
 
     checkpoint = out / "sft" / RESULT
     model, processor = load(checkpoint)
-    shown = show(out, model, processor)
+    shown = show(out, model, processor, settings.eval_limit and KINDS * settings.eval_limit)
     _plot_patches(out / "data" / shown[0].image, model, processor, pictures / "patches.png")
 
     console = Console(record=True, width=100)
     ratios = {"FLOPs per step": compute["flops_ratio"], "CPU time per step": _slowdown(histories)}
     console.print(_accuracy_table(scores, "test_a", "unseen drawings of known concepts (test A)", ratios))
     console.print(_accuracy_table(scores, "test_b", "unseen concepts (test B)", ratios))
+    console.print(_differences_table(out))
     console.print(EQUAL_FLOPS.format(ratio=compute["flops_ratio"]))
     console.print(_expert_table(histories["sft"], scores["sft"]))
     console.print(_compute_table(histories, compute, ratios))
@@ -130,6 +135,11 @@ def _headline(scores: dict) -> str:
     )
 
 
+BASELINES = {"mean F1": 2 / 3, "mean accuracy": 0.5, "right in the first order": CHANCE,
+             "right in all four orders": CHANCE**4}  # fmt: skip
+# of always yes, of half the questions, and of guessing
+
+
 def _accuracy_table(scores: dict, part: str, title: str, ratios: dict[str, float]) -> Table:
     """Results of both models of stage 3 on one test set. `ratios`: kind of cost -> MoE relative to dense."""
     table = Table(title=title, title_justify="left")
@@ -146,12 +156,42 @@ def _accuracy_table(scores: dict, part: str, title: str, ratios: dict[str, float
     for kind, row in moe["choice"].items():
         style = "bold" if kind == "name" else None
         table.add_row(
-            f"4-way choice: {kind}", str(row[1]), _cell(row), _cell(dense["choice"][kind]),
+            f"likelihood of 4: {kind}", str(row[1]), _cell(row), _cell(dense["choice"][kind]),
             "-", f"{CHANCE:.1%}", style=style,
         )  # fmt: skip
     table.add_section()
+    for benchmark, figures in moe["figures"].items():
+        for name, value in figures.items():
+            if name in BASELINES:
+                other = dense["figures"][benchmark][name]
+                table.add_row(
+                    f"{benchmark}: {name}",
+                    "-",
+                    f"{value:.1f}%",
+                    f"{other:.1f}%",
+                    "-",
+                    f"{BASELINES[name]:.1%}",
+                )
+    table.add_section()
     for what, ratio in ratios.items():
         table.add_row(what, "-", f"{ratio:.2f}x", "1.00x", "-", "-")
+    return table
+
+
+def _differences_table(out: Path) -> Table:
+    """The difference of the two models in each benchmark, with the interval of a paired bootstrap."""
+    table = Table(title="experts compared with dense, on the same questions", title_justify="left")
+    for column in ("benchmark", "questions", "difference", "95% interval", "verdict"):
+        table.add_column(column, justify="left" if column in ("benchmark", "verdict") else "right")
+    for part, name in (("test_a", "test A"), ("test_b", "test B")):
+        tasks = {task.name: task for task in benchmarks(part)}
+        dense, moe = (scores_of(out / FOLDER / stage, tasks) for stage in ("sft_dense", "sft"))
+        for key, task in tasks.items():
+            one: Difference = difference(task, "sft", dense[key], moe[key])
+            table.add_row(
+                f"{name}: {task.title}", str(one.units), f"{one.difference:+.1f}",
+                f"{one.low:+.1f} to {one.high:+.1f}", one.verdict,
+            )  # fmt: skip
     return table
 
 
@@ -236,19 +276,25 @@ class Asked:
         return self.said == self.reference
 
 
-def show(out: Path, model, processor) -> list[Asked]:
+def answers(out: Path, model, processor, limit: int | None = None) -> list[tuple[Item, str]]:
+    """The questions of test A that the evaluation has asked the model with experts, with its answers."""
+    task = EmojiExact("test_a")
+    run_benchmarks(out, "sft", model, processor, [task], limit)
+    items = limited(task.read(out / "data"), limit).items
+    said = given_answers(out / FOLDER / "sft" / task.name / ANSWERS, [item.question for item in items])
+    return list(zip(items, said, strict=True))
+
+
+def show(out: Path, model, processor, limit: int | None = None) -> list[Asked]:
     """The unseen drawing about which the model gives the most right answers, with all questions.
 
-    The model is asked every question of test A, and those about the chosen picture again as `chat` asks them.
-    Of equally good pictures, one whose name the model knows is preferred.
+    The answers are those of the evaluation, and the model is asked about the best pictures again as `chat`
+    asks. Of equally good pictures, one whose name the model knows is preferred.
     """
-    examiner = Examiner(model, processor, out / "data" / "test_a.json", TEMPLATE)
-    records, by_picture = examiner.dataset.records, defaultdict(list)
-    for row, said in examiner.answers().items():
-        record = records[row]
-        question = record["conversations"][0]["value"].removeprefix("<image>\n")
-        asked = Asked(record["image"], record["kind"], question, said, record["answer"])
-        by_picture[record["image"]].append(asked)
+    by_picture = defaultdict(list)
+    for item, said in answers(out, model, processor, limit):
+        image, question = item.question.images[0], item.question.text
+        by_picture[image].append(Asked(image, item.group, question, said, item.reference))
     ranked = sorted(by_picture.values(), key=_merit, reverse=True)
     found = [[_ask(out, model, processor, asked) for asked in picture] for picture in ranked[:PICTURES]]
     best = max(found, key=_merit)

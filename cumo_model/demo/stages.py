@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cumo_model.analysis.experts import load_entropy
 from cumo_model.checkpoints.folders import write_json
 from cumo_model.checkpoints.upcycle import step0_difference
-from cumo_model.demo.evaluate import Examiner
+from cumo_model.demo.evaluate import Examiner, examine
 from cumo_model.demo.folder import Run
 from cumo_model.demo.pretrain import build_text, build_vision
 from cumo_model.demo.settings import TEMPLATE
@@ -90,17 +90,13 @@ def _stage3(run: Run, name: str, label: str) -> None:
 
 def _examine(run: Run, model: CumoForConditionalGeneration, name: str, facts: dict) -> None:
     """Evaluate a model on both test sets; scores and `facts` are saved to scores-NAME.json."""
-    result = dict(facts)
+    result, limit = dict(facts), run.settings.eval_limit
     for part in ("test_a", "test_b"):
-        examiner = Examiner(
-            model, run.processor, run.data / f"{part}.json", TEMPLATE, run.settings.eval_limit
-        )
-        result[part] = examiner.scores(run.majority())
-        if part == "test_a" and name == "sft":
-            result["expert_load"] = examiner.expert_load()
-            result["load_entropy"] = {
-                place: load_entropy(load) for place, load in result["expert_load"].items()
-            }
+        result[part] = examine(run.folder, name, model, run.processor, part, run.majority(), limit)
+    if name == "sft":
+        examiner = Examiner(model, run.processor, run.data / "test_a.json", TEMPLATE, limit)
+        result["expert_load"] = examiner.expert_load()
+        result["load_entropy"] = {place: load_entropy(load) for place, load in result["expert_load"].items()}
     write_json(run.folder / f"scores-{name}.json", result)
 
 

@@ -268,11 +268,10 @@ def _scored(outcome: Outcome, data: Data, said: list[str], judge, folder: Path, 
     outcome = replace(outcome, submission=path)
     if outcome.questions < outcome.of:
         outcome = replace(outcome, note="a part of the questions")
-    if task.judged and judge is None:
-        return replace(outcome, note=NEEDS_JUDGE)
     rows = task.rows(data, said, judge)
     if rows is None:
-        return replace(outcome, note=f"scored by {task.server}")
+        elsewhere = f"scored by {task.server or 'its authors'}"
+        return replace(outcome, note=NEEDS_JUDGE if task.judged and judge is None else elsewhere)
     figures = task.figures(rows)
     content = {
         "task": task.name,

@@ -66,8 +66,9 @@ def candidates(answer: str) -> list[str | float]:
     """What an answer to an open question may mean: `parse_open_response`, in order and without doubles.
 
     Of each line the shortest rest behind one of KEYS counts (and behind "=", in the last line), or else the
-    whole answer; and each number in these. A corner of the official rules: sentences are not split, because
-    the answer is in lower case when capitals are looked for.
+    whole answer; and each number in these. Corners of the official rules: sentences are not split, because
+    the answer is in lower case when capitals are looked for; of "1,234" and "5e3" also the ends 234 and 3
+    are numbers.
     """
     answer = answer.strip().strip(".").lower()
     lines, parts = answer.split("\n"), []

@@ -18,6 +18,7 @@ class Gqa(OneByOne):
 
     name, title = "gqa", "GQA"
     folders = ("gqa",)
+    mean_of = "right"
 
     def read(self, folder: Path) -> Data:
         path = found(

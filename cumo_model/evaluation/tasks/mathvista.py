@@ -65,6 +65,7 @@ class MathVista(Task):
 
     name, title = "mathvista", "MathVista (testmini)"
     folders = ("mathvista", "MathVista")
+    mean_of = "right"
     max_new_tokens = LONG
     judged = True
 

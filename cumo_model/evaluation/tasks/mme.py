@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cumo_model.evaluation.files import found, read_text
-from cumo_model.evaluation.scorers.mme import COGNITION, HIGHEST, PERCEPTION, mme_points, mme_sum, mme_verdict
+from cumo_model.evaluation.scorers.mme import COGNITION, PERCEPTION, mme_points, mme_sum, mme_verdict
 from cumo_model.evaluation.task import Data, Item, Judge, Row, Task, percent
 from cumo_model.evaluation.tasks.common import (
     SHORT_ANSWER,
@@ -33,7 +33,6 @@ class Mme(Task):
     name, title = "mme", "MME"
     metric = "points of perception, of 2000"
     folders = ("MME", "mme")
-    top = HIGHEST * len(PERCEPTION)
 
     def read(self, folder: Path) -> Data:
         release = found(folder, RELEASE, f"{RELEASE}/{RELEASE}")

@@ -56,6 +56,7 @@ class Mmmu(Task):
 
     name, title = "mmmu", "MMMU (val)"
     folders = ("MMMU", "mmmu")
+    mean_of = "right"
     max_new_tokens = LONG
 
     def read(self, folder: Path) -> Data:

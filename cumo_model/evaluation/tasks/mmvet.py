@@ -52,6 +52,7 @@ class MmVet(Task):
     folders = ("mmvet", "mm-vet")
     max_new_tokens = LONG
     judged = True
+    mean_of = "score"
     server = "https://huggingface.co/spaces/whyu/MM-Vet_Evaluator"
 
     def read(self, folder: Path) -> Data:
@@ -60,7 +61,10 @@ class MmVet(Task):
         if not (folder / ASKED).is_file() and official is None:
             found(folder, ASKED, *FILES)
         records = {} if official is None else read_json(official, dict)
-        entries = {_number(key, str(official)): value for key, value in records.items()}
+        entries = {_number(key, str(official)): record for key, record in records.items()}
+        for number, record in entries.items():
+            if not isinstance(record, dict):
+                raise ValueError(f"{official}, v1_{number}: must be an object, got {type(record).__name__}")
         if (folder / ASKED).is_file():
             questions, source = read_questions(folder / ASKED), ASKED
         else:
@@ -134,8 +138,6 @@ def _reference(question: Question, entries: dict[int, Any], official: Path | Non
         raise ValueError(f"{official} must have v1_{question.id}, a question of {ASKED}")
     place = f"{official}, v1_{question.id}"
     record = entries[question.id]
-    if not isinstance(record, dict):
-        raise ValueError(f"{place}: must be an object, got {type(record).__name__}")
     capabilities = value_of(record, "capability", list, place)
     answer = value_of(record, "answer", str, place).replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     return {"answer": answer, "capabilities": [str(name) for name in capabilities]}

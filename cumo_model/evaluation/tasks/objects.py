@@ -53,6 +53,7 @@ class Chair(Task):
     metric = "CHAIR_s, %: captions with an absent object (lower is better)"
     folders = ("objects",)
     max_new_tokens = CAPTION_TOKENS
+    lower_is_better = True
 
     def read(self, folder: Path) -> Data:
         path, labels = folder / LABELS, read_labels(found(folder, LABELS))

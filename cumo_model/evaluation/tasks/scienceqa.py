@@ -22,6 +22,7 @@ class ScienceQa(OneByOne):
 
     name, title = "scienceqa", "ScienceQA-IMG"
     folders = ("scienceqa",)
+    mean_of = "right"
     max_new_tokens = LONG
 
     def read(self, folder: Path) -> Data:

@@ -24,6 +24,7 @@ class Seed(OneByOne):
 
     name, title = "seed", "SEED-Bench (image)"
     folders = ("seed_bench", "seed")
+    mean_of = "right"
 
     def read(self, folder: Path) -> Data:
         path = found(folder, OFFICIAL)

@@ -27,6 +27,7 @@ class TextVqa(OneByOne):
     name, title = "textvqa", "TextVQA"
     metric = "VQA accuracy, %"
     folders = ("textvqa",)
+    mean_of = "accuracy"
 
     def read(self, folder: Path) -> Data:
         path = found(folder, OFFICIAL)

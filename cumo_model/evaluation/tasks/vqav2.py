@@ -27,6 +27,7 @@ class Vqav2(OneByOne):
     name, title = "vqav2", "VQAv2"
     metric = "VQA accuracy, %"
     folders = ("vqav2",)
+    mean_of = "accuracy"
     server = "https://eval.ai/web/challenges/challenge-page/830"
 
     def read(self, folder: Path) -> Data:

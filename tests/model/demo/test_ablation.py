@@ -145,9 +145,17 @@ def run(tmp_path, tiny_config):
         answer = record["id"]
         record["conversations"][1]["value"] = answer
         record |= {"kind": "name", "answer": answer, "choices": COLOURS[:4], "choices_same_kind": COLOURS[4:]}
+    kinds = [dict(record) for record in records]
+    for number, record in enumerate(kinds):
+        record |= {"id": f"{record['id']}-kind", "kind": "kind", "answer": ("warm", "cold")[number % 2]}
+        record["conversations"] = [
+            {"from": "human", "value": "<image>\nwhat kind?"},
+            *record["conversations"][1:],
+        ]
+    records += kinds
     for name in ("test_a.json", "stage3_vqa.json"):
         (data / name).write_text(json.dumps(records))
-    write_json(data / "baselines.json", {"name": {"answer": "red"}})
+    write_json(data / "baselines.json", {"name": {"answer": "red"}, "kind": {"answer": "warm"}})
     start = write_model(tmp_path, tiny_config)
     AutoProcessor.from_pretrained(start).tokenizer.save_pretrained(data / "tokenizer")
     for stage in ("pretrain", "pft"):

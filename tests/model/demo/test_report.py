@@ -53,8 +53,9 @@ def demo(tmp_path, tiny_config, monkeypatch):
             known = known.get(record["image"][:-4], set())
             return record["answer"] if record["kind"] in known else "nothing"
 
-        rows = {row: said(right, record) for row, record in enumerate(records)}
-        monkeypatch.setattr(report.Examiner, "answers", lambda self: rows)
+        items = report.EmojiExact("test_a").read(data).items
+        rows = [(item, said(right, record)) for item, record in zip(items, records, strict=True)]
+        monkeypatch.setattr(report, "answers", lambda *_: rows)
 
         def answer(model, processor, picture, question):
             colour = next(
@@ -108,6 +109,9 @@ def test_the_command_gives_the_answer_that_the_report_says(tmp_path, tiny_config
     folder, says = demo
     says({})
     monkeypatch.undo()
+    (folder / "sft").mkdir()
+    (folder / "start").rename(folder / "sft" / "model")
+    (folder / "start").symlink_to(folder / "sft" / "model")
     model, processor = report.load(folder / "start")
     shown = report.show(folder, model, processor)
     words = shlex.split(report._invitation(folder, folder / "start", shown).splitlines()[-1])

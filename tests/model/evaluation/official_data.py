@@ -9,7 +9,18 @@ from PIL import Image
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 MME_TASKS = (
-    *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),
+    *(
+        "existence",
+        "count",
+        "position",
+        "color",
+        "posters",
+        "celebrity",
+        "scene",
+        "landmark",
+        "artwork",
+        "OCR",
+    ),
     *("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
 )
 APART = ("posters", "celebrity", "scene", "landmark", "artwork")  # tasks with folders for pictures and texts
@@ -107,7 +118,9 @@ def vqav2_test(folder: Path, with_list: bool) -> Path:
             lines = [listed(number, image, text + SHORT) for number, text in questions]
             write_lines(folder / f"llava_vqav2_mscoco_{split}.jsonl", lines)
         else:
-            records = [{"image_id": 14, "question": text, "question_id": number} for number, text in questions]
+            records = [
+                {"image_id": 14, "question": text, "question_id": number} for number, text in questions
+            ]
             write(folder / f"v2_OpenEnded_mscoco_{split}_questions.json", {"questions": records})
     return folder
 
@@ -173,7 +186,12 @@ def mme(folder: Path, with_list: bool) -> Path:
 
 
 def scienceqa(folder: Path, with_list: bool) -> Path:
-    capital = {"question": "Which is a capital?", "choices": ["Boise", "Omaha", "Reno"], "answer": 0, "hint": ""}
+    capital = {
+        "question": "Which is a capital?",
+        "choices": ["Boise", "Omaha", "Reno"],
+        "answer": 0,
+        "hint": "",
+    }
     colony = {"question": "Which colony?", "choices": ["Ohio", "Maine"], "answer": 1, "hint": "Look  here."}
     problems = {
         "4": {**capital, "image": None, "subject": "social science"},

@@ -86,7 +86,14 @@ def test_vqa_accuracy_of_server(answer, references, expected):
 
 @pytest.mark.parametrize(
     "answer, expected",
-    [("Woman.", True), ("woman...", True), ("woman ", False), ("woman.\n", False), ("a woman", False), ("", False)],
+    [
+        ("Woman.", True),
+        ("woman...", True),
+        ("woman ", False),
+        ("woman.\n", False),
+        ("a woman", False),
+        ("", False),
+    ],
 )
 def test_exact_match(answer, expected):
     assert exact_match(answer, "woman") is expected

@@ -56,6 +56,9 @@ class Judged(Colours):
 
     name, folders, judged = "judged", ("colours",), True
 
+    def rows(self, data, answers, judge=None):
+        return None if judge is None else super().rows(data, answers, judge)
+
 
 class Elsewhere(Colours):
     """The same, where the references are not public."""
