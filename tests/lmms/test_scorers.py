@@ -32,15 +32,15 @@ from lmms_eval.tasks.vqav2.utils import vqav2_process_results
 from cumo_model.evaluation.scorers import circular, exact, letters, mathvista, mme, mmmu, vqa, yes_no
 
 HOSTILE = (
-    "", " ", "\n", "yes.", "Yes, there is", "NO!", "No\nyes", "A B", "(A) or (B)", "A\nB", "\u0663", "\uff11\uff12",
-    "\u0661,\u0662\u0663\u0664", "\u0130s", "don't", "dont", "somebody'd", "1,000", "1 , 2", "two", "a an the",
-    "it's", "x" * 10_000, "A " * 5_000, ". " * 40, "3.14.", "nan", "inf", "1e5", "-", "'", "The answer is B.",
-    "is = 5", "so so so", "\x00", "\ud7ff",
+    "", " ", "\n", "yes.", "Yes, there is", "NO!", "No\nyes", "A B", "(A) or (B)", "A\nB", "\u0663",
+    "\uff11\uff12", "\u0661,\u0662\u0663\u0664", "\u0130s", "don't", "dont", "somebody'd", "1,000", "1 , 2",
+    "two", "a an the", "it's", "x" * 10_000, "A " * 5_000, ". " * 40, "3.14.", "nan", "inf", "1e5", "-", "'",
+    "The answer is B.", "is = 5", "so so so", "\x00", "\ud7ff",
 )  # fmt: skip
 PIECES = (
-    "A", "B", "C", "D", "E", "(A)", "(B)", "B.", "C)", ":D", "yes", "no", "Yes", "No", "not", "red", "dog", "two",
-    "the", "is ", "answer ", "so ", "=", "1,000", "3.14", "-7", "2e3", " ", "  ", ".", ",", "!", "?", "\n", "\t",
-    "'s", "dont", ";", "\u0663",
+    "A", "B", "C", "D", "E", "(A)", "(B)", "B.", "C)", ":D", "yes", "no", "Yes", "No", "not", "red",
+    "dog", "two", "the", "is ", "answer ", "so ", "=", "1,000", "3.14", "-7", "2e3", " ", "  ", ".", ",",
+    "!", "?", "\n", "\t", "'s", "dont", ";", "\u0663",
 )  # fmt: skip
 ANSWERS = st.one_of(
     st.sampled_from(HOSTILE),
