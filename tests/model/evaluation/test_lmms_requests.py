@@ -136,8 +136,8 @@ def test_markers_without_their_pictures_are_named():
 
 
 def test_batches_hold_one_group_and_the_longest_first():
-    found = in_batches([1, 5, 3, 5, 2], ["a", "b", "a", "b", "a"], 2)
-    assert found == [[1, 3], [2, 4], [0]]
+    found = in_batches([1, 5, 3, 5, 2], ["a", "b", "a", "a", "b"], 2)
+    assert found == [[1, 4], [3, 2], [0]]
     assert in_batches([], [], 4) == []
 
 
