@@ -25,6 +25,8 @@ from tests.faults import Fault
 from tests.faults.checkpoints import FAULTS as CHECKPOINTS
 from tests.faults.data import FAULTS as DATA
 from tests.faults.demo import FAULTS as DEMO
+from tests.faults.evaluation import FAULTS as EVALUATION
+from tests.faults.evaluation_choice import FAULTS as EVALUATION_CHOICE
 from tests.faults.evaluation_lmms import FAULTS as EVALUATION_LMMS
 from tests.faults.evaluation_vqa import FAULTS as EVALUATION_VQA
 from tests.faults.kernels import CUDA, HOPPER, TRITON
@@ -38,7 +40,7 @@ from tests.faults.training import FAULTS as TRAINING
 
 ROOT = Path(__file__).parents[1]
 ALL_SERVING = SERVING + SERVING_ANSWER + SERVING_VLLM + SERVING_WEB
-ALL_EVALUATION = EVALUATION_VQA + EVALUATION_LMMS
+ALL_EVALUATION = EVALUATION + EVALUATION_CHOICE + EVALUATION_LMMS + EVALUATION_VQA
 FAULTS = {
     "cumo_kernels": KERNELS,
     "cumo_model": MODEL + DATA + CHECKPOINTS + TRAINING + ALL_SERVING + ALL_EVALUATION + DEMO,

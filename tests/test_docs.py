@@ -107,6 +107,7 @@ def test_every_variable_named_is_one(page):
     """Of the environment, as the sources read it."""
     named = set(re.findall(r"\bCUMO_[A-Z_]+\b", (ROOT / page).read_text()))
     files = [ROOT / "setup.py", *(ROOT / "cumo_kernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    files += (ROOT / "cumo_model").rglob("*.py")
     assert named <= set(re.findall(r"\bCUMO_[A-Z_]+\b", "".join(file.read_text() for file in files)))
 
 

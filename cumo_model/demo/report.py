@@ -16,14 +16,13 @@ from cumo_model.analysis.experts import patch_experts
 from cumo_model.analysis.plots import PLACES, plot_expert_load, plot_patches
 from cumo_model.checkpoints.folders import write_whole
 from cumo_model.demo.benchmarks import FOLDER, EmojiExact, benchmarks, run_benchmarks
-from cumo_model.demo.evaluate import KINDS
 from cumo_model.demo.folder import RESULT, read_json
 from cumo_model.demo.plots import plot_losses
 from cumo_model.demo.questions import QUESTIONS
 from cumo_model.demo.resume import command
 from cumo_model.demo.settings import TEMPLATE, Settings
 from cumo_model.evaluation.compare import Difference, difference, scores_of
-from cumo_model.evaluation.run import ANSWERS, given_answers, limited
+from cumo_model.evaluation.run import ANSWERS, given_answers
 from cumo_model.evaluation.task import Item
 from cumo_model.processing.pictures import load_image
 from cumo_model.serving.local import Local, load
@@ -74,7 +73,7 @@ def report(out: Path, settings: Settings, seconds: float) -> None:
 
     checkpoint = out / "sft" / RESULT
     model, processor = load(checkpoint)
-    shown = show(out, model, processor, settings.eval_limit and KINDS * settings.eval_limit)
+    shown = show(out, model, processor)
     _plot_patches(out / "data" / shown[0].image, model, processor, pictures / "patches.png")
 
     console = Console(record=True, width=100)
@@ -276,23 +275,23 @@ class Asked:
         return self.said == self.reference
 
 
-def answers(out: Path, model, processor, limit: int | None = None) -> list[tuple[Item, str]]:
-    """The questions of test A that the evaluation has asked the model with experts, with its answers."""
+def answers(out: Path, model, processor) -> list[tuple[Item, str]]:
+    """All questions of test A, with the answers of the model with experts."""
     task = EmojiExact("test_a")
-    run_benchmarks(out, "sft", model, processor, [task], limit)
-    items = limited(task.read(out / "data"), limit).items
+    run_benchmarks(out, "sft", model, processor, [task])
+    items = task.read(out / "data").items
     said = given_answers(out / FOLDER / "sft" / task.name / ANSWERS, [item.question for item in items])
     return list(zip(items, said, strict=True))
 
 
-def show(out: Path, model, processor, limit: int | None = None) -> list[Asked]:
+def show(out: Path, model, processor) -> list[Asked]:
     """The unseen drawing about which the model gives the most right answers, with all questions.
 
     The answers are those of the evaluation, and the model is asked about the best pictures again as `chat`
     asks. Of equally good pictures, one whose name the model knows is preferred.
     """
     by_picture = defaultdict(list)
-    for item, said in answers(out, model, processor, limit):
+    for item, said in answers(out, model, processor):
         image, question = item.question.images[0], item.question.text
         by_picture[image].append(Asked(image, item.group, question, said, item.reference))
     ranked = sorted(by_picture.values(), key=_merit, reverse=True)

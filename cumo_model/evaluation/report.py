@@ -11,6 +11,7 @@ from cumo_model.evaluation.compare import LEVEL, RESAMPLES, Difference
 from cumo_model.evaluation.run import Outcome
 
 TABLE, COMPARISON = "table.md", "comparison.md"
+WIDE = 200  # characters
 SOURCE = "Figures of the paper: Table 1 of arXiv 2405.05949."
 
 
@@ -108,4 +109,7 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(text.replace("[", "\\[") for text in row))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file has no width
+        console.width = WIDE
+    console.print(table)

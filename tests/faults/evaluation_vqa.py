@@ -46,7 +46,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("adversarial objects are the frequent ones", TASKS + "objects.py", "(-near[name], name)",
           "(-frequency[name], name)", OBJECTS + "test_popular_are_the_most_frequent_and_adversarial_the_nearest"),
     Fault("all pictures draw the same", TASKS + "objects.py", 'f"{seed}/{picture}"', "seed",
-          OBJECTS + "test_draws_depend_on_seed_and_picture_alone"),
+          OBJECTS + "test_each_picture_has_draws_of_its_own"),
     Fault("draws depend on the order of labels", TASKS + "objects.py", "picture: sorted(set(objects))",
           "picture: list(dict.fromkeys(objects))", OBJECTS + "test_draws_depend_on_seed_and_picture_alone"),
 )  # fmt: skip

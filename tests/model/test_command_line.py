@@ -22,7 +22,8 @@ from cumo_model.training import launch
 from tests.processes import kill
 
 HEAVY = {"torch", "transformers", "numpy", "PIL", "cumo_kernels"}
-COMMANDS = ("demo", "ablate", "chat", "answer", "serve", "data", "train", "experts", "convert", "upcycle")
+COMMANDS = ("demo", "ablate", "chat", "answer", "eval", "serve", "data", "train", "experts", "convert",
+            "upcycle")  # fmt: skip
 
 
 @pytest.fixture
@@ -44,6 +45,7 @@ UPCYCLE = "upcycle --vision clip --text text --out new"
 EXPERTS = "experts --checkpoint model --data data.json --out new"
 CHAT = "chat --checkpoint model --question what"
 ANSWER = "answer model --questions data.json --out new.jsonl"
+EVAL = "eval model --task gqa --data pictures"
 REFUSED = {  # words of a command -> part of the message
     "demo --out full": "full contains something that is not a demo",
     "demo --out data.json": "--out must be a folder, got 'data.json', which is a file",
@@ -86,6 +88,19 @@ REFUSED = {  # words of a command -> part of the message
     f"{ANSWER} --processes 0": "--processes must be at least 1, got 0",
     f"{ANSWER} --temperature -1": "--temperature must be 0, or from 1e-06 to 1e+06, got -1.0",
     "answer --endpoint http://x --questions data.json --out new --processes 2": "--at-once is for it",
+    "eval model --data pictures": "--task must be given, or --compare",
+    "eval model --task gqa": "--data must be given, or --compare",
+    "eval --task gqa --data pictures": "the folder of a checkpoint, or --endpoint, must be given",
+    "eval model --task gqa --data none": "--data must be a folder, got 'none', which does not exist",
+    f"{EVAL} --out data.json": "--out must be a folder, got 'data.json', which is a file",
+    f"{EVAL} --limit 0": "--limit must be at least 1, got 0",
+    f"{EVAL} --judge-url http://h": "--judge-url must not be given without --judge",
+    f"{EVAL} --judge m --judge-url h": "--judge-url must be an address such as",
+    f"{EVAL} --answers data.json": "a checkpoint must not be given with --answers",
+    "eval --task gqa --data pictures --answers none": "--answers must be a file, got 'none', which does not",
+    "eval --compare model": "--compare must have at least two folders, got 1",
+    "eval --compare model none": "--compare must be a folder, got 'none', which does not exist",
+    "eval model --compare model full": "a checkpoint must not be given with --compare",
     "serve nowhere": "checkpoint must be a folder, got 'nowhere', which does not exist",
     "serve silent": "'silent' cannot be loaded: it has no tokenizer (tokenizer.json or",
     "serve model --port 0": "--port must be at least 1, got 0",
@@ -315,6 +330,17 @@ REACHES = {  # command -> the function that it calls, and the arguments that are
         "serving.chat.chat",
         {"endpoint": "http://h/v1", "bits": 8},
     ),
+    "eval --checkpoint c --task gqa,pope --data d --limit 5 --judge m --judge-url http://h/v1 --at-once 3 --batch-size 2 "
+    "--dtype float16": (
+        "evaluation.command.run_eval",
+        {"checkpoint": "c", "task": "gqa,pope", "data": "d", "out": "runs/eval", "limit": 5, "judge": "m",
+         "judge_url": "http://h/v1", "at_once": 3, "batch_size": 2, "dtype": "float16"},
+    ),
+    "eval --task gqa --data d --answers a --out o": (
+        "evaluation.command.run_eval",
+        {"checkpoint": None, "task": "gqa", "data": "d", "answers": "a", "out": "o"},
+    ),
+    "eval --compare a b --out o": ("evaluation.command.run_compare", {"runs": [Path("a"), Path("b")], "out": "o"}),
     "serve c": (
         "serving.serve.serve",
         {"checkpoint": "c",

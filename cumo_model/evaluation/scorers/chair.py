@@ -32,7 +32,7 @@ class Vocabulary:
                     raise ValueError(
                         f"{word!r} must name one object, got {self._objects[key]!r} and {name!r}"
                     )
-        # of two names that begin at one place the longer one counts: "hot dog" before "hot"
+        # of two names that begin at one place the longer one counts: "dog bowl" before "dog"
         longest = sorted(self._objects, key=lambda key: (-len(key), key))
         names = "|".join(re.escape(key).replace(r"\ ", r"\s+") for key in longest)
         self._pattern = re.compile(rf"(?<!\w)(?:{names})(?!\w)")

@@ -65,9 +65,11 @@ def normalised(
     """The form in which a value is compared: `normalize_extracted_answer`.
 
     Multiple choice: the first letter in brackets, or a letter alone, stands for its choice; anything else for
-    the choice with the smallest edit distance, so that an empty answer is the shortest choice. Integers are
-    cut ("2.9" is "2"), decimal numbers rounded. `precision` may be a float such as 1.0, as in the parquet
-    files: CuMo's copy of the script then fails to round and finds each decimal answer wrong.
+    the choice with the smallest edit distance, so that an empty answer is the shortest choice. Where choices
+    are letters in brackets in another order (problems 168 and 849 of testmini), the text of one choice is
+    taken for the letter of another. Integers are cut ("2.9" is "2"), decimal numbers rounded. `precision` may
+    be a float such as 1.0, as in parquet files: CuMo's copy of the script then fails to round and finds each
+    decimal answer wrong.
 
     Args:
         value: as extracted.

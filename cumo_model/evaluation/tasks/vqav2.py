@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cumo_model.checkpoints.folders import write_whole
-from cumo_model.evaluation.files import found, read_json, value_of
+from cumo_model.evaluation.files import found, read_json, read_lines, value_of
 from cumo_model.evaluation.scorers.vqa import normalised, vqa_accuracy_of_server
 from cumo_model.evaluation.task import Data, Item, Judge, Row, by_group, percent
 from cumo_model.evaluation.tasks.common import OneByOne, ask, first_file, read_list, short_prompt, told_apart
@@ -39,7 +39,8 @@ class Vqav2(OneByOne):
             listed = found(folder, OFFICIAL.format("test-dev2015"), LIST)
             questions = _read_official(listed, "test2015")
         if of_all := first_file(folder, LIST_OF_ALL):
-            numbers = [question.id for question in read_list(of_all)]
+            lines = read_lines(of_all)
+            numbers = [value_of(line, "question_id", (int, str), place) for place, line in lines]
         elif of_all := first_file(folder, OFFICIAL.format("test2015")):
             numbers = [question.id for question in _read_official(of_all, "test2015")]
         else:

@@ -18,7 +18,7 @@ from PIL import Image
 from cumo_model import CumoForConditionalGeneration
 from cumo_model.analysis.experts import patch_experts
 from cumo_model.analysis.plots import plot_expert_load, plot_patches
-from cumo_model.demo import evaluate, processes, task
+from cumo_model.demo import processes, task
 from cumo_model.demo import run as demo_run
 from cumo_model.demo.evaluate import Examiner
 from cumo_model.demo.folder import RECIPES, load_model, read_json, stage_recipe

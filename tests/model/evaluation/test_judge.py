@@ -135,3 +135,15 @@ def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.delenv(KEY)
     with pytest.raises(ValueError, match=rf"^a judge needs a key in the environment variable {KEY} "):
         Judge("m", path)
+
+
+def test_an_answer_is_on_disk_as_soon_as_it_is_there(tmp_path):
+    path, counts = tmp_path / "judge.jsonl", []
+
+    def reply(request):
+        counts.append(len(path.read_text().splitlines()))
+        return text_of(request)
+
+    with judging(reply) as server, Judge("m", path, server.url, at_once=1) as judge:
+        judge.all(["a", "b", "c"])
+    assert counts == [0, 1, 2]

@@ -59,6 +59,12 @@ def test_normal_forms_of_choices(value, form):
     assert normalised(value, "multi_choice", "text", CHOICES) == form
 
 
+def test_choices_that_are_letters_in_brackets():
+    choices = ["(c)", "(a)", "(e)", "(d)", "(b)"]  # as in problem 168
+    value = by_rules("(b)", "multi_choice", "text", choices)
+    assert value == "(b)" and normalised(value, "multi_choice", "text", choices) == "(a)"
+
+
 def test_normal_forms_of_numbers():
     number = lambda value, kind, precision=None: normalised(value, "free_form", kind, (), precision)
     assert number("2.9", "integer") == "2"

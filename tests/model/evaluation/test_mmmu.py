@@ -199,7 +199,7 @@ def test_incomplete_or_wrong_files_are_named(tmp_path):
             {"id": "validation_Alchemy_1"},
             "id must be like validation_Accounting_1, got 'validation_Alchemy_1'",
         ),
-        ({"options": "__import__('os')"}, "options must be a list of texts, or such a list as text"),
+        ({"options": "list('ab')"}, "options must be a list of texts, or such a list as text"),
         ({"options": "[1, 2]"}, "options must be a list of texts"),
         ({"options": "[]"}, "options must be 1 to 26 texts, got 0"),
         ({"question": 3}, "question must be str, got 3"),

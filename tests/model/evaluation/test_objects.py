@@ -67,14 +67,25 @@ def test_popular_are_the_most_frequent_and_adversarial_the_nearest():
 
 
 def test_draws_depend_on_seed_and_picture_alone():
-    many = {f"{number}.png": [f"object {number % 7}", f"object {number % 5}"] for number in range(30)}
-    first = pope_items(many, kinds=["random"])
-    assert first == pope_items(many, kinds=["random"])
-    assert first != pope_items(many, kinds=["random"], seed=1)
-    reordered = pope_items({name: many[name][::-1] for name in reversed(many)}, kinds=["random"])
-    assert sorted(item.question.key for item in reordered) == sorted(item.question.key for item in first)
-    assert len({tuple(absent(first, name)) for name in many}) > 5
-    assert all(len(set(absent(first, name))) == len(absent(first, name)) for name in many)
+    # five of ten objects in each picture, so that present and absent ones are drawn
+    many = {f"{number}.png": [f"object {(number + at) % 10}" for at in range(5)] for number in range(20)}
+    drawn = lambda labels, **options: {
+        item.question.key for item in pope_items(labels, kinds=["random"], **options)
+    }
+    assert drawn(many) == drawn({name: many[name][::-1] for name in reversed(many)})
+    assert drawn(many) != drawn(many, seed=1)
+    assert len(drawn(many)) == 20 * 2 * 3
+
+
+def test_each_picture_has_draws_of_its_own():
+    alike = {f"{number}.png": ["dog", "cat", "cup", "car", "bus"][number % 2 :] for number in range(20)}
+    alike |= {"all": [f"object {number}" for number in range(10)]}
+    items = pope_items(alike, kinds=["random"], each=2)
+    assert len({tuple(absent(items, f"{number}.png")) for number in range(1, 20, 2)}) > 1
+    assert (
+        len({item.question.text for item in items if item.reference and item.question.images != ("all",)})
+        == 5
+    )
 
 
 def test_article_and_template():

@@ -247,7 +247,13 @@ def test_letter_by_pattern_knows_its_choices():
             letter_by_pattern("A", choices)
 
 
-WORDS = {"dog": ["dogs", "puppy"], "hot dog": ["hot dogs"], "traffic light": [], "cup": ["Cups"]}
+WORDS = {
+    "dog": ["dogs", "puppy"],
+    "hot dog": ["hot dogs"],
+    "traffic light": [],
+    "cup": ["Cups"],
+    "dog bowl": [],
+}
 
 
 @pytest.mark.parametrize(
@@ -256,6 +262,7 @@ WORDS = {"dog": ["dogs", "puppy"], "hot dog": ["hot dogs"], "traffic light": [],
         ("Dogs and a puppy.", ["dog", "dog"]),
         ("A hot  dog, two hot\ndogs, a dog", ["hot dog", "hot dog", "dog"]),
         ("a hot puppy", ["dog"]),
+        ("a dog bowl, a dog", ["dog bowl", "dog"]),
         ("doghouse, underdog, dog_1", []),
         ("dog-house (cups)", ["dog", "cup"]),
         ("traffic lights", []),
