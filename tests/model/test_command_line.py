@@ -330,8 +330,8 @@ REACHES = {  # command -> the function that it calls, and the arguments that are
         "serving.chat.chat",
         {"endpoint": "http://h/v1", "bits": 8},
     ),
-    "eval --checkpoint c --task gqa,pope --data d --limit 5 --judge m --judge-url http://h/v1 --at-once 3 --batch-size 2 "
-    "--dtype float16": (
+    "eval --checkpoint c --task gqa,pope --data d --limit 5 --judge m --judge-url http://h/v1 --at-once 3 "
+    "--batch-size 2 --dtype float16": (
         "evaluation.command.run_eval",
         {"checkpoint": "c", "task": "gqa,pope", "data": "d", "out": "runs/eval", "limit": 5, "judge": "m",
          "judge_url": "http://h/v1", "at_once": 3, "batch_size": 2, "dtype": "float16"},
@@ -340,7 +340,9 @@ REACHES = {  # command -> the function that it calls, and the arguments that are
         "evaluation.command.run_eval",
         {"checkpoint": None, "task": "gqa", "data": "d", "answers": "a", "out": "o"},
     ),
-    "eval --compare a b --out o": ("evaluation.command.run_compare", {"runs": [Path("a"), Path("b")], "out": "o"}),
+    "eval --compare a b --out o": (
+        "evaluation.command.run_compare", {"runs": [Path("a"), Path("b")], "out": "o"},
+    ),
     "serve c": (
         "serving.serve.serve",
         {"checkpoint": "c",
