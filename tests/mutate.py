@@ -27,6 +27,7 @@ from tests.faults.data import FAULTS as DATA
 from tests.faults.demo import FAULTS as DEMO
 from tests.faults.evaluation import FAULTS as EVALUATION
 from tests.faults.evaluation_choice import FAULTS as EVALUATION_CHOICE
+from tests.faults.evaluation_lmms import FAULTS as EVALUATION_LMMS
 from tests.faults.evaluation_vqa import FAULTS as EVALUATION_VQA
 from tests.faults.kernels import CUDA, HOPPER, TRITON
 from tests.faults.kernels import FAULTS as KERNELS
@@ -39,7 +40,7 @@ from tests.faults.training import FAULTS as TRAINING
 
 ROOT = Path(__file__).parents[1]
 ALL_SERVING = SERVING + SERVING_ANSWER + SERVING_VLLM + SERVING_WEB
-ALL_EVALUATION = EVALUATION + EVALUATION_CHOICE + EVALUATION_VQA
+ALL_EVALUATION = EVALUATION + EVALUATION_CHOICE + EVALUATION_LMMS + EVALUATION_VQA
 FAULTS = {
     "cumo_kernels": KERNELS,
     "cumo_model": MODEL + DATA + CHECKPOINTS + TRAINING + ALL_SERVING + ALL_EVALUATION + DEMO,

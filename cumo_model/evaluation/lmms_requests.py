@@ -196,6 +196,6 @@ def halved(function: Callable[[list], list], items: list, stop: type[Exception])
         reason = " ".join(str(error).split()) or "not enough memory"
     # here the error no longer holds the tensors
     if len(items) == 1:
-        return [reason]
+        return [reason.removeprefix("conversation 1: ")]  # which is the only one
     half = (len(items) + 1) // 2
     return [*halved(function, items[:half], stop), *halved(function, items[half:], stop)]
