@@ -204,7 +204,7 @@ FOREIGN = {
     "pyarrow": ("cumo_model.evaluation.tables",),
     "openpyxl": ("cumo_model.evaluation.tables",),
     "bitsandbytes": ("cumo_model.model.quantize",),
-    "lmms_eval": ("cumo_model.evaluation.lmms", "cumo_model.evaluation.lmms_plugin"),
+    "lmms_eval": ("cumo_model.evaluation.lmms.model", "cumo_model.evaluation.lmms.plugin"),
     "vllm": ("cumo_model.serving.vllm.model", "cumo_model.serving.vllm.plugin"),
 }
 

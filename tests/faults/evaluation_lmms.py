@@ -2,7 +2,7 @@
 
 from tests.faults import Fault
 
-REQUESTS, LIKELIHOOD = ("cumo_model/evaluation/" + name for name in ("lmms_requests.py", "likelihood.py"))
+REQUESTS, LIKELIHOOD = ("cumo_model/evaluation/" + name for name in ("lmms/requests.py", "likelihood.py"))
 REQUEST, LIKELY = "evaluation/lmms_requests::", "evaluation/likelihood::"
 ONE_BY_ONE = LIKELY + "test_a_batch_has_the_probabilities_of_one_token_after_the_other"
 SAMPLING = REQUEST + "test_sampling_of_a_task"

@@ -11,7 +11,7 @@ if importlib.util.find_spec("lmms_eval") is None:
 
 from lmms_eval.utils import eval_logger
 
-from cumo_model.evaluation.lmms import CumoMessages, CumoSimple
+from cumo_model.evaluation.lmms.model import CumoMessages, CumoSimple
 from tests.lmms.tasks import NEW_TOKENS, record, run, write_talker, write_task
 from tests.serve.questions import Right, image
 

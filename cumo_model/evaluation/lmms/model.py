@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from cumo_model.data.pictures import is_system_failure
 from cumo_model.evaluation.likelihood import log_likelihoods
-from cumo_model.evaluation.lmms_requests import (
+from cumo_model.evaluation.lmms.requests import (
     MediaError,
     Wanted,
     conversation,

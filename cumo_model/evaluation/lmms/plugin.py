@@ -3,7 +3,7 @@
 lmms-eval loads it in each of its commands, so the classes are imported only if they are asked for.
 """
 
-CLASSES = "cumo_model.evaluation.lmms"
+CLASSES = "cumo_model.evaluation.lmms.model"
 
 
 def manifest():

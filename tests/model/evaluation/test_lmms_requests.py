@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-from cumo_model.evaluation.lmms_requests import (
+from cumo_model.evaluation.lmms.requests import (
     NEW_TOKENS,
     MediaError,
     Wanted,
@@ -160,7 +160,7 @@ def test_a_batch_is_halved_until_the_reason_is_found():
 
 def test_the_entry_point_needs_no_torch():
     """It is loaded by each command of lmms-eval, also where no model is asked for."""
-    code = "from cumo_model.evaluation.lmms_plugin import CLASSES\n"
+    code = "from cumo_model.evaluation.lmms.plugin import CLASSES\n"
     code += "import sys; print('torch' in sys.modules, CLASSES)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "cumo_model.evaluation.lmms"]
+    assert done.stdout.split() == ["False", "cumo_model.evaluation.lmms.model"]

@@ -1,0 +1,1 @@
+"""CuMo in lmms-eval."""
