@@ -210,7 +210,7 @@ def _eval(args: argparse.Namespace) -> None:
     if args.compare is not None:
         given = {"a checkpoint": args.checkpoint or args.folder, "--endpoint": args.endpoint,
                  "--task": args.task, "--data": args.data, "--answers": args.answers,
-                 "--judge": args.judge}  # fmt: skip
+                 "--judge": args.judge, "--limit": args.limit, "--processes": args.processes}  # fmt: skip
         if named := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"{named[0]} must not be given with --compare, which reads finished runs")
         if len(args.compare) < 2:

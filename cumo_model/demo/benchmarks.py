@@ -97,7 +97,12 @@ class EmojiChoice(_OfPart, Task):
             references = [item.reference for item, _ in said]
             is_right = is_right_in_all([answer for _, answer in said], references)
             rows.append(
-                Row(unit, said[0][0].group, {"right": is_right, "first": said[0][1] == references[0]})
+                Row(
+                    unit,
+                    said[0][0].group,
+                    {"right": is_right, "first": said[0][1] == references[0]},
+                    said[0][0].question.images[0],
+                )
             )
         return rows
 
@@ -131,9 +136,8 @@ def run_benchmarks(
     """
     settings = {"model": fingerprint(folder / name / RESULT), "template": TEMPLATE}
     engine = Local(model.eval(), processor, TEMPLATE, name=name)
-    found = evaluate(
-        engine, tasks, folder, folder / FOLDER / name, limit, BATCH, settings=settings, progress=False
-    )
+    out = folder / FOLDER / name
+    found = evaluate(engine, tasks, folder, out, limit, BATCH, settings=settings, progress=False)
     if failed := next((outcome for outcome in found if outcome.error), None):
         raise RuntimeError(f"{failed.task.name}: {failed.error}")
     return found

@@ -1,7 +1,9 @@
 """The command `python -m cumo_model eval`."""
 
 import contextlib
+import functools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +12,10 @@ import torch
 
 from cumo_model.checkpoints.folders import write_whole
 from cumo_model.evaluation import report
-from cumo_model.evaluation.compare import compare
+from cumo_model.evaluation.compare import compare, not_compared
 from cumo_model.evaluation.judge import OPENAI, Judge
 from cumo_model.evaluation.registry import TASKS
-from cumo_model.evaluation.run import Outcome, evaluate
+from cumo_model.evaluation.run import Outcome, earlier, evaluate
 from cumo_model.evaluation.task import Task
 from cumo_model.serving.answer import BATCH, join_group, this_process
 from cumo_model.serving.engines import Source
@@ -28,9 +30,8 @@ def tasks_of(names: str) -> list[Task]:
     Raises:
         ValueError: there is no benchmark with a name, or it is there twice.
     """
-    if names == ALL:
-        return [task for task in TASKS.values() if task.name in report.paper.TABLE]
-    found = [name.strip() for name in names.split(",")]
+    of_paper = ",".join(name for name in TASKS if name in report.paper.TABLE)
+    found = [name.strip() for name in re.sub(rf"\b{ALL}\b", of_paper, names).split(",")]
     for name in found:
         if name not in TASKS:
             raise ValueError(f"task must be {ALL} or some of {', '.join(TASKS)}, got {name!r}")
@@ -62,7 +63,7 @@ def run_eval(
         checkpoint: folder of the checkpoint; None: ask an endpoint, or score `answers`.
         task: names of benchmarks with commas between them, or "all".
         data: as of `evaluate`, and so are `out`, `limit`, `batch_size` and `answers`.
-        out: folder of the results.
+        out: folder of the results; with a limit, its folder limit-N.
         limit: number of units of each benchmark.
         batch_size: questions per batch.
         judge: name of the model that judges, where a benchmark needs one.
@@ -82,6 +83,8 @@ def run_eval(
         ValueError: as `tasks_of`, `Source.of`, `Judge` and `evaluate`.
     """
     tasks = tasks_of(task)
+    if limit is not None:  # other questions, so other answers
+        out = Path(out) / f"limit-{limit}"
     join_group(endpoint)
     source = None
     if answers is None:
@@ -105,27 +108,33 @@ def run_eval(
             answers,
             each=_told,
         )
-    if this_process()[1] > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
     if is_first:
-        path = report.write_results(outcomes, name, out)
-        report.show(*report.results(outcomes, name))
-        print(f"{report.SOURCE} All figures: {path}")
-    return int(any(outcome.error for outcome in outcomes))
+        asked_now = {outcome.task.name: outcome for outcome in outcomes}
+        shown = [asked_now.get(task.name) or earlier(task, Path(out), name) for task in TASKS.values()]
+        shown = [outcome for outcome in shown if outcome is not None]
+        path = report.write_results(shown, name, out)
+        report.show(*report.results(shown, name))
+        print(f"{report.SOURCE} " * report.has_paper(shown) + f"All figures: {path}", flush=True)
+    code = [int(any(outcome.error for outcome in outcomes))]
+    if this_process()[1] > 1:  # torchrun ends the others as soon as one ends
+        torch.distributed.broadcast_object_list(code, 0)
+        torch.distributed.destroy_process_group()
+    return code[0]
 
 
 def _told(outcome: Outcome) -> None:
     """A line about one benchmark, as soon as it is over."""
     name = outcome.task.name
+    told = functools.partial(print, file=sys.stderr, flush=True)  # standard output has the table alone
+    if outcome.figures is not None:
+        note = f" ({outcome.note})" if outcome.note else ""
+        told(f"{name}: {outcome.task.metric} {report.number(outcome.score)}{note}")
+    elif not outcome.error:
+        told(f"{name}: {outcome.questions} questions answered; {outcome.note}")
     if outcome.error:
-        print(f"cumo: {name}: {outcome.error}", file=sys.stderr, flush=True)
-    elif outcome.figures is None:
-        print(f"{name}: {outcome.questions} questions answered; {outcome.note}", flush=True)
-    else:
-        print(f"{name}: {outcome.task.metric} {report.number(outcome.score)}", flush=True)
+        told(f"cumo: {name}: {outcome.error}")
     if outcome.submission is not None:
-        print(f"{name}: file for the server: {outcome.submission}", flush=True)
+        told(f"{name}: file for the server: {outcome.submission}")
 
 
 def run_compare(runs: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> int:
@@ -143,9 +152,11 @@ def run_compare(runs: Sequence[str | os.PathLike], out: str | os.PathLike | None
     """
     found = compare([Path(run) for run in runs], TASKS)
     table = report.differences(found, str(runs[0]))
+    told = [report.EXPLAINED, *not_compared([Path(run) for run in runs], TASKS)]
     report.show(*table)
-    print(report.explained(found))
+    print("\n".join(told))
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-        write_whole(Path(out) / report.COMPARISON, f"{report.markdown(*table)}\n{report.explained(found)}\n")
+        text = "\n\n".join(told)
+        write_whole(Path(out) / report.COMPARISON, f"{report.markdown(*table)}\n{text}\n")
     return 0

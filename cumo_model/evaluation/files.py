@@ -24,8 +24,13 @@ def found(folder: Path, *names: str) -> Path:
     for name in names:
         if (path := folder / name).exists():
             return path
-    raise ValueError(f"{folder} must hold {' or '.join(names)}, got neither" if len(names) > 1 else
+    raise ValueError(f"{folder} must hold {' or '.join(names)}, got none of them" if len(names) > 1 else
                      f"{folder / names[0]} does not exist")  # fmt: skip
+
+
+def folder_of(folder: Path, *names: str) -> Path:
+    """The first of several folders that exists, or else the first: what is in it may not be needed."""
+    return next((folder / name for name in names if (folder / name).is_dir()), folder / names[0])
 
 
 def read_text(path: Path) -> str:
@@ -152,8 +157,9 @@ class InlinePictures:
         source = self._sources[name]
         data = source() if callable(source) else source
         if isinstance(data, str):
+            text = data.partition(",")[2] if data.startswith("data:") else data
             try:
-                data = base64.b64decode(data, validate=True)
+                data = base64.b64decode("".join(text.split()), validate=True)
             except (binascii.Error, ValueError):
                 raise ValueError(f"image {name!r} must be base64 text") from None
         return decode_image(data, name)

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ class Judge:
         system: str | None = None,
         temperature: float = 0.0,
         max_tokens: int = 1024,
+        is_usable: Callable[[str], bool] = bool,
     ) -> list[str]:
         """The judge's answers to several prompts, asked for at the same time.
 
@@ -110,6 +111,8 @@ class Judge:
             system: a text for the system's place.
             temperature: of its sampling.
             max_tokens: the longest answer.
+            is_usable: whether an answer is one. Others are asked for again, EMPTY times in all, and the last
+                one is given but not kept, so that a later run asks once more.
 
         Raises:
             ValueError: the server cannot be reached, or refuses the key or a prompt, or answers with nothing
@@ -117,13 +120,17 @@ class Judge:
         """
         options = {"temperature": temperature, "max_tokens": max_tokens}
         requests = [self._request(prompt, system, options) for prompt in prompts]
-        keys = [_digest(request) for request in requests]
+        keys = [_digest({"url": self._url, **request}) for request in requests]
         new = {key: r for key, r in zip(keys, requests, strict=True) if key not in self._answers}
         shown = self._progress and sys.stderr.isatty()
         with tqdm(total=len(new), desc="judge", unit=" answers", disable=not shown) as bar:
-            for _ in at_once(lambda key: self._ask(key, new[key]), new, self._at_once):
+            asked = at_once(lambda key: self._ask(key, new[key], is_usable), new, self._at_once)
+            unusable = {}
+            for key, answer in asked:
                 bar.update()
-        return [self._answers[key] for key in keys]
+                if key not in self._answers:
+                    unusable[key] = answer
+        return [unusable[key] if key in unusable else self._answers[key] for key in keys]
 
     def _request(self, prompt: str, system: str | None, options: dict[str, Any]) -> dict[str, Any]:
         texts = [("system", system)] if system is not None else []
@@ -133,21 +140,29 @@ class Judge:
         ]
         return {"model": self.model, "messages": messages, **options}
 
-    def _ask(self, key: str, request: dict[str, Any]) -> None:
-        sent = dict(request)
+    def _ask(self, key: str, request: dict[str, Any], is_usable: Callable[[str], bool]) -> str:
+        sent, last = dict(request), ""
         for _ in range(EMPTY):
-            if text := self._sent(sent).strip():
+            text = self._sent(sent).strip()
+            last = text or last
+            if text and is_usable(text):
                 break
         else:
-            raise ValueError(f"judge {self._url} has given an empty answer {EMPTY} times")
+            if not last:
+                raise ValueError(
+                    f"judge {self._url} has given an empty answer {EMPTY} times, of at most "
+                    f"{request['max_tokens']} tokens"
+                )
+            return last
         line = {"key": key, **request, "answer": text}
         with self._lock:
             if self._file.closed:  # a thread that outlived an error
-                return
+                return text
             self._file.write(f"{json.dumps(line)}\n".encode())
             self._file.flush()
             self._answers[key] = text
             self.asked += 1
+        return text
 
     def _sent(self, request: dict[str, Any]) -> str:
         openai = self._openai

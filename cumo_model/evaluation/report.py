@@ -12,10 +12,15 @@ from cumo_model.evaluation.run import Outcome
 
 TABLE, COMPARISON = "table.md", "comparison.md"
 WIDE = 200  # characters
+EXPLAINED = (
+    f"Intervals of a paired bootstrap with {RESAMPLES} draws of the same pictures. Noise: the interval "
+    "holds 0, so that other questions of the same kind could turn the difference around. Of twenty rows that differ "
+    "by noise alone, one is called better or worse."
+)
 SOURCE = "Figures of the paper: Table 1 of arXiv 2405.05949."
 
 
-def number(value: float | None, metric: str = "") -> str:
+def number(value: float | None) -> str:
     """A figure as a table shows it."""
     if value is None:
         return "-"
@@ -41,6 +46,11 @@ def results(outcomes: Sequence[Outcome], model: str) -> tuple[list[str], list[li
     return columns, rows
 
 
+def has_paper(outcomes: Sequence[Outcome]) -> bool:
+    """Whether the table of results has a figure of the paper."""
+    return any(outcome.task.name in paper.TABLE for outcome in outcomes)
+
+
 def figures(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the table of all figures."""
     rows = [
@@ -54,22 +64,15 @@ def figures(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
 def differences(found: Sequence[Difference], first: str) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the table that compares runs with the first one."""
     columns = ["benchmark", "figure", "run", "score", first, "difference", f"{LEVEL:.0%} interval", "verdict",
-               "questions"]  # fmt: skip
+               "questions", "note"]  # fmt: skip
     rows = []
     for one in found:
         interval = f"{one.low:+.2f} to {one.high:+.2f}"
-        asked = str(one.units) + (f", and {one.only_one} of one run alone" if one.only_one else "")
+        alone = f"{one.only_one} questions are in one run only" if one.only_one else ""
+        note = "; ".join(filter(None, (alone, one.note)))
         rows.append([one.task.title, one.task.metric, one.run, number(one.score), number(one.first),
-                     f"{one.difference:+.2f}", interval, one.verdict, asked])  # fmt: skip
+                     f"{one.difference:+.2f}", interval, one.verdict, str(one.units), note])  # fmt: skip
     return columns, rows
-
-
-def explained(found: Sequence[Difference]) -> str:
-    """How the table that compares runs is to be read."""
-    return (
-        f"Intervals of a paired bootstrap with {RESAMPLES} draws of the same questions; noise: the interval "
-        "holds 0, so that other questions of the same kind could turn the difference around."
-    )
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -87,28 +90,27 @@ def write_results(outcomes: Sequence[Outcome], model: str, out: str | os.PathLik
     """
     path = Path(out) / TABLE
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = f"{markdown(*results(outcomes, model))}\n{SOURCE}\n\n{markdown(*figures(outcomes))}"
+    source = f"{SOURCE}\n\n" if has_paper(outcomes) else ""
+    text = f"{markdown(*results(outcomes, model))}\n{source}{markdown(*figures(outcomes))}"
     write_whole(path, text)
     return path
 
 
 def show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table.
-
-    Raises:
-        ValueError: the package rich is missing.
-    """
+    """Print a table; without the package rich as Markdown."""
     try:
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
     except ImportError:
-        raise ValueError("a table needs the package rich: pip install 'cumo[eval]'") from None
+        print(markdown(columns, rows), end="")
+        return
     table = Table()
-    for name in columns:
-        is_number = any(row[columns.index(name)].replace(".", "").lstrip("+-").isdigit() for row in rows)
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    for place, name in enumerate(columns):
+        is_number = any(row[place].replace(".", "").lstrip("+-").isdigit() for row in rows)
+        table.add_column(escape(name), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(text.replace("[", "\\[") for text in row))
+        table.add_row(*map(escape, row))
     console = Console()
     if not console.is_terminal:  # a file has no width
         console.width = WIDE

@@ -15,8 +15,9 @@ from typing import Any
 
 from cumo_model.checkpoints.folders import write_json
 from cumo_model.evaluation.files import read_json, read_lines
-from cumo_model.evaluation.task import Data, Item, Judge, Row, Task
+from cumo_model.evaluation.task import Data, Item, Judge, Row, Task, unit_of
 from cumo_model.serving.answer import BATCH, answer_questions, this_process
+from cumo_model.serving.answer_file import OtherAnswersError
 from cumo_model.serving.engines import Engine
 from cumo_model.serving.questions import Question, pictures_of_questions
 from cumo_model.serving.sampling import Sampling
@@ -60,11 +61,15 @@ class Scores:
     Attributes:
         task: name of the benchmark.
         model: name of the model.
+        source: names of the files of questions.
+        judge: name of the model that judged, or "".
         rows: a row for each question that was scored.
     """
 
     task: str
     model: str
+    source: str
+    judge: str
     rows: list[Row]
 
 
@@ -125,9 +130,12 @@ def evaluate(
     for task in tasks:
         outcome = Outcome(task)
         try:
+            if this_process()[0] == 0:  # else a run that fails would leave those of an earlier one
+                (out / task.name / SCORES).unlink(missing_ok=True)
             found = read(task, data)
             asked = limited(found, limit)
-            outcome = replace(outcome, questions=len(asked.items), of=len(found.items))
+            of = max(found.of, len(found.items))
+            outcome = replace(outcome, questions=len(asked.items), of=of, note=found.note)
             if answers is None:
                 said = _asked(task, asked, engine, out, batch_size, settings, model_id, progress)
             else:
@@ -191,11 +199,6 @@ def limited(data: Data, limit: int | None) -> Data:
     return replace(data, items=[item for item in data.items if unit_of(item) in kept])
 
 
-def unit_of(item: Item) -> Any:
-    """What identifies the unit of an item."""
-    return item.unit or item.question.key
-
-
 def _asked(task, data: Data, engine, out: Path, batch_size, settings, model_id, progress) -> list[str]:
     """The answers to the questions of a benchmark; an error where one has none."""
     questions = [item.question for item in data.items]
@@ -215,7 +218,8 @@ def _asked(task, data: Data, engine, out: Path, batch_size, settings, model_id, 
             title=task.name,
         )
     except ValueError as error:
-        if this_process()[1] > 1 and not isinstance(error, _EngineError):  # the others wait for this one
+        is_alone = this_process()[1] == 1 or isinstance(error, OtherAnswersError)
+        if not is_alone and not isinstance(error, _EngineError):  # the other processes wait for this one
             raise _EngineError(str(error)) from error
         raise
     if done.failures:
@@ -231,60 +235,89 @@ def given_answers(path: str | os.PathLike, questions: Sequence[Question]) -> lis
     """The texts of a file of answers, in the order of questions.
 
     Args:
-        path: JSON lines with question_id and text, and prompt where several questions have one id.
+        path: JSON lines with question_id and text, and prompt where several questions have one id. Lines of
+            other questions are passed over; a prompt may lack the last lines of the question, as in answers
+            of LLaVA's scripts.
         questions: the questions.
 
     Raises:
         ValueError: the file cannot be read, or a question has no answer or two.
     """
     path, found = Path(path), {}
-    keys: dict[str, set] = {}
+    asked: dict[str, list[Question]] = {}
     for question in questions:
-        keys.setdefault(str(question.id), set()).add(question.text.strip())
+        asked.setdefault(str(question.id), []).append(question)
     for place, line in read_lines(path):
         if "question_id" not in line or not isinstance(line.get("text"), str):
             raise ValueError(f"{place}: must have question_id, and text that is text")
-        number = str(line["question_id"])
-        prompt = str(line.get("prompt", "")).replace("<image>", "").strip()
-        texts = keys.get(number, set())
-        key = number, prompt if len(texts) > 1 else next(iter(texts), "")
-        if key in found:
+        question = _meant(line, asked.get(str(line["question_id"]), []))
+        if question is None:
+            continue  # of another question
+        if question.key in found:
             raise ValueError(f"{place}: the question {line['question_id']!r} has two answers")
-        found[key] = line["text"]
-    missing = [q for q in questions if (str(q.id), q.text.strip()) not in found]
+        found[question.key] = line["text"]
+    missing = [question for question in questions if question.key not in found]
     if missing:
         raise ValueError(
             f"{path} has answers to {len(questions) - len(missing)} of {len(questions)} questions; the first "
             f"without one is {missing[0].id!r}"
         )
-    return [found[str(q.id), q.text.strip()] for q in questions]
+    return [found[question.key] for question in questions]
+
+
+def _meant(line: dict[str, Any], questions: Sequence[Question]) -> Question | None:
+    """The question of a line, of those with its id: by the prompt, which may lack the last lines."""
+    prompt = str(line.get("prompt") or "").replace("<image>", "").strip()
+    if not prompt:
+        return questions[0] if len(questions) == 1 else None
+    same = [question for question in questions if question.text.strip() == prompt]
+    begun = [question for question in questions if question.text.strip().startswith(f"{prompt}\n")]
+    return next(iter(same or begun), None)
 
 
 def _scored(outcome: Outcome, data: Data, said: list[str], judge, folder: Path, model: str) -> Outcome:
     """The outcome with figures and submission, which are also written."""
     task = outcome.task
     folder.mkdir(parents=True, exist_ok=True)
-    path = task.submission(data, said, folder / "submission")
-    outcome = replace(outcome, submission=path)
-    if outcome.questions < outcome.of:
-        outcome = replace(outcome, note="a part of the questions")
-    rows = task.rows(data, said, judge)
-    if rows is None:
+    notes = [outcome.note, "a part of the questions" * (outcome.questions < outcome.of)]
+    if (rows := task.rows(data, said, judge)) is None:
         elsewhere = f"scored by {task.server or 'its authors'}"
-        return replace(outcome, note=NEEDS_JUDGE if task.judged and judge is None else elsewhere)
-    figures = task.figures(rows)
-    content = {
-        "task": task.name,
-        "model": model,
-        "metric": task.metric,
-        "questions": outcome.questions,
-        "of": outcome.of,
-        "source": str(data.more.get("source", "")),
-        "figures": {name: value if math.isfinite(value) else None for name, value in figures.items()},
-        "rows": [asdict(row) for row in rows],
-    }
-    write_json(folder / SCORES, content)
-    return replace(outcome, figures=figures)
+        notes.append(NEEDS_JUDGE if task.judged and judge is None else elsewhere)
+    else:
+        notes.append(task.note(rows))
+        figures = task.figures(rows)
+        outcome = replace(outcome, figures=figures)
+        content = {
+            "task": task.name,
+            "model": model,
+            "judge": judge.model if task.judged and judge is not None else "",
+            "metric": task.metric,
+            "questions": outcome.questions,
+            "of": outcome.of,
+            "source": str(data.more.get("source", "")),
+            "note": "; ".join(filter(None, notes)),
+            "figures": {name: value if math.isfinite(value) else None for name, value in figures.items()},
+            "rows": [asdict(row) for row in rows],
+        }
+        write_json(folder / SCORES, content)
+    outcome = replace(outcome, note="; ".join(filter(None, notes)))
+    try:  # after the scores, which need no spreadsheet
+        return replace(outcome, submission=task.submission(data, said, folder / "submission"))
+    except ValueError as error:
+        return replace(outcome, error=str(error))
+
+
+def earlier(task: Task, folder: Path, model: str) -> Outcome | None:
+    """The outcome of an earlier run of the same model in a folder of results, if it has scores."""
+    path = folder / task.name / SCORES
+    try:
+        content = read_json(path, dict)
+        if content["model"] != model:
+            return None
+        figures = {name: math.nan if value is None else value for name, value in content["figures"].items()}
+        return Outcome(task, figures, content["questions"], content["of"], content["note"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def read_scores(path: Path) -> Scores:
@@ -295,7 +328,10 @@ def read_scores(path: Path) -> Scores:
     """
     content = read_json(path, dict)
     try:
-        rows = [Row(row["unit"], row["group"], dict(row["values"])) for row in content["rows"]]
-        return Scores(str(content["task"]), str(content["model"]), rows)
+        rows = [
+            Row(row["unit"], row["group"], dict(row["values"]), row["picture"]) for row in content["rows"]
+        ]
+        names = ("task", "model", "source", "judge")
+        return Scores(*(str(content[name]) for name in names), rows)
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} must be a file of scores as `eval` writes it; delete it") from None

@@ -37,12 +37,16 @@ class Data:
     Attributes:
         items: the questions. Items of one unit have the same `unit`.
         pictures: folders or .tar files, or an object with the methods `load` and `problem` of `Pictures`.
-        more: what else the scorer needs.
+        more: what else the scorer needs; "source": the files that were read.
+        of: number of questions in the official files, where `items` may be fewer; 0: all are there.
+        note: what must be known about the figures, or "".
     """
 
     items: list[Item]
     pictures: Any
     more: dict[str, Any] = field(default_factory=dict)
+    of: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,13 @@ class Row:
         unit: name of the unit.
         group: its category, or "".
         values: numbers or words from which `Task.figures` computes the figures; JSON.
+        picture: of the unit; units with one picture are drawn together where runs are compared. "": none.
     """
 
     unit: str
     group: str
     values: dict[str, Any]
+    picture: str = ""
 
 
 class Task(ABC):
@@ -113,6 +119,14 @@ class Task(ABC):
         It is a function of the rows alone, so that it can be computed again for samples of them.
         """
 
+    def note(self, rows: Sequence[Row]) -> str:
+        """What must be known about the figures of these rows, or "".
+
+        Raises:
+            ValueError: the rows allow no figures.
+        """
+        return ""
+
     def submission(self, data: Data, answers: Sequence[str], path: Path) -> Path | None:
         """Write the file that the server of the benchmark takes.
 
@@ -125,6 +139,11 @@ class Task(ABC):
             The file; None if there is no such server.
         """
         return None
+
+
+def unit_of(item: Item) -> str:
+    """The name of an item's unit: the id of its question unless it has another."""
+    return item.unit or str(item.question.id)
 
 
 def percent(values: Sequence[float]) -> float:

@@ -27,6 +27,10 @@ DYING = 2.0  # seconds for a process that was killed to let go of its part
 SHOWN = 12  # digits of the digest that names a run
 
 
+class OtherAnswersError(ValueError):
+    """The files hold answers to other questions or with other settings; every process finds it."""
+
+
 class AnswerFile:
     """The answers to questions; use it in a `with` block.
 
@@ -141,9 +145,11 @@ class AnswerFile:
             head, *batches = map(json.loads, lines)
             found = {_key(answer): answer for batch in batches for answer in batch}
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged: {error}; delete it to ask its questions again") from None
+            raise OtherAnswersError(
+                f"{path} is damaged: {error}; delete it to ask its questions again"
+            ) from None
         if head != self._head:
-            raise ValueError(
+            raise OtherAnswersError(
                 f"{path} belongs to {self._difference(head)}: choose another --out, or delete {path} to "
                 "start anew"
             )
@@ -170,7 +176,7 @@ class AnswerFile:
         except (ValueError, TypeError, KeyError):
             is_own = False
         if not is_own:
-            raise ValueError(
+            raise OtherAnswersError(
                 f"{self.out} exists already, with answers to other questions or with other settings: choose "
                 "another --out or delete it"
             )

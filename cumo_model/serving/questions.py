@@ -47,7 +47,9 @@ class Question:
     def message(self, pictures: Sequence[Image.Image] = ()) -> Message:
         """The question as a message of the user, with its pictures."""
         texts = self.text.split(IMAGE_MARKER)
-        if len(texts) <= 2:  # a single picture goes before the text, wherever its marker stands
+        if len(texts) == 1:
+            return user_message(self.text, pictures)
+        if len(texts) == 2:  # a single picture goes before the text, wherever its marker stands
             return user_message("".join(texts).strip(), pictures)
         parts: list[dict] = []
         for number, text in enumerate(texts):

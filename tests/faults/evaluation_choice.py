@@ -34,7 +34,7 @@ FAULTS: tuple[Fault, ...] = (
           "evaluation/mathvista::test_normal_forms_of_numbers"),
     Fault("replies of the judge in another order", TASK + "mathvista.py", "zip(places, replies, strict=True)",
           "zip(places, reversed(replies), strict=True)", "evaluation/mathvista::test_scores_by_hand_with_a_judge"),
-    Fault("a grade above one", REVIEWS, "0 <= value <= 1", "0 <= value", "evaluation/mmvet::test_the_grade_of_a_review"),
+    Fault("a grade above one", REVIEWS, "return value if value <= 1 else None", "return value", "evaluation/mmvet::test_the_grade_of_a_review"),
     Fault("the mean of ratios", REVIEWS, "100 * sum(second for _, second in pairs) / total",
           "100 * sum(b / a for a, b in pairs) / len(pairs)",
           "evaluation/llava_bench::test_the_relative_score_is_one_of_sums"),

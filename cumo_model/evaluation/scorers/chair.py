@@ -7,6 +7,7 @@ has all forms. So the figures depend on the vocabulary, and are comparable only 
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 
@@ -34,19 +35,35 @@ class Vocabulary:
                     )
         # of two names that begin at one place the longer one counts: "dog bowl" before "dog"
         longest = sorted(self._objects, key=lambda key: (-len(key), key))
-        names = "|".join(re.escape(key).replace(r"\ ", r"\s+") for key in longest)
-        self._pattern = re.compile(rf"(?<!\w)(?:{names})(?!\w)")
+        self._pattern = re.compile("|".join(map(_whole, longest)))
 
-    def __contains__(self, name: str) -> bool:
-        return self._objects.get(_key(name)) == name
+    def object_of(self, name: str) -> str | None:
+        """The object that a name is of, or None."""
+        return self._objects.get(_key(name))
 
     def mentions(self, caption: str) -> list[str]:
         """The objects that a caption names, in its order, each as often as it is named."""
-        return [self._objects[_key(found)] for found in self._pattern.findall(caption.casefold())]
+        return [self._objects[_key(found)] for found in self._pattern.findall(_folded(caption))]
+
+
+# scripts whose words have no spaces between them: Thai, Lao, Khmer, kana, Han
+UNSPACED = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+
+
+def _whole(key: str) -> str:
+    """A pattern of a name as a whole word, where words have spaces between them."""
+    names = re.escape(key).replace(r"\ ", r"\s+")
+    before = "" if re.match(f"[{UNSPACED}]", key) else rf"(?<![^\W{UNSPACED}])"
+    after = "" if re.search(f"[{UNSPACED}]$", key) else rf"(?![^\W{UNSPACED}])"
+    return f"{before}{names}{after}"
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", text).casefold()
 
 
 def _key(word: str) -> str:
-    return " ".join(word.casefold().split())
+    return " ".join(_folded(word).split())
 
 
 def chair_counts(caption: str, objects: Iterable[str], vocabulary: Vocabulary) -> dict[str, int]:

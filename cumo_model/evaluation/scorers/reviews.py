@@ -6,6 +6,7 @@ MM-Vet (arXiv 2308.02490), section 3.3, with mm-vet_evaluator.ipynb of yuweihao/
 """
 
 import math
+import re
 from collections.abc import Sequence
 
 
@@ -35,12 +36,14 @@ def relative_score(pairs: Sequence[tuple[float, float]]) -> float:
 def correctness_of(review: str) -> float | None:
     """MM-Vet's correctness: the number between 0 and 1 at the beginning of a review.
 
+    "Grade:" or asterisks may stand before it and a period or asterisks behind it.
+
     Returns:
         The number, or None where the review begins otherwise; the official notebook asks again, at last
         counting 0.
     """
-    try:
-        value = float(review.strip().split(" ")[0])
-    except ValueError:
-        return None
-    return value if 0 <= value <= 1 else None
+    found = re.match(
+        r"[\s*]*(?:grade|score|correctness)?[\s*:]*([01](?:\.\d+)?|\.\d+)\.?[\s*]*(?:\s|$)", review, re.I
+    )
+    value = float(found[1]) if found else 2
+    return value if value <= 1 else None

@@ -1,13 +1,14 @@
 """What several benchmarks share: prompts, LLaVA's question files, and one row for each question."""
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cumo_model.evaluation.files import read_lines, value_of
-from cumo_model.evaluation.task import Data, Item, Judge, Row, Task
+from cumo_model.evaluation.task import Data, Item, Judge, Row, Task, unit_of
 from cumo_model.serving.messages import text_problem
 from cumo_model.serving.questions import Question
 
@@ -65,27 +66,30 @@ def read_list(path: Path) -> list[Question]:
     return questions
 
 
-def told_apart(items: Iterable[Item]) -> list[Item]:
-    """Items of which no two have the same id and text.
+def told_apart(items: Iterable[Item], alone: bool = True) -> list[Item]:
+    """Items of which no two have the same id and text, and if each is scored alone, no two the same unit.
 
-    Files may ask a question twice about one picture. Official scorers count it twice; here the later ones get
-    another id and unit, so that they have answers of their own.
+    Files may ask a question twice about one picture, or have an id twice. Official scorers count both; here
+    the later ones get another id or unit, so that they have answers and rows of their own.
+
+    Args:
+        items: the items.
+        alone: whether each item is a unit.
     """
-    seen: dict[Any, int] = {}
+    keys: Counter[Any] = Counter()
+    units: Counter[str] = Counter()
     kept = []
     for item in items:
         key = item.question.key
-        seen[key] = seen.get(key, 0) + 1
-        if (times := seen[key]) > 1:
+        keys[key] += 1
+        if (times := keys[key]) > 1:
             question = replace(item.question, id=f"{item.question.id} ({times})")
-            item = replace(item, question=question, unit=f"{unit_of(item)} ({times})")
+            item = replace(item, question=question, unit=item.unit and f"{item.unit} ({times})")
+        units[unit := unit_of(item)] += 1
+        if alone and (times := units[unit]) > 1:
+            item = replace(item, unit=f"{unit} ({times})")
         kept.append(item)
     return kept
-
-
-def unit_of(item: Item) -> str:
-    """The name of an item's unit: the id of its question unless it has another."""
-    return item.unit or str(item.question.id)
 
 
 class OneByOne(Task):
@@ -97,6 +101,19 @@ class OneByOne(Task):
 
     def rows(self, data: Data, answers: Sequence[str], judge: Judge | None = None) -> list[Row] | None:
         return [
-            Row(unit_of(item), item.group, self.score(item, answer))
+            Row(unit_of(item), item.group, self.score(item, answer), next(iter(item.question.images), ""))
             for item, answer in zip(data.items, answers, strict=True)
         ]
+
+
+def unreadable(rows: Sequence[Row]) -> str:
+    """How many replies of a judge have no grade, by the value "unreadable" of the rows; "" if all have one.
+
+    Raises:
+        ValueError: half of them have none.
+    """
+    count = sum(row.values["unreadable"] for row in rows)
+    told = f"{count} of {len(rows)} replies of the judge have no grade"
+    if 2 * count >= len(rows) > 0:
+        raise ValueError(f"{told}: is it a judge?")
+    return told if count else ""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cumo_model.evaluation.files import found, read_json, value_of
+from cumo_model.evaluation.files import folder_of, found, read_json, value_of
 from cumo_model.evaluation.scorers.exact import exact_match
 from cumo_model.evaluation.task import Data, Item, Row, by_group, percent
 from cumo_model.evaluation.tasks.common import OneByOne, ask, first_file, read_list, short_prompt, told_apart
@@ -25,7 +25,7 @@ class Gqa(OneByOne):
             folder, *(f"{part}{OFFICIAL}" for part in ("data/", "data/questions1.2/", "questions/", ""))
         )
         records = read_json(path, dict)
-        pictures = [found(folder, "data/images", "images")]
+        pictures = [folder_of(folder, "data/images", "images")]
         if listed := first_file(folder, LIST):
             questions = read_list(listed)
         else:
@@ -40,7 +40,7 @@ class Gqa(OneByOne):
             record = value_of(records, str(question.id), dict, f"{path}, for {question.place}")
             answer = value_of(record, "answer", str, f"{path}, question {question.id}")
             items.append(Item(question, answer, _kind(record)))
-        return Data(told_apart(items), pictures, {"source": str(listed or path)})
+        return Data(told_apart(items), pictures, {"source": str(listed or path)}, len(records))
 
     def score(self, item: Item, answer: str) -> dict[str, Any]:
         return {"right": int(exact_match(answer, item.reference))}

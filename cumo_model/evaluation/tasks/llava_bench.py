@@ -8,6 +8,7 @@ from cumo_model.data.pictures import Pictures
 from cumo_model.evaluation.files import found, read_json, read_lines, value_of
 from cumo_model.evaluation.scorers.reviews import pair_of, relative_score
 from cumo_model.evaluation.task import LONG, Data, Item, Judge, Row, Task, percent
+from cumo_model.evaluation.tasks.common import unreadable
 from cumo_model.serving.questions import read_questions
 
 RULE = "rule.json"  # LLaVA's llava/eval/table/rule.json, where a person has put it into the folder
@@ -69,7 +70,7 @@ class LlavaBench(Task):
                 "after": f"\n\n[End of {role} 2]\n\n[System]\n{task}\n\n",
             }
             items.append(Item(question, reference, group, str(question.id)))
-        return Data(items, Pictures([found(folder, "images")]), {"source": source})
+        return Data(items, Pictures([folder / "images"]), {"source": source})
 
     def rows(self, data: Data, answers: Sequence[str], judge: Judge | None = None) -> list[Row] | None:
         if judge is None:
@@ -79,7 +80,13 @@ class LlavaBench(Task):
             for item, answer in zip(data.items, answers, strict=True)
         ]
         # temperature and length of the official script
-        reviews = judge.all(prompts, SYSTEM, temperature=0.2, max_tokens=1024)
+        reviews = judge.all(
+            prompts,
+            SYSTEM,
+            temperature=0.2,
+            max_tokens=1024,
+            is_usable=lambda reply: pair_of(reply) is not None,
+        )
         rows = []
         for item, review in zip(data.items, reviews, strict=True):
             pair = pair_of(review)
@@ -87,6 +94,9 @@ class LlavaBench(Task):
             values = {"reference": first, "answer": second, "unreadable": pair is None}
             rows.append(Row(item.unit, item.group, values))
         return rows
+
+    def note(self, rows: Sequence[Row]) -> str:
+        return unreadable(rows)
 
     def figures(self, rows: Sequence[Row]) -> dict[str, float]:
         figures = {

@@ -199,4 +199,7 @@ def _query(question: str, answer_type: str, choices: Sequence[str], unit: str | 
 
 
 def _prompt(item: Item, answer: str) -> str:
-    return f"{SHOWN}\n{item.reference['query']}\nReply: {answer}\nFinal answer:"
+    asked = item.reference["query"]
+    if not asked.startswith("Wanted: "):  # an official query
+        asked = f"Wanted: {WANTED[item.reference['answer_type']]}\n{asked}"
+    return f"{SHOWN}\n{asked}\nReply: {answer}\nFinal answer:"

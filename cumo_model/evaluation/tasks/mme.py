@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cumo_model.evaluation.files import found, read_text
 from cumo_model.evaluation.scorers.mme import COGNITION, PERCEPTION, mme_points, mme_sum, mme_verdict
-from cumo_model.evaluation.task import Data, Item, Judge, Row, Task, percent
+from cumo_model.evaluation.task import Data, Item, Judge, Row, Task, percent, unit_of
 from cumo_model.evaluation.tasks.common import (
     SHORT_ANSWER,
     ask,
@@ -14,7 +14,6 @@ from cumo_model.evaluation.tasks.common import (
     read_list,
     short_prompt,
     told_apart,
-    unit_of,
 )
 
 LIST = "llava_mme.jsonl"
@@ -35,7 +34,7 @@ class Mme(Task):
     folders = ("MME", "mme")
 
     def read(self, folder: Path) -> Data:
-        release = found(folder, RELEASE, f"{RELEASE}/{RELEASE}")
+        release = found(folder, f"{RELEASE}/{RELEASE}", RELEASE)
         official: dict[Key, tuple[bool, str, str]] = {}
         for task in (*PERCEPTION, *COGNITION):
             for key, value in _read_task(found(release, task), task).items():
@@ -45,7 +44,7 @@ class Mme(Task):
             for question in read_list(listed):
                 image = question.images[0]
                 names = str(question.id).split("/")
-                key = names[0], names[-1].split(".")[0], _without_instruction(question.text)
+                key = names[0], Path(names[-1]).stem, _without_instruction(question.text)
                 if key not in official:
                     raise ValueError(
                         f"{question.place}: {release} has no question {key[2]!r:.80} about {image}"
@@ -60,7 +59,9 @@ class Mme(Task):
             raise ValueError(
                 f"{listed or release} must have two questions about {wrong}, got {counts[wrong]}"
             )
-        return Data(told_apart(items), [release], {"source": str(listed or release)})
+        return Data(
+            told_apart(items, alone=False), [release], {"source": str(listed or release)}, len(official)
+        )
 
     def rows(self, data: Data, answers: Sequence[str], judge: Judge | None = None) -> list[Row] | None:
         rows: dict[str, Row] = {}
@@ -102,7 +103,9 @@ def _read_task(folder: Path, task: str) -> dict[Key, tuple[bool, str, str]]:
     }
     questions: dict[Key, tuple[bool, str, str]] = {}
     for path in sorted(texts.glob("*.txt")):
-        stem = path.name.split(".")[0]
+        if path.name.startswith("."):  # of another file system
+            continue
+        stem = path.stem
         if stem not in pictures:
             raise ValueError(f"{path}: its picture {stem} must be in {folder / inner}")
         for number, line in enumerate(read_text(path).split("\n"), 1):

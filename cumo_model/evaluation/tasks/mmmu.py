@@ -1,6 +1,7 @@
 """MMMU: questions of 30 subjects, multiple choice and open, from parquet files or JSON."""
 
 import ast
+import contextlib
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -99,7 +100,8 @@ class Mmmu(Task):
                 letters = [chr(ord("A") + number) for number in range(len(options))]
                 letter = letter_of(answer, options)
                 is_guessed = not letter
-                is_right = (letter or guess.choice(letters)) == right
+                said = letter or guess.choice(letters)
+                is_right = said in right if isinstance(right, list) else said == right
             values = {"right": is_right, "guessed": is_guessed, "open": options is None}
             rows.append(Row(item.unit, item.group, values))
         return rows
@@ -176,7 +178,8 @@ def _item(record: Any, official: dict[str, Any], place: str) -> Item:
         right = None if right in (None, "", "?") else value_of(record, "answer", (str, list), place)
     # the hub writes several answers to an open question as the text of a list
     if options is None and isinstance(right, str) and right.startswith("["):
-        right = _listed(right, "answer", place)
+        with contextlib.suppress(ValueError):  # else it is the answer, such as "[Ar] 3d5"
+            right = _listed(right, "answer", place)
     question = Question(number, text, () if picture is None else (picture,), place=place)
     return Item(question, {"answer": right, "options": options}, subject, number)
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from cumo_model.checkpoints.folders import write_whole
 from cumo_model.data.pictures import Pictures
-from cumo_model.evaluation.files import found, read_json, value_of
+from cumo_model.evaluation.files import folder_of, found, read_json, value_of
 from cumo_model.evaluation.scorers.reviews import correctness_of
 from cumo_model.evaluation.task import LONG, Data, Item, Judge, Row, Task, percent
+from cumo_model.evaluation.tasks.common import unreadable
 from cumo_model.serving.questions import Question, read_questions
 
 ASKED = "llava-mm-vet.jsonl"  # LLaVA's file of questions
@@ -84,7 +85,7 @@ class MmVet(Task):
             items.append(Item(question, _reference(question, entries, official), "", f"v1_{question.id}"))
         if not items:
             raise ValueError(f"{official} must hold at least one question, got none")
-        return Data(items, Pictures([found(folder, *IMAGES)]), {"source": source})
+        return Data(items, Pictures([folder_of(folder, *IMAGES)]), {"source": source})
 
     def rows(self, data: Data, answers: Sequence[str], judge: Judge | None = None) -> list[Row] | None:
         if judge is None or any(item.reference is None for item in data.items):
@@ -93,8 +94,10 @@ class MmVet(Task):
         for item, answer in zip(data.items, answers, strict=True):
             asked = f"Question: {item.question.text}\nReference: {item.reference['answer']}"
             prompts.append(f"{PROMPT}\n{asked}\nAnswer: {answer}\nGrade:")
+        is_grade = lambda reply: correctness_of(reply) is not None
+        replies = judge.all(prompts, SYSTEM, max_tokens=256, is_usable=is_grade)
         rows = []
-        for item, reply in zip(data.items, judge.all(prompts, SYSTEM, max_tokens=16), strict=True):
+        for item, reply in zip(data.items, replies, strict=True):
             score = correctness_of(reply)
             values = {
                 "score": score or 0.0,
@@ -103,6 +106,9 @@ class MmVet(Task):
             }
             rows.append(Row(item.unit, item.group, values))
         return rows
+
+    def note(self, rows: Sequence[Row]) -> str:
+        return unreadable(rows)
 
     def figures(self, rows: Sequence[Row]) -> dict[str, float]:
         figures = {

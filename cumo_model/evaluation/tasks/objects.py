@@ -21,6 +21,7 @@ from cumo_model.evaluation.tasks.pope import KINDS, pope_figures
 LABELS, VOCABULARY = "labels.json", "vocabulary.json"
 QUESTION = "Is there {a} {object} in the image?"
 CAPTION = "Describe this image in detail."
+CONSONANTS, VOWELS = ("uni", "use", "eu", "ufo", "one"), ("hour", "heir", "honest")  # by their sound
 EACH = 3  # present objects, and as many absent ones, that are asked about in a picture
 SEED = 0
 CAPTION_TOKENS = 512
@@ -58,20 +59,25 @@ class Chair(Task):
     def read(self, folder: Path) -> Data:
         path, labels = folder / LABELS, read_labels(found(folder, LABELS))
         vocabulary = read_vocabulary(found(folder, VOCABULARY))
-        for picture, objects in labels.items():
-            if unknown := next((name for name in objects if name not in vocabulary), None):
+        items = []
+        for picture, names in labels.items():
+            objects = [vocabulary.object_of(name) for name in names]
+            if None in objects:
+                unknown = names[objects.index(None)]
                 raise ValueError(
                     f"{folder / VOCABULARY} must have {unknown!r}, an object of picture {picture}"
                 )
-        items = [
-            Item(ask(picture, CAPTION, picture, f"{path}, {picture}"), objects)
-            for picture, objects in labels.items()
-        ]
+            items.append(Item(ask(picture, CAPTION, picture, f"{path}, {picture}"), objects))
         return Data(items, [_pictures(folder)], {"source": str(path), "vocabulary": vocabulary})
 
     def rows(self, data: Data, answers: Sequence[str], judge: Judge | None = None) -> list[Row] | None:
         return [
-            Row(str(item.question.id), "", chair_counts(answer, item.reference, data.more["vocabulary"]))
+            Row(
+                str(item.question.id),
+                "",
+                chair_counts(answer, item.reference, data.more["vocabulary"]),
+                item.question.images[0],
+            )
             for item, answer in zip(data.items, answers, strict=True)
         ]
 
@@ -90,7 +96,10 @@ def read_labels(path: Path) -> dict[str, list[str]]:
         raise ValueError(f"{path} must hold at least one picture, got none")
     for picture, objects in labels.items():
         _check_names(objects, f"{path}, picture {picture}")
-    return {picture: list(dict.fromkeys(objects)) for picture, objects in labels.items()}
+    return {
+        picture: list(dict.fromkeys(" ".join(name.split()) for name in objects))
+        for picture, objects in labels.items()
+    }
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
@@ -131,6 +140,9 @@ def pope_items(
     all pictures ("popular"), or those that are most often in a picture with the present ones ("adversarial");
     of equally frequent ones the first by name. A picture with fewer than `each` present or absent objects
     gets fewer questions of both sorts, and one that shows all or no objects gets none.
+
+    The official script has a list of companions for each present object; here the times that an absent object
+    is with any of the present ones are added.
 
     Args:
         labels: name of a picture -> its objects. The objects of all pictures are those that can be absent.
@@ -178,7 +190,8 @@ def pope_items(
 
 
 def _item(picture: str, name: str, kind: str, label: bool, template: str, place: str) -> Item:
-    article = "an" if name[:1].lower() in tuple("aeiou") else "a"
+    is_vowel = name[:1].lower() in tuple("aeiou") and not name.lower().startswith(CONSONANTS)
+    article = "an" if is_vowel or name.lower().startswith(VOWELS) else "a"
     text = template.replace("{object}", name).replace("{a}", article)
     question = ask(f"{kind}/{picture}/{name}", text, picture, f"{place}, picture {picture}", kind)
     return Item(question, label, kind)

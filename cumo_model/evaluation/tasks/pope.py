@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cumo_model.evaluation.files import found, read_lines, value_of
+from cumo_model.evaluation.files import folder_of, found, read_lines, value_of
 from cumo_model.evaluation.scorers.yes_no import five_figures, pope_says_yes
 from cumo_model.evaluation.task import Data, Item, Row
 from cumo_model.evaluation.tasks.common import (
@@ -31,7 +31,7 @@ class Pope(OneByOne):
         official = {
             kind: _read_official(found(folder / "coco", f"coco_pope_{kind}.json"), kind) for kind in KINDS
         }
-        pictures = [found(folder, "val2014")]
+        pictures = [folder_of(folder, "val2014")]
         if listed := first_file(folder, LIST):
             items = _labelled(listed, official)
         else:
@@ -97,7 +97,7 @@ def _labelled(path: Path, official: dict[str, list[Item]]) -> list[Item]:
         if at >= len(official[kind]) or official[kind][at].question.images != question.images:
             raise ValueError(
                 f"{question.place}: image must be that of question {at + 1} of coco_pope_{kind}.json, "
-                f"got {question.images[0]!r:.80}"
+                f"got {question.images[0]!r:.80}; LLaVA's list belongs to the files of POPE's commit e3e3926"
             )
         items.append(Item(question, official[kind][at].reference, kind, unit=f"{kind}/{question.id}"))
     if short := next((kind for kind in KINDS if place_of[kind] < len(official[kind])), None):

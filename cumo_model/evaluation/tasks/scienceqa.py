@@ -5,7 +5,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from cumo_model.evaluation.files import found, read_json, value_of
+from cumo_model.evaluation.files import folder_of, found, read_json, value_of
 from cumo_model.evaluation.scorers.letters import scienceqa_letter
 from cumo_model.evaluation.task import LONG, Data, Item, Row, by_group, percent
 from cumo_model.evaluation.tasks.common import LETTER, OneByOne, ask, first_file, letter_prompt, told_apart
@@ -28,7 +28,7 @@ class ScienceQa(OneByOne):
     def read(self, folder: Path) -> Data:
         path = found(folder, "problems.json")
         problems = read_json(path, dict)
-        pictures = [found(folder, "images/test", "images")]
+        pictures = [folder_of(folder, "images/test", "images")]
         if listed := first_file(folder, LIST):
             asked = _listed(listed)
         else:
@@ -46,7 +46,11 @@ class ScienceQa(OneByOne):
             items.append(Item(ask(number, text, image, place), reference, str(problem.get("subject", ""))))
         if not items:
             raise ValueError(f"{listed} must hold at least one question with a picture, got none")
-        return Data(told_apart(items), pictures, {"source": str(listed)})
+        of = 0
+        if splits := first_file(folder, "pid_splits.json"):
+            numbers = value_of(read_json(splits, dict), "test", list, str(splits))
+            of = sum(problems.get(str(number), {}).get("image") is not None for number in numbers)
+        return Data(told_apart(items), pictures, {"source": str(listed)}, of)
 
     def score(self, item: Item, answer: str) -> dict[str, Any]:
         letter = scienceqa_letter(answer)
@@ -97,5 +101,7 @@ def _built(numbers: list[Any], problems: dict[str, Any], path: Path) -> list[Ask
         )
         if hint := str(problem.get("hint") or "").strip():
             question = f"Context: {hint}\n{question}"
-        asked.append((number, letter_prompt(question, choices), f"{number}/{image}", place))
+        # as the official prompts are made, of which LLaVA's list is
+        text = letter_prompt(question, choices).replace("  ", " ")
+        asked.append((number, text, f"{number}/{image}", place))
     return asked

@@ -8,6 +8,7 @@ from cumo_model.evaluation.files import found, read_json, value_of
 from cumo_model.evaluation.scorers.letters import letter_by_pattern
 from cumo_model.evaluation.task import Data, Item, Row, by_group, percent
 from cumo_model.evaluation.tasks.common import OneByOne, ask, first_file, letter_prompt, read_list, told_apart
+from cumo_model.serving.questions import Question
 
 LISTS = ("llava-seed-bench-new.jsonl", "llava-seed-bench.jsonl")  # the first one is that of CuMo's script
 OFFICIAL = "SEED-Bench.json"
@@ -31,38 +32,37 @@ class Seed(OneByOne):
         content = read_json(path, dict)
         types = value_of(content, "question_type", dict, str(path))
         names = {number: name for name, number in types.items()}
-        found(folder, FOLDER)
-        records: dict[str, dict[str, Any]] = {}
+        records: dict[str, list[dict[str, Any]]] = {}  # an id is that of two questions
         for index, record in enumerate(value_of(content, "questions", list, str(path)), 1):
             place = f"{path}, question {index}"
             if not isinstance(record, dict):
                 raise ValueError(f"{place}: must be an object, got {type(record).__name__}")
-            records[str(value_of(record, "question_id", (int, str), place))] = {**record, "place": place}
-        images = {key: record for key, record in records.items() if _is_image(record)}
+            number = str(value_of(record, "question_id", (int, str), place))
+            records.setdefault(number, []).append({**record, "place": place})
+        images = [record for some in records.values() for record in some if _is_image(record)]
+        asked: list[tuple[Question, dict[str, Any]]] = []
         if listed := first_file(folder, *LISTS):
-            questions = read_list(listed)
-            if unknown := next((one for one in questions if str(one.id) not in records), None):
-                raise ValueError(f"{unknown.place}: {path} has no question {unknown.id!r:.80}")
-            questions = [question for question in questions if str(question.id) in images]
+            for question in read_list(listed):
+                record = _record(question, records, path)
+                if _is_image(record):
+                    asked.append((question, record))
         else:
-            questions = []
-            for record in images.values():
+            for record in images:
                 place = record["place"]
                 picture = f"{FOLDER}/{value_of(record, 'data_id', str, place)}"
                 text = letter_prompt(value_of(record, "question", str, place), _choices(record))
-                questions.append(ask(record["question_id"], text, picture, place))
-        if not questions:
+                asked.append((ask(record["question_id"], text, picture, place), record))
+        if not asked:
             raise ValueError(f"{listed or path} must hold at least one question about a picture, got none")
         items = []
-        for question in questions:
-            record = images[str(question.id)]
+        for question, record in asked:
             kind = value_of(record, "question_type_id", int, record["place"])
             reference = {
                 "letter": value_of(record, "answer", str, record["place"]),
                 "choices": len(_choices(record)),
             }
             items.append(Item(question, reference, names.get(kind, str(kind))))
-        return Data(told_apart(items), [folder], {"source": str(listed or path)})
+        return Data(told_apart(items), [folder], {"source": str(listed or path)}, len(images))
 
     def score(self, item: Item, answer: str) -> dict[str, Any]:
         letter = item.reference["letter"]
@@ -75,6 +75,15 @@ class Seed(OneByOne):
             "accuracy, letter by pattern": percent([row.values["by pattern"] for row in rows]),
             **{f"category: {name}": value for name, value in by_group(rows, "right").items()},
         }
+
+
+def _record(question: Question, records: dict[str, list[dict[str, Any]]], path: Path) -> dict[str, Any]:
+    """The record of a question of LLaVA's list: that with its id, and of two the one with its text."""
+    some = records.get(str(question.id), [])
+    fits = [record for record in some if question.text.startswith(str(record.get("question")))]
+    if not some or (len(some) > 1 and not fits):
+        raise ValueError(f"{question.place}: {path} has no question {question.id!r:.80}")
+    return (fits or some)[0]
 
 
 def _is_image(record: dict[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cumo_model.evaluation.files import found, read_json, value_of
+from cumo_model.evaluation.files import folder_of, found, read_json, value_of
 from cumo_model.evaluation.scorers.vqa import vqa_accuracy
 from cumo_model.evaluation.task import Data, Item, Row, percent
 from cumo_model.evaluation.tasks.common import SHORT_ANSWER, OneByOne, ask, first_file, read_list, told_apart
@@ -40,7 +40,7 @@ class TextVqa(OneByOne):
             # of equal questions about one picture the last is meant, as in the official script
             text = value_of(record, "question", str, place)
             records[value_of(record, "image_id", str, place), text.lower()] = {**record, "place": place}
-        pictures = [found(folder, "train_images")]
+        pictures = [folder_of(folder, "train_images")]
         if listed := first_file(folder, LIST):
             questions = read_list(listed)
         elif tokens := first_file(folder, OCR):
@@ -58,7 +58,7 @@ class TextVqa(OneByOne):
             record = records[key]
             number = value_of(record, "question_id", (int, str), record["place"])
             items.append(Item(question, _answers(record), unit=str(number)))
-        return Data(told_apart(items), pictures, {"source": str(listed or f"{path} and {OCR}")})
+        return Data(told_apart(items), pictures, {"source": str(listed or f"{path} and {OCR}")}, len(content))
 
     def score(self, item: Item, answer: str) -> dict[str, Any]:
         return {"accuracy": vqa_accuracy(answer, item.reference)}

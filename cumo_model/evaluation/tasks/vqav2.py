@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cumo_model.checkpoints.folders import write_whole
-from cumo_model.evaluation.files import found, read_json, read_lines, value_of
+from cumo_model.evaluation.files import folder_of, found, read_json, read_lines, value_of
 from cumo_model.evaluation.scorers.vqa import normalised, vqa_accuracy_of_server
 from cumo_model.evaluation.task import Data, Item, Judge, Row, by_group, percent
 from cumo_model.evaluation.tasks.common import OneByOne, ask, first_file, read_list, short_prompt, told_apart
@@ -14,6 +14,7 @@ from cumo_model.serving.questions import Question
 
 LIST, LIST_OF_ALL = "llava_vqav2_mscoco_test-dev2015.jsonl", "llava_vqav2_mscoco_test2015.jsonl"
 OFFICIAL = "v2_OpenEnded_mscoco_{}_questions.json"
+NOT_ALL = f"the server wants entries for all of test2015, and there is no {LIST_OF_ALL}"
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 
@@ -38,16 +39,17 @@ class Vqav2(OneByOne):
         else:
             listed = found(folder, OFFICIAL.format("test-dev2015"), LIST)
             questions = _read_official(listed, "test2015")
+        note = ""
         if of_all := first_file(folder, LIST_OF_ALL):
             lines = read_lines(of_all)
             numbers = [value_of(line, "question_id", (int, str), place) for place, line in lines]
         elif of_all := first_file(folder, OFFICIAL.format("test2015")):
             numbers = [question.id for question in _read_official(of_all, "test2015")]
         else:
-            numbers = [question.id for question in questions]
+            numbers, note = [question.id for question in questions], NOT_ALL
         more = {"source": str(listed), "all": numbers}
         items = told_apart(Item(question) for question in questions)
-        return Data(items, [found(folder, "test2015")], more)
+        return Data(items, [folder_of(folder, "test2015")], more, note=note)
 
     def _read_validation(self, folder: Path, path: Path) -> Data:
         annotations: dict[Any, tuple[list[str], str]] = {}
@@ -64,7 +66,8 @@ class Vqav2(OneByOne):
             if question.id not in annotations:
                 raise ValueError(f"{question.place}: {path} has no answers to question {question.id}")
             items.append(Item(question, *annotations[question.id]))
-        return Data(told_apart(items), [found(folder, "val2014")], {"source": str(listed)})
+        note = "the validation split, not test-dev"
+        return Data(told_apart(items), [folder_of(folder, "val2014")], {"source": str(listed)}, note=note)
 
     def rows(self, data: Data, answers: Sequence[str], judge: Judge | None = None) -> list[Row] | None:
         return None if "all" in data.more else super().rows(data, answers, judge)

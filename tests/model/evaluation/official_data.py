@@ -207,7 +207,7 @@ def scienceqa(folder: Path, with_list: bool) -> Path:
         texts = {
             "4": "Which is a capital?\nA. Boise\nB. Omaha\nC. Reno",
             "5": "Which is a capital?\nA. Boise\nB. Omaha\nC. Reno\n<image>",
-            "6": "Context: Look  here.\nWhich colony?\nA. Ohio\nB. Maine\n<image>",
+            "6": "Context: Look here.\nWhich colony?\nA. Ohio\nB. Maine\n<image>",
         }
         lines = [
             {"id": number, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "A"}]}

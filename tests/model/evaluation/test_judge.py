@@ -147,3 +147,20 @@ def test_an_answer_is_on_disk_as_soon_as_it_is_there(tmp_path):
     with judging(reply) as server, Judge("m", path, server.url, at_once=1) as judge:
         judge.all(["a", "b", "c"])
     assert counts == [0, 1, 2]
+
+
+def test_a_reply_that_is_no_grade_is_asked_for_again_and_not_kept(tmp_path):
+    replies = iter(["well", "7", "well", "well", "so", "9"])
+    with judging(lambda request: next(replies)) as server:
+        with Judge("m", tmp_path / "judge.jsonl", server.url) as judge:
+            assert judge.all(["a"], is_usable=str.isdigit) == ["7"]
+            assert judge.all(["b"], is_usable=str.isdigit) == ["so"] and judge.asked == 1
+        with Judge("m", tmp_path / "judge.jsonl", server.url) as judge:
+            assert judge.all(["a", "b"], is_usable=str.isdigit) == ["7", "9"] and judge.asked == 1
+
+
+def test_another_server_is_another_judge(tmp_path):
+    for reply in ("one", "two"):
+        with judging(lambda request: reply) as server:  # noqa: B023
+            with Judge("m", tmp_path / "judge.jsonl", server.url) as judge:
+                assert judge("a") == reply

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cumo_model.evaluation.run import evaluate, given_answers, limited, read, read_scores
+from cumo_model.evaluation.run import earlier, evaluate, given_answers, limited, read, read_scores
 from cumo_model.evaluation.task import Data, Item
 from cumo_model.serving.local import Local, load
 from cumo_model.serving.messages import user_message
@@ -32,6 +32,13 @@ def data(tmp_path):
     return write_colours(tmp_path / "data")
 
 
+class Words:
+    """A judge that always says the same words."""
+
+    model = "words"
+    __call__ = lambda self, text: "what is it a red apple two"
+
+
 class Absent(Colours):
     name, title, folders = "absent", "Absent", ("nowhere", "nothing")
 
@@ -49,7 +56,7 @@ def test_answers_are_asked_scored_and_kept(engine, data, tmp_path):
         reply = engine.stream([user_message(value["text"], [picture])], Sampling(6)).read()
         value["word"] = reply.text.split()[0]
     path.write_text(json.dumps(values))
-    (outcome,) = evaluate(engine, [task], data, out, batch_size=5, each=told.append)
+    (outcome,) = evaluate(engine, [task], data, out, batch_size=1, each=told.append)
     assert told == [outcome] and not outcome.error and not outcome.note
     answers = [json.loads(line) for line in (out / "colours" / "answers.jsonl").read_text().splitlines()]
     said = []
@@ -69,7 +76,7 @@ def test_answers_are_asked_scored_and_kept(engine, data, tmp_path):
     kept = json.loads((out / "colours" / "scores.json").read_text())
     assert kept["figures"]["words per picture"] == outcome.score and kept["source"] == "questions.json"
     before = contents(out)
-    assert evaluate(engine, [task], data, out, progress=False) == [outcome]
+    assert evaluate(engine, [task], data, out, batch_size=1, progress=False) == [outcome]
     assert contents(out) == before
 
 
@@ -82,7 +89,10 @@ def test_what_fails_is_named_and_the_other_benchmarks_go_on(engine, data, tmp_pa
     broken, fine = evaluate(engine, [Colours(), Elsewhere()], data, tmp_path / "new")
     assert broken.score is None and fine.score is None
     assert broken.error.startswith("2 of 12 questions have no answer, such as 2: image")
+    assert read_scores(tmp_path / "out" / "colours" / "scores.json").rows
     image.unlink()
+    evaluate(engine, [Colours()], data, tmp_path / "out")
+    assert not (tmp_path / "out" / "colours" / "scores.json").exists()  # not those of before
     (gone,) = evaluate(engine, [Colours()], data, tmp_path / "third")
     assert "question 3: image 'green1.png' does not exist" in gone.error
     (data / "colours" / "questions.json").write_text("[]")
@@ -107,8 +117,8 @@ def test_without_a_judge_or_references_there_are_answers_and_no_score(engine, da
         name = outcome.task.name
         assert (tmp_path / name / "answers.jsonl").is_file() and outcome.submission.is_file()
         assert not (tmp_path / name / "scores.json").exists()
-    (again,) = evaluate(engine, [Judged()], data, tmp_path, judge=lambda text: "what is it a red apple two")
-    assert again.score > 0
+    (again,) = evaluate(engine, [Judged()], data, tmp_path, judge=Words())
+    assert again.score > 0 and read_scores(tmp_path / "judged" / "scores.json").judge == "words"
 
 
 def test_an_engine_that_cannot_be_made_ends_the_run(data, tmp_path):
@@ -155,8 +165,15 @@ def test_given_answers_are_those_of_their_questions(data, tmp_path):
         {"question_id": "1", "prompt": "<image>\nwhere?", "text": "c"},
         {"question_id": 7, "text": "of another benchmark"},
         {"question_id": 1, "prompt": "who?", "text": ""},
+        {"question_id": 1, "prompt": "why?", "text": "of another question"},
     )
     assert given_answers(path, questions) == ["", "b", "c"]
+    assert given_answers(path, questions[2:]) == ["c"]
+    # answers of LLaVA's scripts lack the last line of some prompts
+    begun = [Question(1, "where?\nAnswer with a word."), Question(1, "who?\nAnswer with a word.")]
+    assert given_answers(path, begun) == ["c", ""]
+    with pytest.raises(ValueError, match="answers to 0 of 1 questions"):
+        given_answers(path, [Question(1, "what is it?")])
     with pytest.raises(ValueError, match="has answers to 3 of 4 questions; the first without one is 'x'"):
         given_answers(path, [*questions, Question("x", "why?")])
     write(path, {"question_id": 2, "text": "b"}, {"question_id": "2", "text": "c"})
@@ -183,7 +200,7 @@ def test_a_file_of_answers_is_scored_without_a_model(engine, data, tmp_path):
 
 
 def test_damaged_scores_are_named(tmp_path):
-    for text in ("[]", "{}", '{"rows": [1], "task": "a", "model": "b"}', "x"):
+    for text in ("[]", "{}", '{"rows": [1], "task": "a", "model": "b", "source": "", "judge": ""}', "x"):
         (tmp_path / "scores.json").write_text(text)
         with pytest.raises(ValueError, match=r"scores\.json must"):
             read_scores(tmp_path / "scores.json")
@@ -196,3 +213,21 @@ def test_what_is_no_number_is_kept_as_null(engine, data, tmp_path):
     evaluate(engine, [Undefined()], data, tmp_path)
     text = (tmp_path / "colours" / "scores.json").read_text()
     assert json.loads(text, parse_constant=lambda name: SimpleNamespace())["figures"] == {"precision": None}
+
+
+def test_a_submission_that_cannot_be_written_leaves_the_scores(engine, data, tmp_path):
+    class NoSheet(Colours):
+        def submission(self, data, answers, path):
+            raise ValueError("needs the package openpyxl")
+
+    (outcome,) = evaluate(engine, [NoSheet()], data, tmp_path)
+    assert outcome.error == "needs the package openpyxl" and outcome.score is not None
+    assert (tmp_path / "colours" / "scores.json").is_file()
+
+
+def test_scores_of_an_earlier_run_of_the_same_model_are_found(engine, data, tmp_path):
+    task = Colours()
+    (outcome,) = evaluate(engine, [task], data, tmp_path)
+    found = earlier(task, tmp_path, "talker")
+    assert (found.figures, found.questions, found.of) == (outcome.figures, 12, 12)
+    assert earlier(task, tmp_path, "another") is None and earlier(Judged(), tmp_path, "talker") is None

@@ -290,7 +290,7 @@ def test_chair_by_hand():
 
 def test_a_vocabulary_has_one_object_for_a_name():
     vocabulary = Vocabulary(WORDS)
-    assert "dog" in vocabulary and "dogs" not in vocabulary and "cat" not in vocabulary
+    assert [vocabulary.object_of(name) for name in ("dog", " Dogs", "cat")] == ["dog", "dog", None]
     with pytest.raises(ValueError, match="'Dog' must name one object, got 'dog' and 'hot dog'"):
         Vocabulary({"dog": [], "hot dog": ["Dog"]})
     with pytest.raises(ValueError, match="names of 'dog' must have letters, got ' '"):
@@ -309,3 +309,10 @@ def test_hostile_answers_are_scored(answer):
     assert scienceqa_letter(answer) is None
     assert letter_by_pattern(answer, 4) is None
     assert chair_counts(answer, ["dog"], Vocabulary(WORDS))["mentions"] == 0
+
+
+def test_mentions_in_scripts_without_spaces_and_in_other_forms_of_letters():
+    vocabulary = Vocabulary({"狗": [], "caf\u00e9": [], "แมว": []})
+    assert vocabulary.mentions("图中有一只狗和一只猫。") == ["狗"]
+    assert vocabulary.mentions("a Cafe\u0301, not a cafe\u0301s") == ["caf\u00e9"]
+    assert vocabulary.mentions("มีแมวอยู่") == ["แมว"]

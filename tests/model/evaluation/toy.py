@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from cumo_model.evaluation.files import read_json
-from cumo_model.evaluation.task import Data, Item, Row, Task, by_group, percent
+from cumo_model.evaluation.task import Data, Item, Row, Task, by_group, percent, unit_of
 from cumo_model.serving.questions import Question
 from tests.model.serving.conftest import WORDS
 
@@ -37,7 +37,7 @@ class Colours(Task):
         units = {}
         for item, answer in zip(data.items, answers, strict=True):
             said = answer if judge is None else judge(answer)
-            unit = units.setdefault(item.unit or str(item.question.id), (item.group, []))
+            unit = units.setdefault(unit_of(item), (item.group, []))
             unit[1].append(item.reference in said.split())
         return [Row(name, group, {"right": sum(found)}) for name, (group, found) in units.items()]
 
