@@ -13,9 +13,9 @@ from cumo_model.evaluation.run import Outcome
 TABLE, COMPARISON = "table.md", "comparison.md"
 WIDE = 200  # characters
 EXPLAINED = (
-    f"Intervals of a paired bootstrap with {RESAMPLES} draws of the same pictures. Noise: the interval "
-    "holds 0, so that other questions of the same kind could turn the difference around. Of twenty rows that differ "
-    "by noise alone, one is called better or worse."
+    f"Intervals of a paired bootstrap with {RESAMPLES} draws of the same pictures. Noise: the interval holds "
+    "0, so that other questions of the same kind could turn the difference around. Of twenty rows that only "
+    "differ by noise, one is called better or worse."
 )
 SOURCE = "Figures of the paper: Table 1 of arXiv 2405.05949."
 
