@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from cumo_model.processing.pictures import decode_image
+from cumo_model.serving.questions import json_lines
 
 CELL = 1 << 30  # characters of a cell of a table: a picture as base64 text
 
@@ -72,14 +73,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         ValueError: the file cannot be read, or a line holds something else.
     """
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{place}: must be JSON: {error}") from None
+    for place, value in json_lines(read_text(path), path):
         if not isinstance(value, dict):
             raise ValueError(f"{place}: must be an object, got {type(value).__name__}")
         yield place, value

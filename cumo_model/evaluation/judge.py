@@ -4,8 +4,6 @@ The file has JSON lines; each names its request by a digest of model, texts and 
 asked twice, whichever run asks. It is written as answers come: a run that is killed loses none of them.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,14 +15,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cumo_model.serving.endpoint import at_once
+from cumo_model.serving.answer_file import claimed
+from cumo_model.serving.endpoint import at_once, told_by
 
 KEY = "CUMO_JUDGE_KEY"  # not OPENAI_API_KEY: that one goes to the endpoint which answers the questions
 OPENAI = "https://api.openai.com/v1"
 TIMEOUT = 300.0  # seconds without a byte
 AGAIN = 5  # times a request is sent again, by openai's client with a growing pause of at most 8 s
 EMPTY = 3  # times an answer may be empty
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class Judge:
@@ -73,7 +71,7 @@ class Judge:
         try:
             self._client = openai.OpenAI(base_url=url, api_key=key, timeout=TIMEOUT, max_retries=again)
         except Exception as error:  # an address that is none
-            raise ValueError(f"judge {url!r} cannot be asked: {_told(error)}") from None
+            raise ValueError(f"judge {url!r} cannot be asked: {told_by(error)}") from None
         self._lock = threading.Lock()
         self._answers: dict[str, str] = {}
         self._open(Path(cache))
@@ -170,20 +168,20 @@ class Judge:
             try:
                 found = self._client.chat.completions.create(**request)
             except openai.BadRequestError as error:
-                if "max_completion_tokens" not in _told(error) or "max_tokens" not in request:
+                if "max_completion_tokens" not in told_by(error) or "max_tokens" not in request:
                     raise
                 request["max_completion_tokens"] = request.pop("max_tokens")  # the newer name
                 found = self._client.chat.completions.create(**request)
             return found.choices[0].message.content or ""
         except openai.AuthenticationError as error:
-            raise ValueError(f"judge {self._url} refuses the key in {KEY}: {_told(error)}") from None
+            raise ValueError(f"judge {self._url} refuses the key in {KEY}: {told_by(error)}") from None
         except openai.APIStatusError as error:
-            told = f"refuses a request ({error.status_code}): {_told(error)}"
+            told = f"refuses a request ({error.status_code}): {told_by(error)}"
             raise ValueError(f"judge {self._url} {told}") from None
         except openai.APIError as error:
-            raise ValueError(f"judge {self._url} cannot be asked: {_told(error)}") from None
+            raise ValueError(f"judge {self._url} cannot be asked: {told_by(error)}") from None
         except Exception as error:  # what a server sends that has another interface
-            told = f"{type(error).__name__}: {_told(error)}"
+            told = f"{type(error).__name__}: {told_by(error)}"
             raise ValueError(f"judge {self._url} does not have OpenAI's interface: {told}") from None
 
     def _open(self, path: Path) -> None:
@@ -194,7 +192,8 @@ class Judge:
         except OSError as error:
             raise ValueError(f"cache {str(path)!r} cannot be written: {error.strerror or error}") from None
         try:
-            _claim(self._file, path)
+            if not claimed(self._file):
+                raise ValueError(f"cache {str(path)!r} is in use by another run: wait for it")
             self._file.seek(0)
             content = self._file.read()
             end = content.rfind(b"\n") + 1
@@ -214,21 +213,5 @@ class Judge:
             raise
 
 
-def _claim(file: Any, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in WITHOUT_LOCKS:
-            raise ValueError(f"cache {str(path)!r} is in use by another run: wait for it") from None
-
-
 def _digest(request: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-
-
-def _told(error: Exception) -> str:
-    """What an error of openai says, in one line, with its cause."""
-    body = getattr(error, "body", None)
-    told = (body.get("message") or body.get("detail")) if isinstance(body, dict) else None
-    cause = error.__cause__ if str(error).startswith("Connection error") else None
-    return " ".join(str(told or (f"{error} {cause}" if cause else error)).split())

@@ -96,11 +96,7 @@ class AnswerFile:
         path, end = self._path(self.rank), time.monotonic() + DYING
         while True:
             part = open(path, "a+b")
-            try:
-                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                is_ours = True
-            except OSError as error:
-                is_ours = error.errno in WITHOUT_LOCKS
+            is_ours = claimed(part)
             # another run may have finished, and deleted it, between the two
             if is_ours and path.exists() and os.path.samestat(os.fstat(part.fileno()), path.stat()):
                 return part
@@ -222,6 +218,15 @@ class AnswerFile:
             "model_id": model,
             "metadata": {"finish": reply.finish, "run": self.run, **more},
         }
+
+
+def claimed(file: BinaryIO) -> bool:
+    """Lock an open file for this process; False if another one has it. A file system may have no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in WITHOUT_LOCKS
+    return True
 
 
 def _key(answer: dict[str, Any]) -> tuple[int | str, str]:

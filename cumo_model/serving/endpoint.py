@@ -154,14 +154,14 @@ class Endpoint:
         except self._openai.APIStatusError as error:
             kind = RefusedError if error.status_code in OF_CONVERSATION else ValueError
             where = "" if error.status_code != 404 else " (addresses of this interface often end with /v1)"
-            told = f"refuses it ({error.status_code}): {_told(error)}{where}"
+            told = f"refuses it ({error.status_code}): {told_by(error)}{where}"
             raise kind(f"endpoint {self._url} {told}") from None
         except self._openai.APIError as error:
-            raise ValueError(f"endpoint {self._url} cannot be asked: {_told(error)}") from None
+            raise ValueError(f"endpoint {self._url} cannot be asked: {told_by(error)}") from None
         except (
             Exception
         ) as error:  # what a server sends that has another interface, or an address that is none
-            told = f"{type(error).__name__}: {_told(error)}"
+            told = f"{type(error).__name__}: {told_by(error)}"
             raise ValueError(f"endpoint {self._url} does not have OpenAI's interface: {told}") from None
 
 
@@ -197,7 +197,8 @@ def at_once(function: Callable[[Item], Result], items: Iterable[Item], threads: 
         is_left.set()
 
 
-def _told(error: Exception) -> str:
+def told_by(error: Exception) -> str:
+    """What an error of openai says, in one line, with its cause."""
     body = getattr(error, "body", None)
     told = (body.get("message") or body.get("detail")) if isinstance(body, dict) else None
     cause = error.__cause__ if str(error).startswith("Connection error") else None

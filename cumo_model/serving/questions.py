@@ -102,6 +102,15 @@ def _objects(path: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{path} must be a list of questions, got {type(values).__name__}")
         yield from ((f"{path}, question {number}", value) for number, value in enumerate(values, 1))
         return
+    yield from json_lines(text, path)
+
+
+def json_lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """Each value of JSON lines, and its place; blank lines are passed over.
+
+    Raises:
+        ValueError: a line is no JSON.
+    """
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
