@@ -24,6 +24,7 @@ LOCK_FILE = ".lock"
 HOLDER_FILE = ".running.json"  # who holds the lock; deleted at the end
 BEAT = 5.0  # seconds between two touches
 SILENT = 4 * BEAT  # seconds without a touch after which a holder on another machine has ended
+NAMING = 2.0  # seconds for a process that has just locked to write who it is, or that ends to let go
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _held: set[str] = set()  # a record lock does not exclude the threads of one process
@@ -79,15 +80,21 @@ def locked(run: str | os.PathLike) -> Iterator[None]:
 
 def _lock(file, run: Path) -> bool:
     """Lock a file; False if the file system has no locks."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in WITHOUT_LOCKS:
-            return False
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        raise ValueError(_in_use(run, name_of(_holder(run)))) from None
-    return True
+    end = time.monotonic() + NAMING
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in WITHOUT_LOCKS:
+                return False
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+        else:
+            return True
+        holder = _holder(run)
+        if holder or time.monotonic() > end:
+            raise ValueError(_in_use(run, name_of(holder)))
+        time.sleep(0.05)
 
 
 def _wait_for_silence(run: Path) -> None:

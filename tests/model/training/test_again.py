@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,35 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
         process.wait()
     run(tmp_path / "run")  # a killed process holds nothing
     assert not (tmp_path / "run" / HOLDER_FILE).exists()
+
+
+LATE = """
+import fcntl, sys, time
+from pathlib import Path
+run = Path(sys.argv[1])
+run.mkdir()
+file = open(run / ".lock", "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(0.4)
+if sys.argv[2] == "names":
+    (run / ".running.json").write_text('{"pid": 77, "host": "here", "since": "now"}')
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("then", ["names", "ends"])
+def test_a_holder_that_has_not_yet_written_its_name_is_waited_for(tmp_path, then):
+    """Between its lock and its name, and between the end of its name and that of its lock."""
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", LATE, out, then], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="process 77") if then == "names" else nullcontext(), locked(out):
+            assert then == "ends"
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.slow
