@@ -13,6 +13,7 @@ quantisation of compressed-tensors.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ SCALES = (torch.float32, torch.bfloat16, torch.float16)
 SYMMETRIC_ZERO = 8  # of int4 without zeros
 E8M0_NAN = 255
 E8M0_OF_NOT_FINITE = 253  # what `quantize` makes of an infinity or a NaN: one more than of finite weights
-CHUNK = 1 << 24  # weights that are unpacked at a time: 64 MiB of fp32
+CHUNK = 1 << 24  # weights that are converted at a time: 64 MiB of fp32
+CACHED = 1 << 18  # the same on a CPU: 1 MiB
 
 
 @dataclass(frozen=True)
@@ -77,18 +79,25 @@ def power_of_two(exponents: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
-def _unpacked(packed: Tensor, scales: Tensor, zeros: Tensor | None, row: Format) -> Tensor:
-    """Values in fp32, with a dimension of the blocks: (..., K / G, G)."""
-    q = nibbles(packed).unflatten(-1, (scales.shape[-1], -1))
-    if row.codes is not None:
-        codes = torch.tensor(row.codes, dtype=torch.float32, device=packed.device)
-        values = codes[q.int()]
-    elif zeros is None:
-        values = q.to(torch.float32) - SYMMETRIC_ZERO
-    else:
-        values = q.to(torch.float32) - zeros[..., None].to(torch.float32)
-    scales = power_of_two(scales) if scales.dtype == torch.uint8 else scales.to(torch.float32)
-    return values.mul_(scales[..., None])
+def _make_codes(name: str, device: torch.device) -> Tensor:
+    codes = FORMATS[name].codes or range(16)
+    if device.type != "cuda":
+        return torch.tensor(codes, dtype=torch.float32, device=device)
+    table = torch.empty(16, dtype=torch.float32, device=device)
+    for i, code in enumerate(codes):
+        table[i].fill_(code)  # no copy from the host, for which a stream would wait
+    return table
+
+
+_kept_codes = cache(_make_codes)
+
+
+def codes_of(name: str, device: torch.device) -> Tensor:
+    """(16,) fp32: what each number of a format stands for, before scale and zero point."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda" or capturing or torch.compiler.is_compiling():
+        return _make_codes(name, device)  # in a capture its memory is the graph's: not for other calls
+    return _kept_codes(name, device)
 
 
 def unpack(packed: Tensor, scales: Tensor, zeros: Tensor | None, name: str, dtype: torch.dtype) -> Tensor:
@@ -104,15 +113,26 @@ def unpack(packed: Tensor, scales: Tensor, zeros: Tensor | None, name: str, dtyp
     Returns:
         (E, N, K).
     """
-    row = FORMATS[name]
     experts, rows, half = packed.shape
-    out = torch.empty(experts, rows, 2 * half, dtype=dtype, device=packed.device)
-    step = max(1, CHUNK // max(1, rows * 2 * half))
-    for first in range(0, experts, step):
+    codes, q = codes_of(name, packed.device), torch.arange(256, device=packed.device)
+    # both numbers of a byte at once, as one element of 8 bytes
+    pairs = torch.stack((codes[q & 15], codes[q >> 4]), -1).view(torch.int64).flatten()
+    out = torch.empty(experts * rows, 2 * half, dtype=dtype, device=packed.device)
+    packed, scales = packed.reshape(experts * rows, half), scales.reshape(experts * rows, -1)
+    zeros = None if zeros is None else zeros.reshape(experts * rows, -1)
+    step = max(1, (CACHED if packed.device.type == "cpu" else CHUNK) // max(1, 2 * half))
+    if torch.compiler.is_compiling():
+        step = max(1, experts * rows)
+    for first in range(0, experts * rows, step):
         part = slice(first, first + step)
-        some = None if zeros is None else zeros[part]
-        out[part] = _unpacked(packed[part], scales[part], some, row).flatten(-2)
-    return out
+        values = pairs.index_select(0, packed[part].flatten().int()).view(torch.float32)
+        values = values.view(-1, scales.shape[1], 2 * half // scales.shape[1])
+        if name == "int4":
+            values -= SYMMETRIC_ZERO if zeros is None else zeros[part, :, None]
+        scale = scales[part, :, None]
+        values *= power_of_two(scale) if scale.dtype == torch.uint8 else scale
+        out[part] = values.flatten(1)
+    return out.view(experts, rows, 2 * half)
 
 
 def _nearest(values: Tensor, codes: tuple[float, ...]) -> Tensor:

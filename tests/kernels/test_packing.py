@@ -227,7 +227,8 @@ def test_scales_and_zero_points_are_those_of_compressed_tensors(weight, symmetri
 @kinds
 def test_large_stacks_are_cut(weight, name, symmetric, monkeypatch):
     whole = pack(weight, name, symmetric=symmetric)
-    monkeypatch.setattr("cumo_kernels.packing.formats.CHUNK", N * K)
+    for limit in ("CHUNK", "CACHED"):
+        monkeypatch.setattr(f"cumo_kernels.packing.formats.{limit}", 7 * K)
     parts = pack(weight, name, symmetric=symmetric)
     assert torch.equal(whole.packed, parts.packed) and torch.equal(whole.scales, parts.scales)
     assert torch.equal(whole.dequantize(), parts.dequantize())
