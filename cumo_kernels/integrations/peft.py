@@ -4,7 +4,7 @@
     model = get_peft_model(model, lora)
 
 peft computes W + scaling * B A of all experts of a layer, in full size, in every forward pass, and therefore
-refuses dropout. Experts that run on cumo_kernels get the factors instead: y = W x + scaling * B (A dropout(x)).
+refuses dropout. Experts that run on cumo_kernels get the factors: y = W x + scaling * B (A dropout(x)).
 Everything else of peft stays as it is: names, shapes and files of adapters, several adapters, merging. Other
 modules, and experts with another implementation, are computed as peft does it.
 
@@ -19,7 +19,7 @@ import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from importlib import metadata
 from types import ModuleType
@@ -28,8 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from cumo_kernels import Adapter
-from cumo_kernels.packing import PackedWeight
+from cumo_kernels import Adapter, PackedWeight
 
 LORA = "peft.tuners.lora"  # the package with ParamWrapper
 RELIES_ON = {  # methods of ParamWrapper that are replaced or called, and their parameters after self
@@ -48,7 +47,7 @@ _takers: list[Takes] = []
 
 
 class _Given(threading.local):
-    """The adapters of the experts that this thread is about to run: (module, name of a parameter, adapters)."""
+    """Adapters of the experts that this thread is about to run: (module, name of a parameter, adapters)."""
 
     def __init__(self):
         # set for each thread: torch.compile does not guard on a class attribute of a threading.local
@@ -66,8 +65,8 @@ def adapters_of(module: nn.Module, parameter_name: str) -> tuple[Adapter, ...]:
         parameter_name: name of its weight: (E, N, K), or (E, K, N) if `module.is_transposed`.
 
     Returns:
-        Adapters with a (E, R, K) and b (E, N, R), in the order in which peft has activated them; empty without
-        peft, with disabled or merged adapters, and outside of peft's wrapper.
+        Adapters with a (E, R, K) and b (E, N, R), in the order in which peft has activated them; empty
+        without peft, with disabled or merged adapters, and outside of peft's wrapper.
     """
     for owner, name, adapters in _given.active:
         if owner is module and name == parameter_name:
@@ -187,7 +186,7 @@ def _replacements(original: dict[str, Callable]) -> dict[str, Callable]:
 
 
 def _merge_packed(wrapper: nn.Module, weight: PackedWeight, safe: bool, names: list[str] | None) -> None:
-    """Add adapters to a packed weight: one rounding for all; the packed weight of before is kept for unmerge."""
+    """Add adapters to a packed weight, with one rounding for all of them; keep what `unmerge` restores."""
     from peft.tuners.tuners_utils import check_adapters_to_merge
 
     names = [name for name in check_adapters_to_merge(wrapper, names) or () if name in wrapper.lora_A]
@@ -201,9 +200,7 @@ def _merge_packed(wrapper: nn.Module, weight: PackedWeight, safe: bool, names: l
     with torch.no_grad():
         total = weight.detach().dequantize(torch.float32)
         for name in names:
-            a, b = _factors(wrapper, name).a.float(), _factors(wrapper, name).b.float()
-            delta = (b @ a).mul_(wrapper.scaling[name])
-            total += delta.transpose(1, 2) if getattr(wrapper.get_base_layer(), "is_transposed", False) else delta
+            total += wrapper.get_delta_weight(name)
         if safe and not total.isfinite().all():
             raise ValueError(f"adapters to merge must give finite weights, got NaN or infinity of {names}")
         if not wrapper.merged:
@@ -278,8 +275,8 @@ def install() -> bool:
         reason = f"{type(error).__name__}: {error}"
     if reason is not None:
         warnings.warn(
-            f"cumo_kernels does not support peft {metadata.version('peft')}: {reason}. LoRA on stacked experts "
-            "is computed by peft itself, which builds the weights of all experts and has no dropout.",
+            f"cumo_kernels does not support peft {metadata.version('peft')}: {reason}. LoRA on stacked "
+            "experts is computed by peft itself, which builds the weights of all experts and has no dropout.",
             stacklevel=2,
         )
         return False

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cumo_kernels import ACTIVATIONS, Adapter, RouterStats, Routing, expert_mlp, grouped_gemm, route
+from cumo_kernels import (
+    ACTIVATIONS,
+    Adapter,
+    PackedWeight,
+    RouterStats,
+    Routing,
+    expert_mlp,
+    grouped_gemm,
+    route,
+)
 from cumo_kernels.integrations.peft import adapters_of, takes_adapters
 from cumo_kernels.ops.checks import (
     check_bool,
@@ -32,7 +41,6 @@ from cumo_kernels.ops.checks import (
     shown,
 )
 from cumo_kernels.ops.routing import COMPAT
-from cumo_kernels.packing import PackedWeight
 from cumo_kernels.tracing import is_autocast_on
 
 IMPLEMENTATIONS = ("cumo", "eager")  # of experts: cumo_kernels, or a loop in plain PyTorch

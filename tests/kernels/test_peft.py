@@ -4,10 +4,7 @@ peft's own computation builds W + scaling * B A for all experts; experts_impleme
 experts are compared in fp64, outside of their model, whose norms and routers compute in fp32.
 """
 
-import contextlib
 import copy
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -17,120 +14,34 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoModelForCausalLM,
-    GptOssConfig,
-    MixtralConfig,
-    NemotronHConfig,
-    PreTrainedConfig,
-    Qwen2MoeConfig,
-)
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 import cumo_kernels.integrations.transformers as experts_integration
-from cumo_kernels import FORMATS, PackedWeight, pack
+from cumo_kernels import PackedWeight, pack
 from cumo_kernels.integrations import peft as integration
+from cumo_kernels.packing.formats import FORMATS
 from cumo_kernels.tracing import run_inside
+from tests.kernels.adapted_experts import (
+    EXPERTS,
+    SIZES,
+    TARGETS,
+    UP,
+    E,
+    H,
+    Holder,
+    I,
+    K,
+    T,
+    assert_equals_peft,
+    batch,
+    config_of,
+    parametrised,
+    results,
+    set_implementation,
+)
 from tests.rounding import assert_same_formula
 
 peft = pytest.importorskip("peft")
-layer = importlib_layer = pytest.importorskip("peft.tuners.lora.layer")
-
-E, H, I, T, K = 4, 64, 128, 9, 2
-SIZES = {"hidden_size": H, "intermediate_size": I}
-EXPERTS = {  # kinds of experts -> class and config
-    "mixtral": (MixtralExperts, MixtralConfig(**SIZES, num_local_experts=E)),
-    "qwen2_moe": (Qwen2MoeExperts, Qwen2MoeConfig(**SIZES, moe_intermediate_size=I, num_experts=E)),
-    "gpt_oss": (GptOssExperts, GptOssConfig(**SIZES, num_local_experts=E)),  # own gate, biases, transposed
-    "nemotron_h": (  # plain experts with an activation of their own
-        NemotronHExperts,
-        NemotronHConfig(
-            hidden_size=H, n_routed_experts=E, moe_intermediate_size=I, moe_latent_size=None, mlp_bias=False
-        ),
-    ),
-}
-UP = {"nemotron_h": "up_proj"}
-TARGETS = {"both": ("up", "down_proj"), "up": ("up",), "down": ("down_proj",)}
-
-
-class Holder(nn.Module):
-    """A model that is nothing but its experts."""
-
-    def __init__(self, kind: str, implementation: str = "cumo", dtype: torch.dtype = torch.float64):
-        super().__init__()
-        experts_class, config = EXPERTS[kind]
-        config = copy.deepcopy(config)
-        config._experts_implementation_internal = implementation
-        self.experts = experts_class(config).to(dtype)
-        with torch.no_grad():
-            for parameter in self.experts.parameters():
-                parameter.normal_(std=0.3)
-
-    def forward(self, x, index, weights):
-        return self.experts(x, index, weights)
-
-
-def set_implementation(model: nn.Module, name: str) -> None:
-    for module in model.modules():
-        if isinstance(getattr(module, "config", None), PreTrainedConfig):
-            module.config._experts_implementation_internal = name
-
-
-def config_of(kind: str, targets: str = "both", **options) -> "peft.LoraConfig":
-    names = [f"experts.{name.replace('up', UP.get(kind, 'gate_up_proj'))}" for name in TARGETS[targets]]
-    return peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "init_lora_weights": False, **options}, target_parameters=names)
-
-
-def batch(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    index = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
-    index[index == 1] = 2  # expert 1 gets no token, some tokens choose the same expert twice
-    return torch.randn(T, H, dtype=dtype), index, torch.rand(T, K, dtype=dtype)
-
-
-def results(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    """The output, and the gradients of x, of the weights of the tokens, and of every adapter."""
-    x, index, weights = inputs
-    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-    out = model(x, index, weights)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=out.dtype)
-    wanted = {"x": x, "weights": weights, **trained}
-    grads = torch.autograd.grad(out, wanted.values(), upstream, allow_unused=True)
-    return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
-
-
-def assert_equals_peft(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    set_implementation(model, "cumo")
-    found = results(model, inputs)
-    set_implementation(model, "eager")
-    with parametrised() as calls:
-        wanted = results(model, inputs)
-    assert calls, "peft itself has not computed anything"
-    set_implementation(model, "cumo")
-    with parametrised() as calls:
-        model(*inputs)
-    assert not calls
-    assert_same_formula(found, wanted)
-    return found
-
-
-@contextlib.contextmanager
-def parametrised():
-    """Records the names of parameters that peft replaces by W + scaling * B A."""
-    names, register = [], nn.utils.parametrize.register_parametrization
-
-    def recording(module, name, proxy, **options):
-        names.append(name)
-        return register(module, name, proxy, **options)
-
-    nn.utils.parametrize.register_parametrization = recording
-    try:
-        yield names
-    finally:
-        nn.utils.parametrize.register_parametrization = register
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -158,7 +69,6 @@ def test_several_adapters_are_added_and_switched(kind):
         model.base_model.set_adapter(names)
         alone.append(assert_equals_peft(model, inputs)["out"])
     assert not any(torch.equal(one, alone[-1]) for one in alone[:2])
-    model.add_weighted_adapter if False else None
     model.base_model.set_adapter(["other"])
     assert torch.equal(model(*inputs), alone[1])
 
@@ -336,7 +246,7 @@ def test_activation_checkpointing_recomputes_with_the_adapters():
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_adapters_over_weights_in_four_bits(kind, format):
-    """Equal to peft on the dequantised weights; a merge rounds to the format once, and can be undone exactly."""
+    """Equal to peft on the dequantised weights; a merge rounds once, and can be undone exactly."""
     torch.manual_seed(0)
     dense = Holder(kind)
     model = peft.get_peft_model(copy.deepcopy(dense), config_of(kind))
@@ -344,7 +254,9 @@ def test_adapters_over_weights_in_four_bits(kind, format):
     for name in (UP.get(kind, "gate_up_proj"), "down_proj"):
         weight = getattr(base, name).data
         options = {"group": 32} if format != "mxfp4" else {}
-        packed = pack(weight.transpose(1, 2).contiguous() if base.is_transposed else weight, format, **options)
+        packed = pack(
+            weight.transpose(1, 2).contiguous() if base.is_transposed else weight, format, **options
+        )
         packed = packed.transpose(1, 2) if base.is_transposed else packed
         setattr(base, name, nn.Parameter(packed, requires_grad=False))
         getattr(dense.experts, name).data = packed.dequantize()
@@ -359,11 +271,13 @@ def test_adapters_over_weights_in_four_bits(kind, format):
     for safe in (False, True):
         with pytest.warns(UserWarning, match=f"merging LoRA into a weight of {format} rounds the sum"):
             model.merge_adapter(safe_merge=safe)
-        assert isinstance(base.down_proj, PackedWeight) and not torch.equal(base.down_proj.packed, bytes_before)
+        assert isinstance(base.down_proj, PackedWeight) and not torch.equal(
+            base.down_proj.packed, bytes_before
+        )
         merged = base.down_proj.dequantize()
         model.unmerge_adapter()
         assert torch.equal(base.down_proj.packed, bytes_before)
-        sum_of_both = base.down_proj.dequantize(torch.float32) + _delta(model).float()
+        sum_of_both = base.down_proj.dequantize(torch.float32) + _delta(model)
         other_way = pack(
             sum_of_both.transpose(1, 2).contiguous() if base.is_transposed else sum_of_both,
             format, base.down_proj.group,
@@ -433,62 +347,3 @@ def test_compiles_without_a_break():
     model.base_model.model.forward = compiled
     assert_same_formula(results(model, inputs), wanted)
     torch._dynamo.reset()
-
-
-def test_what_is_used_of_peft():
-    """What cumo_kernels/integrations/peft.py relies on beside peft's documentation. See RELIES_ON there."""
-    assert layer.ParamWrapper._runs_on_cumo
-    assert integration._unlike(layer.ParamWrapper) is None
-    wrapper = peft.get_peft_model(Holder("mixtral"), config_of("mixtral")).base_model.model.experts
-    assert isinstance(wrapper, layer.ParamWrapper) and isinstance(wrapper.base_layer, layer.ParamWrapper)
-    assert (wrapper.parameter_name, wrapper.base_layer.parameter_name) == ("down_proj", "gate_up_proj")
-    assert wrapper.get_base_layer() is wrapper.base_layer.base_layer
-    assert wrapper.lora_A["default"].weight.shape == (E * 3, I)
-    assert wrapper.lora_B["default"].weight.shape == (H, 3 * E)
-    assert (wrapper.num_experts, wrapper.r, wrapper.scaling) == (E, {"default": 3}, {"default": 5 / 3})
-    assert isinstance(wrapper.lora_dropout["default"], nn.Identity)
-    assert (wrapper.merged, wrapper.merged_adapters, wrapper.active_adapters) == (False, [], ["default"])
-
-
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        (lambda kind: delattr(kind, "_activate_lora"), "it has no method _activate_lora"),
-        (lambda kind: setattr(kind, "merge", lambda self, safe: None), "its method merge has no parameter safe_merge"),
-        (lambda kind: setattr(kind, "get_delta_weight", _other_layout), "its lora_A and lora_B have another layout"),
-    ],
-    ids=["removed", "renamed", "another-layout"],
-)  # fmt: skip
-def test_a_release_that_has_changed_keeps_its_own_way(monkeypatch, change, reason):
-    kept = {name: layer.ParamWrapper.__dict__[name] for name in integration.RELIES_ON if name in layer.ParamWrapper.__dict__}
-    original = {name: getattr(method, "__wrapped__", method) for name, method in kept.items()}
-    fresh = type("ParamWrapper", layer.ParamWrapper.__bases__, {**layer.ParamWrapper.__dict__, **original, "_runs_on_cumo": False})
-    monkeypatch.setattr(layer, "ParamWrapper", fresh)
-    change(fresh)
-    with pytest.warns(UserWarning, match=f"does not support peft .*: {reason}"):
-        assert not integration.install()
-    assert not fresh._runs_on_cumo
-
-
-def _other_layout(self, adapter_name):
-    a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-    a, b = a.reshape(-1, self.num_experts, a.shape[1]), b.reshape(b.shape[0], -1, self.num_experts)
-    delta = torch.einsum("ore,rei->eoi", b, a) * self.scaling[adapter_name]
-    return delta if self._did_swap_in_out_features else delta.transpose(1, 2)
-
-
-ORDERS = {
-    "ours first": "import cumo_kernels.integrations.transformers, sys; assert 'peft' not in sys.modules; import peft",
-    "peft first": "import peft, cumo_kernels.integrations.transformers",
-    "alone": "import cumo_kernels.integrations.peft, sys; assert 'transformers' not in sys.modules; import peft",
-    "a part": "import cumo_kernels.integrations.peft; from peft.tuners.lora.layer import ParamWrapper",
-}
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_it_is_installed_in_any_order_of_imports(order):
-    check = (
-        "\nimport sys, peft.tuners.lora.layer as layer\nassert layer.ParamWrapper._runs_on_cumo\n"
-        "assert not [f for f in sys.meta_path if type(f).__name__ == '_Watch']"
-    )
-    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", ORDERS[order] + check], check=True)

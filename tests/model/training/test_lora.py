@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from cumo_kernels import pack
+from cumo_kernels.integrations import peft as integration
 from cumo_model import CumoForConditionalGeneration, MoELayer, quantize_experts
 from tests.rounding import assert_same_formula
 
@@ -51,6 +53,78 @@ def test_lora_trains_saves_and_merges(tiny_model, tiny_batch, tmp_path, text):
     assert type(merged) is CumoForConditionalGeneration
     assert merged.state_dict().keys() == tiny_model(text=text).state_dict().keys()
     assert_same_formula(merged(**batch).logits, learned)
+
+
+def steps(layer, x):
+    """Output, and gradients of x and of the adapters of a layer, in which the weights are frozen."""
+    x = x.clone().requires_grad_()
+    out = layer(x)
+    adapters = {name: p for name, p in layer.named_parameters() if "lora_" in name}
+    return [out, *torch.autograd.grad(out.square().sum(), [x, *adapters.values()])]
+
+
+@pytest.mark.usefixtures("fp64")
+@pytest.mark.parametrize("activation", ["quick_gelu", "swiglu"])
+@pytest.mark.parametrize("how", ["cumo", "eager", "compat"])
+def test_experts_compute_with_the_factors_what_peft_does_with_the_sum(activation, how, monkeypatch):
+    """In the kernels, in the loop of plain PyTorch, and with the roundings of the original code."""
+    peft = pytest.importorskip("peft")
+    layer = MoELayer(16, 24, 4, 2, activation, compat="original" if how == "compat" else None)
+    layer.experts.implementation = "eager" if how == "eager" else "cumo"
+    names = [f"experts.{layer.experts.up_name}", "experts.down_proj"]
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_parameters=names, init_lora_weights=False)
+    adapted, x = peft.get_peft_model(layer, config), torch.randn(9, 16)
+    found = steps(adapted, x)
+    with monkeypatch.context() as patch:
+        patch.setattr(integration, "_takers", [])  # peft itself computes
+        wanted = steps(adapted, x)
+    assert_same_formula(found, wanted)
+    with adapted.disable_adapter(), pytest.raises(AssertionError, match=r"is off by \d"):
+        assert_same_formula(adapted(x), found[0])
+
+
+@pytest.mark.usefixtures("fp64")
+def test_dropout_of_the_loop_is_that_of_the_kernels(monkeypatch):
+    """Each drops the input of A for every slot; in training only. Here everything or nothing is dropped."""
+    peft = pytest.importorskip("peft")
+    layer = MoELayer(16, 24, 4, 2, "swiglu")
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(r=3, target_parameters=names, init_lora_weights=False, lora_dropout=0.5)
+    adapted, x = peft.get_peft_model(layer, config).train(), torch.randn(9, 16)
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(
+            torch.nn.functional, "dropout", lambda x, p, share=share: x * (1 - share) if p else x
+        )
+        outs = []
+        for implementation in ("cumo", "eager"):
+            layer.experts.get_base_layer().implementation = implementation
+            outs.append(adapted(x))
+        assert_same_formula(*outs)
+        with adapted.disable_adapter():
+            base = adapted(x)
+        assert torch.allclose(base, outs[0]) == (share == 1.0)
+
+
+@pytest.mark.usefixtures("fp64")
+@pytest.mark.parametrize("implementation", ["cumo", "eager"])
+def test_adapters_of_experts_in_four_bits(implementation):
+    """Equal to those of the dequantised experts, through every implementation."""
+    peft = pytest.importorskip("peft")
+    results = []
+    torch.manual_seed(0)
+    layer, x = MoELayer(64, 128, 4, 2, "swiglu"), torch.randn(9, 64)
+    for is_packed in (True, False):
+        one = copy.deepcopy(layer)
+        one.experts.implementation = implementation
+        for name in ("gate_up_proj", "down_proj"):
+            weight = pack(getattr(one.experts, name).detach(), "nf4")
+            weight = weight if is_packed else weight.dequantize()
+            setattr(one.experts, name, torch.nn.Parameter(weight, requires_grad=False))
+        names = ["experts.gate_up_proj", "experts.down_proj"]
+        config = peft.LoraConfig(r=3, target_parameters=names, init_lora_weights=False)
+        torch.manual_seed(1)
+        results.append(steps(peft.get_peft_model(one, config), x))
+    assert_same_formula(*results)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
