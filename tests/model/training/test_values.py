@@ -284,8 +284,8 @@ def test_only_experts_have_dropout_among_target_parameters(folder):
     changes = ["stage.lora={r: 2, target_parameters: [q_proj.weight], targets: []}"]
     with pytest.raises(
         ValueError,
-        match=r"^stage.lora.dropout must be 0 with target_parameters that are no weights of experts, for which "
-        r"peft has no dropout, got 0.05 and \S*q_proj.weight$",
+        match=r"^stage.lora.dropout must be 0 with target_parameters that are no weights of experts, for "
+        r"which peft has no dropout, got 0.05 and \S*q_proj.weight$",
     ):
         build_trainer(load_recipe(write_recipe(folder), changes))
 
