@@ -19,7 +19,7 @@ import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from importlib import metadata
 from types import ModuleType
@@ -27,6 +27,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cumo_kernels import Adapter, PackedWeight
 
@@ -40,7 +41,6 @@ RELIES_ON = {  # methods of ParamWrapper that are replaced or called, and their 
     "merge": ("safe_merge", "adapter_names"),
     "unmerge": (),
 }
-PLAIN = (Tensor, nn.Parameter, PackedWeight)
 
 Takes = Callable[[nn.Module, str], bool]
 _takers: list[Takes] = []
@@ -85,12 +85,27 @@ def takes_adapters(takes: Takes) -> Takes:
     return takes
 
 
+@contextlib.contextmanager
+def by_peft() -> Iterator[None]:
+    """Inside, peft computes all adapters by itself, with the weights W + B A: for comparisons, in one thread.
+
+    Layers with dropout must not be trained inside.
+    """
+    takers = _takers[:]
+    _takers.clear()
+    try:
+        yield
+    finally:
+        _takers[:] = takers
+
+
 def _takes(module: nn.Module, name: str) -> bool:
     if is_parametrized(module, name):  # its weight would be computed only to look at it
         return False
     weight = getattr(module, name, None)
-    # not DTensors, which are a shard of W, while A and B are whole
-    fits = type(weight) in PLAIN and weight.ndim == 3
+    fits = isinstance(weight, Tensor) and weight.ndim == 3
+    # not a DTensor, which is a shard of W, while A and B are whole, or what another library packs
+    fits = fits and (isinstance(weight, PackedWeight) or not is_traceable_wrapper_subclass(weight))
     # peft adds B A of a single expert without transposing it
     fits = fits and not (getattr(module, "is_transposed", False) and weight.shape[0] == 1)
     return fits and any(takes(module, name) for takes in _takers)

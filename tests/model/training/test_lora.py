@@ -66,7 +66,7 @@ def steps(layer, x):
 @pytest.mark.usefixtures("fp64")
 @pytest.mark.parametrize("activation", ["quick_gelu", "swiglu"])
 @pytest.mark.parametrize("how", ["cumo", "eager", "compat"])
-def test_experts_compute_with_the_factors_what_peft_does_with_the_sum(activation, how, monkeypatch):
+def test_experts_compute_with_the_factors_what_peft_does_with_the_sum(activation, how):
     """In the kernels, in the loop of plain PyTorch, and with the roundings of the original code."""
     peft = pytest.importorskip("peft")
     layer = MoELayer(16, 24, 4, 2, activation, compat="cumo" if how == "compat" else None)
@@ -75,8 +75,7 @@ def test_experts_compute_with_the_factors_what_peft_does_with_the_sum(activation
     config = peft.LoraConfig(r=3, lora_alpha=5, target_parameters=names, init_lora_weights=False)
     adapted, x = peft.get_peft_model(layer, config), torch.randn(9, 16)
     found = steps(adapted, x)
-    with monkeypatch.context() as patch:
-        patch.setattr(integration, "_takers", [])  # peft itself computes
+    with integration.by_peft():
         wanted = steps(adapted, x)
     assert_same_formula(found, wanted)
     with adapted.disable_adapter(), pytest.raises(AssertionError, match=r"is off by \d"):
