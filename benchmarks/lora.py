@@ -34,8 +34,8 @@ MEANING = """\
 - peak: all tensors that are alive at the same time in forward and backward, without these;
 - largest: the elements of the largest tensor that is allocated.
 
-On a CPU they include the tensors inside of the ops. Those that are derived from shapes come from tensors without
-data, and leave out what the ops free before they return."""
+On a CPU they include the tensors inside of the ops. Those that are derived from shapes come from tensors
+without data, and leave out what the ops free before they return."""
 
 
 class Live(TorchDispatchMode):

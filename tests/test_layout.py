@@ -165,6 +165,7 @@ ARROWS = {
     ),
     "benchmarks.cases*": (
         "benchmarks.cases.*",
+        "benchmarks.peers.packed",
         "benchmarks.peers.table",
         "benchmarks.harness",
         "benchmarks.steps",
