@@ -80,7 +80,7 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
         bytes=size * (rows + hit * (shape.weights // shape.E + thin)),
         # the gradient of x, and the two products of each factor and of its input
         backward_flops=shape.gemm_flops + 4 * shape.slots * thin,
-        peers={f"{name} (peft's sum)": of_peft(name) for name in backends(device)},
+        peers={f"{name} (peft's sum)": of_peft(name) for name in backends(device) if name != "reference"},
         constants=(up, down),
     )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases.shapes import SHAPES, Shape
-from benchmarks.harness import Case, Workload, backends, main
+from benchmarks.harness import LAYER, Case, Workload, backends, main
 from benchmarks.peers import packed as peers
 from cumo_kernels import PackedWeight, Routing, ops, use_backend
 from cumo_kernels.backends import reference
@@ -88,13 +88,14 @@ def setup(shape: Shape, dtype: torch.dtype, device: str, pattern: str) -> Worklo
         wide = (up.to(x.dtype), down.to(x.dtype), None, None)
         return reference.expert_mlp(x, topk_weights, *plan, *wide, shape.activation, "none")[0]
 
+    fast = lambda op: [name for name in backends(device, op=op) if name != "reference"]
     others = {
         f"{name} ({format})": _layer(shape, routing, packed_up[format], packed_down[format], name)
-        for name in backends(device, op=NEEDS)
+        for name in fast(NEEDS)
         for format in FORMATS
         if format != "nf4"
     }
-    others |= {f"{name} (plain)": _layer(shape, routing, up, down, name) for name in backends(device)}
+    others |= {f"{name} (plain)": _layer(shape, routing, up, down, name) for name in fast(LAYER)}
     layers, forward_only, gaps = peers.available(shape, routing, packed_up["nf4"], packed_down["nf4"], dtype)
     hit = int((routing.tokens_per_expert > 0).sum())  # weights of other experts need not be read
     used = (packed_up["nf4"].nbytes + packed_down["nf4"].nbytes) * hit // shape.E

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.predictions.four_bits", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--gpu", default="nvidia_h100", help="a name in cumo_kernels/tiles/hardware.py")
-    parser.add_argument("--save", action="store_true", help="write predicted/<gpu>_four_bits.csv")
+    parser.add_argument("--save", action="store_true", help="write predicted/four_bits/<gpu>.csv")
     args = parser.parse_args(argv)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         writer.writerow(f"{v:.5g}" if isinstance(v, float) else v for v in asdict(row).values())
     print(text.getvalue(), end="")
     if args.save:
-        path = FOLDER / f"{args.gpu}_four_bits.csv"
+        path = FOLDER / "four_bits" / f"{args.gpu}.csv"
         write_whole(path, text.getvalue())
         print(f"predictions, not measurements, in {path}", file=sys.stderr)
     return 0
