@@ -1,7 +1,7 @@
 """Experts of a model in memory, in four bits. `cumo_model.model.quantizer` reads and writes such models.
 
-    model = quantize_experts(from_pretrained(path))
-    model = quantize_experts(from_pretrained(path, quantization_config=BitsAndBytesConfig(load_in_4bit=True)))
+model = quantize_experts(from_pretrained(path))
+model = quantize_experts(from_pretrained(path, quantization_config=BitsAndBytesConfig(load_in_4bit=True)))
 """
 
 from typing import Literal
@@ -57,7 +57,9 @@ def quantize_experts(
     weights = expert_weights(model)
     if not weights:
         raise ValueError(f"model must hold experts, got a {type(model).__name__} without any")
-    new = {name: of for name, of in weights.items() if not isinstance(model.get_parameter(name), PackedWeight)}
+    new = {
+        name: of for name, of in weights.items() if not isinstance(model.get_parameter(name), PackedWeight)
+    }
     if new:
         check_weights(new, config)
     for name, of in new.items():

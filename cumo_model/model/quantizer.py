@@ -5,9 +5,9 @@
     model = from_pretrained(folder, quantization_config=CumoQuantizationConfig("int4"))   # of any other one
 
 It holds for the experts of this project and for those of every model of transformers that uses its experts
-interface. A weight NAME of a module is a PackedWeight; in files it is NAME_packed, NAME_scales and NAME_zeros.
-Gates, norms, biases and everything that is no expert keep their precision: a rounding error in a gate can
-select another expert.
+interface. A weight NAME of a module is a PackedWeight; in files it is NAME_packed, NAME_scales and, for int4
+with zero points, NAME_zeros. Gates, norms, biases and everything that is no expert keep their precision: a
+rounding error in a gate can select another expert.
 """
 
 from dataclasses import dataclass
@@ -119,7 +119,10 @@ def expert_weights(model: nn.Module) -> dict[str, ExpertWeight]:
         if isinstance(module, Experts):
             names = (module.up_name, "down_proj")
         elif all(hasattr(module, flag) for flag in INTERFACE):
-            names, is_flipped = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"), module.is_transposed
+            names, is_flipped = (
+                ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"),
+                module.is_transposed,
+            )
         else:
             continue
         for name in names:
@@ -143,7 +146,7 @@ def packed_parameter(weight: Tensor, of: ExpertWeight, packing: dict[str, Any]) 
 
 
 def frozen(packed: PackedWeight, of: ExpertWeight) -> nn.Parameter:
-    """A packed weight (E, N, K) as the parameter of its module. transformers would let it require a gradient."""
+    """A packed weight (E, N, K) as the parameter of its module, which requires no gradient."""
     shown = packed.transpose(1, 2) if of.is_transposed else packed
     return nn.Parameter(shown, requires_grad=False)
 
@@ -181,19 +184,19 @@ def check_files(weights: dict[str, ExpertWeight], found: dict[str, tuple], confi
     """
     for name, weight in weights.items():
         experts, rows, width = weight.shape
-        wanted = SUFFIXES[: 2 if config.symmetric else 3]
-        missing = [f"{name}{suffix}" for suffix in wanted if f"{name}{suffix}" not in found]
+        wanted = [name + suffix for suffix in SUFFIXES[: 2 if config.symmetric else 3]]
+        missing = [key for key in wanted if key not in found]
         if missing:
             plain = ", which has the weight unquantised" if name in found else ""
             raise ValueError(f"{missing[0]} is missing in {source}{plain}")
         if config.symmetric and f"{name}{ZEROS}" in found:
             raise ValueError(f"{name}{ZEROS} is in {source}, whose quantization_config says symmetric")
-        make = lambda suffix: torch.empty(found[name + suffix][0], dtype=found[name + suffix][1], device="meta")
+        parts = [torch.empty(*found[key][:1], dtype=found[key][1], device="meta") for key in wanted]
         shape = tuple(found[name + PACKED][0])
         if shape != (experts, rows, width // 2) or width % 2:
             raise ValueError(f"{name}{PACKED} of {source} must be {(experts, rows, width // 2)}, got {shape}")
         try:
-            group = PackedWeight(*map(make, wanted), format=config.format).group
+            group = PackedWeight(*parts, format=config.format).group
         except ValueError as error:
             raise ValueError(f"{name} of {source}: {error}") from None
         if config.group not in (None, group):
@@ -289,7 +292,10 @@ class CumoQuantizer(HfQuantizer):
                     for key in opened.keys():
                         if key.endswith(SUFFIXES):
                             part = opened.get_slice(key)
-                            found[self._own_name(model, key)] = tuple(part.get_shape()), TYPES.get(part.get_dtype())
+                            found[self._own_name(model, key)] = (
+                                tuple(part.get_shape()),
+                                TYPES.get(part.get_dtype()),
+                            )
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} is damaged: {error}") from None
         if files:
@@ -308,7 +314,9 @@ class CumoQuantizer(HfQuantizer):
         for name, value in model.named_parameters():
             wanted = self._dtypes.get(name, value.dtype)
             if value.dtype != wanted and value.is_floating_point() and not value.is_meta:
-                value.data = value.data.to(wanted)  # transformers 5.17 keeps the dtype of files whose names differ
+                value.data = value.data.to(
+                    wanted
+                )  # transformers 5.17 keeps the dtype of files whose names differ
         model._weight_conversions = []  # names of files are those of the model, whatever they were before
         return model
 
@@ -319,7 +327,9 @@ class CumoQuantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model, dtype=None):
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as a config that was saved has it
+        dtype = (
+            getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        )  # as a config that was saved has it
         for name, weight in packed_weights(model).items():
             path, _, own = name.rpartition(".")
             plain = weight.dequantize(dtype).contiguous()
@@ -347,7 +357,9 @@ def config_for(model: nn.Module) -> CumoQuantizationConfig:
     packed = packed_weights(model)
     kinds = {(weight.format, weight.zeros is None) for weight in packed.values()}
     if len(kinds) != 1:
-        named = ", ".join(sorted(f"{format}{'' if symmetric else ' with zeros'}" for format, symmetric in kinds))
+        named = ", ".join(
+            sorted(f"{format}{'' if symmetric else ' with zeros'}" for format, symmetric in kinds)
+        )
         raise ValueError(f"experts must have one format to be saved, got {named or 'none'}")
     ((format, symmetric),) = kinds
     groups = {weight.group for weight in packed.values()}
@@ -367,10 +379,12 @@ def attach(model: PreTrainedModel) -> None:
     """
     other = getattr(model, "hf_quantizer", None)
     if other is not None and not isinstance(other, CumoQuantizer):
-        method = getattr(other.quantization_config.quant_method, "value", other.quantization_config.quant_method)
+        method = getattr(
+            other.quantization_config.quant_method, "value", other.quantization_config.quant_method
+        )
         raise ValueError(
-            f"a model whose experts are packed and whose other weights {method} has quantised cannot be saved: "
-            "save its adapters, or quantise the experts only"
+            f"a model whose experts are packed and whose other weights {method} has quantised cannot be "
+            "saved: save its adapters, or quantise the experts only"
         )
     config = config_for(model)
     quantizer = CumoQuantizer(config, pre_quantized=True)
