@@ -24,6 +24,8 @@ from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.model.json_files import read_object
 from cumo_model.model.layouts import LAYOUTS, known_image_token, layout_of, read_config
+from cumo_model.model.quantize import quantize_experts
+from cumo_model.model.quantizer import NAME as QUANTIZED
 from cumo_model.processing.processor import (
     ASPECT_RATIOS,
     DEFAULT_TEMPLATE,
@@ -69,8 +71,9 @@ def assemble(
             keeps them.
         scratch: initialise new experts with random weights instead of copies.
         dtype: dtype of the weights; by default that of the files.
-        quantize: 4 or 8 bits with bitsandbytes. Parts and new experts are first written to a temporary folder
-            (TMPDIR), because bitsandbytes quantises weights while it reads them.
+        quantize: 4 or 8 bits, of the language model only: its linear layers with bitsandbytes, and with 4 its
+            experts in nf4. Parts and new experts are first written to a temporary folder (TMPDIR), because
+            bitsandbytes quantises weights while it reads them.
         attn_implementation: as in transformers.
         template: name of the chat template; by default that of the checkpoint, and DEFAULT_TEMPLATE for
             parts.
@@ -103,6 +106,11 @@ def assemble(
                 f"experts must be None for {os.fspath(folder)!r}, whose quantization_config says that its "
                 f"weights are quantised, got {', '.join(wanted)}"
             )
+        if quantize is not None and is_quantized(folder):
+            raise ValueError(
+                f"quantize must be None for {os.fspath(folder)!r}, whose experts are quantised already, "
+                f"got {quantize}"
+            )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         start = starting_point(checkpoint, vision, text, projector, clip, tokenizer, **options)
@@ -122,6 +130,8 @@ def assemble(
                 scratch_experts(dense, model, seed)
     if quantize is not None and not getattr(model, "is_quantized", False):
         model = _quantized(model, quantize)
+    if quantize == 4 and experts_of(model.config)["text_experts"][0] > 1:
+        quantize_experts(model.model.language_model)
     return model.eval(), processor
 
 
@@ -218,6 +228,12 @@ def describe(checkpoint: str | os.PathLike) -> tuple[CumoConfig, CumoProcessor |
     if processor is not None:
         agree(config, processor)
     return config, processor
+
+
+def is_quantized(folder: str | os.PathLike | None) -> bool:
+    """Whether a folder holds experts in four bits, as `quantize_checkpoint` writes them."""
+    found = read_config(folder).get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == QUANTIZED
 
 
 def config_of(checkpoint: str | os.PathLike) -> CumoConfig:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cumo_model.checkpoints.assemble import describe
+from cumo_model.checkpoints.assemble import describe, is_quantized
 from cumo_model.checkpoints.folders import new_directory
 from cumo_model.checkpoints.layout import original_names, own_layout
 from cumo_model.checkpoints.original_config import (
@@ -82,6 +82,8 @@ def convert(
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
     source = Path(source)
     config, processor = describe(source)
+    if is_quantized(source):
+        raise ValueError(f"{source} has experts in four bits, which are not converted: convert, then quantize")
     values = read_object(source / "config.json")
     is_released = is_original(values)
     layout = layout or ("cumo" if is_released or remote_code else "original")

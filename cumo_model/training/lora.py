@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cumo_model.model.quantizer import packed_weights
 from cumo_model.training.recipe import ModelSection, Recipe, StageSection
 from cumo_model.training.start import start_model
 
@@ -43,6 +44,8 @@ def with_lora(model: nn.Module, stage: StageSection) -> nn.Module:
         original = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if original in trained and "lm_head" not in name:
             parameter.requires_grad_(True)
+    # nn.parallel would send them to the other processes, which have read them too, and cannot
+    wrapped._ddp_params_and_buffers_to_ignore = list(packed_weights(wrapped))
     return wrapped
 
 
