@@ -8,6 +8,7 @@ the tokenizer of the processor.
 import inspect
 import os
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def assemble(
     if quantize is not None and not getattr(model, "is_quantized", False):
         model = _quantized(model, quantize)
     if quantize == 4 and experts_of(model.config)["text_experts"][0] > 1:
-        quantize_experts(model.model.language_model)
+        _quantize_experts_of(model.model.language_model)
     return model.eval(), processor
 
 
@@ -307,6 +308,13 @@ def _quantized(model: CumoForConditionalGeneration, bits: int) -> CumoForConditi
         model.save_pretrained(folder)
         options["quantization_config"] = _quantization(bits, model.dtype)
         return load_whole(CumoForConditionalGeneration, folder, model.dtype, **options)
+
+
+def _quantize_experts_of(decoder: torch.nn.Module) -> None:
+    try:
+        quantize_experts(decoder)
+    except ValueError as error:  # sizes that no group divides; bitsandbytes has quantised the rest
+        warnings.warn(f"the experts keep their precision: {error}", stacklevel=3)
 
 
 def _quantization(bits: int, dtype: torch.dtype | None) -> BitsAndBytesConfig:

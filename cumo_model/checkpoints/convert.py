@@ -83,7 +83,9 @@ def convert(
     source = Path(source)
     config, processor = describe(source)
     if is_quantized(source):
-        raise ValueError(f"{source} has experts in four bits, which are not converted: convert, then quantize")
+        raise ValueError(
+            f"{source} has experts in four bits, which are not converted: convert, then quantize"
+        )
     values = read_object(source / "config.json")
     is_released = is_original(values)
     layout = layout or ("cumo" if is_released or remote_code else "original")
