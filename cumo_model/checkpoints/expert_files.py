@@ -231,7 +231,7 @@ def _plain_stack(shards: Shards, key: str, of: ExpertWeight, columns: list[list[
     def read(expert: int) -> Tensor:
         if is_stacked:
             found = shards.read(names[0], expert)
-            return found.T if of.is_transposed else found
+            return found.T.contiguous() if of.is_transposed else found
         found = [shards.read(column[expert]) for column in columns]
         return found[0] if len(found) == 1 else torch.cat(found)
 

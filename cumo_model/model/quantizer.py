@@ -141,7 +141,7 @@ def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
 
 def packed_parameter(weight: Tensor, of: ExpertWeight, packing: dict[str, Any]) -> nn.Parameter:
     """A plain weight, in the orientation of its module, as a frozen packed parameter."""
-    rows = weight.transpose(1, 2) if of.is_transposed else weight
+    rows = weight.transpose(1, 2).contiguous() if of.is_transposed else weight
     return frozen(pack(rows, **packing), of)
 
 
@@ -290,12 +290,8 @@ class CumoQuantizer(HfQuantizer):
             try:
                 with safe_open(file, "pt") as opened:
                     for key in opened.keys():
-                        if key.endswith(SUFFIXES):
-                            part = opened.get_slice(key)
-                            found[self._own_name(model, key)] = (
-                                tuple(part.get_shape()),
-                                TYPES.get(part.get_dtype()),
-                            )
+                        part, own = opened.get_slice(key), self._own_name(model, key)
+                        found[own] = tuple(part.get_shape()), TYPES.get(part.get_dtype())
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} is damaged: {error}") from None
         if files:
@@ -304,7 +300,7 @@ class CumoQuantizer(HfQuantizer):
     def _own_name(self, model: PreTrainedModel, key: str) -> str:
         """The name in this model; a base model is read from files of a model with a head, and vice versa."""
         prefix = f"{model.base_model_prefix}."
-        name = key.rpartition("_")[0]
+        name = key.rpartition("_")[0] if key.endswith(SUFFIXES) else key
         for known in (name, name.removeprefix(prefix), prefix + name):
             if known in self.weights:
                 return known + key[len(name) :]
@@ -345,7 +341,16 @@ class CumoQuantizer(HfQuantizer):
         return True  # adapters beside the packed weights
 
 
-TYPES = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TYPES = {
+    "U8": torch.uint8,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 def config_for(model: nn.Module) -> CumoQuantizationConfig:
