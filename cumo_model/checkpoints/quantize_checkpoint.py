@@ -24,6 +24,7 @@ from cumo_model.model.json_files import read_object
 from cumo_model.model.quantizer import SUFFIXES, CumoQuantizationConfig
 
 SHARD_BYTES = 1000**3
+CHUNK = 1 << 19  # weights that are rounded at a time, for which several copies in fp32 are needed
 REPORT = "quantization_report.json"
 
 Plan = list[tuple[str, Shape, Callable[[], Tensor]]]
@@ -176,18 +177,19 @@ class _Parts:
         for expert in range(stack.of.shape[0]):
             weight = stack.read(expert)
             if isinstance(weight, PackedWeight):
-                packed = weight
-            else:
+                _put(found, stack.name, expert, slice(None), weight)
+                continue
+            step = max(1, CHUNK // weight.shape[1])
+            for first in range(0, weight.shape[0], step):
+                rows = slice(first, first + step)
                 try:
-                    packed = pack(weight[None], **self.config.packing)
+                    packed = pack(weight[None, rows], **self.config.packing)
                 except ValueError as error:
                     raise ValueError(f"{stack.name} of expert {expert}: {error}") from None
-                whole = weight.float()
+                whole = weight[rows].float()
                 total += _square(whole)
-                wrong += _square(whole.sub_(packed.dequantize(torch.float32)[0]))
-            for suffix, part in zip(SUFFIXES, packed.parts(), strict=True):
-                if part is not None:
-                    found[stack.name + suffix][expert] = part[0]
+                wrong += _square(packed.dequantize(torch.float32)[0] - whole)
+                _put(found, stack.name, expert, rows, packed)
         exact = stack.packed is not None
         self._errors[stack.name] = None if exact else (wrong / total) ** 0.5 if total else 0.0
         return found
@@ -201,6 +203,12 @@ class _Parts:
             "bytes_before": stack.nbytes,
             "bytes_after": after,
         }
+
+
+def _put(found: dict[str, Tensor], name: str, expert: int, rows: slice, packed: PackedWeight) -> None:
+    for suffix, part in zip(SUFFIXES, packed.parts(), strict=True):
+        if part is not None:
+            found[name + suffix][expert, rows] = part[0]
 
 
 def _square(values: Tensor) -> float:
