@@ -249,10 +249,6 @@ def test_folders_that_cannot_be_quantised_are_named(tiny_model, other, tmp_path)
 MEASURED = """
 import sys
 from cumo_model import quantize_checkpoint
-import cumo_model.checkpoints.quantize_checkpoint
-import cumo_kernels.packing.tensor, torch, transformers
-from transformers import MixtralForCausalLM
-cumo_kernels.packing.tensor.pack(torch.randn(1, 64, 64))
 def peak():
     (row,) = [row for row in open("/proc/self/status") if row.startswith("VmHWM")]
     return int(row.split()[1]) * 1024
@@ -264,6 +260,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
 def test_memory_is_less_than_that_of_one_layers_experts(other, tmp_path):
     """What is rounded needs several copies in fp32, so that it must be a part of one expert."""

@@ -1,6 +1,7 @@
 """QLoRA: quantised linear layers and experts with peft's preparation, in any order."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from cumo_kernels.packing.tensor import PackedWeight
-from cumo_model import quantize_experts
+from cumo_model import quantize_checkpoint, quantize_experts
 from cumo_model.model.moe import MoELayer
 from cumo_model.model.quantizer import packed_weights
 from cumo_model.training.recipe import load_recipe
@@ -121,3 +122,50 @@ def test_a_quantised_stage_trains_adapters_and_saves_an_unquantised_model(tmp_pa
             first = beside[f"base_model.model.{name}"]
             assert not torch.equal(first, wanted[name])
         assert torch.equal(value, first), name
+
+
+def lora_recipe(folder, tiny_config, **changes):
+    """A recipe of a LoRA stage on attention, for a model with experts in all places."""
+    write_data(folder, text_rows=0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    places = {"text": "mixtral", "vision_experts": 4, "projector_num_experts": 4}
+    start = write_model(
+        folder, tiny_config, vision=sizes, text_options={**sizes, "num_key_value_heads": 2}, **places
+    )
+    lora = {"r": 2, "alpha": 6, "dropout": 0.0, "targets": r".*language_model.*\.(q|v)_proj"}
+    experts = {f"model__{place}_experts": 0 for place in ("vision", "projector", "text")}
+    options = {"stage__trains": ["language"], "stage__lora": lora, "trainer__max_steps": 2}
+    return start, lambda **more: write_recipe(folder, **experts, **options, **changes, **more)
+
+
+def test_a_quantised_stage_packs_the_experts_of_the_language_model(tmp_path, tiny_config):
+    _, recipe = lora_recipe(tmp_path, tiny_config)
+    made = build_trainer(load_recipe(recipe(model__quantize=4)))
+    packed = packed_weights(made.model)
+    assert len(packed) == 2 * 2 and all("language_model" in name for name in packed)
+    assert {weight.format for weight in packed.values()} == {"nf4"}
+    assert made.model._ddp_params_and_buffers_to_ignore == list(packed)
+    made.train()
+    assert not any(weight.requires_grad for weight in packed_weights(made.model).values())
+
+
+def test_a_stage_starts_from_a_quantised_checkpoint(tmp_path, tiny_config):
+    """Its experts stay packed, bit for bit, in the result, into which the adapters are merged."""
+    start, recipe = lora_recipe(tmp_path, tiny_config)
+    quantize_checkpoint(start, tmp_path / "packed", progress=False)
+    result = run_recipe(load_recipe(recipe(model__start=str(tmp_path / "packed"))))
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "packed", result))
+    assert before.keys() == after.keys()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved and all(re.search(r"language_model.*\.(q|v)_proj", name) for name in moved)
+    assert len(packed_weights(AutoModelForImageTextToText.from_pretrained(result))) == 2 * LAYERS
+
+
+def test_a_quantised_checkpoint_is_trained_with_adapters_only(tmp_path, tiny_config):
+    start, recipe = lora_recipe(tmp_path, tiny_config)
+    quantize_checkpoint(start, tmp_path / "packed", progress=False)
+    packed = {"model__start": str(tmp_path / "packed")}
+    with pytest.raises(ValueError, match=r"model.start must have unquantised experts without stage.lora"):
+        build_trainer(load_recipe(recipe(**packed), ["stage.lora=null"]))
+    with pytest.raises(ValueError, match=r"model.quantize must be left out for model.start .*packed"):
+        build_trainer(load_recipe(recipe(**packed, model__quantize=4)))
