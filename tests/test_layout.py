@@ -133,6 +133,16 @@ ARROWS = {
         f"{KERNELS}.tracing",
     ),
     "cumo_model.model.indexes": ("cumo_model.*", f"{KERNELS}.files"),
+    **{
+        f"cumo_model.{module}": ("cumo_model.*", f"{KERNELS}.packing*")
+        for module in (
+            "model.quantize",
+            "model.quantizer",
+            "checkpoints.expert_files",
+            "checkpoints.published",
+            "checkpoints.quantize_checkpoint",
+        )
+    },
     "cumo_model.model.image_tokens": ("cumo_model.*", f"{KERNELS}.hostsync"),
     "cumo_model.model.remote": ("cumo_model.*", f"{KERNELS}.files"),
     "cumo_model.checkpoints.folders": ("cumo_model.*", f"{KERNELS}.files"),
@@ -227,7 +237,6 @@ FOREIGN = {
     "openai": ("cumo_model.serving.endpoint", "cumo_model.evaluation.judge"),
     "pyarrow": ("cumo_model.evaluation.tables",),
     "openpyxl": ("cumo_model.evaluation.tables",),
-    "bitsandbytes": ("cumo_model.model.quantize",),
     "peft": ("cumo_kernels.integrations.peft", "cumo_model.training.lora"),
     "lmms_eval": ("cumo_model.evaluation.lmms.model", "cumo_model.evaluation.lmms.plugin"),
     "vllm": ("cumo_model.serving.vllm.model", "cumo_model.serving.vllm.plugin"),

@@ -22,7 +22,8 @@ RANK, SCALING = 16, 0.5
 
 def cases(device: str, full: bool) -> list[Case]:
     if device == "cpu":
-        return [Case(SHAPES["mixtral-quarter"], "bf16", modes=("forward", "both"))]
+        eighth = replace(SHAPES["mixtral-quarter"], name="mixtral-eighth", T=64, H=512, I=1792, O=512)
+        return [Case(eighth, "bf16", modes=("forward", "both"))]
     names = ("mixtral-train", "mixtral-prefill", "qwen3-30b-a3b") if full else ("mixtral-train",)
     return [Case(SHAPES[name], "bf16", modes=("forward", "both")) for name in names]
 

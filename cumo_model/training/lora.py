@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cumo_model.model.moe import reads_adapters
+from cumo_model.model.quantizer import packed_weights
 from cumo_model.training.recipe import LoraSection, ModelSection, Recipe, StageSection
 from cumo_model.training.start import start_model
 
@@ -45,6 +46,8 @@ def with_lora(model: nn.Module, stage: StageSection) -> nn.Module:
         original = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if original in trained and "lm_head" not in name:
             parameter.requires_grad_(True)
+    # nn.parallel would send them to the other processes, which have read them too, and cannot
+    wrapped._ddp_params_and_buffers_to_ignore = list(packed_weights(wrapped))
     return wrapped
 
 
