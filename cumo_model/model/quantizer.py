@@ -310,9 +310,8 @@ class CumoQuantizer(HfQuantizer):
         for name, value in model.named_parameters():
             wanted = self._dtypes.get(name, value.dtype)
             if value.dtype != wanted and value.is_floating_point() and not value.is_meta:
-                value.data = value.data.to(
-                    wanted
-                )  # transformers 5.17 keeps the dtype of files whose names differ
+                # transformers 5.17 keeps the dtype of files whose names differ from those of the model
+                value.data = value.data.to(wanted)
         model._weight_conversions = []  # names of files are those of the model, whatever they were before
         return model
 
