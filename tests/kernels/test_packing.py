@@ -9,6 +9,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils import calculate_qparams
 from torch import nn
 from torchao.prototype.mx_formats.mx_tensor import MXTensor, to_mx
 
@@ -204,6 +206,22 @@ def test_a_part_of_an_expert_is_plain(weight, name, symmetric):
 def test_of_an_empty_block_nothing_is_left(name, symmetric):
     packed = pack(torch.zeros(2, 3, 256), name, symmetric=symmetric)
     assert torch.equal(packed.dequantize(), torch.zeros(2, 3, 256))
+    if name == "int4":  # no 0 / 0, whose number is any
+        assert packed.scales.all() and torch.equal(nibbles(packed.packed)[..., ::128], _zeros(packed))
+
+
+def _zeros(packed):
+    return torch.full_like(packed.scales, 8, dtype=torch.uint8) if packed.zeros is None else packed.zeros
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_and_zero_points_are_those_of_compressed_tensors(weight, symmetric):
+    args = QuantizationArgs(num_bits=4, type="int", symmetric=symmetric, strategy="group", group_size=128)
+    blocks = weight.unflatten(-1, (-1, 128))
+    scales, zeros = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args)
+    packed = pack(weight, "int4", symmetric=symmetric)
+    assert torch.equal(packed.scales, scales)
+    assert torch.equal(_zeros(packed).int() - 8, zeros.int())
 
 
 @kinds
