@@ -76,7 +76,7 @@ help:
 	@echo "make docs     build the documentation site in build/site; any warning is an error"
 	@echo "make bench    measure speed on this machine, after a correctness check of each row"
 	@echo "make peers    download other implementations to compare with, for make bench on a GPU"
-	@echo "make gpu      verify and measure on this machine's CUDA device, 440 seconds   (ARGS=\"--part tune\": then tune, 320;"
+	@echo "make gpu      verify and measure on this machine's CUDA device, 440 seconds   (ARGS=\"--part tune\": then tune, 340;"
 	@echo "              ARGS=--rehearse: the same steps on a CPU)"
 	@echo "make gpu-artifacts PYTHON=python3.12   compile the kernels for make gpu here, for its Python and sm_90a"
 	@echo "make setup    only make the virtual environment $(VENV)"

@@ -51,6 +51,8 @@ class Workload:
     gaps: dict[str, str] = field(default_factory=dict)  # peer -> why it is not timed
     dense: tuple[Callable, tuple[Tensor, ...]] | None = None  # equal FLOPs without experts: an upper limit
     parameters: tuple[Tensor, ...] = ()  # more tensors that need gradients, besides the inputs
+    constants: tuple[Tensor, ...] = ()  # tensors without gradients, which do not count as saved
+    op: str = LAYER  # the op that a backend of ours must have to run this
     note: str = ""  # what was reduced to fit
     host: bool = False  # measures the host's time: nothing else may run on the GPU
 
@@ -80,11 +82,9 @@ class Case:
 Setup = Callable[[Shape, torch.dtype, str, str], Workload]
 
 
-def backends(device: str, wanted: Iterable[str] | None = None) -> list[str]:
-    """Our backends that run on `device`, including those that run only if forced."""
-    names = [
-        row.name for row in dispatch.BACKENDS if row.refuse("expert_mlp", device, torch.bfloat16) is None
-    ]
+def backends(device: str, wanted: Iterable[str] | None = None, op: str = LAYER) -> list[str]:
+    """Our backends that run `op` on `device`, including those that run only if forced."""
+    names = [row.name for row in dispatch.BACKENDS if row.refuse(op, device, torch.bfloat16) is None]
     return [name for name in names if wanted is None or name in wanted]
 
 
@@ -97,7 +97,8 @@ def _forced(backend: str, run: Callable) -> Callable:
 
 
 def _variants(workload: Workload, device: str, wanted: Iterable[str] | None) -> dict[str, Callable]:
-    ours = {record.ours(name): _forced(name, workload.run) for name in backends(device, wanted)}
+    names = backends(device, wanted, workload.op)
+    ours = {record.ours(name): _forced(name, workload.run) for name in names}
     return ours | workload.peers
 
 
@@ -250,7 +251,7 @@ def measure(
                 if device == "cuda":
                     torch.cuda.synchronize()
             if name != "dense" and set(modes) - {"forward"}:
-                saved[name] = saved_bytes(run, inputs, parameters)
+                saved[name] = saved_bytes(run, inputs, (*parameters, *workload.constants))
             if device == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:  # out of memory, or any error of a peer at this size

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cumo_model.checkpoints.layout import original_layout
     from cumo_model.checkpoints.parts import from_parts
     from cumo_model.checkpoints.patch import patch_original
+    from cumo_model.checkpoints.quantize_checkpoint import quantize_checkpoint
     from cumo_model.checkpoints.upcycle import step0_difference, upcycle
     from cumo_model.model.clip_moe import CumoVisionModel
     from cumo_model.model.config import CumoConfig, CumoVisionConfig
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from cumo_model.model.moe import MoELayer, RoutingRecord, record_routing
     from cumo_model.model.outputs import CumoOutput
     from cumo_model.model.quantize import quantize_experts
+    from cumo_model.model.quantizer import CumoQuantizationConfig
     from cumo_model.processing.processor import CumoImageProcessor, CumoProcessor, build_processor
 
 # the imports above, at first use; a test compares the two
@@ -39,6 +41,7 @@ _MODULES = {
     "cumo_model.checkpoints.layout": "original_layout",
     "cumo_model.checkpoints.parts": "from_parts",
     "cumo_model.checkpoints.patch": "patch_original",
+    "cumo_model.checkpoints.quantize_checkpoint": "quantize_checkpoint",
     "cumo_model.checkpoints.upcycle": "step0_difference upcycle",
     "cumo_model.model.clip_moe": "CumoVisionModel",
     "cumo_model.model.config": "CumoConfig CumoVisionConfig",
@@ -47,6 +50,7 @@ _MODULES = {
     "cumo_model.model.moe": "MoELayer RoutingRecord record_routing",
     "cumo_model.model.outputs": "CumoOutput",
     "cumo_model.model.quantize": "quantize_experts",
+    "cumo_model.model.quantizer": "CumoQuantizationConfig",
     "cumo_model.processing.processor": "CumoImageProcessor CumoProcessor build_processor",
 }
 __getattr__, __dir__ = attributes(__name__, _MODULES, ("checkpoints", "model", "processing"), register)
@@ -59,6 +63,7 @@ __all__ = [
     "CumoModel",
     "CumoOutput",
     "CumoProcessor",
+    "CumoQuantizationConfig",
     "CumoVisionConfig",
     "CumoVisionModel",
     "MoELayer",
@@ -70,6 +75,7 @@ __all__ = [
     "load_balancing_loss",
     "original_layout",
     "patch_original",
+    "quantize_checkpoint",
     "quantize_experts",
     "record_routing",
     "router_z_loss",

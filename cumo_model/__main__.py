@@ -200,6 +200,12 @@ def _convert(args: argparse.Namespace) -> Callable[[], int | None]:
     return lambda: convert_checkpoint(args.source, args.target, args.layout, shard_bytes, args.remote_code)
 
 
+def _quantize(args: argparse.Namespace) -> Callable[[], int | None]:
+    from cumo_model.checkpoints.quantize_checkpoint import run_quantize
+
+    return lambda: run_quantize(args.source, args.out, args.bits, args.group, not args.asymmetric)
+
+
 def _upcycle(args: argparse.Namespace) -> Callable[[], int | None]:
     from cumo_model.checkpoints.upcycle_checkpoint import upcycle_checkpoint
 
@@ -234,6 +240,7 @@ COMMANDS = {
     "train": _train,
     "experts": _experts,
     "convert": _convert,
+    "quantize": _quantize,
     "upcycle": _upcycle,
 }
 

@@ -19,6 +19,7 @@ from cumo_model.processing.tokenizer_files import has_tokenizer, no_tokenizer
 
 MOST = 2**31 - 1  # of numbers that count something
 IMAGES = "--images must be a folder or a .tar file"
+GROUPS = (32, 64, 128, 256)  # of weights that share a scale
 SMALLEST = 30  # bytes of a picture; shorter base64 text is a name
 
 
@@ -151,6 +152,16 @@ def _convert(args: argparse.Namespace) -> None:
     _check_new("target", args.target)
 
 
+def _quantize(args: argparse.Namespace) -> None:
+    if args.group is not None and args.group not in GROUPS:
+        raise ValueError(f"--group must be one of {', '.join(map(str, GROUPS))}, got {args.group}")
+    if args.asymmetric and args.bits != "int4":
+        got = "none" if args.bits is None else args.bits
+        raise ValueError(f"--asymmetric must be given with --bits int4 only, got {got}")
+    _check_model("source", args.source)
+    _check_new("--out", args.out)
+
+
 def _upcycle(args: argparse.Namespace) -> None:
     places = ("vision", "projector", "text")
     _number("--seed", args.seed, 0, 2**63 - 1)
@@ -259,6 +270,7 @@ CHECKS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": _train,
     "experts": _experts,
     "convert": _convert,
+    "quantize": _quantize,
     "upcycle": _upcycle,
 }
 

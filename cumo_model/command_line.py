@@ -184,6 +184,25 @@ def parser() -> argparse.ArgumentParser:
         help="in this project's layout, also for programs that open it with trust_remote_code=True only",
     )
 
+    quantize = commands.add_parser(
+        "quantize", help="write a copy of a checkpoint whose experts are in four bits, and print the errors"
+    )
+    quantize.add_argument("source", type=Path, help="folder with config.json and safetensors")
+    quantize.add_argument(
+        "--bits",
+        choices=("nf4", "fp4", "mxfp4", "int4"),
+        help="format of the weights (default: nf4, or that of experts that are published in four bits)",
+    )
+    quantize.add_argument("--out", type=Path, required=True, help="new folder")
+    quantize.add_argument(
+        "--group",
+        type=int,
+        help="weights that share a scale: 32, 64, 128 or 256 (default: 64, mxfp4 32, int4 128)",
+    )
+    quantize.add_argument(
+        "--asymmetric", action="store_true", help="give each group a zero point, in int4 only"
+    )
+
     upcycle = commands.add_parser(
         "upcycle", help="make experts of the MLPs of a dense model and print the step-0 difference"
     )

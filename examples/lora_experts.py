@@ -3,8 +3,8 @@
     python examples/lora_experts.py                           # a small Mixtral with random weights
     python examples/lora_experts.py --model checkpoints/mixtral --text notes.txt --out runs/adapter
 
-`target_parameters` contains the names of the experts' weights. They are stacked parameters of shape
-(experts, out, in) and not `nn.Linear` modules. peft has no dropout for them.
+`target_parameters` names the weights of experts, stacked parameters of shape (experts, out, in). The kernels
+compute W x + B (A dropout(x)), without the sum of W and B A that peft itself builds in every step.
 """
 
 import argparse
@@ -39,8 +39,8 @@ text = args.text.read_text()
 ids = AutoTokenizer.from_pretrained(base)(text)["input_ids"] if args.model else list(text.encode())
 ids = torch.tensor(ids, device=device)[:512][None]
 
-experts = ["experts.gate_up_proj", "experts.down_proj"]
-lora = LoraConfig(r=args.rank, target_modules=["q_proj", "v_proj"], target_parameters=experts)
+linear, experts = ["q_proj", "v_proj"], ["experts.gate_up_proj", "experts.down_proj"]
+lora = LoraConfig(r=args.rank, lora_dropout=0.05, target_modules=linear, target_parameters=experts)
 model = get_peft_model(load(), lora)
 model.print_trainable_parameters()
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

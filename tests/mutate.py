@@ -33,6 +33,9 @@ from tests.faults.kernels import CUDA, HOPPER, TRITON
 from tests.faults.kernels import FAULTS as KERNELS
 from tests.faults.model import FAULTS as MODEL
 from tests.faults.packing import FAULTS as PACKING
+from tests.faults.packing_lora import FAULTS as LORA
+from tests.faults.packing_lora import FAULTS_OF_CUMO as LORA_OF_CUMO
+from tests.faults.packing_model import FAULTS as PACKING_MODEL
 from tests.faults.serving import FAULTS as SERVING
 from tests.faults.serving_answer import FAULTS as SERVING_ANSWER
 from tests.faults.serving_vllm import FAULTS as SERVING_VLLM
@@ -43,8 +46,16 @@ ROOT = Path(__file__).parents[1]
 ALL_SERVING = SERVING + SERVING_ANSWER + SERVING_VLLM + SERVING_WEB
 ALL_EVALUATION = EVALUATION + EVALUATION_CHOICE + EVALUATION_LMMS + EVALUATION_VQA
 FAULTS = {
-    "cumo_kernels": KERNELS + PACKING,
-    "cumo_model": MODEL + DATA + CHECKPOINTS + TRAINING + ALL_SERVING + ALL_EVALUATION + DEMO,
+    "cumo_kernels": KERNELS + PACKING + LORA,
+    "cumo_model": MODEL
+    + PACKING_MODEL
+    + LORA_OF_CUMO
+    + DATA
+    + CHECKPOINTS
+    + TRAINING
+    + ALL_SERVING
+    + ALL_EVALUATION
+    + DEMO,
 }
 TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught
 # stems whose tests need neither interpreter nor emulation

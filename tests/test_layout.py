@@ -125,8 +125,24 @@ ARROWS = {
     ),
     f"{KERNELS}.*": (KERNELS, f"{KERNELS}.*"),  # the command line and its subcommands
     "cumo_model.training.monitor": ("cumo_model.*", f"{TILES}.hardware"),
-    "cumo_model.model.moe": ("cumo_model.*", KERNELS, f"{KERNELS}.ops*", f"{KERNELS}.tracing"),
+    "cumo_model.model.moe": (
+        "cumo_model.*",
+        KERNELS,
+        f"{KERNELS}.integrations.peft",
+        f"{KERNELS}.ops*",
+        f"{KERNELS}.tracing",
+    ),
     "cumo_model.model.indexes": ("cumo_model.*", f"{KERNELS}.files"),
+    **{
+        f"cumo_model.{module}": ("cumo_model.*", f"{KERNELS}.packing*")
+        for module in (
+            "model.quantize",
+            "model.quantizer",
+            "checkpoints.expert_files",
+            "checkpoints.published",
+            "checkpoints.quantize_checkpoint",
+        )
+    },
     "cumo_model.model.image_tokens": ("cumo_model.*", f"{KERNELS}.hostsync"),
     "cumo_model.model.remote": ("cumo_model.*", f"{KERNELS}.files"),
     "cumo_model.checkpoints.folders": ("cumo_model.*", f"{KERNELS}.files"),
@@ -159,6 +175,7 @@ ARROWS = {
     ),
     "benchmarks.cases*": (
         "benchmarks.cases.*",
+        "benchmarks.peers.packed",
         "benchmarks.peers.table",
         "benchmarks.harness",
         "benchmarks.steps",
@@ -220,7 +237,7 @@ FOREIGN = {
     "openai": ("cumo_model.serving.endpoint", "cumo_model.evaluation.judge"),
     "pyarrow": ("cumo_model.evaluation.tables",),
     "openpyxl": ("cumo_model.evaluation.tables",),
-    "bitsandbytes": ("cumo_model.model.quantize",),
+    "peft": ("cumo_kernels.integrations.peft", "cumo_model.training.lora"),
     "lmms_eval": ("cumo_model.evaluation.lmms.model", "cumo_model.evaluation.lmms.plugin"),
     "vllm": ("cumo_model.serving.vllm.model", "cumo_model.serving.vllm.plugin"),
 }

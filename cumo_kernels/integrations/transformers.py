@@ -8,7 +8,8 @@ A model's router chooses the experts; its experts module (stacked weights, under
 experts interface) then runs here. Plain and gated MLPs whose activation is in `cumo_kernels.ACTIVATIONS` run
 as one `expert_mlp`. Experts with a gate function of their own (gpt-oss clamps and interleaves), transposed
 weights or a norm of each expert's rows run as two `grouped_gemm`. Anything else falls back to transformers'
-own grouped_mm; the reason is logged once.
+own grouped_mm; the reason is logged once. Weights in four bits (`cumo_kernels.packing`) run packed, and LoRA
+adapters of peft without the weights of W + B A (`cumo_kernels.integrations.peft`).
 """
 
 import torch
@@ -18,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 from transformers.utils import logging
 
 from cumo_kernels import combine, expert_mlp, grouped_gemm, routing_from_topk
+from cumo_kernels.integrations.peft import adapters_of, takes_adapters
 
 NAME = "cumo"
 FALLBACK = "grouped_mm"
@@ -38,9 +40,13 @@ GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 logger = logging.get_logger(__name__)
 
 
+def _up_name(experts: nn.Module) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
 def _weights(experts: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """up (E, 2I or I, H), down (E, O, I) and their biases; transposed storage is read through views."""
-    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    name = _up_name(experts)
     up, down = getattr(experts, name), experts.down_proj
     if experts.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
@@ -69,7 +75,7 @@ def fused_activation(experts: nn.Module) -> str | None:
 
 def refusal(experts: nn.Module) -> str | None:
     """Why "cumo" cannot run this experts module of transformers, or None."""
-    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    name = _up_name(experts)
     wanted = [name, "down_proj"] + ([f"{name}_bias", "down_proj_bias"] if experts.has_bias else [])
     for parameter in wanted:
         value = getattr(experts, parameter, None)
@@ -102,21 +108,41 @@ def cumo_experts_forward(
     up, down, up_bias, down_bias = _weights(self)
     x = hidden_states.to(up.dtype)  # changes the dtype only where a norm keeps fp32 in a half-precision model
     activation = fused_activation(self)
+    of_up, of_down = adapters_of(self, _up_name(self)), adapters_of(self, "down_proj")
     if activation is not None:
-        out = expert_mlp(x, routing, up, down, up_bias, down_bias, activation)
+        out = expert_mlp(
+            x, routing, up, down, up_bias, down_bias, activation, up_adapters=of_up, down_adapters=of_down
+        )
     else:
-        z = grouped_gemm(x, up, routing.expert_offsets, bias=up_bias, gather=routing)
+        offsets = routing.expert_offsets
+        z = grouped_gemm(x, up, offsets, bias=up_bias, gather=routing, adapters=of_up)
         a = self._apply_gate(z) if self.has_gate else self.act_fn(z)
-        rows = grouped_gemm(a, down, routing.expert_offsets, bias=down_bias)
+        rows = grouped_gemm(a, down, offsets, bias=down_bias, adapters=of_down)
         out = combine(self.post_expert_norm(rows) if _has_norm(self) else rows, routing)
     return out.to(hidden_states.dtype)
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether the class of a module has transformers' experts interface."""
+    return all(hasattr(module, flag) for flag in ("has_gate", "is_transposed", "is_concatenated"))
+
+
+@takes_adapters
+def _runs_here(module: nn.Module, parameter_name: str) -> bool:
+    """Whether `cumo_experts_forward` computes with this weight when `module` is called."""
+    return (
+        _is_experts(module)
+        and parameter_name in (_up_name(module), "down_proj")
+        and getattr(getattr(module, "config", None), "_experts_implementation", None) == NAME
+        and refusal(module) is None
+    )
 
 
 def explain(model: nn.Module) -> str:
     """One line per experts module of a transformers model: how "cumo" runs it, or why it cannot."""
     lines = []
     for name, module in model.named_modules():
-        if not all(hasattr(module, flag) for flag in ("has_gate", "is_transposed", "is_concatenated")):
+        if not _is_experts(module):
             continue
         reason, activation = refusal(module), fused_activation(module)
         how = f"expert_mlp ({activation})" if activation else "grouped_gemm, its own activation, grouped_gemm"

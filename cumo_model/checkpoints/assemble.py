@@ -8,6 +8,7 @@ the tokenizer of the processor.
 import inspect
 import os
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.model.json_files import read_object
 from cumo_model.model.layouts import LAYOUTS, known_image_token, layout_of, read_config
+from cumo_model.model.quantize import quantize_experts
+from cumo_model.model.quantizer import NAME as QUANTIZED
 from cumo_model.processing.processor import (
     ASPECT_RATIOS,
     DEFAULT_TEMPLATE,
@@ -69,8 +72,9 @@ def assemble(
             keeps them.
         scratch: initialise new experts with random weights instead of copies.
         dtype: dtype of the weights; by default that of the files.
-        quantize: 4 or 8 bits with bitsandbytes. Parts and new experts are first written to a temporary folder
-            (TMPDIR), because bitsandbytes quantises weights while it reads them.
+        quantize: 4 or 8 bits, of the language model only: its linear layers with bitsandbytes, and with 4 its
+            experts in nf4. Parts and new experts are first written to a temporary folder (TMPDIR), because
+            bitsandbytes quantises weights while it reads them.
         attn_implementation: as in transformers.
         template: name of the chat template; by default that of the checkpoint, and DEFAULT_TEMPLATE for
             parts.
@@ -103,6 +107,11 @@ def assemble(
                 f"experts must be None for {os.fspath(folder)!r}, whose quantization_config says that its "
                 f"weights are quantised, got {', '.join(wanted)}"
             )
+        if quantize is not None and is_quantized(folder):
+            raise ValueError(
+                f"quantize must be None for {os.fspath(folder)!r}, whose experts are quantised already, "
+                f"got {quantize}"
+            )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         start = starting_point(checkpoint, vision, text, projector, clip, tokenizer, **options)
@@ -122,6 +131,8 @@ def assemble(
                 scratch_experts(dense, model, seed)
     if quantize is not None and not getattr(model, "is_quantized", False):
         model = _quantized(model, quantize)
+    if quantize == 4 and experts_of(model.config)["text_experts"][0] > 1:
+        _quantize_experts_of(model.model.language_model)
     return model.eval(), processor
 
 
@@ -220,6 +231,12 @@ def describe(checkpoint: str | os.PathLike) -> tuple[CumoConfig, CumoProcessor |
     return config, processor
 
 
+def is_quantized(folder: str | os.PathLike | None) -> bool:
+    """Whether a folder holds experts in four bits, as `quantize_checkpoint` writes them."""
+    found = read_config(folder).get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == QUANTIZED
+
+
 def config_of(checkpoint: str | os.PathLike) -> CumoConfig:
     """Read the config of a checkpoint in either layout, as its files say it.
 
@@ -291,6 +308,13 @@ def _quantized(model: CumoForConditionalGeneration, bits: int) -> CumoForConditi
         model.save_pretrained(folder)
         options["quantization_config"] = _quantization(bits, model.dtype)
         return load_whole(CumoForConditionalGeneration, folder, model.dtype, **options)
+
+
+def _quantize_experts_of(decoder: torch.nn.Module) -> None:
+    try:
+        quantize_experts(decoder)
+    except ValueError as error:  # sizes that no group divides; bitsandbytes has quantised the rest
+        warnings.warn(f"the experts keep their precision: {error}", stacklevel=3)
 
 
 def _quantization(bits: int, dtype: torch.dtype | None) -> BitsAndBytesConfig:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cumo_model.checkpoints.assemble import describe
+from cumo_model.checkpoints.assemble import describe, is_quantized
 from cumo_model.checkpoints.folders import new_directory
 from cumo_model.checkpoints.layout import original_names, own_layout
 from cumo_model.checkpoints.original_config import (
@@ -82,6 +82,10 @@ def convert(
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
     source = Path(source)
     config, processor = describe(source)
+    if is_quantized(source):
+        raise ValueError(
+            f"{source} has experts in four bits, which are not converted: convert, then quantize"
+        )
     values = read_object(source / "config.json")
     is_released = is_original(values)
     layout = layout or ("cumo" if is_released or remote_code else "original")
@@ -103,7 +107,7 @@ def convert(
             reason = " ".join(str(error).split())
             raise ValueError(f"{source / 'config.json'}: original cannot be used: {reason}") from error
     shards = Shards(source)
-    files = _other_files(source, shards)
+    files = other_files(source, shards)
     check_tensors(shards.shapes, released if is_released else own, str(source))
 
     if is_released and layout == "cumo":
@@ -117,7 +121,7 @@ def convert(
     else:
         plan = list(_split(shards, parts))
     needed = sum(prod(shape) * _dtype_of(shards, parts, name).itemsize for name, shape, _ in plan)
-    _check_disk(Path(target), needed + sum((source / inner).stat().st_size for inner in files))
+    check_disk(Path(target), needed + sum((source / inner).stat().st_size for inner in files))
     with new_directory(target) as work:
         if new_config is None:
             config.save_pretrained(work)
@@ -126,12 +130,12 @@ def convert(
         if layout == "cumo" and EXPORTED in values and values["mm_vision_tower"] == TOWER_FOLDER:
             files = [inner for inner in files if inner != Path(TOWER_FOLDER, "config.json")]  # of the export
         if is_released and layout == "cumo" and EXPORTED not in values:
-            _copy_to_own(source, files, work, processor)
+            copy_to_own(source, files, work, processor)
         elif new_config is not None and not is_released and EXPORTED not in new_config:
             _copy_to_original(source, files, work, processor)
         else:
-            _copy(source, files, work)
-        _check_content(work, config, processor)
+            copy_files(source, files, work)
+        check_content(work, config, processor)
         if remote_code:
             config.save_pretrained(work, remote_code=True)
             open_anywhere(work)
@@ -163,7 +167,7 @@ def _pictures(processor: CumoProcessor | None) -> dict[str, Any] | None:
     }
 
 
-def _check_disk(target: Path, needed: int) -> None:
+def check_disk(target: Path, needed: int) -> None:
     parent = next(folder for folder in target.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -234,7 +238,7 @@ def _write_original_config(work: Path, values: dict[str, Any], config: CumoConfi
         (work / TOWER_FOLDER / "config.json").write_text(json.dumps(tower, indent=2, default=str) + "\n")
 
 
-def _other_files(source: Path, shards: Shards) -> list[Path]:
+def other_files(source: Path, shards: Shards) -> list[Path]:
     """Files beside config.json and the weights, relative to `source`; a warning names those left out."""
     read, found, left = set(shards.files.values()), [], []
     for folder, folders, names in os.walk(source):
@@ -253,7 +257,7 @@ def _other_files(source: Path, shards: Shards) -> list[Path]:
     return found
 
 
-def _copy(source: Path, files: Iterable[Path], work: Path) -> None:
+def copy_files(source: Path, files: Iterable[Path], work: Path) -> None:
     """Copy files that `work` does not have yet."""
     for inner in files:
         if not (work / inner).exists():
@@ -261,12 +265,12 @@ def _copy(source: Path, files: Iterable[Path], work: Path) -> None:
             shutil.copy(source / inner, work / inner)
 
 
-def _copy_to_own(source: Path, files: list[Path], work: Path, processor: CumoProcessor | None) -> None:
+def copy_to_own(source: Path, files: list[Path], work: Path, processor: CumoProcessor | None) -> None:
     """Copy the other files and write the processor; files that it replaces are kept in KEPT."""
     if processor is not None:
         processor.save_pretrained(work)
-    _copy(source, [inner for inner in files if (work / inner).exists()], work / KEPT)
-    _copy(source, files, work)
+    copy_files(source, [inner for inner in files if (work / inner).exists()], work / KEPT)
+    copy_files(source, files, work)
 
 
 def _copy_to_original(source: Path, files: list[Path], work: Path, processor: CumoProcessor | None) -> None:
@@ -276,8 +280,8 @@ def _copy_to_original(source: Path, files: list[Path], work: Path, processor: Cu
     written = set() if processor is None else _files_of(processor)
     if processor is not None:
         before = {path for path in work.rglob("*") if path.is_file()}
-        _copy(source / KEPT, kept, work)
-        _copy(source, [inner for inner in files if inner not in written], work)
+        copy_files(source / KEPT, kept, work)
+        copy_files(source, [inner for inner in files if inner not in written], work)
         try:
             found = describe(work)[1]
         except ValueError:
@@ -286,7 +290,7 @@ def _copy_to_original(source: Path, files: list[Path], work: Path, processor: Cu
             return
         for path in {path for path in work.rglob("*") if path.is_file()} - before:
             path.unlink()
-    _copy(source, files, work)
+    copy_files(source, files, work)
 
 
 def _files_of(processor: CumoProcessor) -> set[Path]:
@@ -296,7 +300,7 @@ def _files_of(processor: CumoProcessor) -> set[Path]:
         return {path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def _check_content(work: Path, config: CumoConfig, processor: CumoProcessor | None) -> None:
+def check_content(work: Path, config: CumoConfig, processor: CumoProcessor | None) -> None:
     """Check that the copy says of the model and its processor what the source says."""
     again, found = describe(work)
     if lost := differing(again, config):

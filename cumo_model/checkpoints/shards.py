@@ -76,6 +76,18 @@ class Shards:
         source = self._source(self.files[name])
         return source.get_tensor(name) if hasattr(source, "get_tensor") else source[name]
 
+    def read(self, name: str, first: int | None = None) -> Tensor:
+        """A tensor, or one element of its first dimension, for large files that are read piece by piece.
+
+        The file is closed again: the pages of an open one that have been read stay in this process's memory.
+        """
+        path = self.files[name]
+        self._open = None
+        source = _read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
+        if hasattr(source, "get_slice"):
+            return source.get_tensor(name) if first is None else source.get_slice(name)[first]
+        return source[name] if first is None else source[name][first]
+
 
 DTYPES = {
     "F64": torch.float64,

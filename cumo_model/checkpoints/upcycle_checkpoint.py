@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from cumo_model.checkpoints.assemble import experts_of, starting_point
+from cumo_model.checkpoints.assemble import experts_of, is_quantized, starting_point
 from cumo_model.checkpoints.folders import new_directory
 from cumo_model.checkpoints.upcycle import step0_difference, upcycle, upcycled_config
 from cumo_model.model.cumo import CumoForConditionalGeneration
@@ -43,6 +43,9 @@ def upcycle_checkpoint(
     Raises:
         ValueError: there is nothing to upcycle, or `assemble` or `upcycle` raises it.
     """
+    for folder in (checkpoint, text):
+        if is_quantized(folder):
+            raise ValueError(f"{os.fspath(folder)!r} has experts in four bits: upcycle, then quantize")
     kind = None if dtype is None else getattr(torch, dtype)
     start = starting_point(checkpoint, vision, text, projector, clip, tokenizer)
     found = experts_of(start.config)

@@ -11,7 +11,7 @@ from torch import nn
 from cumo_model.model.compat import EitherCheckpointing, enable_checkpointing
 from cumo_model.model.indexes import check_indexes
 from cumo_model.model.moe import IMPLEMENTATIONS, MoELayer, RoutingRecord
-from cumo_model.model.quantize import are_experts_quantized
+from cumo_model.model.quantize import prepare_to_save
 from cumo_model.model.remote import RemoteCodeMixin, opening_anywhere
 
 
@@ -50,14 +50,16 @@ class MoEHostMixin(RemoteCodeMixin, EitherCheckpointing):
         Experts are saved as stacked tensors, so that `load_state_dict` can read them; the Trainer resumes
         this way. `save_original_format=True` writes one tensor per expert of Mixtral. `remote_code=True`
         makes a folder that also opens with `trust_remote_code=True` where this package was not imported; so
-        does a model that was loaded from such a folder, unless it is False.
+        does a model that was loaded from such a folder, unless it is False. Experts in four bits are saved as
+        they are.
 
         Raises:
-            ValueError: the experts are quantised; no loader could read such a checkpoint. Or remote_code is
-                True for a part that cannot be opened by itself.
+            ValueError: bitsandbytes has quantised weights beside experts in four bits, or these are to be
+                saved in the original format. Or remote_code is True for a part that cannot be opened by
+                itself.
         """
-        if are_experts_quantized(self):
-            raise ValueError("save_pretrained must come before quantize_experts, got experts in 4 bits")
+        if prepare_to_save(self) and save_original_format:
+            raise ValueError("save_original_format must be False for experts in four bits, got True")
         with opening_anywhere(self.config, remote_code):  # the config writes the module
             # not the mixin's, which is for what has its auto_map in itself
             return super(RemoteCodeMixin, self).save_pretrained(

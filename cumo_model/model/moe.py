@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cumo_kernels import ACTIVATIONS, RouterStats, Routing, expert_mlp, grouped_gemm, route
+from cumo_kernels import (
+    ACTIVATIONS,
+    Adapter,
+    PackedWeight,
+    RouterStats,
+    Routing,
+    expert_mlp,
+    grouped_gemm,
+    route,
+)
+from cumo_kernels.integrations.peft import adapters_of, takes_adapters
 from cumo_kernels.ops.checks import (
     check_bool,
     check_choice,
@@ -265,20 +275,26 @@ class Experts(nn.Module):
         the outputs of a token's experts are added in the order of the experts. This is slow.
         """
         up_proj, up_bias, down_proj, down_bias = self._weights(x)
+        of_up, of_down = adapters_of(self, self.up_name), adapters_of(self, "down_proj")
         if not is_autocast_on(x.device.type):
             check_like("x", x, "the experts", up_proj)
         if self.implementation == "eager":
-            return self._loop(x, routing, compat, up_proj, up_bias, down_proj, down_bias)
+            up, down = (up_proj, up_bias, of_up), (down_proj, down_bias, of_down)
+            return self._loop(x, routing, compat, up, down)
         if compat is not None:
-            z = grouped_gemm(x, up_proj, routing.expert_offsets, bias=up_bias, gather=routing)
+            offsets = routing.expert_offsets
+            z = grouped_gemm(x, up_proj, offsets, bias=up_bias, gather=routing, adapters=of_up)
             a = ACTIVATIONS[self.activation].forward(z)
-            rows = grouped_gemm(a, down_proj, routing.expert_offsets, bias=down_bias)
+            rows = grouped_gemm(a, down_proj, offsets, bias=down_bias, adapters=of_down)
             slots = rows[routing.inverse_permutation].view(*routing.topk_indices.shape, rows.shape[1])
             slots = slots * routing.topk_weights.to(rows.dtype)[:, :, None]
             order = routing.topk_indices.argsort(1)[:, :, None].expand_as(slots)
             first, *rest = slots.gather(1, order).unbind(1)
             return sum(rest, first)
-        return expert_mlp(x, routing, up_proj, down_proj, up_bias, down_bias, self.activation)
+        return expert_mlp(
+            x, routing, up_proj, down_proj, up_bias, down_bias, self.activation,
+            up_adapters=of_up, down_adapters=of_down,
+        )  # fmt: skip
 
     def _weights(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """up, its bias, down, its bias.
@@ -287,32 +303,39 @@ class Experts(nn.Module):
         dtype of x, because `prepare_model_for_kbit_training` of peft converts all other parameters to fp32.
         """
         (up, up_bias), down, down_bias = self.up, self.down_proj, self.down_proj_bias
-        if is_parametrized(self) and not is_autocast_on(x.device.type):
+        is_quantised = is_parametrized(self) or any(isinstance(weight, PackedWeight) for weight in (up, down))
+        if is_quantised and not is_autocast_on(x.device.type):
             up, down = up.to(x.dtype), down.to(x.dtype)
             up_bias, down_bias = (None if b is None else b.to(x.dtype) for b in (up_bias, down_bias))
         return up, up_bias, down, down_bias
 
-    def _loop(
-        self,
-        x: Tensor,
-        routing: Routing,
-        compat: str | None,
-        up: Tensor,
-        up_bias: Tensor | None,
-        down: Tensor,
-        down_bias: Tensor | None,
-    ) -> Tensor:
+    def _loop(self, x: Tensor, routing: Routing, compat: str | None, up: tuple, down: tuple) -> Tensor:
         """The same in plain PyTorch: one expert after the other, with a host synchronisation for each."""
         dtype = x.dtype if compat is not None else torch.promote_types(x.dtype, torch.float32)
-        out = x.new_zeros(x.shape[0], down.shape[1], dtype=dtype)
-        for e in range(up.shape[0]):
+        out = x.new_zeros(x.shape[0], down[0].shape[1], dtype=dtype)
+        for e in range(up[0].shape[0]):
             token, slot = (routing.topk_indices == e).nonzero(as_tuple=True)
-            z = nn.functional.linear(x[token], up[e], None if up_bias is None else up_bias[e])
-            a = ACTIVATIONS[self.activation].forward(z)
-            rows = nn.functional.linear(a, down[e], None if down_bias is None else down_bias[e])
+            a = ACTIVATIONS[self.activation].forward(_linear(x[token], e, *up))
+            rows = _linear(a, e, *down)
             weights = routing.topk_weights[token, slot, None].to(dtype)
             out = out.index_add(0, token, rows.to(dtype) * weights)
         return out.to(x.dtype)
+
+
+def _linear(x: Tensor, e: int, weight: Tensor, bias: Tensor | None, adapters: tuple[Adapter, ...]) -> Tensor:
+    """One layer of expert e with its LoRA adapters: x (R, K) -> (R, N)."""
+    out = nn.functional.linear(x, weight[e], None if bias is None else bias[e])
+    for adapter in adapters:
+        a, b = (part[e].to(out.dtype) for part in (adapter.a, adapter.b))
+        dropped = nn.functional.dropout(x, adapter.dropout)
+        out = out + adapter.scaling * nn.functional.linear(nn.functional.linear(dropped, a), b)
+    return out
+
+
+@takes_adapters
+def reads_adapters(module: nn.Module, parameter_name: str) -> bool:
+    """Whether `Experts.forward` runs when `module` is called, and computes with this weight."""
+    return type(module) is Experts and parameter_name in (module.up_name, "down_proj")
 
 
 class MoELayer(nn.Module):

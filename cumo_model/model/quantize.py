@@ -1,73 +1,92 @@
-"""4-bit quantisation of stacked experts with bitsandbytes, whose own loader quantises only nn.Linear.
+"""Experts of a model in memory, in four bits. `cumo_model.model.quantizer` reads and writes such models.
 
-    model = from_pretrained(path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))   # attention
-    quantize_experts(model)                                                                    # experts
-
-The experts of a layer are dequantised to the model's dtype while that layer runs. Gates and biases keep their
-precision, because a rounding error in a gate can select another expert.
+model = quantize_experts(from_pretrained(path))
+model = quantize_experts(from_pretrained(path, quantization_config=BitsAndBytesConfig(load_in_4bit=True)))
 """
 
 from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
+from transformers import PreTrainedModel
 
-from cumo_model.model.moe import MoELayer
+from cumo_kernels.packing.formats import FORMATS
+from cumo_kernels.packing.tensor import PackedWeight
+from cumo_model.model.quantizer import (
+    CumoQuantizationConfig,
+    attach,
+    check_weights,
+    expert_weights,
+    packed_parameter,
+    packed_weights,
+)
 
 
 def quantize_experts(
     model: nn.Module,
-    quant_type: Literal["nf4", "fp4"] = "nf4",
+    quant_type: Literal["nf4", "fp4", "mxfp4", "int4"] = "nf4",
     compress_statistics: bool = True,
     device: torch.device | str | None = None,
+    group: int | None = None,
 ) -> nn.Module:
-    """Quantise the weights of all experts of tower, connector and language model to 4 bits, in place.
+    """Round the weights of all experts to 4 bits, in place; gates and biases keep their precision.
 
-    The quantised weights are frozen. LoRA can be applied to the linear layers, but not to the quantised
-    experts through `target_parameters`. The quantised model cannot be saved: save it before, or save
-    adapters only.
+    The packed weights are frozen; LoRA can train beside them. The model can be saved and loaded again, unless
+    bitsandbytes has quantised its other weights.
 
     Args:
-        model: a CuMo model, or any module that contains MoELayers.
-        quant_type: 4-bit data type of bitsandbytes.
-        compress_statistics: also quantise the scales (double quantisation).
+        model: a CuMo model, any module that contains MoELayers, or a model of transformers whose experts are
+            stacked; with `experts_implementation="cumo"` these run without being dequantised.
+        quant_type: format of the weights.
+        compress_statistics: keep the scales in bf16 instead of fp32; mxfp4 has scales of its own.
         device: device to which each weight is moved before it is quantised. The caller moves the rest of the
             model. None: weights stay on their device.
+        group: weights of a row that share a scale. None: 64, in mxfp4 32, in int4 128.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: the model has no experts, `quant_type` is unknown, or bitsandbytes is not installed.
+        ValueError: the model has no experts, `quant_type` is unknown, or a weight has rows that are no
+            multiple of the group; the message names it.
     """
-    if quant_type not in ("nf4", "fp4"):
-        raise ValueError(f"quant_type must be nf4 or fp4, got {quant_type!r}")
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-    if not layers:
+    if quant_type not in FORMATS:
+        raise ValueError(f"quant_type must be one of {tuple(FORMATS)}, got {quant_type!r}")
+    dtype = None if quant_type == "mxfp4" else torch.bfloat16 if compress_statistics else torch.float32
+    config = CumoQuantizationConfig(quant_type, group, scale_dtype=dtype)
+    weights = expert_weights(model)
+    if not weights:
         raise ValueError(f"model must hold experts, got a {type(model).__name__} without any")
-    try:
-        from bitsandbytes.nn.parametrize import replace_parameter_4bit
-    except ImportError as error:
-        raise ValueError(f"quantize_experts needs bitsandbytes 0.48 or later: {error}") from None
-    for layer in layers:
-        experts = layer.experts
-        for name in (experts.up_name, "down_proj"):
-            if is_parametrized(experts, name):
-                continue
-            if device is not None:
-                weight = getattr(experts, name)
-                setattr(experts, name, nn.Parameter(weight.to(device), requires_grad=False))
-            replace_parameter_4bit(experts, name, compress_statistics, quant_type)
+    new = {
+        name: of for name, of in weights.items() if not isinstance(model.get_parameter(name), PackedWeight)
+    }
+    if new:
+        check_weights(new, config)
+    for name, of in new.items():
+        path, _, own = name.rpartition(".")
+        module, weight = model.get_submodule(path), model.get_parameter(name).detach()
+        packed = packed_parameter(weight if device is None else weight.to(device), of, config.packing)
+        setattr(module, own, packed)
+    if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
+        attach(model)
     return model
 
 
 def are_experts_quantized(model: nn.Module) -> bool:
-    """Whether any MoELayer of `model` has quantised experts."""
-    return any(
-        type(step).__module__.startswith("bitsandbytes")
-        for module in model.modules()
-        if isinstance(module, MoELayer) and is_parametrized(module.experts)
-        for steps in module.experts.parametrizations.values()
-        for step in steps
-    )
+    """Whether any weight of the experts of `model` is in four bits."""
+    return bool(packed_weights(model))
+
+
+def prepare_to_save(model: PreTrainedModel) -> bool:
+    """Make a model with quantised experts ready for `save_pretrained`.
+
+    Returns:
+        Whether its quantised experts are saved; adapters that are loaded into a model are saved alone.
+
+    Raises:
+        ValueError: it cannot be saved; the message says why.
+    """
+    if not are_experts_quantized(model) or getattr(model, "_hf_peft_config_loaded", False):
+        return False
+    attach(model)
+    return True

@@ -59,7 +59,7 @@ def load(
         raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be loaded: {first_line(error)}") from error
     if processor is None:
         raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be loaded: it {no_tokenizer(checkpoint)}")
-    if not getattr(model, "is_quantized", False):  # bitsandbytes has chosen the device of its weights
+    if bits is None:  # otherwise bitsandbytes has chosen the device of its weights
         model = model.to(device)
     return model.eval(), processor
 

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cumo_model.training.recipe import ModelSection, Recipe, StageSection
+from cumo_model.model.moe import reads_adapters
+from cumo_model.model.quantizer import packed_weights
+from cumo_model.training.recipe import LoraSection, ModelSection, Recipe, StageSection
 from cumo_model.training.start import start_model
 
 BESIDE = "beside_adapters.safetensors"
@@ -37,12 +39,15 @@ def with_lora(model: nn.Module, stage: StageSection) -> nn.Module:
     )
     _check_names("targets", targets if isinstance(targets, list) else [], dict(model.named_modules()))
     _check_names("target_parameters", lora.target_parameters, dict(model.named_parameters()))
+    _check_dropout(model, lora)
     trained = {name for name, p in model.named_parameters() if p.requires_grad and "language" not in name}
     wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
         original = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if original in trained and "lm_head" not in name:
             parameter.requires_grad_(True)
+    # nn.parallel would send them to the other processes, which have read them too, and cannot
+    wrapped._ddp_params_and_buffers_to_ignore = list(packed_weights(wrapped))
     return wrapped
 
 
@@ -51,6 +56,19 @@ def _check_names(key: str, names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
         if not any(f".{whole}".endswith(f".{name}") for whole in known):
             raise ValueError(f"stage.lora.{key} must name parts of the model, got {name!r}, which fits none")
+
+
+def _check_dropout(model: nn.Module, lora: LoraSection) -> None:
+    """Only experts compute with factors of adapters; peft itself has no dropout for parameters."""
+    for owner, module in model.named_modules() if lora.dropout else ():
+        for name, _ in module.named_parameters(recurse=False):
+            whole = f".{owner}.{name}"
+            targeted = any(whole.endswith(f".{target}") for target in lora.target_parameters)
+            if targeted and not reads_adapters(module, name):
+                raise ValueError(
+                    "stage.lora.dropout must be 0 with target_parameters that are no weights of experts, "
+                    f"for which peft has no dropout, got {lora.dropout} and {whole[1:]}"
+                )
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.initialization import no_init_weights
 
-from cumo_model.checkpoints.assemble import config_of, experts_of
+from cumo_model.checkpoints.assemble import config_of, experts_of, is_quantized
 from cumo_model.checkpoints.parts import read_parts
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
@@ -97,6 +97,7 @@ def check_plan(recipe: Recipe, args: TrainingArguments) -> CumoConfig:
         )
     experts = planned_experts(model, config)
     check_experts(model, experts)
+    _check_packed(recipe, args, experts)
     number = stage.expert_parallel
     if number > 1:
         if stage.lora is not None or args.deepspeed:
@@ -114,6 +115,25 @@ def check_plan(recipe: Recipe, args: TrainingArguments) -> CumoConfig:
                 raise ValueError(f"stage.expert_parallel must divide {name}, {of_place}, got {number}")
     check_room(recipe, args, config)
     return config
+
+
+def _check_packed(recipe: Recipe, args: TrainingArguments, experts: dict[str, tuple[int, int]]) -> None:
+    """Check that a stage can train beside experts in four bits, if it has such."""
+    model, is_start = recipe.model, is_quantized(recipe.model.start)
+    if is_start and recipe.stage.lora is None:
+        raise ValueError(
+            "model.start must have unquantised experts without stage.lora, as weights in four bits are not "
+            f"trained, got {model.start!r}"
+        )
+    if is_start and model.quantize is not None:
+        raise ValueError(
+            f"model.quantize must be left out for model.start {model.start!r}, whose experts are quantised, "
+            f"got {model.quantize}"
+        )
+    if args.deepspeed and (is_start or (model.quantize == 4 and experts["text_experts"][0] > 1)):
+        raise ValueError(
+            "trainer.deepspeed must be left out where experts are in four bits, which it cannot spread"
+        )
 
 
 def weights_of(recipe: Recipe, config: CumoConfig) -> tuple[int, int]:
@@ -155,6 +175,8 @@ def check_room(recipe: Recipe, args: TrainingArguments, config: CumoConfig) -> N
     total, trained = weights_of(recipe, config)
     size = torch.empty((), dtype=getattr(torch, recipe.model.dtype)).element_size()
     result = total * size
+    if is_quantized(recipe.model.start):  # as large as what it starts from
+        result = sum(path.stat().st_size for path in Path(recipe.model.start).glob("*.safetensors"))
     saved = 0 if recipe.stage.lora is not None else result
     checkpoint = saved + trained * size * STATES.get(args.optim.value, 0)
     out = Path(recipe.output_dir)

@@ -157,11 +157,6 @@ class LoraSection:
     def __post_init__(self):
         check_section(self, "stage.lora.", LORA_RANGES)
         self._check_targets()
-        if self.target_parameters and self.dropout:
-            raise ValueError(
-                "stage.lora.dropout must be 0 with target_parameters, for which peft has no dropout, "
-                f"got {self.dropout}"
-            )
 
     def _check_targets(self) -> None:
         targets = self.targets

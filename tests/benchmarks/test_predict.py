@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.cases.shapes import SHAPES
-from benchmarks.predictions import cuda_kernels, layers, other_ops
+from benchmarks.predictions import cuda_kernels, four_bits, layers, other_ops
 from cumo_kernels.tiles import codegen, hardware, problems, tuning
 from cumo_kernels.tiles.hardware import KIB
 from cumo_kernels.tiles.tuning import Config, Problem
@@ -163,3 +163,20 @@ def test_one_layer_compiled_for_an_absent_gpu(monkeypatch, capsys):
         assert "tensor:0" not in row.mix
     config = tuning.get_config(Problem("gemm", torch.bfloat16, 1280, 4096, 1024, 4, gathered=True), H100)
     assert rows[0].tile.startswith(f"m{config.BLOCK_M} n{config.BLOCK_N}")
+
+
+def test_four_bits_move_a_quarter_of_the_bytes_of_a_token():
+    """By hand: one token of Mixtral hits 2 of 8 experts of 3 * 14336 * 4096 weights."""
+    shape = replace(SHAPES["mixtral-decode1"], name="mixtral")
+    assert four_bits.experts_hit(shape) == 2
+    assert four_bits.bytes_per_weight("nf4") == 0.5 + 4 / 64
+    assert four_bits.bytes_per_weight("mxfp4") == 0.5 + 1 / 32
+    found = {row.way: row for row in four_bits.survey(H100, shape) if row.tokens == 1}
+    rows = 2 * (2 * 4096 + 2 * (3 * 14336 + 4096))  # x, output; z, a and y of two slots
+    matrices = 2 * 3 * 14336 * 4096
+    assert found["plain"].mib == (rows + 2 * matrices) / 2**20
+    assert found["nf4"].mib == (rows + 0.5625 * matrices) / 2**20
+    assert {row.bound for row in found.values()} == {"bytes"}
+    assert found["nf4"].ms == found["nf4"].mib * 2**20 / H100.gb_per_s / 1e6
+    assert found["nf4"].gain == found["plain"].ms / found["nf4"].ms > 3.5
+    assert found["lora by peft"].gain == 1 < found["lora"].gain

@@ -336,9 +336,6 @@ FAULTS: tuple[Fault, ...] = (
     Fault("every rank adds the output bias", ROOT + "tensor_parallel.py",
           " * (dist.get_rank(group) == 0)", "",
           "tensor_parallel::test_two_processes_compute_the_same_as_one"),
-    Fault("scales of 4-bit weights are always quantised", ROOT + "quantize.py",
-          "compress_statistics, quant_type)", "True, quant_type)",
-          "training/lora::test_scales_of_quantised_experts_are_quantised_on_request"),
     # rows and limits
     Fault("the shortest of several limits", ROOT + "positions.py",
           "else max(lengths)", "else min(lengths)", "positions::test_the_limit_of_a_decoder"),

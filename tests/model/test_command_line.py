@@ -23,7 +23,7 @@ from tests.processes import kill
 
 HEAVY = {"torch", "transformers", "numpy", "PIL", "cumo_kernels"}
 COMMANDS = ("demo", "ablate", "chat", "answer", "eval", "serve", "data", "train", "experts", "convert",
-            "upcycle")  # fmt: skip
+            "quantize", "upcycle")  # fmt: skip
 
 
 @pytest.fixture
@@ -130,6 +130,12 @@ REFUSED = {  # words of a command -> part of the message
     "convert model new --shard-gb nan": "--shard-gb must be positive, got nan",
     "convert model new --shard-gb 0": "--shard-gb must be positive, got 0.0",
     "convert model new --remote-code --layout original": "--layout must be cumo with --remote-code",
+    "quantize nowhere --out new": "source must be a folder, got 'nowhere'",
+    "quantize empty --out new": "source must be a folder of a model, got 'empty', which has no config.json",
+    "quantize model --out full": "--out full exists already",
+    "quantize model --out new --group 48": "--group must be one of 32, 64, 128, 256, got 48",
+    "quantize model --out new --asymmetric": "--asymmetric must be given with --bits int4 only, got none",
+    "quantize model --out new --bits nf4 --asymmetric": "with --bits int4 only, got nf4",
     "upcycle --out new": "give either a checkpoint, or vision and text; got neither",
     "upcycle --checkpoint model --vision clip --out new": "got a checkpoint and vision",
     f"{UPCYCLE} --vision nowhere": "--vision must be a folder, got 'nowhere'",
@@ -377,6 +383,14 @@ REACHES = {  # command -> the function that it calls, and the arguments that are
     "convert s t --layout original --shard-gb 0.5": (
         "checkpoints.convert.convert_checkpoint",
         {"source": "s", "target": "t", "layout": "original", "shard_bytes": 500_000_000},
+    ),
+    "quantize s --out o": (
+        "checkpoints.quantize_checkpoint.run_quantize",
+        {"source": "s", "out": "o", "format": None, "group": None, "symmetric": True},
+    ),
+    "quantize s --bits int4 --out o --group 32 --asymmetric": (
+        "checkpoints.quantize_checkpoint.run_quantize",
+        {"source": "s", "out": "o", "format": "int4", "group": 32, "symmetric": False},
     ),
     "upcycle --out o --vision v --clip c --text t --projector p --tokenizer k --vision-experts 2 "
     "--vision-top-k 1 --projector-experts 3 --projector-top-k 4 --text-experts 5 --text-top-k 6 --top-k 7 "

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from cumo_model import CumoConfig, CumoForConditionalGeneration, build_processor, convert
 from cumo_model.checkpoints.assemble import assemble, describe
-from cumo_model.checkpoints.convert import KEPT, _copy
+from cumo_model.checkpoints.convert import KEPT, copy_files
 from cumo_model.checkpoints.original_config import EXPORTED, differing, from_original, to_original
 from cumo_model.checkpoints.processors import same_processor
 from cumo_model.checkpoints.shards import Shards
@@ -270,7 +270,7 @@ def test_a_copy_that_says_something_else_is_refused(tmp_path, tokenizer, monkeyp
             convert(tmp_path / "ours", tmp_path / "back", progress=False)
 
     def careless(source, files, work, processor):
-        _copy(source, files, work)
+        copy_files(source, files, work)
         processor.image_processor.image_mean = [0.1, 0.2, 0.3]
         processor.save_pretrained(work)
         processor.image_processor.image_mean = [0.4, 0.5, 0.6]

@@ -170,15 +170,19 @@ def test_adapters_have_the_rank_the_scale_and_the_dropout_of_the_recipe(folder):
     """The update is alpha / r times the product; no value is a default, of peft or of the recipe."""
     pytest.importorskip("peft")
     lora = {"r": 4, "alpha": 12, "dropout": 0.25, "targets": ["q_proj"]}
+    lora["target_parameters"] = ["experts.down_proj"]
     recipe = load_recipe(write_recipe(folder, stage__lora=lora, stage__trains=["projector", "language"]))
     made = build_trainer(recipe).model
-    layers = [module for module in made.modules() if hasattr(module, "lora_A")]
-    assert len(layers) == 2 + 3  # of the language model and of the tower
-    for layer in layers:
+    layers = {name: module for name, module in made.named_modules() if hasattr(module, "lora_A")}
+    experts = {name for name in layers if name.endswith("experts")}
+    assert len(layers) - len(experts) == 2 + 3  # of the language model and of the tower
+    assert len(experts) == 3 + 1 + 2  # of the tower, the connector and the language model
+    for name, layer in layers.items():
+        each = layer.get_base_layer().down_proj.shape[0] if name in experts else 1
         assert (layer.r, layer.scaling, layer.lora_A["default"].out_features) == (
             {"default": 4},
             {"default": 12 / 4},
-            4,
+            4 * each,
         )
         assert layer.lora_dropout["default"].p == 0.25
 
@@ -189,7 +193,7 @@ def test_a_lora_stage_stops_resumes_and_saves_a_merged_model(folder):
     The next stage starts from a model with the same outputs.
     """
     pytest.importorskip("peft")
-    lora = {"r": 4, "alpha": 8, "dropout": 0.0, "target_parameters": ["experts.gate_up_proj"]}
+    lora = {"r": 4, "alpha": 8, "dropout": 0.1, "target_parameters": ["experts.gate_up_proj"]}
     options = {"stage__lora": lora, "stage__trains": ["projector", "language"], "trainer__max_steps": 4}
     options["model__dtype"] = "float64"
     whole = run_recipe(load_recipe(write_recipe(folder, "whole", **options)))

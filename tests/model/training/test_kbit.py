@@ -1,23 +1,28 @@
 """QLoRA: quantised linear layers and experts with peft's preparation, in any order."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from cumo_model import quantize_experts
+from cumo_kernels.packing.tensor import PackedWeight
+from cumo_model import quantize_checkpoint, quantize_experts
 from cumo_model.model.moe import MoELayer
+from cumo_model.model.quantizer import packed_weights
 from cumo_model.training.recipe import load_recipe
 from cumo_model.training.start import start_model
 from cumo_model.training.trainer import build_trainer, run_recipe
 from tests.model.training.small_runs import write_data, write_model, write_recipe
+from tests.rounding import assert_close_after
 
 peft = pytest.importorskip("peft")
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 PLAIN = peft.prepare_model_for_kbit_training
+LAYERS = 3 + 1 + 2  # tower, connector, language model
 ORDERS = {
     "experts": lambda model: quantize_experts(model),
     "prepared": lambda model: PLAIN(model),
@@ -35,6 +40,10 @@ def saved(tiny_model, tmp_path):
     return tmp_path
 
 
+def plain(weight):
+    return weight.dequantize(torch.float32) if isinstance(weight, PackedWeight) else weight.float()
+
+
 def load(folder):
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
     return AutoModelForImageTextToText.from_pretrained(
@@ -46,16 +55,9 @@ def load(folder):
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 def test_every_order_of_quantising_and_preparing_trains(saved, tiny_batch, order, autocast):
     model = ORDERS[order](load(saved))
-    packed = [
-        p
-        for m in model.modules()
-        if isinstance(m, MoELayer)
-        for n, p in m.experts.named_parameters()
-        if "original" in n
-    ]
-    assert all(p.dtype == torch.uint8 for p in packed) and bool(packed) == (
-        "experts" in order or "without" in order
-    )
+    packed = packed_weights(model)
+    assert len(packed) == (2 * LAYERS if order != "prepared" else 0)
+    assert not any(weight.requires_grad for weight in packed.values())
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"])).train()
     assert model.is_gradient_checkpointing == ("prepared" in order)
     batch = tiny_batch(dtype=torch.bfloat16 if order == "experts" else torch.float32)
@@ -81,7 +83,7 @@ def test_experts_quantised_before_the_preparation_keep_their_values(saved, tiny_
         if isinstance(one, MoELayer):
             x = torch.zeros(1, one.hidden_size)
             for a, b in zip(one.experts._weights(x), other.experts._weights(x), strict=True):
-                assert (a is None and b is None) or torch.equal(a.float(), b)
+                assert (a is None and b is None) or torch.equal(plain(a), plain(b))
                 assert b is None or b.dtype == torch.float32
 
 
@@ -121,3 +123,88 @@ def test_a_quantised_stage_trains_adapters_and_saves_an_unquantised_model(tmp_pa
             first = beside[f"base_model.model.{name}"]
             assert not torch.equal(first, wanted[name])
         assert torch.equal(value, first), name
+
+
+def lora_recipe(folder, tiny_config, **changes):
+    """A recipe of a LoRA stage on attention, for a model with experts in all places."""
+    write_data(folder, text_rows=0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    places = {"text": "mixtral", "vision_experts": 4, "projector_num_experts": 4}
+    start = write_model(
+        folder, tiny_config, vision=sizes, text_options={**sizes, "num_key_value_heads": 2}, **places
+    )
+    lora = {"r": 2, "alpha": 6, "dropout": 0.0, "targets": r".*language_model.*\.(q|v)_proj"}
+    experts = {f"model__{place}_experts": 0 for place in ("vision", "projector", "text")}
+    options = {"stage__trains": ["language"], "stage__lora": lora, "trainer__max_steps": 2}
+    return start, lambda **more: write_recipe(folder, **experts, **options, **changes, **more)
+
+
+def test_a_quantised_stage_packs_the_experts_of_the_language_model(tmp_path, tiny_config):
+    _, recipe = lora_recipe(tmp_path, tiny_config)
+    made = build_trainer(load_recipe(recipe(model__quantize=4)))
+    packed = packed_weights(made.model)
+    assert len(packed) == 2 * 2 and all("language_model" in name for name in packed)
+    assert {weight.format for weight in packed.values()} == {"nf4"}
+    assert made.model._ddp_params_and_buffers_to_ignore == list(packed)
+    made.train()
+    assert not any(weight.requires_grad for weight in packed_weights(made.model).values())
+
+
+def test_a_stage_starts_from_a_quantised_checkpoint(tmp_path, tiny_config):
+    """Its experts stay packed, bit for bit, in the result, into which the adapters are merged."""
+    start, recipe = lora_recipe(tmp_path, tiny_config)
+    quantize_checkpoint(start, tmp_path / "packed", progress=False)
+    result = run_recipe(load_recipe(recipe(model__start=str(tmp_path / "packed"))))
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "packed", result))
+    assert before.keys() == after.keys()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved and all(re.search(r"language_model.*\.(q|v)_proj", name) for name in moved)
+    assert len(packed_weights(AutoModelForImageTextToText.from_pretrained(result))) == 2 * LAYERS
+
+
+def test_a_quantised_checkpoint_is_trained_with_adapters_only(tmp_path, tiny_config):
+    start, recipe = lora_recipe(tmp_path, tiny_config)
+    quantize_checkpoint(start, tmp_path / "packed", progress=False)
+    packed = {"model__start": str(tmp_path / "packed")}
+    with pytest.raises(ValueError, match=r"model.start must have unquantised experts without stage.lora"):
+        build_trainer(load_recipe(recipe(**packed), ["stage.lora=null"]))
+    with pytest.raises(ValueError, match=r"model.quantize must be left out for model.start .*packed"):
+        build_trainer(load_recipe(recipe(**packed, model__quantize=4)))
+
+
+def test_a_quantised_stage_trains_adapters_of_its_quantised_experts(tmp_path, tiny_config):
+    """QLoRA on experts, with dropout: the weights stay packed, and the result is unquantised and merged."""
+    write_data(tmp_path, text_rows=0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    write_model(tmp_path, tiny_config, vision=sizes, text_options={**sizes, "num_key_value_heads": 2})
+    places = {"model__projector_experts": 0, "model__text_experts": 4, "model__vision_experts": 0}
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    lora = {"r": 2, "alpha": 6, "dropout": 0.1, "targets": [], "target_parameters": names}
+    options = {"stage__trains": ["language"], "stage__lora": lora, "trainer__max_steps": 2}
+    recipe = load_recipe(write_recipe(tmp_path, model__quantize=4, **options, **places))
+    layers = [m for m in build_trainer(recipe).model.modules() if isinstance(m, MoELayer)]
+    assert len(layers) == 2
+    for layer in layers:
+        base = layer.experts.get_base_layer()
+        assert all(isinstance(getattr(base, name), PackedWeight) for name in ("gate_up_proj", "down_proj"))
+        assert type(layer.gate.weight) is torch.nn.Parameter
+    result = run_recipe(recipe)
+    found, wanted = load_file(result / "model.safetensors"), start_model(
+        dataclasses.replace(recipe.model, quantize=None), recipe.data
+    )[0].state_dict()  # fmt: skip
+    adapters = load_file(tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors")
+    assert found.keys() == wanted.keys()
+    changed = 0
+    for name, value in found.items():
+        module, _, own = name.rpartition(".")
+        key = f"base_model.model.{module}" + (".base_layer" if own == "gate_up_proj" else "")
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            assert torch.equal(value, wanted[name]), name
+            continue
+        a, b = (adapters[f"{key}.lora_{kind}.weight"] for kind in "AB")
+        a, b = a.reshape(4, 2, -1), b.reshape(b.shape[0], 2, 4).permute(2, 0, 1)
+        assert a.any() and b.any()
+        # a product of two terms and its scale, the sum, in either order
+        assert_close_after(8, value, wanted[name] + (b @ a) * (6 / 2))
+        changed += not torch.equal(value, wanted[name])
+    assert changed == 2 * 2

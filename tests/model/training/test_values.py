@@ -279,6 +279,17 @@ def test_every_name_of_adapters_must_fit(folder, key, names):
         build_trainer(load_recipe(write_recipe(folder), changes))
 
 
+def test_only_experts_have_dropout_among_target_parameters(folder):
+    """Of other parameters peft computes W + B A, where no input can be dropped."""
+    changes = ["stage.lora={r: 2, target_parameters: [q_proj.weight], targets: []}"]
+    with pytest.raises(
+        ValueError,
+        match=r"^stage.lora.dropout must be 0 with target_parameters that are no weights of experts, for "
+        r"which peft has no dropout, got 0.05 and \S*q_proj.weight$",
+    ):
+        build_trainer(load_recipe(write_recipe(folder), changes))
+
+
 NONE = " ".join(f"model.{name}=0" for name in plan.EXPERTS)
 EXPERTS = {
     f"model.top_k=3 {NONE.replace('vision_experts=0', 'vision_experts=2')}": "model.top_k must be",
