@@ -65,6 +65,8 @@ class Problem:
     gated: bool = False  # the activation: in "gemm" a tile has a gate and an up half, n columns each
     gathered: bool = False  # rows are in token order
     can_split: bool = False  # partial sums over k (over rows in "weight_grad") are allowed
+    packed: bool = False  # the weight has 4 bits and is dequantised in registers
+    low_rank: bool = False  # a product with a thin second pair follows the loop
 
     @property
     def halves(self) -> int:
