@@ -66,7 +66,7 @@ def _load_spread(
     EVEN: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """The scales or zero points of a tile as fp32, one for each byte: (ROWS, COLS / 2), or (ROWS, 1)."""
+    """The scales or zero points of a tile as fp32: (ROWS, COLS), or (ROWS, 1) if a row has one."""
     ROWS: tl.constexpr = row_ptrs.shape[0]
     COUNT: tl.constexpr = COLS // SHARED
     cols = (first_col + tl.arange(0, COUNT) * SHARED)[None, :]
@@ -82,8 +82,8 @@ def _load_spread(
     else:
         values = loaded.to(tl.float32)
     if COUNT > 1:
-        values = tl.broadcast_to(values[:, :, None], (ROWS, COUNT, SHARED // 2))
-        values = tl.reshape(values, (ROWS, COLS // 2))
+        values = tl.broadcast_to(values[:, :, None], (ROWS, COUNT, SHARED))
+        values = tl.reshape(values, (ROWS, COLS))
     return values
 
 
@@ -126,10 +126,9 @@ def load_packed(
         zero = _load_spread(
             zeros_ptr + rows * groups, mask_rows, first_col, L, GROUP, SHARED, COLS, EVEN, FORMAT
         )
-    pairs = pairs.to(tl.int32)
-    low = _decode(pairs & 15, scale, zero, codes_ptr, FORMAT, DTYPE)
-    high = _decode(pairs >> 4, scale, zero, codes_ptr, FORMAT, DTYPE)
-    return tl.interleave(low, high)
+    # interleaved before the arithmetic: Triton 3.6 fails to compile a dot of an interleaved tile
+    q = tl.interleave(pairs & 15, pairs >> 4).to(tl.int32)
+    return _decode(q, scale, zero, codes_ptr, FORMAT, DTYPE)
 
 
 @triton.jit
