@@ -20,7 +20,8 @@ from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.dispatch import explain, use_backend
 from cumo_kernels.moved import keep_old_paths
 from cumo_kernels.ops import activate, combine, expert_mlp, grouped_gemm, permute, route, routing_from_topk
-from cumo_kernels.types import RouterStats, Routing
+from cumo_kernels.packing.tensor import PackedWeight, pack
+from cumo_kernels.types import Adapter, RouterStats, Routing
 
 try:
     __version__ = metadata.version("cumo")
@@ -36,6 +37,8 @@ keep_old_paths(
 
 __all__ = [
     "ACTIVATIONS",
+    "Adapter",
+    "PackedWeight",
     "RouterStats",
     "Routing",
     "activate",
@@ -43,6 +46,7 @@ __all__ = [
     "expert_mlp",
     "explain",
     "grouped_gemm",
+    "pack",
     "permute",
     "route",
     "routing_from_topk",

@@ -35,9 +35,16 @@ OPS = {  # op -> stem: the module of that name in every backend folder implement
     "grouped_gemm_weight_grad": "grouped_gemm",
     "activate": "activation",
     "activate_backward": "activation",
+    "packed_grouped_gemm": "grouped_gemm",
     "expert_mlp": "experts",
     "expert_mlp_backward": "experts",
+    "adapted_expert_mlp": "experts",
+    "adapted_expert_mlp_backward": "experts",
 }
+# ops whose module in a backend folder is not that of their stem
+MODULES = dict.fromkeys(
+    ("packed_grouped_gemm", "adapted_expert_mlp", "adapted_expert_mlp_backward"), "adapted"
+)
 
 FORWARD = {  # backward runs on the backend that ran forward
     "route_backward": "route",
@@ -45,6 +52,7 @@ FORWARD = {  # backward runs on the backend that ran forward
     "grouped_gemm_weight_grad": "grouped_gemm",
     "activate_backward": "activate",
     "expert_mlp_backward": "expert_mlp",
+    "adapted_expert_mlp_backward": "adapted_expert_mlp",
 }
 
 
@@ -99,6 +107,8 @@ def _refuse_cuda(op: str, device: Device, dtype: torch.dtype, num_experts: int =
         return f"it needs CUDA tensors or CUMO_EMULATE=1, got {device.type}"
     if dtype not in _FLOATS:
         return f"it computes in fp32, fp16 and bf16, got {dtype}"
+    if op in MODULES:
+        return "it has no kernels for packed weights or adapters"
     if OPS[op] == "routing" and num_experts > CUDA_EXPERTS:
         return f"it routes to at most {CUDA_EXPERTS} experts, got {num_experts}"
     return _cuda_unfit(device)
@@ -303,7 +313,7 @@ def implementation(backend: str, op: str) -> Callable:
     """The function that implements `op` in `backend`; the backend's module is imported on first use."""
     key = (backend, op)
     if key not in _implementations:
-        module = importlib.import_module(f"cumo_kernels.backends.{backend}.{OPS[op]}")
+        module = importlib.import_module(f"cumo_kernels.backends.{backend}.{MODULES.get(op, OPS[op])}")
         _implementations[key] = getattr(module, op)
     return _implementations[key]
 

@@ -9,6 +9,7 @@ I  intermediate_size   inner width of an expert
 O  output_size         output width of an expert (H unless stated otherwise)
 G  num_groups          sets of tokens over which router statistics are averaged (crop, image, batch)
 N, K of a GEMM         rows and columns of one expert's (N, K) weight, as in torch.nn.Linear
+R  rank                inner width of a low-rank addition to a weight (LoRA)
 """
 
 from dataclasses import dataclass
@@ -69,6 +70,19 @@ class Routing:
     def token_indices(self) -> Tensor:
         """(S,) int32: sorted position -> token."""
         return self.permutation // self.top_k
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank addition to the weights of all experts (LoRA, arXiv 2106.09685): W + scaling * b @ a.
+
+    W + scaling * b @ a is never formed: y = W x + scaling * b (a dropout(x)).
+    """
+
+    a: Tensor  # (E, R, K), float
+    b: Tensor  # (E, N, R), float
+    scaling: float = 1.0
+    dropout: float = 0.0  # share of the elements of x that are set to 0 for this addition, in training only
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -28,12 +28,14 @@ LEAVES = (
     "files",
     "interrupts",
     "moved",
+    "packing.formats",
     "types",
     "versions",
 )
 ARROWS = {
     **{f"{KERNELS}.{leaf}": () for leaf in LEAVES},
     f"{KERNELS}.extension": (f"{KERNELS}._C",),
+    f"{KERNELS}.packing*": (f"{KERNELS}.packing.*",),
     f"{KERNELS}.tracing": (),
     f"{KERNELS}.hostsync": (f"{KERNELS}.tracing",),
     # tiles: properties of GPUs, their tile sizes, and measured choices
@@ -77,10 +79,16 @@ ARROWS = {
         f"{KERNELS}.activations",
         f"{KERNELS}.dispatch",
         f"{KERNELS}.hostsync",
+        f"{KERNELS}.packing.tensor",
         f"{KERNELS}.tracing",
         f"{KERNELS}.types",
     ),
-    f"{KERNELS}.backends.reference*": (".", f"{KERNELS}.activations", f"{KERNELS}.types"),
+    f"{KERNELS}.backends.reference*": (
+        ".",
+        f"{KERNELS}.activations",
+        f"{KERNELS}.packing.formats",
+        f"{KERNELS}.types",
+    ),
     f"{KERNELS}.backends.torch*": (
         ".",
         f"{KERNELS}.backends.reference*",  # it uses the functions that need no host synchronisation
@@ -93,17 +101,25 @@ ARROWS = {
         f"{KERNELS}.activations",
         f"{TILES}.hardware",
         f"{TILES}.tuning",
+        f"{KERNELS}.packing.formats",
         f"{KERNELS}.types",
     ),
     f"{KERNELS}.backends.cuda*": (".", f"{KERNELS}.extension"),
     f"{KERNELS}.testing": (f"{VERIFICATION}.accuracy",),
-    f"{KERNELS}.integrations*": (KERNELS, f"{KERNELS}.ops*", f"{KERNELS}.types"),
+    f"{KERNELS}.integrations*": (
+        KERNELS,
+        f"{KERNELS}.integrations.*",
+        f"{KERNELS}.ops*",
+        f"{KERNELS}.packing.*",
+        f"{KERNELS}.types",
+    ),
     KERNELS: (
         f"{KERNELS}.activations",
         f"{KERNELS}.dispatch",
         f"{KERNELS}.interrupts",
         f"{KERNELS}.moved",
         f"{KERNELS}.ops*",  # ops.grouped_gemm is a module; in the package the name is its function
+        f"{KERNELS}.packing.tensor",
         f"{KERNELS}.types",
         f"{KERNELS}.versions",
     ),
@@ -122,7 +138,8 @@ ARROWS = {
         "cumo_model",
         "cumo_model.*",
         KERNELS,
-        f"{KERNELS}.integrations.transformers",
+        f"{KERNELS}.integrations.*",
+        f"{KERNELS}.packing.*",
         f"{KERNELS}.types",
     ),
     "benchmarks.peers*": (

@@ -4,6 +4,7 @@ One node, so that a backend can fuse its steps, skip gradients that are not need
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from cumo_kernels import dispatch
 from cumo_kernels.activations import ACTIVATIONS, get_activation
+from cumo_kernels.ops.activation import activate
+from cumo_kernels.ops.adapted import _adapted_expert_mlp
+from cumo_kernels.ops.adapters import check_adapters, drops, joined, tensors_of
 from cumo_kernels.ops.checks import (
     autocast,
     check_choice,
@@ -23,7 +27,10 @@ from cumo_kernels.ops.checks import (
     check_tensor,
 )
 from cumo_kernels.ops.define import define
-from cumo_kernels.types import Routing
+from cumo_kernels.ops.grouped_gemm import check_packed, grouped_gemm
+from cumo_kernels.ops.permutation import combine
+from cumo_kernels.packing.tensor import PackedWeight
+from cumo_kernels.types import Adapter, Routing
 
 DEFAULT_ACTIVATION = "swiglu"
 MEMORY_PLANS = ("x", "preact", "all")
@@ -227,6 +234,9 @@ def expert_mlp(
     down_bias: Tensor | None = None,
     activation: str = DEFAULT_ACTIVATION,
     memory: str = "preact",
+    *,
+    up_adapters: Sequence[Adapter] = (),
+    down_adapters: Sequence[Adapter] = (),
 ) -> Tensor:
     """sum_k topk_weights[t, k] * (act(x[t] @ up_proj[e].T + up_bias[e]) @ down_proj[e].T + down_bias[e]).
 
@@ -235,14 +245,18 @@ def expert_mlp(
     Args:
         x: (T, H) float.
         routing: plan for these T tokens and E experts.
-        up_proj: (E, I, H), or (E, 2I, H) for a gated activation, gate rows first; dtype of `x`.
-        down_proj: (E, O, I), dtype of `x`.
+        up_proj: (E, I, H), or (E, 2I, H) for a gated activation, gate rows first; dtype of `x`. Or a
+            PackedWeight of that shape, which is dequantised to the dtype of `x` and gets no gradient.
+        down_proj: (E, O, I), dtype of `x`, or a PackedWeight.
         up_bias: (E, I) or (E, 2I).
         down_bias: (E, O).
         activation: name from `cumo_kernels.ACTIVATIONS`. The default is gated; plain weights need a plain
             one, such as "gelu".
         memory: what is saved for backward: "x" only the input (GEMM 1 runs again), "preact" also the (S, I)
             pre-activation, "all" also the activation.
+        up_adapters: low-rank additions to up_proj, computed in the dtype of `x`; the sum with up_proj is
+            never formed. With dropout the layer runs as several ops, which save more for backward.
+        down_adapters: the same for down_proj.
 
     Returns:
         (T, O), dtype of `x`, or autocast's.
@@ -256,7 +270,12 @@ def expert_mlp(
     check_tensor("down_proj", down_proj)
     check_optional("up_bias", up_bias)
     check_optional("down_bias", down_bias)
-    x, up_proj, down_proj, up_bias, down_bias = autocast(x, up_proj, down_proj, up_bias, down_bias)
+    packed = [isinstance(weight, PackedWeight) for weight in (up_proj, down_proj)]
+    x, up_bias, down_bias = autocast(x, up_bias, down_bias)
+    up_proj, down_proj = (
+        weight if is_packed else _cast_like(x, weight)
+        for weight, is_packed in zip((up_proj, down_proj), packed, strict=True)
+    )
     num_experts = routing.num_experts
     check_shape("x", x, routing.num_tokens, "H")
     check_device("routing", routing.permutation, "x", x)
@@ -266,8 +285,13 @@ def expert_mlp(
     width = up_proj.shape[1] // 2 if is_gated else up_proj.shape[1]
     if (is_gated and up_proj.shape[1] % 2) or down_proj.shape[2] != width:
         _refuse_widths(activation, up_proj.shape, down_proj.shape)
-    check_like("up_proj", up_proj, "x", x)
-    check_like("down_proj", down_proj, "x", x)
+    for name, weight, is_packed in zip(("up_proj", "down_proj"), (up_proj, down_proj), packed, strict=True):
+        if is_packed:
+            check_packed(name, weight, x)
+            if weight.is_transposed:
+                raise ValueError(f"{name} must be packed along its rows, got a transposed one")
+        else:
+            check_like(name, weight, "x", x)
     if up_bias is not None:
         check_shape("up_bias", up_bias, num_experts, up_proj.shape[1])
         check_like("up_bias", up_bias, "x", x)
@@ -275,21 +299,42 @@ def expert_mlp(
         check_shape("down_bias", down_bias, num_experts, down_proj.shape[1])
         check_like("down_bias", down_bias, "x", x)
     check_choice("memory", memory, MEMORY_PLANS)
-    trains = dispatch.trains(x, routing.topk_weights, up_proj, down_proj, up_bias, down_bias)
+    check_adapters("up_adapters", up_adapters, x, *up_proj.shape)
+    check_adapters("down_adapters", down_adapters, x, *down_proj.shape)
+    if drops(up_adapters) or drops(down_adapters):
+        offsets = routing.expert_offsets
+        z = grouped_gemm(x, up_proj, offsets, bias=up_bias, gather=routing, adapters=up_adapters)
+        y = grouped_gemm(activate(z, activation), down_proj, offsets, bias=down_bias, adapters=down_adapters)
+        return combine(y, routing)
+    thin = (*tensors_of(up_adapters), *tensors_of(down_adapters))
+    plain = [weight for weight, is_packed in zip((up_proj, down_proj), packed, strict=True) if not is_packed]
+    trains = dispatch.trains(x, routing.topk_weights, *plain, up_bias, down_bias, *thin)
     if not (trains and torch.is_grad_enabled()):
         memory = "none"
-    out, _, _ = _expert_mlp(
+    plan = (routing.topk_weights, routing.permutation, routing.inverse_permutation, routing.expert_offsets)
+    if not (any(packed) or thin):
+        backend = dispatch.choose("expert_mlp", x, num_experts, trains)
+        out, _, _ = _expert_mlp(x, *plan, up_proj, down_proj, up_bias, down_bias, activation, memory, backend)
+        return out
+    backend = dispatch.choose("adapted_expert_mlp", x, num_experts, trains)
+    out, *_ = _adapted_expert_mlp(
         x,
-        routing.topk_weights,
-        routing.permutation,
-        routing.inverse_permutation,
-        routing.expert_offsets,
-        up_proj,
-        down_proj,
+        *plan,
+        *(up_proj.parts() if packed[0] else (up_proj, None, None)),
+        *(down_proj.parts() if packed[1] else (down_proj, None, None)),
         up_bias,
         down_bias,
+        *joined(up_adapters, x.dtype),
+        *joined(down_adapters, x.dtype),
+        up_proj.format if packed[0] else None,
+        down_proj.format if packed[1] else None,
         activation,
         memory,
-        dispatch.choose("expert_mlp", x, num_experts, trains),
+        backend,
     )
     return out
+
+
+def _cast_like(x: Tensor, weight: Tensor) -> Tensor:
+    """`weight` as autocast casts it; `x` is on the device whose autocast counts."""
+    return autocast(x, weight)[1]

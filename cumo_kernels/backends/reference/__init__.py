@@ -5,6 +5,11 @@ next to them. The hand-written ones avoid recomputation on the CPU.
 """
 
 from cumo_kernels.backends.reference.activation import activate, activate_backward
+from cumo_kernels.backends.reference.adapted import (
+    adapted_expert_mlp,
+    adapted_expert_mlp_backward,
+    packed_grouped_gemm,
+)
 from cumo_kernels.backends.reference.experts import expert_mlp, expert_mlp_backward
 from cumo_kernels.backends.reference.grouped_gemm import grouped_gemm, grouped_gemm_weight_grad
 from cumo_kernels.backends.reference.permutation import combine, combine_backward, permute
@@ -13,12 +18,15 @@ from cumo_kernels.backends.reference.routing import route, route_backward, sort_
 __all__ = [
     "activate",
     "activate_backward",
+    "adapted_expert_mlp",
+    "adapted_expert_mlp_backward",
     "combine",
     "combine_backward",
     "expert_mlp",
     "expert_mlp_backward",
     "grouped_gemm",
     "grouped_gemm_weight_grad",
+    "packed_grouped_gemm",
     "permute",
     "route",
     "route_backward",
