@@ -35,7 +35,6 @@ from cumo_kernels.backends.triton.packed import (
     low_rank_constants,
     low_rank_key,
     packed_constants,
-    packed_or_plain,
 )
 from cumo_kernels.backends.triton.tiles import (
     count_tiles,
@@ -409,29 +408,6 @@ def grouped_gemm(
         x, weight, expert_offsets, bias, permutation, top_k, activation, keep_pre=activation is not None
     )
     return sum_rows(out, x.dtype) if out.ndim == 3 else out, pre
-
-
-def packed_grouped_gemm(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    format: str,
-    is_transposed: bool,
-    expert_offsets: Tensor,
-    bias: Tensor | None,
-    permutation: Tensor | None,
-    inverse_permutation: Tensor | None,
-    top_k: int,
-    activation: str | None,
-) -> tuple[Tensor, Tensor]:
-    """`grouped_gemm` with a 4-bit weight (E, N, K), or with `is_transposed` its transpose (E, K, N)."""
-    weight = packed_or_plain(packed, scales, zeros, format)
-    if is_transposed:
-        weight = weight.transpose(1, 2)
-    return grouped_gemm(
-        x, weight, expert_offsets, bias, permutation, inverse_permutation, top_k, activation
-    )
 
 
 @on_device_of_first
