@@ -152,8 +152,8 @@ def _count_in_loops(sass: str) -> tuple[int, int, int]:
     """-> local accesses, tensor core instructions and all instructions inside the innermost loops that
     multiply: on tensor cores, or in fp32 without any.
 
-    A loop ends with a conditional branch back. An unconditional branch back closes the loop over tiles, or
-    returns from an out-of-line barrier wait.
+    A loop ends with a conditional branch back. An unconditional branch back closes the loop over tiles,
+    returns from an out-of-line barrier wait, or, apart from all loops that multiply, closes one of them.
     """
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z0-9_]+)(.*)", sass, re.M)
     code = [(int(address, 16), bool(predicate), name, rest) for address, predicate, name, rest in lines]
@@ -167,7 +167,9 @@ def _count_in_loops(sass: str) -> tuple[int, int, int]:
     )
     cores = TENSOR_CORE if any(name in TENSOR_CORE for _, _, name, _ in code) else ("FFMA", "FFMA2")
     multiply = [loop for loop in back if inside(loop, cores)]
-    loops = [loop for loop in multiply if loop[2]] or multiply
+    sure = [loop for loop in multiply if loop[2]]
+    apart = lambda loop: all(loop[1] < other[0] or other[1] < loop[0] for other in sure)
+    loops = [loop for loop in multiply if loop[2] or apart(loop)]
     innermost = [
         loop
         for loop in loops
