@@ -34,6 +34,11 @@ def tensors(good, none=False):
     yield good.long() if good.is_floating_point() else good.float()
 
 
+def on_cpu(good):
+    """The same for a function that takes tensors of any device."""
+    yield from (value for value in tensors(good) if not getattr(value, "is_meta", False))
+
+
 def only(*good):
     yield from (v for v in [*ANYTHING, torch.ones(2), -1] if not any(v is g for g in good))
 
@@ -46,6 +51,12 @@ def plans(none=False):
             yield cumo_kernels.Routing(**broken | {name: value})
 
 
+def adapters():
+    """Wrong values for a sequence of adapters; test_adapters.py has wrong fields of one."""
+    yield from (value for value in [*ANYTHING, torch.ones(2)] if not isinstance(value, str | tuple))
+    yield from ([None], [X, X])
+
+
 X, GATE, ROWS = torch.rand(T, H), torch.rand(E, H), torch.rand(T * K, H)
 UP, DOWN, UP_BIAS, DOWN_BIAS = (
     torch.rand(E, 2 * I, H),
@@ -53,6 +64,7 @@ UP, DOWN, UP_BIAS, DOWN_BIAS = (
     torch.rand(E, 2 * I),
     torch.rand(E, O),
 )
+WIDE = torch.rand(E, O, 64)
 CALLS = {  # function -> good arguments, wrong values of each
     cumo_kernels.activate: (
         {"x": X[:, :4], "name": "swiglu"},
@@ -65,10 +77,11 @@ CALLS = {  # function -> good arguments, wrong values of each
     cumo_kernels.expert_mlp: (
         {"x": X, "routing": PLAN, "up_proj": UP, "down_proj": DOWN, "up_bias": UP_BIAS,
          "down_bias": DOWN_BIAS,
-         "activation": "swiglu", "memory": "preact"},
+         "activation": "swiglu", "memory": "preact", "up_adapters": [], "down_adapters": []},
         {"x": tensors(X), "routing": plans(), "up_proj": tensors(UP), "down_proj": tensors(DOWN),
          "up_bias": tensors(UP_BIAS, none=True), "down_bias": tensors(DOWN_BIAS, none=True),
-         "activation": only(), "memory": only()},
+         "activation": only(), "memory": only(), "up_adapters": adapters(),
+         "down_adapters": adapters()},
     ),
     cumo_kernels.explain: (
         {"op": "route", "x": X, "num_experts": E, "with_backward": True},
@@ -76,9 +89,15 @@ CALLS = {  # function -> good arguments, wrong values of each
     ),
     cumo_kernels.grouped_gemm: (
         {"x": X, "weight": UP, "expert_offsets": OFFSETS, "bias": UP_BIAS, "gather": PLAN,
-         "activation": "geglu"},
+         "activation": "geglu", "adapters": []},
         {"x": tensors(X), "weight": tensors(UP), "expert_offsets": tensors(OFFSETS),
-         "bias": tensors(UP_BIAS, none=True), "gather": plans(none=True), "activation": only(None)},
+         "bias": tensors(UP_BIAS, none=True), "gather": plans(none=True), "activation": only(None),
+         "adapters": adapters()},
+    ),
+    cumo_kernels.pack: (
+        {"weight": WIDE, "format": "int4", "group": 32, "symmetric": True, "scale_dtype": None},
+        {"weight": on_cpu(WIDE), "format": only(), "group": [*only(None), 0, 48],
+         "symmetric": only(True), "scale_dtype": [*only(None, torch.float32), torch.int8]},
     ),
     cumo_kernels.permute: ({"x": X, "routing": PLAN}, {"x": tensors(X), "routing": plans()}),
     cumo_kernels.route: (
@@ -121,7 +140,7 @@ def check_signatures(calls):
 
 
 def test_every_public_function_and_argument_is_here():
-    data = ("ACTIVATIONS", "Routing", "RouterStats")
+    data = ("ACTIVATIONS", "Adapter", "PackedWeight", "Routing", "RouterStats")
     functions = {getattr(cumo_kernels, name) for name in cumo_kernels.__all__ if name not in data}
     assert functions <= set(CALLS)
     check_signatures(CALLS)

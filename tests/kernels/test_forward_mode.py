@@ -12,10 +12,12 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 import cumo_kernels
 import cumo_kernels.integrations.transformers
 from cumo_kernels import (
+    Adapter,
     activate,
     combine,
     expert_mlp,
     grouped_gemm,
+    pack,
     permute,
     route,
     routing_from_topk,
@@ -66,6 +68,23 @@ CALLS = {  # the op named in the error -> its function of differentiable argumen
         [(T, K)],
     ),
 }
+WIDE = 32
+UP, DOWN = (
+    pack(torch.rand(E, WIDE, WIDE), "nf4", 32),
+    pack(torch.rand(E, O, WIDE), "int4", 32, symmetric=False),
+)
+CALLS |= {
+    "packed_grouped_gemm": (
+        lambda x, bias: grouped_gemm(x, UP, PLAN.expert_offsets, bias=bias),
+        [(T * K, WIDE), (E, WIDE)],
+    ),
+    "adapted_expert_mlp": (
+        lambda x, w, a, b: expert_mlp(
+            x, with_weights(w), UP, DOWN, activation="gelu", up_adapters=[Adapter(a, b)]
+        ),
+        [(T, WIDE), (T, K), (E, 2, WIDE), (E, WIDE, 2)],
+    ),
+}
 ARGUMENTS = [
     pytest.param(name, i, id=f"{name}-{i}") for name, (_, shapes) in CALLS.items() for i in range(len(shapes))
 ]
@@ -103,7 +122,7 @@ WAYS = [by_jvp, by_jacfwd, by_jvp_of_vmap, by_jvp_below_grad, by_dual_level, by_
 
 def test_every_op_is_called_here():
     ops = {name for name in cumo_kernels.__all__ if inspect.isfunction(getattr(cumo_kernels, name))}
-    assert ops - {"explain", "use_backend"} == {name.split("-")[0] for name in CALLS}
+    assert ops - {"explain", "pack", "use_backend"} <= {name.split("-")[0] for name in CALLS}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from cumo_kernels import (
+    Adapter,
     activate,
     combine,
     expert_mlp,
     grouped_gemm,
     hostsync,
+    pack,
     permute,
     route,
     routing_from_topk,
@@ -73,6 +75,21 @@ def every_op(dtype, device):
             ),
             (rows_in, up, up_bias),
         )
+    packed_up = pack(torch.rand(E, H, H).to(device), "nf4", 32)
+    packed_down = pack(torch.rand(E, H, H).to(device), "mxfp4")
+    bias, low, high = make(E, H), make(E, 3, H), make(E, H, 3)
+    yield (
+        "grouped_gemm, packed",
+        lambda: grouped_gemm(x, packed_up, offsets, bias=bias, gather=routing, activation="gelu"),
+        (x, bias),
+    )
+    yield (
+        "expert_mlp, packed with adapters",
+        lambda: expert_mlp(
+            x, plan(dropped), packed_up, packed_down, activation="gelu", up_adapters=[Adapter(low, high)]
+        ),
+        (x, weights, low, high),
+    )
     for memory in ("x", "preact", "all"):
         yield (
             f"expert_mlp, {memory}",

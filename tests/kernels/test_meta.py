@@ -14,6 +14,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 import cumo_kernels.integrations.transformers
 from cumo_kernels import (
     ACTIVATIONS,
+    Adapter,
+    PackedWeight,
     Routing,
     activate,
     combine,
@@ -75,6 +77,32 @@ def gemm(gathers, activation):
     return run, [("T", H), (E, 2 * I, H), (E, 2 * I), ("T", K)]
 
 
+WIDE = 32
+
+
+def packed(rows, x):
+    """Weights in 4 bits, of the kind of `x`: meta, fake or traced."""
+    scales = x.new_ones(E, rows, 1, dtype=torch.float32)
+    return PackedWeight(x.new_zeros(E, rows, WIDE // 2, dtype=torch.uint8), scales)
+
+
+def over_packed(memory):
+    def run(x, weights, bias, a, b, c, d, indices):
+        up, down = packed(2 * WIDE, x), packed(O, x)
+        adapters = {"up_adapters": [Adapter(a, b)], "down_adapters": [Adapter(c, d, 0.5)]}
+        return expert_mlp(x, plan_of(weights, indices), up, down, bias, memory=memory, **adapters)
+
+    thin = [(E, 3, WIDE), (E, 2 * WIDE, 3), (E, 2, WIDE), (E, O, 2)]
+    return run, [("T", WIDE), ("T", K), (E, 2 * WIDE), *thin]
+
+
+def packed_gemm(x, bias, weights, indices):
+    plan = plan_of(weights, indices)
+    return grouped_gemm(
+        x, packed(2 * WIDE, x), plan.expert_offsets, bias=bias, gather=plan, activation="geglu"
+    )
+
+
 CALLS = {  # name -> function of differentiable tensors and, last, indices; shapes of the former
     "route": (lambda x, indices: routed()(x), [("T", E)]),
     "route-gate": (lambda x, gate, indices: routed()(x, gate), [("T", H), (E, H)]),
@@ -94,6 +122,10 @@ CALLS = {  # name -> function of differentiable tensors and, last, indices; shap
     "expert_mlp": layer("swiglu", "preact", False),
     "expert_mlp-bias": layer("gelu", "all", True),
     "expert_mlp-x": layer("geglu", "x", True),
+    "grouped_gemm-packed": (packed_gemm, [("T", WIDE), (E, 2 * WIDE), ("T", K)]),
+    "expert_mlp-adapted": over_packed("preact"),
+    "expert_mlp-adapted-all": over_packed("all"),
+    "expert_mlp-adapted-x": over_packed("x"),
 }
 
 

@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch import func
 
-from cumo_kernels import activate, combine, expert_mlp, grouped_gemm, permute, route, routing_from_topk
+from cumo_kernels import (
+    Adapter,
+    activate,
+    combine,
+    expert_mlp,
+    grouped_gemm,
+    pack,
+    permute,
+    route,
+    routing_from_topk,
+)
 from cumo_kernels.testing import make_routing
 from tests.rounding import assert_same_formula
 
@@ -22,7 +32,17 @@ def statistics(routing):
     return routing.topk_weights.sum(1) + stats.mean_probs.square().sum() + stats.mean_squared_logsumexp
 
 
+WIDE = 32
+UP = pack(torch.rand(E, 2 * WIDE, WIDE), "nf4", 32)
 CALLS = {  # name -> function, shapes of its arguments
+    "grouped_gemm-packed": (
+        lambda x, b: grouped_gemm(x, UP, PLAN.expert_offsets, bias=b, activation="swiglu"),
+        [(T * K, WIDE), (E, 2 * WIDE)],
+    ),
+    "expert_mlp-adapted": (
+        lambda x, w, down, a, b: expert_mlp(x, with_weights(w), UP, down, up_adapters=[Adapter(a, b, 0.5)]),
+        [(T, WIDE), (T, K), (E, O, WIDE), (E, 2, WIDE), (E, 2 * WIDE, 2)],
+    ),
     "route": (lambda x: route(x, K).topk_weights, [(T, E)]),
     "route-statistics": (lambda x: statistics(route(x, K, groups=T)), [(T, E)]),
     "route-gate": (lambda x, gate: statistics(route(x, K, gate)), [(T, H), (E, H)]),
