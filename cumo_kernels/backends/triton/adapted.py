@@ -1,4 +1,4 @@
-"""Packed weights and adapters (Triton; stems experts, grouped_gemm): the launches of experts.py and thin ones.
+"""Packed weights and adapters (Triton; stems experts, grouped_gemm): launches of experts.py and thin ones.
 
 With V = scaling * B, per expert, each of the two layers is one product with one rounding,
 
@@ -16,7 +16,6 @@ memory: at T = 1 a product reads a quarter of the bytes of bf16, plus the scales
 Contract: cumo_kernels/ops/adapted.py. Reference: cumo_kernels/backends/reference/adapted.py.
 """
 
-import torch
 from torch import Tensor
 
 from cumo_kernels.backends.triton.bias_grad import launch_bias_grad
@@ -57,7 +56,7 @@ def packed_grouped_gemm(
 def _thin(
     rows: Tensor, factor: Tensor, expert_offsets: Tensor, gather: Tensor | None = None, top_k: int = 1
 ) -> Tensor:
-    """(S, R): rows times a factor (E, R, K) of an adapter; rows past the last expert's end are not written."""
+    """(S, R): rows times a factor (E, R, K) of an adapter; rows past the last expert are not written."""
     out, _ = launch_gemm(rows, factor, expert_offsets, None, gather, top_k, None, zero_tail=False)
     return sum_rows(out, rows.dtype) if out.ndim == 3 else out
 
@@ -190,12 +189,10 @@ def adapted_expert_mlp_backward(
     elif need_weighted:
         weighted = weigh_rows(z, *plan, activation)
 
-    weight_grad = lambda gradient, rows: launch_weight_grad(
-        gradient, rows, expert_offsets, None, 1, False
-    )[0]
-    from_g = lambda rows: launch_weight_grad(
-        g, rows, expert_offsets, g_gather, top_k, False, gather="grad"
-    )[0]
+    weight_grad = lambda gradient, rows: launch_weight_grad(gradient, rows, expert_offsets, None, 1, False)[0]
+    from_g = lambda rows: launch_weight_grad(g, rows, expert_offsets, g_gather, top_k, False, gather="grad")[
+        0
+    ]
     if need_down and memory == "all":
         ddown = weight_grad(weigh_rows(grad, *plan, gather=True), a)
     elif need_down:

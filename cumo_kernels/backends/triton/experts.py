@@ -375,7 +375,9 @@ def expert_mlp_backward(
     if need_weighted:
         ddown, _ = launch_weight_grad(g, weighted, expert_offsets, g_gather, top_k, False, gather="grad")
     elif need_down:
-        ddown, _ = launch_weight_grad(weigh_rows(grad, *plan, gather=True), a, expert_offsets, None, top_k, False)
+        ddown, _ = launch_weight_grad(
+            weigh_rows(grad, *plan, gather=True), a, expert_offsets, None, top_k, False
+        )
     if need_down_bias:
         ddown_bias = launch_bias_grad(grad, *plan)
     if need_up or need_up_bias:
