@@ -28,13 +28,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from cumo_kernels.tiles import hardware, problems
+from cumo_kernels.tiles import hardware, packed_layers, problems
 from cumo_kernels.tiles.hardware import Gpu
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 TARGETS = ("nvidia_a100", "nvidia_h100", "nvidia_b200", "nvidia_rtx_pro_6000")  # sm_80, 90, 100, 120
 # CuMo's layers, and one with the largest number of experts, which no file in configs/ has
-SHAPES = {**problems.SHAPES, "many": (1024, 512, 1024, 256, 8, True, (4096,))}
+SHAPES = {**problems.SHAPES, "many": (1024, 512, 1024, 256, 8, True, (4096,)), **packed_layers.SHAPES}
 ACTIVATION = {"clip": "quick_gelu", "mlp": "gelu", "llm": "swiglu", "many": "geglu"}
 DTYPES = {**problems.DTYPES, "tf32": torch.float32}
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "OMMA")
@@ -284,6 +284,9 @@ def compiling(
 
 def calls(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every op of one layer, forward and backward, on meta tensors: name and call."""
+    if shape in packed_layers.SHAPES:
+        yield from packed_layers.calls(shape, num_tokens, dtype)
+        return
     from cumo_kernels.backends.triton import activation, experts, grouped_gemm, permutation, routing
 
     H, I, O, E, K, gated, _ = SHAPES[shape]
@@ -346,8 +349,13 @@ def calls(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[str
 
 
 def _tokens(shape: str, dtype: str) -> Iterable[int]:
-    """All sizes in configs/; fp16 and tf32 use tiles of other dtypes, so one size shows that they compile."""
+    """All sizes in configs/; fp16 and tf32 use tiles of other dtypes, so one size shows that they compile.
+
+    Of the layers with packed weights one has all dtypes, since dequantising is the same in each format.
+    """
     known = SHAPES[shape][6]
+    if shape in packed_layers.SHAPES and dtype != "bf16":
+        return known[-1:] if shape == packed_layers.EVERY_DTYPE else ()
     return known[:2][-1:] if dtype in ("fp16", "tf32") else known
 
 

@@ -29,8 +29,8 @@ class Case:
     route takes logits, or with `gated` hidden states and a gate. grouped_gemm has weights (E, I, H) and with
     `gated` takes its rows in token order. Pattern "dropped" is "uniform" with a third of the slots dropped.
     The logits of an `exact` gated route are exact in every dtype and order of summation. `ragged` groups have
-    any length, and some tokens may be in no group. `weights` and `rank` are those of the ops with packed weights
-    and adapters; rank 0 is no adapter.
+    any length, and some tokens may be in no group. `weights` and `rank` are those of the ops with packed
+    weights and adapters; rank 0 is no adapter.
     """
 
     op: str
@@ -407,11 +407,7 @@ def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[s
             for op in names:
                 if op not in ops_of_family:
                     continue
-                turn = (
-                    packed_cases.in_turn(op, number + [*DTYPES].index(dtype))
-                    if op in packed_cases.OPS
-                    else {}
-                )
+                turn = packed_cases.in_turn(op, number + [*DTYPES].index(dtype))
                 case = Case(op, **turn | values, dtype=dtype)
                 if dtype != "fp32":  # rounded logits have ties that fp64 logits do not: no reference
                     case = replace(case, exact=True)

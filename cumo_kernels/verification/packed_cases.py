@@ -17,8 +17,7 @@ from cumo_kernels.packing.tensor import PackedWeight, pack
 from cumo_kernels.types import Adapter, Routing
 
 BLOCK = 32  # the shortest group
-SYMMETRIC = (*FORMATS,)
-WEIGHTS = ("plain", *SYMMETRIC, "int4z")  # int4z: int4 with zero points
+WEIGHTS = ("plain", *FORMATS, "int4z")  # int4z: int4 with zero points
 RANKS = (16, 3, 0, 33)  # of the families' cases, in turn
 # other scales than the default, so that all dtypes occur
 SCALES = {"fp4": torch.float16, "int4": torch.bfloat16}
@@ -27,8 +26,10 @@ Parts = tuple[Callable, Callable, tuple[Tensor, ...]]  # run, reference, inputs
 
 
 def in_turn(op: str, number: int) -> dict[str, str | int]:
-    """Weights and rank of the case with this number: every combination occurs."""
-    if op == OPS[0]:
+    """Weights and rank of the case with this number."""
+    if op not in OPS:
+        return {}
+    if op == "packed_grouped_gemm":
         return {"weights": WEIGHTS[1 + number % (len(WEIGHTS) - 1)]}
     weights, rank = WEIGHTS[number % len(WEIGHTS)], RANKS[number // 2 % len(RANKS)]
     return {"weights": weights, "rank": rank or 16 * (weights == "plain")}
@@ -91,7 +92,8 @@ def expert_mlp_parts(case, draw: Callable, place: Callable, routing: Routing) ->
         return ops.expert_mlp(
             place(x), ops.routing_from_topk(w, routing.topk_indices, E), *(kept or plain), *biases,
             activation=case.activation, memory=case.memory,
-            up_adapters=[Adapter(up_a, up_b)] if R else [], down_adapters=[Adapter(down_a, down_b)] if R else [],
+            up_adapters=[Adapter(up_a, up_b)] if R else [],
+            down_adapters=[Adapter(down_a, down_b)] if R else [],
         )  # fmt: skip
 
     def expected(x: Tensor, w: Tensor, *rest: Tensor) -> Tensor:

@@ -280,12 +280,8 @@ def _survey(
     if args.workers is not None:
         take = lambda row: note(Result(**row))
         shards = Shards(device, args.workers, args.case_seconds, begin + args.budget, take, log)
-        return shards.run(
-            Job(backend, family, case)
-            for family, case in todo
-            for backend in backends
-            if verified.has(backend, case.op)
-        )
+        pairs = [(row, name) for row in todo for name in backends if verified.has(name, row[1].op)]
+        return shards.run(Job(name, *row) for row, name in pairs)
     for i, (family, case) in enumerate(todo[args.begin :], args.begin):
         left = args.budget - (time.monotonic() - begin)
         if left <= 0:

@@ -110,7 +110,7 @@ def weigh_rows(
     activation: str | None = None,
     gather: bool = False,
 ) -> Tensor:
-    """(S, N): w[p] * source[p], or w[p] * act(z[p]) of a pre-activation; with `gather` w[p] * source[token(p)]."""
+    """(S, N): w[p] * source[p], with `gather` w[p] * source[token(p)], or w[p] * act(z[p]) of z."""
     gated = activation is not None and ACTIVATIONS[activation].is_gated
     num_rows, width = permutation.shape[0], source.shape[1] // (1 + gated)
     out = source.new_empty(num_rows, width)

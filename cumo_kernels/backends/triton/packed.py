@@ -4,7 +4,7 @@ A weight (E, N, K) is stored as two elements a byte along K, the even one in the
 and in "int4" possibly one zero point, for each group of GROUP elements along K. A tile is read as bytes and
 dequantised in registers, with the arithmetic of `PackedWeight.dequantize`, so it has the same bits:
 
-    nf4, fp4: codes[q] * scale     mxfp4: e2m1[q] * 2^(scale - 127)     int4: (q - zero) * scale, zero 8 if absent
+    nf4, fp4: codes[q] * scale     mxfp4: e2m1[q] * 2^(scale - 127)     int4: (q - zero, or 8) * scale
 
 in fp32, rounded once to the dtype of the rows. The low-rank term adds u[p] @ v[e].T to the same fp32 sums.
 """
@@ -191,7 +191,7 @@ def add_low_rank(
     INPUT_PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """acc + u[rows] @ v[expert, first_n : first_n + BLOCK_N].T, the rows from `first_row` on, before `end`."""
+    """acc + u[rows] @ v[expert, first_n : first_n + BLOCK_N].T, with rows from `first_row` to `end`."""
     rows = tl.minimum(first_row + tl.arange(0, acc.shape[0]), end - 1).to(tl.int64)[:, None]
     cols_n = (first_n + tl.arange(0, acc.shape[1]))[None, :]
     for r in tl.range(0, used_rank, BLOCK_R, num_stages=1):
