@@ -32,6 +32,7 @@ from tests.faults.evaluation_vqa import FAULTS as EVALUATION_VQA
 from tests.faults.kernels import CUDA, HOPPER, TRITON
 from tests.faults.kernels import FAULTS as KERNELS
 from tests.faults.model import FAULTS as MODEL
+from tests.faults.packing import FAULTS as PACKING
 from tests.faults.serving import FAULTS as SERVING
 from tests.faults.serving_answer import FAULTS as SERVING_ANSWER
 from tests.faults.serving_vllm import FAULTS as SERVING_VLLM
@@ -42,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 ALL_SERVING = SERVING + SERVING_ANSWER + SERVING_VLLM + SERVING_WEB
 ALL_EVALUATION = EVALUATION + EVALUATION_CHOICE + EVALUATION_LMMS + EVALUATION_VQA
 FAULTS = {
-    "cumo_kernels": KERNELS,
+    "cumo_kernels": KERNELS + PACKING,
     "cumo_model": MODEL + DATA + CHECKPOINTS + TRAINING + ALL_SERVING + ALL_EVALUATION + DEMO,
 }
 TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught

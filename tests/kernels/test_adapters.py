@@ -300,6 +300,17 @@ def test_dropout_is_that_of_a_linear_layer(kind, op, monkeypatch):
     )
 
 
+def test_one_adapter_drops_and_the_other_does_not():
+    """Nearly all of one is dropped: what is left is the other."""
+    routing = make_routing("uniform", T, E, K)
+    weight, x = draw(E, I, H), draw(T, H)
+    most, none = make_adapters((3, 2), I, H)
+    most = dataclasses.replace(most, dropout=1 - 1e-12)
+    run = lambda *adapters: grouped_gemm(x, weight, routing.expert_offsets, gather=routing, adapters=adapters)
+    assert_same_formula(run(most, none), run(none))
+    assert_same_formula(run(none, most), run(none))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_adapters_in_fp32_are_computed_in_the_dtype_of_x(dtype):
     """peft keeps them in fp32; their gradients are fp32 too."""

@@ -170,6 +170,36 @@ def test_what_is_packed_can_be_packed_again(weight, name, symmetric):
     assert narrow.nbytes == sum(p.numel() * p.element_size() for p in narrow.parts() if p is not None)
 
 
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int4"])
+def test_a_narrow_scale_is_rounded_before_it_is_used(weight, name):
+    """The numbers fit the scale that is kept: rounding what was packed changes nothing."""
+    packed = pack(weight, name, scale_dtype=torch.bfloat16)
+    blocks = weight.unflatten(-1, (-1, packed.group))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    best = torch.full_like(blocks, math.inf)
+    for q in range(16):
+        every = torch.full_like(packed.packed, q * 17)
+        other = PackedWeight(every, packed.scales, None, name, torch.float32).dequantize()
+        best = best.minimum((blocks - other.unflatten(-1, (-1, packed.group))).abs())
+    error = (blocks - packed.dequantize().unflatten(-1, (-1, packed.group))).abs()
+    inside = blocks.abs() < largest
+    assert torch.equal(error[inside], best[inside])
+
+
+@kinds
+def test_a_part_of_an_expert_is_plain(weight, name, symmetric):
+    packed = pack(weight, name, symmetric=symmetric)
+    values = packed.dequantize()
+    for taken, wanted in (
+        (packed[:, 2:4], values[:, 2:4]),
+        (packed[..., 1:], values[..., 1:]),
+        (packed.index_select(1, torch.tensor([3, 1])), values[:, [3, 1]]),
+        (packed.select(1, 3), values[:, 3]),
+        (packed.transpose(0, 1), values.transpose(0, 1)),
+    ):
+        assert not isinstance(taken, PackedWeight) and torch.equal(taken, wanted)
+
+
 @kinds
 def test_of_an_empty_block_nothing_is_left(name, symmetric):
     packed = pack(torch.zeros(2, 3, 256), name, symmetric=symmetric)
