@@ -33,6 +33,7 @@ from tests.faults.kernels import CUDA, HOPPER, TRITON
 from tests.faults.kernels import FAULTS as KERNELS
 from tests.faults.model import FAULTS as MODEL
 from tests.faults.packing import FAULTS as PACKING
+from tests.faults.packing_kernels import FAULTS as PACKING_KERNELS
 from tests.faults.serving import FAULTS as SERVING
 from tests.faults.serving_answer import FAULTS as SERVING_ANSWER
 from tests.faults.serving_vllm import FAULTS as SERVING_VLLM
@@ -43,7 +44,7 @@ ROOT = Path(__file__).parents[1]
 ALL_SERVING = SERVING + SERVING_ANSWER + SERVING_VLLM + SERVING_WEB
 ALL_EVALUATION = EVALUATION + EVALUATION_CHOICE + EVALUATION_LMMS + EVALUATION_VQA
 FAULTS = {
-    "cumo_kernels": KERNELS + PACKING,
+    "cumo_kernels": KERNELS + PACKING + PACKING_KERNELS,
     "cumo_model": MODEL + DATA + CHECKPOINTS + TRAINING + ALL_SERVING + ALL_EVALUATION + DEMO,
 }
 TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught

@@ -30,7 +30,7 @@ class Case:
     `gated` takes its rows in token order. Pattern "dropped" is "uniform" with a third of the slots dropped.
     The logits of an `exact` gated route are exact in every dtype and order of summation. `ragged` groups have
     any length, and some tokens may be in no group. `weights` and `rank` are those of the ops with packed
-    weights and adapters; rank 0 is no adapter.
+    weights and adapters; rank 0 is no adapter. There H and I are rounded up to whole blocks.
     """
 
     op: str
@@ -49,7 +49,7 @@ class Case:
     ragged: bool = False
     pattern: str = "uniform"
     layout: str = "contiguous"  # memory layout of the input rows
-    weights: str = "plain"  # format
+    weights: str = "nf4"
     rank: int = 0
     dtype: str = "fp32"
     seed: int = 0
@@ -84,11 +84,7 @@ class Case:
                 return f"{name} must be at least 0, got {getattr(self, name)}"
         if self.op in packed_cases.OPS:
             if self.weights == "plain" and (self.op == "packed_grouped_gemm" or not self.rank):
-                return f"weights must be packed in {self}, or it is another op"
-            for name in ("H", "I") if self.weights != "plain" else ():
-                if getattr(self, name) % packed_cases.BLOCK:
-                    block = packed_cases.BLOCK
-                    return f"{name} must be a multiple of {block} with weights={self.weights}, got {self}"
+                return f"weights must be packed, else this is another op, got {self}"
         if self.K > self.E:
             return f"K must be at most E = {self.E}, got {self.K}"
         if self.T % self.groups:
@@ -400,14 +396,14 @@ def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[s
     Ops alternate, so that a limited time covers all of them. Formats and ranks take turns.
     """
     seen = set()
-    for number, (family, values) in enumerate(families.items()):
+    for family, values in families.items():
         values = dict(values)
         ops_of_family = values.pop("ops", OPS)
         for dtype in dtypes:
             for op in names:
                 if op not in ops_of_family:
                     continue
-                turn = packed_cases.in_turn(op, number + [*DTYPES].index(dtype))
+                turn = packed_cases.in_turn(op, family, [*DTYPES].index(dtype))
                 case = Case(op, **turn | values, dtype=dtype)
                 if dtype != "fp32":  # rounded logits have ties that fp64 logits do not: no reference
                     case = replace(case, exact=True)
@@ -448,14 +444,11 @@ USES |= {
 
 
 def used(case: Case) -> Case:
-    """`case` with all fields that its op ignores at their defaults, and sizes that its format can pack."""
+    """`case` with all fields that its op ignores at their defaults, and packed weights without an adapter."""
     keep = (*USES[case.op], "op", "dtype", "seed")
     if case.op in packed_cases.OPS:
         if case.weights == "plain" and (case.op == "packed_grouped_gemm" or not case.rank):
             case = replace(case, weights="nf4")
-        if case.weights != "plain":
-            whole = lambda size: -(-size // packed_cases.BLOCK) * packed_cases.BLOCK
-            case = replace(case, H=whole(case.H), I=whole(case.I))
     if case.op == "route" and not case.gated:
         keep = tuple(name for name in keep if name not in ("H", "exact"))
     return replace(case, **{f.name: f.default for f in fields(case) if f.name not in keep})

@@ -1,10 +1,11 @@
 """Calls of the ops with packed weights and adapters, for cases.py.
 
 The reference multiplies by the dequantised weights in the dtype of the rows: what the format rounds away is
-no error of a kernel. Sizes along which weights are packed are multiples of BLOCK.
+no error of a kernel. H and I, along which weights are packed, are rounded up to a multiple of BLOCK.
 """
 
 from collections.abc import Callable
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -25,14 +26,19 @@ OPS = ("packed_grouped_gemm", "adapted_expert_mlp")
 Parts = tuple[Callable, Callable, tuple[Tensor, ...]]  # run, reference, inputs
 
 
-def in_turn(op: str, number: int) -> dict[str, str | int]:
-    """Weights and rank of the case with this number."""
+def in_turn(op: str, family: str, number: int) -> dict[str, str | int]:
+    """Weights and rank of the case of a family with this number."""
     if op not in OPS:
         return {}
+    number += crc32(family.encode())  # whatever families there are beside it
     if op == "packed_grouped_gemm":
         return {"weights": WEIGHTS[1 + number % (len(WEIGHTS) - 1)]}
     weights, rank = WEIGHTS[number % len(WEIGHTS)], RANKS[number // 2 % len(RANKS)]
     return {"weights": weights, "rank": rank or 16 * (weights == "plain")}
+
+
+def _whole(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
 
 
 def packed(weight: Tensor, name: str) -> PackedWeight:
@@ -44,8 +50,8 @@ def packed(weight: Tensor, name: str) -> PackedWeight:
 
 def grouped_gemm_parts(case, draw: Callable, place: Callable, routing: Routing) -> Parts:
     """`grouped_gemm` with a packed weight, of a Case."""
-    width = case.I * (1 + ACTIVATIONS[case.activation].is_gated)
-    weight = packed(draw(case.E, width, case.H) / case.H**0.5, case.weights)
+    H, width = _whole(case.H), _whole(case.I) * (1 + ACTIVATIONS[case.activation].is_gated)
+    weight = packed(draw(case.E, width, H) / H**0.5, case.weights)
     plan = (routing.permutation, routing.inverse_permutation) if case.gated else (None, None)
     dtype = weight.dtype
     rows = case.T if case.gated else case.T * case.K
@@ -61,12 +67,12 @@ def grouped_gemm_parts(case, draw: Callable, place: Callable, routing: Routing) 
         plain = weight.dequantize(dtype).to(x.dtype)
         return reference.grouped_gemm(x, plain, routing.expert_offsets, b, *plan, case.K, case.activation)[0]
 
-    return run, expected, (draw(rows, case.H), *biases)
+    return run, expected, (draw(rows, H), *biases)
 
 
 def expert_mlp_parts(case, draw: Callable, place: Callable, routing: Routing) -> Parts:
     """`expert_mlp` with packed weights, adapters or both, of a Case; plain weights are inputs."""
-    H, I, O, E, R = case.H, case.I, case.O, case.E, case.rank
+    H, I, O, E, R = _whole(case.H), _whole(case.I), case.O, case.E, case.rank
     width = I * (1 + ACTIVATIONS[case.activation].is_gated)
     weights = [draw(E, width, H) / H**0.5, draw(E, O, I) / I**0.5]
     inputs = [draw(case.T, H), routing.topk_weights]
