@@ -163,8 +163,8 @@ def grad_hidden_kernel(
             g = load_rows(row_ptrs, grad_desc, first_row, k, K, stride_grad_k, BLOCK_K, EVEN_K)
             b = load_operand(
                 expert_ptr, weight_desc, expert_scales, expert_zeros, codes_ptr,
-                expert, first_col, k, N, N, K, stride_w_n, stride_w_k,
-                FORMAT, GROUP, SHARED, K_INNER, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, g.dtype,
+                expert, first_col, k, N, K, stride_w_n, stride_w_k,
+                FORMAT, GROUP, SHARED, 1, K_INNER, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, g.dtype,
             )  # fmt: skip
             h = dot(g, b, h, INPUT_PRECISION)
         if u_ptr is not None:

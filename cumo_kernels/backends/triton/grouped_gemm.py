@@ -183,7 +183,6 @@ def grouped_gemm_kernel(
             if permutation_ptr is not None:
                 source = tl.load(permutation_ptr + source) // TOP_K
             row_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_x_s
-        width = 2 * N if GATED else N
         expert_ptr, expert_scales, expert_zeros = None, scales_ptr, zeros_ptr
         if weight_desc is None:
             expert_ptr = weight_ptr + expert.to(tl.int64) * stride_w_e
@@ -200,15 +199,15 @@ def grouped_gemm_kernel(
             a = load_rows(row_ptrs, x_desc, first_row, k, K, stride_x_k, BLOCK_K, EVEN_K)
             b = load_operand(
                 expert_ptr, weight_desc, expert_scales, expert_zeros, codes_ptr,
-                expert, first_col, k, N, width, K, stride_w_n, stride_w_k,
-                FORMAT, GROUP, SHARED, K_INNER, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, a.dtype,
+                expert, first_col, k, N, K, stride_w_n, stride_w_k,
+                FORMAT, GROUP, SHARED, 2 if GATED else 1, K_INNER, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, a.dtype,
             )  # fmt: skip
             acc = dot(a, b, acc, INPUT_PRECISION)
             if GATED:
                 b_up = load_operand(
                     expert_ptr, weight_desc, expert_scales, expert_zeros, codes_ptr,
-                    expert, N + first_col, k, 2 * N, width, K, stride_w_n, stride_w_k,
-                    FORMAT, GROUP, SHARED, K_INNER, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, a.dtype,
+                    expert, N + first_col, k, 2 * N, K, stride_w_n, stride_w_k,
+                    FORMAT, GROUP, SHARED, 1, K_INNER, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, a.dtype,
                 )  # fmt: skip
                 acc_up = dot(a, b_up, acc_up, INPUT_PRECISION)
         if u_ptr is not None:
@@ -228,6 +227,7 @@ def grouped_gemm_kernel(
 
         # int64: a row number times its width exceeds 2**31; offsets within a tile do not
         row64 = first_row.to(tl.int64)
+        width = 2 * N if GATED else N
         bias_row, out_row, pre_row = bias_ptr, out_ptr, pre_ptr
         if bias_ptr is not None:
             bias_row = bias_ptr + expert * width

@@ -142,13 +142,13 @@ def load_operand(
     first_n,
     k,
     N,  # columns before the end of this half
-    width,  # columns of the whole weight
     K,
     stride_w_n,
     stride_w_k,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     SHARED: tl.constexpr,
+    HALVES: tl.constexpr,  # N times this is the number of columns of the whole weight
     K_INNER: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -164,12 +164,12 @@ def load_operand(
         )  # fmt: skip
     elif K_INNER:
         tile = load_packed(
-            expert_ptr, scales_ptr, zeros_ptr, codes_ptr, first_n, k, width, K,
+            expert_ptr, scales_ptr, zeros_ptr, codes_ptr, first_n, k, N, K,
             FORMAT, GROUP, SHARED, BLOCK_N, BLOCK_K, EVEN_N and EVEN_K, DTYPE,
         ).T  # fmt: skip
     else:
         tile = load_packed(
-            expert_ptr, scales_ptr, zeros_ptr, codes_ptr, k, first_n, K, width,
+            expert_ptr, scales_ptr, zeros_ptr, codes_ptr, k, first_n, K, N * HALVES,
             FORMAT, GROUP, SHARED, BLOCK_K, BLOCK_N, EVEN_N and EVEN_K, DTYPE,
         )  # fmt: skip
     return tile
