@@ -33,6 +33,7 @@ from tests.faults.kernels import CUDA, HOPPER, TRITON
 from tests.faults.kernels import FAULTS as KERNELS
 from tests.faults.model import FAULTS as MODEL
 from tests.faults.packing import FAULTS as PACKING
+from tests.faults.packing_kernels import FAULTS as PACKING_KERNELS
 from tests.faults.packing_lora import FAULTS as LORA
 from tests.faults.packing_lora import FAULTS_OF_CUMO as LORA_OF_CUMO
 from tests.faults.packing_model import FAULTS as PACKING_MODEL
@@ -43,19 +44,12 @@ from tests.faults.serving_web import FAULTS as SERVING_WEB
 from tests.faults.training import FAULTS as TRAINING
 
 ROOT = Path(__file__).parents[1]
+ALL_MODEL = MODEL + PACKING_MODEL + LORA_OF_CUMO
 ALL_SERVING = SERVING + SERVING_ANSWER + SERVING_VLLM + SERVING_WEB
 ALL_EVALUATION = EVALUATION + EVALUATION_CHOICE + EVALUATION_LMMS + EVALUATION_VQA
 FAULTS = {
-    "cumo_kernels": KERNELS + PACKING + LORA,
-    "cumo_model": MODEL
-    + PACKING_MODEL
-    + LORA_OF_CUMO
-    + DATA
-    + CHECKPOINTS
-    + TRAINING
-    + ALL_SERVING
-    + ALL_EVALUATION
-    + DEMO,
+    "cumo_kernels": KERNELS + PACKING + PACKING_KERNELS + LORA,
+    "cumo_model": ALL_MODEL + DATA + CHECKPOINTS + TRAINING + ALL_SERVING + ALL_EVALUATION + DEMO,
 }
 TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught
 # stems whose tests need neither interpreter nor emulation

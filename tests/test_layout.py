@@ -48,7 +48,11 @@ ARROWS = {
         f"{KERNELS}.files",
         f"{KERNELS}.tracing",
     ),
-    f"{TILES}.*": (f"{TILES}.*", f"{KERNELS}.backends.triton*"),  # tools: tune, codegen
+    f"{TILES}.*": (
+        f"{TILES}.*",
+        f"{KERNELS}.backends.triton*",
+        f"{KERNELS}.packing.formats",
+    ),  # tools: tune, codegen
     # verification: first the results that dispatch reads, then the programs that produce them
     VERIFICATION: (),
     f"{VERIFICATION}.verified": (

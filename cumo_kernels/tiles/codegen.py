@@ -28,13 +28,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from cumo_kernels.tiles import hardware, problems
+from cumo_kernels.tiles import hardware, packed_layers, problems
 from cumo_kernels.tiles.hardware import Gpu
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 TARGETS = ("nvidia_a100", "nvidia_h100", "nvidia_b200", "nvidia_rtx_pro_6000")  # sm_80, 90, 100, 120
 # CuMo's layers, and one with the largest number of experts, which no file in configs/ has
-SHAPES = {**problems.SHAPES, "many": (1024, 512, 1024, 256, 8, True, (4096,))}
+SHAPES = {**problems.SHAPES, "many": (1024, 512, 1024, 256, 8, True, (4096,)), **packed_layers.SHAPES}
 ACTIVATION = {"clip": "quick_gelu", "mlp": "gelu", "llm": "swiglu", "many": "geglu"}
 DTYPES = {**problems.DTYPES, "tf32": torch.float32}
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "OMMA")
@@ -152,8 +152,8 @@ def _count_in_loops(sass: str) -> tuple[int, int, int]:
     """-> local accesses, tensor core instructions and all instructions inside the innermost loops that
     multiply: on tensor cores, or in fp32 without any.
 
-    A loop ends with a conditional branch back. An unconditional branch back closes the loop over tiles, or
-    returns from an out-of-line barrier wait.
+    A loop ends with a conditional branch back. An unconditional branch back closes the loop over tiles,
+    returns from an out-of-line barrier wait, or, apart from all loops that multiply, closes one of them.
     """
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z0-9_]+)(.*)", sass, re.M)
     code = [(int(address, 16), bool(predicate), name, rest) for address, predicate, name, rest in lines]
@@ -167,7 +167,9 @@ def _count_in_loops(sass: str) -> tuple[int, int, int]:
     )
     cores = TENSOR_CORE if any(name in TENSOR_CORE for _, _, name, _ in code) else ("FFMA", "FFMA2")
     multiply = [loop for loop in back if inside(loop, cores)]
-    loops = [loop for loop in multiply if loop[2]] or multiply
+    sure = [loop for loop in multiply if loop[2]]
+    apart = lambda loop: all(loop[1] < other[0] or other[1] < loop[0] for other in sure)
+    loops = [loop for loop in multiply if loop[2] or apart(loop)]
     innermost = [
         loop
         for loop in loops
@@ -282,6 +284,9 @@ def compiling(
 
 def calls(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every op of one layer, forward and backward, on meta tensors: name and call."""
+    if shape in packed_layers.SHAPES:
+        yield from packed_layers.calls(shape, num_tokens, dtype)
+        return
     from cumo_kernels.backends.triton import activation, experts, grouped_gemm, permutation, routing
 
     H, I, O, E, K, gated, _ = SHAPES[shape]
@@ -344,8 +349,13 @@ def calls(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[str
 
 
 def _tokens(shape: str, dtype: str) -> Iterable[int]:
-    """All sizes in configs/; fp16 and tf32 use tiles of other dtypes, so one size shows that they compile."""
+    """All sizes in configs/; fp16 and tf32 use tiles of other dtypes, so one size shows that they compile.
+
+    Of the layers with packed weights one has all dtypes, since dequantising is the same in each format.
+    """
     known = SHAPES[shape][6]
+    if shape in packed_layers.SHAPES and dtype != "bf16":
+        return known[-1:] if shape == packed_layers.EVERY_DTYPE else ()
     return known[:2][-1:] if dtype in ("fp16", "tf32") else known
 
 

@@ -45,6 +45,7 @@ PRINT_CONFIG = os.environ.get("CUMO_PRINT_CONFIG") == "1"
 BATCH_INVARIANT = os.environ.get("CUMO_BATCH_INVARIANT") == "1"
 INVARIANT_ROWS = 65536
 EPILOGUE_SUMS = 32  # sums that a thread finishes at a time; with more the compiler spills at 128 x 256
+DEQUANTISED = 160  # sums and dequantised weights that a thread holds; with 192 the compiler spills
 MIN_STEPS = 8  # in a shorter sum, filling and draining the pipeline would dominate
 
 
@@ -65,6 +66,8 @@ class Problem:
     gated: bool = False  # the activation: in "gemm" a tile has a gate and an up half, n columns each
     gathered: bool = False  # rows are in token order
     can_split: bool = False  # partial sums over k (over rows in "weight_grad") are allowed
+    packed: bool = False  # the weight has 4 bits and is dequantised in registers
+    low_rank: bool = False  # a product with a thin second pair follows the loop
 
     @property
     def halves(self) -> int:
@@ -295,6 +298,26 @@ def splits(problem: Problem, config: Config, gpu: Gpu) -> int:
     return count
 
 
+def suit(config: Config, problem: Problem) -> Config:
+    """`config` for what the files have no entries of: thin, packed and adapted products.
+
+    A tile is not wider than the product. Dequantising holds a step's weights in registers beside the sums, so
+    both together have at most DEQUANTISED per thread. The loop of an adapted product is followed by another
+    product, so it is not flattened.
+    """
+    narrow = lambda block, size: min(block, max(16, 1 << (size - 1).bit_length()))
+    config = replace(config, BLOCK_N=narrow(config.BLOCK_N, problem.n))
+    if problem.kind == "weight_grad":
+        config = replace(config, BLOCK_K=narrow(config.BLOCK_K, problem.k))
+    if problem.low_rank:
+        config = replace(config, FLATTEN=False)
+    if problem.packed:
+        held = lambda c: c.BLOCK_N * (c.BLOCK_M * problem.halves + c.BLOCK_K)
+        while held(config) > DEQUANTISED * 32 * config.num_warps and config.BLOCK_N > 16:
+            config = replace(config, BLOCK_N=config.BLOCK_N // 2)
+    return config
+
+
 # for Triton's interpreter: small, so that small tests have several whole tiles and tails
 INTERPRETED = Config(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=1, num_stages=1, GROUP_M=2)
 
@@ -310,7 +333,7 @@ def get_config(problem: Problem, gpu: Gpu) -> Config:
         known = [(name, entry) for name in files_of(gpu) for entry in entries(name)]
         source, nearest = min(known, key=lambda row: distance(problem, row[1].problem))
         config = nearest.config if nearest.ms is not None else hide_end(nearest.config, problem, gpu)
-        config = fit(config, problem, gpu)
+        config = suit(fit(config, problem, gpu), problem)
     config = replace(config, SPLITS=splits(problem, config, gpu))
     if PRINT_CONFIG:
         print(f"cumo_kernels: {problem} -> {config} (configs/{source})", file=sys.stderr)

@@ -15,10 +15,11 @@ from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.backends import reference
 from cumo_kernels.tiles.problems import DTYPES
 from cumo_kernels.types import Routing
+from cumo_kernels.verification import packed_cases
 from cumo_kernels.verification.accuracy import PATTERNS, make_routing
 
 LAYOUTS = ("contiguous", "transposed", "strided", "shifted")
-OPS = ("expert_mlp", "route", "grouped_gemm", "permute", "combine", "activate")
+OPS = ("expert_mlp", "route", "grouped_gemm", "permute", "combine", "activate", *packed_cases.OPS)
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Case:
     route takes logits, or with `gated` hidden states and a gate. grouped_gemm has weights (E, I, H) and with
     `gated` takes its rows in token order. Pattern "dropped" is "uniform" with a third of the slots dropped.
     The logits of an `exact` gated route are exact in every dtype and order of summation. `ragged` groups have
-    any length, and some tokens may be in no group.
+    any length, and some tokens may be in no group. `weights` and `rank` are those of the ops with packed
+    weights and adapters; rank 0 is no adapter. There H and I are rounded up to whole blocks.
     """
 
     op: str
@@ -47,6 +49,8 @@ class Case:
     ragged: bool = False
     pattern: str = "uniform"
     layout: str = "contiguous"  # memory layout of the input rows
+    weights: str = "nf4"
+    rank: int = 0
     dtype: str = "fp32"
     seed: int = 0
 
@@ -68,14 +72,19 @@ class Case:
             ("pattern", (*PATTERNS, "dropped")),
             ("layout", LAYOUTS),
             ("dtype", DTYPES),
+            ("weights", packed_cases.WEIGHTS),
         ):
             if getattr(self, name) not in known:
                 return f"{name} must be one of {list(known)}, got {getattr(self, name)!r}"
         for name in ("H", "I", "O", "E", "K", "groups"):
             if getattr(self, name) < 1:
                 return f"{name} must be at least 1, got {getattr(self, name)}"
-        if self.T < 0:
-            return f"T must be at least 0, got {self.T}"
+        for name in ("T", "rank"):
+            if getattr(self, name) < 0:
+                return f"{name} must be at least 0, got {getattr(self, name)}"
+        if self.op in packed_cases.OPS:
+            if self.weights == "plain" and (self.op == "packed_grouped_gemm" or not self.rank):
+                return f"weights must be packed, else this is another op, got {self}"
         if self.K > self.E:
             return f"K must be at most E = {self.E}, got {self.K}"
         if self.T % self.groups:
@@ -203,6 +212,8 @@ def build(case: Case, device: str = "cpu") -> Call:
             (draw(T * K, H), routing.topk_weights),
             **exact,
         )
+    if case.op in packed_cases.OPS:
+        return Call(*packed_cases.PARTS[case.op](case, draw, place, routing), **exact)
     biases = (draw(E, width),) if case.bias else ()
     up = draw(E, width, H) / H**0.5
     if case.op == "grouped_gemm":
@@ -292,7 +303,8 @@ def _build_route(case: Case, device: str, draw: Callable[..., Tensor], generator
     )
 
 
-MATMULS = ("expert_mlp", "grouped_gemm")
+MATMULS = ("expert_mlp", "grouped_gemm", *packed_cases.OPS)
+LAYERS = ("expert_mlp", "adapted_expert_mlp")
 ACTIVATED = (*MATMULS, "activate")
 # every family is used with every op, or with its "ops"; any other value replaces the default of `Case`
 FAMILIES: dict[str, dict] = {
@@ -322,7 +334,7 @@ FAMILIES: dict[str, dict] = {
 }
 ROUTER = {"ops": ("route",), "gated": True, "exact": True, "T": 300, "H": 1024}
 SORTED = {"T": 2308, "H": 512, "I": 640, "O": 384}  # both backends copy rows into expert order
-DECODE = {"ops": ("expert_mlp",), "E": 8, "activation": "swiglu", "bias": False}
+DECODE = {"ops": LAYERS, "E": 8, "activation": "swiglu", "bias": False}
 ALIGNED: dict[str, dict] = {  # small sizes that TMA and wgmma accept
     "aligned": {"T": 300, "H": 512, "I": 640, "O": 384},
     "aligned-swiglu": {
@@ -350,8 +362,8 @@ GPU_FAMILIES: dict[str, dict] = ALIGNED | {
         "ops": MATMULS, "T": 2400, "E": 8, "activation": "swiglu", "memory": "x", "pattern": "dropped",
     },
     "256-experts": {"ops": ("route", "permute", "combine", *MATMULS), "T": 96, "E": 256, "K": 8},
-    "memory-x": SORTED | {"ops": ("expert_mlp",), "T": 600, "memory": "x"},
-    "memory-all": SORTED | {"ops": ("expert_mlp",), "T": 600, "memory": "all"},
+    "memory-x": SORTED | {"ops": LAYERS, "T": 600, "memory": "x"},
+    "memory-all": SORTED | {"ops": LAYERS, "T": 600, "memory": "all"},
     "gated-router": ROUTER,
     "gated-router-16": ROUTER | {"T": 16},
     "gated-router-rounded": ROUTER | {"exact": False},  # in fp32: tests that products are not tf32
@@ -381,7 +393,7 @@ TINY: dict[str, dict] = {"tiny": {"T": 33, "H": 32, "I": 32, "O": 48, "E": 3}}
 def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[str, ...] = OPS):
     """Yields (family, case). Families that are the same for an op give one case.
 
-    Ops alternate, so that a limited time covers all of them.
+    Ops alternate, so that a limited time covers all of them. Formats and ranks take turns.
     """
     seen = set()
     for family, values in families.items():
@@ -391,7 +403,8 @@ def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[s
             for op in names:
                 if op not in ops_of_family:
                     continue
-                case = Case(op, **values, dtype=dtype)
+                turn = packed_cases.in_turn(op, family, [*DTYPES].index(dtype))
+                case = Case(op, **turn | values, dtype=dtype)
                 if dtype != "fp32":  # rounded logits have ties that fp64 logits do not: no reference
                     case = replace(case, exact=True)
                 case = used(case)
@@ -424,11 +437,18 @@ USES = {
         "T", "H", "I", "O", "E", "K", "activation", "bias", "memory", "pattern", "layout",
     ),
 }  # fmt: skip
+USES |= {
+    "packed_grouped_gemm": (*USES["grouped_gemm"], "weights"),
+    "adapted_expert_mlp": (*USES["expert_mlp"], "weights", "rank"),
+}
 
 
 def used(case: Case) -> Case:
-    """`case` with all fields that its op ignores at their defaults."""
+    """`case` with all fields that its op ignores at their defaults, and packed weights without an adapter."""
     keep = (*USES[case.op], "op", "dtype", "seed")
+    if case.op in packed_cases.OPS:
+        if case.weights == "plain" and (case.op == "packed_grouped_gemm" or not case.rank):
+            case = replace(case, weights="nf4")
     if case.op == "route" and not case.gated:
         keep = tuple(name for name in keep if name not in ("H", "exact"))
     return replace(case, **{f.name: f.default for f in fields(case) if f.name not in keep})

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 
-from cumo_kernels.verification import cases
+from cumo_kernels.verification import cases, packed_cases
 from cumo_kernels.verification.cases import Case
 
 
@@ -37,6 +37,8 @@ def draw(
         groups=groups,
         pattern=choice((*cases.PATTERNS, "dropped")),
         layout=choice(cases.LAYOUTS),
+        weights=choice(packed_cases.WEIGHTS),
+        rank=choice((0, 1, 16, rand(1, 64))),
         dtype=dtype,
         seed=rand(0, 999_999),
     )
@@ -49,7 +51,7 @@ def smaller(case: Case, name: str) -> Iterator[Case]:
     if isinstance(value, bool | str):
         steps = [getattr(Case(case.op), name)]
     else:
-        least = 0 if name in ("T", "seed") else 1
+        least = 0 if name in ("T", "seed", "rank") else 1
         steps = [step for step in (least, value // 2, value - 1) if least <= step < value]
     for step in dict.fromkeys(steps):
         other = cases.used(replace(case, **{name: step}))

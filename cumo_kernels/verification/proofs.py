@@ -177,7 +177,9 @@ def _own(
     # a layer's other ops follow; only sorting is called in the dtype of the given weights
     more = list(COVERS) if device.type == "cuda" and op != "sort_by_expert" else asked
     kept = lambda: {backend: _kept(backend, name, device) for backend in backends}
-    missing = lambda rows, cases: [(b, case) for b in backends for case in cases if case not in rows[b]]
+    missing = lambda rows, cases: [
+        (b, case) for b in backends for case in cases if case not in rows[b] and verified.has(b, case)
+    ]
     rows = kept()
     if missing(rows, asked) and may_check and not off:
         with verdict_file.alone(HEAD_START, SECONDS + CASE_SECONDS):

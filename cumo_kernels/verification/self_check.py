@@ -21,7 +21,7 @@ from cumo_kernels.tiles import hardware
 from cumo_kernels.tiles.problems import DTYPES
 from cumo_kernels.verification import cases, proofs, shards, verdict_file
 from cumo_kernels.verification.verdicts import Result
-from cumo_kernels.verification.verified import COVERS
+from cumo_kernels.verification.verified import COVERS, has
 
 WORKERS = 8  # processes at most
 PARALLEL = 2  # minimum number of processes even with few CPUs: they also wait for imports
@@ -31,7 +31,7 @@ FAMILIES = {  # and sizes that copy engines and tensor cores accept
     "cuda": {
         "aligned": cases.ALIGNED["aligned"],
         "aligned-router": cases.ALIGNED["aligned-router"],
-        "aligned-swiglu": cases.ALIGNED["aligned-swiglu"] | {"ops": ("expert_mlp",)},
+        "aligned-swiglu": cases.ALIGNED["aligned-swiglu"] | {"ops": cases.LAYERS},
         "256-experts": MANY,
         "awkward": AWKWARD,
     },
@@ -126,10 +126,12 @@ def _check(device: torch.device, dtype: torch.dtype, asked: Sequence[str], again
     rows = [row for row in dispatch.BACKENDS if row.needs_proof]
     able = tuple(row.name for row in rows if row.refuse("route", device, dtype) is None)
     if again and able:
-        proofs.check_again([(name, case) for name in able for case in asked], dtype, device)
+        if groups := [(name, case) for name in able for case in asked if has(name, case)]:
+            proofs.check_again(groups, dtype, device)
     calls = [op for op in dispatch.OPS if any(op in COVERS[case] for case in asked)]
     calls = [op for op in calls if op != "sort_by_expert" or set(asked) == set(COVERS)]
-    found = [proofs.proofs(able, op, dtype, device, may_check=True) for op in calls if able]
+    able_of = {op: tuple(row.name for row in rows if row.refuse(op, device, dtype) is None) for op in calls}
+    found = [proofs.proofs(able, op, dtype, device, may_check=True) for op, able in able_of.items() if able]
     print(f"{explained.table(calls, x)}\n", flush=True)
     return bool(found) and all(proof.passed for answers in found for proof in answers)
 

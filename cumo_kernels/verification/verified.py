@@ -45,13 +45,17 @@ COVERS = {  # op of a case -> the calls in dispatch.OPS that it makes
     "grouped_gemm": ("grouped_gemm", "grouped_gemm_weight_grad"),
     "activate": ("activate", "activate_backward"),
     "expert_mlp": ("expert_mlp", "expert_mlp_backward"),
+    "packed_grouped_gemm": ("packed_grouped_gemm",),
+    "adapted_expert_mlp": ("adapted_expert_mlp", "adapted_expert_mlp_backward"),
 }
+LACKS = {"cuda": ("packed_grouped_gemm", "adapted_expert_mlp")}  # backend -> ops of cases that it refuses
 SOURCES = {  # backend -> the files that decide what it computes
     "triton": (
         "cumo_kernels/backends/triton/*.py",
         "cumo_kernels/tiles/tuning.py",
         "cumo_kernels/activations.py",
         "cumo_kernels/tiles/hardware.py",
+        "cumo_kernels/packing/formats.py",
         "cumo_kernels/ops/*.py",
     ),
     "cuda": (
@@ -81,6 +85,11 @@ class Proof(NamedTuple):
     passed: bool | None
     words: str
     is_final: bool = True  # for the life of this process
+
+
+def has(backend: str, op: str) -> bool:
+    """Whether `backend` has kernels for the cases of `op`."""
+    return op not in LACKS.get(backend, ())
 
 
 def load(path: Path = PATH) -> dict[str, list[dict]]:

@@ -197,7 +197,7 @@ def fuzz(
     generator, end = random.Random(seed), time.monotonic() + seconds
     while time.monotonic() < end:
         case = draw(generator, dtypes, device == "cuda", names)
-        for backend in backends:
+        for backend in (name for name in backends if verified.has(name, case.op)):
             try:
                 with time_limit(end - time.monotonic()):
                     result = check(case, backend, device, "fuzz")
@@ -280,12 +280,15 @@ def _survey(
     if args.workers is not None:
         take = lambda row: note(Result(**row))
         shards = Shards(device, args.workers, args.case_seconds, begin + args.budget, take, log)
-        return shards.run(Job(backend, family, case) for family, case in todo for backend in backends)
+        pairs = [(row, name) for row in todo for name in backends if verified.has(name, row[1].op)]
+        return shards.run(Job(name, *row) for row, name in pairs)
     for i, (family, case) in enumerate(todo[args.begin :], args.begin):
         left = args.budget - (time.monotonic() - begin)
         if left <= 0:
             return [f"{len(todo) - i} of {len(todo)} cases: --budget was spent"]
         for at, backend in enumerate(backends, 1):
+            if not verified.has(backend, case.op):
+                continue
             result = check(case, backend, device, family)
             note(result)
             if result.lost:

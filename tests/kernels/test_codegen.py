@@ -81,6 +81,21 @@ def test_the_gemms_of_other_generations(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["nvidia_h100", pytest.param("nvidia_a100", marks=pytest.mark.sweep)])
+def test_layers_with_packed_weights_and_adapters(name):
+    """Decoding and training: the bytes of the weights are copied while earlier ones are multiplied."""
+    tokens = {"llm-nf4": (1,), "llm-int4z": (4096,), "llm-lora": (64,)}
+    gemms = lambda kernel: kernel in ("grouped_gemm_kernel", "grad_hidden_kernel", "weight_grad_kernel")
+    reports = codegen.survey(hardware.find(name), tokens, ["bf16"], lambda shape, dtype: tokens[shape], gemms)
+    assert {report.kernel: report.problems for report in reports if report.problems} == {}
+    packed = [report for report in reports if report.constants.get("FORMAT")]
+    assert {report.constants["FORMAT"] for report in packed} == {"nf4", "int4"}
+    assert all(report.opcodes.get("LDGSTS") for report in packed)
+    assert any(report.constants["BLOCK_R"] for report in packed)
+
+
+@pytest.mark.slow
 def test_a_tile_too_large_for_its_warps_is_reported():
     spilling = tuning.Config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=4, num_stages=2)
     x, weight = (
@@ -116,6 +131,8 @@ def test_only_the_innermost_multiplying_loop_is_counted():
         return codegen._count_in_loops("\n".join(sass))
 
     loop = ("HMMA.16816 R4", "LDL R2, [R1]", "@P1 BRA 0x0010")
+    after = ("HMMA.16816 R4", "LDL R2, [R1]", "BRA 0x0040")  # a second loop, whose exit is at its begin
+    assert count("STL [R1], R2", *loop, *after) == (2, 2, 6)
     assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "BRA 0x0000") == (1, 1, 3)
     assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "@P0 BRA 0x0000") == (1, 1, 3)  # the outer loop
     assert count("STL [R1], R2", *loop, "LDL R3, [R1]", "BRA 0x0020") == (1, 1, 3)  # an out-of-line wait

@@ -9,7 +9,7 @@ addition to g), and the tile's share of <h, a>, the gradient of w without <g, do
 gradients, the gradient of down_bias, the input gradient and its combine follow.
 
 If there are few rows, the GEMMs gather them as they read; for many, a copy in expert order is made first
-(`_sorted_rows`), which the copy engine can load without the help of the multiplying warps.
+(`sorted_rows`), which the copy engine can load without the help of the multiplying warps.
 
 FLOPs and saved bytes: cumo_kernels/ops/experts.py. Contract: cumo_kernels/ops/experts.py.
 Reference: cumo_kernels/backends/reference/experts.py.
@@ -33,6 +33,7 @@ from cumo_kernels.backends.triton.launch import (
     on_device_of_first,
     planned,
 )
+from cumo_kernels.backends.triton.packed import LowRank, Packed
 from cumo_kernels.backends.triton.permutation import combine, permute
 from cumo_kernels.backends.triton.weight_grad import launch_weight_grad
 from cumo_kernels.tiles import tuning
@@ -77,7 +78,12 @@ def _weigh_rows_kernel(
 
 @planned
 def _plan_weigh(
-    device: torch.device, width: int, top_k: int, strides: tuple[int, int], activation: str | None
+    device: torch.device,
+    width: int,
+    top_k: int,
+    strides: tuple[int, int],
+    activation: str | None,
+    gather: bool,
 ) -> tuple[Launch, int, int]:
     """-> launch, rows of a tile, column tiles."""
     block_m, block_n = 8, min(next_power_of_2(width), 512)
@@ -89,27 +95,28 @@ def _plan_weigh(
         stride_source_n=strides[1],
         ACTIVATION=activation,
         GATED=activation is not None and ACTIVATIONS[activation].is_gated,
-        GATHER=activation is None,
+        GATHER=gather,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
     )
     return launch, block_m, cdiv(width, block_n)
 
 
-def _weigh_rows(
+def weigh_rows(
     source: Tensor,
     topk_weights: Tensor,
     permutation: Tensor,
     expert_offsets: Tensor,
-    activation: str | None,
+    activation: str | None = None,
+    gather: bool = False,
 ) -> Tensor:
-    """(S, N): w[p] * act(z[p]) of a pre-activation; without an activation w[p] * grad[token(p)]."""
+    """(S, N): w[p] * source[p], with `gather` w[p] * source[token(p)], or w[p] * act(z[p]) of z."""
     gated = activation is not None and ACTIVATIONS[activation].is_gated
     num_rows, width = permutation.shape[0], source.shape[1] // (1 + gated)
     out = source.new_empty(num_rows, width)
     if out.numel():
         launch, block_m, tiles_n = _plan_weigh(
-            source.device, width, topk_weights.shape[1], source.stride(), activation
+            source.device, width, topk_weights.shape[1], source.stride(), activation, gather
         )
         launch(cdiv(num_rows, block_m) * tiles_n, source, topk_weights, permutation, expert_offsets[-1], out)
     return out
@@ -184,7 +191,7 @@ def _plan_topk_weights_grad(
     )
 
 
-def _topk_weights_grad(
+def topk_weights_grad(
     dots: Tensor,
     grad: Tensor,
     down_bias: Tensor | None,
@@ -247,7 +254,7 @@ def _plan_combine_splits(device: torch.device, width: int, top_k: int, num_split
 SORT_FROM = 4096  # rows: with fewer, a copy costs more than it saves
 
 
-def _sorted_rows(
+def sorted_rows(
     x: Tensor, permutation: Tensor, inverse_permutation: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor | None]:
     """-> rows for a GEMM, and the permutation by which it must still gather them, or None."""
@@ -258,17 +265,20 @@ def _sorted_rows(
     return x, permutation
 
 
-def _multiply_and_combine(
+def multiply_and_combine(
     rows: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     expert_offsets: Tensor,
     bias: Tensor | None,
     topk_weights: Tensor | None,
     inverse_permutation: Tensor,
     top_k: int,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
     """Sum over each token's slots of weight times row, (T, N); the combine also sums the split-k partials."""
-    y, _ = launch_gemm(rows, weight, expert_offsets, bias, None, top_k, None, zero_tail=False)
+    y, _ = launch_gemm(
+        rows, weight, expert_offsets, bias, None, top_k, None, low_rank=low_rank, zero_tail=False
+    )
     if y.ndim == 2:
         return combine(y, topk_weights, inverse_permutation, top_k)
     num_splits, num_rows, width = y.shape
@@ -295,11 +305,11 @@ def expert_mlp(
     """-> (out (T, O), z, a); z and a are empty unless the memory plan keeps them for backward."""
     top_k = topk_weights.shape[1]
     keep_z = memory in ("preact", "all")
-    rows, gather = _sorted_rows(x, permutation, inverse_permutation, top_k)
+    rows, gather = sorted_rows(x, permutation, inverse_permutation, top_k)
     a, z = launch_gemm(
         rows, up_proj, expert_offsets, up_bias, gather, top_k, activation, keep_pre=keep_z, zero_tail=False
     )
-    out = _multiply_and_combine(
+    out = multiply_and_combine(
         a, down_proj, expert_offsets, down_bias, topk_weights.contiguous(), inverse_permutation, top_k
     )
     return out, z, a if memory == "all" else x.new_empty(0)
@@ -336,7 +346,7 @@ def expert_mlp_backward(
     plan = (topk_weights, permutation, expert_offsets)
     x_rows, x_gather = x, permutation
     if memory == "x" or need_up or need_up_bias:
-        x_rows, x_gather = _sorted_rows(x, permutation, inverse_permutation, top_k)
+        x_rows, x_gather = sorted_rows(x, permutation, inverse_permutation, top_k)
     if memory == "x":
         _, z = launch_gemm(
             x_rows, up_proj, expert_offsets, up_bias, x_gather, top_k, activation,
@@ -349,23 +359,25 @@ def expert_mlp_backward(
     need_dz = need_x or need_up or need_up_bias
     g, g_gather = grad, permutation
     if need_dz or need_weights or need_weighted:
-        g, g_gather = _sorted_rows(grad, permutation, inverse_permutation, top_k)
+        g, g_gather = sorted_rows(grad, permutation, inverse_permutation, top_k)
     if need_dz or need_weights:
         dz, weighted, dots = launch_grad_hidden(
             g, *plan, down_proj, z, activation, need_dz=need_dz, need_weighted=need_weighted,
             need_dots=need_weights, is_sorted=g_gather is None,
         )  # fmt: skip
         if need_weights:
-            dweights = _topk_weights_grad(
+            dweights = topk_weights_grad(
                 dots, grad, down_bias, inverse_permutation, expert_offsets, topk_weights
             )
     elif need_weighted:
-        weighted = _weigh_rows(z, *plan, activation)
+        weighted = weigh_rows(z, *plan, activation)
 
     if need_weighted:
         ddown, _ = launch_weight_grad(g, weighted, expert_offsets, g_gather, top_k, False, gather="grad")
     elif need_down:
-        ddown, _ = launch_weight_grad(_weigh_rows(grad, *plan, None), a, expert_offsets, None, top_k, False)
+        ddown, _ = launch_weight_grad(
+            weigh_rows(grad, *plan, gather=True), a, expert_offsets, None, top_k, False
+        )
     if need_down_bias:
         ddown_bias = launch_bias_grad(grad, *plan)
     if need_up or need_up_bias:
@@ -373,7 +385,7 @@ def expert_mlp_backward(
             dz, x_rows, expert_offsets, x_gather, top_k, need_up_bias, need_weight=need_up
         )
     if need_x:
-        dx = _multiply_and_combine(
+        dx = multiply_and_combine(
             dz, up_proj.transpose(1, 2), expert_offsets, None, None, inverse_permutation, top_k
         )
     return dx, dweights, dup, dup_bias, ddown, ddown_bias

@@ -16,14 +16,16 @@ from torch import Tensor
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.backends.triton.common import act_and_grad, dot, input_precision, narrow, wait_for_earlier
 from cumo_kernels.backends.triton.launch import Launch, can_describe, cdiv, describe, next_power_of_2, planned
-from cumo_kernels.backends.triton.tiles import (
-    count_tiles,
-    find_tile,
-    halves,
-    load_rows,
-    load_weight,
-    upper_bound,
+from cumo_kernels.backends.triton.packed import (
+    LowRank,
+    Packed,
+    add_low_rank,
+    load_operand,
+    low_rank_constants,
+    low_rank_key,
+    packed_constants,
 )
+from cumo_kernels.backends.triton.tiles import count_tiles, find_tile, halves, load_rows, upper_bound
 from cumo_kernels.tiles import tuning
 
 HIDDEN_SUMS = 16  # this epilogue holds z, act and act' for every sum that it finishes
@@ -86,8 +88,13 @@ def _finish_hidden(
 def grad_hidden_kernel(
     grad_ptr,  # (T, K), K the output size; with SORTED (S, K); None with a descriptor
     grad_desc,  # (S, K) or None
-    weight_ptr,  # (E, K, N), N the intermediate size; None with a descriptor
+    weight_ptr,  # (E, K, N), N the intermediate size; None with a descriptor; with FORMAT two elements a byte
     weight_desc,  # the same, innermost dimension as stored, or None
+    scales_ptr,  # with FORMAT: (E, K, N / GROUP); else None
+    zeros_ptr,  # like scales, or None
+    codes_ptr,  # (16,) fp32, or None
+    u_ptr,  # (S, R) in expert order, or None
+    v_ptr,  # (E, N, R): u @ v.T is added to h
     expert_offsets_ptr,  # (E + 1,) int32
     permutation_ptr,  # (S,) int32
     topk_weights_ptr,  # (S,) fp32 by slot
@@ -102,6 +109,14 @@ def grad_hidden_kernel(
     stride_w_e,
     stride_w_k,
     stride_w_n,
+    R,
+    stride_v_e,
+    stride_v_n,
+    stride_v_r,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     TOP_K: tl.constexpr,
     SORTED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -134,18 +149,30 @@ def grad_hidden_kernel(
             if not SORTED:
                 source = tl.load(permutation_ptr + source) // TOP_K
             row_ptrs = grad_ptr + source.to(tl.int64)[:, None] * stride_grad_t
-        expert_ptr = None
+        expert_ptr, expert_scales, expert_zeros = None, scales_ptr, zeros_ptr
         if weight_desc is None:
             expert_ptr = weight_ptr + expert.to(tl.int64) * stride_w_e
+        if FORMAT is not None:
+            stride_scales = stride_w_e // (GROUP // 2)  # stride_w_e is in bytes
+            expert_scales = scales_ptr + expert.to(tl.int64) * stride_scales
+            if zeros_ptr is not None:
+                expert_zeros = zeros_ptr + expert.to(tl.int64) * stride_scales
 
         h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K):
             g = load_rows(row_ptrs, grad_desc, first_row, k, K, stride_grad_k, BLOCK_K, EVEN_K)
-            b = load_weight(
-                expert_ptr, weight_desc, expert, first_col, k, N, K, stride_w_n, stride_w_k,
-                K_INNER, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K,
+            b = load_operand(
+                expert_ptr, weight_desc, expert_scales, expert_zeros, codes_ptr,
+                expert, first_col, k, N, K, stride_w_n, stride_w_k,
+                FORMAT, GROUP, SHARED, 1, K_INNER, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, g.dtype,
             )  # fmt: skip
             h = dot(g, b, h, INPUT_PRECISION)
+        if u_ptr is not None:
+            expert_v = v_ptr + expert.to(tl.int64) * stride_v_e
+            h = add_low_rank(
+                h, u_ptr, expert_v, first_row, end, first_col, N, R, R, stride_v_n, stride_v_r,
+                INPUT_PRECISION, BLOCK_R,
+            )  # fmt: skip
 
         # loaded here, so that it does not occupy registers during the loop
         slots = tl.load(permutation_ptr + tl.minimum(rows, end - 1), volatile=True)
@@ -179,6 +206,8 @@ def _plan(
     activation: str,
     describe_grad: bool,
     describe_weight: bool,
+    packed: tuple[str, int] | None,
+    low_rank: tuple[int, ...] | None,
     precision: str,
     config: tuning.Config | None,
     gpu: tuning.Gpu,
@@ -188,8 +217,9 @@ def _plan(
     gated = ACTIVATIONS[activation].is_gated
     if config is None:
         problem = tuning.Problem(
-            "grad_hidden", dtype, rows, width, out_features, num_experts, gated, gathered=not is_sorted
-        )
+            "grad_hidden", dtype, rows, width, out_features, num_experts, gated, not is_sorted, False,
+            packed is not None, low_rank is not None,
+        )  # fmt: skip
         config = tuning.get_config(problem, gpu)
     k_inner = _is_k_inner(weight_strides)
     block = [1, config.BLOCK_N, config.BLOCK_K] if k_inner else [1, config.BLOCK_K, config.BLOCK_N]
@@ -202,6 +232,8 @@ def _plan(
         stride_w_e=weight_strides[0],
         stride_w_k=weight_strides[1],
         stride_w_n=weight_strides[2],
+        **low_rank_constants(low_rank, config.BLOCK_N),
+        **packed_constants(packed, config.BLOCK_K if k_inner else config.BLOCK_N),
         TOP_K=top_k,
         SORTED=is_sorted,
         ACTIVATION=activation,
@@ -228,10 +260,11 @@ def launch_grad_hidden(
     topk_weights: Tensor,
     permutation: Tensor,
     expert_offsets: Tensor,
-    down_proj: Tensor,
+    down_proj: Tensor | Packed,
     z: Tensor,
     activation: str,
     *,
+    low_rank: LowRank | None = None,
     need_dz: bool,
     need_weighted: bool,
     need_dots: bool,
@@ -240,17 +273,19 @@ def launch_grad_hidden(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dz like z, w * a (S, I), and <h, a> by column tile (S, tiles) fp32; empty where not needed.
 
-    `grad` is (T, O), or with `is_sorted` (S, O) in expert order.
+    `grad` is (T, O), or with `is_sorted` (S, O) in expert order. With `low_rank` h gets u @ v.T too.
     """
     num_rows = permutation.shape[0]
     num_experts, _, width = down_proj.shape
     z = z.contiguous()  # a tensor from a saved-tensor hook may not be
     gpu = tuning.gpu_of(grad.device)
+    is_packed = isinstance(down_proj, Packed)
     stored = down_proj.transpose(1, 2) if _is_k_inner(down_proj.stride()) else down_proj
     config, launch, grad_block, weight_block = _plan(
         grad.device, grad.dtype, tuning.bucket(num_rows), down_proj.shape, grad.stride(), down_proj.stride(),
         topk_weights.shape[1], is_sorted, activation, is_sorted and can_describe(grad, gpu.has_tma),
-        can_describe(stored, gpu.has_tma), input_precision(grad.dtype), config, gpu,
+        not is_packed and can_describe(stored, gpu.has_tma), down_proj.kind if is_packed else None,
+        low_rank_key(low_rank), input_precision(grad.dtype), config, gpu,
     )  # fmt: skip
     tiles_n = cdiv(width, config.BLOCK_N)
     dz = torch.empty_like(z) if need_dz else grad.new_empty(0)
@@ -261,8 +296,10 @@ def launch_grad_hidden(
             min(gpu.sms * config.PER_SM, upper_bound(num_rows, num_experts, config.BLOCK_M) * tiles_n),
             None if grad_block else grad,
             describe(grad, grad_block) if grad_block else None,
-            None if weight_block else down_proj,
+            None if weight_block else down_proj.data if is_packed else down_proj,
             describe(stored, weight_block) if weight_block else None,
+            *(down_proj.pointers() if is_packed else (None, None, None)),
+            *(low_rank or (None, None)),
             expert_offsets,
             permutation,
             topk_weights,

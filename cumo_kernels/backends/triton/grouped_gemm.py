@@ -27,12 +27,20 @@ from cumo_kernels.backends.triton.launch import (
     on_device_of_first,
     planned,
 )
+from cumo_kernels.backends.triton.packed import (
+    LowRank,
+    Packed,
+    add_low_rank,
+    load_operand,
+    low_rank_constants,
+    low_rank_key,
+    packed_constants,
+)
 from cumo_kernels.backends.triton.tiles import (
     count_tiles,
     find_tile,
     halves,
     load_rows,
-    load_weight,
     sum_rows,
     upper_bound,
 )
@@ -113,8 +121,13 @@ def _zero_rows(ptr, first, end, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 def grouped_gemm_kernel(
     x_ptr,  # (S, K), or (T, K) with permutation; None with a descriptor
     x_desc,  # (S, K) or None
-    weight_ptr,  # (E, N, K) or, gated, (E, 2N, K); None with a descriptor
+    weight_ptr,  # (E, N, K) or, gated, (E, 2N, K); None with a descriptor; two elements a byte with FORMAT
     weight_desc,  # the same, innermost dimension as stored, or None
+    scales_ptr,  # (E, N, K / GROUP) or, transposed, (E, K, N / GROUP); None without FORMAT
+    zeros_ptr,  # like scales, or None
+    codes_ptr,  # (16,) fp32, or None
+    u_ptr,  # (S, R): u @ v.T is added, or None
+    v_ptr,  # (E, N, R) or, gated, (E, 2N, R), or None
     bias_ptr,  # (E, N) or (E, 2N), or None
     expert_offsets_ptr,  # (E + 1,) int32
     permutation_ptr,  # (S,) int32 or None
@@ -128,6 +141,14 @@ def grouped_gemm_kernel(
     stride_w_e,
     stride_w_n,
     stride_w_k,
+    R,
+    stride_v_e,
+    stride_v_n,
+    stride_v_r,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
@@ -162,26 +183,47 @@ def grouped_gemm_kernel(
             if permutation_ptr is not None:
                 source = tl.load(permutation_ptr + source) // TOP_K
             row_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_x_s
-        expert_ptr = None
+        expert_ptr, expert_scales, expert_zeros = None, scales_ptr, zeros_ptr
         if weight_desc is None:
             expert_ptr = weight_ptr + expert.to(tl.int64) * stride_w_e
+        if FORMAT is not None:
+            stride_scales = stride_w_e // (GROUP // 2)  # stride_w_e is in bytes
+            expert_scales = scales_ptr + expert.to(tl.int64) * stride_scales
+            if zeros_ptr is not None:
+                expert_zeros = zeros_ptr + expert.to(tl.int64) * stride_scales
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in tl.range(0, steps):
             k = (split * steps + step) * BLOCK_K
             a = load_rows(row_ptrs, x_desc, first_row, k, K, stride_x_k, BLOCK_K, EVEN_K)
-            b = load_weight(
-                expert_ptr, weight_desc, expert, first_col, k, N, K, stride_w_n, stride_w_k,
-                K_INNER, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K,
+            b = load_operand(
+                expert_ptr, weight_desc, expert_scales, expert_zeros, codes_ptr,
+                expert, first_col, k, N, K, stride_w_n, stride_w_k,
+                FORMAT, GROUP, SHARED, 2 if GATED else 1, K_INNER, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, a.dtype,
             )  # fmt: skip
             acc = dot(a, b, acc, INPUT_PRECISION)
             if GATED:
-                b_up = load_weight(
-                    expert_ptr, weight_desc, expert, N + first_col, k, 2 * N, K, stride_w_n, stride_w_k,
-                    K_INNER, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K,
+                b_up = load_operand(
+                    expert_ptr, weight_desc, expert_scales, expert_zeros, codes_ptr,
+                    expert, N + first_col, k, 2 * N, K, stride_w_n, stride_w_k,
+                    FORMAT, GROUP, SHARED, 1, K_INNER, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, a.dtype,
                 )  # fmt: skip
                 acc_up = dot(a, b_up, acc_up, INPUT_PRECISION)
+        if u_ptr is not None:
+            expert_v = v_ptr + expert.to(tl.int64) * stride_v_e
+            used_rank = R
+            if SPLITS > 1:
+                used_rank = tl.where(split == 0, R, 0)
+            acc = add_low_rank(
+                acc, u_ptr, expert_v, first_row, end, first_col, N, used_rank, R, stride_v_n, stride_v_r,
+                INPUT_PRECISION, BLOCK_R,
+            )  # fmt: skip
+            if GATED:
+                acc_up = add_low_rank(
+                    acc_up, u_ptr, expert_v, first_row, end, N + first_col, 2 * N, used_rank, R,
+                    stride_v_n, stride_v_r, INPUT_PRECISION, BLOCK_R,
+                )  # fmt: skip
 
         # int64: a row number times its width exceeds 2**31; offsets within a tile do not
         row64 = first_row.to(tl.int64)
@@ -232,6 +274,8 @@ def _plan(
     describe_x: bool,
     describe_weight: bool,
     zero_tail: bool,
+    packed: tuple[str, int] | None,
+    low_rank: tuple[int, ...] | None,
     precision: str,
     config: tuning.Config | None,
     gpu: tuning.Gpu,
@@ -241,8 +285,9 @@ def _plan(
     out_width = width // (1 + gated)
     if config is None:
         problem = tuning.Problem(
-            "gemm", dtype, rows, out_width, in_features, num_experts, gated, gathered, activation is None
-        )
+            "gemm", dtype, rows, out_width, in_features, num_experts, gated, gathered, activation is None,
+            packed is not None, low_rank is not None,
+        )  # fmt: skip
         config = tuning.get_config(problem, gpu)
     k_inner = weight_strides[2] == 1
     weight_block = [1, config.BLOCK_N, config.BLOCK_K] if k_inner else [1, config.BLOCK_K, config.BLOCK_N]
@@ -257,6 +302,10 @@ def _plan(
         stride_w_e=weight_strides[0],
         stride_w_n=weight_strides[1],
         stride_w_k=weight_strides[2],
+        **low_rank_constants(low_rank, config.BLOCK_N),
+        **packed_constants(
+            packed, config.BLOCK_K if k_inner else config.BLOCK_N, 0 if k_inner or not gated else out_width
+        ),
         TOP_K=top_k,
         ACTIVATION=activation,
         GATED=gated,
@@ -282,13 +331,14 @@ def _plan(
 
 def launch_gemm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     expert_offsets: Tensor,
     bias: Tensor | None,
     permutation: Tensor | None,
     top_k: int,
     activation: str | None,
     *,
+    low_rank: LowRank | None = None,
     keep_out: bool = True,
     keep_pre: bool = False,
     zero_tail: bool = True,
@@ -296,7 +346,8 @@ def launch_gemm(
 ) -> tuple[Tensor, Tensor]:
     """-> out and pre-activation, empty where not kept; out is (SPLITS, S, N) fp32 where k was split.
 
-    Without `zero_tail`, rows past the last expert's end are not written.
+    With `low_rank` the product is x @ weight.T + u @ v.T, in one sum. Without `zero_tail`, rows past the last
+    expert's end are not written.
     """
     gathered = permutation is not None
     num_rows = permutation.shape[0] if gathered else x.shape[0]
@@ -308,12 +359,13 @@ def launch_gemm(
             x.new_empty(num_rows, width) if keep_pre else empty
         )
     gpu = tuning.gpu_of(x.device)
-    stored = weight if weight.stride(2) == 1 else weight.transpose(1, 2)  # its rows as stored in memory
+    is_packed = isinstance(weight, Packed)
+    stored = weight if weight.stride()[2] == 1 else weight.transpose(1, 2)  # its rows as stored in memory
     plan = _plan(
         x.device, x.dtype, tuning.bucket(num_rows), weight.shape, x.stride(), weight.stride(), top_k,
         activation, gathered, not gathered and can_describe(x, gpu.has_tma),
-        can_describe(stored, gpu.has_tma), zero_tail,
-        input_precision(x.dtype), config, gpu,
+        not is_packed and can_describe(stored, gpu.has_tma), zero_tail,
+        weight.kind if is_packed else None, low_rank_key(low_rank), input_precision(x.dtype), config, gpu,
     )  # fmt: skip
     num_splits = plan.config.SPLITS
     out, pre = None, x.new_empty(num_rows, width) if keep_pre else None
@@ -326,8 +378,10 @@ def launch_gemm(
         min(plan.max_programs, tiles),
         None if plan.x_block else x,
         describe(x, plan.x_block) if plan.x_block else None,
-        None if plan.weight_block else weight,
+        None if plan.weight_block else weight.data if is_packed else weight,
         describe(stored, plan.weight_block) if plan.weight_block else None,
+        *(weight.pointers() if is_packed else (None, None, None)),
+        *(low_rank or (None, None)),
         None if bias is None else bias.contiguous(),
         expert_offsets,
         permutation,
@@ -341,7 +395,7 @@ def launch_gemm(
 @on_device_of_first
 def grouped_gemm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     expert_offsets: Tensor,
     bias: Tensor | None,
     permutation: Tensor | None,
