@@ -302,14 +302,14 @@ def suit(config: Config, problem: Problem) -> Config:
     """`config` for what the files have no entries of: thin, packed and adapted products.
 
     A tile is not wider than the product. Dequantising holds a step's weights in registers beside the sums, so
-    both together have at most DEQUANTISED per thread. The loop of an adapted product is followed by another
-    product, so it is not flattened.
+    both together have at most DEQUANTISED per thread. The loops of these products are not flattened: that of
+    an adapted one is followed by another, and in that of a packed one the compiler spills.
     """
     narrow = lambda block, size: min(block, max(16, 1 << (size - 1).bit_length()))
     config = replace(config, BLOCK_N=narrow(config.BLOCK_N, problem.n))
     if problem.kind == "weight_grad":
         config = replace(config, BLOCK_K=narrow(config.BLOCK_K, problem.k))
-    if problem.low_rank:
+    if problem.low_rank or problem.packed:
         config = replace(config, FLATTEN=False)
     if problem.packed:
         held = lambda c: c.BLOCK_N * (c.BLOCK_M * problem.halves + c.BLOCK_K)

@@ -19,7 +19,8 @@ from cumo_kernels.verification import packed_cases
 from cumo_kernels.verification.accuracy import PATTERNS, make_routing
 
 LAYOUTS = ("contiguous", "transposed", "strided", "shifted")
-OPS = ("expert_mlp", "route", "grouped_gemm", "permute", "combine", "activate", *packed_cases.OPS)
+PLAIN = ("expert_mlp", "route", "grouped_gemm", "permute", "combine", "activate")
+OPS = (*PLAIN, *packed_cases.OPS)
 
 
 @dataclass(frozen=True)
@@ -376,11 +377,17 @@ GPU_FAMILIES: dict[str, dict] = ALIGNED | {
 }  # fmt: skip
 # the default for Triton's interpreter (about a second per call): one awkward family, not every path
 FEW: dict[str, dict] = {
+    "awkward-packed": {
+        "ops": packed_cases.OPS, "T": 33, "H": 40, "I": 20, "O": 35, "E": 3, "activation": "swiglu",
+        "gated": True, "pattern": "dropped", "layout": "strided", "weights": "int4z", "rank": 5,
+    },
     "awkward": {
+        "ops": PLAIN,
         "T": 57, "H": 97, "I": 34, "O": 35, "E": 7, "K": 3, "activation": "geglu", "gated": True, "groups": 3,
         "ragged": True, "pattern": "dropped", "layout": "strided",
     },
     "awkward-gelu": {
+        "ops": PLAIN,
         "T": 57, "H": 97, "I": 34, "O": 35, "E": 7, "K": 3, "activation": "gelu", "groups": 3,
         "pattern": "dropped", "layout": "strided",
     },

@@ -25,7 +25,7 @@ from cumo_kernels.verification.verified import COVERS, has
 
 WORKERS = 8  # processes at most
 PARALLEL = 2  # minimum number of processes even with few CPUs: they also wait for imports
-AWKWARD = cases.FEW["awkward"]  # sizes that no tile size divides
+AWKWARD = {name: cases.FEW[name] for name in ("awkward", "awkward-packed")}  # sizes that no tile divides
 MANY = cases.GPU_FAMILIES["256-experts"]
 FAMILIES = {  # and sizes that copy engines and tensor cores accept
     "cuda": {
@@ -33,10 +33,10 @@ FAMILIES = {  # and sizes that copy engines and tensor cores accept
         "aligned-router": cases.ALIGNED["aligned-router"],
         "aligned-swiglu": cases.ALIGNED["aligned-swiglu"] | {"ops": cases.LAYERS},
         "256-experts": MANY,
-        "awkward": AWKWARD,
+        **AWKWARD,
     },
     # used when CPU tensors replace CUDA tensors, in tests
-    "cpu": cases.TINY | {"256-experts": MANY | {"ops": ("route", "permute"), "T": 16}, "awkward": AWKWARD},
+    "cpu": cases.TINY | {"256-experts": MANY | {"ops": ("route", "permute"), "T": 16}, **AWKWARD},
 }
 KILLED = "signal SIGKILL"  # so small a case does not run out of memory by itself
 
