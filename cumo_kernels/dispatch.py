@@ -85,8 +85,8 @@ def _unfit_for_triton(device: torch.device) -> str | None:
     if torch.cuda.is_available() and (capability := gpu_of(device).capability) < 80:
         return f"it needs compute capability 8.0 or later, but this GPU has {capability / 10}"
     try:
-        for stem in sorted(set(OPS.values())):
-            importlib.import_module(f"cumo_kernels.backends.triton.{stem}")
+        for module in sorted({*OPS.values(), *MODULES.values()}):
+            importlib.import_module(f"cumo_kernels.backends.triton.{module}")
     except Exception as error:  # another release of Triton may raise anything here
         return f"its kernels cannot be imported with this Triton: {type(error).__name__}: {error}"
     return None

@@ -10,7 +10,6 @@ in fp32, rounded once to the dtype of the rows. The low-rank term adds u[p] @ v[
 """
 
 import math
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from cumo_kernels.backends.triton.common import INTERPRETING, dot, narrow
 from cumo_kernels.backends.triton.tiles import load_weight
-from cumo_kernels.packing.formats import FORMATS
+from cumo_kernels.packing.formats import codes_of
 
 TWO_TO_126: tl.constexpr = tl.constexpr(2.0**126)
 RANK_STEP = 64  # the largest step along the rank; a tile of v has no more columns
@@ -241,7 +240,7 @@ class Packed(NamedTuple):
 
     def pointers(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Scales, zero points and table of codes, as the kernels take them."""
-        return self.scales, self.zeros, codes_of(self.format, self.data.device)
+        return self.scales, self.zeros, _table_of(self.format, self.data.device)
 
 
 def packed_or_plain(
@@ -251,23 +250,9 @@ def packed_or_plain(
     return weight if format is None else Packed(weight, scales, zeros, format).contiguous()
 
 
-def codes_of(format: str, device: torch.device) -> Tensor | None:
-    """(16,) fp32: the table of a format, if its kernel reads one."""
-    if format in ("mxfp4", "int4"):
-        return None
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _make_codes(format, device)  # its memory is the graph's: not for other calls
-    return _kept_codes(format, device)
-
-
-def _make_codes(format: str, device: torch.device) -> Tensor:
-    codes = torch.empty(16, dtype=torch.float32, device=device)
-    for i, code in enumerate(FORMATS[format].codes):
-        codes[i].fill_(code)  # no copy from the host, for which a stream would wait
-    return codes
-
-
-_kept_codes = cache(_make_codes)
+def _table_of(format: str, device: torch.device) -> Tensor | None:
+    """(16,) fp32: the codes of a format, if its kernel reads them."""
+    return None if format in ("mxfp4", "int4") else codes_of(format, device)
 
 
 def packed_constants(
