@@ -21,6 +21,7 @@ from cumo_kernels.backends.triton.common import INTERPRETING, dot, narrow
 from cumo_kernels.backends.triton.tiles import load_weight
 from cumo_kernels.packing.formats import codes_of
 
+TWO_TO_23: tl.constexpr = tl.constexpr(2.0**23)
 TWO_TO_126: tl.constexpr = tl.constexpr(2.0**126)
 RANK_STEP = 64  # the largest step along the rank; a tile of v has no more columns
 
@@ -47,7 +48,8 @@ def _decode(q, scale, zero, codes_ptr, FORMAT: tl.constexpr, DTYPE: tl.constexpr
         bits = ((q & 7) << 22) | ((q >> 3) << 31)
         value = bits.to(tl.float32, bitcast=True) * TWO_TO_126
     elif FORMAT == "int4":
-        value = q.to(tl.float32) - zero
+        # q as the last bits of 2^23 is 2^23 + q: conversions of integers have a quarter of the throughput
+        value = (q | 0x4B000000).to(tl.float32, bitcast=True) - (zero + TWO_TO_23)
     else:
         value = _look_up(codes_ptr, q)
     return narrow(value * scale, DTYPE)
