@@ -143,30 +143,33 @@ def _nearest(values: Tensor, codes: tuple[float, ...]) -> Tensor:
     return order.to(torch.uint8)[torch.bucketize(values, middles, out_int32=True)]
 
 
-def _round_to_codes(blocks: Tensor, row: Format, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    largest = blocks.abs().amax(-1)
-    scales = largest.to(scale_dtype)
-    used = scales.to(torch.float32)
-    inverse = 1.0 / used.clamp(min=torch.finfo(torch.float32).tiny)
-    return _nearest((blocks * inverse[..., None]).clamp_(-1, 1), row.codes), scales
+def _numbers(blocks: Tensor, name: str, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """The number of each weight, (..., K / G, G) uint8, with these scales and zero points."""
+    if name == "mxfp4":
+        values = (blocks / power_of_two(scales)[..., None]).abs_()
+        # halfway between two magnitudes the one whose last bit is 0, as floats are rounded
+        middles = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=blocks.device)
+        below = torch.bucketize(values, middles, out_int32=True)
+        up = torch.bucketize(values, middles, out_int32=True, right=True)
+        return (torch.where(below % 2 == 0, below, up) + 8 * torch.signbit(blocks)).to(torch.uint8)
+    used = scales.to(torch.float32)[..., None]
+    if (codes := FORMATS[name].codes) is not None:
+        inverse = 1.0 / used.clamp(min=torch.finfo(torch.float32).tiny)
+        return _nearest((blocks * inverse).clamp_(-1, 1), codes)
+    shift = SYMMETRIC_ZERO if zeros is None else zeros[..., None]
+    return (blocks / used).round_().add_(shift).clamp_(0, 15).to(torch.uint8)
 
 
-def _round_to_mx(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    largest = blocks.abs().amax(-1)
-    exponents = (largest.view(torch.int32) >> 23) - 2  # that of E2M1's largest power of two
-    exponents = exponents.clamp(min=0)
-    values = (blocks / power_of_two(exponents.to(torch.uint8))[..., None]).abs_()
-    # halfway between two magnitudes the one whose last bit is 0, as floats are rounded
-    middles = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=blocks.device)
-    below = torch.bucketize(values, middles, out_int32=True)
-    up = torch.bucketize(values, middles, out_int32=True, right=True)
-    magnitude = torch.where(below % 2 == 0, below, up)
-    return (magnitude + 8 * torch.signbit(blocks)).to(torch.uint8), exponents.to(torch.uint8)
-
-
-def _round_to_int(
-    blocks: Tensor, symmetric: bool, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _scales_of(
+    blocks: Tensor, name: str, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points that fit the blocks."""
+    if name != "int4":
+        largest = blocks.abs().amax(-1)
+        if name != "mxfp4":
+            return largest.to(scale_dtype), None
+        exponents = (largest.view(torch.int32) >> 23) - 2  # that of E2M1's largest power of two
+        return exponents.clamp(min=0).to(torch.uint8), None
     if symmetric:
         span = 2 * blocks.abs().amax(-1)
     else:
@@ -174,14 +177,46 @@ def _round_to_int(
         span = highest - lowest
     scales = (span / 15).to(scale_dtype)
     scales = torch.where(scales == 0, torch.finfo(scale_dtype).eps, scales)
-    used = scales.to(torch.float32)
     if symmetric:
-        zeros, shift = None, torch.full_like(used, SYMMETRIC_ZERO)
-    else:
-        shift = (-lowest / used).round_().clamp_(0, 15)
-        zeros = shift.to(torch.uint8)
-    q = (blocks / used[..., None]).round_().add_(shift[..., None]).clamp_(0, 15)
-    return q.to(torch.uint8), scales, zeros
+        return scales, None
+    return scales, (-lowest / scales.to(torch.float32)).round_().clamp_(0, 15).to(torch.uint8)
+
+
+def _in_blocks(weight: Tensor, group: int) -> Tensor:
+    return weight.to(torch.float32).contiguous().unflatten(-1, (-1, group))
+
+
+def _at_a_time(weight: Tensor) -> int:
+    return max(1, CHUNK // max(1, weight[0].numel())) if weight.shape[0] else 1
+
+
+def requantize(weight: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, name: str) -> None:
+    """Round other weights into the parts of a packed one, in place.
+
+    A block keeps its scale and zero point if they fit the new weights at least as well as those that
+    `quantize` would choose: weights that are multiples of their scale already stay what they are.
+
+    Args:
+        weight: (E, N, K) float.
+        packed, scales, zeros: as for `unpack`; they are overwritten.
+        name: of the format.
+    """
+    group, step = 2 * packed.shape[-1] // scales.shape[-1], _at_a_time(weight)
+    for first in range(0, weight.shape[0], step):
+        part = slice(first, first + step)
+        blocks = _in_blocks(weight[part], group)
+        old = scales[part], None if zeros is None else zeros[part]
+        tried = []
+        for one in (old, _scales_of(blocks, name, zeros is None, scales.dtype)):
+            q = _numbers(blocks, name, *one)
+            values = unpack(pack_nibbles(q.flatten(-2)), *one, name, torch.float32)
+            tried.append((*one, q, (values.unflatten(-1, (-1, group)) - blocks).square_().sum(-1)))
+        (*_, kept_q, kept_error), (new_scales, new_zeros, new_q, new_error) = tried
+        better = ~(kept_error <= new_error)
+        packed[part] = pack_nibbles(torch.where(better[..., None], new_q, kept_q).flatten(-2))
+        scales[part] = torch.where(better, new_scales, scales[part])
+        if zeros is not None:
+            zeros[part] = torch.where(better, new_zeros, zeros[part])
 
 
 def quantize(
@@ -196,17 +231,10 @@ def quantize(
     Returns:
         packed (E, N, K / 2) uint8, scales (E, N, K / G), zeros (E, N, K / G) uint8 or None.
     """
-    row, found = FORMATS[name], []
-    step = max(1, CHUNK // max(1, weight[0].numel())) if weight.shape[0] else 1
-    for some in weight.split(step):
-        blocks = some.to(torch.float32).unflatten(-1, (-1, group))
-        zeros = None
-        if name == "mxfp4":
-            q, scales = _round_to_mx(blocks)
-        elif row.codes is not None:
-            q, scales = _round_to_codes(blocks, row, scale_dtype)
-        else:
-            q, scales, zeros = _round_to_int(blocks, symmetric, scale_dtype)
-        found.append((pack_nibbles(q.flatten(-2)), scales, zeros))
+    found = []
+    for some in weight.split(_at_a_time(weight)):
+        blocks = _in_blocks(some, group)
+        scales, zeros = _scales_of(blocks, name, symmetric, scale_dtype)
+        found.append((pack_nibbles(_numbers(blocks, name, scales, zeros).flatten(-2)), scales, zeros))
     packed, scales, zeros = zip(*found, strict=True)
     return torch.cat(packed), torch.cat(scales), None if zeros[0] is None else torch.cat(zeros)

@@ -20,9 +20,10 @@ class PackedWeight(Tensor):
 
     `expert_mlp` and `grouped_gemm` take it in place of a plain weight and read it as it is. It can be the
     parameter of a module (`torch.nn.Parameter(packed, requires_grad=False)`): `to`, `detach`, `clone`,
-    `transpose(1, 2)`, and slices and selections of experts stay packed; `add_`, `sub_` and `copy_` of plain
-    weights round the result to the format again, as merging an adapter does. Any other operator of torch runs
-    on the dequantised weights, with a warning. It gets no gradient.
+    `transpose(1, 2)`, and slices, splits and selections of experts stay packed; `add_`, `sub_` and `copy_`
+    of plain weights round the result to the format again, as merging an adapter does, and a block keeps its
+    scale where that is not worse. Any other operator of torch runs on the dequantised weights, with a
+    warning. It gets no gradient.
 
     Args:
         packed: (E, N, K / 2) uint8; weight 2i of a row is in the low half of byte i.
@@ -97,11 +98,33 @@ class PackedWeight(Tensor):
 
     def _overwrite(self, plain: Tensor) -> "PackedWeight":
         plain = plain.transpose(1, 2) if self.is_transposed else plain
-        new = formats.quantize(plain, self.format, self.group, self.zeros is None, self.scales.dtype)
-        for old, part in zip(self.parts(), new, strict=True):
-            if old is not None:
-                old.copy_(part)
+        formats.requantize(plain, *self.parts(), self.format)
         return self
+
+    @property
+    def data(self) -> "PackedWeight":
+        """The tensor itself, detached; assigning a PackedWeight of the same shape replaces all parts."""
+        return self.detach()
+
+    @data.setter
+    def data(self, other: "PackedWeight") -> None:
+        if not isinstance(other, PackedWeight) or other.shape != self.shape:
+            got = f"{type(other).__name__} {tuple(getattr(other, 'shape', ()))}"
+            raise ValueError(f"data must be a PackedWeight {tuple(self.shape)}, got {got}")
+        Tensor.data.__set__(self, other)
+        self.packed, self.scales, self.zeros = other.parts()
+        self.format, self.is_transposed = other.format, other.is_transposed
+
+    def share_memory_(self) -> "PackedWeight":
+        """Move the parts to shared memory, for other processes of this machine."""
+        for part in self.parts():
+            if part is not None:
+                part.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether the parts are in shared memory."""
+        return all(part is None or part.is_shared() for part in self.parts())
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -167,6 +190,21 @@ def _of_experts(take):
     return rule
 
 
+def _split(weight, sizes, dim=0):
+    if dim % 3:
+        return NotImplemented
+    return [weight[first : first + size] for first, size in _starts(weight.shape[0], sizes)]
+
+
+def _starts(total: int, sizes: int | list[int]):
+    if isinstance(sizes, int):
+        sizes = [min(sizes, total - first) for first in range(0, total, sizes)] or [0]
+    first = 0
+    for size in sizes:
+        yield first, size
+        first += size
+
+
 def _index(weight, indices):
     if len(indices) != 1 or indices[0] is None or indices[0].ndim != 1:
         return NotImplemented
@@ -209,10 +247,15 @@ _RULES = {
     aten.slice.Tensor: _of_experts(aten.slice.Tensor),
     aten.index_select.default: _of_experts(aten.index_select.default),
     aten.index.Tensor: _index,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
     aten.add_.Tensor: _add_,
     aten.sub_.Tensor: lambda weight, other, *, alpha=1: _add_(weight, other, alpha=-alpha),
     aten.copy_.default: _copy_,
 }
+
+
+torch.serialization.add_safe_globals([PackedWeight])  # its parts are tensors
 
 
 def _check(packed, scales, zeros, name, dtype) -> None:

@@ -308,7 +308,8 @@ def suit(config: Config, problem: Problem) -> Config:
     narrow = lambda block, size: min(block, max(16, 1 << (size - 1).bit_length()))
     config = replace(config, BLOCK_N=narrow(config.BLOCK_N, problem.n))
     if problem.kind == "weight_grad":
-        config = replace(config, BLOCK_K=narrow(config.BLOCK_K, problem.k))
+        # not 16: with 32 x 128 x 16 the compiler spills on sm_120
+        config = replace(config, BLOCK_K=min(config.BLOCK_K, max(32, narrow(config.BLOCK_K, problem.k))))
     if problem.low_rank or problem.packed:
         config = replace(config, FLATTEN=False)
     if problem.packed:

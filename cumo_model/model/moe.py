@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cumo_kernels import (
@@ -276,7 +275,9 @@ class Experts(nn.Module):
         """
         up_proj, up_bias, down_proj, down_bias = self._weights(x)
         of_up, of_down = adapters_of(self, self.up_name), adapters_of(self, "down_proj")
-        if not is_autocast_on(x.device.type):
+        if isinstance(up_proj, PackedWeight):
+            check_device("x", x, "the experts", up_proj)
+        elif not is_autocast_on(x.device.type):
             check_like("x", x, "the experts", up_proj)
         if self.implementation == "eager":
             up, down = (up_proj, up_bias, of_up), (down_proj, down_bias, of_down)
@@ -299,14 +300,15 @@ class Experts(nn.Module):
     def _weights(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """up, its bias, down, its bias.
 
-        Quantised weights are dequantised to the dtype in which they were quantised. They are converted to the
-        dtype of x, because `prepare_model_for_kbit_training` of peft converts all other parameters to fp32.
+        The kernels dequantise packed weights to the dtype of x. The biases beside them are converted to it,
+        because `prepare_model_for_kbit_training` of peft converts all parameters but quantised ones to fp32.
         """
         (up, up_bias), down, down_bias = self.up, self.down_proj, self.down_proj_bias
-        is_quantised = is_parametrized(self) or any(isinstance(weight, PackedWeight) for weight in (up, down))
-        if is_quantised and not is_autocast_on(x.device.type):
-            up, down = up.to(x.dtype), down.to(x.dtype)
-            up_bias, down_bias = (None if b is None else b.to(x.dtype) for b in (up_bias, down_bias))
+        if any(isinstance(weight, PackedWeight) for weight in (up, down)):
+            if not is_autocast_on(x.device.type):
+                up_bias, down_bias = (None if b is None else b.to(x.dtype) for b in (up_bias, down_bias))
+            if self.implementation == "eager":
+                up, down = up.to(x.dtype), down.to(x.dtype)
         return up, up_bias, down, down_bias
 
     def _loop(self, x: Tensor, routing: Routing, compat: str | None, up: tuple, down: tuple) -> Tensor:

@@ -246,7 +246,7 @@ def test_a_module_holds_it(weight, name, symmetric):
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
-    read = torch.load(file, weights_only=False)["weight"]
+    read = torch.load(file)["weight"]
     assert torch.equal(read.dequantize(), values)
     twin.load_state_dict({"weight": torch.zeros_like(values)})
     assert not twin.weight.dequantize().any()
@@ -298,14 +298,73 @@ def test_other_operators_see_plain_weights_and_say_so(weight, caplog):
 def test_a_sum_in_place_is_rounded_again(weight, name, symmetric, is_transposed):
     """As merging an adapter does: `parameter.data += delta`."""
     packed = pack(weight, name, symmetric=symmetric)
+    flip = lambda plain: plain.mT if is_transposed else plain
     added = torch.randn(E, N, K, generator=torch.Generator().manual_seed(3)) * weight.abs().amax((1, 2), True)
-    wanted = pack(packed.dequantize() + 2 * added, name, symmetric=symmetric)
     shown = nn.Parameter(packed.mT if is_transposed else packed, requires_grad=False)
-    shown.data.add_(added.mT if is_transposed else added, alpha=2)
-    assert torch.equal(packed.packed, wanted.packed) and torch.equal(packed.scales, wanted.scales)
-    shown.data -= added.mT if is_transposed else added
-    again = pack(wanted.dequantize() - added, name, symmetric=symmetric)
-    assert torch.equal(packed.packed, again.packed) and torch.equal(packed.scales, again.scales)
+    for change, wanted_of in (
+        (lambda: shown.data.add_(flip(added), alpha=2), lambda start: start + 2 * added),
+        (lambda: shown.data.sub_(flip(added)), lambda start: start - added),
+        (lambda: shown.data.copy_(flip(added)), lambda start: added),
+    ):
+        start = packed.dequantize()
+        wanted = wanted_of(start)
+        error = lambda found, w=wanted: (found - w).unflatten(-1, (-1, packed.group)).square().sum(-1)
+        change()
+        assert not torch.equal(start, packed.dequantize())
+        fresh = pack(wanted, name, symmetric=symmetric)
+        assert (error(packed.dequantize()) <= error(fresh.dequantize())).all()
+
+
+@kinds
+def test_weights_that_are_packed_already_keep_their_bits(weight, name, symmetric):
+    """As in DDP's broadcast of parameters, or a merged adapter of zeros."""
+    packed = pack(weight, name, symmetric=symmetric)
+    before = [None if part is None else part.clone() for part in packed.parts()]
+    values = packed.dequantize()
+    for change in (
+        lambda: packed.add_(torch.zeros(E, N, K)),
+        lambda: packed.copy_(values),
+        lambda: packed.mT.copy_(values.mT),
+        lambda: packed.view(-1).copy_(values.view(-1)),
+    ):
+        change()
+        assert torch.equal(packed.dequantize(), values)
+        assert all(
+            torch.equal(a, b) for a, b in zip(packed.parts()[1:], before[1:], strict=True) if a is not None
+        )
+
+
+def test_data_can_be_replaced_by_packed_weights_of_the_shape(weight):
+    parameter = nn.Parameter(pack(weight), requires_grad=False)
+    other = pack(weight.flip(0), "int4", 32, symmetric=False).to(torch.bfloat16)
+    parameter.data = other
+    assert torch.equal(parameter.dequantize(), other.dequantize()) and parameter.format == "int4"
+    assert parameter.dtype == torch.bfloat16 and isinstance(parameter, nn.Parameter)
+    with pytest.raises(ValueError, match=r"data must be a PackedWeight \(3, 20, 256\), got Tensor"):
+        parameter.data = weight
+    with pytest.raises(ValueError, match=r"data must be .* got PackedWeight \(2, 20, 256\)"):
+        parameter.data = other[:2]
+
+
+def test_other_processes_see_shared_parts(weight):
+    layer = nn.Module()
+    layer.weight = nn.Parameter(pack(weight), requires_grad=False)
+    assert not layer.weight.is_shared()
+    layer.share_memory()
+    assert layer.weight.is_shared() and layer.weight.packed.is_shared()
+
+
+def test_splits_of_experts_stay_packed(weight):
+    packed = pack(weight)
+    for taken, wanted in (
+        (packed.split(2), weight.split(2)),
+        (packed.chunk(3), weight.chunk(3)),
+        (packed.split([1, 2]), weight.split([1, 2])),
+    ):
+        assert [part.shape for part in taken] == [part.shape for part in wanted]
+        assert all(isinstance(part, PackedWeight) for part in taken)
+        assert torch.equal(torch.cat([part.dequantize() for part in taken]), packed.dequantize())
+    assert not isinstance(packed.split(5, 1)[0], PackedWeight)
 
 
 def test_compiled_code_reads_it(weight):
