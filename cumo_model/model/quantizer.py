@@ -139,6 +139,20 @@ def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
     return {name: value for name, value in model.named_parameters() if isinstance(value, PackedWeight)}
 
 
+def left_out_of_broadcasts(model: nn.Module) -> list[str]:
+    """Names of packed weights for DistributedDataParallel, which would broadcast them as plain ones.
+
+    Every process has read the same file. Names are those of the model alone and inside of peft's wrappers, of
+    which a module has one for each weight with adapters.
+    """
+    found = []
+    for name in packed_weights(model):
+        path, _, own = name.rpartition(".")
+        inner = [path + ".base_layer" * depth for depth in range(3)]
+        found += [f"{outer}{one}.{own}" for outer in ("", "base_model.model.") for one in inner]
+    return found
+
+
 def packed_parameter(weight: Tensor, of: ExpertWeight, packing: dict[str, Any]) -> nn.Parameter:
     """A plain weight, in the orientation of its module, as a frozen packed parameter."""
     rows = weight.transpose(1, 2).contiguous() if of.is_transposed else weight
@@ -313,6 +327,7 @@ class CumoQuantizer(HfQuantizer):
                 # transformers 5.17 keeps the dtype of files whose names differ from those of the model
                 value.data = value.data.to(wanted)
         model._weight_conversions = []  # names of files are those of the model, whatever they were before
+        model._ddp_params_and_buffers_to_ignore = left_out_of_broadcasts(model)
         return model
 
     def get_state_dict_and_metadata(self, model):
@@ -396,6 +411,7 @@ def attach(model: PreTrainedModel) -> None:
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, NAME
     model.config.quantization_config = config
     model._weight_conversions = []
+    model._ddp_params_and_buffers_to_ignore = left_out_of_broadcasts(model)
 
 
 if NAME not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a reload of this module registers nothing twice

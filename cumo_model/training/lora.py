@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cumo_kernels import PackedWeight
 from cumo_model.model.moe import reads_adapters
-from cumo_model.model.quantizer import packed_weights
+from cumo_model.model.quantizer import CumoQuantizer, packed_weights
 from cumo_model.training.recipe import LoraSection, ModelSection, Recipe, StageSection
 from cumo_model.training.start import start_model
 
@@ -95,10 +96,27 @@ def load_beside(model: nn.Module, folder: str | os.PathLike) -> None:
 
 
 def merged(recipe: Recipe, begin_with: ModelSection, folder: str | os.PathLike) -> nn.Module:
-    """The unquantised first model of the stage, merged with the adapters and parameters of `folder`."""
+    """The first model of the stage, merged with the adapters and parameters of `folder`.
+
+    It is unquantised, but for experts that were in four bits in `model.start` and have no adapters.
+    """
     from peft import PeftModel
 
     model, _ = start_model(dataclasses.replace(begin_with, quantize=None), recipe.data)
     wrapped = PeftModel.from_pretrained(model, os.fspath(folder))
     load_beside(wrapped, folder)
-    return wrapped.merge_and_unload()
+    _unpack_adapted(wrapped)
+    result = wrapped.merge_and_unload()
+    if isinstance(getattr(result, "hf_quantizer", None), CumoQuantizer) and not packed_weights(result):
+        result.dequantize()
+    return result
+
+
+def _unpack_adapted(wrapped: nn.Module) -> None:
+    """Dequantise packed weights that have adapters: rounding the sums would undo what was learned."""
+    for module in wrapped.modules():
+        name = getattr(module, "parameter_name", None)  # of peft's wrapper of a parameter
+        weight = None if name is None else getattr(module.get_base_layer(), name)
+        if isinstance(weight, PackedWeight):
+            plain = nn.Parameter(weight.dequantize().contiguous(), requires_grad=False)
+            setattr(module.get_base_layer(), name, plain)

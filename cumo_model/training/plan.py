@@ -175,7 +175,8 @@ def check_room(recipe: Recipe, args: TrainingArguments, config: CumoConfig) -> N
     total, trained = weights_of(recipe, config)
     size = torch.empty((), dtype=getattr(torch, recipe.model.dtype)).element_size()
     result = total * size
-    if is_quantized(recipe.model.start):  # as large as what it starts from
+    adapted = recipe.stage.lora is not None and recipe.stage.lora.target_parameters
+    if is_quantized(recipe.model.start) and not adapted:  # as large as what it starts from
         result = sum(path.stat().st_size for path in Path(recipe.model.start).glob("*.safetensors"))
     saved = 0 if recipe.stage.lora is not None else result
     checkpoint = saved + trained * size * STATES.get(args.optim.value, 0)

@@ -136,7 +136,7 @@ def lora_recipe(folder, tiny_config, **changes):
     lora = {"r": 2, "alpha": 6, "dropout": 0.0, "targets": r".*language_model.*\.(q|v)_proj"}
     experts = {f"model__{place}_experts": 0 for place in ("vision", "projector", "text")}
     options = {"stage__trains": ["language"], "stage__lora": lora, "trainer__max_steps": 2}
-    return start, lambda **more: write_recipe(folder, **experts, **options, **changes, **more)
+    return start, lambda **more: write_recipe(folder, **experts, **(options | changes | more))
 
 
 def test_a_quantised_stage_packs_the_experts_of_the_language_model(tmp_path, tiny_config):
@@ -160,6 +160,47 @@ def test_a_stage_starts_from_a_quantised_checkpoint(tmp_path, tiny_config):
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved and all(re.search(r"language_model.*\.(q|v)_proj", name) for name in moved)
     assert len(packed_weights(AutoModelForImageTextToText.from_pretrained(result))) == 2 * LAYERS
+
+
+@pytest.mark.parametrize("names", [["experts.down_proj"], ["up_proj", "experts.gate_up_proj", "down_proj"]])
+def test_what_experts_in_four_bits_learn_is_not_rounded_away(tmp_path, tiny_config, names):
+    """The result has W + B A of experts with adapters in full; other experts stay packed."""
+    start, recipe = lora_recipe(tmp_path, tiny_config)
+    quantize_checkpoint(start, tmp_path / "packed", progress=False)
+    lora = {"r": 2, "alpha": 6, "dropout": 0.0, "targets": [], "target_parameters": names}
+    changed = load_recipe(recipe(model__start=str(tmp_path / "packed"), stage__lora=lora))
+    result = run_recipe(changed)
+    packed = AutoModelForImageTextToText.from_pretrained(tmp_path / "packed")
+    after = AutoModelForImageTextToText.from_pretrained(result)
+    adapters = load_file(next((tmp_path / "run").glob("checkpoint-*")) / "adapter_model.safetensors")
+    adapted = {name for name in packed_weights(packed) if any(name.endswith(f".{one}") for one in names)}
+    assert adapted and packed_weights(after).keys() == packed_weights(packed).keys() - adapted
+    assert (getattr(after, "hf_quantizer", None) is None) == (not packed_weights(after))
+    moved = 0
+    for name, weight in packed_weights(packed).items():
+        found = after.get_parameter(name)
+        if name in adapted:
+            moved += not torch.equal(found, weight.dequantize(found.dtype))
+        else:
+            assert torch.equal(found.packed, weight.packed)
+    assert moved and any("lora_B" in key and value.any() for key, value in adapters.items())
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_ddp_does_not_touch_experts_in_four_bits(saved, caplog, is_wrapped):
+    model = quantize_experts(AutoModelForImageTextToText.from_pretrained(saved))
+    if is_wrapped:
+        names = ["experts.gate_up_proj", "experts.down_proj", "experts.up_proj"]
+        lora = peft.LoraConfig(r=2, target_modules=[], target_parameters=names)
+        model = peft.get_peft_model(model, lora)
+    before = {name: weight.packed.clone() for name, weight in packed_weights(model).items()}
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        torch.nn.parallel.DistributedDataParallel(model)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert before and not [record for record in caplog.records if "dequantised" in record.message]
+    assert all(torch.equal(weight.packed, before[name]) for name, weight in packed_weights(model).items())
 
 
 def test_a_quantised_checkpoint_is_trained_with_adapters_only(tmp_path, tiny_config):
