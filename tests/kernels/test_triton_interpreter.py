@@ -17,7 +17,7 @@ STEMS = {  # file: minimum number of rows, and in a sweep; guards against a filt
     "activation": (40, 70),
     "experts": (50, 80),
     "grouped_gemm": (55, 100),
-    "packed": (95, 280),
+    "packed": (95, None),
     "permutation": (50, 70),
     "routing": (70, 10),
     "tuning": (15, None),
