@@ -159,13 +159,13 @@ def test_gpt_oss_keeps_its_bits(tmp_path, capsys):
     [
         (
             {"format": "nf4"},
-            "format must be int4 or left out for .*, whose experts are int4",
+            r"format \(--bits\) must be int4 or left out for .*, whose experts are int4",
         ),
         (
             {"format": "int4", "group": 128},
-            r"group must be left out for .*, whose groups are \{32\}",
+            r"group \(--group\) must be left out for .*, whose groups are of 32 weights, got 128",
         ),
-        ({"format": "int4", "symmetric": False}, "symmetric must be left out for"),
+        ({"format": "int4", "symmetric": False}, r"symmetric \(--asymmetric\) must be left out for"),
         ({"scale_dtype": "float32"}, "scale_dtype must be left out for"),
     ],
 )

@@ -125,7 +125,7 @@ def test_models_of_transformers(other, tmp_path, name, way):
 def test_a_table_is_printed(other, tmp_path, capsys):
     assert main(["quantize", str(other("mixtral")), "--bits", "mxfp4", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^experts in mxfp4 +relative error +before +after$", out, re.M)
+    assert re.search(r"^experts in mxfp4 +relative error \(up, down\) +before +after$", out, re.M)
     row = r"^model.layers.1.mlp.experts +\d+\.\d\d%, \d+\.\d\d% +0.20 MB +0.05 MB$"
     assert re.search(row, out, re.M) and re.search(r"^the whole model +0.47 MB +0.18 MB$", out, re.M)
     assert out.splitlines()[-1] == f"wrote {tmp_path / 'out'}"
@@ -236,7 +236,9 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(other, tmp_path, valu
 
 def test_folders_that_cannot_be_quantised_are_named(tiny_model, other, tmp_path):
     tiny_model(vision_experts=1, projector_num_experts=1).save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match="has no experts, which is all that is quantised"):
+    with pytest.raises(
+        ValueError, match="has no experts in stacked weights; experts are all that is quantised"
+    ):
         quantize_checkpoint(tmp_path / "dense", tmp_path / "out", progress=False)
     with pytest.raises(ValueError, match=r"source must be a folder of a model, got .*nowhere"):
         quantize_checkpoint(tmp_path / "nowhere", tmp_path / "out", progress=False)
