@@ -292,7 +292,7 @@ def _dtype(source: Source) -> torch.dtype:
 
 
 def _made(name: str, pattern: str | None, converters: list[WeightConverter]) -> set[str]:
-    """The tensors of the model that one of the files becomes: a converter may split it, and names the first."""
+    """The tensors of the model that one of the files becomes. A converter that splits it names the first."""
     rules = [rule for rule in converters if pattern is not None and pattern in rule.source_patterns]
     return {name} | {name.replace(rule.target_patterns[0], t) for rule in rules for t in rule.target_patterns}
 

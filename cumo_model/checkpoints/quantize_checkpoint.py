@@ -132,8 +132,8 @@ def _config(source: Source, given: dict[str, Any]) -> CumoQuantizationConfig:
     kind = source.published.format
     if given["format"] not in (None, kind):
         raise ValueError(
-            f"format (--bits) must be {kind} or left out for {source.folder}, whose experts are {kind} already, "
-            f"got {given['format']}"
+            f"format (--bits) must be {kind} or left out for {source.folder}, "
+            f"whose experts are {kind} already, got {given['format']}"
         )
     packed = [stack.packed for stack in source.stacks]
     symmetric = {one.zeros is None for one in packed}
@@ -255,9 +255,8 @@ def print_report(report: dict[str, Any], out: str | os.PathLike) -> None:
         layers.setdefault(row["name"].rpartition(".")[0], []).append(row)
     config = report["quantization_config"]
     width = max(map(len, layers))
-    print(
-        f"{'experts in ' + config['format']:{width}}  {'relative error (up, down)':>28}  {'before':>10}  {'after':>10}"
-    )
+    what, error = f"experts in {config['format']}", "relative error (up, down)"
+    print(f"{what:{width}}  {error:>28}  {'before':>10}  {'after':>10}")
     for layer, rows in layers.items():
         errors = ", ".join("kept" if row["error"] is None else f"{100 * row['error']:.2f}%" for row in rows)
         sizes = [sum(row[key] for row in rows) for key in ("bytes_before", "bytes_after")]
