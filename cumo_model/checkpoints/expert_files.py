@@ -168,7 +168,18 @@ def _model_of(folder: Path, values: dict[str, Any]) -> PreTrainedModel:
 
 def _without(values: dict[str, Any]) -> dict[str, Any]:
     nested = {k: _without(v) for k, v in values.items() if k == "text_config" and isinstance(v, dict)}
-    return {k: v for k, v in (values | nested).items() if k != "quantization_config"}
+    return {k: _with_floats(v) for k, v in (values | nested).items() if k != "quantization_config"}
+
+
+def _with_floats(value: Any) -> Any:
+    """A value of a config.json in which transformers writes inf and nan as objects, for JSON has none."""
+    if isinstance(value, list):
+        return [_with_floats(one) for one in value]
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(one) for key, one in value.items()}
+    return value
 
 
 def _from_cumo(source: Source, model: PreTrainedModel, weights: dict[str, ExpertWeight]) -> None:

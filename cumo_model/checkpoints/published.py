@@ -246,7 +246,9 @@ class CompressedTensors(Published):
             )
         group = width if strategy == "channel" else scheme.get("group_size")
         if type(group) is not int or group < 1 or width % group:
-            raise ValueError(f"{base}_packed must have rows of a multiple of group_size {group}, got {width}")
+            raise ValueError(
+                f"{base}_packed must have rows of a multiple of group_size {group!r}, got {width}"
+            )
         found = shards.shapes[parts["scale"]]
         if found != (rows, width // group):
             hint = ": it is transposed" if found == (width // group, rows) else f" for groups of {group}"
