@@ -61,12 +61,14 @@ def quantize_checkpoint(
     Returns:
         The report, which is also in the folder as REPORT: for each weight its relative root mean square error
         (None: its bits have been kept) and its bytes before and after; the bytes of all tensors before and
-        after; and the names of dequantised tensors.
+        after; the names of dequantised tensors; and the model's type. A folder of another model than a CuMo is
+        loaded after `import cumo_model`, which registers the quantiser.
 
     Raises:
-        ValueError: `out` exists; the folder is quantised already, has no experts or is not complete; an
-            argument does not fit the weights, or the published ones; or the disk is too small. The message
-            names the argument or the tensor; nothing has been written.
+        ValueError: `out` exists or is inside `source`; the folder is quantised already, has no experts or is
+            not complete; an argument does not fit the weights, or the published ones; a weight or a scale is
+            NaN or infinite; or the disk is too small. The message names the argument or the tensor; nothing
+            has been written.
     """
     source, out = Path(source), Path(out)
     if not shard_bytes >= 1:
