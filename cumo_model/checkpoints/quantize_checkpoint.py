@@ -61,8 +61,8 @@ def quantize_checkpoint(
     Returns:
         The report, which is also in the folder as REPORT: for each weight its relative root mean square error
         (None: its bits have been kept) and its bytes before and after; the bytes of all tensors before and
-        after; the names of dequantised tensors; and the model's type. A folder of another model than a CuMo is
-        loaded after `import cumo_model`, which registers the quantiser.
+        after; the names of dequantised tensors; and the model's type. The folder is loaded after
+        `import cumo_model`, which registers the quantiser.
 
     Raises:
         ValueError: `out` exists or is inside `source`; the folder is quantised already, has no experts or is
