@@ -284,7 +284,7 @@ class CompressedTensors(Published):
     def stack(self, shards, of, columns, names):
         experts, rows, width = of.shape
         part = (rows // len(columns), width)
-        shown = []
+        shown, known = [], {}  # thousands of experts have parts of the same shapes
         for parts, name in zip([one for column in columns for one in column], names, strict=True):
             if "" in parts:
                 raise ValueError(f"{name} must be quantised as the other experts are, got plain weights")
@@ -296,7 +296,11 @@ class CompressedTensors(Published):
                 raise ValueError(
                     f"{parts['shape']} must say {part}, as config.json, got {self.shape(shards, parts)}"
                 )
-            one = _named(name, lambda parts=parts: self._packed(parts, part, lambda n: _meta(shards, n)))
+            kind = tuple((p, shards.shapes[n], shards.dtypes[n]) for p, n in sorted(parts.items()))
+            if kind not in known:
+                show = lambda parts=parts: self._packed(parts, part, lambda n: _meta(shards, n))
+                known[kind] = _named(name, show)
+            one = known[kind]
             shown.append(one)
             if (one.group, one.zeros is None, one.scales.dtype) != (
                 shown[0].group,

@@ -60,7 +60,8 @@ def quantize_experts(
     config = CumoQuantizationConfig(quant_type, group, scale_dtype=dtype)
     weights = expert_weights(model)
     if not weights:
-        raise ValueError(f"model must hold experts, but a {type(model).__name__} {no_experts(model)}")
+        kind, why = type(model).__name__, no_experts(model)
+        raise ValueError(f"model must hold experts, got a {kind} without any: it {why}")
     new = {
         name: of for name, of in weights.items() if not isinstance(model.get_parameter(name), PackedWeight)
     }
