@@ -298,7 +298,7 @@ class CompressedTensors(Published):
                 )
             kind = tuple((p, shards.shapes[n], shards.dtypes[n]) for p, n in sorted(parts.items()))
             if kind not in known:
-                show = lambda parts=parts: self._packed(parts, part, lambda n: _meta(shards, n))
+                show = lambda parts=parts: self._packed(parts, part, lambda key: _meta(shards, key))
                 known[kind] = _named(name, show)
             one = known[kind]
             shown.append(one)
