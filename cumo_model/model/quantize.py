@@ -61,7 +61,7 @@ def quantize_experts(
     weights = expert_weights(model)
     if not weights:
         kind, why = type(model).__name__, no_experts(model)
-        raise ValueError(f"model must hold experts, got a {kind} without any that it can pack: it {why}")
+        raise ValueError(f"model must hold experts, got a {kind} without any: it {why}")
     new = {
         name: of for name, of in weights.items() if not isinstance(model.get_parameter(name), PackedWeight)
     }
