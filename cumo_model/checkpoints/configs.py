@@ -44,18 +44,27 @@ REAL = {  # keys of finite numbers -> smallest and largest
 }
 TEXTS = ("model_type", "hidden_act")
 DTYPES = ("dtype", "torch_dtype")
+SHARED = ("model_type", "num_hidden_layers", *DTYPES)  # mean the same for every model
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # -1 of early Llamas is none
 
 
-def read_checked(path: str | os.PathLike, read: Callable[[dict[str, Any]], Read]) -> Read:
+def read_checked(
+    path: str | os.PathLike, read: Callable[[dict[str, Any]], Read], is_own: bool = True
+) -> Read:
     """Read a config.json with `read`, a function of its content that fails for what it cannot use.
+
+    Args:
+        path: the file.
+        read: the function.
+        is_own: whether its keys mean what those of a CuMo and its parts mean. Other models give some of them
+            other values, such as 0 for none; of them only the keys in SHARED are checked.
 
     Raises:
         ValueError: the file is missing or damaged, or a value is refused; the message, one line, names the
             file and, where one key alone is to blame, the key and its value.
     """
     values = read_object(path)
-    _check_values(values, path)
+    _check_values(values, path, keys=None if is_own else SHARED)
     try:
         return read(copy.deepcopy(values))
     except Exception as error:  # wrong values make transformers and torch raise many kinds of errors
@@ -77,10 +86,17 @@ def check_generation(folder: str | os.PathLike) -> None:
         read_checked(path, GenerationConfig.from_dict)
 
 
-def _check_values(values: dict[str, Any], path: str | os.PathLike, within: str = "") -> None:
+def _check_values(
+    values: dict[str, Any],
+    path: str | os.PathLike,
+    within: str = "",
+    keys: tuple[str, ...] | None = None,
+) -> None:
     for key, value in values.items():
         if key in NESTED and isinstance(value, dict):
-            _check_values(value, path, f"{key}.")
+            _check_values(value, path, f"{key}.", keys)
+        elif keys is not None and key not in keys:
+            continue
         elif key in WHOLE and not isinstance(value, list) and value is not None:
             least, most = WHOLE[key]
             if type(value) is not int or not least <= value <= most:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cumo_model.checkpoints.assemble import describe, is_quantized
-from cumo_model.checkpoints.folders import new_directory
+from cumo_model.checkpoints.folders import in_units, new_directory
 from cumo_model.checkpoints.layout import original_names, own_layout
 from cumo_model.checkpoints.original_config import (
     EXPORTED,
@@ -171,7 +171,7 @@ def check_disk(target: Path, needed: int) -> None:
     parent = next(folder for folder in target.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise ValueError(f"{parent} must have {needed / 1e9:.1f} GB free, got {free / 1e9:.1f} GB")
+        raise ValueError(f"{parent} must have {in_units(needed)} free, got {in_units(free)}")
 
 
 def _check_stacks(shards: Shards, parts: dict[str, dict[str, Shape]]) -> None:

@@ -37,7 +37,7 @@ from cumo_model.checkpoints.shards import Shape, Shards, check_tensors
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.model.json_files import read_object
-from cumo_model.model.quantizer import NAME, ExpertWeight, expert_weights
+from cumo_model.model.quantizer import NAME, ExpertWeight, expert_weights, no_experts
 from cumo_model.processing.processor import CumoProcessor
 
 
@@ -114,8 +114,9 @@ def read_source(folder: Path) -> Source:
             quantised in a way that is not known; the message names them.
     """
     values = read_object(folder / "config.json")
-    quantization = values.get("quantization_config") or (values.get("text_config") or {}).get(
-        "quantization_config"
+    text = values.get("text_config")
+    quantization = values.get("quantization_config") or (
+        text.get("quantization_config") if isinstance(text, dict) else None
     )
     if isinstance(quantization, dict) and quantization.get("quant_method") == NAME:
         raise ValueError(f"{folder} is quantised already: its experts are {quantization.get('format')}")
@@ -136,7 +137,7 @@ def read_source(folder: Path) -> Source:
         model = _model_of(folder, values)
     weights = expert_weights(model)
     if not weights:
-        raise ValueError(f"{folder} has no experts, which is all that is quantised")
+        raise ValueError(f"{folder} {no_experts(model)}; experts are all that is quantised")
     if is_cumo:
         _from_cumo(source, model, weights)
     else:
@@ -152,19 +153,33 @@ def _on_meta(kind: type, config: Any) -> PreTrainedModel:
 def _model_of(folder: Path, values: dict[str, Any]) -> PreTrainedModel:
     """A model of transformers without weights."""
     kind, names = values.get("model_type"), values.get("architectures") or []
+    if not isinstance(names, list):
+        raise ValueError(f"architectures of {folder / 'config.json'} must be a list of names, got {names!r}")
     found = [getattr(transformers, str(name), None) for name in names[:1]]
-    if kind not in CONFIG_MAPPING or not found or not isinstance(found[0], type):
+    is_model = bool(found) and isinstance(found[0], type) and issubclass(found[0], PreTrainedModel)
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING or not is_model:
         raise ValueError(
             f"{folder / 'config.json'} must be of a CuMo or a model of transformers, "
             f"got model_type {kind!r} and architectures {names!r}"
         )
     read = lambda values: _on_meta(found[0], CONFIG_MAPPING[kind].from_dict(_without(values)))
-    return read_checked(folder / "config.json", read)
+    return read_checked(folder / "config.json", read, is_own=False)
 
 
 def _without(values: dict[str, Any]) -> dict[str, Any]:
     nested = {k: _without(v) for k, v in values.items() if k == "text_config" and isinstance(v, dict)}
-    return {k: v for k, v in (values | nested).items() if k != "quantization_config"}
+    return {k: _with_floats(v) for k, v in (values | nested).items() if k != "quantization_config"}
+
+
+def _with_floats(value: Any) -> Any:
+    """A value of a config.json in which transformers writes inf and nan as objects, for JSON has none."""
+    if isinstance(value, list):
+        return [_with_floats(one) for one in value]
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(one) for key, one in value.items()}
+    return value
 
 
 def _from_cumo(source: Source, model: PreTrainedModel, weights: dict[str, ExpertWeight]) -> None:
@@ -247,18 +262,20 @@ def _from_transformers(source: Source, model: PreTrainedModel, weights: dict[str
     published = source.published or PLAIN
     groups = published.grouped(shards)
     found: dict[str, dict[str | None, list[str]]] = {}
+    seen: set[str] = set()
     for base in sorted(groups, key=dot_natural_key):
         prefix = model.base_model_prefix
         renamed, pattern = rename_source_key(base, renamings, converters, prefix, known)
         if renamed not in known and base in known:
             renamed, pattern = base, None
+        seen |= _made(renamed, pattern, converters)
         if renamed in weights:
             found.setdefault(renamed, {}).setdefault(pattern, []).append(base)
             continue
         name = renamed if pattern is None and renamed in known else base
         shape = tuple(known[name].shape) if name in known else None
         source.others.append(Other(name, *published.other(shards, base, groups[base], shape, _dtype(source))))
-    _check_all(source, known, weights, found)
+    _check_all(source, model, seen)
     for key, of in weights.items():
         columns = _columns(key, of, found[key], converters, str(source.folder))
         names = [base for column in columns for base in column]
@@ -278,19 +295,31 @@ def _from_transformers(source: Source, model: PreTrainedModel, weights: dict[str
 
 def _dtype(source: Source) -> torch.dtype:
     """The dtype of the model in config.json; bf16 if it names none."""
-    text = source.values.get("text_config") or {}
+    text = source.values.get("text_config")
+    text = text if isinstance(text, dict) else {}
     names = [place.get(key) for place in (source.values, text) for key in ("dtype", "torch_dtype")]
     name = next((name for name in names if name), "bfloat16")
     return getattr(torch, str(name).removeprefix("torch."))
 
 
-def _check_all(
-    source: Source, known: dict[str, Tensor], weights: dict[str, ExpertWeight], found: dict
-) -> None:
-    """Check that no weight of experts is missing. transformers checks the others when it loads them."""
-    missing = [name for name in weights if name not in found]
+def _made(name: str, pattern: str | None, converters: list[WeightConverter]) -> set[str]:
+    """The tensors of the model that one of the files becomes. A converter that splits it names the first."""
+    rules = [rule for rule in converters if pattern is not None and pattern in rule.source_patterns]
+    return {name} | {name.replace(rule.target_patterns[0], t) for rule in rules for t in rule.target_patterns}
+
+
+def _check_all(source: Source, model: PreTrainedModel, seen: set[str]) -> None:
+    """Check that no tensor of the model is missing, except those that transformers does not miss either."""
+    unmissed = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    tied = model.all_tied_weights_keys
+    missing = [
+        name
+        for name in model.state_dict()
+        if not ({name, tied.get(name)} & seen or any(pattern.search(name) for pattern in unmissed))
+    ]
     if missing:
-        raise ValueError(f"{source.folder} does not match its config.json: {missing[0]} is missing")
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{source.folder} does not match its config.json: {missing[0]} is missing{more}")
 
 
 def _columns(

@@ -20,6 +20,11 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, json.dumps(content, indent=1))
 
 
+def in_units(size: int) -> str:
+    """A number of bytes for a message: GB, below 0.1 GB in MB."""
+    return f"{size / 1000**3:,.2f} GB" if size >= 10**8 else f"{size / 1000**2:,.2f} MB"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for messages of one line."""
     return (str(error).strip().splitlines() or [repr(error)])[0]

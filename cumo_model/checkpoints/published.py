@@ -20,6 +20,7 @@ from cumo_model.model.quantizer import ExpertWeight
 Parts = dict[str, str]  # part of a quantised tensor -> its name; "" of a plain one
 INT4 = "pack-quantized"
 WORD = 32  # bits
+NAN_EXPONENT = 255  # of the scales of MXFP4
 
 
 class Published:
@@ -69,6 +70,15 @@ def published_of(quantization: Any, source: str) -> Published:
     if method not in known:
         raise ValueError(f"quant_method of {source} must be one of {tuple(known)}, got {method!r}")
     return known[method](quantization, source)
+
+
+def _finite(name: str, scale: Tensor) -> Tensor:
+    """Scales as they are; ValueError if one is not finite, which a plain weight must not be either."""
+    if scale.dtype == torch.uint8 and (scale == NAN_EXPONENT).any():
+        raise ValueError(f"{name} must be exponents below {NAN_EXPONENT}, which is NaN, got {NAN_EXPONENT}")
+    if not scale.isfinite().all():
+        raise ValueError(f"{name} must be finite, got nan or inf")
+    return scale
 
 
 def _meta(shards: Shards, name: str) -> Tensor:
@@ -122,8 +132,32 @@ class GptOss(Published):
             wanted = (experts, rows, width // 32, 16)
             raise ValueError(f"{blocks} must be {wanted}, as config.json says, got {shards.shapes[blocks]}")
         shown = _named(names[0], lambda: from_gpt_oss(_meta(shards, blocks), _meta(shards, scales)))
-        read = lambda e: from_gpt_oss(shards.read(blocks, e)[None], shards.read(scales, e)[None])
+        scale = lambda e: _finite(scales, shards.read(scales, e))[None]
+        read = lambda e: from_gpt_oss(shards.read(blocks, e)[None], scale(e))
         return read, _size(shards, parts), shown[:1]
+
+
+def _group(name: str, group: Any, source: str) -> tuple[dict[str, Any], list[str]]:
+    """`weights` and `targets` of one of the `config_groups` of compressed-tensors.
+
+    Raises:
+        ValueError: one of them is not of the right kind.
+    """
+    if not isinstance(group, dict):
+        raise ValueError(f"{name} of config_groups in {source} must be an object, got {group!r}")
+    scheme, targets = group.get("weights") or {}, group.get("targets") or []
+    if not isinstance(scheme, dict):
+        raise ValueError(f"weights of {name} in {source} must be an object, got {scheme!r}")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"targets of {name} in {source} must be a list of names, got {targets!r}")
+    for target in targets:
+        try:
+            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(
+                f"targets of {name} in {source} must be names or patterns, got {target!r}: {error}"
+            ) from None
+    return scheme, targets
 
 
 class CompressedTensors(Published):
@@ -137,8 +171,9 @@ class CompressedTensors(Published):
         if not isinstance(groups, dict) or not groups:
             raise ValueError(f"config_groups of {source} must name how weights are quantised, got {groups!r}")
         self.source, self.schemes = source, []
+        self._shapes: dict[str, tuple[int, int]] = {}  # by name of the tensor
         for name, group in groups.items():
-            scheme = group.get("weights") or {}
+            scheme, targets = _group(name, group, source)
             format = group.get("format") or quantization.get("format")
             if format != INT4:
                 raise ValueError(f"format of {name} in {source} must be {INT4!r}, got {format!r}")
@@ -147,11 +182,12 @@ class CompressedTensors(Published):
                 raise ValueError(f"weights of {name} in {source} must be int of 4 or 8 bits, got {got}")
             if group.get("input_activations") or group.get("output_activations"):
                 raise ValueError(f"{name} in {source} must quantise weights only, got activations too")
-            self.schemes.append((list(group.get("targets") or []), scheme))
+            self.schemes.append((targets, scheme))
         for key in ("kv_cache_scheme", "transform_config"):
             if quantization.get(key):
                 raise ValueError(f"{key} of {source} must be empty, got {quantization[key]!r}")
-        sparsity = (quantization.get("sparsity_config") or {}).get("format", "dense")
+        sparsity = quantization.get("sparsity_config") or {}
+        sparsity = sparsity.get("format", "dense") if isinstance(sparsity, dict) else sparsity
         if sparsity != "dense":
             raise ValueError(f"sparsity_config of {source} must be dense, got {sparsity!r}")
 
@@ -210,7 +246,9 @@ class CompressedTensors(Published):
             )
         group = width if strategy == "channel" else scheme.get("group_size")
         if type(group) is not int or group < 1 or width % group:
-            raise ValueError(f"{base}_packed must have rows of a multiple of group_size {group}, got {width}")
+            raise ValueError(
+                f"{base}_packed must have rows of a multiple of group_size {group!r}, got {width}"
+            )
         found = shards.shapes[parts["scale"]]
         if found != (rows, width // group):
             hint = ": it is transposed" if found == (width // group, rows) else f" for groups of {group}"
@@ -224,8 +262,10 @@ class CompressedTensors(Published):
 
     def shape(self, shards: Shards, parts: Parts) -> tuple[int, int]:
         """The shape of the unquantised weight, a tensor of two numbers."""
-        rows, width = map(int, shards.read(parts["shape"]).tolist())
-        return rows, width
+        if parts["shape"] not in self._shapes:
+            rows, width = map(int, shards.read(parts["shape"]).tolist())
+            self._shapes[parts["shape"]] = rows, width
+        return self._shapes[parts["shape"]]
 
     def other(self, shards, base, parts, shape, dtype):
         if "" in parts:
@@ -236,6 +276,7 @@ class CompressedTensors(Published):
 
         def read() -> Tensor:
             some = {part: shards.read(name) for part, name in parts.items()}
+            _finite(parts["scale"], some["scale"])
             return dequantized(some["packed"], some["scale"], some.get("zero_point"), found, bits, dtype)
 
         return found, dtype, read, True
@@ -243,7 +284,7 @@ class CompressedTensors(Published):
     def stack(self, shards, of, columns, names):
         experts, rows, width = of.shape
         part = (rows // len(columns), width)
-        shown = []
+        shown, known = [], {}  # thousands of experts have parts of the same shapes
         for parts, name in zip([one for column in columns for one in column], names, strict=True):
             if "" in parts:
                 raise ValueError(f"{name} must be quantised as the other experts are, got plain weights")
@@ -255,7 +296,11 @@ class CompressedTensors(Published):
                 raise ValueError(
                     f"{parts['shape']} must say {part}, as config.json, got {self.shape(shards, parts)}"
                 )
-            one = _named(name, lambda parts=parts: self._packed(parts, part, lambda n: _meta(shards, n)))
+            kind = tuple((p, shards.shapes[n], shards.dtypes[n]) for p, n in sorted(parts.items()))
+            if kind not in known:
+                show = lambda parts=parts: self._packed(parts, part, lambda key: _meta(shards, key))
+                known[kind] = _named(name, show)
+            one = known[kind]
             shown.append(one)
             if (one.group, one.zeros is None, one.scales.dtype) != (
                 shown[0].group,
@@ -273,6 +318,8 @@ class CompressedTensors(Published):
     def _packed(self, parts: Parts, shape: Shape, read: Callable[[str], Tensor]) -> PackedWeight:
         """One expert's weight. A scale for many weights is repeated for the groups that kernels can read."""
         packed, scale = read(parts["packed"]), read(parts["scale"])
+        if not scale.is_meta:
+            _finite(parts["scale"], scale)
         zeros = read(parts["zero_point"]) if "zero_point" in parts else None
         group = shape[1] // scale.shape[1]
         if group not in FORMATS["int4"].groups:

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cumo_kernels.packing.formats import FORMATS
 from cumo_kernels.packing.tensor import PackedWeight, check_packing, pack
 from cumo_model.checkpoints.convert import check_content, check_disk, copy_files, copy_to_own, other_files
 from cumo_model.checkpoints.expert_files import Source, Stack, read_source
-from cumo_model.checkpoints.folders import new_directory, write_json
+from cumo_model.checkpoints.folders import in_units, new_directory, write_json
 from cumo_model.checkpoints.shards import Shape, write_shards
+from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.model.json_files import read_object
 from cumo_model.model.quantizer import SUFFIXES, CumoQuantizationConfig
@@ -59,23 +61,29 @@ def quantize_checkpoint(
     Returns:
         The report, which is also in the folder as REPORT: for each weight its relative root mean square error
         (None: its bits have been kept) and its bytes before and after; the bytes of all tensors before and
-        after; and the names of dequantised tensors.
+        after; the names of dequantised tensors; and the model's type. The folder is loaded after
+        `import cumo_model`, which registers the quantiser.
 
     Raises:
-        ValueError: `out` exists; the folder is quantised already, has no experts or is not complete; an
-            argument does not fit the weights, or the published ones; or the disk is too small. The message
-            names the argument or the tensor; nothing has been written.
+        ValueError: `out` exists or is inside `source`; the folder is quantised already, has no experts or is
+            not complete; an argument does not fit the weights, or the published ones; a weight or a scale is
+            NaN or infinite; or the disk is too small. The message names the argument or the tensor; nothing
+            has been written.
     """
     source, out = Path(source), Path(out)
     if not shard_bytes >= 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
-    wanted = CumoQuantizationConfig(format or "nf4", group, symmetric, scale_dtype)
+    given = {"format": format, "group": group, "symmetric": symmetric, "scale_dtype": scale_dtype}
+    if format is not None:
+        _wanted(given)  # before anything is read
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise ValueError(f"{out} exists already: choose another folder or delete it")
     if not (source / "config.json").is_file():
         raise ValueError(f"source must be a folder of a model, got {str(source)!r}, which has no config.json")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"out must be outside the source folder {source}, got {str(out)!r}")
     found = read_source(source)
-    config = _config(found, wanted, given={"format": format, "group": group, "scale_dtype": scale_dtype})
+    config = _config(found, given)
     parts = _Parts(found.stacks, config)
     plan = [(other.name, other.shape, other.read) for other in found.others]
     dtypes = {other.name: other.dtype for other in found.others}
@@ -92,6 +100,7 @@ def quantize_checkpoint(
         write_shards(work, plan, dtypes.__getitem__, shard_bytes, progress)
         report = {
             "source": os.fspath(source),
+            "model_type": CumoConfig.model_type if found.config is not None else found.values["model_type"],
             "quantization_config": config.to_dict(),
             "bytes_before": sum(
                 prod(s) * found.shards.dtypes[n].itemsize for n, s in found.shards.shapes.items()
@@ -104,9 +113,18 @@ def quantize_checkpoint(
     return report
 
 
-def _config(source: Source, wanted: CumoQuantizationConfig, given: dict[str, Any]) -> CumoQuantizationConfig:
+def _wanted(given: dict[str, Any]) -> CumoQuantizationConfig:
+    """The arguments as a `quantization_config`; messages name the options of the command too."""
+    format = given["format"] or "nf4"
+    if not given["symmetric"] and format in FORMATS and format != "int4":
+        raise ValueError(f"symmetric (--asymmetric) must be left out for {format}: only int4 has zero points")
+    return CumoQuantizationConfig(**given | {"format": format})
+
+
+def _config(source: Source, given: dict[str, Any]) -> CumoQuantizationConfig:
     """The `quantization_config` of the result, which fits all weights."""
     if source.published is None:
+        wanted = _wanted(given)
         for stack in source.stacks:
             check_packing(**wanted.packing, width=stack.of.shape[2], what=stack.name)
             if stack.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -116,18 +134,19 @@ def _config(source: Source, wanted: CumoQuantizationConfig, given: dict[str, Any
     kind = source.published.format
     if given["format"] not in (None, kind):
         raise ValueError(
-            f"format must be {kind} or left out for {source.folder}, whose experts are {kind} already, "
-            f"got {given['format']}"
+            f"format (--bits) must be {kind} or left out for {source.folder}, "
+            f"whose experts are {kind} already, got {given['format']}"
         )
     packed = [stack.packed for stack in source.stacks]
     symmetric = {one.zeros is None for one in packed}
     groups, dtypes = {one.group for one in packed}, {one.scales.dtype for one in packed} - {torch.uint8}
     if given["group"] is not None and groups != {given["group"]}:
         raise ValueError(
-            f"group must be left out for {source.folder}, whose groups are {groups}, got {given['group']}"
+            f"group (--group) must be left out for {source.folder}, whose groups are of "
+            f"{', '.join(map(str, sorted(groups)))} weights, got {given['group']}"
         )
-    if not wanted.symmetric or given["scale_dtype"] is not None:
-        name = "symmetric" if not wanted.symmetric else "scale_dtype"
+    if not given["symmetric"] or given["scale_dtype"] is not None:
+        name = "scale_dtype" if given["symmetric"] else "symmetric (--asymmetric)"
         raise ValueError(f"{name} must be left out for {source.folder}, whose experts are {kind} already")
     if len(symmetric) > 1:
         raise ValueError(f"all experts of {source.folder} must have zero points, or none, got both")
@@ -238,23 +257,20 @@ def print_report(report: dict[str, Any], out: str | os.PathLike) -> None:
         layers.setdefault(row["name"].rpartition(".")[0], []).append(row)
     config = report["quantization_config"]
     width = max(map(len, layers))
-    print(
-        f"{'experts in ' + config['format']:{width}}  {'relative error':>28}  {'before':>10}  {'after':>10}"
-    )
+    what, error = f"experts in {config['format']}", "relative error (up, down)"
+    print(f"{what:{width}}  {error:>28}  {'before':>10}  {'after':>10}")
     for layer, rows in layers.items():
         errors = ", ".join("kept" if row["error"] is None else f"{100 * row['error']:.2f}%" for row in rows)
         sizes = [sum(row[key] for row in rows) for key in ("bytes_before", "bytes_after")]
-        print(f"{layer:{width}}  {errors:>28}  {_gb(sizes[0]):>10}  {_gb(sizes[1]):>10}")
-    before, after = (_gb(report[key]) for key in ("bytes_before", "bytes_after"))
+        print(f"{layer:{width}}  {errors:>28}  {in_units(sizes[0]):>10}  {in_units(sizes[1]):>10}")
+    before, after = (in_units(report[key]) for key in ("bytes_before", "bytes_after"))
     print(f"{'the whole model':{width}}  {'':>28}  {before:>10}  {after:>10}")
     if report["dequantised"]:
         number = len(report["dequantised"])
         print(f"dequantised: {number} weights that are no experts, such as {report['dequantised'][0]}")
+    if report["model_type"] != CumoConfig.model_type:
+        print("before from_pretrained: import cumo_model (else transformers loads experts of random weights)")
     print(f"wrote {os.fspath(out)}")
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1000**3:,.2f} GB" if size >= 10**8 else f"{size / 1000**2:,.2f} MB"
 
 
 def run_quantize(source: Path, out: Path, format: str | None, group: int | None, symmetric: bool) -> None:

@@ -39,8 +39,12 @@ class Shards:
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._open: tuple[Path, Any] | None = None
+        self._begins: dict[str, int] = {}  # first byte in a .safetensors file
+        self._mapped = 0  # bytes that `read` has read of an open file
         for path in self._paths(names):
             source = self._source(path)
+            if path.suffix == ".safetensors":
+                self._begins |= _begins(path)
             for name in source.keys():
                 tensor = source.get_slice(name) if hasattr(source, "get_slice") else source[name]
                 is_tensor = isinstance(tensor, Tensor)
@@ -50,6 +54,7 @@ class Shards:
                 if kind is None:
                     raise ValueError(f"{name} of {path} must be of {list(DTYPES)}, got {tensor.get_dtype()}")
                 self.dtypes[name] = kind
+        self._open = None
 
     def _paths(self, names: tuple[str, ...]) -> list[Path]:
         for name in names:
@@ -79,15 +84,27 @@ class Shards:
     def read(self, name: str, first: int | None = None) -> Tensor:
         """A tensor, or one element of its first dimension, for large files that are read piece by piece.
 
-        The file is closed again: the pages of an open one that have been read stay in this process's memory.
+        Pages of a mapped file that have been read stay in this process's memory. A .safetensors file is not
+        mapped, nor is its header parsed again; others are opened again after MAPPED bytes.
+
+        Raises:
+            ValueError: the file has changed since its header was read.
         """
-        path = self.files[name]
-        self._open = None
-        source = _read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
-        if hasattr(source, "get_slice"):
-            return source.get_tensor(name) if first is None else source.get_slice(name)[first]
+        path, shape = self.files[name], self.shapes[name]
+        shape = shape if first is None else shape[1:]
+        nbytes = prod(shape) * self.dtypes[name].itemsize
+        if name in self._begins:
+            self._open = None
+            begin = self._begins[name] + (first or 0) * nbytes
+            return _read_bytes(path, begin, nbytes).view(self.dtypes[name]).view(shape)
+        if self._mapped > MAPPED or (self._open is not None and self._open[0] != path):
+            self._open, self._mapped = None, 0
+        self._mapped += nbytes
+        source = self._source(path)
         return source[name] if first is None else source[name][first]
 
+
+MAPPED = 1 << 26
 
 DTYPES = {
     "F64": torch.float64,
@@ -110,6 +127,29 @@ def _read_safetensors(path: Path):
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _begins(path: Path) -> dict[str, int]:
+    """Where the tensors of a .safetensors file, which has been checked, begin."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {name: 8 + size + one["data_offsets"][0] for name, one in header.items() if name != "__metadata__"}
+
+
+def _read_bytes(path: Path, begin: int, count: int) -> Tensor:
+    if not count:
+        return torch.empty(0, dtype=torch.uint8)
+    data = bytearray(count)
+    try:
+        with open(path, "rb") as file:
+            file.seek(begin)
+            found = file.readinto(data)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if found != count:
+        raise ValueError(f"{path} is damaged: it has become shorter while it was read")
+    return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def read_bin(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -220,10 +260,14 @@ def write_shards(
             for name, read in tensors:
                 shard[name] = read().contiguous()
                 bar.update(shard[name].nbytes)
+            path = folder / file
             try:
-                save_file(shard, folder / file, metadata={"format": "pt"})
+                path.touch()
+                mode = path.stat().st_mode  # as the umask wants it; safetensors writes for the owner alone
+                save_file(shard, path, metadata={"format": "pt"})
+                path.chmod(mode)
             except (SafetensorError, OSError) as error:  # such as a full disk
-                raise ValueError(f"{folder / file} cannot be written: {error}") from None
+                raise ValueError(f"{path} cannot be written: {error}") from None
             del shard
     if len(files) > 1:
         weight_map = {name: file for file, tensors in zip(names, files, strict=True) for name, _ in tensors}

@@ -14,11 +14,15 @@ from cumo_kernels.packing.formats import FORMATS
 from cumo_kernels.packing.tensor import PackedWeight
 from cumo_model.model.quantizer import (
     CumoQuantizationConfig,
+    CumoQuantizer,
+    Unsaved,
     attach,
     check_weights,
     expert_weights,
+    no_experts,
     packed_parameter,
     packed_weights,
+    unsaved,
 )
 
 
@@ -56,7 +60,8 @@ def quantize_experts(
     config = CumoQuantizationConfig(quant_type, group, scale_dtype=dtype)
     weights = expert_weights(model)
     if not weights:
-        raise ValueError(f"model must hold experts, got a {type(model).__name__} without any")
+        kind, why = type(model).__name__, no_experts(model)
+        raise ValueError(f"model must hold experts, got a {kind} without any: it {why}")
     new = {
         name: of for name, of in weights.items() if not isinstance(model.get_parameter(name), PackedWeight)
     }
@@ -67,8 +72,12 @@ def quantize_experts(
         module, weight = model.get_submodule(path), model.get_parameter(name).detach()
         packed = packed_parameter(weight if device is None else weight.to(device), of, config.packing)
         setattr(module, own, packed)
-    if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
-        attach(model)
+    if isinstance(model, PreTrainedModel):
+        other = getattr(model, "hf_quantizer", None)
+        if other is None or isinstance(other, CumoQuantizer):
+            attach(model)
+        else:  # save_pretrained of transformers asks it
+            other.is_serializable = Unsaved(unsaved(other))
     return model
 
 

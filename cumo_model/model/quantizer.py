@@ -72,7 +72,9 @@ class CumoQuantizationConfig(QuantizationConfigMixin):
             scale_dtype = str(scale_dtype).removeprefix("torch.")
         if scale_dtype is not None and scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype must be one of {tuple(SCALE_DTYPES)}, got {scale_dtype!r}")
-        if isinstance(whole, str) or not all(isinstance(name, str) and name for name in whole):
+        if not isinstance(whole, list | tuple | set | frozenset) or not all(
+            isinstance(name, str) and name for name in whole
+        ):
             raise ValueError(f"whole must be a list of names, got {whole!r}")
         self.quant_method = NAME
         self.format, self.group, self.symmetric = format, group, symmetric
@@ -88,7 +90,12 @@ class CumoQuantizationConfig(QuantizationConfigMixin):
 
     def is_whole(self, name: str) -> bool:
         """Whether the weight with this dotted name keeps its precision."""
-        return any(f".{part}." in f".{name}." for part in self.whole)
+        return any(_names(part, name) for part in self.whole)
+
+
+def _names(part: str, name: str) -> bool:
+    """Whether a dotted name is that of the weight `name`, or of a part of the model that holds it."""
+    return f".{part}." in f".{name}."
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,29 @@ def check_weights(weights: dict[str, ExpertWeight], config: CumoQuantizationConf
         raise ValueError("there is nothing to quantise: the model has no experts in stacked weights")
     for name, weight in weights.items():
         check_packing(**config.packing, width=weight.shape[2], what=name)
+
+
+def no_experts(model: nn.Module) -> str:
+    """Why a model has no weights to quantise, as the end of a sentence that begins with its name."""
+    kinds = {type(m).__name__ for m in model.modules() if type(m).__name__.endswith("Experts")}
+    if kinds:
+        return f"has experts of a class that is not supported: {', '.join(sorted(kinds))}"
+    return "has no experts in stacked weights"
+
+
+def check_whole(weights: dict[str, ExpertWeight], config: CumoQuantizationConfig) -> None:
+    """Check that every name in `whole` is that of a weight of experts, or of a part that holds one.
+
+    Raises:
+        ValueError: a name fits no weight; the message names it.
+    """
+    for part in config.whole:
+        if not any(_names(part, name) for name in weights):
+            known = ", ".join(list(weights)[:2]) or "none"
+            raise ValueError(
+                f"whole must name weights of experts, or parts that hold some, got {part!r}, which fits none "
+                f"of {len(weights)} ({known}{', ...' if len(weights) > 2 else ''})"
+            )
 
 
 def state_of(name: str, weight: PackedWeight) -> dict[str, Tensor]:
@@ -287,7 +317,11 @@ class CumoQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config
-        self.weights = {n: w for n, w in expert_weights(model).items() if not config.is_whole(n)}
+        weights = expert_weights(model)
+        if not weights:
+            raise ValueError(f"there is nothing to quantise: the model {no_experts(model)}")
+        check_whole(weights, config)
+        self.weights = {n: w for n, w in weights.items() if not config.is_whole(n)}
         self._dtypes = {name: value.dtype for name, value in model.named_parameters()}
         if self.pre_quantized:
             self._check_files(model, checkpoint_files)
@@ -296,8 +330,6 @@ class CumoQuantizer(HfQuantizer):
         config.group = check_packing(**config.packing)[0]  # None in files: tensors have groups of their own
 
     def _check_files(self, model: PreTrainedModel, files: list[str] | None) -> None:
-        if not self.weights:
-            raise ValueError(f"quantization_config must not be {NAME!r} for a model without experts")
         files = [file for file in files or () if str(file).endswith(".safetensors")]
         found = {}
         for file in files:
@@ -390,6 +422,31 @@ def config_for(model: nn.Module) -> CumoQuantizationConfig:
     return CumoQuantizationConfig(format, group, symmetric, dtype, whole)
 
 
+def unsaved(other: HfQuantizer) -> str:
+    """Why a model is not saved whose other weights another quantiser has packed."""
+    method = other.quantization_config.quant_method
+    return (
+        f"a model whose experts are packed and whose other weights {getattr(method, 'value', method)} has "
+        "quantised cannot be saved: save its adapters, or quantise the experts only"
+    )
+
+
+class Unsaved:
+    """The answer to "is it serializable?" that is an error where `save_pretrained` uses it.
+
+    It does not use it for a model with adapters, which are saved alone.
+    """
+
+    def __init__(self, words: str):
+        self.words = words
+
+    def __call__(self, *args, **kwargs) -> "Unsaved":
+        return self
+
+    def __bool__(self) -> bool:
+        raise ValueError(self.words)
+
+
 def attach(model: PreTrainedModel) -> None:
     """Give a model that holds packed weights what `save_pretrained` and `from_pretrained` need of it.
 
@@ -398,13 +455,7 @@ def attach(model: PreTrainedModel) -> None:
     """
     other = getattr(model, "hf_quantizer", None)
     if other is not None and not isinstance(other, CumoQuantizer):
-        method = getattr(
-            other.quantization_config.quant_method, "value", other.quantization_config.quant_method
-        )
-        raise ValueError(
-            f"a model whose experts are packed and whose other weights {method} has quantised cannot be "
-            "saved: save its adapters, or quantise the experts only"
-        )
+        raise ValueError(unsaved(other))
     config = config_for(model)
     quantizer = CumoQuantizer(config, pre_quantized=True)
     quantizer.weights = {n: w for n, w in expert_weights(model).items() if not config.is_whole(n)}

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
     GptOssConfig,
+    Llama4TextConfig,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -27,6 +28,7 @@ from cumo_model import (
     CumoForConditionalGeneration,
     CumoModel,
     CumoQuantizationConfig,
+    quantize_checkpoint,
     quantize_experts,
 )
 from cumo_model.model import quantizer
@@ -218,6 +220,8 @@ def test_registering_twice_is_harmless():
             "scale_dtype must be one of ('float32', 'bfloat16', 'float16'), got 'int8'",
         ),
         ({"format": "mxfp4", "scale_dtype": "float32"}, "scale_dtype must be uint8 in mxfp4"),
+        ({"whole": None}, "whole must be a list of names, got None"),
+        ({"whole": 5}, "whole must be a list of names, got 5"),
         ({"whole": "vision_tower"}, "whole must be a list of names, got 'vision_tower'"),
         ({"bits": 4}, "quantization_config has unknown keys: bits"),
         ({"quant_method": "gptq"}, "quant_method must be 'cumo', got 'gptq'"),
@@ -309,6 +313,59 @@ def test_a_model_with_two_quantisers_is_not_saved(saved, tmp_path):
     with pytest.raises(ValueError, match="whose other weights bitsandbytes has quantised cannot be saved"):
         model.save_pretrained(tmp_path / "both")
     assert not (tmp_path / "both").exists()
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_a_model_of_transformers_with_two_quantisers_is_not_saved(mixtral, tmp_path, is_trainable):
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        mixtral[1], dtype=torch.bfloat16, device_map="cpu", quantization_config=options
+    )
+    quantize_experts(model)
+    if is_trainable:
+        peft.prepare_model_for_kbit_training(model)
+    with pytest.raises(ValueError, match="whose other weights bitsandbytes has quantised cannot be saved"):
+        model.save_pretrained(tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapters")
+    assert (tmp_path / "adapters" / "adapter_model.safetensors").is_file()
+
+
+def test_more_experts_of_a_model_can_be_quantised_before_it_is_saved(mixtral, tmp_path):
+    config = CumoQuantizationConfig(whole=["layers.1"])
+    model = AutoModelForCausalLM.from_pretrained(mixtral[1], quantization_config=config)
+    assert len(packed_weights(model)) == 2
+    quantize_experts(model, compress_statistics=False).save_pretrained(tmp_path / "all")
+    assert len(packed_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "all"))) == 4
+
+
+@pytest.mark.parametrize("name", ["nonsense", "tower", "lm_head", "experts.down"])
+def test_a_whole_part_without_experts_is_named(saved, tmp_path, name):
+    config = CumoQuantizationConfig(whole=["vision_tower", name])
+    with pytest.raises(
+        ValueError, match=f"whole must name weights of experts.* got '{name}', which fits none"
+    ):
+        AutoModelForImageTextToText.from_pretrained(saved[1], quantization_config=config)
+    quantize_experts(saved[0]).save_pretrained(tmp_path / "packed")
+    path = tmp_path / "packed" / "config.json"
+    values = json.loads(path.read_text())
+    values["quantization_config"]["whole"] = [name]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"got '{name}', which fits none of 12"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "packed")
+
+
+def test_experts_of_another_class_are_named(tmp_path):
+    sizes = {**SMALL, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}
+    model = AutoModelForCausalLM.from_config(Llama4TextConfig(**sizes))
+    with pytest.raises(ValueError, match="has experts of a class that is not supported: Llama4TextExperts"):
+        quantize_experts(model)
+    model.save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="class that is not supported: Llama4TextExperts; experts are all"):
+        quantize_checkpoint(tmp_path / "llama", tmp_path / "out", progress=False)
 
 
 def test_experts_of_two_formats_are_not_saved(saved, tmp_path):

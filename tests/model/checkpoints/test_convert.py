@@ -382,7 +382,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         assert main(arguments) == 1
-    assert "GB free, got 0.0 GB" in capsys.readouterr().err
+    assert " MB free, got 0.00 MB" in capsys.readouterr().err
     # a disk that becomes full during writing, simulated by a limit on file sizes, which gives the same error
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "

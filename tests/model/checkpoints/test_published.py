@@ -159,13 +159,14 @@ def test_gpt_oss_keeps_its_bits(tmp_path, capsys):
     [
         (
             {"format": "nf4"},
-            "format must be int4 or left out for .*, whose experts are int4",
+            r"format \(--bits\) must be int4 or left out for .*, whose experts are int4",
         ),
         (
             {"format": "int4", "group": 128},
-            r"group must be left out for .*, whose groups are \{32\}",
+            r"group \(--group\) must be left out for .*, whose groups are of 32 weights, got 128",
         ),
-        ({"format": "int4", "symmetric": False}, "symmetric must be left out for"),
+        ({"format": "int4", "symmetric": False}, r"symmetric \(--asymmetric\) must be left out for"),
+        ({"symmetric": False}, r"symmetric \(--asymmetric\) must be left out for .*, whose experts are int4"),
         ({"scale_dtype": "float32"}, "scale_dtype must be left out for"),
     ],
 )
@@ -254,6 +255,29 @@ DAMAGES = {  # what is done to (tensors, config) -> message
         lambda t, _: t.update({f"{Q}_shape": torch.tensor([32, 128])}),
         rf"{Q}_packed must be \(32, 32\) torch.int32",
     ),
+    "weights": (lambda _, c: group_of(c).update(weights=[1]), r"weights of experts in .* object, got \[1\]"),
+    "group": (
+        lambda _, c: c["quantization_config"].update(config_groups={"a": [1]}),
+        r"a of config_groups in .* must be an object, got \[1\]",
+    ),
+    "pattern": (
+        lambda _, c: group_of(c).update(targets=["re:(("]),
+        r"targets of experts in .* must be names or patterns, got 're:\(\('",
+    ),
+    "targets": (
+        lambda _, c: group_of(c).update(targets=[1]),
+        r"targets of experts in .* must be a list of names, got \[1\]",
+    ),
+    "sparsity": (
+        lambda _, c: c["quantization_config"].update(sparsity_config="x"),
+        "sparsity_config of .* must be dense, got 'x'",
+    ),
+    "scale": (
+        lambda t, _: t[f"{W}_scale"][3].fill_(float("nan")), f"{W}_scale must be finite, got nan or inf"
+    ),
+    "dense scale": (
+        lambda t, _: t[f"{Q}_scale"][3].fill_(float("inf")), f"{Q}_scale must be finite, got nan or inf"
+    ),
     "cache": (
         lambda _, c: c["quantization_config"].update(kv_cache_scheme={"num_bits": 8}),
         "kv_cache_scheme of .* must be empty",
@@ -292,6 +316,11 @@ MX_DAMAGES = {
         ),
         f"{BLOCKS} must be quantised, as config.json says of experts, got plain weights",
     ),
+    "scale": (
+        lambda t: t[f"{BLOCKS}_scales"][2, 3].fill_(255),
+        f"{BLOCKS}_scales must be exponents below 255, which is NaN, got 255",
+    ),
+    "bias": (lambda t: t.pop(f"{BLOCKS}_bias"), f"config.json: {BLOCKS}_bias is missing"),
     "elsewhere": (
         lambda t: t.update({"x_blocks": torch.zeros(1), "x_scales": torch.zeros(1)}),
         "x_blocks of .* is no weight of experts",

@@ -12,7 +12,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     GptOssConfig,
+    GraniteMoeHybridConfig,
     MixtralConfig,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
 from transformers.initialization import no_init_weights
@@ -21,7 +23,7 @@ from cumo_model import CumoQuantizationConfig, convert, quantize_checkpoint
 from cumo_model.__main__ import main
 from cumo_model.checkpoints.quantize_checkpoint import REPORT
 from cumo_model.checkpoints.upcycle_checkpoint import upcycle_checkpoint
-from cumo_model.model.quantizer import packed_weights
+from cumo_model.model.quantizer import expert_weights, packed_weights
 from tests.model.test_quantizer import SIZES, SMALL, assert_same_files, tensors
 from tests.model.training.small_runs import write_model
 
@@ -125,9 +127,10 @@ def test_models_of_transformers(other, tmp_path, name, way):
 def test_a_table_is_printed(other, tmp_path, capsys):
     assert main(["quantize", str(other("mixtral")), "--bits", "mxfp4", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^experts in mxfp4 +relative error +before +after$", out, re.M)
+    assert re.search(r"^experts in mxfp4 +relative error \(up, down\) +before +after$", out, re.M)
     row = r"^model.layers.1.mlp.experts +\d+\.\d\d%, \d+\.\d\d% +0.20 MB +0.05 MB$"
     assert re.search(row, out, re.M) and re.search(r"^the whole model +0.47 MB +0.18 MB$", out, re.M)
+    assert "before from_pretrained: import cumo_model" in out
     assert out.splitlines()[-1] == f"wrote {tmp_path / 'out'}"
 
 
@@ -182,6 +185,10 @@ DAMAGES = {
         lambda t: t.update({W1.format(1): torch.zeros(128, 64)}),
         "must have one dtype to be experts of one tensor, got torch.bfloat16 and torch.float32",
     ),
+    "attention": (
+        _lose("model.layers.1.self_attn.q_proj.weight"),
+        "does not match its config.json: model.layers.1.self_attn.q_proj.weight is missing",
+    ),
     "integers": (
         lambda t: t.update({k: v.to(torch.int8) for k, v in t.items() if ".experts." in k}),
         "must be of a float dtype, got torch.int8",
@@ -221,6 +228,11 @@ def test_damaged_weights_are_named_and_nothing_is_left(other, tmp_path, damage):
             "must be of a CuMo or a model of transformers, got model_type 'strange'",
         ),
         ({"architectures": None}, {}, "and architectures \\[\\]"),
+        ({"architectures": 5}, {}, "architectures of .* must be a list of names, got 5"),
+        ({"architectures": ["AutoTokenizer"]}, {}, "and architectures \\['AutoTokenizer'\\]"),
+        ({"model_type": ["foo"]}, {}, "must be of a CuMo .* got model_type \\['foo'\\]"),
+        ({"dtype": "float99"}, {}, "config.json: dtype must be a dtype of torch, got 'float99'"),
+        ({}, {"symmetric": False}, r"symmetric \(--asymmetric\) must be left out for nf4"),
         ({"quantization_config": {"quant_method": "gptq"}}, {}, "quant_method of .* got 'gptq'"),
         ({"quantization_config": {"load_in_4bit": True}}, {}, "quant_method of .* got None"),
     ],
@@ -234,9 +246,41 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(other, tmp_path, valu
     assert [path.name for path in tmp_path.iterdir()] == ["mixtral"]
 
 
+OWN = {  # models whose config.json, as transformers saves it, has values that are wrong in a CuMo's
+    "sliding_window": Qwen2MoeConfig(
+        **SMALL, num_experts=4, moe_intermediate_size=64, shared_expert_intermediate_size=64
+    ),
+    "time_step_limit": GraniteMoeHybridConfig(**SMALL, layer_types=["attention"] * 2),
+    "tie_word_embeddings": MixtralConfig(**SMALL, tie_word_embeddings=True),
+}
+
+
+@pytest.mark.parametrize("key", OWN)
+def test_config_files_of_other_models_are_read_as_transformers_does(tmp_path, key):
+    model = AutoModelForCausalLM.from_config(OWN[key]).bfloat16()
+    model.save_pretrained(tmp_path / "plain")
+    quantize_checkpoint(tmp_path / "plain", tmp_path / "out", progress=False)
+    old, new = (json.loads((tmp_path / name / "config.json").read_text())[key] for name in ("plain", "out"))
+    assert new == old
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert packed_weights(again).keys() == expert_weights(model).keys()
+
+
+def test_the_result_is_not_inside_its_source(other, tmp_path):
+    folder = other("mixtral")
+    before = sorted(folder.iterdir())
+    (tmp_path / "link").symlink_to(folder)
+    for out in (folder / "q", folder / "deep" / "er" / "q", tmp_path / "link" / "q"):
+        with pytest.raises(ValueError, match="out must be outside the source folder"):
+            quantize_checkpoint(folder, out, progress=False)
+    assert sorted(folder.iterdir()) == before
+
+
 def test_folders_that_cannot_be_quantised_are_named(tiny_model, other, tmp_path):
     tiny_model(vision_experts=1, projector_num_experts=1).save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match="has no experts, which is all that is quantised"):
+    with pytest.raises(
+        ValueError, match="has no experts in stacked weights; experts are all that is quantised"
+    ):
         quantize_checkpoint(tmp_path / "dense", tmp_path / "out", progress=False)
     with pytest.raises(ValueError, match=r"source must be a folder of a model, got .*nowhere"):
         quantize_checkpoint(tmp_path / "nowhere", tmp_path / "out", progress=False)

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from cumo_model.checkpoints import shards
 from cumo_model.checkpoints.shards import Shards, check_tensors, write_shards
 
 
@@ -83,3 +84,45 @@ def test_safetensors_come_before_pickles(tmp_path):
     assert Shards(tmp_path)["a"].tolist() == [0, 0]
     with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor pytorch_model\.bin"):
         Shards(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_file_of_many_tensors_is_opened_once_for_all_that_are_read(tmp_path, monkeypatch, kind):
+    """Opening parses the names of all tensors, which took most of the time where each expert has several."""
+    dtypes = [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn]
+    wanted = {f"{i}": (torch.arange(24) - i).view(2, 3, 4).to(dtypes[i % 6]) for i in range(60)}
+    wanted |= {"scalar": torch.tensor(7), "empty": torch.empty(3, 0)}
+    if kind == "bin":
+        torch.save(wanted, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(wanted, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    opened = []
+    for name in ("_read_safetensors", "read_bin"):
+        real = getattr(shards, name)
+        monkeypatch.setattr(shards, name, lambda path, real=real: opened.append(path) or real(path))
+    found = Shards(tmp_path)
+    for name, value in wanted.items():
+        whole = found.read(name)
+        assert whole.dtype == value.dtype and torch.equal(whole, value), name
+        if value.ndim == 3:
+            assert torch.equal(found.read(name, 1), value[1]), name
+    assert len(opened) == (1 if kind == "safetensors" else 2)
+    if kind == "bin":
+        monkeypatch.setattr(shards, "MAPPED", -1)  # pages of a mapped file stay in memory
+        assert torch.equal(found.read("1"), wanted["1"]) and len(opened) == 3
+
+
+def test_a_file_that_becomes_shorter_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(100)}, path)
+    found = Shards(tmp_path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: it has become shorter"):
+        found.read("a")
+
+
+def test_files_have_the_mode_that_the_umask_gives(tmp_path):
+    (tmp_path / "other").touch()
+    write_shards(tmp_path, plan({"a": 4}), lambda name: torch.float32, 100, progress=False)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, modes
