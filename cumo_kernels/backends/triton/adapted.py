@@ -26,13 +26,14 @@ from cumo_kernels.backends.triton.experts import (
     weigh_rows,
 )
 from cumo_kernels.backends.triton.grad_hidden import launch_grad_hidden
-from cumo_kernels.backends.triton.grouped_gemm import grouped_gemm, launch_gemm
+from cumo_kernels.backends.triton.grouped_gemm import launch_gemm, multiply
 from cumo_kernels.backends.triton.launch import on_device_of_first
 from cumo_kernels.backends.triton.packed import LowRank, packed_or_plain
 from cumo_kernels.backends.triton.tiles import sum_rows
 from cumo_kernels.backends.triton.weight_grad import launch_weight_grad
 
 
+@on_device_of_first
 def packed_grouped_gemm(
     x: Tensor,
     packed: Tensor,
@@ -50,7 +51,7 @@ def packed_grouped_gemm(
     """`grouped_gemm` with a 4-bit weight (E, N, K), or with `is_transposed` its transpose (E, K, N)."""
     weight = packed_or_plain(packed, scales, zeros, format)
     weight = weight.transpose(1, 2) if is_transposed else weight
-    return grouped_gemm(x, weight, expert_offsets, bias, permutation, inverse_permutation, top_k, activation)
+    return multiply(x, weight, expert_offsets, bias, permutation, top_k, activation)
 
 
 def _thin(

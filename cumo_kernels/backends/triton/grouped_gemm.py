@@ -395,7 +395,7 @@ def launch_gemm(
 @on_device_of_first
 def grouped_gemm(
     x: Tensor,
-    weight: Tensor | Packed,
+    weight: Tensor,
     expert_offsets: Tensor,
     bias: Tensor | None,
     permutation: Tensor | None,
@@ -404,6 +404,19 @@ def grouped_gemm(
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """-> (out, pre_activation); without an activation the second is empty."""
+    return multiply(x, weight, expert_offsets, bias, permutation, top_k, activation)
+
+
+def multiply(
+    x: Tensor,
+    weight: Tensor | Packed,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    permutation: Tensor | None,
+    top_k: int,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """`grouped_gemm`, also with a weight in four bits."""
     out, pre = launch_gemm(
         x, weight, expert_offsets, bias, permutation, top_k, activation, keep_pre=activation is not None
     )
