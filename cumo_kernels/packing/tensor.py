@@ -49,13 +49,29 @@ class PackedWeight(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, packed, scales, zeros=None, format="nf4", dtype=torch.bfloat16, is_transposed=False):
+    def __new__(
+        cls,
+        packed: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None = None,
+        format: str = "nf4",
+        dtype: torch.dtype = torch.bfloat16,
+        is_transposed: bool = False,
+    ):
         _check(packed, scales, zeros, format, dtype)
         experts, rows, half = packed.shape
         shape = (experts, 2 * half, rows) if is_transposed else (experts, rows, 2 * half)
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.device)
 
-    def __init__(self, packed, scales, zeros=None, format="nf4", dtype=torch.bfloat16, is_transposed=False):
+    def __init__(
+        self,
+        packed: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None = None,
+        format: str = "nf4",
+        dtype: torch.dtype = torch.bfloat16,
+        is_transposed: bool = False,
+    ):
         self.packed, self.scales, self.zeros = packed, scales, zeros
         self.format, self.is_transposed = format, is_transposed
 
