@@ -115,7 +115,7 @@ class Report:
         return " ".join(
             f"{name.removeprefix('BLOCK_').lower()}{value}"
             for name, value in self.constants.items()
-            if name.startswith("BLOCK_") or name == "SPLITS"
+            if value is not None and (name.startswith("BLOCK_") or name == "SPLITS")
         )
 
 

@@ -104,6 +104,8 @@ def test_no_op_waits_for_the_host(backend, device, dtype):
     if backend == "reference":
         pytest.skip("it reads the expert offsets on the host and loops over them")
     for name, op, leaves in every_op(dtype, device):
+        if backend == "cuda" and "packed" in name:  # which it refuses
+            continue
         with use_backend(backend):
             out = op()  # compile and plan once first
             upstream = torch.randn_like(out)

@@ -5,14 +5,9 @@ import io
 import logging
 import math
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.quantization.utils import calculate_qparams
 from torch import nn
-from torchao.prototype.mx_formats.mx_tensor import MXTensor, to_mx
 
 from cumo_kernels import PackedWeight, pack
 from cumo_kernels.packing import tensor as module
@@ -25,6 +20,14 @@ from cumo_kernels.packing.layouts import (
     to_compressed_tensors,
     to_gpt_oss,
 )
+
+# a GPU machine has none of them
+bnb = pytest.importorskip("bitsandbytes.functional")
+helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+quantization = pytest.importorskip("compressed_tensors.quantization")
+mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+pack_to_int32, unpack_from_int32 = helpers.pack_to_int32, helpers.unpack_from_int32
+MXTensor, to_mx = mx.MXTensor, mx.to_mx
 
 E, N, K = 3, 20, 256
 KINDS = [("nf4", True), ("fp4", True), ("mxfp4", True), ("int4", True), ("int4", False)]
@@ -216,9 +219,11 @@ def _zeros(packed):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_scales_and_zero_points_are_those_of_compressed_tensors(weight, symmetric):
-    args = QuantizationArgs(num_bits=4, type="int", symmetric=symmetric, strategy="group", group_size=128)
+    args = quantization.QuantizationArgs(
+        num_bits=4, type="int", symmetric=symmetric, strategy="group", group_size=128
+    )
     blocks = weight.unflatten(-1, (-1, 128))
-    scales, zeros = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args)
+    scales, zeros = quantization.utils.calculate_qparams(blocks.amin(-1), blocks.amax(-1), args)
     packed = pack(weight, "int4", symmetric=symmetric)
     assert torch.equal(packed.scales, scales)
     assert torch.equal(_zeros(packed).int() - 8, zeros.int())
