@@ -192,7 +192,7 @@ def _replacements(original: dict[str, Callable]) -> dict[str, Callable]:
         weight = getattr(self.get_base_layer(), self.parameter_name)
         if not isinstance(weight, PackedWeight) or not self.merged:
             return original["unmerge"](self)
-        _overwrite(weight, self._packed_before)
+        weight.detach().copy_(self._packed_before)  # of the same kind: bit by bit
         self.merged_adapters.clear()
         del self._packed_before
 
@@ -222,14 +222,6 @@ def _merge_packed(wrapper: nn.Module, weight: PackedWeight, safe: bool, names: l
             wrapper._packed_before = weight.detach().clone()
         weight.detach().copy_(total)
     wrapper.merged_adapters.extend(names)
-
-
-def _overwrite(weight: PackedWeight, other: PackedWeight) -> None:
-    """Copy the packed values of one tensor to another of the same format."""
-    with torch.no_grad():
-        for part in ("packed", "scales", "zeros"):
-            if getattr(weight, part) is not None:
-                getattr(weight, part).copy_(getattr(other, part))
 
 
 def _unlike(wrapper_class: type) -> str | None:

@@ -26,7 +26,7 @@ FAULTS = (
     Fault("dropout dropped silently where peft computes", P, "                if dropout := _dropout_of(self, name):",
           "                if (dropout := 0):", "peft", select="dropout_is_refused"),
     Fault("a merge into packed weights forgets the packed ones", P,
-          "        _overwrite(weight, self._packed_before)\n", "", "peft", select="four_bits"),
+          "weight.detach().copy_(self._packed_before)", "pass", "peft", select="four_bits"),
     Fault("each adapter of a merge not finite is added", P, "if safe and not total.isfinite().all():",
           "if False:", "peft", select="not_finite"),
     Fault("another layout of peft is not seen", P,
