@@ -74,6 +74,15 @@ def _variants(rows: Iterable[Row]) -> list[str]:
     return sorted(names, key=lambda name: (name == "dense", name == BASE, not name.startswith("cumo/"), name))
 
 
+def _colours(names: list[str]) -> dict[str, tuple]:
+    """A colour for each, no two the same, whatever their number."""
+    for listed in (plt.get_cmap("tab10").colors, plt.get_cmap("tab20").colors):
+        if len(names) <= len(listed):
+            return dict(zip(names, listed, strict=False))
+    spread = plt.get_cmap("turbo")
+    return {name: tuple(spread((n + 0.5) / len(names))) for n, name in enumerate(names)}
+
+
 def _comparable(row: Row) -> tuple:
     """Equal for rows that may be compared: variants timed alternately by the same clock."""
     return (*record.case_of(row), row.mode, row.machine, row.run, row.timer)
@@ -99,7 +108,7 @@ def plot_speedups(rows: list[Row], path: Path) -> Path | None:
     titles = [title for title in ops.values() if any(t.startswith(f"{title},") for t, _ in found)]
     modes = [mode for mode in MODES if any(t.endswith(f", {mode}") for t, _ in found)]
     names = [name for name in _variants(rows) if any(name in by for by in found.values())]
-    colours = dict(zip(names, plt.get_cmap("tab10").colors * 2, strict=False))
+    colours = _colours(names)
     figure, axes = plt.subplots(
         len(titles), len(modes), figsize=(1 + 4.2 * len(modes), 0.8 + 2 * len(titles)), layout="constrained",
         squeeze=False,
@@ -140,7 +149,7 @@ def plot_roofline(rows: list[Row], path: Path) -> Path | None:
         layout="constrained", squeeze=False,
     )  # fmt: skip
     names = _variants(rows)
-    colours = dict(zip(names, plt.get_cmap("tab10").colors * 2, strict=False))
+    colours = _colours(names)
     gpu = next((g for g in hardware.GPUS if g.name == rows[0].machine), None)
     for axis, op in itertools.zip_longest(axes.flat, ops):
         axis.set_visible(op is not None)
@@ -213,7 +222,7 @@ def plot_memory(rows: list[Row], path: Path) -> Path | None:
         return None
     rows = [row for row in rows if row.saved_bytes or row.peak_bytes]
     cases, names = list(dict.fromkeys(map(_case, rows))), _variants(rows)
-    colours = dict(zip(names, plt.get_cmap("tab10").colors * 2, strict=False))
+    colours = _colours(names)
     figure, axes = plt.subplots(
         len(parts), 1, figsize=(1.5 + 1.8 * len(cases), 0.6 + 3 * len(parts)), layout="constrained",
         squeeze=False,
