@@ -24,7 +24,8 @@ from cumo_kernels.ops.checks import (
 )
 from cumo_kernels.ops.define import define
 from cumo_kernels.ops.forward_mode import refuse_forward_mode
-from cumo_kernels.types import RouterStats, Routing, accumulate_dtype
+from cumo_kernels.ops.scores import check_scoring, check_selection_bias, scored_route
+from cumo_kernels.types import RouterStats, Routing, Scoring, accumulate_dtype
 
 COMPAT = (None, "cumo", "cumo_llm")
 
@@ -175,6 +176,12 @@ def route(
     groups: int | Tensor = 1,
     renormalize: bool = True,
     compat: str | None = None,
+    score: str = "softmax",
+    selection_bias: Tensor | None = None,
+    expert_groups: int = 1,
+    top_groups: int | None = None,
+    group_score: str = "max",
+    scale: float = 1.0,
 ) -> Routing:
     """Softmax, top-k, renormalised weights, loss statistics, and the stable sort of slots by expert.
 
@@ -194,6 +201,18 @@ def route(
         compat: None computes in fp32; "cumo" repeats the original's rounding in CLIP and connector,
             "cumo_llm" that in Mixtral. Both choose and round with torch's own operators under every backend;
             the backend then sorts and computes the gradients.
+        score: "softmax", "sigmoid" (DeepSeek-V3, arXiv 2412.19437 section 2.1.2) or "sqrtsoftplus", the root
+            of softplus(logits). The last two are divided by their sum + 1e-20 for `mean_probs`, and for the
+            weights if `renormalize`.
+        selection_bias: (E,) float, finite: experts are chosen by score + bias, and weighed by the score alone
+            (balancing without a loss, arXiv 2408.15664). It gets no gradient. Scores and bias are added in
+            fp32, so that a backend may choose another expert where two sums differ by a rounding.
+        expert_groups: runs of E / expert_groups consecutive experts (devices of DeepSeek-V2 and V3); not the
+            sets of tokens `groups`.
+        top_groups: groups from which a token's experts are chosen, by their score + bias; ties to the lowest
+            group. None: all of them.
+        group_score: of a group's score + bias: "max", or "top2" for the sum of the two largest.
+        scale: a factor of the weights, after `renormalize`.
 
     Returns:
         Routing with `stats`. Weights and statistics are fp32 (fp64 for fp64 logits).
@@ -222,10 +241,20 @@ def route(
             x, gate_weight = x.to(wide) @ gate_weight.to(wide).T, None
     top_k = check_top_k(top_k, num_experts)
     group_offsets, num_groups = _check_groups(groups, x.shape[0], x)
-    backend = dispatch.choose("route", x, num_experts, trains)
-    weights, indices, mean_probs, top1_density, z = _route(
-        x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat, backend
-    )
+    scoring = check_scoring(num_experts, top_k, score, expert_groups, top_groups, group_score, scale)
+    check_optional("selection_bias", selection_bias)
+    if selection_bias is None and scoring == Scoring():
+        backend = dispatch.choose("route", x, num_experts, trains)
+        found = _route(x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat, backend)
+    else:
+        if compat is not None:
+            raise ValueError(f"compat must be None unless a plain softmax chooses and weighs, got {compat!r}")
+        bias = None if selection_bias is None else check_selection_bias(selection_bias, num_experts, x)
+        backend = dispatch.choose("scored_route", x, num_experts, trains)
+        found = scored_route(
+            x, gate_weight, bias, group_offsets, num_groups, top_k, renormalize, str(scoring), backend
+        )
+    weights, indices, mean_probs, top1_density, z = found
     if values_at_hand(weights) and not weights.isfinite().all():
         token = int((~weights.detach().isfinite()).any(1).nonzero()[0])
         logits = x[token] if gate_weight is None else x[token] @ gate_weight.T

@@ -78,7 +78,7 @@ REASONS = {
     "route": r"RuntimeError: CUDA error: an illegal memory access was encountered",
 }
 
-REFUSED_BY_CUDA = {"packed_grouped_gemm", "adapted_expert_mlp"}
+REFUSED_BY_CUDA = {"packed_grouped_gemm", "adapted_expert_mlp", "scored_route"}
 
 
 @pytest.fixture
