@@ -27,6 +27,7 @@ from cumo_kernels.ops.forward_mode import refuse_forward_mode
 from cumo_kernels.ops.scores import check_scoring, check_selection_bias, scored_route
 from cumo_kernels.types import RouterStats, Routing, Scoring, accumulate_dtype
 
+_PLAIN = ("softmax", 1, None, "max", 1.0)  # score, expert_groups, top_groups, group_score, scale
 COMPAT = (None, "cumo", "cumo_llm")
 
 
@@ -241,8 +242,11 @@ def route(
             x, gate_weight = x.to(wide) @ gate_weight.to(wide).T, None
     top_k = check_top_k(top_k, num_experts)
     group_offsets, num_groups = _check_groups(groups, x.shape[0], x)
-    scoring = check_scoring(num_experts, top_k, score, expert_groups, top_groups, group_score, scale)
     check_optional("selection_bias", selection_bias)
+    how = (score, expert_groups, top_groups, group_score, scale)
+    scoring = Scoring()
+    if how != _PLAIN:  # else nothing to check, and no guards of a graph
+        scoring = check_scoring(num_experts, top_k, *how)
     if selection_bias is None and scoring == Scoring():
         backend = dispatch.choose("route", x, num_experts, trains)
         found = _route(x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat, backend)

@@ -152,7 +152,7 @@ def check_scoring(
         )
     if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
         raise ValueError(f"scale must be a number, got {shown(scale)}")
-    if not (math.isfinite(scale) and scale > 0):
+    if not 0 < scale < math.inf:
         raise ValueError(f"scale must be finite and above 0, got {scale}")
     if top_groups == expert_groups:
         return Scoring(score, scale=float(scale))

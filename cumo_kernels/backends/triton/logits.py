@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from cumo_kernels.backends.triton.common import dot, narrow, precise_exp
+from cumo_kernels.types import Scoring
 
 TINY: tl.constexpr = tl.constexpr(1e-20)  # TINY of cumo_kernels/types.py
 
@@ -112,6 +113,16 @@ def score_and_slope(logits, SCORE: tl.constexpr):
         # not max(logits, 0), which would turn NaN into 0
         root = tl.sqrt_rn(tl.where(logits < 0.0, 0.0, logits) + log1p_of_unit(e))
         return root, tl.where(root == 0.0, 0.0, sigmoid / (2.0 * root))
+
+
+def groups_of(scoring: Scoring) -> dict[str, int | bool]:
+    """Arguments of `choice_keys`."""
+    return {
+        "EXPERT_GROUPS": scoring.expert_groups,
+        "TOP_GROUPS": scoring.top_groups,
+        "BLOCK_G": triton.next_power_of_2(scoring.expert_groups),
+        "BY_TWO": scoring.group_score == "top2",
+    }
 
 
 @triton.jit

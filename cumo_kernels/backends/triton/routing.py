@@ -43,6 +43,7 @@ from cumo_kernels.backends.triton.logits import (
     choice_keys,
     count_below,
     group_bounds,
+    groups_of,
     load_logits,
     rank_keys,
     score_and_slope,
@@ -53,7 +54,7 @@ from cumo_kernels.tiles import tuning
 from cumo_kernels.tiles.hardware import KIB, Gpu, gpu_of
 from cumo_kernels.types import Scoring
 
-__all__ = ["route", "route_backward", "sort_by_expert"]
+__all__ = ["route", "route_backward", "route_by", "route_by_backward", "sort_by_expert"]
 
 PLAIN = Scoring()
 STAGES = 4  # tiles of x and of the gate in flight at a time
@@ -375,10 +376,7 @@ def _plan(
             "BLOCK_R": rows,
             "num_stages": STAGES,
             "HAS_BIAS": has_bias,
-            "EXPERT_GROUPS": scoring.expert_groups,
-            "TOP_GROUPS": scoring.top_groups,
-            "BLOCK_G": next_power_of_2(scoring.expert_groups),
-            "BY_TWO": scoring.group_score == "top2",
+            **groups_of(scoring),
         }
     launch = Launch(
         kernel, stride_x_t=strides[0], stride_gate_e=strides[1], H=width, K=top_k, RAGGED=ragged,
@@ -388,16 +386,24 @@ def _plan(
     return launch, tiles["BLOCK_T"]
 
 
-@on_device_of_first
 def route(
+    x: Tensor, gate_weight: Tensor | None, group_offsets: Tensor | None, num_groups: int, top_k: int,
+    renormalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`route_by` of a plain softmax."""
+    return route_by(x, gate_weight, group_offsets, num_groups, top_k, renormalize, None, PLAIN)
+
+
+@on_device_of_first
+def route_by(
     x: Tensor,
     gate_weight: Tensor | None,
     group_offsets: Tensor | None,
     num_groups: int,
     top_k: int,
     renormalize: bool,
-    selection_bias: Tensor | None = None,
-    scoring: Scoring = PLAIN,
+    selection_bias: Tensor | None,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> topk_weights (T, K), topk_indices (T, K) int32, mean_probs (G, E), top1_density (G, E), z (G,)."""
     has_gate = gate_weight is not None
@@ -430,8 +436,19 @@ def route(
     return weights, indices, mean_probs, density, z
 
 
-@on_device_of_first
 def route_backward(
+    grad_weights: Tensor, grad_mean_probs: Tensor, grad_z: Tensor, x: Tensor, gate_weight: Tensor | None,
+    topk_indices: Tensor, group_offsets: Tensor | None, renormalize: bool, need_x: bool, need_gate: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`route_by_backward` of a plain softmax."""
+    return route_by_backward(
+        grad_weights, grad_mean_probs, grad_z, x, gate_weight, topk_indices, group_offsets, renormalize,
+        need_x, need_gate, PLAIN,
+    )  # fmt: skip
+
+
+@on_device_of_first
+def route_by_backward(
     grad_weights: Tensor,
     grad_mean_probs: Tensor,
     grad_z: Tensor,
@@ -442,7 +459,7 @@ def route_backward(
     renormalize: bool,
     need_x: bool,
     need_gate: bool,
-    scoring: Scoring = PLAIN,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of topk_weights, mean_probs and z -> gradients of x and gate_weight, empty where not needed.
 
@@ -452,7 +469,7 @@ def route_backward(
     """
     has_gate, nothing = gate_weight is not None, x.new_empty(0)
     if has_gate and gate_weight.shape[0] > FUSED_GATE_EXPERTS:
-        dlogits, _ = route_backward(
+        dlogits, _ = route_by_backward(
             grad_weights, grad_mean_probs, grad_z, x @ gate_weight.T, None, topk_indices, group_offsets,
             renormalize, True, False, scoring,
         )  # fmt: skip

@@ -5,7 +5,7 @@ Contract: cumo_kernels/ops/scores.py. Reference: cumo_kernels/backends/reference
 
 from torch import Tensor
 
-from cumo_kernels.backends.triton.routing import route, route_backward
+from cumo_kernels.backends.triton.routing import route_by, route_by_backward
 from cumo_kernels.types import Scoring
 
 
@@ -21,7 +21,7 @@ def scored_route(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> topk_weights (T, K), topk_indices (T, K) int32, mean_probs (G, E), top1_density (G, E), z (G,)."""
     how = Scoring.parse(scoring)
-    return route(x, gate_weight, group_offsets, num_groups, top_k, renormalize, selection_bias, how)
+    return route_by(x, gate_weight, group_offsets, num_groups, top_k, renormalize, selection_bias, how)
 
 
 def scored_route_backward(
@@ -38,7 +38,7 @@ def scored_route_backward(
     scoring: str,
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of x and gate_weight, empty where not needed."""
-    return route_backward(
+    return route_by_backward(
         grad_weights, grad_mean_probs, grad_z, x, gate_weight, topk_indices, group_offsets, renormalize,
         need_x, need_gate, Scoring.parse(scoring),
     )  # fmt: skip
