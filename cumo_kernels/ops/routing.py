@@ -27,7 +27,7 @@ from cumo_kernels.ops.forward_mode import refuse_forward_mode
 from cumo_kernels.ops.scores import check_scoring, check_selection_bias, scored_route
 from cumo_kernels.types import RouterStats, Routing, Scoring, accumulate_dtype
 
-_PLAIN = ("softmax", 1, None, "max", 1.0)  # score, expert_groups, top_groups, group_score, scale
+_PLAIN = ("softmax", 1, None, "max", 1)  # score, expert_groups, top_groups, group_score, scale
 COMPAT = (None, "cumo", "cumo_llm")
 
 
@@ -182,7 +182,7 @@ def route(
     expert_groups: int = 1,
     top_groups: int | None = None,
     group_score: str = "max",
-    scale: float = 1.0,
+    scale: float = 1,  # an int: a compiler takes a float for a variable
 ) -> Routing:
     """Softmax, top-k, renormalised weights, loss statistics, and the stable sort of slots by expert.
 
@@ -244,10 +244,9 @@ def route(
     group_offsets, num_groups = _check_groups(groups, x.shape[0], x)
     check_optional("selection_bias", selection_bias)
     how = (score, expert_groups, top_groups, group_score, scale)
-    scoring = Scoring()
-    if how != _PLAIN:  # else nothing to check, and no guards of a graph
-        scoring = check_scoring(num_experts, top_k, *how)
-    if selection_bias is None and scoring == Scoring():
+    is_plain = how == _PLAIN  # then nothing is checked, which would make guards of a graph
+    scoring = None if is_plain and selection_bias is None else check_scoring(num_experts, top_k, *how)
+    if scoring is None or (selection_bias is None and scoring == Scoring()):
         backend = dispatch.choose("route", x, num_experts, trains)
         found = _route(x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat, backend)
     else:
