@@ -24,6 +24,7 @@ from cumo_kernels.ops.checks import (
 )
 from cumo_kernels.ops.define import define
 from cumo_kernels.ops.forward_mode import refuse_forward_mode
+from cumo_kernels.ops.noise import check_seed, check_share, jittered
 from cumo_kernels.ops.scores import check_scoring, check_selection_bias, scored_route
 from cumo_kernels.types import RouterStats, Routing, Scoring, accumulate_dtype
 
@@ -183,6 +184,8 @@ def route(
     top_groups: int | None = None,
     group_score: str = "max",
     scale: float = 1,  # an int: a compiler takes a float for a variable
+    jitter: float = 0,
+    seed: int | Tensor | None = None,
 ) -> Routing:
     """Softmax, top-k, renormalised weights, loss statistics, and the stable sort of slots by expert.
 
@@ -214,6 +217,10 @@ def route(
             group. None: all of them.
         group_score: of a group's score + bias: "max", or "top2" for the sum of the two largest.
         scale: a factor of the weights, after `renormalize`.
+        jitter: in training, each element of `x` is multiplied by a number in (1 - jitter, 1 + jitter) before
+            the gate (Switch Transformers, arXiv 2101.03961).
+        seed: of the jitter, an int or a () int64 tensor; the noise depends on it, the token's row and the
+            column only.
 
     Returns:
         Routing with `stats`. Weights and statistics are fp32 (fp64 for fp64 logits).
@@ -227,6 +234,12 @@ def route(
     check_bool("renormalize", renormalize)
     check_choice("compat", compat, COMPAT)
     trains = dispatch.trains(x, gate_weight)
+    if jitter != 0:
+        check_share("jitter", jitter)
+        if gate_weight is None:
+            raise ValueError(f"jitter must be 0 without a gate_weight, whose input it changes, got {jitter}")
+        check_shape("x", x, "T", "H")
+        x = jittered(x, jitter, check_seed(seed))
     if gate_weight is None:
         check_shape("x", x, "T", "E")
         num_experts = x.shape[1]
