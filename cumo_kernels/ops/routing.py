@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from cumo_kernels import dispatch
 from cumo_kernels.hostsync import values_at_hand
+from cumo_kernels.ops.capacity import DROPS, within
 from cumo_kernels.ops.checks import (
     autocast,
     check_bool,
@@ -19,6 +20,7 @@ from cumo_kernels.ops.checks import (
     check_int32,
     check_offsets,
     check_optional,
+    check_routing,
     check_shape,
     check_top_k,
 )
@@ -184,6 +186,8 @@ def route(
     top_groups: int | None = None,
     group_score: str = "max",
     scale: float = 1,  # an int: a compiler takes a float for a variable
+    capacity: int | None = None,
+    drop: str = "position",
     jitter: float = 0,
     seed: int | Tensor | None = None,
 ) -> Routing:
@@ -217,6 +221,8 @@ def route(
             group. None: all of them.
         group_score: of a group's score + bias: "max", or "top2" for the sum of the two largest.
         scale: a factor of the weights, after `renormalize`.
+        capacity: slots that an expert keeps, and `drop` which go first, as in `with_capacity`.
+        drop: "position" or "weight".
         jitter: in training, each element of `x` is multiplied by a number in (1 - jitter, 1 + jitter) before
             the gate (Switch Transformers, arXiv 2101.03961).
         seed: of the jitter, an int or a () int64 tensor; the noise depends on it, the token's row and the
@@ -278,7 +284,33 @@ def route(
             f"router logits must have a finite maximum in every row, got {logits.tolist()} for token {token}"
         )
     stats = RouterStats(mean_probs, top1_density, z)
-    return Routing(weights, indices, *_sort_by_expert(indices, num_experts, backend), stats)
+    routing = Routing(weights, indices, *_sort_by_expert(indices, num_experts, backend), stats)
+    return routing if capacity is None else with_capacity(routing, capacity, drop)
+
+
+def with_capacity(routing: Routing, capacity: int, drop: str = "position") -> Routing:
+    """`routing` in which every expert keeps at most `capacity` slots; the others are dropped.
+
+    A dropped slot has expert index E and weight 0, and gives no gradient. The weights of the other slots of
+    its token stay as they are. The statistics stay those before the drop.
+
+    Args:
+        routing: a plan of `route` or `routing_from_topk`; slots may already be dropped.
+        capacity: slots that an expert keeps.
+        drop: which go first: "position", the last in order of tokens, or "weight", those of the smallest
+            weight, and of equal ones the last.
+
+    Raises:
+        ValueError: an argument is wrong.
+    """
+    check_routing("routing", routing)
+    capacity = check_count("capacity", capacity)
+    check_choice("drop", drop, DROPS)
+    kept = within(routing, capacity, drop)
+    indices = torch.where(kept, routing.topk_indices, routing.num_experts)
+    weights = torch.where(kept, routing.topk_weights, 0.0)
+    backend = dispatch.choose("sort_by_expert", weights, routing.num_experts)
+    return Routing(weights, indices, *_sort_by_expert(indices, routing.num_experts, backend), routing.stats)
 
 
 def routing_from_topk(topk_weights: Tensor, topk_indices: Tensor, num_experts: int) -> Routing:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cumo_kernels import expert_mlp, route, use_backend
-from cumo_kernels.ops.capacity import with_capacity
 from cumo_kernels.ops.noise import jittered, normal, uniform
 from cumo_kernels.ops.noisy import noisy_top_k
+from cumo_kernels.ops.routing import with_capacity
 from tests.rounding import assert_same_formula, assert_spread
 
 MASK = (1 << 64) - 1
@@ -73,6 +73,9 @@ def test_capacity(backend, device, num_tokens, capacity, drop):
     with use_backend(backend):
         plan = route(leaf, 2)
         found = with_capacity(plan, capacity, drop)
+        at_once = route(leaf, 2, capacity=capacity, drop=drop)
+    assert torch.equal(at_once.permutation, found.permutation)
+    assert torch.equal(at_once.topk_weights, found.topk_weights)
     flat = plan.topk_indices.flatten().tolist(), plan.topk_weights.flatten().tolist()
     kept = dropped_by_loop(*flat, 5, capacity, drop)
     mask = torch.tensor([s in kept for s in range(2 * num_tokens)], dtype=torch.bool, device=device)
@@ -145,6 +148,7 @@ WEIGHTS = torch.randn(4, 6), 2, torch.randn(3, 6)
 WRONG = [
     (lambda: with_capacity(PLAN, 0), "capacity must be at least 1, got 0"),
     (lambda: with_capacity(PLAN, 2, "random"), "drop must be one of ('position', 'weight'), got 'random'"),
+    (lambda: route(WEIGHTS[0], 2, capacity=-1), "capacity must be at least 1, got -1"),
     (lambda: with_capacity(3, 2), "routing must be a Routing"),
     (lambda: noisy_top_k(*WEIGHTS, torch.randn(2, 6), seed=1), "noise_weight must be (3, 6), got (2, 6)"),
     (lambda: noisy_top_k(*WEIGHTS, torch.randn(3, 6), seed=1.5), "seed must be an int or a () int64"),
