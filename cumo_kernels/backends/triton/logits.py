@@ -120,7 +120,7 @@ def groups_of(scoring: Scoring) -> dict[str, int | bool]:
     return {
         "EXPERT_GROUPS": scoring.expert_groups,
         "TOP_GROUPS": scoring.top_groups,
-        "BLOCK_G": triton.next_power_of_2(scoring.expert_groups),
+        "PADDED_GROUPS": triton.next_power_of_2(scoring.expert_groups),
         "BY_TWO": scoring.group_score == "top2",
     }
 
@@ -135,7 +135,7 @@ def choice_keys(
     HAS_BIAS: tl.constexpr,
     EXPERT_GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
     BY_TWO: tl.constexpr,
 ):
     """int32 keys of score + bias; the lowest for experts outside of the best groups and right of E."""
@@ -147,8 +147,8 @@ def choice_keys(
     keys = tl.where((experts < E)[None, :], rank_keys(ranks), LOWEST)
     if EXPERT_GROUPS > 1:
         of_group = experts // (E // EXPERT_GROUPS)
-        groups = tl.arange(0, BLOCK_G)
-        group_keys = tl.full((BLOCK_T, BLOCK_G), LOWEST, tl.int32)
+        groups = tl.arange(0, PADDED_GROUPS)
+        group_keys = tl.full((BLOCK_T, PADDED_GROUPS), LOWEST, tl.int32)
         for g in range(EXPERT_GROUPS):
             own = tl.where((of_group == g)[None, :], keys, LOWEST)
             best = tl.max(own, 1)
@@ -163,7 +163,7 @@ def choice_keys(
         allowed = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.int32)
         for _ in range(TOP_GROUPS):
             best = tl.max(group_keys, 1)
-            choice = tl.min(tl.where(group_keys == best[:, None], groups[None, :], BLOCK_G), 1)
+            choice = tl.min(tl.where(group_keys == best[:, None], groups[None, :], PADDED_GROUPS), 1)
             group_keys = tl.where(groups[None, :] == choice[:, None], LOWEST, group_keys)
             allowed = tl.where(of_group[None, :] == choice[:, None], 1, allowed)
         keys = tl.where(allowed != 0, keys, LOWEST)

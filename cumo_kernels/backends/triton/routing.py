@@ -96,7 +96,7 @@ def _route_kernel(
     HAS_BIAS: tl.constexpr,
     EXPERT_GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
     BY_TWO: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
@@ -127,7 +127,7 @@ def _route_kernel(
         probs = tl.div_rn(scores, tl.broadcast_to(total[:, None], (BLOCK_T, BLOCK_E)))
     if HAS_BIAS or EXPERT_GROUPS > 1:
         keys = choice_keys(
-            scores, bias_ptr, E, BLOCK_T, BLOCK_E, HAS_BIAS, EXPERT_GROUPS, TOP_GROUPS, BLOCK_G, BY_TWO
+            scores, bias_ptr, E, BLOCK_T, BLOCK_E, HAS_BIAS, EXPERT_GROUPS, TOP_GROUPS, PADDED_GROUPS, BY_TWO
         )
     else:
         keys = rank_keys(logits)
