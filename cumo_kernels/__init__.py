@@ -19,7 +19,16 @@ warn_of_untested()
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.dispatch import explain, use_backend
 from cumo_kernels.moved import keep_old_paths
-from cumo_kernels.ops import activate, combine, expert_mlp, grouped_gemm, permute, route, routing_from_topk
+from cumo_kernels.ops import (
+    activate,
+    combine,
+    expert_mlp,
+    grouped_gemm,
+    permute,
+    route,
+    routing_from_topk,
+    update_selection_bias,
+)
 from cumo_kernels.packing.tensor import PackedWeight, pack
 from cumo_kernels.types import Adapter, RouterStats, Routing
 
@@ -50,5 +59,6 @@ __all__ = [
     "permute",
     "route",
     "routing_from_topk",
+    "update_selection_bias",
     "use_backend",
 ]
