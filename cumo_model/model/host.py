@@ -10,13 +10,16 @@ from torch import nn
 
 from cumo_model.model.compat import EitherCheckpointing, enable_checkpointing
 from cumo_model.model.indexes import check_indexes
-from cumo_model.model.moe import IMPLEMENTATIONS, MoELayer, RoutingRecord
+from cumo_model.model.moe import IMPLEMENTATIONS, MoELayer
 from cumo_model.model.quantize import prepare_to_save
+from cumo_model.model.recording import RoutingRecord
 from cumo_model.model.remote import RemoteCodeMixin, opening_anywhere
 
 
 class MoEHostMixin(RemoteCodeMixin, EitherCheckpointing):
     """Overrides for transformers models whose experts are MoELayers."""
+
+    _keep_in_fp32_modules_strict = {"selection_bias"}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
