@@ -92,6 +92,6 @@ class RouterOptions:
         """Keyword arguments of `route`, without the defaults."""
         return {name: value for name, value in self.changed().items() if name in SCORING}
 
-    def capacity(self, num_tokens: int, num_experts: int, top_k: int) -> int:
+    def capacity(self, num_tokens: int, top_k: int, num_experts: int) -> int:
         """Slots that an expert keeps (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961), at least one."""
         return max(1, math.ceil(self.capacity_factor * num_tokens * top_k / num_experts))
