@@ -134,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     experts.add_argument("--out", type=Path, required=True, help="new folder for the results")
 
     ablate = commands.add_parser(
-        "ablate", help="run the ablations of the paper on the data of the demo and print a table"
+        "ablate", help="run the ablations of the paper, and other routers, on the data of the demo"
     )
     ablate.add_argument(
         "--out", type=Path, help="folder of the runs; existing runs are resumed (default: runs/ablation)"
