@@ -83,7 +83,7 @@ BEYOND = (  # questions that the paper does not ask: is the first row better tha
     ("noisy top-k (arXiv 1701.06538) is better than a softmax with balance and z loss", "noisy", "clip"),
     ("a sigmoid, balanced without a loss (arXiv 2408.15664), is better than the losses", "sigmoid", "clip"),
     (
-        "a sigmoid, balanced without a loss, is better than a softmax without balancing",
+        "a sigmoid, balanced without a loss, is better than a softmax not balanced",
         "sigmoid",
         "no-losses",
     ),

@@ -84,7 +84,7 @@ def test_routers_beyond_the_paper_have_a_table_of_their_own():
     assert "| claim of the paper |" in claims and "noisy top-k (" not in claims
     assert "| noisy top-k (arXiv 1701.06538)" in beyond and "+5.0 ± 5.0: not significant" in beyond
     assert "-25.0 ± 0.0: opposite result" in beyond and "+0.250 ± 0.000: opposite result" in beyond
-    assert "without balancing" not in beyond
+    assert "not balanced" not in beyond
 
 
 def test_the_summary_adds_up_kinds_of_questions(tmp_path):
