@@ -15,7 +15,7 @@ def _activate(x: Tensor, name: str, backend: str) -> Tensor:
 
 @_activate.register_fake
 def _(x, name, backend):
-    width = x.shape[-1] // 2 if ACTIVATIONS[name].is_gated else x.shape[-1]
+    width = x.shape[-1] // 2 if get_activation(name).is_gated else x.shape[-1]
     return x.new_empty(*x.shape[:-1], width)
 
 

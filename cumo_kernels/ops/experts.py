@@ -211,7 +211,7 @@ def _flops_backward(*shapes, out_shape=None, **kwargs):
 
 def _refuse_widths(activation: str, up: torch.Size, down: torch.Size) -> None:
     """Raise ValueError: the weights do not fit each other; with the activations that they would fit."""
-    is_gated = ACTIVATIONS[activation].is_gated
+    is_gated = get_activation(activation).is_gated
     if is_gated and up[1] % 2:
         wanted, got = f"up_proj must be (E, 2I, H) for {activation}", up
     else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cumo_kernels import dispatch
-from cumo_kernels.activations import ACTIVATIONS, get_activation
+from cumo_kernels.activations import get_activation
 from cumo_kernels.ops.activation import _activate_backward, activate
 from cumo_kernels.ops.adapters import check_adapters, drops, joined
 from cumo_kernels.ops.checks import (
@@ -55,7 +55,7 @@ def _(x, weight, expert_offsets, bias, permutation, inverse_permutation, top_k, 
     width = weight.shape[1]
     if activation is None:
         return x.new_empty(num_rows, width), x.new_empty(0)
-    out_width = width // 2 if ACTIVATIONS[activation].is_gated else width
+    out_width = width // 2 if get_activation(activation).is_gated else width
     return x.new_empty(num_rows, out_width), x.new_empty(num_rows, width)
 
 
@@ -160,7 +160,7 @@ def _(
     width = 2 * packed.shape[2] if is_transposed else packed.shape[1]
     if activation is None:
         return x.new_empty(num_rows, width), x.new_empty(0)
-    out_width = width // 2 if ACTIVATIONS[activation].is_gated else width
+    out_width = width // 2 if get_activation(activation).is_gated else width
     return x.new_empty(num_rows, out_width), x.new_empty(num_rows, width)
 
 
