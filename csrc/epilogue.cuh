@@ -64,7 +64,7 @@ struct ForwardEnd {
   float* parts;   // (splits, S, N) or null: written instead: sums of a part of the reduction
   int64_t S;
   int N, width;   // width is N, or 2N if gated
-  Act kind;
+  Act activation;
   bool gated, wide;
 
   // The bias is added to the first part.
@@ -101,16 +101,16 @@ struct ForwardEnd {
     float values[kRun];
     load_run(patch, kRun, true, values);
     finish_half(values, expert, row, col, left);
-    if (kind != Act::none) {
+    if (activation.kind != ActKind::none) {
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) values[i] = act(values[i], kind);
+      for (int i = 0; i < kRun; ++i) values[i] = act(values[i], activation);
     }
     if (gated) {
       float up[kRun];
       load_run(patch + kRun, kRun, true, up);
       finish_half(up, expert, row, N + col, left);
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) values[i] *= up[i];
+      for (int i = 0; i < kRun; ++i) values[i] *= up_and_grad(up[i], activation).value;
     }
     if (out) store_run(out + row * N + col, values, left, wide);
   }
@@ -126,31 +126,41 @@ struct HiddenEnd {
   T* weighted;                // (S, N) or null
   float* dots;                // (S, tiles_n) or null
   int N;
-  Act kind;
+  Act activation;
   bool gated, wide;
 
   __device__ __forceinline__ float finish(const float* patch, int64_t row, int col) const {
     const int left = N - col;
     if (left <= 0) return 0.0f;
     const float weight = topk_weights[permutation[row]];
-    const int64_t at = row * (gated ? 2 * N : N) + col;
-    float h[kRun], a[kRun], slope[kRun], dot = 0.0f;
+    const bool apart = !(gated && activation.interleaved);  // else runs of z are pairs of a gate and an up
+    const int64_t at = row * (gated ? 2 * N : N) + (apart ? col : 2 * col);
+    float h[kRun], a[kRun], up[kRun], slope[kRun], dot = 0.0f;
     load_run(patch, kRun, true, h);
-    load_run(z + at, left, wide, a);
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const ActAndGrad both = act_and_grad(a[i], kind);
-      a[i] = both.value, slope[i] = both.slope;
-    }
-    if (gated) {
-      float up[kRun], through[kRun];
-      load_run(z + at + N, left, wide, up);
+    if (apart) {
+      load_run(z + at, left, wide, a);
+      if (gated) load_run(z + at + N, left, wide, up);
+    } else {
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        through[i] = weight * h[i] * a[i];
-        a[i] *= up[i], slope[i] *= up[i];
+        a[i] = i < left ? to_float(z[at + 2 * i]) : 0.0f;
+        up[i] = i < left ? to_float(z[at + 2 * i + 1]) : 0.0f;
       }
-      if (dz) store_run(dz + at + N, through, left, wide);
+    }
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const ActAndGrad both = act_and_grad(a[i], activation);
+      a[i] = both.value, slope[i] = both.slope;
+    }
+    float through[kRun];
+    if (gated) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        const ActAndGrad linear = up_and_grad(up[i], activation);
+        through[i] = weight * h[i] * a[i] * linear.slope;
+        a[i] *= linear.value, slope[i] *= linear.value;
+      }
+      if (dz && apart) store_run(dz + at + N, through, left, wide);
     }
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
@@ -158,7 +168,12 @@ struct HiddenEnd {
       slope[i] *= weight * h[i];
       a[i] *= weight;
     }
-    if (dz) store_run(dz + at, slope, left, wide);
+    if (dz && apart) store_run(dz + at, slope, left, wide);
+    if (dz && !apart) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i)
+        if (i < left) dz[at + 2 * i] = from_float<T>(slope[i]), dz[at + 2 * i + 1] = from_float<T>(through[i]);
+    }
     if (weighted) store_run(weighted + row * N + col, a, left, wide);
     return dot;
   }

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from cumo_kernels import dispatch
-from cumo_kernels.activations import ACTIVATIONS, get_activation
+from cumo_kernels.activations import get_activation
 from cumo_kernels.ops.checks import check_float
 from cumo_kernels.ops.define import define
 
@@ -47,7 +47,9 @@ def activate(x: Tensor, name: str) -> Tensor:
 
     Args:
         x: (..., I), or (..., 2I) with the gate first when the activation is gated; float.
-        name: a row of `cumo_kernels.activations.ACTIVATIONS`.
+        name: a row of `cumo_kernels.ACTIVATIONS`, with its parameters if others than their defaults are
+            wanted: "swiglu_oai(alpha=1.702,limit=7.0)"; with the word interleaved, columns of gate and up
+            alternate: "swiglu_oai(limit=7.0,interleaved)".
 
     Returns:
         (..., I), dtype of `x`.
@@ -61,4 +63,4 @@ def activate(x: Tensor, name: str) -> Tensor:
         raise ValueError("x must have at least one dimension, got a scalar")
     if activation.is_gated and x.shape[-1] % 2:
         raise ValueError(f"x must have an even last dimension for {name} (gate and up), got {tuple(x.shape)}")
-    return _activate(x, name, dispatch.choose("activate", x, with_backward=dispatch.trains(x)))
+    return _activate(x, activation.spelled, dispatch.choose("activate", x, with_backward=dispatch.trains(x)))

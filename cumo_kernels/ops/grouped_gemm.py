@@ -241,7 +241,8 @@ def grouped_gemm(
             Rows past the last offset give zeros.
         bias: (E, N).
         gather: take row p from x[gather.permutation[p] // top_k] instead of a permuted copy.
-        activation: name from `cumo_kernels.activations`, applied after the bias.
+        activation: name from `cumo_kernels.ACTIVATIONS`, with parameters as in `activate`, applied after
+            the bias.
         adapters: low-rank additions to the weight; computed in the dtype of `x`.
 
     Returns:
@@ -276,8 +277,11 @@ def grouped_gemm(
     if bias is not None:
         check_shape("bias", bias, weight.shape[0], weight.shape[1])
         check_like("bias", bias, "x", x)
-    if activation is not None and get_activation(activation).is_gated and weight.shape[1] % 2:
-        raise ValueError(f"weight must be (E, 2I, K) for {activation}, got {tuple(weight.shape)}")
+    if activation is not None:
+        row = get_activation(activation)
+        if row.is_gated and weight.shape[1] % 2:
+            raise ValueError(f"weight must be (E, 2I, K) for {activation}, got {tuple(weight.shape)}")
+        activation = row.spelled
     check_adapters("adapters", adapters, x, *weight.shape)
     if adapters:
         z = grouped_gemm(x, weight, expert_offsets, bias=bias, gather=gather)
