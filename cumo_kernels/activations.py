@@ -191,11 +191,6 @@ def _parsed(name: str, argument: str) -> Activation:
     return replace(row, name=kind if row == ACTIVATIONS[kind] else row.spelled)
 
 
-@torch.compiler.assume_constant_result
-def _lookup(name: str, argument: str) -> Activation:
-    return _parsed(name, argument)
-
-
 def get_activation(name: str, argument: str = "activation") -> Activation:
     """The row of that name, with its parameters; its own name is the same for every spelling of them.
 
@@ -210,4 +205,24 @@ def get_activation(name: str, argument: str = "activation") -> Activation:
     if not isinstance(name, str):
         _fail(argument, f"one of {sorted(ACTIVATIONS)}", name)
     row = ACTIVATIONS.get(name)
-    return row if row is not None else _lookup(name, argument)
+    return row if row is not None else _parsed(name, argument)
+
+
+@functools.lru_cache(maxsize=1024)
+def _resolved(name: str, argument: str, interleaved: bool) -> tuple[str, bool]:
+    row = get_activation(name, argument)
+    if interleaved and not row.is_gated:
+        raise ValueError(f"interleaved must be False for {name}, which is not gated, got True")
+    return replace(row, is_interleaved=interleaved or row.is_interleaved).spelled, row.is_gated
+
+
+@torch.compiler.assume_constant_result  # a graph holds strings, and cannot trace how they are read
+def resolve(name: str, argument: str = "activation", interleaved: bool = False) -> tuple[str, bool]:
+    """-> the name with all its parameters, as ops and kernels get it, and whether it is gated.
+
+    Raises:
+        ValueError: as `get_activation`, or `interleaved` with an activation that is not gated.
+    """
+    if not isinstance(name, str):  # and perhaps not hashable
+        get_activation(name, argument)
+    return _resolved(name, argument, interleaved)

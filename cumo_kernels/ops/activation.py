@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from cumo_kernels import dispatch
-from cumo_kernels.activations import get_activation
+from cumo_kernels.activations import get_activation, resolve
 from cumo_kernels.ops.checks import check_float
 from cumo_kernels.ops.define import define
 
@@ -57,10 +57,10 @@ def activate(x: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: no activation has that name, `x` is not float, or a gated width is odd.
     """
-    activation = get_activation(name, "name")
+    spelled, is_gated = resolve(name, "name")
     check_float("x", x)
     if x.ndim == 0:
         raise ValueError("x must have at least one dimension, got a scalar")
-    if activation.is_gated and x.shape[-1] % 2:
+    if is_gated and x.shape[-1] % 2:
         raise ValueError(f"x must have an even last dimension for {name} (gate and up), got {tuple(x.shape)}")
-    return _activate(x, activation.spelled, dispatch.choose("activate", x, with_backward=dispatch.trains(x)))
+    return _activate(x, spelled, dispatch.choose("activate", x, with_backward=dispatch.trains(x)))

@@ -3,7 +3,6 @@
 One node, so that a backend can fuse its steps, skip gradients that are not needed, and choose what to save.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -12,12 +11,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from cumo_kernels import dispatch
-from cumo_kernels.activations import ACTIVATIONS, Activation, get_activation
+from cumo_kernels.activations import ACTIVATIONS, get_activation, resolve
 from cumo_kernels.ops.activation import activate
 from cumo_kernels.ops.adapted import _adapted_expert_mlp
 from cumo_kernels.ops.adapters import check_adapters, drops, joined, tensors_of
 from cumo_kernels.ops.checks import (
     autocast,
+    check_bool,
     check_choice,
     check_device,
     check_float,
@@ -284,8 +284,8 @@ def expert_mlp(
     num_experts = routing.num_experts
     check_shape("x", x, routing.num_tokens, "H")
     check_device("routing", routing.permutation, "x", x)
-    row = _layer_activation(activation, interleaved)
-    activation, is_gated = row.spelled, row.is_gated
+    check_bool("interleaved", interleaved)
+    activation, is_gated = resolve(activation, interleaved=interleaved)
     check_shape("up_proj", up_proj, num_experts, "2I" if is_gated else "I", x.shape[1])
     check_shape("down_proj", down_proj, num_experts, "O", "I")
     width = up_proj.shape[1] // 2 if is_gated else up_proj.shape[1]
@@ -339,16 +339,6 @@ def expert_mlp(
         backend,
     )
     return out
-
-
-def _layer_activation(name: str, interleaved: bool) -> Activation:
-    check_choice("interleaved", interleaved, (False, True))
-    row = get_activation(name)
-    if not interleaved or row.is_interleaved:
-        return row
-    if not row.is_gated:
-        raise ValueError(f"interleaved must be False for {name}, which is not gated, got True")
-    return dataclasses.replace(row, is_interleaved=True)
 
 
 def _cast_like(x: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cumo_kernels import dispatch
-from cumo_kernels.activations import get_activation
+from cumo_kernels.activations import get_activation, resolve
 from cumo_kernels.ops.activation import _activate_backward, activate
 from cumo_kernels.ops.adapters import check_adapters, drops, joined
 from cumo_kernels.ops.checks import (
@@ -278,10 +278,9 @@ def grouped_gemm(
         check_shape("bias", bias, weight.shape[0], weight.shape[1])
         check_like("bias", bias, "x", x)
     if activation is not None:
-        row = get_activation(activation)
-        if row.is_gated and weight.shape[1] % 2:
+        activation, is_gated = resolve(activation)
+        if is_gated and weight.shape[1] % 2:
             raise ValueError(f"weight must be (E, 2I, K) for {activation}, got {tuple(weight.shape)}")
-        activation = row.spelled
     check_adapters("adapters", adapters, x, *weight.shape)
     if adapters:
         z = grouped_gemm(x, weight, expert_offsets, bias=bias, gather=gather)
