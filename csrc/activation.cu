@@ -74,7 +74,7 @@ __global__ void activate_backward_kernel(const T* grad, const T* x, int64_t rows
     const float upstream = to_float(g.item[i]);
     const ActAndGrad linear = gated ? up_and_grad(to_float(up.item[i]), activation) : ActAndGrad{1.0f, 1.0f};
     z.item[i] = from_float<T>(upstream * linear.value * a.slope);
-    up.item[i] = from_float<T>(upstream * a.value * linear.slope);
+    up.item[i] = from_float<T>(linear.slope == 0.0f ? 0.0f : upstream * a.value);
   }
   if (gated && activation.interleaved) {
     T* pairs = dx + 2 * (row * I + col);

@@ -157,7 +157,7 @@ struct HiddenEnd {
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
         const ActAndGrad linear = up_and_grad(up[i], activation);
-        through[i] = weight * h[i] * a[i] * linear.slope;
+        through[i] = linear.slope == 0.0f ? 0.0f : weight * h[i] * a[i];
         a[i] *= linear.value, slope[i] *= linear.value;
       }
       if (dz && apart) store_run(dz + at + N, through, left, wide);

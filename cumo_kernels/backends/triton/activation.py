@@ -19,10 +19,10 @@ from cumo_kernels.backends.triton.common import (
     act,
     act_and_grad,
     gate_offset,
-    gated,
+    linear,
+    linear_backward,
     narrow,
     tile_of_rows,
-    up_and_grad,
     up_offset,
     wait_for_earlier,
 )
@@ -56,7 +56,7 @@ def _activate_kernel(
     if GATED:
         x_ptrs = x_ptr + s * (2 * I) + gate_offset(i, NAME)
         out = act(tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32), NAME)
-        out = gated(out, tl.load(x_ptrs + up_offset(I, NAME), mask=mask, other=0.0).to(tl.float32), NAME)
+        out *= linear(tl.load(x_ptrs + up_offset(I, NAME), mask=mask, other=0.0).to(tl.float32), NAME)
     else:
         out = act(tl.load(x_ptr + s * I + i, mask=mask, other=0.0).to(tl.float32), NAME)
     tl.store(out_ptr + s * I + i, narrow(out, out_ptr.dtype.element_ty), mask=mask)
@@ -83,11 +83,8 @@ def _activate_backward_kernel(
         dx_ptrs = dx_ptr + s * (2 * I) + gate_offset(i, NAME)
         value, slope = act_and_grad(tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32), NAME)
         up = tl.load(x_ptrs + up_offset(I, NAME), mask=mask, other=0.0).to(tl.float32)
-        up, up_slope = up_and_grad(up, NAME)
-        tl.store(dx_ptrs, narrow(grad * up * slope, DTYPE), mask=mask)
-        through = grad * value
-        if up_slope is not None:
-            through *= up_slope
+        tl.store(dx_ptrs, narrow(grad * linear(up, NAME) * slope, DTYPE), mask=mask)
+        through = linear_backward(grad * value, up, NAME)
         tl.store(dx_ptrs + up_offset(I, NAME), narrow(through, DTYPE), mask=mask)
     else:
         x = tl.load(x_ptr + s * I + i, mask=mask, other=0.0).to(tl.float32)

@@ -134,25 +134,25 @@ def up_offset(N, NAME: tl.constexpr):
 
 
 @triton.jit
-def up_and_grad(u, NAME: tl.constexpr):
-    """-> g(u), and g'(u) times what it is applied to: the linear half of gated activation NAME; u is fp32."""
+def linear(u, NAME: tl.constexpr):
+    """g(u) of a gated activation act(gate) * g(up): u itself, or clamped; u is fp32."""
     KIND: tl.constexpr = kind_of(NAME)
     if KIND == "swiglu_clamped" or KIND == "swiglu_oai" or KIND == "clamped_swiglu":
         LIMIT: tl.constexpr = parameter(NAME, "limit")
-        slope = tl.where((u >= -LIMIT) & (u <= LIMIT), 1.0, 0.0)
         u = tl.where(u > LIMIT, LIMIT, tl.where(u < -LIMIT, -LIMIT, u))  # NaN stays NaN
         if KIND == "swiglu_oai":
             u += 1.0
-        return u, slope
-    else:
-        return u, None
+    return u
 
 
 @triton.jit
-def gated(value, u, NAME: tl.constexpr):
-    """act(gate) * g(up)."""
-    u, _ = up_and_grad(u, NAME)
-    return value * u
+def linear_backward(grad, u, NAME: tl.constexpr):
+    """grad * g'(u); like torch.clamp's, the slope is 1 at the bounds."""
+    KIND: tl.constexpr = kind_of(NAME)
+    if KIND == "swiglu_clamped" or KIND == "swiglu_oai" or KIND == "clamped_swiglu":
+        LIMIT: tl.constexpr = parameter(NAME, "limit")
+        grad = tl.where((u >= -LIMIT) & (u <= LIMIT), grad, 0.0)
+    return grad
 
 
 @triton.jit

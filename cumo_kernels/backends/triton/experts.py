@@ -25,7 +25,7 @@ from cumo_kernels.backends.triton.bias_grad import launch_bias_grad
 from cumo_kernels.backends.triton.common import (
     act,
     gate_offset,
-    gated,
+    linear,
     narrow,
     only_if,
     up_offset,
@@ -81,7 +81,7 @@ def _weigh_rows_kernel(
         value = act(value, ACTIVATION)
     if GATED:
         up = tl.load(ptrs + up_offset(N, ACTIVATION), mask=mask, other=0.0).to(tl.float32)
-        value = gated(value, up, ACTIVATION)
+        value = value * linear(up, ACTIVATION)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
     tl.store(out_ptrs, narrow(weights[:, None] * value, out_ptr.dtype.element_ty), mask=mask)
 

@@ -19,8 +19,9 @@ from cumo_kernels.backends.triton.common import (
     dot,
     gate_offset,
     input_precision,
+    linear,
+    linear_backward,
     narrow,
-    up_and_grad,
     up_offset,
     wait_for_earlier,
 )
@@ -83,13 +84,12 @@ def _finish_hidden(
         weighted_h = h * weights[:, None]
         if GATED:
             up_ptrs = z_ptr + up_offset(N, ACTIVATION) + offsets
-            up, up_slope = up_and_grad(tl.load(up_ptrs, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+            up = tl.load(up_ptrs, mask=mask, other=0.0).to(tl.float32)
             if dz_ptr is not None:
-                through = weighted_h * a
-                if up_slope is not None:
-                    through *= up_slope
+                through = linear_backward(weighted_h * a, up, ACTIVATION)
                 up_ptrs = dz_ptr + up_offset(N, ACTIVATION) + offsets
                 tl.store(up_ptrs, narrow(through, dz_ptr.dtype.element_ty), mask=mask)
+            up = linear(up, ACTIVATION)
             a = a * up
             slope = slope * up
         if dz_ptr is not None:

@@ -21,8 +21,8 @@ from cumo_kernels.backends.triton.activation import activate
 from cumo_kernels.backends.triton.common import (
     act,
     dot,
-    gated,
     input_precision,
+    linear,
     narrow,
     only_if,
     wait_for_earlier,
@@ -109,7 +109,7 @@ def _finish(
             if ACTIVATION is not None:
                 acc = act(acc, ACTIVATION)
             if GATED:
-                acc = gated(acc, acc_up, ACTIVATION)
+                acc = acc * linear(acc_up, ACTIVATION)
             out_ptrs = out_ptr + (rows * N + cols[None, :])
             tl.store(out_ptrs, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
