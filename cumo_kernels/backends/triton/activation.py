@@ -102,11 +102,14 @@ def _launch(kernel, x: Tensor, name: str, *tensors: Tensor) -> None:
     """Launch over S rows of width I; a plain activation gets one long row if rows are not 16-byte aligned."""
     width = x.shape[-1]
     rows = x.numel() // width
-    if get_activation(name).is_gated:
+    row = get_activation(name)
+    if row.is_gated:
         width //= 2
     elif width * x.element_size() % 16:  # one plan per number of tokens, but still 16 bytes at a time
         rows, width = 1, x.numel()
     block_s, block_i = tile_of_rows(width, x.element_size(), rows)
+    if row.is_interleaved and block_i > 256:  # each column has an address of its own, and they take registers
+        block_i //= 2
     launch = _plan(kernel, x.device, name, width, (block_s, block_i))
     launch(cdiv(rows, block_s) * cdiv(width, block_i), *tensors, rows)
 
