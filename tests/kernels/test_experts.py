@@ -280,3 +280,40 @@ def test_names_the_bad_argument():
         ValueError, match=r"up_proj must have the dtype of x, torch.float32, got torch.float16"
     ):
         expert_mlp(x, routing, up_proj.half(), down_proj, activation="gelu")
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4])
+@pytest.mark.parametrize("storage", ["rows", "transposed"])
+def test_interleaved_and_transposed_weights(backend, device, dtype, shape, storage):
+    """gpt-oss' storage: weights transposed, gate and up in turns; gradients in the order of the weights."""
+    activation = "swiglu_oai(alpha=1.25,limit=0.5)"
+    routing, inputs = make_case(shape, activation, True, dtype, device)
+    x, weights, up_proj, down_proj, up_bias, down_bias = inputs
+    if storage == "transposed":
+        up_proj, down_proj = up_proj.transpose(1, 2).contiguous(), down_proj.transpose(1, 2).contiguous()
+    as_rows = lambda weight: weight.transpose(1, 2) if storage == "transposed" else weight
+    apart = lambda rows: torch.cat([rows[:, ::2], rows[:, 1::2]], 1)
+    plan = (routing.permutation, routing.inverse_permutation, routing.expert_offsets)
+
+    def op(x, weights, up_proj, down_proj, up_bias, down_bias):
+        return expert_mlp(
+            x, routing_from_topk(weights, routing.topk_indices, routing.num_experts), as_rows(up_proj),
+            as_rows(down_proj), up_bias, down_bias, activation, interleaved=True,
+        )  # fmt: skip
+
+    def expected(x, weights, up_proj, down_proj, up_bias, down_bias):
+        up, down = apart(as_rows(up_proj)), as_rows(down_proj)
+        return reference.expert_mlp(
+            x, weights, *plan, up, down, apart(up_bias), down_bias, activation, "none"
+        )[0]
+
+    with use_backend(backend):
+        assert_as_accurate_as_torch(op, expected, x, weights, up_proj, down_proj, up_bias, down_bias)
+
+
+def test_interleaved_needs_a_gated_activation():
+    routing, inputs = make_case(SHAPES[1].values[0], "gelu", False, torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"interleaved must be False for gelu, which is not gated, got True"):
+        expert_mlp(inputs[0], routing, *inputs[2:], activation="gelu", interleaved=True)
+    with pytest.raises(ValueError, match=r"interleaved must be True or False, got 1"):
+        expert_mlp(inputs[0], routing, *inputs[2:], activation="gelu", interleaved=1)
