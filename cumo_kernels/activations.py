@@ -52,7 +52,7 @@ def _clamped_silu(z: Tensor, limit: float) -> Tensor:
 
 
 def _clamped_silu_backward(grad: Tensor, z: Tensor, limit: float) -> Tensor:
-    # torch.clamp's own derivative is 1 at the bounds
+    # 1 at the bound, as of torch.clamp in torch 2.11; in later releases that is 0
     return torch.ops.aten.silu_backward(torch.where(z <= limit, grad, 0), z.clamp(max=limit))
 
 

@@ -386,6 +386,15 @@ def test_a_gate_function_that_is_not_known_runs_between_two_products():
     assert integration.explain(experts) == f": {OWN_GATE}"
 
 
+def test_a_gate_of_another_module_is_not_taken_for_that_of_transformers(make):
+    _, experts = experts_of(make("gpt_oss"))[0]
+    assert integration.known_activation(experts) == GPT_OSS
+    own = lambda self, z: z[..., ::2] * z[..., 1::2]
+    own.__qualname__ = "GptOssExperts._apply_gate"  # a copy with another formula, say in code of a checkpoint
+    experts.__class__ = type("GptOssExperts", (type(experts),), {"_apply_gate": own})
+    assert integration.known_activation(experts) is None
+
+
 @pytest.mark.parametrize("limit", [None, "7", 0.0, float("nan"), float("inf")])
 def test_limits_that_cannot_be_read_leave_the_gate_to_the_class(make, limit):
     _, experts = experts_of(make("gpt_oss"))[0]

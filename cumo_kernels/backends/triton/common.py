@@ -147,7 +147,7 @@ def linear(u, NAME: tl.constexpr):
 
 @triton.jit
 def linear_backward(grad, u, NAME: tl.constexpr):
-    """grad * g'(u); like torch.clamp's, the slope is 1 at the bounds."""
+    """grad * g'(u); the slope is 1 at the bounds."""
     KIND: tl.constexpr = kind_of(NAME)
     if KIND == "swiglu_clamped" or KIND == "swiglu_oai" or KIND == "clamped_swiglu":
         LIMIT: tl.constexpr = parameter(NAME, "limit")
