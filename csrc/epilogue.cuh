@@ -133,34 +133,25 @@ struct HiddenEnd {
     const int left = N - col;
     if (left <= 0) return 0.0f;
     const float weight = topk_weights[permutation[row]];
-    const bool apart = !(gated && activation.interleaved);  // else runs of z are pairs of a gate and an up
-    const int64_t at = row * (gated ? 2 * N : N) + (apart ? col : 2 * col);
-    float h[kRun], a[kRun], up[kRun], slope[kRun], dot = 0.0f;
+    const int64_t at = row * (gated ? 2 * N : N) + col;
+    float h[kRun], a[kRun], slope[kRun], dot = 0.0f;
     load_run(patch, kRun, true, h);
-    if (apart) {
-      load_run(z + at, left, wide, a);
-      if (gated) load_run(z + at + N, left, wide, up);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        a[i] = i < left ? to_float(z[at + 2 * i]) : 0.0f;
-        up[i] = i < left ? to_float(z[at + 2 * i + 1]) : 0.0f;
-      }
-    }
+    load_run(z + at, left, wide, a);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       const ActAndGrad both = act_and_grad(a[i], activation);
       a[i] = both.value, slope[i] = both.slope;
     }
-    float through[kRun];
     if (gated) {
+      float up[kRun], through[kRun];
+      load_run(z + at + N, left, wide, up);
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
         const ActAndGrad linear = up_and_grad(up[i], activation);
         through[i] = linear.slope == 0.0f ? 0.0f : weight * h[i] * a[i];
         a[i] *= linear.value, slope[i] *= linear.value;
       }
-      if (dz && apart) store_run(dz + at + N, through, left, wide);
+      if (dz) store_run(dz + at + N, through, left, wide);
     }
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
@@ -168,12 +159,7 @@ struct HiddenEnd {
       slope[i] *= weight * h[i];
       a[i] *= weight;
     }
-    if (dz && apart) store_run(dz + at, slope, left, wide);
-    if (dz && !apart) {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i)
-        if (i < left) dz[at + 2 * i] = from_float<T>(slope[i]), dz[at + 2 * i + 1] = from_float<T>(through[i]);
-    }
+    if (dz) store_run(dz + at, slope, left, wide);
     if (weighted) store_run(weighted + row * N + col, a, left, wide);
     return dot;
   }

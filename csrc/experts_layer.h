@@ -296,13 +296,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     const Tensor tokens = t.x;
     if (copy_if_it_pays(on, dtype, t, permutation, t.p.N)) ordered_grad = t.x;
     t.p.act = act.act, t.p.gated = act.gated;
+    // the epilogue has no registers left to read every second column: halves of z side by side, and of dz back
+    const auto swapped = [](const Tensor& rows, int64_t outer, int64_t inner) {
+      return rows.reshape({rows.size(0), outer, inner}).transpose(1, 2).contiguous().view(rows.sizes());
+    };
+    const Tensor halves = act.act.interleaved ? swapped(kept_z, t.p.N, 2) : kept_z;
+    t.p.act.interleaved = false;
     const int tiles = grad_hidden_tiles(on.device, dtype, t.p);
     if (need_dz) dz = make(kept_z, kept_z.sizes());
     if (need_weighted) weighted = make(x, {S, t.p.N});
     Tensor dots = make(weights, {need_weights ? S : 0, tiles});
     if (S > 0 && t.p.N > 0)
-      grad_hidden(on.device, dtype, t.p, floats(weights), data(kept_z), out_or_null(dz), out_or_null(weighted),
+      grad_hidden(on.device, dtype, t.p, floats(weights), data(halves), out_or_null(dz), out_or_null(weighted),
                   static_cast<float*>(out_or_null(dots)));
+    if (act.act.interleaved && dz.numel()) dz = swapped(dz, 2, t.p.N);
     if (need_weights) {
       dweights = make(weights, weights.sizes());
       const Tensor bias = down_bias ? down_bias->contiguous() : Tensor();
