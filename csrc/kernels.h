@@ -12,7 +12,13 @@
 namespace cumo {
 
 enum class Dtype { fp32, fp16, bf16 };
-enum class Act { none, quick_gelu, gelu, gelu_tanh, relu, silu };
+enum class ActKind { none, quick_gelu, gelu, gelu_tanh, relu, relu2, silu, swiglu_clamped, swiglu_oai, clamped_swiglu };
+// A row of cumo_kernels/activations.py. A gated one's up half is clamped to +-limit if the limit is not 0.
+struct Act {
+  ActKind kind = ActKind::none;
+  float alpha = 0.0f, limit = 0.0f;
+  bool interleaved = false;  // gate and up alternate: [g0, u0, g1, u1, ...]
+};
 
 // The target of a launch and its properties.
 struct Device {

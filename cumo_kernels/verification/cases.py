@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cumo_kernels import ops
-from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.activations import ACTIVATIONS, get_activation
 from cumo_kernels.backends import reference
 from cumo_kernels.tiles.problems import DTYPES
 from cumo_kernels.types import Routing
@@ -179,7 +179,7 @@ def build(case: Case, device: str = "cpu") -> Call:
     dtype = DTYPES[case.dtype]
     draw = lambda *size: torch.randn(*size, generator=generator).to(device, dtype)
     T, H, I, O, E, K = case.T, case.H, case.I, case.O, case.E, case.K
-    width = I * (1 + ACTIVATIONS[case.activation].is_gated)
+    width = I * (1 + get_activation(case.activation).is_gated)
     place = lambda x: laid_out(x, case.layout)
 
     if case.op == "activate":

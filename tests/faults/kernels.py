@@ -118,16 +118,16 @@ FAULTS = (
           "            acc = (acc + weight[:, None] * row).to(out_ptr.dtype.element_ty).to(tl.float32)\n",
           "permutation", "combine"),
     Fault("tanh for erf", TRITON + "common.py",
-          'if NAME == "quick_gelu":', 'if NAME == "gelu":\n'
+          'if KIND == "quick_gelu":', 'if KIND == "gelu":\n'
           "        s, ds = sigmoid_and_grad(SQRT_8_OVER_PI * (z + GELU_CUBIC * z * z * z))\n"
           "        return z * s, s + z * ds * SQRT_8_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * z * z)\n"
-          '    elif NAME == "quick_gelu":', "activation", "gelu"),
+          '    elif KIND == "quick_gelu":', "activation", "gelu"),
     Fault("quick_gelu with 1.7", TRITON + "common.py",
           "QUICK_GELU_ALPHA: tl.constexpr = tl.constexpr(1.702)",
           "QUICK_GELU_ALPHA: tl.constexpr = tl.constexpr(1.7)", "activation", "quick"),
     Fault("gate and up exchanged in backward", TRITON + "activation.py",
-          "tl.store(dx_ptrs + I, narrow(grad * value, DTYPE), mask=mask)",
-          "tl.store(dx_ptrs + I, narrow(grad * slope, DTYPE), mask=mask)", "activation", "glu"),
+          "through = linear_backward(grad * value, up, NAME)",
+          "through = linear_backward(grad * slope, up, NAME)", "activation", "glu"),
     # grouped GEMM in Triton
     Fault("row tile found one too far", TRITON + "tiles.py",
           "return expert, end, begin + tile_m * BLOCK_M, tile_n, split",
