@@ -27,6 +27,8 @@ from cumo_kernels.verification import proofs
 OPS = {  # op -> stem: the module of that name in every backend folder implements the op
     "route": "routing",
     "route_backward": "routing",
+    "scored_route": "routing",
+    "scored_route_backward": "routing",
     "sort_by_expert": "routing",
     "permute": "permutation",
     "combine": "permutation",
@@ -44,10 +46,11 @@ OPS = {  # op -> stem: the module of that name in every backend folder implement
 # ops whose module in a backend folder is not that of their stem
 MODULES = dict.fromkeys(
     ("packed_grouped_gemm", "adapted_expert_mlp", "adapted_expert_mlp_backward"), "adapted"
-)
+) | dict.fromkeys(("scored_route", "scored_route_backward"), "scores")
 
 FORWARD = {  # backward runs on the backend that ran forward
     "route_backward": "route",
+    "scored_route_backward": "scored_route",
     "combine_backward": "combine",
     "grouped_gemm_weight_grad": "grouped_gemm",
     "activate_backward": "activate",
@@ -108,7 +111,7 @@ def _refuse_cuda(op: str, device: Device, dtype: torch.dtype, num_experts: int =
     if dtype not in _FLOATS:
         return f"it computes in fp32, fp16 and bf16, got {dtype}"
     if op in MODULES:
-        return "it has no kernels for packed weights or adapters"
+        return "it has no kernels for packed weights, adapters, or routers other than a plain softmax"
     if OPS[op] == "routing" and num_experts > CUDA_EXPERTS:
         return f"it routes to at most {CUDA_EXPERTS} experts, got {num_experts}"
     return _cuda_unfit(device)

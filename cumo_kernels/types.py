@@ -13,6 +13,7 @@ R  rank                inner width of a low-rank addition to a weight (LoRA)
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -83,6 +84,34 @@ class Adapter:
     b: Tensor  # (E, N, R), float
     scaling: float = 1.0
     dropout: float = 0.0  # share of the elements of x that are set to 0 for this addition, in training only
+
+
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
+GROUP_SCORES = ("max", "top2")
+TINY = 1e-20  # keeps sums of scores that may all be zero from dividing by zero
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a router turns logits into scores, chooses by them and weighs; the defaults are a plain softmax.
+
+    Ops take it as a string, since a custom op has no other argument for it.
+    """
+
+    score: str = "softmax"
+    expert_groups: int = 1  # runs of consecutive experts of the same number
+    top_groups: int = 1  # of these, so many may be chosen from
+    group_score: str = "max"  # of a group's experts; "top2": the sum of the two largest
+    scale: float = 1.0  # of the weights, after they were divided by their sum
+
+    def __str__(self) -> str:
+        return f"{self.score} {self.expert_groups} {self.top_groups} {self.group_score} {self.scale!r}"
+
+    @staticmethod
+    @cache
+    def parse(text: str) -> "Scoring":
+        score, groups, top_groups, group_score, scale = text.split()
+        return Scoring(score, int(groups), int(top_groups), group_score, float(scale))
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

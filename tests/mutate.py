@@ -38,6 +38,7 @@ from tests.faults.packing_kernels import FAULTS as PACKING_KERNELS
 from tests.faults.packing_lora import FAULTS as LORA
 from tests.faults.packing_lora import FAULTS_OF_CUMO as LORA_OF_CUMO
 from tests.faults.packing_model import FAULTS as PACKING_MODEL
+from tests.faults.routers import FAULTS as ROUTERS
 from tests.faults.serving import FAULTS as SERVING
 from tests.faults.serving_answer import FAULTS as SERVING_ANSWER
 from tests.faults.serving_vllm import FAULTS as SERVING_VLLM
@@ -49,7 +50,7 @@ ALL_MODEL = MODEL + PACKING_MODEL + LORA_OF_CUMO
 ALL_SERVING = SERVING + SERVING_ANSWER + SERVING_VLLM + SERVING_WEB
 ALL_EVALUATION = EVALUATION + EVALUATION_CHOICE + EVALUATION_LMMS + EVALUATION_VQA
 FAULTS = {
-    "cumo_kernels": KERNELS + ACTIVATIONS + PACKING + PACKING_KERNELS + LORA,
+    "cumo_kernels": KERNELS + ACTIVATIONS + ROUTERS + PACKING + PACKING_KERNELS + LORA,
     "cumo_model": ALL_MODEL + DATA + CHECKPOINTS + TRAINING + ALL_SERVING + ALL_EVALUATION + DEMO,
 }
 TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from cumo_kernels import dispatch
 from cumo_kernels.hostsync import values_at_hand
+from cumo_kernels.ops.capacity import DROPS, within
 from cumo_kernels.ops.checks import (
     autocast,
     check_bool,
@@ -19,13 +20,17 @@ from cumo_kernels.ops.checks import (
     check_int32,
     check_offsets,
     check_optional,
+    check_routing,
     check_shape,
     check_top_k,
 )
 from cumo_kernels.ops.define import define
 from cumo_kernels.ops.forward_mode import refuse_forward_mode
-from cumo_kernels.types import RouterStats, Routing, accumulate_dtype
+from cumo_kernels.ops.noise import check_seed, check_share, jittered
+from cumo_kernels.ops.scores import check_scoring, check_selection_bias, scored_route
+from cumo_kernels.types import RouterStats, Routing, Scoring, accumulate_dtype
 
+_PLAIN = ("softmax", 1, None, "max", 1)  # score, expert_groups, top_groups, group_score, scale
 COMPAT = (None, "cumo", "cumo_llm")
 
 
@@ -175,6 +180,16 @@ def route(
     groups: int | Tensor = 1,
     renormalize: bool = True,
     compat: str | None = None,
+    score: str = "softmax",
+    selection_bias: Tensor | None = None,
+    expert_groups: int = 1,
+    top_groups: int | None = None,
+    group_score: str = "max",
+    scale: float = 1,  # an int: a compiler takes a float for a variable
+    capacity: int | None = None,
+    drop: str = "position",
+    jitter: float = 0,
+    seed: int | Tensor | None = None,
 ) -> Routing:
     """Softmax, top-k, renormalised weights, loss statistics, and the stable sort of slots by expert.
 
@@ -194,6 +209,24 @@ def route(
         compat: None computes in fp32; "cumo" repeats the original's rounding in CLIP and connector,
             "cumo_llm" that in Mixtral. Both choose and round with torch's own operators under every backend;
             the backend then sorts and computes the gradients.
+        score: "softmax", "sigmoid" (DeepSeek-V3, arXiv 2412.19437 section 2.1.2) or "sqrtsoftplus", the root
+            of softplus(logits). The last two are divided by their sum + 1e-20 for `mean_probs`, and for the
+            weights if `renormalize`.
+        selection_bias: (E,) float, finite: experts are chosen by score + bias, and weighed by the score alone
+            (balancing without a loss, arXiv 2408.15664). It gets no gradient. Scores and bias are added in
+            fp32, so that a backend may choose another expert where two sums differ by a rounding.
+        expert_groups: runs of E / expert_groups consecutive experts (devices of DeepSeek-V2 and V3); not the
+            sets of tokens `groups`.
+        top_groups: groups from which a token's experts are chosen, by their score + bias; ties to the lowest
+            group. None: all of them.
+        group_score: of a group's score + bias: "max", or "top2" for the sum of the two largest.
+        scale: a factor of the weights, after `renormalize`.
+        capacity: slots that an expert keeps, and `drop` which go first, as in `with_capacity`.
+        drop: "position" or "weight".
+        jitter: in training, each element of `x` is multiplied by a number in (1 - jitter, 1 + jitter) before
+            the gate (Switch Transformers, arXiv 2101.03961).
+        seed: of the jitter, an int or a () int64 tensor; the noise depends on it, the token's row and the
+            column only.
 
     Returns:
         Routing with `stats`. Weights and statistics are fp32 (fp64 for fp64 logits).
@@ -207,6 +240,12 @@ def route(
     check_bool("renormalize", renormalize)
     check_choice("compat", compat, COMPAT)
     trains = dispatch.trains(x, gate_weight)
+    if jitter != 0:
+        check_share("jitter", jitter)
+        if gate_weight is None:
+            raise ValueError(f"jitter must be 0 without a gate_weight, whose input it changes, got {jitter}")
+        check_shape("x", x, "T", "H")
+        x = jittered(x, jitter, check_seed(seed))
     if gate_weight is None:
         check_shape("x", x, "T", "E")
         num_experts = x.shape[1]
@@ -222,10 +261,22 @@ def route(
             x, gate_weight = x.to(wide) @ gate_weight.to(wide).T, None
     top_k = check_top_k(top_k, num_experts)
     group_offsets, num_groups = _check_groups(groups, x.shape[0], x)
-    backend = dispatch.choose("route", x, num_experts, trains)
-    weights, indices, mean_probs, top1_density, z = _route(
-        x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat, backend
-    )
+    check_optional("selection_bias", selection_bias)
+    how = (score, expert_groups, top_groups, group_score, scale)
+    is_plain = how == _PLAIN  # then nothing is checked, which would make guards of a graph
+    scoring = None if is_plain and selection_bias is None else check_scoring(num_experts, top_k, *how)
+    if scoring is None or (selection_bias is None and scoring == Scoring()):
+        backend = dispatch.choose("route", x, num_experts, trains)
+        found = _route(x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat, backend)
+    else:
+        if compat is not None:
+            raise ValueError(f"compat must be None unless a plain softmax chooses and weighs, got {compat!r}")
+        bias = None if selection_bias is None else check_selection_bias(selection_bias, num_experts, x)
+        backend = dispatch.choose("scored_route", x, num_experts, trains)
+        found = scored_route(
+            x, gate_weight, bias, group_offsets, num_groups, top_k, renormalize, str(scoring), backend
+        )
+    weights, indices, mean_probs, top1_density, z = found
     if values_at_hand(weights) and not weights.isfinite().all():
         token = int((~weights.detach().isfinite()).any(1).nonzero()[0])
         logits = x[token] if gate_weight is None else x[token] @ gate_weight.T
@@ -233,7 +284,33 @@ def route(
             f"router logits must have a finite maximum in every row, got {logits.tolist()} for token {token}"
         )
     stats = RouterStats(mean_probs, top1_density, z)
-    return Routing(weights, indices, *_sort_by_expert(indices, num_experts, backend), stats)
+    routing = Routing(weights, indices, *_sort_by_expert(indices, num_experts, backend), stats)
+    return routing if capacity is None else with_capacity(routing, capacity, drop)
+
+
+def with_capacity(routing: Routing, capacity: int, drop: str = "position") -> Routing:
+    """`routing` in which every expert keeps at most `capacity` slots; the others are dropped.
+
+    A dropped slot has expert index E and weight 0, and gives no gradient. The weights of the other slots of
+    its token stay as they are. The statistics stay those before the drop.
+
+    Args:
+        routing: a plan of `route` or `routing_from_topk`; slots may already be dropped.
+        capacity: slots that an expert keeps.
+        drop: which go first: "position", the last in order of tokens, or "weight", those of the smallest
+            weight, and of equal ones the last.
+
+    Raises:
+        ValueError: an argument is wrong.
+    """
+    check_routing("routing", routing)
+    capacity = check_count("capacity", capacity)
+    check_choice("drop", drop, DROPS)
+    kept = within(routing, capacity, drop)
+    indices = torch.where(kept, routing.topk_indices, routing.num_experts)
+    weights = torch.where(kept, routing.topk_weights, 0.0)
+    backend = dispatch.choose("sort_by_expert", weights, routing.num_experts)
+    return Routing(weights, indices, *_sort_by_expert(indices, routing.num_experts, backend), routing.stats)
 
 
 def routing_from_topk(topk_weights: Tensor, topk_indices: Tensor, num_experts: int) -> Routing:

@@ -287,7 +287,7 @@ def calls(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[str
     if shape in packed_layers.SHAPES:
         yield from packed_layers.calls(shape, num_tokens, dtype)
         return
-    from cumo_kernels.backends.triton import activation, experts, grouped_gemm, permutation, routing
+    from cumo_kernels.backends.triton import activation, experts, grouped_gemm, permutation, routing, scores
 
     H, I, O, E, K, gated, _ = SHAPES[shape]
     T, S, W, name = num_tokens, num_tokens * K, I * (1 + gated), ACTIVATION[shape]
@@ -311,6 +311,12 @@ def calls(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[str
     yield (
         "route backward, logits",
         lambda: routing.route_backward(*grads, logits, None, indices, None, True, True, False),
+    )
+    how = (wide(E), None, 1, K, True, f"sigmoid 2 {1 if 2 * K <= E else 2} top2 2.5")
+    yield "route by scores", lambda: scores.scored_route(logits, None, *how)
+    yield (
+        "route by scores, backward",
+        lambda: scores.scored_route_backward(*grads, logits, None, indices, None, True, True, False, how[-1]),
     )
     yield "sort", lambda: routing.sort_by_expert(indices, E)
     yield "permute", lambda: permutation.permute(x, perm, inverse, K)

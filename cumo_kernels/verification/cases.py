@@ -15,11 +15,11 @@ from cumo_kernels.activations import ACTIVATIONS, get_activation
 from cumo_kernels.backends import reference
 from cumo_kernels.tiles.problems import DTYPES
 from cumo_kernels.types import Routing
-from cumo_kernels.verification import packed_cases
+from cumo_kernels.verification import packed_cases, scored_cases
 from cumo_kernels.verification.accuracy import PATTERNS, make_routing
 
 LAYOUTS = ("contiguous", "transposed", "strided", "shifted")
-PLAIN = ("expert_mlp", "route", "grouped_gemm", "permute", "combine", "activate")
+PLAIN = ("expert_mlp", "route", scored_cases.OP, "grouped_gemm", "permute", "combine", "activate")
 OPS = (*PLAIN, *packed_cases.OPS)
 
 
@@ -32,6 +32,7 @@ class Case:
     The logits of an `exact` gated route are exact in every dtype and order of summation. `ragged` groups have
     any length, and some tokens may be in no group. `weights` and `rank` are those of the ops with packed
     weights and adapters; rank 0 is no adapter. There H and I are rounded up to whole blocks.
+    scored_route is route with the scores of `router`.
     """
 
     op: str
@@ -52,6 +53,7 @@ class Case:
     layout: str = "contiguous"  # memory layout of the input rows
     weights: str = "nf4"
     rank: int = 0
+    router: str = "sigmoid-groups"
     dtype: str = "fp32"
     seed: int = 0
 
@@ -74,6 +76,7 @@ class Case:
             ("layout", LAYOUTS),
             ("dtype", DTYPES),
             ("weights", packed_cases.WEIGHTS),
+            ("router", scored_cases.ROUTERS),
         ):
             if getattr(self, name) not in known:
                 return f"{name} must be one of {list(known)}, got {getattr(self, name)!r}"
@@ -187,7 +190,7 @@ def build(case: Case, device: str = "cpu") -> Call:
         return Call(
             lambda x: ops.activate(place(x), name), lambda x: reference.activate(x, name), (draw(T, width),)
         )
-    if case.op == "route":
+    if case.op in ROUTES:
         return _build_route(case, device, draw, generator)
 
     routing = _routing(case, device)
@@ -278,6 +281,12 @@ def _build_route(case: Case, device: str, draw: Callable[..., Tensor], generator
         groups = offsets = ends.sort().values.to(device)
     args = (offsets, case.groups, case.K, True)
     place = lambda x: laid_out(x, case.layout)
+    if case.op == scored_cases.OP:
+        gated, logits_of = (), (lambda x: x)
+        if case.gated:
+            gated = tuple(t.to(device, DTYPES[case.dtype]) for t in _exact_inputs(case, generator))
+            logits_of = _exact_logits
+        return Call(*scored_cases.parts(case, draw(case.T, case.E), gated, logits_of, place, groups, offsets))
 
     def found(x: Tensor, *gate: Tensor) -> Routing:
         return ops.route(place(x), case.K, *gate, groups=groups)
@@ -304,6 +313,7 @@ def _build_route(case: Case, device: str, draw: Callable[..., Tensor], generator
     )
 
 
+ROUTES = ("route", scored_cases.OP)
 MATMULS = ("expert_mlp", "grouped_gemm", *packed_cases.OPS)
 LAYERS = ("expert_mlp", "adapted_expert_mlp")
 ACTIVATED = (*MATMULS, "activate")
@@ -322,7 +332,7 @@ FAMILIES: dict[str, dict] = {
     "dropped-slots": {"T": 41, "pattern": "dropped"},
     "swiglu-no-bias": {"activation": "swiglu", "bias": False, "memory": "x"},
     "gelu-all": {"T": 57, "activation": "gelu", "memory": "all"},
-    "ragged-groups": {"ops": ("route",), "T": 57, "groups": 3, "ragged": True},
+    "ragged-groups": {"ops": ROUTES, "T": 57, "groups": 3, "ragged": True},
     "geglu-gathered": {"T": 57, "activation": "geglu", "gated": True, "groups": 3},
     "transposed": {"layout": "transposed"},
     "strided": {"layout": "strided"},
@@ -333,7 +343,7 @@ FAMILIES: dict[str, dict] = {
     "gelu-tanh": {"ops": ACTIVATED, "activation": "gelu_tanh"},
     "geglu-tanh": {"ops": ACTIVATED, "activation": "geglu_tanh"},
 }
-ROUTER = {"ops": ("route",), "gated": True, "exact": True, "T": 300, "H": 1024}
+ROUTER = {"ops": ROUTES, "gated": True, "exact": True, "T": 300, "H": 1024}
 SORTED = {"T": 2308, "H": 512, "I": 640, "O": 384}  # both backends copy rows into expert order
 DECODE = {"ops": LAYERS, "E": 8, "activation": "swiglu", "bias": False}
 ALIGNED: dict[str, dict] = {  # small sizes that TMA and wgmma accept
@@ -362,7 +372,7 @@ GPU_FAMILIES: dict[str, dict] = ALIGNED | {
     "sorted-dropped-swiglu": SORTED | {
         "ops": MATMULS, "T": 2400, "E": 8, "activation": "swiglu", "memory": "x", "pattern": "dropped",
     },
-    "256-experts": {"ops": ("route", "permute", "combine", *MATMULS), "T": 96, "E": 256, "K": 8},
+    "256-experts": {"ops": (*ROUTES, "permute", "combine", *MATMULS), "T": 96, "E": 256, "K": 8},
     "memory-x": SORTED | {"ops": LAYERS, "T": 600, "memory": "x"},
     "memory-all": SORTED | {"ops": LAYERS, "T": 600, "memory": "all"},
     "gated-router": ROUTER,
@@ -410,7 +420,8 @@ def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[s
             for op in names:
                 if op not in ops_of_family:
                     continue
-                turn = packed_cases.in_turn(op, family, [*DTYPES].index(dtype))
+                number = [*DTYPES].index(dtype)
+                turn = packed_cases.in_turn(op, family, number) | scored_cases.in_turn(op, family, number)
                 case = Case(op, **turn | values, dtype=dtype)
                 if dtype != "fp32":  # rounded logits have ties that fp64 logits do not: no reference
                     case = replace(case, exact=True)
@@ -445,6 +456,7 @@ USES = {
     ),
 }  # fmt: skip
 USES |= {
+    scored_cases.OP: (*USES["route"], "router"),
     "packed_grouped_gemm": (*USES["grouped_gemm"], "weights"),
     "adapted_expert_mlp": (*USES["expert_mlp"], "weights", "rank"),
 }
@@ -456,6 +468,8 @@ def used(case: Case) -> Case:
     if case.op in packed_cases.OPS:
         if case.weights == "plain" and (case.op == "packed_grouped_gemm" or not case.rank):
             case = replace(case, weights="nf4")
-    if case.op == "route" and not case.gated:
+    if case.op == scored_cases.OP:  # rounding of logits would decide the choice
+        case = replace(case, exact=True)
+    if case.op in ROUTES and not case.gated:
         keep = tuple(name for name in keep if name not in ("H", "exact"))
     return replace(case, **{f.name: f.default for f in fields(case) if f.name not in keep})

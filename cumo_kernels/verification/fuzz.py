@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 
-from cumo_kernels.verification import cases, packed_cases
+from cumo_kernels.verification import cases, packed_cases, scored_cases
 from cumo_kernels.verification.cases import Case
 
 
@@ -39,6 +39,7 @@ def draw(
         layout=choice(cases.LAYOUTS),
         weights=choice(packed_cases.WEIGHTS),
         rank=choice((0, 1, 16, rand(1, 64))),
+        router=choice(sorted(scored_cases.ROUTERS)),
         dtype=dtype,
         seed=rand(0, 999_999),
     )

@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATH = Path(__file__).with_name("verified.json")
 COVERS = {  # op of a case -> the calls in dispatch.OPS that it makes
     "route": ("route", "route_backward", "sort_by_expert"),
+    "scored_route": ("scored_route", "scored_route_backward"),
     "permute": ("permute", "sort_by_expert"),
     "combine": ("combine", "combine_backward"),
     "grouped_gemm": ("grouped_gemm", "grouped_gemm_weight_grad"),
@@ -48,7 +49,9 @@ COVERS = {  # op of a case -> the calls in dispatch.OPS that it makes
     "packed_grouped_gemm": ("packed_grouped_gemm",),
     "adapted_expert_mlp": ("adapted_expert_mlp", "adapted_expert_mlp_backward"),
 }
-LACKS = {"cuda": ("packed_grouped_gemm", "adapted_expert_mlp")}  # backend -> ops of cases that it refuses
+LACKS = {
+    "cuda": ("packed_grouped_gemm", "adapted_expert_mlp", "scored_route")
+}  # backend -> ops of cases that it refuses
 SOURCES = {  # backend -> the files that decide what it computes
     "triton": (
         "cumo_kernels/backends/triton/*.py",

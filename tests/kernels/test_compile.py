@@ -26,8 +26,10 @@ from cumo_kernels.ops.experts import _expert_mlp, _expert_mlp_backward
 from cumo_kernels.ops.grouped_gemm import _grouped_gemm, _grouped_gemm_weight_grad
 from cumo_kernels.ops.permutation import _combine, _permute
 from cumo_kernels.ops.routing import _route, _sort_by_expert
+from cumo_kernels.ops.scores import scored_route
 from cumo_kernels.testing import make_routing
 from cumo_kernels.tiles import hardware, measured
+from cumo_kernels.types import Scoring
 from tests.rounding import assert_same_formula
 
 T, H, I, O, E, K = 12, 6, 8, 5, 4, 2
@@ -42,6 +44,9 @@ def make_op_calls():
     ref = "reference"
     yield "route", _route, (leaf(T, E), None, None, 3, K, True, None, ref)
     yield "route-gate", _route, (leaf(T, H), leaf(E, H), groups, 2, K, True, None, ref)
+    scored = (torch.rand(E), groups, 2, K, True, str(Scoring("sigmoid", 2, 1, "top2", 2.5)), ref)
+    yield "scored-route", scored_route, (leaf(T, E), None, *scored)
+    yield "scored-route-gate", scored_route, (leaf(T, H), leaf(E, H), *scored)
     yield "sort", _sort_by_expert, (plan.topk_indices, E, ref)
     yield "permute", _permute, (leaf(T, H), perm, inverse, K, ref)
     yield "combine", _combine, (leaf(T * K, H), weights, perm, inverse, K, ref)

@@ -391,7 +391,7 @@ def test_progress_is_one_line_in_a_terminal_and_rare_lines_elsewhere(is_terminal
 
 
 @pytest.mark.parametrize("pattern", ["uniform", "one_expert", "dropped"])
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("route", "activate")])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in (*cases.ROUTES, "activate")])
 def test_another_routing_takes_the_place_of_the_first(op, pattern):
     call = cases.build(Case(op, T=12, pattern=pattern))
     with torch.no_grad():

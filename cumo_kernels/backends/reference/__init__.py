@@ -14,6 +14,7 @@ from cumo_kernels.backends.reference.experts import expert_mlp, expert_mlp_backw
 from cumo_kernels.backends.reference.grouped_gemm import grouped_gemm, grouped_gemm_weight_grad
 from cumo_kernels.backends.reference.permutation import combine, combine_backward, permute
 from cumo_kernels.backends.reference.routing import route, route_backward, sort_by_expert
+from cumo_kernels.backends.reference.scores import scored_route, scored_route_backward
 
 __all__ = [
     "activate",
@@ -30,5 +31,7 @@ __all__ = [
     "permute",
     "route",
     "route_backward",
+    "scored_route",
+    "scored_route_backward",
     "sort_by_expert",
 ]

@@ -3,7 +3,10 @@
 import triton
 import triton.language as tl
 
-from cumo_kernels.backends.triton.common import dot, narrow
+from cumo_kernels.backends.triton.common import dot, narrow, precise_exp
+from cumo_kernels.types import Scoring
+
+TINY: tl.constexpr = tl.constexpr(1e-20)  # TINY of cumo_kernels/types.py
 
 
 @triton.jit
@@ -80,3 +83,88 @@ def rank_keys(values):
     bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
     keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(values != values, 0x7FFFFFFF, keys)
+
+
+@triton.jit
+def log1p_of_unit(e):
+    """log(1 + e) for e in [0, 1], relative error of a few roundings: 2 atanh(e / (2 + e)), t <= 1/3."""
+    t = e / (2.0 + e)
+    u = t * t
+    series = u * (1.0 / 17) + 1.0 / 15
+    series = series * u + 1.0 / 13
+    series = series * u + 1.0 / 11
+    series = series * u + 1.0 / 9
+    series = series * u + 1.0 / 7
+    series = series * u + 1.0 / 5
+    series = series * u + 1.0 / 3
+    return 2.0 * (t + t * u * series)
+
+
+@triton.jit
+def score_and_slope(logits, SCORE: tl.constexpr):
+    """-> s(logits), s'(logits) of an elementwise score; both 0 at -inf, NaN at NaN."""
+    e = precise_exp(-tl.abs(logits))
+    inverse = 1.0 / (1.0 + e)
+    sigmoid = tl.where(logits >= 0.0, 1.0, e) * inverse
+    if SCORE == "sigmoid":
+        return sigmoid, e * inverse * inverse
+    else:
+        tl.static_assert(SCORE == "sqrtsoftplus", "unknown score")
+        # not max(logits, 0), which would turn NaN into 0
+        root = tl.sqrt_rn(tl.where(logits < 0.0, 0.0, logits) + log1p_of_unit(e))
+        return root, tl.where(root == 0.0, 0.0, sigmoid / (2.0 * root))
+
+
+def groups_of(scoring: Scoring) -> dict[str, int | bool]:
+    """Arguments of `choice_keys`."""
+    return {
+        "EXPERT_GROUPS": scoring.expert_groups,
+        "TOP_GROUPS": scoring.top_groups,
+        "PADDED_GROUPS": triton.next_power_of_2(scoring.expert_groups),
+        "BY_TWO": scoring.group_score == "top2",
+    }
+
+
+@triton.jit
+def choice_keys(
+    scores,  # (BLOCK_T, BLOCK_E) fp32
+    bias_ptr,  # (E,) fp32
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EXPERT_GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+    BY_TWO: tl.constexpr,
+):
+    """int32 keys of score + bias; the lowest for experts outside of the best groups and right of E."""
+    LOWEST: tl.constexpr = -0x80000000
+    experts = tl.arange(0, BLOCK_E)
+    ranks = scores
+    if HAS_BIAS:
+        ranks = scores + tl.load(bias_ptr + experts, mask=experts < E, other=0.0)[None, :]
+    keys = tl.where((experts < E)[None, :], rank_keys(ranks), LOWEST)
+    if EXPERT_GROUPS > 1:
+        of_group = experts // (E // EXPERT_GROUPS)
+        groups = tl.arange(0, PADDED_GROUPS)
+        group_keys = tl.full((BLOCK_T, PADDED_GROUPS), LOWEST, tl.int32)
+        for g in range(EXPERT_GROUPS):
+            own = tl.where((of_group == g)[None, :], keys, LOWEST)
+            best = tl.max(own, 1)
+            if BY_TWO:
+                first = tl.min(tl.where(own == best[:, None], experts[None, :], BLOCK_E), 1)
+                rest = tl.where(experts[None, :] == first[:, None], LOWEST, own)
+                second = tl.max(rest, 1)
+                other = tl.min(tl.where(rest == second[:, None], experts[None, :], BLOCK_E), 1)
+                two = (experts[None, :] == first[:, None]) | (experts[None, :] == other[:, None])
+                best = rank_keys(tl.sum(tl.where(two, ranks, 0.0), 1))
+            group_keys = tl.where((groups == g)[None, :], best[:, None], group_keys)
+        allowed = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.int32)
+        for _ in range(TOP_GROUPS):
+            best = tl.max(group_keys, 1)
+            choice = tl.min(tl.where(group_keys == best[:, None], groups[None, :], PADDED_GROUPS), 1)
+            group_keys = tl.where(groups[None, :] == choice[:, None], LOWEST, group_keys)
+            allowed = tl.where(of_group[None, :] == choice[:, None], 1, allowed)
+        keys = tl.where(allowed != 0, keys, LOWEST)
+    return keys

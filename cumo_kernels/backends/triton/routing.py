@@ -5,6 +5,8 @@
     w = p[idx] / sum(p[idx])     (or p[idx] when not renormalised)
     mean_probs[g], top1_density[g], mean_squared_logsumexp[g]: means over the tokens of group g
 
+With another Scoring or a selection bias, scores replace p as in the reference's scores.py.
+
 _route_kernel: grid (cdiv(T, BLOCK_T)). A program writes one row of sums for each group that its tokens belong
 to. Rows of a group are adjacent, and the last program to finish a group adds them in row order. Memory bound:
 reads x once, T * H elements (T * E without a gate).
@@ -37,18 +39,24 @@ from cumo_kernels.backends.triton.launch import (
     whole_rows,
 )
 from cumo_kernels.backends.triton.logits import (
+    TINY,
+    choice_keys,
     count_below,
     group_bounds,
+    groups_of,
     load_logits,
     rank_keys,
+    score_and_slope,
 )
 from cumo_kernels.backends.triton.sorting import sort_by_expert
 from cumo_kernels.backends.triton.tiles import sum_rows
 from cumo_kernels.tiles import tuning
 from cumo_kernels.tiles.hardware import KIB, Gpu, gpu_of
+from cumo_kernels.types import Scoring
 
-__all__ = ["route", "route_backward", "sort_by_expert"]
+__all__ = ["route", "route_backward", "route_by", "route_by_backward", "sort_by_expert"]
 
+PLAIN = Scoring()
 STAGES = 4  # tiles of x and of the gate in flight at a time
 FUSED_GATE_EXPERTS = 32  # above this, the gate has enough arithmetic for a separate GEMM in backward
 
@@ -57,6 +65,7 @@ FUSED_GATE_EXPERTS = 32  # above this, the gate has enough arithmetic for a sepa
 def _route_kernel(
     x_ptr,  # (T, E), or (T, H) with a gate
     gate_ptr,  # (E, H)
+    bias_ptr,  # (E,) fp32
     group_offsets_ptr,  # (G + 1,) int32
     weights_ptr,  # (T, K) fp32
     indices_ptr,  # (T, K) int32
@@ -82,6 +91,13 @@ def _route_kernel(
     HAS_GATE: tl.constexpr,
     RAGGED: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    SCORE: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EXPERT_GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+    BY_TWO: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     wait_for_earlier()
@@ -104,20 +120,34 @@ def _route_kernel(
     lse = tl.log(total) + top
     squared = lse * lse
 
-    keys = rank_keys(logits)
+    scores = probs
+    if SCORE != "softmax":
+        scores, _ = score_and_slope(logits, SCORE)
+        total = tl.sum(scores, 1) + TINY
+        probs = tl.div_rn(scores, tl.broadcast_to(total[:, None], (BLOCK_T, BLOCK_E)))
+    if HAS_BIAS or EXPERT_GROUPS > 1:
+        keys = choice_keys(
+            scores, bias_ptr, E, BLOCK_T, BLOCK_E, HAS_BIAS, EXPERT_GROUPS, TOP_GROUPS, PADDED_GROUPS, BY_TWO
+        )
+    else:
+        keys = rank_keys(logits)
     values = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
     indices = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.int32)
     for k in range(K):
         best = tl.max(keys, 1)
         choice = tl.min(tl.where(keys == best[:, None], experts[None, :], BLOCK_E), 1)
         chosen = experts[None, :] == choice[:, None]
-        value = tl.sum(tl.where(chosen, probs, 0.0), 1)
+        value = tl.sum(tl.where(chosen, scores, 0.0), 1)
         values = tl.where((choices == k)[None, :], value[:, None], values)
         indices = tl.where((choices == k)[None, :], choice[:, None], indices)
         keys = tl.where(chosen, -0x80000000, keys)
     if RENORMALIZE:
         kept = tl.sum(values, 1)
+        if SCORE != "softmax":
+            kept += TINY
         values = tl.div_rn(values, tl.broadcast_to(kept[:, None], (BLOCK_T, BLOCK_K)))
+    if SCALE != 1.0:
+        values = values * SCALE
     slots = tokens.to(tl.int64)[:, None] * K + choices[None, :]
     slot_mask = token_mask[:, None] & (choices < K)[None, :]
     tl.store(weights_ptr + slots, values, mask=slot_mask)
@@ -201,6 +231,8 @@ def _route_backward_kernel(
     HAS_GATE: tl.constexpr,
     RAGGED: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    SCORE: tl.constexpr,
+    SCALE: tl.constexpr,
     NEED_X: tl.constexpr,
     NEED_GATE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -225,6 +257,10 @@ def _route_backward_kernel(
         total = tl.sum(powers, 1)
         probs = powers / total[:, None]
         lse = tl.log(total) + top
+
+        scores = probs
+        if SCORE != "softmax":
+            scores, slopes = score_and_slope(logits, SCORE)
 
         # each token's share of its group's means
         if RAGGED:
@@ -254,12 +290,23 @@ def _route_backward_kernel(
             here = experts[None, :] == choice[:, None]
             dweights = tl.where(here, grad[:, None], dweights)
             chosen = tl.where(here, 1, chosen)
+        if SCALE != 1.0:
+            dweights = dweights * SCALE
         if RENORMALIZE:
-            kept = tl.where(token_mask, tl.sum(tl.where(chosen != 0, probs, 0.0), 1), 1.0)
-            along = tl.sum(dweights * probs, 1) / kept
+            kept = tl.sum(tl.where(chosen != 0, scores, 0.0), 1)
+            if SCORE != "softmax":
+                kept += TINY
+            kept = tl.where(token_mask, kept, 1.0)
+            along = tl.sum(dweights * scores, 1) / kept
             dweights = tl.where(chosen != 0, (dweights - along[:, None]) / kept[:, None], 0.0)
-        dprobs += dweights
-        dlogits = probs * (dprobs - tl.sum(dprobs * probs, 1)[:, None] + (2.0 * lse * dz)[:, None])
+        if SCORE == "softmax":
+            dprobs += dweights
+            dlogits = probs * (dprobs - tl.sum(dprobs * probs, 1)[:, None] + (2.0 * lse * dz)[:, None])
+        else:
+            all_scores = tl.sum(scores, 1) + TINY
+            along = tl.sum(dprobs * scores, 1) / all_scores
+            dscores = (dprobs - along[:, None]) / all_scores[:, None] + dweights
+            dlogits = dscores * slopes + probs * (2.0 * lse * dz)[:, None]
         dlogits = narrow(tl.where(mask, dlogits, 0.0), DTYPE)
 
         if HAS_GATE:
@@ -316,8 +363,8 @@ def _tiles(dtype: torch.dtype, width: int, num_experts: int, has_gate: bool, blo
 @planned
 def _plan(
     kernel, device: torch.device, dtype: torch.dtype, width: int, strides: tuple[int, int], num_experts: int,
-    has_gate: bool, block_t: int, ragged: bool, top_k: int, renormalize: bool,
-    precision: str, gpu: Gpu, need_x: bool = True, need_gate: bool = True,
+    has_gate: bool, block_t: int, ragged: bool, top_k: int, renormalize: bool, scoring: Scoring,
+    has_bias: bool, precision: str, gpu: Gpu, need_x: bool = True, need_gate: bool = True,
 ) -> tuple[Launch, int]:  # fmt: skip
     """-> launch, tokens per tile."""
     tiles = _tiles(dtype, width, num_experts, has_gate, block_t, gpu)
@@ -328,22 +375,35 @@ def _plan(
             "BLOCK_K": next_power_of_2(top_k),
             "BLOCK_R": rows,
             "num_stages": STAGES,
+            "HAS_BIAS": has_bias,
+            **groups_of(scoring),
         }
     launch = Launch(
         kernel, stride_x_t=strides[0], stride_gate_e=strides[1], H=width, K=top_k, RAGGED=ragged,
-        RENORMALIZE=renormalize, INPUT_PRECISION=precision, **own, **tiles,
+        RENORMALIZE=renormalize, SCORE=scoring.score, SCALE=scoring.scale, INPUT_PRECISION=precision,
+        **own, **tiles,
     )  # fmt: skip
     return launch, tiles["BLOCK_T"]
 
 
-@on_device_of_first
 def route(
+    x: Tensor, gate_weight: Tensor | None, group_offsets: Tensor | None, num_groups: int, top_k: int,
+    renormalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`route_by` of a plain softmax."""
+    return route_by(x, gate_weight, group_offsets, num_groups, top_k, renormalize, None, PLAIN)
+
+
+@on_device_of_first
+def route_by(
     x: Tensor,
     gate_weight: Tensor | None,
     group_offsets: Tensor | None,
     num_groups: int,
     top_k: int,
     renormalize: bool,
+    selection_bias: Tensor | None,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> topk_weights (T, K), topk_indices (T, K) int32, mean_probs (G, E), top1_density (G, E), z (G,)."""
     has_gate = gate_weight is not None
@@ -362,21 +422,33 @@ def route(
     gpu, ragged = gpu_of(x.device), group_offsets is not None
     launch, block_t = _plan(
         _route_kernel, x.device, x.dtype, hidden_size, (x.stride(0), gate.stride(0)), num_experts, has_gate,
-        _tokens_of_tile(num_tokens, gpu), ragged, top_k, renormalize, input_precision(x.dtype), gpu,
+        _tokens_of_tile(num_tokens, gpu), ragged, top_k, renormalize, scoring,
+        selection_bias is not None, input_precision(x.dtype), gpu,
     )  # fmt: skip
     programs = cdiv(num_tokens, block_t)
     sums = torch.empty(programs + num_groups, 2 * num_experts + 1, **wide)
     # allocated at each call: a persistent buffer would break CUDA-graph trees and stay wrong after an abort
     arrivals = torch.zeros(num_groups, dtype=torch.int32, device=x.device)
     launch(
-        programs, x, gate, group_offsets, weights, indices, mean_probs, density, z, sums, arrivals,
-        num_tokens, num_groups, num_tokens // num_groups, (num_groups + 1).bit_length(),
+        programs, x, gate, selection_bias, group_offsets, weights, indices, mean_probs, density, z, sums,
+        arrivals, num_tokens, num_groups, num_tokens // num_groups, (num_groups + 1).bit_length(),
     )  # fmt: skip
     return weights, indices, mean_probs, density, z
 
 
-@on_device_of_first
 def route_backward(
+    grad_weights: Tensor, grad_mean_probs: Tensor, grad_z: Tensor, x: Tensor, gate_weight: Tensor | None,
+    topk_indices: Tensor, group_offsets: Tensor | None, renormalize: bool, need_x: bool, need_gate: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`route_by_backward` of a plain softmax."""
+    return route_by_backward(
+        grad_weights, grad_mean_probs, grad_z, x, gate_weight, topk_indices, group_offsets, renormalize,
+        need_x, need_gate, PLAIN,
+    )  # fmt: skip
+
+
+@on_device_of_first
+def route_by_backward(
     grad_weights: Tensor,
     grad_mean_probs: Tensor,
     grad_z: Tensor,
@@ -387,17 +459,19 @@ def route_backward(
     renormalize: bool,
     need_x: bool,
     need_gate: bool,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of topk_weights, mean_probs and z -> gradients of x and gate_weight, empty where not needed.
 
     With v = p[idx] and s = sum(v): dv = (dw - <dw, w>) / s. Then dp sums dv and the groups' share,
     and dlogits = p * (dp - <dp, p> + 2 * lse * the groups' share of dz).
+    Other scores: as in the reference's scores.py.
     """
     has_gate, nothing = gate_weight is not None, x.new_empty(0)
     if has_gate and gate_weight.shape[0] > FUSED_GATE_EXPERTS:
-        dlogits, _ = route_backward(
+        dlogits, _ = route_by_backward(
             grad_weights, grad_mean_probs, grad_z, x @ gate_weight.T, None, topk_indices, group_offsets,
-            renormalize, True, False,
+            renormalize, True, False, scoring,
         )  # fmt: skip
         return dlogits @ gate_weight if need_x else nothing, dlogits.T @ x if need_gate else nothing
     (num_tokens, hidden_size), (num_groups, num_experts) = x.shape, grad_mean_probs.shape
@@ -410,7 +484,7 @@ def route_backward(
     launch, block_t = _plan(
         _route_backward_kernel, x.device, x.dtype, hidden_size, (x.stride(0), gate.stride(0)), num_experts,
         has_gate, _tokens_of_tile(num_tokens, gpu), ragged, topk_indices.shape[1], renormalize,
-        input_precision(x.dtype), gpu, need_x, need_gate,
+        scoring, False, input_precision(x.dtype), gpu, need_x, need_gate,
     )  # fmt: skip
     programs = cdiv(num_tokens, block_t)
     sums = None

@@ -1,0 +1,169 @@
+"""scored_route: the op behind `route` for all routers other than a plain softmax.
+
+An op of its own, so that a backend without it refuses these calls only, and is verified for them apart.
+"""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from cumo_kernels import dispatch
+from cumo_kernels.hostsync import values_at_hand
+from cumo_kernels.ops.checks import (
+    check_choice,
+    check_count,
+    check_device,
+    check_float,
+    check_shape,
+    shown,
+)
+from cumo_kernels.ops.define import define
+from cumo_kernels.types import GROUP_SCORES, SCORES, Scoring, accumulate_dtype
+
+
+@define("cumo::scored_route")
+def scored_route(
+    x: Tensor,
+    gate_weight: Tensor | None,
+    selection_bias: Tensor | None,
+    group_offsets: Tensor | None,
+    num_groups: int,
+    top_k: int,
+    renormalize: bool,
+    scoring: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return dispatch.implementation(backend, "scored_route")(
+        x, gate_weight, selection_bias, group_offsets, num_groups, top_k, renormalize, scoring
+    )
+
+
+@scored_route.register_fake
+def _(x, gate_weight, selection_bias, group_offsets, num_groups, top_k, renormalize, scoring, backend):
+    num_tokens, num_experts = x.shape[0], (x.shape[1] if gate_weight is None else gate_weight.shape[0])
+    wide = accumulate_dtype(x.dtype)
+    return (
+        x.new_empty(num_tokens, top_k, dtype=wide),
+        x.new_empty(num_tokens, top_k, dtype=torch.int32),
+        x.new_empty(num_groups, num_experts, dtype=wide),
+        x.new_empty(num_groups, num_experts, dtype=wide),
+        x.new_empty(num_groups, dtype=wide),
+    )
+
+
+@define("cumo::scored_route_backward")
+def _scored_route_backward(
+    grad_weights: Tensor,
+    grad_mean_probs: Tensor,
+    grad_z: Tensor,
+    x: Tensor,
+    gate_weight: Tensor | None,
+    topk_indices: Tensor,
+    group_offsets: Tensor | None,
+    renormalize: bool,
+    need_x: bool,
+    need_gate: bool,
+    scoring: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return dispatch.implementation(backend, "scored_route_backward")(
+        grad_weights,
+        grad_mean_probs,
+        grad_z,
+        x,
+        gate_weight,
+        topk_indices,
+        group_offsets,
+        renormalize,
+        need_x,
+        need_gate,
+        scoring,
+    )
+
+
+@_scored_route_backward.register_fake
+def _(
+    grad_weights, grad_mean_probs, grad_z, x, gate_weight, topk_indices, group_offsets, renormalize, need_x,
+    need_gate, scoring, backend,
+):  # fmt: skip
+    return x.new_empty(x.shape if need_x else 0), x.new_empty(gate_weight.shape if need_gate else 0)
+
+
+def _save(ctx, inputs, output):
+    x, gate_weight, _, group_offsets, _, _, ctx.renormalize, ctx.scoring, ctx.backend = inputs
+    _, topk_indices, _, top1_density, _ = output
+    ctx.save_for_backward(x, gate_weight, topk_indices, group_offsets)
+    ctx.mark_non_differentiable(topk_indices, top1_density)
+
+
+def _backward(ctx, grad_weights, _indices, grad_mean_probs, _density, grad_z):
+    x, gate_weight, topk_indices, group_offsets = ctx.saved_tensors
+    need_x, need_gate = ctx.needs_input_grad[:2]
+    dx, dgate = _scored_route_backward(
+        grad_weights, grad_mean_probs, grad_z, x, gate_weight, topk_indices, group_offsets, ctx.renormalize,
+        need_x, need_gate, ctx.scoring, ctx.backend,
+    )  # fmt: skip
+    return dx if need_x else None, dgate if need_gate else None, *[None] * 7
+
+
+scored_route.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.cumo.scored_route)
+def _flops(x, gate_weight, *shapes, out_shape=None, **kwargs):
+    """2 * T * E * H for the gate; the rest is not a GEMM."""
+    return 2 * math.prod(x) * gate_weight[0] if gate_weight is not None else 0
+
+
+@register_flop_formula(torch.ops.cumo.scored_route_backward)
+def _flops_backward(*shapes, out_shape=None, **kwargs):
+    """The needed gradients of the gate's GEMM; the recomputed logits are not counted."""
+    need_x, need_gate = shapes[8:10]
+    return (need_x + need_gate) * _flops(*shapes[3:5])
+
+
+def check_scoring(
+    num_experts: int,
+    top_k: int,
+    score: str,
+    expert_groups: int,
+    top_groups: int | None,
+    group_score: str,
+    scale: float,
+) -> Scoring:
+    """The arguments of `route` of the same names, checked; groups that exclude no expert become one group."""
+    check_choice("score", score, SCORES)
+    check_choice("group_score", group_score, GROUP_SCORES)
+    expert_groups = check_count("expert_groups", expert_groups)
+    if num_experts % expert_groups:
+        raise ValueError(f"expert_groups must divide the {num_experts} experts evenly, got {expert_groups}")
+    size = num_experts // expert_groups
+    if group_score == "top2" and expert_groups > 1 and size < 2:
+        raise ValueError(f"group_score must be 'max' for groups of one expert, got {group_score!r}")
+    top_groups = expert_groups if top_groups is None else check_count("top_groups", top_groups)
+    if top_groups > expert_groups:
+        raise ValueError(f"top_groups must be at most the {expert_groups} expert_groups, got {top_groups}")
+    if top_groups * size < top_k:
+        raise ValueError(
+            f"top_groups must hold the {top_k} experts of a token, got {top_groups} groups of {size} experts"
+        )
+    if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
+        raise ValueError(f"scale must be a number, got {shown(scale)}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be finite and above 0, got {scale}")
+    if top_groups == expert_groups:
+        return Scoring(score, scale=float(scale))
+    return Scoring(score, expert_groups, top_groups, group_score, float(scale))
+
+
+def check_selection_bias(bias: Tensor, num_experts: int, x: Tensor) -> Tensor:
+    """The bias (E,) as the backends read it: without gradient, contiguous, in the dtype of the scores."""
+    check_shape("selection_bias", bias, num_experts)
+    check_float("selection_bias", bias)
+    check_device("selection_bias", bias, "x", x)
+    if values_at_hand(bias) and not bias.isfinite().all():
+        raise ValueError(f"selection_bias must be finite, got {bias.tolist()}")
+    return bias.detach().to(accumulate_dtype(x.dtype)).contiguous()
