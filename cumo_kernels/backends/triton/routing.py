@@ -7,7 +7,7 @@
 
 _route_kernel: grid (cdiv(T, BLOCK_T)). A program writes one row of sums for each group that its tokens belong
 to. Rows of a group are adjacent, and the last program to finish a group adds them in row order. Memory bound:
-reads x once, T * H elements (T * E without a gate).
+reads x once, T * H elements (T * E without a gate). With more than FUSED_EXPERTS the logits come from a GEMM.
 _route_backward_kernel: grid (min(cdiv(T, BLOCK_T), programs)); reads x and writes dx, 2 * T * H elements. The
 gate's gradient is summed per program in fp32, then sum_rows adds the programs' sums in order.
 sort_by_expert is in sorting.py; logits.py has what both kernels share.
@@ -50,6 +50,7 @@ from cumo_kernels.tiles.hardware import KIB, Gpu, gpu_of
 __all__ = ["route", "route_backward", "sort_by_expert"]
 
 STAGES = 4  # tiles of x and of the gate in flight at a time
+FUSED_EXPERTS = 256  # a tile of the gate's product with more does not fit into registers
 FUSED_GATE_EXPERTS = 32  # above this, the gate has enough arithmetic for a separate GEMM in backward
 
 
@@ -298,9 +299,12 @@ def _tiles(dtype: torch.dtype, width: int, num_experts: int, has_gate: bool, blo
     """Tile sizes that forward and backward share, so that both compute the same logits."""
     block_e = next_power_of_2(num_experts)
     if not has_gate:
-        tile = {"BLOCK_T": max(8, min(128, 1024 // block_e)), "BLOCK_E": block_e, "BLOCK_H": 16}
+        # 32 values per thread spill registers
+        block_t = 4 if block_e > 256 else max(8, min(128, 1024 // block_e))
+        tile = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_H": 16}
         # with four warps the assembler spills two registers on sm_120
-        return {"E": num_experts, **tile, "HAS_GATE": False, "num_warps": 8 if gpu.capability >= 120 else 4}
+        num_warps = max(8 if gpu.capability >= 120 else 4, block_t * block_e // 512)
+        return {"E": num_experts, **tile, "HAS_GATE": False, "num_warps": num_warps}
     is_fp32 = dtype == torch.float32
     block_e = max(16, block_e)  # the minimum width of a tensor-core tile
     # IEEE products run out of registers; Triton 3.6 cannot place a 64 x 16 tile in the tensor memory of
@@ -346,6 +350,8 @@ def route(
     renormalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> topk_weights (T, K), topk_indices (T, K) int32, mean_probs (G, E), top1_density (G, E), z (G,)."""
+    if gate_weight is not None and gate_weight.shape[0] > FUSED_EXPERTS:
+        return route(x @ gate_weight.T, None, group_offsets, num_groups, top_k, renormalize)
     has_gate = gate_weight is not None
     num_tokens, hidden_size = x.shape
     num_experts = gate_weight.shape[0] if has_gate else hidden_size
