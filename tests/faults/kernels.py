@@ -301,4 +301,15 @@ FAULTS = (
     Fault("a kernel that does not wait for earlier ones", CUDA + "permutation.cu",
           "K, unsigned chunks, T* out) {\n  begin_kernel();\n  using V", "K, unsigned chunks, T* out) {\n  using V",
           "permutation"),
-)  # fmt: skip
+    # more than 256 experts
+    Fault("a sort that counts only its part of the blocks", CUDA + "sorting.cu",
+          "add_shared(&total[bin], sum);", "total[bin] = sum;", "routing", "counted"),
+    Fault("offsets without the sums of earlier warps", CUDA + "sorting.cu",
+          "for (int w = 0; w < warp; ++w) offset +=", "for (int w = 0; w < 0; ++w) offset +=", "routing", "test_sort"),
+    Fault("a warp's counts that stay for its next step", CUDA + "sorting.cu",
+          "in_warp[warp * (E + 1) + bin] = 0;", "", "routing", "test_sort"),
+    Fault("blocks of 32 tokens counted for every number of experts", CUDA + "routing.cu",
+          "first = group.begin / kTokens, last", "first = group.begin / kTokensPerBlock, last", "routing", "of_many"),
+    Fault("a lane with too few of 1000 experts", CUDA + "routing.cu",
+          "if (E <= 16 * kWarp) return", "if (E <= 32 * kWarp) return", "routing", "1000"),
+)
