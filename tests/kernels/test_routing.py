@@ -132,6 +132,7 @@ def test_ragged_groups_of_many_experts(backend, device, num_experts):
     assert_same_shares(found.stats.top1_density, wanted[3])
 
 
+@pytest.mark.large
 def test_every_of_many_experts_is_chosen(backend, device):
     """K = E at the largest E, which needs the most shared memory; ties go to the lowest index."""
     logits = torch.randint(-3, 4, (3, 1024), device=device).float()
