@@ -46,7 +46,7 @@ void route(const Device&, Dtype, const Route&, float* weights, int* indices, flo
 // dlogits (T, E) in the dtype of x.
 void route_backward(const Device&, Dtype, const Route&, const float* grad_weights, const float* grad_mean_probs,
                     const float* grad_z, const int* indices, void* dlogits);
-constexpr int kMaxExperts = 256;      // of route and sort_by_expert
+constexpr int kMaxExperts = 1024;     // of route and sort_by_expert
 constexpr int kMaxFusedExperts = 32;  // of a gate inside route and gate_backward
 int gate_backward_blocks(const Device&, const Route&);
 // dx = dlogits @ gate (T, H), dgate = dlogits^T @ x (E, H); sums (gate_backward_blocks, E, H) fp32 is scratch.

@@ -373,6 +373,9 @@ GPU_FAMILIES: dict[str, dict] = ALIGNED | {
         "ops": MATMULS, "T": 2400, "E": 8, "activation": "swiglu", "memory": "x", "pattern": "dropped",
     },
     "256-experts": {"ops": (*ROUTES, "permute", "combine", *MATMULS), "T": 96, "E": 256, "K": 8},
+    # not a power of two; and the largest number
+    "384-experts": {"ops": (*ROUTES, "permute"), "T": 96, "E": 384, "K": 8},
+    "1024-experts": {"ops": (*ROUTES, "permute", "combine", *MATMULS), "T": 64, "E": 1024, "K": 32},
     "memory-x": SORTED | {"ops": LAYERS, "T": 600, "memory": "x"},
     "memory-all": SORTED | {"ops": LAYERS, "T": 600, "memory": "all"},
     "gated-router": ROUTER,

@@ -5,7 +5,8 @@ Contract: cumo_kernels/ops/scores.py. Reference: cumo_kernels/backends/reference
 
 from torch import Tensor
 
-from cumo_kernels.backends.triton.routing import route_by, route_by_backward
+from cumo_kernels.backends.triton.routing import route_by
+from cumo_kernels.backends.triton.routing_backward import route_by_backward
 from cumo_kernels.types import Scoring
 
 
