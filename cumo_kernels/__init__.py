@@ -19,7 +19,19 @@ warn_of_untested()
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.dispatch import explain, use_backend
 from cumo_kernels.moved import keep_old_paths
-from cumo_kernels.ops import activate, combine, expert_mlp, grouped_gemm, permute, route, routing_from_topk
+from cumo_kernels.ops import (
+    NoisyRouting,
+    activate,
+    combine,
+    expert_mlp,
+    grouped_gemm,
+    noisy_top_k,
+    permute,
+    route,
+    routing_from_topk,
+    sparsemixer,
+    with_capacity,
+)
 from cumo_kernels.packing.tensor import PackedWeight, pack
 from cumo_kernels.types import Adapter, RouterStats, Routing
 
@@ -38,6 +50,7 @@ keep_old_paths(
 __all__ = [
     "ACTIVATIONS",
     "Adapter",
+    "NoisyRouting",
     "PackedWeight",
     "RouterStats",
     "Routing",
@@ -46,9 +59,12 @@ __all__ = [
     "expert_mlp",
     "explain",
     "grouped_gemm",
+    "noisy_top_k",
     "pack",
     "permute",
     "route",
     "routing_from_topk",
+    "sparsemixer",
     "use_backend",
+    "with_capacity",
 ]
