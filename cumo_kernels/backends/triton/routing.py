@@ -5,7 +5,7 @@
     w = p[idx] / sum(p[idx])     (or p[idx] when not renormalised)
     mean_probs[g], top1_density[g], mean_squared_logsumexp[g]: means over the tokens of group g
 
-With another Scoring or a selection bias, scores replace p as in the reference's scores.py.
+With another Scoring, a selection bias or a given choice, as in the reference's scores.py.
 
 _route_kernel: grid (cdiv(T, BLOCK_T)). A program writes one row of sums for each group that its tokens belong
 to. Rows of a group are adjacent, and the last program to finish a group adds them in row order. Memory bound:
@@ -58,6 +58,7 @@ def _route_kernel(
     x_ptr,  # (T, E), or (T, H) with a gate
     gate_ptr,  # (E, H)
     bias_ptr,  # (E,) fp32
+    choice_ptr,  # (T, K) int32 in [0, E]
     group_offsets_ptr,  # (G + 1,) int32
     weights_ptr,  # (T, K) fp32
     indices_ptr,  # (T, K) int32
@@ -86,6 +87,7 @@ def _route_kernel(
     SCORE: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_CHOICE: tl.constexpr,
     EXPERT_GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     PADDED_GROUPS: tl.constexpr,
@@ -126,17 +128,19 @@ def _route_kernel(
     values = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
     indices = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.int32)
     for k in range(K):
-        best = tl.max(keys, 1)
-        choice = tl.min(tl.where(keys == best[:, None], experts[None, :], BLOCK_E), 1)
-        chosen = experts[None, :] == choice[:, None]
+        if HAS_CHOICE:
+            choice = tl.load(choice_ptr + tokens.to(tl.int64) * K + k, mask=token_mask, other=E)
+            chosen = (experts[None, :] == choice[:, None]) & (experts < E)[None, :]
+        else:
+            best = tl.max(keys, 1)
+            choice = tl.min(tl.where(keys == best[:, None], experts[None, :], BLOCK_E), 1)
+            chosen = experts[None, :] == choice[:, None]
+            keys = tl.where(chosen, -0x80000000, keys)
         value = tl.sum(tl.where(chosen, scores, 0.0), 1)
         values = tl.where((choices == k)[None, :], value[:, None], values)
         indices = tl.where((choices == k)[None, :], choice[:, None], indices)
-        keys = tl.where(chosen, -0x80000000, keys)
     if RENORMALIZE:
-        kept = tl.sum(values, 1)
-        if SCORE != "softmax":
-            kept += TINY
+        kept = tl.sum(values, 1) + TINY
         values = tl.div_rn(values, tl.broadcast_to(kept[:, None], (BLOCK_T, BLOCK_K)))
     if SCALE != 1.0:
         values = values * SCALE
@@ -201,7 +205,7 @@ def _route_kernel(
 def _plan(
     device: torch.device, dtype: torch.dtype, width: int, strides: tuple[int, int], num_experts: int,
     has_gate: bool, block_t: int, ragged: bool, top_k: int, renormalize: bool, scoring: Scoring,
-    has_bias: bool, precision: str, gpu: Gpu,
+    has_bias: bool, has_choice: bool, precision: str, gpu: Gpu,
 ) -> tuple[Launch, int]:  # fmt: skip
     """-> launch, tokens per tile."""
     tiles = router_tiles(dtype, width, num_experts, has_gate, block_t, gpu)
@@ -209,7 +213,7 @@ def _plan(
         _route_kernel, stride_x_t=strides[0], stride_gate_e=strides[1], H=width, K=top_k,
         BLOCK_K=next_power_of_2(top_k), BLOCK_R=max(4, min(64, 1024 // tiles["BLOCK_E"])), RAGGED=ragged,
         RENORMALIZE=renormalize, SCORE=scoring.score, SCALE=scoring.scale, HAS_BIAS=has_bias,
-        INPUT_PRECISION=precision, num_stages=STAGES, **groups_of(scoring), **tiles,
+        HAS_CHOICE=has_choice, INPUT_PRECISION=precision, num_stages=STAGES, **groups_of(scoring), **tiles,
     )  # fmt: skip
     return launch, tiles["BLOCK_T"]
 
@@ -219,7 +223,7 @@ def route(
     renormalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`route_by` of a plain softmax."""
-    return route_by(x, gate_weight, group_offsets, num_groups, top_k, renormalize, None, PLAIN)
+    return route_by(x, gate_weight, group_offsets, num_groups, top_k, renormalize, None, None, PLAIN)
 
 
 @on_device_of_first
@@ -231,12 +235,15 @@ def route_by(
     top_k: int,
     renormalize: bool,
     selection_bias: Tensor | None,
+    topk_indices: Tensor | None,
     scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> topk_weights (T, K), topk_indices (T, K) int32, mean_probs (G, E), top1_density (G, E), z (G,)."""
     if gate_weight is not None and gate_weight.shape[0] > FUSED_EXPERTS:
         logits = x @ gate_weight.T
-        return route_by(logits, None, group_offsets, num_groups, top_k, renormalize, selection_bias, scoring)
+        return route_by(
+            logits, None, group_offsets, num_groups, top_k, renormalize, selection_bias, topk_indices, scoring
+        )
     has_gate = gate_weight is not None
     num_tokens, hidden_size = x.shape
     num_experts = gate_weight.shape[0] if has_gate else hidden_size
@@ -254,14 +261,14 @@ def route_by(
     launch, block_t = _plan(
         x.device, x.dtype, hidden_size, (x.stride(0), gate.stride(0)), num_experts, has_gate,
         tokens_of_tile(num_tokens, gpu), ragged, top_k, renormalize, scoring,
-        selection_bias is not None, input_precision(x.dtype), gpu,
+        selection_bias is not None, topk_indices is not None, input_precision(x.dtype), gpu,
     )  # fmt: skip
     programs = cdiv(num_tokens, block_t)
     sums = torch.empty(programs + num_groups, 2 * num_experts + 1, **wide)
     # allocated at each call: a persistent buffer would break CUDA-graph trees and stay wrong after an abort
     arrivals = torch.zeros(num_groups, dtype=torch.int32, device=x.device)
     launch(
-        programs, x, gate, selection_bias, group_offsets, weights, indices, mean_probs, density, z, sums,
-        arrivals, num_tokens, num_groups, num_tokens // num_groups, (num_groups + 1).bit_length(),
+        programs, x, gate, selection_bias, topk_indices, group_offsets, weights, indices, mean_probs, density,
+        z, sums, arrivals, num_tokens, num_groups, num_tokens // num_groups, (num_groups + 1).bit_length(),
     )  # fmt: skip
     return weights, indices, mean_probs, density, z

@@ -124,9 +124,7 @@ def _route_backward_kernel(
         if SCALE != 1.0:
             dweights = dweights * SCALE
         if RENORMALIZE:
-            kept = tl.sum(tl.where(chosen != 0, scores, 0.0), 1)
-            if SCORE != "softmax":
-                kept += TINY
+            kept = tl.sum(tl.where(chosen != 0, scores, 0.0), 1) + TINY
             kept = tl.where(token_mask, kept, 1.0)
             along = tl.sum(dweights * scores, 1) / kept
             dweights = tl.where(chosen != 0, (dweights - along[:, None]) / kept[:, None], 0.0)
