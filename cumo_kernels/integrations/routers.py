@@ -18,11 +18,18 @@ from torch.nn.functional import linear
 from cumo_kernels.ops import route
 from cumo_kernels.ops.noisy import sparsemixer
 from cumo_kernels.types import Routing
+from cumo_kernels.versions import installed, minor
 
 IMPLEMENTATIONS = ("eager", "cumo")
 SCORES = {"Sigmoid": "sigmoid", "SqrtSoftplusActivation": "sqrtsoftplus"}  # class of score_fn -> score
 
 Returned = tuple[Tensor, ...]
+
+
+@cache
+def _is_since(*release: int) -> bool:
+    """Whether transformers is of this release or later: what some routers return has changed."""
+    return minor(installed("transformers")) >= release
 
 
 def _flat(hidden_states: Tensor) -> Tensor:
@@ -67,7 +74,7 @@ def _granite(self: nn.Module, hidden_states: Tensor) -> Returned:
 
 def _granite_indices_first(self: nn.Module, hidden_states: Tensor) -> Returned:
     logits, weights, indices = _granite(self, hidden_states)
-    return indices, weights, logits
+    return (logits, weights, indices) if _is_since(5, 21) else (indices, weights, logits)
 
 
 def _hunyuan(self: nn.Module, hidden_states: Tensor) -> Returned:
@@ -149,7 +156,7 @@ def _softmax_best_groups(self: nn.Module, hidden_states: Tensor) -> Returned:
 
 
 def _softmax_bias(self: nn.Module, hidden_states: Tensor) -> Returned:
-    """LongCat-Flash: no logits are returned, and some experts do nothing."""
+    """LongCat-Flash: some experts do nothing."""
     logits = linear(_flat(hidden_states).float(), self.classifier.weight.float())
     routing = route(
         logits,
@@ -158,7 +165,8 @@ def _softmax_bias(self: nn.Module, hidden_states: Tensor) -> Returned:
         renormalize=False,
         scale=self.routed_scaling_factor,
     )
-    return _returned(logits, routing, torch.float32)[1:]
+    found = _returned(logits, routing, torch.float32)
+    return found if _is_since(5, 19) else found[1:]
 
 
 def _sigmoid_bias(self: nn.Module, hidden_states: Tensor, bias: Tensor | None = None) -> Returned:
@@ -211,6 +219,15 @@ def _deepseek_v4(self: nn.Module, hidden_states: Tensor) -> Returned:
     return _returned(logits, routing, logits.dtype)
 
 
+def _deepseek_v4_by_token(self: nn.Module, hidden_states: Tensor, input_ids: Tensor) -> Returned:
+    """A table names the experts of each token of the vocabulary."""
+    logits = linear(_flat(hidden_states), self.weight)
+    chosen = self.tid2eid[input_ids.reshape(-1)]
+    scale = self.routed_scaling_factor
+    routing = route(logits, self.top_k, score=_score(self), topk_indices=chosen, scale=scale)
+    return _returned(logits, routing, logits.dtype)
+
+
 def _score(router: nn.Module) -> str:
     kind = type(router.score_fn).__name__
     if kind not in SCORES:
@@ -259,6 +276,7 @@ FAMILIES: dict[Callable, str] = {  # forward -> the classes of transformers that
     _sigmoid_capped: "LagunaTopKRouter",
     _lfm2: "Lfm2MoeTopKRouter",
     _deepseek_v4: "DeepseekV4TopKRouter",
+    _deepseek_v4_by_token: "DeepseekV4HashRouter",
     _dense_sigmoid: "Llama4Router",
     _sparsemixer: "PhimoeTopKRouter",
 }
@@ -328,8 +346,8 @@ def set_router_implementation(model: nn.Module, implementation: str) -> int:
         raise ValueError(
             f"model must have a router that is known here, got {type(model).__name__}: {explain(model)}"
         )
-    for module, kind in routers:
-        if implementation == "cumo" and FORWARDS[kind.__name__] is _deepseek_v4:
+    for module, _ in routers:
+        if implementation == "cumo" and hasattr(module, "score_fn"):
             _score(module)
     for module, kind in routers:
         module.__class__ = _taken_over(kind) if implementation == "cumo" else kind
