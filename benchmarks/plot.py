@@ -16,6 +16,8 @@ try:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+
+    from cumo_model.analysis.plots import colours
 except ModuleNotFoundError:  # a GPU machine without it: the tables are written there, the pictures elsewhere
     plt = None
 
@@ -76,11 +78,7 @@ def _variants(rows: Iterable[Row]) -> list[str]:
 
 def _colours(names: list[str]) -> dict[str, tuple]:
     """A colour for each, no two the same, whatever their number."""
-    for listed in (plt.get_cmap("tab10").colors, plt.get_cmap("tab20").colors):
-        if len(names) <= len(listed):
-            return dict(zip(names, listed, strict=False))
-    spread = plt.get_cmap("turbo")
-    return {name: tuple(spread((n + 0.5) / len(names))) for n, name in enumerate(names)}
+    return dict(zip(names, map(tuple, colours(len(names))), strict=True))
 
 
 def _comparable(row: Row) -> tuple:
@@ -108,7 +106,7 @@ def plot_speedups(rows: list[Row], path: Path) -> Path | None:
     titles = [title for title in ops.values() if any(t.startswith(f"{title},") for t, _ in found)]
     modes = [mode for mode in MODES if any(t.endswith(f", {mode}") for t, _ in found)]
     names = [name for name in _variants(rows) if any(name in by for by in found.values())]
-    colours = _colours(names)
+    colour_of = _colours(names)
     figure, axes = plt.subplots(
         len(titles), len(modes), figsize=(1 + 4.2 * len(modes), 0.8 + 2 * len(titles)), layout="constrained",
         squeeze=False,
@@ -121,7 +119,7 @@ def plot_speedups(rows: list[Row], path: Path) -> Path | None:
             for n, name in enumerate(names):
                 if (value := found[key, case].get(name)) is not None:
                     place = at - 0.4 + width * (n + 0.5)
-                    axis.bar(place, value, width * 0.92, color=colours[name])
+                    axis.bar(place, value, width * 0.92, color=colour_of[name])
                     axis.text(place, value, f"{value:.2f}", ha="center", va="bottom", fontsize=6)
         axis.axhline(1, color="grey", lw=0.8, ls=":")
         axis.set_title(f"{title}, {MODES[mode]}", fontsize=8)
@@ -130,7 +128,7 @@ def plot_speedups(rows: list[Row], path: Path) -> Path | None:
         axis.tick_params(axis="y", labelsize=7)
         axis.margins(y=0.15)
         axis.set_visible(bool(cases))
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour_of[name]) for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), fontsize=7)
     figure.suptitle(rows[0].device, fontsize=9)
     return _save(figure, path)
@@ -149,27 +147,27 @@ def plot_roofline(rows: list[Row], path: Path) -> Path | None:
         layout="constrained", squeeze=False,
     )  # fmt: skip
     names = _variants(rows)
-    colours = _colours(names)
+    colour_of = _colours(names)
     gpu = next((g for g in hardware.GPUS if g.name == rows[0].machine), None)
     for axis, op in itertools.zip_longest(axes.flat, ops):
         axis.set_visible(op is not None)
         if op is not None:
-            _roofline(axis, [r for r in rows if r.op == op], colours, gpu)
+            _roofline(axis, [r for r in rows if r.op == op], colour_of, gpu)
             axis.set_title(TITLES.get(op, op), fontsize=9)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour_of[name]) for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), fontsize=7)
     figure.suptitle(f"{rows[0].device}; o forward, square: forward and backward", fontsize=9)
     return _save(figure, path)
 
 
-def _roofline(axis, rows: list[Row], colours: dict[str, tuple], gpu: hardware.Gpu | None) -> None:
+def _roofline(axis, rows: list[Row], colour_of: dict[str, tuple], gpu: hardware.Gpu | None) -> None:
     counted = all(r.tflops for r in rows)
     # FLOPs, or bytes, of the task
     across = (lambda r: r.tflops * 1e3 / r.gb_per_s) if counted else (lambda r: r.gb_per_s * r.ms_p50)
     height = (lambda r: r.tflops) if counted else (lambda r: r.gb_per_s)
     for row in rows:
         mark = "o" if row.mode == "forward" else "s"
-        axis.scatter(across(row), height(row), s=18, marker=mark, alpha=0.7, color=colours[row.variant])
+        axis.scatter(across(row), height(row), s=18, marker=mark, alpha=0.7, color=colour_of[row.variant])
     low, high = min(map(across, rows)) / 2, max(map(across, rows)) * 2
     if gpu is not None and gpu.gb_per_s is not None:
         kinds = {r.dtype for r in rows}
@@ -198,9 +196,11 @@ def plot_scaling(rows: list[Row], path: Path) -> Path | None:
     for axis, sweep in zip(axes[0], sweeps, strict=True):
         mine = [row for row in rows if row.shape == sweep and row.mode == "both"]
         at = lambda r, name=letter[sweep]: _size(r, name)
-        for name in _variants(mine):
+        for name, colour in _colours(_variants(mine)).items():
             points = sorted((at(row), row.tflops) for row in mine if row.variant == name and row.tflops)
-            axis.plot([x for x, _ in points], [y for _, y in points], "o-", ms=3, lw=1, label=name)
+            axis.plot(
+                [x for x, _ in points], [y for _, y in points], "o-", ms=3, lw=1, color=colour, label=name
+            )
         axis.set(xscale="log", xlabel=sweep.replace("-", " "), ylabel="TFLOP/s, forward and backward")
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=6)
@@ -222,7 +222,7 @@ def plot_memory(rows: list[Row], path: Path) -> Path | None:
         return None
     rows = [row for row in rows if row.saved_bytes or row.peak_bytes]
     cases, names = list(dict.fromkeys(map(_case, rows))), _variants(rows)
-    colours = _colours(names)
+    colour_of = _colours(names)
     figure, axes = plt.subplots(
         len(parts), 1, figsize=(1.5 + 1.8 * len(cases), 0.6 + 3 * len(parts)), layout="constrained",
         squeeze=False,
@@ -232,11 +232,11 @@ def plot_memory(rows: list[Row], path: Path) -> Path | None:
         for row in part:
             place = cases.index(_case(row)) - 0.4 + width * (names.index(row.variant) + 0.5)
             height = getattr(row, column) / row.tokens / 1024
-            axis.bar(place, height, width * 0.92, color=colours[row.variant])
+            axis.bar(place, height, width * 0.92, color=colour_of[row.variant])
         axis.set_xticks(range(len(cases)), cases, fontsize=7)
         axis.set_ylabel("KiB a token", fontsize=8)
         axis.set_title(f"expert layer: {titles[column]}", fontsize=8)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour_of[name]) for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4), fontsize=7)
     return _save(figure, path)
 

@@ -31,45 +31,62 @@ __device__ __forceinline__ bool place(int64_t rows, int64_t I, int64_t& row, int
   return index < rows * I;
 }
 
+// -> elements of the gate, or of a plain z; `up` gets those of the up half.
 template <class T, int kVec>
-__global__ void activate_kernel(const T* x, int64_t rows, int64_t I, Act kind, bool gated, T* out) {
+__device__ __forceinline__ Vec<T, kVec> load_halves(const T* x, int64_t row, int64_t col, int64_t I,
+                                                    const Act& activation, bool gated, Vec<T, kVec>& up) {
+  if (gated && activation.interleaved) {
+    const T* pairs = x + 2 * (row * I + col);
+    Vec<T, kVec> gate;
+    for (int i = 0; i < kVec; ++i) gate.item[i] = pairs[2 * i], up.item[i] = pairs[2 * i + 1];
+    return gate;
+  }
+  const T* source = x + row * (gated ? 2 * I : I) + col;
+  if (gated) up = load<T, kVec>(source + I);
+  return load<T, kVec>(source);
+}
+
+template <class T, int kVec>
+__global__ void activate_kernel(const T* x, int64_t rows, int64_t I, Act activation, bool gated, T* out) {
   begin_kernel();
   int64_t row, col;
   if (!place<kVec>(rows, I, row, col)) return;
-  const T* source = x + row * (gated ? 2 * I : I) + col;
-  auto z = load<T, kVec>(source);
   Vec<T, kVec> up{};
-  if (gated) up = load<T, kVec>(source + I);
+  auto z = load_halves<T, kVec>(x, row, col, I, activation, gated, up);
   for (int i = 0; i < kVec; ++i) {
-    const float value = act(to_float(z.item[i]), kind);
-    z.item[i] = from_float<T>(gated ? value * to_float(up.item[i]) : value);
+    const float value = act(to_float(z.item[i]), activation);
+    z.item[i] = from_float<T>(gated ? value * up_and_grad(to_float(up.item[i]), activation).value : value);
   }
   store<T, kVec>(out + row * I + col, z);
 }
 
 template <class T, int kVec>
-__global__ void activate_backward_kernel(const T* grad, const T* x, int64_t rows, int64_t I, Act kind, bool gated,
+__global__ void activate_backward_kernel(const T* grad, const T* x, int64_t rows, int64_t I, Act activation, bool gated,
                                          T* dx) {
   begin_kernel();
   int64_t row, col;
   if (!place<kVec>(rows, I, row, col)) return;
-  const int64_t at = row * (gated ? 2 * I : I) + col;
   const auto g = load<T, kVec>(grad + row * I + col);
-  auto z = load<T, kVec>(x + at);
   Vec<T, kVec> up{};
-  if (gated) up = load<T, kVec>(x + at + I);
+  auto z = load_halves<T, kVec>(x, row, col, I, activation, gated, up);
   for (int i = 0; i < kVec; ++i) {
-    const ActAndGrad a = act_and_grad(to_float(z.item[i]), kind);
+    const ActAndGrad a = act_and_grad(to_float(z.item[i]), activation);
     const float upstream = to_float(g.item[i]);
-    const float through = gated ? upstream * to_float(up.item[i]) : upstream;
-    z.item[i] = from_float<T>(through * a.slope);
-    up.item[i] = from_float<T>(upstream * a.value);
+    const ActAndGrad linear = gated ? up_and_grad(to_float(up.item[i]), activation) : ActAndGrad{1.0f, 1.0f};
+    z.item[i] = from_float<T>(upstream * linear.value * a.slope);
+    up.item[i] = from_float<T>(linear.slope == 0.0f ? 0.0f : upstream * a.value);
   }
+  if (gated && activation.interleaved) {
+    T* pairs = dx + 2 * (row * I + col);
+    for (int i = 0; i < kVec; ++i) pairs[2 * i] = z.item[i], pairs[2 * i + 1] = up.item[i];
+    return;
+  }
+  const int64_t at = row * (gated ? 2 * I : I) + col;
   store<T, kVec>(dx + at, z);
   if (gated) store<T, kVec>(dx + at + I, up);
 }
 
-void activate(const Device& device, Dtype dtype, const void* x, int64_t rows, int64_t I, Act kind, bool gated,
+void activate(const Device& device, Dtype dtype, const void* x, int64_t rows, int64_t I, Act activation, bool gated,
               void* out) {
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -77,12 +94,12 @@ void activate(const Device& device, Dtype dtype, const void* x, int64_t rows, in
     const bool wide = aligned16(x, I, 0, sizeof(T)) && aligned16(out, I, 0, sizeof(T));
     launch(device, wide ? activate_kernel<T, kPack> : activate_kernel<T, 1>,
            ceil_div<int64_t>(rows * I / (wide ? kPack : 1), kThreads), kThreads, 0, static_cast<const T*>(x), rows, I,
-           kind, gated, static_cast<T*>(out));
+           activation, gated, static_cast<T*>(out));
   });
 }
 
 void activate_backward(const Device& device, Dtype dtype, const void* grad, const void* x, int64_t rows, int64_t I,
-                       Act kind, bool gated, void* dx) {
+                       Act activation, bool gated, void* dx) {
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kPack = 16 / sizeof(T);
@@ -90,7 +107,7 @@ void activate_backward(const Device& device, Dtype dtype, const void* grad, cons
         aligned16(x, I, 0, sizeof(T)) && aligned16(grad, I, 0, sizeof(T)) && aligned16(dx, I, 0, sizeof(T));
     launch(device, wide ? activate_backward_kernel<T, kPack> : activate_backward_kernel<T, 1>,
            ceil_div<int64_t>(rows * I / (wide ? kPack : 1), kThreads), kThreads, 0, static_cast<const T*>(grad),
-           static_cast<const T*>(x), rows, I, kind, gated, static_cast<T*>(dx));
+           static_cast<const T*>(x), rows, I, activation, gated, static_cast<T*>(dx));
   });
 }
 

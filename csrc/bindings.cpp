@@ -87,20 +87,49 @@ struct On {  // makes the device of a tensor current and describes it
 #endif
 
 struct Activation {
-  Act kind;
+  Act act;
+  bool gated;
+};
+struct Row {
+  ActKind kind;
   bool gated;
 };
 
-const std::map<std::string, Activation> kActivations = {
-    {"quick_gelu", {Act::quick_gelu, false}}, {"gelu", {Act::gelu, false}},   {"gelu_tanh", {Act::gelu_tanh, false}},
-    {"relu", {Act::relu, false}},             {"silu", {Act::silu, false}},   {"swiglu", {Act::silu, true}},
-    {"geglu", {Act::gelu, true}},             {"geglu_tanh", {Act::gelu_tanh, true}},
+const std::map<std::string, Row> kActivations = {
+    {"quick_gelu", {ActKind::quick_gelu, false}},
+    {"gelu", {ActKind::gelu, false}},
+    {"gelu_tanh", {ActKind::gelu_tanh, false}},
+    {"relu", {ActKind::relu, false}},
+    {"relu2", {ActKind::relu2, false}},
+    {"silu", {ActKind::silu, false}},
+    {"swiglu", {ActKind::silu, true}},
+    {"geglu", {ActKind::gelu, true}},
+    {"geglu_tanh", {ActKind::gelu_tanh, true}},
+    {"reglu", {ActKind::relu, true}},
+    {"swiglu_clamped", {ActKind::swiglu_clamped, true}},
+    {"swiglu_oai", {ActKind::swiglu_oai, true}},
+    {"clamped_swiglu", {ActKind::clamped_swiglu, true}},
 };
 
+// The number after `key` in a name, or 0.
+float parameter(const std::string& name, const std::string& key) {
+  const size_t at = name.find(key);
+  return at == std::string::npos ? 0.0f : std::strtof(name.c_str() + at + key.size(), nullptr);
+}
+
+// A name as Activation.spelled of cumo_kernels/activations.py writes it, with all parameters.
 Activation activation_of(const std::string& name) {
-  const auto found = kActivations.find(name);
+  const auto found = kActivations.find(name.substr(0, name.find('(')));
   TORCH_CHECK_VALUE(found != kActivations.end(), "activation must be one of csrc/activations.cuh, got '", name, "'");
-  return found->second;
+  const Row row = found->second;
+  const Act act{row.kind, parameter(name, "alpha="), parameter(name, "limit="),
+                name.find("interleaved") != std::string::npos};
+  const bool is_clamped = row.kind == ActKind::swiglu_clamped || row.kind == ActKind::swiglu_oai ||
+                          row.kind == ActKind::clamped_swiglu;
+  TORCH_CHECK_VALUE(is_clamped == (act.limit > 0) && (row.kind == ActKind::swiglu_oai) == (act.alpha > 0),
+                    "activation must have the parameters of its kind, got '", name, "'");
+  TORCH_CHECK_VALUE(row.gated || !act.interleaved, "activation must be gated if it is interleaved, got '", name, "'");
+  return {act, row.gated};
 }
 
 Dtype dtype_of(const char* name, const Tensor& tensor) {
@@ -144,9 +173,7 @@ int narrow(const char* name, int64_t value) {
 
 // ---- activation
 
-Tensor activate(const Tensor& x, const std::string& name) {
-  CHECK_DEVICE(x);
-  const Activation activation = activation_of(name);
+Tensor activated(const Tensor& x, const Activation& activation) {
   auto sizes = x.sizes().vec();
   TORCH_CHECK_VALUE(!activation.gated || sizes.back() % 2 == 0, "x must have an even last dimension, got ", x.sizes());
   if (activation.gated) sizes.back() /= 2;
@@ -156,9 +183,14 @@ Tensor activate(const Tensor& x, const std::string& name) {
   const On on(x);
   const int64_t rows = activation.gated ? out.numel() / sizes.back() : 1;
   const Tensor source = x.contiguous();
-  activate(on.device, dtype, data(source), rows, out.numel() / rows, activation.kind, activation.gated,
+  activate(on.device, dtype, data(source), rows, out.numel() / rows, activation.act, activation.gated,
            out.mutable_data_ptr());
   return out;
+}
+
+Tensor activate(const Tensor& x, const std::string& name) {
+  CHECK_DEVICE(x);
+  return activated(x, activation_of(name));
 }
 
 Tensor activate_backward(const Tensor& grad, const Tensor& x, const std::string& name) {
@@ -173,7 +205,7 @@ Tensor activate_backward(const Tensor& grad, const Tensor& x, const std::string&
   const On on(x);
   const int64_t rows = activation.gated ? grad.numel() / (x.size(-1) / 2) : 1;
   const Tensor source = x.contiguous(), upstream = grad.contiguous();
-  activate_backward(on.device, dtype, data(upstream), data(source), rows, grad.numel() / rows, activation.kind,
+  activate_backward(on.device, dtype, data(upstream), data(source), rows, grad.numel() / rows, activation.act,
                     activation.gated, dx.mutable_data_ptr());
   return dx;
 }

@@ -64,7 +64,7 @@ struct ForwardEnd {
   float* parts;   // (splits, S, N) or null: written instead: sums of a part of the reduction
   int64_t S;
   int N, width;   // width is N, or 2N if gated
-  Act kind;
+  Act activation;
   bool gated, wide;
 
   // The bias is added to the first part.
@@ -101,16 +101,16 @@ struct ForwardEnd {
     float values[kRun];
     load_run(patch, kRun, true, values);
     finish_half(values, expert, row, col, left);
-    if (kind != Act::none) {
+    if (activation.kind != ActKind::none) {
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) values[i] = act(values[i], kind);
+      for (int i = 0; i < kRun; ++i) values[i] = act(values[i], activation);
     }
     if (gated) {
       float up[kRun];
       load_run(patch + kRun, kRun, true, up);
       finish_half(up, expert, row, N + col, left);
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) values[i] *= up[i];
+      for (int i = 0; i < kRun; ++i) values[i] *= up_and_grad(up[i], activation).value;
     }
     if (out) store_run(out + row * N + col, values, left, wide);
   }
@@ -126,7 +126,7 @@ struct HiddenEnd {
   T* weighted;                // (S, N) or null
   float* dots;                // (S, tiles_n) or null
   int N;
-  Act kind;
+  Act activation;
   bool gated, wide;
 
   __device__ __forceinline__ float finish(const float* patch, int64_t row, int col) const {
@@ -139,7 +139,7 @@ struct HiddenEnd {
     load_run(z + at, left, wide, a);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      const ActAndGrad both = act_and_grad(a[i], kind);
+      const ActAndGrad both = act_and_grad(a[i], activation);
       a[i] = both.value, slope[i] = both.slope;
     }
     if (gated) {
@@ -147,8 +147,9 @@ struct HiddenEnd {
       load_run(z + at + N, left, wide, up);
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        through[i] = weight * h[i] * a[i];
-        a[i] *= up[i], slope[i] *= up[i];
+        const ActAndGrad linear = up_and_grad(up[i], activation);
+        through[i] = linear.slope == 0.0f ? 0.0f : weight * h[i] * a[i];
+        a[i] *= linear.value, slope[i] *= linear.value;
       }
       if (dz) store_run(dz + at + N, through, left, wide);
     }

@@ -16,16 +16,17 @@ constexpr int kThreads = 256, kRowsPerBlock = kThreads / kWarp;
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     weigh_rows_kernel(const T* source, int64_t stride_source, const float* topk_weights, const int* permutation,
-                      const int* end, int N, int top_k, Act kind, bool gated, T* out) {
+                      const int* end, int N, int top_k, Act activation, bool gated, T* out) {
   begin_kernel();
   const int64_t row = int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / kWarp;
   if (row >= *end) return;
   const int slot = permutation[row];
   const float weight = topk_weights[slot];
-  const T* from = source + (kind == Act::none ? slot / top_k : row) * stride_source;
+  const T* from = source + (activation.kind == ActKind::none ? slot / top_k : row) * stride_source;
   for (int col = threadIdx.x % kWarp; col < N; col += kWarp) {
-    float value = act(to_float(from[col]), kind);
-    if (gated) value *= to_float(from[N + col]);
+    const int gate = gated && activation.interleaved ? 2 * col : col;
+    float value = act(to_float(from[gate]), activation);
+    if (gated) value *= up_and_grad(to_float(from[activation.interleaved ? gate + 1 : N + col]), activation).value;
     out[row * N + col] = from_float<T>(weight * value);
   }
 }
@@ -54,11 +55,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 void weigh_rows(const Device& device, Dtype dtype, const void* source, int64_t stride_source, const float* topk_weights,
-                const int* permutation, const int* end, int64_t S, int N, int top_k, Act kind, bool gated, void* out) {
+                const int* permutation, const int* end, int64_t S, int N, int top_k, Act activation, bool gated,
+                void* out) {
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     launch(device, weigh_rows_kernel<T>, ceil_div<int64_t>(S, kRowsPerBlock), kThreads, 0,
-           static_cast<const T*>(source), stride_source, topk_weights, permutation, end, N, top_k, kind, gated,
+           static_cast<const T*>(source), stride_source, topk_weights, permutation, end, N, top_k, activation, gated,
            static_cast<T*>(out));
   });
 }

@@ -45,7 +45,7 @@ GemmTensors describe_gemm(const Tensor& x, const Tensor& weight, const Tensor& e
   p.N = narrow("N", weight.size(1) / (activation.gated ? 2 : 1));
   p.K = narrow("K", x.size(1));
   p.top_k = narrow("top_k", top_k);
-  p.act = activation.kind;
+  p.act = activation.act;
   p.gated = activation.gated;
   return t;
 }
@@ -87,10 +87,16 @@ Tensor added_up(const Tensor& parts, at::ScalarType dtype) {
 std::tuple<Tensor, Tensor> multiply(const Tensor& x, const Tensor& weight, const Tensor& expert_offsets,
                                     const MaybeTensor& bias, const MaybeTensor& permutation, int64_t top_k,
                                     Activation activation, bool keep_out, bool keep_pre, bool zero_tail) {
+  if (activation.act.interleaved) {  // columns of tiles would alternate: one plain product as the weight is stored
+    Tensor z = std::get<0>(
+        multiply(x, weight, expert_offsets, bias, permutation, top_k, {Act{}, false}, true, false, zero_tail));
+    if (z.dim() == 3) z = added_up(z, x.scalar_type());
+    return {keep_out ? activated(z, activation) : make(x, {0}), keep_pre ? z : make(x, {0})};
+  }
   const Dtype dtype = dtype_of("x", x);
   GemmTensors t = describe_gemm(x, weight, expert_offsets, bias, permutation, top_k, activation);
   t.p.zero_tail = zero_tail;
-  t.p.can_split = activation.kind == Act::none && keep_out && !keep_pre;
+  t.p.can_split = activation.act.kind == ActKind::none && keep_out && !keep_pre;
   t.p.steady = is_on("CUMO_BATCH_INVARIANT");
   Tensor pre = keep_pre ? make(x, {t.p.S, weight.size(1)}) : make(x, {0});
   if (t.p.S * t.p.N == 0) return {keep_out ? make(x, {t.p.S, t.p.N}) : make(x, {0}), pre};
@@ -114,7 +120,7 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& x, const Tensor& weight, c
   // not needed: a gathered row past the last expert's end is a zero row of out anyway
   CHECK_DEVICE(x);
   if (inverse_permutation) CHECK_SAME_DEVICE(*inverse_permutation, x);
-  const Activation act = activation ? activation_of(*activation) : Activation{Act::none, false};
+  const Activation act = activation ? activation_of(*activation) : Activation{Act{}, false};
   auto [out, pre] =
       multiply(x, weight, expert_offsets, bias, permutation, top_k, act, true, activation.has_value(), true);
   return {out.dim() == 3 ? added_up(out, x.scalar_type()) : out, pre};
@@ -231,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& top
   auto [a, z] = multiply(x, up_proj, expert_offsets, up_bias, permutation, top_k, activation_of(activation), true,
                          memory == "preact" || memory == "all", false);
   const Tensor y = std::get<0>(multiply(a, down_proj, expert_offsets, down_bias, std::nullopt, top_k,
-                                        {Act::none, false}, true, false, false));
+                                        {Act{}, false}, true, false, false));
   return {combine_parts(y, topk_weights, inverse_permutation, top_k, x.scalar_type()), z,
           memory == "all" ? a : make(x, {0})};
 }
@@ -246,7 +252,7 @@ Tensor weigh(const Tensor& source, const Tensor& topk_weights, const Tensor& per
   const On on(source);
   weigh_rows(on.device, dtype_of("source", source), data(rows), rows.stride(0), floats(topk_weights), ints(permutation),
              ints(expert_offsets) + expert_offsets.numel() - 1, S, narrow("N", N), narrow("top_k", topk_weights.size(1)),
-             activation.kind, activation.gated, out.mutable_data_ptr());
+             activation.act, activation.gated, out.mutable_data_ptr());
   return out;
 }
 
@@ -279,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   const bool need_dz = need_x || need_up || need_up_bias;
   if (need_dz || need_weights) {
     GemmTensors t = describe_gemm(grad, down_proj.transpose(1, 2), expert_offsets, std::nullopt, permutation, top_k,
-                                  {Act::none, false});
+                                  {Act{}, false});
     if (t.p.k_inner) {  // grad_hidden reads down_proj as (E, O, I) is stored
       t.weight = down_proj.contiguous().transpose(1, 2);
       t.p.weight = data(t.weight);
@@ -289,14 +295,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     const On on(x);
     const Tensor tokens = t.x;
     if (copy_if_it_pays(on, dtype, t, permutation, t.p.N)) ordered_grad = t.x;
-    t.p.act = act.kind, t.p.gated = act.gated;
+    t.p.act = act.act, t.p.gated = act.gated;
+    // the epilogue has no registers left to read every second column: halves of z side by side, and of dz back
+    const auto swapped = [](const Tensor& rows, int64_t outer, int64_t inner) {
+      return rows.reshape({rows.size(0), outer, inner}).transpose(1, 2).contiguous().view(rows.sizes());
+    };
+    const Tensor halves = act.act.interleaved ? swapped(kept_z, t.p.N, 2) : kept_z;
+    t.p.act.interleaved = false;
     const int tiles = grad_hidden_tiles(on.device, dtype, t.p);
     if (need_dz) dz = make(kept_z, kept_z.sizes());
     if (need_weighted) weighted = make(x, {S, t.p.N});
     Tensor dots = make(weights, {need_weights ? S : 0, tiles});
     if (S > 0 && t.p.N > 0)
-      grad_hidden(on.device, dtype, t.p, floats(weights), data(kept_z), out_or_null(dz), out_or_null(weighted),
+      grad_hidden(on.device, dtype, t.p, floats(weights), data(halves), out_or_null(dz), out_or_null(weighted),
                   static_cast<float*>(out_or_null(dots)));
+    if (act.act.interleaved && dz.numel()) dz = swapped(dz, 2, t.p.N);
     if (need_weights) {
       dweights = make(weights, weights.sizes());
       const Tensor bias = down_bias ? down_bias->contiguous() : Tensor();
@@ -310,7 +323,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   }
 
   if (need_down && memory == "all") {
-    ddown = std::get<0>(weight_gradient(weigh(grad, weights, permutation, expert_offsets, {Act::none, false}), a,
+    ddown = std::get<0>(weight_gradient(weigh(grad, weights, permutation, expert_offsets, {Act{}, false}), a,
                                         expert_offsets, std::nullopt, top_k, false, Gathered::none));
   } else if (need_down) {
     const bool ordered = ordered_grad.defined();
@@ -327,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   if (!need_up) dup = nothing();
   if (need_x) {
     const Tensor rows = std::get<0>(multiply(dz, up_proj.transpose(1, 2), expert_offsets, std::nullopt, std::nullopt,
-                                             top_k, {Act::none, false}, true, false, false));
+                                             top_k, {Act{}, false}, true, false, false));
     dx = combine_parts(rows, std::nullopt, inverse_permutation, top_k, x.scalar_type());
   }
   return {dx, dweights, dup, dup_bias, ddown, ddown_bias};

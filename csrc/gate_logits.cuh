@@ -1,4 +1,4 @@
-// Logits of the gate, for a block of route_kernel or of route_backward_kernel (routing.cu): 32 tokens.
+// Logits of the gate, for a block of route_kernel or of route_backward_kernel (routing.cu): 32 tokens with a gate.
 //
 // 16-bit logits are computed by tensor cores, whose operands are loaded from memory directly into registers: every warp
 // has a share of the columns for all tokens, with many loads in flight, and the shares are added in the order of the

@@ -12,7 +12,13 @@
 namespace cumo {
 
 enum class Dtype { fp32, fp16, bf16 };
-enum class Act { none, quick_gelu, gelu, gelu_tanh, relu, silu };
+enum class ActKind { none, quick_gelu, gelu, gelu_tanh, relu, relu2, silu, swiglu_clamped, swiglu_oai, clamped_swiglu };
+// A row of cumo_kernels/activations.py. A gated one's up half is clamped to +-limit if the limit is not 0.
+struct Act {
+  ActKind kind = ActKind::none;
+  float alpha = 0.0f, limit = 0.0f;
+  bool interleaved = false;  // gate and up alternate: [g0, u0, g1, u1, ...]
+};
 
 // The target of a launch and its properties.
 struct Device {
@@ -40,7 +46,7 @@ void route(const Device&, Dtype, const Route&, float* weights, int* indices, flo
 // dlogits (T, E) in the dtype of x.
 void route_backward(const Device&, Dtype, const Route&, const float* grad_weights, const float* grad_mean_probs,
                     const float* grad_z, const int* indices, void* dlogits);
-constexpr int kMaxExperts = 256;      // of route and sort_by_expert
+constexpr int kMaxExperts = 1024;     // of route and sort_by_expert
 constexpr int kMaxFusedExperts = 32;  // of a gate inside route and gate_backward
 int gate_backward_blocks(const Device&, const Route&);
 // dx = dlogits @ gate (T, H), dgate = dlogits^T @ x (E, H); sums (gate_backward_blocks, E, H) fp32 is scratch.

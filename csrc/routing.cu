@@ -5,16 +5,19 @@
 //   w = p[idx] / sum(p[idx])   (or p[idx] when not renormalised)
 //   mean_probs[g], top1_density[g], mean_squared_logsumexp[g]: means over the tokens of group g
 //
-// route_kernel: a block per 32 tokens, whose logits come from gate_logits.cuh. kLanes lanes have a token, and lane
-// e % kLanes has expert e; the top-k is a tournament between lanes. Every overlapping (block, group) pair writes one row
-// of sums, at block + group, so that a group's rows are adjacent, and the last block to finish a group adds them in
-// order. Reads x once: T * H elements. sort_by_expert is in sorting.cu.
+// route_kernel: a block per 32 tokens, 16 with more than 512 experts, whose logits come from gate_logits.cuh. kLanes lanes
+// have a token, and lane e % kLanes has expert e; the top-k is a tournament between lanes. Every overlapping (block, group)
+// pair writes one row of sums, at block + group, so that a group's rows are adjacent, and the last block to finish a group
+// adds them in order. Reads x once: T * H elements. sort_by_expert is in sorting.cu.
 // Contract: cumo_kernels/ops/routing.py. Reference: cumo_kernels/backends/reference/routing.py.
 #include "gate_logits.cuh"
 
 namespace cumo {
 
 constexpr int kNoKey = -2147483647 - 1;
+
+// A block's probabilities are in shared memory, at most 64 KiB: every GPU has 99.
+__host__ __device__ constexpr int tokens_per_warp(int per_lane) { return per_lane > 16 ? 2 : kTokensPerWarp; }
 
 // Over the lanes of a token.
 template <int kLanes>
@@ -124,14 +127,14 @@ __device__ __forceinline__ void add_up(const Route& r, const Stats& stats, int g
 }
 
 // Shared-memory layout of a block of route_kernel, in floats.
-template <class T, int kLanes>
+template <class T, int kLanes, int kTokens>
 struct Places {
   int squares, first, partial, last, chosen, shares, end;
 
   __host__ __device__ explicit Places(const Route& r)
-      : squares(kTokensPerBlock * r.E),
-        first(squares + kTokensPerBlock),
-        partial(first + kTokensPerBlock),
+      : squares(kTokens * r.E),
+        first(squares + kTokens),
+        partial(first + kTokens),
         last(partial + kThreads),
         chosen(last + 1),
         shares(chosen + kThreads / kLanes * r.K),
@@ -142,7 +145,8 @@ template <class T, int kLanes, int kPerLane>
 __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
     route_kernel(Route r, bool wide, float* weights, int* indices, Stats stats) {
   begin_kernel();
-  const Places<T, kLanes> at(r);
+  constexpr int kPerWarp = tokens_per_warp(kPerLane), kTokens = kWarps * kPerWarp;
+  const Places<T, kLanes, kTokens> at(r);
   float* token_probs = shared_memory<float>();                           // (tokens, E)
   float* token_squares = token_probs + at.squares;                       // (tokens,): logsumexp^2
   int* token_first = reinterpret_cast<int*>(token_probs + at.first);     // (tokens,): first choice
@@ -151,11 +155,11 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
   float* chosen = token_probs + at.chosen + threadIdx.x / kLanes * r.K;  // (K,) of this token
   float* shares = token_probs + at.shares;
 
-  const int64_t block_begin = int64_t{blockIdx.x} * kTokensPerBlock;
+  const int64_t block_begin = int64_t{blockIdx.x} * kTokens;
   share_logits<T, kLanes, kPerLane>(r, block_begin, wide, shares);
   const int lane = threadIdx.x % kLanes;
-  for (int t = 0; t < kTokensPerWarp; t += kWarp / kLanes) {
-    const int of_warp = threadIdx.x / kWarp * kTokensPerWarp + t, local = of_warp + threadIdx.x % kWarp / kLanes;
+  for (int t = 0; t < kPerWarp; t += kWarp / kLanes) {
+    const int of_warp = threadIdx.x / kWarp * kPerWarp + t, local = of_warp + threadIdx.x % kWarp / kLanes;
     if (block_begin + of_warp >= r.T) break;
     const int64_t token = block_begin + local;
     const bool inside = token < r.T;  // lanes without a token take part
@@ -201,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
   }
   sync_block();
 
-  const int64_t block_end = block_begin + kTokensPerBlock < r.T ? block_begin + kTokensPerBlock : r.T;
+  const int64_t block_end = block_begin + kTokens < r.T ? block_begin + kTokens : r.T;
   const int g_last = group_of_token(r, static_cast<int>(block_end) - 1), width = 2 * r.E + 1;
   int g = group_of_token(r, static_cast<int>(block_begin));
   for (g = g < 0 ? 0 : g; g <= g_last && g < r.G; ++g) {
@@ -219,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
                                : token_squares[t];
       out[col] = sum;
     }
-    const int first = group.begin / kTokensPerBlock, last = (group.end - 1) / kTokensPerBlock;
+    const int first = group.begin / kTokens, last = (group.end - 1) / kTokens;
     sync_block();
     if (threadIdx.x == 0) *is_last = count_in(stats.arrivals + g) == last - first;
     sync_block();
@@ -239,12 +243,13 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
     route_backward_kernel(Route r, bool wide, const float* grad_weights, const float* grad_mean_probs,
                           const float* grad_z, const int* indices, T* dlogits) {
   begin_kernel();
+  constexpr int kPerWarp = tokens_per_warp(kPerLane), kTokens = kWarps * kPerWarp;
   float* shares = shared_memory<float>();
-  const int64_t block_begin = int64_t{blockIdx.x} * kTokensPerBlock;
+  const int64_t block_begin = int64_t{blockIdx.x} * kTokens;
   share_logits<T, kLanes, kPerLane>(r, block_begin, wide, shares);
   const int lane = threadIdx.x % kLanes;
-  for (int t = 0; t < kTokensPerWarp; t += kWarp / kLanes) {
-    const int of_warp = threadIdx.x / kWarp * kTokensPerWarp + t, local = of_warp + threadIdx.x % kWarp / kLanes;
+  for (int t = 0; t < kPerWarp; t += kWarp / kLanes) {
+    const int of_warp = threadIdx.x / kWarp * kPerWarp + t, local = of_warp + threadIdx.x % kWarp / kLanes;
     if (block_begin + of_warp >= r.T) return;
     // lanes without a token repeat the last one
     const int64_t token = block_begin + local < r.T ? block_begin + local : r.T - 1;
@@ -333,22 +338,30 @@ __global__ void __launch_bounds__(kThreads) gate_backward_kernel(Route r, const 
   }
 }
 
-static int route_blocks(int T) { return ceil_div(T, kTokensPerBlock); }
-static int64_t rows_of_sums(const Route& r) { return (int64_t{route_blocks(r.T)} + r.G) * (2 * r.E + 1); }
+// Calls f with the number of lanes per token, and of experts per lane.
+template <class F>
+static auto with_lanes(int E, F f) {
+  using std::integral_constant;
+  const integral_constant<int, kWarp> warp;
+  if (E <= 8) return f(integral_constant<int, 8>(), integral_constant<int, 1>());
+  if (E <= kWarp) return f(warp, integral_constant<int, 1>());
+  if (E <= 8 * kWarp) return f(warp, integral_constant<int, 8>());
+  if (E <= 16 * kWarp) return f(warp, integral_constant<int, 16>());
+  return f(warp, integral_constant<int, kMaxExperts / kWarp>());
+}
+
+static int route_blocks(const Route& r) {
+  return with_lanes(r.E, [&](auto, auto per_lane) {
+    return ceil_div(r.T, kWarps * tokens_per_warp(decltype(per_lane)::value));
+  });
+}
+static int64_t rows_of_sums(const Route& r) { return (int64_t{route_blocks(r)} + r.G) * (2 * r.E + 1); }
 
 int64_t route_scratch(const Route& r) { return rows_of_sums(r) + r.G; }
 
 static bool packs(const Route& r, int element_bytes) {
   return r.gate != nullptr && aligned16(r.x, 0, r.stride_x_t, element_bytes) &&
          aligned16(r.gate, 0, r.stride_gate_e, element_bytes);
-}
-
-// Calls f with the number of lanes per token, and of experts per lane.
-template <class F>
-static void with_lanes(int E, F f) {
-  if (E <= 8) return f(std::integral_constant<int, 8>(), std::integral_constant<int, 1>());
-  if (E <= kWarp) return f(std::integral_constant<int, kWarp>(), std::integral_constant<int, 1>());
-  f(std::integral_constant<int, kWarp>(), std::integral_constant<int, kMaxExperts / kWarp>());
 }
 
 void route(const Device& device, Dtype dtype, const Route& r, float* weights, int* indices, float* mean_probs,
@@ -360,9 +373,10 @@ void route(const Device& device, Dtype dtype, const Route& r, float* weights, in
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     with_lanes(r.E, [&](auto lanes, auto per_lane) {
-      constexpr int kLanes = decltype(lanes)::value;
-      launch(device, route_kernel<T, kLanes, decltype(per_lane)::value>, route_blocks(r.T), kThreads,
-             4 * Places<T, kLanes>(r).end, r, packs(r, sizeof(T)), weights, indices, stats);
+      constexpr int kLanes = decltype(lanes)::value, kPerLane = decltype(per_lane)::value;
+      constexpr int kTokens = kWarps * tokens_per_warp(kPerLane);
+      launch(device, route_kernel<T, kLanes, kPerLane>, route_blocks(r), kThreads, 4 * Places<T, kLanes, kTokens>(r).end, r,
+             packs(r, sizeof(T)), weights, indices, stats);
     });
   });
 }
@@ -373,14 +387,16 @@ void route_backward(const Device& device, Dtype dtype, const Route& r, const flo
     using T = std::remove_pointer_t<decltype(type)>;
     with_lanes(r.E, [&](auto lanes, auto per_lane) {
       constexpr int kLanes = decltype(lanes)::value;
-      launch(device, route_backward_kernel<T, kLanes, decltype(per_lane)::value>, route_blocks(r.T), kThreads,
+      launch(device, route_backward_kernel<T, kLanes, decltype(per_lane)::value>, route_blocks(r), kThreads,
              r.gate != nullptr ? 4 * Shares<T, kLanes>::kFloats : 0, r, packs(r, sizeof(T)), grad_weights,
              grad_mean_probs, grad_z, indices, static_cast<T*>(dlogits));
     });
   });
 }
 
-int gate_backward_blocks(const Device& device, const Route& r) { return std::min(route_blocks(r.T), 2 * device.sms); }
+int gate_backward_blocks(const Device& device, const Route& r) {
+  return std::min(ceil_div(r.T, kTokensPerBlock), 2 * device.sms);
+}
 
 void gate_backward(const Device& device, Dtype dtype, const Route& r, const void* dlogits, void* dx, void* dgate,
                    float* sums) {

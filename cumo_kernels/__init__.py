@@ -20,14 +20,18 @@ from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.dispatch import explain, use_backend
 from cumo_kernels.moved import keep_old_paths
 from cumo_kernels.ops import (
+    NoisyRouting,
     activate,
     combine,
     expert_mlp,
     grouped_gemm,
+    noisy_top_k,
     permute,
     route,
     routing_from_topk,
+    sparsemixer,
     update_selection_bias,
+    with_capacity,
 )
 from cumo_kernels.packing.tensor import PackedWeight, pack
 from cumo_kernels.types import Adapter, RouterStats, Routing
@@ -47,6 +51,7 @@ keep_old_paths(
 __all__ = [
     "ACTIVATIONS",
     "Adapter",
+    "NoisyRouting",
     "PackedWeight",
     "RouterStats",
     "Routing",
@@ -55,10 +60,13 @@ __all__ = [
     "expert_mlp",
     "explain",
     "grouped_gemm",
+    "noisy_top_k",
     "pack",
     "permute",
     "route",
     "routing_from_topk",
+    "sparsemixer",
     "update_selection_bias",
     "use_backend",
+    "with_capacity",
 ]

@@ -71,8 +71,8 @@ _CUDA_MISSING = extension.missing()
 _TRITON_MISSING = _missing("triton") or _missing("cumo_kernels.backends.triton")
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-CUDA_EXPERTS = 256  # kMaxExperts of csrc/kernels.h
-EXPERTS_TESTED = 256  # the largest number in verify's cases
+CUDA_EXPERTS = 1024  # kMaxExperts of csrc/kernels.h
+EXPERTS_TESTED = 1024  # the largest number in verify's cases
 Device = torch.device | str
 
 

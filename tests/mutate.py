@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.faults import Fault
+from tests.faults.activations import FAULTS as ACTIVATIONS
 from tests.faults.checkpoints import FAULTS as CHECKPOINTS
 from tests.faults.data import FAULTS as DATA
 from tests.faults.demo import FAULTS as DEMO
@@ -49,7 +50,7 @@ ALL_MODEL = MODEL + PACKING_MODEL + LORA_OF_CUMO
 ALL_SERVING = SERVING + SERVING_ANSWER + SERVING_VLLM + SERVING_WEB
 ALL_EVALUATION = EVALUATION + EVALUATION_CHOICE + EVALUATION_LMMS + EVALUATION_VQA
 FAULTS = {
-    "cumo_kernels": KERNELS + PACKING + PACKING_KERNELS + LORA + ROUTERS,
+    "cumo_kernels": KERNELS + ACTIVATIONS + ROUTERS + PACKING + PACKING_KERNELS + LORA,
     "cumo_model": ALL_MODEL + DATA + CHECKPOINTS + TRAINING + ALL_SERVING + ALL_EVALUATION + DEMO,
 }
 TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught

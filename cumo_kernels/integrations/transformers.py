@@ -6,11 +6,14 @@
 
 A model's router chooses the experts; its experts module (stacked weights, under the names of transformers'
 experts interface) then runs here. Plain and gated MLPs whose activation is in `cumo_kernels.ACTIVATIONS` run
-as one `expert_mlp`. Experts with a gate function of their own (gpt-oss clamps and interleaves), transposed
-weights or a norm of each expert's rows run as two `grouped_gemm`. Anything else falls back to transformers'
-own grouped_mm; the reason is logged once. Weights in four bits (`cumo_kernels.packing`) run packed, and LoRA
+as one `expert_mlp`, also with the clamped gates of gpt-oss, DeepSeek-V4 and others, and with transposed or
+interleaved weights, which are read as they are stored. A norm of each expert's rows, or a gate function that
+is not known here, lies between two `grouped_gemm`. Anything else falls back to transformers' own grouped_mm;
+the reason is logged once. Weights in four bits (`cumo_kernels.packing`) run packed, and LoRA
 adapters of peft without the weights of W + B A (`cumo_kernels.integrations.peft`).
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +21,7 @@ from transformers import activations as hf
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.utils import logging
 
-from cumo_kernels import combine, expert_mlp, grouped_gemm, routing_from_topk
+from cumo_kernels import PackedWeight, combine, expert_mlp, grouped_gemm, routing_from_topk
 from cumo_kernels.integrations.peft import adapters_of, takes_adapters
 
 NAME = "cumo"
@@ -31,11 +34,22 @@ PLAIN = {  # class of a model's act_fn -> our name for the same function
     hf.GELUTanh: "gelu_tanh",
     hf.NewGELUActivation: "gelu_tanh",
     nn.ReLU: "relu",
+    hf.ReLUSquaredActivation: "relu2",
     hf.SiLUActivation: "silu",
     nn.SiLU: "silu",
 }
 FUNCTIONS = {nn.functional.silu: "silu", nn.functional.gelu: "gelu", nn.functional.relu: "relu"}
-GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
+GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
+OWN_GATES = {  # the method of a class of transformers -> our name, the attributes with limit and alpha
+    "GptOssExperts._apply_gate": ("swiglu_oai", "limit", "alpha"),
+    "OpenAIPrivacyFilterExperts._apply_gate": ("swiglu_oai", "limit", "alpha"),
+    "MiniMaxM3VLExperts._apply_gate": ("swiglu_oai", "swiglu_limit", "swiglu_alpha"),
+    "DeepseekV4Experts._apply_gate": ("swiglu_clamped", "limit", None),
+    "HYV4Experts._apply_gate": ("swiglu_clamped", "swiglu_limit", None),
+    "Glm5NextTextExperts._apply_gate": ("swiglu_clamped", "swiglu_limit", None),
+    "Step3p7Experts._apply_gate": ("clamped_swiglu", "limit", None),
+}
+INTERLEAVED_GATES = {"GptOssExperts._apply_gate"}  # is_concatenated also describes models that do not
 
 logger = logging.get_logger(__name__)
 
@@ -60,17 +74,56 @@ def _has_norm(experts: nn.Module) -> bool:
     return getattr(experts, "has_post_expert_norm", False)
 
 
-def fused_activation(experts: nn.Module) -> str | None:
-    """Name of the activation with which one `expert_mlp` computes these experts, or None."""
+@torch.compiler.assume_constant_result  # a compiled graph cannot ask where a function comes from
+def _row_of_gate(kind: type[nn.Module]) -> tuple[str | None, str | None, str | None, bool]:
+    method = kind._apply_gate
+    is_theirs = getattr(method, "__module__", "").startswith("transformers.models.")
+    found = OWN_GATES.get(getattr(method, "__qualname__", None)) if is_theirs else None
+    return (*(found or (None, None, None)), found is not None and method.__qualname__ in INTERLEAVED_GATES)
+
+
+def _own_gate(experts: nn.Module, plain: str | None) -> str | None:
+    """Name of the activation that a class of transformers computes with a gate method of its own, or None."""
+    name, limit_name, alpha_name, is_interleaved = _row_of_gate(type(experts))
+    has_silu = plain == "silu" if hasattr(experts, "act_fn") else True
+    limit = getattr(experts, limit_name or "", None)
+    alpha = getattr(experts, alpha_name, None) if alpha_name else 1.0
+    if name is None or not has_silu or not (_is_above_zero(limit) and _is_above_zero(alpha)):
+        return None
+    if math.isinf(limit):
+        return None if alpha_name else "swiglu"
+    words = [f"alpha={float(alpha)!r}"] if alpha_name else []
+    words += [f"limit={float(limit)!r}"]
+    words += ["interleaved"] if is_interleaved else []
+    return f"{name}({','.join(words)})"
+
+
+def _is_above_zero(value: object) -> bool:
+    return isinstance(value, int | float) and value > 0
+
+
+def known_activation(experts: nn.Module) -> str | None:
+    """Name by which `cumo_kernels` knows what is between the two products of these experts, or None."""
     act_fn = getattr(experts, "act_fn", None)
     name = FUNCTIONS.get(act_fn, PLAIN.get(type(act_fn)))
     name = "gelu_tanh" if getattr(act_fn, "approximate", None) == "tanh" else name
-    if experts.is_transposed or _has_norm(experts):
-        return None
     if not experts.has_gate:
         return name
-    own_gate = type(experts)._apply_gate is not _default_apply_gate
-    return GATED.get(name) if experts.is_concatenated and not own_gate else None
+    if type(experts)._apply_gate is not _default_apply_gate:
+        return _own_gate(experts, name)
+    return GATED.get(name) if experts.is_concatenated else None
+
+
+def fused_activation(experts: nn.Module) -> str | None:
+    """Name of the activation with which one `expert_mlp` computes these experts, or None."""
+    if _has_norm(experts) or (experts.is_transposed and _is_packed(experts)):
+        return None
+    return known_activation(experts)
+
+
+def _is_packed(experts: nn.Module) -> bool:
+    weights = (getattr(experts, name, None) for name in (_up_name(experts), "down_proj"))
+    return any(isinstance(weight, PackedWeight) for weight in weights)
 
 
 def refusal(experts: nn.Module) -> str | None:
@@ -115,8 +168,10 @@ def cumo_experts_forward(
         )
     else:
         offsets = routing.expert_offsets
-        z = grouped_gemm(x, up, offsets, bias=up_bias, gather=routing, adapters=of_up)
-        a = self._apply_gate(z) if self.has_gate else self.act_fn(z)
+        known = known_activation(self)
+        a = grouped_gemm(x, up, offsets, bias=up_bias, gather=routing, activation=known, adapters=of_up)
+        if known is None:
+            a = self._apply_gate(a) if self.has_gate else self.act_fn(a)
         rows = grouped_gemm(a, down, offsets, bias=down_bias, adapters=of_down)
         out = combine(self.post_expert_norm(rows) if _has_norm(self) else rows, routing)
     return out.to(hidden_states.dtype)
@@ -145,7 +200,8 @@ def explain(model: nn.Module) -> str:
         if not _is_experts(module):
             continue
         reason, activation = refusal(module), fused_activation(module)
-        how = f"expert_mlp ({activation})" if activation else "grouped_gemm, its own activation, grouped_gemm"
+        between = known_activation(module) or "its own activation"
+        how = f"expert_mlp ({activation})" if activation else f"grouped_gemm, {between}, grouped_gemm"
         how += ", its norm" if _has_norm(module) else ""
         lines.append(f"{name}: {how if reason is None else f'{FALLBACK}: {reason}'}")
     return "\n".join(lines) or f"{type(model).__name__} has no experts in transformers' experts interface"

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from cumo_kernels import dispatch
-from cumo_kernels.activations import ACTIVATIONS, get_activation
+from cumo_kernels.activations import get_activation, resolve
 from cumo_kernels.ops.checks import check_float
 from cumo_kernels.ops.define import define
 
@@ -15,7 +15,7 @@ def _activate(x: Tensor, name: str, backend: str) -> Tensor:
 
 @_activate.register_fake
 def _(x, name, backend):
-    width = x.shape[-1] // 2 if ACTIVATIONS[name].is_gated else x.shape[-1]
+    width = x.shape[-1] // 2 if get_activation(name).is_gated else x.shape[-1]
     return x.new_empty(*x.shape[:-1], width)
 
 
@@ -47,7 +47,9 @@ def activate(x: Tensor, name: str) -> Tensor:
 
     Args:
         x: (..., I), or (..., 2I) with the gate first when the activation is gated; float.
-        name: a row of `cumo_kernels.activations.ACTIVATIONS`.
+        name: a row of `cumo_kernels.ACTIVATIONS`, with its parameters if others than their defaults are
+            wanted: "swiglu_oai(alpha=1.702,limit=7.0)"; with the word interleaved, columns of gate and up
+            alternate: "swiglu_oai(limit=7.0,interleaved)".
 
     Returns:
         (..., I), dtype of `x`.
@@ -55,10 +57,10 @@ def activate(x: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: no activation has that name, `x` is not float, or a gated width is odd.
     """
-    activation = get_activation(name, "name")
+    spelled, is_gated = resolve(name, "name")
     check_float("x", x)
     if x.ndim == 0:
         raise ValueError("x must have at least one dimension, got a scalar")
-    if activation.is_gated and x.shape[-1] % 2:
+    if is_gated and x.shape[-1] % 2:
         raise ValueError(f"x must have an even last dimension for {name} (gate and up), got {tuple(x.shape)}")
-    return _activate(x, name, dispatch.choose("activate", x, with_backward=dispatch.trains(x)))
+    return _activate(x, spelled, dispatch.choose("activate", x, with_backward=dispatch.trains(x)))

@@ -98,6 +98,17 @@ def check_top_k(top_k: int, num_experts: int) -> int:
     return top_k
 
 
+def check_topk_indices(topk_indices: Tensor, num_experts: int, like_name: str, like: Tensor) -> None:
+    """Experts that a caller has chosen: int32 or int64 in [0, E], on the device of `like`."""
+    check_device("topk_indices", topk_indices, like_name, like)
+    if topk_indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"topk_indices must be int32 or int64, got {topk_indices.dtype}")
+    if topk_indices.numel() and values_at_hand(topk_indices):
+        low, high = (int(v) for v in topk_indices.aminmax())
+        if low < 0 or high > num_experts:
+            raise ValueError(f"topk_indices must lie in [0, {num_experts}], got values from {low} to {high}")
+
+
 def check_routing(name: str, routing: Routing) -> None:
     """`routing` is a plan whose fields have the dtypes and sizes that kernels read without a check."""
     if not isinstance(routing, Routing):

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from cumo_kernels import dispatch
-from cumo_kernels.activations import ACTIVATIONS, get_activation
+from cumo_kernels.activations import ACTIVATIONS, get_activation, resolve
 from cumo_kernels.ops.activation import activate
 from cumo_kernels.ops.adapted import _adapted_expert_mlp
 from cumo_kernels.ops.adapters import check_adapters, drops, joined, tensors_of
 from cumo_kernels.ops.checks import (
     autocast,
+    check_bool,
     check_choice,
     check_device,
     check_float,
@@ -211,14 +212,15 @@ def _flops_backward(*shapes, out_shape=None, **kwargs):
 
 def _refuse_widths(activation: str, up: torch.Size, down: torch.Size) -> None:
     """Raise ValueError: the weights do not fit each other; with the activations that they would fit."""
-    is_gated = ACTIVATIONS[activation].is_gated
+    row = get_activation(activation)
+    is_gated = row.is_gated
     if is_gated and up[1] % 2:
         wanted, got = f"up_proj must be (E, 2I, H) for {activation}", up
     else:
         wanted, got = f"down_proj must be ({down[0]}, O, {up[1] // (1 + is_gated)})", down
     kind, rows = ("gated", "2I") if is_gated else ("plain", "I")
     default = ", the default," if activation == DEFAULT_ACTIVATION else ""
-    why = f"activation {activation!r}{default} is {kind}, so that up_proj has {rows} = {up[1]} rows"
+    why = f"activation {row.name!r}{default} is {kind}, so that up_proj has {rows} = {up[1]} rows"
     if up[1] == (down[2] if is_gated else 2 * down[2]):
         others = [name for name, row in ACTIVATIONS.items() if row.is_gated != is_gated]
         why += f"; the weights fit activation {', '.join(map(repr, others[:-1]))} or {others[-1]!r}"
@@ -237,6 +239,7 @@ def expert_mlp(
     *,
     up_adapters: Sequence[Adapter] = (),
     down_adapters: Sequence[Adapter] = (),
+    interleaved: bool = False,
 ) -> Tensor:
     """sum_k topk_weights[t, k] * (act(x[t] @ up_proj[e].T + up_bias[e]) @ down_proj[e].T + down_bias[e]).
 
@@ -251,12 +254,14 @@ def expert_mlp(
         up_bias: (E, I) or (E, 2I).
         down_bias: (E, O).
         activation: name from `cumo_kernels.ACTIVATIONS`. The default is gated; plain weights need a plain
-            one, such as "gelu".
+            one, such as "gelu". With parameters as in `activate`: "swiglu_oai(alpha=1.702,limit=7.0)".
         memory: what is saved for backward: "x" only the input (GEMM 1 runs again), "preact" also the (S, I)
             pre-activation, "all" also the activation.
         up_adapters: low-rank additions to up_proj, computed in the dtype of `x`; the sum with up_proj is
             never formed. With dropout the layer runs as several ops, which save more for backward.
         down_adapters: the same for down_proj.
+        interleaved: rows of up_proj and of up_bias are those of gate and up in turns, [g0, u0, g1, u1, ...],
+            instead of all rows of the gate first; gradients are in the same order, and nothing is copied.
 
     Returns:
         (T, O), dtype of `x`, or autocast's.
@@ -279,7 +284,8 @@ def expert_mlp(
     num_experts = routing.num_experts
     check_shape("x", x, routing.num_tokens, "H")
     check_device("routing", routing.permutation, "x", x)
-    is_gated = get_activation(activation).is_gated
+    check_bool("interleaved", interleaved)
+    activation, is_gated = resolve(activation, interleaved=interleaved)
     check_shape("up_proj", up_proj, num_experts, "2I" if is_gated else "I", x.shape[1])
     check_shape("down_proj", down_proj, num_experts, "O", "I")
     width = up_proj.shape[1] // 2 if is_gated else up_proj.shape[1]

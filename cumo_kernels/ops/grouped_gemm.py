@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cumo_kernels import dispatch
-from cumo_kernels.activations import ACTIVATIONS, get_activation
+from cumo_kernels.activations import get_activation, resolve
 from cumo_kernels.ops.activation import _activate_backward, activate
 from cumo_kernels.ops.adapters import check_adapters, drops, joined
 from cumo_kernels.ops.checks import (
@@ -55,7 +55,7 @@ def _(x, weight, expert_offsets, bias, permutation, inverse_permutation, top_k, 
     width = weight.shape[1]
     if activation is None:
         return x.new_empty(num_rows, width), x.new_empty(0)
-    out_width = width // 2 if ACTIVATIONS[activation].is_gated else width
+    out_width = width // 2 if get_activation(activation).is_gated else width
     return x.new_empty(num_rows, out_width), x.new_empty(num_rows, width)
 
 
@@ -160,7 +160,7 @@ def _(
     width = 2 * packed.shape[2] if is_transposed else packed.shape[1]
     if activation is None:
         return x.new_empty(num_rows, width), x.new_empty(0)
-    out_width = width // 2 if ACTIVATIONS[activation].is_gated else width
+    out_width = width // 2 if get_activation(activation).is_gated else width
     return x.new_empty(num_rows, out_width), x.new_empty(num_rows, width)
 
 
@@ -241,7 +241,8 @@ def grouped_gemm(
             Rows past the last offset give zeros.
         bias: (E, N).
         gather: take row p from x[gather.permutation[p] // top_k] instead of a permuted copy.
-        activation: name from `cumo_kernels.activations`, applied after the bias.
+        activation: name from `cumo_kernels.ACTIVATIONS`, with parameters as in `activate`, applied after
+            the bias.
         adapters: low-rank additions to the weight; computed in the dtype of `x`.
 
     Returns:
@@ -276,8 +277,10 @@ def grouped_gemm(
     if bias is not None:
         check_shape("bias", bias, weight.shape[0], weight.shape[1])
         check_like("bias", bias, "x", x)
-    if activation is not None and get_activation(activation).is_gated and weight.shape[1] % 2:
-        raise ValueError(f"weight must be (E, 2I, K) for {activation}, got {tuple(weight.shape)}")
+    if activation is not None:
+        activation, is_gated = resolve(activation)
+        if is_gated and weight.shape[1] % 2:
+            raise ValueError(f"weight must be (E, 2I, K) for {activation}, got {tuple(weight.shape)}")
     check_adapters("adapters", adapters, x, *weight.shape)
     if adapters:
         z = grouped_gemm(x, weight, expert_offsets, bias=bias, gather=gather)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from cumo_kernels.hostsync import values_at_hand
 from cumo_kernels.ops.checks import check_device, check_float, check_shape, check_top_k
 from cumo_kernels.ops.noise import check_seed, check_share, normal, uniform
 from cumo_kernels.ops.routing import route, routing_from_topk
@@ -45,7 +46,7 @@ def noisy_top_k(
             adds no noise, for evaluation; `load_loss` is that without noise in the choice too.
 
     Raises:
-        ValueError: an argument is wrong; on the CPU also if logits or noise are not finite.
+        ValueError: an argument is wrong; on the CPU also if `noise_weight` or logits are not finite.
     """
     for name, weight in (("gate_weight", gate_weight), ("noise_weight", noise_weight)):
         check_float("x", x)
@@ -54,6 +55,9 @@ def noisy_top_k(
         check_float(name, weight)
         check_device(name, weight, "x", x)
     check_shape("noise_weight", noise_weight, *gate_weight.shape)
+    if values_at_hand(noise_weight) and not noise_weight.isfinite().all():
+        expert = int((~noise_weight.detach().isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"noise_weight must be finite, got NaN or infinity for expert {expert}")
     top_k = check_top_k(top_k, gate_weight.shape[0])
     return noisy_plan(x @ gate_weight.T, x @ noise_weight.T, top_k, seed)
 
@@ -123,9 +127,9 @@ def sparsemixer(logits: Tensor, *, jitter: float = 0.01, seed: int | Tensor | No
     scores = logits.to(accumulate_dtype(logits.dtype))
     left, weights, chosen = scores, [], []
     for turn in range(2):
-        with torch.no_grad():
-            top, best = left.max(-1, keepdim=True)
-            far = (top - scores) / torch.maximum(scores.abs(), top) > 2 * jitter
+        with torch.no_grad():  # in the dtype of the logits, as PhiMoE decides
+            raw, (top, best) = logits.detach(), left.detach().to(logits.dtype).max(-1, keepdim=True)
+            far = (top - raw) / torch.maximum(raw.abs(), top) > 2 * jitter
         masked = left.masked_fill(far, -torch.inf)
         probs, expert = masked.softmax(-1), best
         if seed is not None:

@@ -23,11 +23,12 @@ from cumo_kernels.ops.checks import (
     check_routing,
     check_shape,
     check_top_k,
+    check_topk_indices,
 )
 from cumo_kernels.ops.define import define
 from cumo_kernels.ops.forward_mode import refuse_forward_mode
 from cumo_kernels.ops.noise import check_seed, check_share, jittered
-from cumo_kernels.ops.scores import check_scoring, check_selection_bias, scored_route
+from cumo_kernels.ops.scores import check_given, check_scoring, check_selection_bias, scored_route
 from cumo_kernels.types import RouterStats, Routing, Scoring, accumulate_dtype
 
 _PLAIN = ("softmax", 1, None, "max", 1)  # score, expert_groups, top_groups, group_score, scale
@@ -190,6 +191,7 @@ def route(
     drop: str = "position",
     jitter: float = 0,
     seed: int | Tensor | None = None,
+    topk_indices: Tensor | None = None,
 ) -> Routing:
     """Softmax, top-k, renormalised weights, loss statistics, and the stable sort of slots by expert.
 
@@ -227,6 +229,10 @@ def route(
             the gate (Switch Transformers, arXiv 2101.03961).
         seed: of the jitter, an int or a () int64 tensor; the noise depends on it, the token's row and the
             column only.
+        topk_indices: (T, K) int32 or int64 in [0, E]: the experts of each token, each at most once, where
+            another pass or another engine has chosen; E drops a slot. Nothing is chosen then: the weights
+            are the scores of these experts, and 0 for E. With the experts that `route` would choose the
+            result is the same, bit for bit. Excludes `compat`, `selection_bias` and `expert_groups`.
 
     Returns:
         Routing with `stats`. Weights and statistics are fp32 (fp64 for fp64 logits).
@@ -264,18 +270,26 @@ def route(
     check_optional("selection_bias", selection_bias)
     how = (score, expert_groups, top_groups, group_score, scale)
     is_plain = how == _PLAIN  # then nothing is checked, which would make guards of a graph
-    scoring = None if is_plain and selection_bias is None else check_scoring(num_experts, top_k, *how)
-    if scoring is None or (selection_bias is None and scoring == Scoring()):
+    check_optional("topk_indices", topk_indices)
+    is_plain &= selection_bias is None and topk_indices is None
+    scoring = None if is_plain else check_scoring(num_experts, top_k, *how)
+    if scoring is None or (selection_bias is None and topk_indices is None and scoring == Scoring()):
         backend = dispatch.choose("route", x, num_experts, trains)
         found = _route(x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat, backend)
     else:
+        if topk_indices is not None:
+            topk_indices = check_given(
+                topk_indices, num_experts, top_k, x, compat=compat, selection_bias=selection_bias,
+                expert_groups=expert_groups,
+            )  # fmt: skip
         if compat is not None:
             raise ValueError(f"compat must be None unless a plain softmax chooses and weighs, got {compat!r}")
         bias = None if selection_bias is None else check_selection_bias(selection_bias, num_experts, x)
         backend = dispatch.choose("scored_route", x, num_experts, trains)
         found = scored_route(
-            x, gate_weight, bias, group_offsets, num_groups, top_k, renormalize, str(scoring), backend
-        )
+            x, gate_weight, bias, group_offsets, num_groups, top_k, renormalize, str(scoring), topk_indices,
+            backend,
+        )  # fmt: skip
     weights, indices, mean_probs, top1_density, z = found
     if values_at_hand(weights) and not weights.isfinite().all():
         token = int((~weights.detach().isfinite()).any(1).nonzero()[0])
@@ -330,14 +344,8 @@ def routing_from_topk(topk_weights: Tensor, topk_indices: Tensor, num_experts: i
     check_float("topk_weights", topk_weights)
     check_shape("topk_weights", topk_weights, "T", "K")
     check_shape("topk_indices", topk_indices, *topk_weights.shape)
-    check_device("topk_indices", topk_indices, "topk_weights", topk_weights)
-    if topk_indices.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"topk_indices must be int32 or int64, got {topk_indices.dtype}")
     num_experts = check_count("num_experts", num_experts)
-    if topk_indices.numel() and values_at_hand(topk_indices):
-        low, high = (int(v) for v in topk_indices.aminmax())
-        if low < 0 or high > num_experts:
-            raise ValueError(f"topk_indices must lie in [0, {num_experts}], got values from {low} to {high}")
+    check_topk_indices(topk_indices, num_experts, "topk_weights", topk_weights)
     refuse_forward_mode("routing_from_topk", topk_weights)
     weights = topk_weights.to(accumulate_dtype(topk_weights.dtype))
     indices = topk_indices.int()

@@ -1,4 +1,4 @@
-"""scored_route: the op behind `route` for all routers other than a plain softmax.
+"""scored_route: the op behind `route` for a given choice and for routers other than a plain softmax.
 
 An op of its own, so that a backend without it refuses these calls only, and is verified for them apart.
 """
@@ -18,6 +18,7 @@ from cumo_kernels.ops.checks import (
     check_device,
     check_float,
     check_shape,
+    check_topk_indices,
     shown,
 )
 from cumo_kernels.ops.define import define
@@ -34,15 +35,19 @@ def scored_route(
     top_k: int,
     renormalize: bool,
     scoring: str,
+    topk_indices: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return dispatch.implementation(backend, "scored_route")(
-        x, gate_weight, selection_bias, group_offsets, num_groups, top_k, renormalize, scoring
+        x, gate_weight, selection_bias, group_offsets, num_groups, top_k, renormalize, scoring, topk_indices
     )
 
 
 @scored_route.register_fake
-def _(x, gate_weight, selection_bias, group_offsets, num_groups, top_k, renormalize, scoring, backend):
+def _(
+    x, gate_weight, selection_bias, group_offsets, num_groups, top_k, renormalize, scoring, topk_indices,
+    backend,
+):  # fmt: skip
     num_tokens, num_experts = x.shape[0], (x.shape[1] if gate_weight is None else gate_weight.shape[0])
     wide = accumulate_dtype(x.dtype)
     return (
@@ -93,7 +98,7 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    x, gate_weight, _, group_offsets, _, _, ctx.renormalize, ctx.scoring, ctx.backend = inputs
+    x, gate_weight, _, group_offsets, _, _, ctx.renormalize, ctx.scoring, _, ctx.backend = inputs
     _, topk_indices, _, top1_density, _ = output
     ctx.save_for_backward(x, gate_weight, topk_indices, group_offsets)
     ctx.mark_non_differentiable(topk_indices, top1_density)
@@ -106,7 +111,7 @@ def _backward(ctx, grad_weights, _indices, grad_mean_probs, _density, grad_z):
         grad_weights, grad_mean_probs, grad_z, x, gate_weight, topk_indices, group_offsets, ctx.renormalize,
         need_x, need_gate, ctx.scoring, ctx.backend,
     )  # fmt: skip
-    return dx if need_x else None, dgate if need_gate else None, *[None] * 7
+    return dx if need_x else None, dgate if need_gate else None, *[None] * 8
 
 
 scored_route.register_autograd(_backward, setup_context=_save)
@@ -167,3 +172,33 @@ def check_selection_bias(bias: Tensor, num_experts: int, x: Tensor) -> Tensor:
     if values_at_hand(bias) and not bias.isfinite().all():
         raise ValueError(f"selection_bias must be finite, got {bias.tolist()}")
     return bias.detach().to(accumulate_dtype(x.dtype)).contiguous()
+
+
+def check_given(
+    topk_indices: Tensor,
+    num_experts: int,
+    top_k: int,
+    x: Tensor,
+    *,
+    compat: str | None,
+    selection_bias: Tensor | None,
+    expert_groups: int,
+) -> Tensor:
+    """The given choice (T, K) as the backends read it: contiguous int32; and nothing else chooses."""
+    if expert_groups != 1:
+        raise ValueError(f"expert_groups must be 1 where topk_indices choose, got {expert_groups}")
+    for name, value in (("compat", compat), ("selection_bias", selection_bias)):
+        if value is not None:
+            raise ValueError(f"{name} must be None where topk_indices choose, got {shown(value)}")
+    check_shape("topk_indices", topk_indices, x.shape[0], top_k)
+    check_topk_indices(topk_indices, num_experts, "x", x)
+    if top_k > 1 and values_at_hand(topk_indices):
+        ordered = topk_indices.sort(-1).values
+        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] < num_experts)
+        if twice.any():
+            token = int(twice.any(1).nonzero()[0])
+            raise ValueError(
+                f"topk_indices must name an expert once in a row, got {topk_indices[token].tolist()} "
+                f"for token {token}"
+            )
+    return topk_indices.int().contiguous()

@@ -314,6 +314,8 @@ def calls(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[str
     )
     how = (wide(E), None, 1, K, True, f"sigmoid 2 {1 if 2 * K <= E else 2} top2 2.5")
     yield "route by scores", lambda: scores.scored_route(logits, None, *how)
+    given = (None, None, 1, K, True, "softmax 1 1 max 1.0", indices)
+    yield "route, given choice", lambda: scores.scored_route(x, gate, *given)
     yield (
         "route by scores, backward",
         lambda: scores.scored_route_backward(*grads, logits, None, indices, None, True, True, False, how[-1]),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cumo_kernels import ops
-from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.activations import ACTIVATIONS, get_activation
 from cumo_kernels.backends import reference
 from cumo_kernels.tiles.problems import DTYPES
 from cumo_kernels.types import Routing
@@ -182,7 +182,7 @@ def build(case: Case, device: str = "cpu") -> Call:
     dtype = DTYPES[case.dtype]
     draw = lambda *size: torch.randn(*size, generator=generator).to(device, dtype)
     T, H, I, O, E, K = case.T, case.H, case.I, case.O, case.E, case.K
-    width = I * (1 + ACTIVATIONS[case.activation].is_gated)
+    width = I * (1 + get_activation(case.activation).is_gated)
     place = lambda x: laid_out(x, case.layout)
 
     if case.op == "activate":
@@ -373,6 +373,9 @@ GPU_FAMILIES: dict[str, dict] = ALIGNED | {
         "ops": MATMULS, "T": 2400, "E": 8, "activation": "swiglu", "memory": "x", "pattern": "dropped",
     },
     "256-experts": {"ops": (*ROUTES, "permute", "combine", *MATMULS), "T": 96, "E": 256, "K": 8},
+    # not a power of two; and the largest number
+    "384-experts": {"ops": (*ROUTES, "permute"), "T": 96, "E": 384, "K": 8},
+    "1024-experts": {"ops": (*ROUTES, "permute", "combine", *MATMULS), "T": 64, "E": 1024, "K": 32},
     "memory-x": SORTED | {"ops": LAYERS, "T": 600, "memory": "x"},
     "memory-all": SORTED | {"ops": LAYERS, "T": 600, "memory": "all"},
     "gated-router": ROUTER,

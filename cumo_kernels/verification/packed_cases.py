@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cumo_kernels import ops
-from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.activations import get_activation
 from cumo_kernels.backends import reference
 from cumo_kernels.packing.formats import FORMATS
 from cumo_kernels.packing.tensor import PackedWeight, pack
@@ -50,7 +50,7 @@ def packed(weight: Tensor, name: str) -> PackedWeight:
 
 def grouped_gemm_parts(case, draw: Callable, place: Callable, routing: Routing) -> Parts:
     """`grouped_gemm` with a packed weight, of a Case."""
-    H, width = _whole(case.H), _whole(case.I) * (1 + ACTIVATIONS[case.activation].is_gated)
+    H, width = _whole(case.H), _whole(case.I) * (1 + get_activation(case.activation).is_gated)
     weight = packed(draw(case.E, width, H) / H**0.5, case.weights)
     plan = (routing.permutation, routing.inverse_permutation) if case.gated else (None, None)
     dtype = weight.dtype
@@ -73,7 +73,7 @@ def grouped_gemm_parts(case, draw: Callable, place: Callable, routing: Routing) 
 def expert_mlp_parts(case, draw: Callable, place: Callable, routing: Routing) -> Parts:
     """`expert_mlp` with packed weights, adapters or both, of a Case; plain weights are inputs."""
     H, I, O, E, R = _whole(case.H), _whole(case.I), case.O, case.E, case.rank
-    width = I * (1 + ACTIVATIONS[case.activation].is_gated)
+    width = I * (1 + get_activation(case.activation).is_gated)
     weights = [draw(E, width, H) / H**0.5, draw(E, O, I) / I**0.5]
     inputs = [draw(case.T, H), routing.topk_weights]
     kept: list[PackedWeight] = []

@@ -1,4 +1,4 @@
-"""Calls of route with other scores, a selection bias and groups of experts, for cases.py."""
+"""Calls of route with other scores, a selection bias, groups of experts or a given choice, for cases.py."""
 
 from collections.abc import Callable, Sequence
 from zlib import crc32
@@ -20,11 +20,13 @@ def _grouped(num_experts: int, top_k: int) -> tuple[int, int]:
     return groups, max(-(-top_k * groups // num_experts), (groups + 1) // 2)
 
 
-ROUTERS = {  # name -> scoring for E experts and K of them, whether it renormalises, whether it has a bias
-    "sigmoid-groups": (lambda E, K: Scoring("sigmoid", *_grouped(E, K), "top2", 2.5), True, True),
-    "softmax-groups": (lambda E, K: Scoring("softmax", *_grouped(E, K), "max", 16.0), False, False),
-    "sqrtsoftplus-bias": (lambda E, K: Scoring("sqrtsoftplus", scale=1.5), True, True),
-    "sigmoid": (lambda E, K: Scoring("sigmoid"), False, False),
+ROUTERS = {  # name -> scoring for E experts and K of them, whether it renormalises, what chooses with it
+    "sigmoid-groups": (lambda E, K: Scoring("sigmoid", *_grouped(E, K), "top2", 2.5), True, "bias"),
+    "softmax-groups": (lambda E, K: Scoring("softmax", *_grouped(E, K), "max", 16.0), False, None),
+    "sqrtsoftplus-bias": (lambda E, K: Scoring("sqrtsoftplus", scale=1.5), True, "bias"),
+    "sigmoid": (lambda E, K: Scoring("sigmoid"), False, None),
+    "softmax-given": (lambda E, K: Scoring("softmax"), True, "caller"),
+    "sigmoid-given": (lambda E, K: Scoring("sigmoid", scale=2.5), True, "caller"),
 }
 
 
@@ -71,6 +73,13 @@ def apart(logits: Tensor, bias: Tensor | None, how: Scoring) -> Tensor:
             return torch.where(near_ties(logits, bias, how)[:, None], row, logits)
 
 
+def given_choice(case, generator: torch.Generator) -> Tensor:
+    """(T, K) int32: different experts of each token; a third of the slots is dropped."""
+    chosen = torch.rand(case.T, case.E, generator=generator).argsort(1)[:, : case.K]
+    dropped = torch.rand(case.T, case.K, generator=generator) < 1 / 3
+    return torch.where(dropped, case.E, chosen).int()
+
+
 def parts(
     case,
     logits: Tensor | None,
@@ -81,27 +90,29 @@ def parts(
     offsets: Tensor | None,
 ) -> tuple[Callable, Callable, tuple[Tensor, ...], Callable, tuple[Tensor, ...]]:
     """-> run, reference, inputs, integers, true integers of a Case; `gated` is x and the gate."""
-    make, renormalize, biased = ROUTERS[case.router]
+    make, renormalize, chooses = ROUTERS[case.router]
     how = make(case.E, case.K)
     if how.group_score == "top2" and case.E == how.expert_groups:
         how = Scoring(how.score, how.expert_groups, how.top_groups, "max", how.scale)
     if how.expert_groups == how.top_groups:
         how = Scoring(how.score, scale=how.scale)
-    inputs, bias = tuple(gated) or (logits,), None
+    inputs, bias, given = tuple(gated) or (logits,), None, None
     generator = torch.Generator().manual_seed(case.seed)
     for _ in range(20):  # with a gate the logits are what they are, and the bias must keep them apart
-        if biased:
+        if chooses == "bias":
             bias = (torch.randperm(case.E, generator=generator) + torch.rand(1, generator=generator)) / 61
             bias = (bias / case.E).to(inputs[0].device, torch.float32)
         if not gated or not near_ties(logits_of(*inputs), bias, how).any():
             break
-    if not gated:
+    if chooses == "caller":
+        given = given_choice(case, generator).to(inputs[0].device)
+    elif not gated:
         inputs = (apart(logits, bias, how),)
-    args = (bias, offsets, case.groups, case.K, renormalize, str(how))
+    args = (bias, offsets, case.groups, case.K, renormalize, str(how), given)
 
     def found(x: Tensor, *gate: Tensor) -> Routing:
         more = {"groups": groups, "renormalize": renormalize, "selection_bias": bias}
-        return ops.route(place(x), case.K, *gate, **more, **keywords(how))
+        return ops.route(place(x), case.K, *gate, **more, **keywords(how), topk_indices=given)
 
     def run(x: Tensor, *gate: Tensor) -> tuple[Tensor, ...]:
         routing = found(x, *gate)

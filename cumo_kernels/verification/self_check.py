@@ -26,17 +26,17 @@ from cumo_kernels.verification.verified import COVERS, has
 WORKERS = 8  # processes at most
 PARALLEL = 2  # minimum number of processes even with few CPUs: they also wait for imports
 AWKWARD = {name: cases.FEW[name] for name in ("awkward", "awkward-packed")}  # sizes that no tile divides
-MANY = cases.GPU_FAMILIES["256-experts"]
+MANY = cases.GPU_FAMILIES["1024-experts"]
 FAMILIES = {  # and sizes that copy engines and tensor cores accept
     "cuda": {
         "aligned": cases.ALIGNED["aligned"],
         "aligned-router": cases.ALIGNED["aligned-router"],
         "aligned-swiglu": cases.ALIGNED["aligned-swiglu"] | {"ops": cases.LAYERS},
-        "256-experts": MANY,
+        "1024-experts": MANY,
         **AWKWARD,
     },
     # used when CPU tensors replace CUDA tensors, in tests
-    "cpu": cases.TINY | {"256-experts": MANY | {"ops": ("route", "permute"), "T": 16}, **AWKWARD},
+    "cpu": cases.TINY | {"1024-experts": MANY | {"ops": ("route", "permute"), "T": 4}, **AWKWARD},
 }
 KILLED = "signal SIGKILL"  # so small a case does not run out of memory by itself
 

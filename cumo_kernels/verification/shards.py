@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.activations import get_activation
 from cumo_kernels.verification.accuracy import ROUNDS, SMALL
 from cumo_kernels.verification.cases import Case, parse
 from cumo_kernels.verification.proofs import command
@@ -62,7 +62,7 @@ def bytes_of(case: Case) -> int:
 
     Two copies for each of the yardstick's draws are kept.
     """
-    width = case.I * (1 + ACTIVATIONS[case.activation].is_gated)
+    width = case.I * (1 + get_activation(case.activation).is_gated)
     slots = case.T * case.K
     rows = {
         "expert_mlp": case.T * (case.H + case.O) + slots * (case.H + 2 * width + case.O),

@@ -356,12 +356,12 @@ class MoELayer(nn.Module):
         num_experts, options = self.num_experts, self.router
         sizes = (rows.shape[0], self.top_k)
         given = given_to(self, self.place, self.layer, sizes, num_experts, not router_only)
-        how = {} if given is None else {"topk_indices": given.topk_indices.to(rows.device)}
+        indices = None if given is None else given.topk_indices.to(rows.device)
         is_replayed = given is not None and given.seed is not None and self.training
         seed = given.seed.to(rows.device) if is_replayed else self._seed(rows)
         if options.jitter and seed is not None:
             rows = jittered(rows, options.jitter, seed)
-        routing, logits, balance = self._plan(rows, groups, counted, seed, how)
+        routing, logits, balance = self._plan(rows, groups, counted, seed, indices)
         chosen = None
         if options.capacity_factor is not None and self.training:
             chosen = routing.topk_indices
@@ -384,17 +384,26 @@ class MoELayer(nn.Module):
         return torch.randint(2**62, (), device=x.device)
 
     def _plan(
-        self, rows: Tensor, groups: int, counted: Tensor | None, seed: Tensor | None, how: dict
+        self,
+        rows: Tensor,
+        groups: int,
+        counted: Tensor | None,
+        seed: Tensor | None,
+        indices: Tensor | None,
     ) -> tuple[Routing, Tensor | None, Tensor | None]:
         """Plan with statistics, logits if they are known or recorded, and the balance loss of noisy top-k."""
         if self.noise_gate is not None:
             logits, raw = self.gate(rows), self.noise_gate(rows)
-            plan = noisy_plan(logits, raw, self.top_k, seed, groups=groups, counted=counted, **how)
+            plan = noisy_plan(
+                logits, raw, self.top_k, seed, groups=groups, counted=counted, topk_indices=indices
+            )
             return plan.routing, logits, plan.importance_loss + plan.load_loss
-        if self.router_arguments:
-            how = how | self.router_arguments
-        if self.selection_bias is not None:
-            how = how | {"selection_bias": self.selection_bias}
+        if indices is not None:
+            how = {"topk_indices": indices, **self.router.weighing()}
+        elif self.selection_bias is not None:
+            how = {"selection_bias": self.selection_bias, **self.router_arguments}
+        else:
+            how = self.router_arguments
         if self.compat is not None or not may_be_fused(self.gate, rows):
             logits = self.gate(rows)
             return route(logits, self.top_k, groups=groups, compat=self.compat, **how), logits, None

@@ -92,6 +92,10 @@ class RouterOptions:
         """Keyword arguments of `route`, without the defaults."""
         return {name: value for name, value in self.changed().items() if name in SCORING}
 
+    def weighing(self) -> dict[str, Any]:
+        """Keyword arguments of `route` for experts that are chosen already."""
+        return {name: value for name, value in self.scoring().items() if name in ("score", "scale")}
+
     def capacity(self, num_tokens: int, top_k: int, num_experts: int) -> int:
         """Slots that an expert keeps (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961), at least one."""
         return max(1, math.ceil(self.capacity_factor * num_tokens * top_k / num_experts))

@@ -359,16 +359,6 @@ def test_speedups_are_relative_to_the_loop_of_the_same_case():
     assert next(iter(plot.speedups([*eager, faster]).values()))["cumo/reference"] == 3
 
 
-@pytest.mark.parametrize("number", [1, 10, 11, 20, 21, 45])
-def test_every_picture_has_room_for_any_number_of_variants(number, tmp_path):
-    row = replace(measured(bench_experts, modes=("both",))[0][0], saved_bytes=4096, tflops=1.0, gb_per_s=1.0)
-    names = ["cumo-original", *(f"peer-{n}" for n in range(number - 1))]
-    rows = [replace(row, variant=name) for name in names]
-    for n, draw in enumerate((plot.plot_speedups, plot.plot_roofline, plot.plot_memory)):
-        assert draw(rows, tmp_path / f"{n}.png").is_file()
-    assert len(set(plot._colours(names).values())) == number
-
-
 def test_every_op_has_its_roofline(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plot, "_save", lambda figure, path: figures.append(figure) or path)

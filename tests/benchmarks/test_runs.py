@@ -282,6 +282,24 @@ def test_saved_and_peak_memory_are_plotted(tmp_path, monkeypatch):
     assert plot.plot_memory([on_a_cpu[1]], tmp_path / "memory.png") is None
 
 
+@pytest.mark.parametrize("number", [1, 10, 11, 20, 21, 45])
+def test_every_picture_has_a_colour_for_each_of_any_number_of_variants(number, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: figures.append(figure) or path)
+    names = [plot.BASE, *(f"peer-{n}" for n in range(number - 1))]
+    layer, scaling = (
+        [a_row(op=op, shape=shape, mode="both", variant=name) for name in names]
+        for op, shape in (("expert_mlp", "small"), ("scaling", "over-tokens"))
+    )
+    for draw in (plot.plot_speedups, plot.plot_roofline, plot.plot_memory):
+        draw(layer, tmp_path / "picture.png")
+        assert len({handle.get_facecolor() for handle in figures[-1].legends[0].get_patches()}) == number
+    plot.plot_scaling(scaling, tmp_path / "picture.png")
+    assert len({tuple(line.get_color()) for line in figures[-1].axes[0].lines}) == number
+    plot.plt.close("all")
+
+
 def test_each_reason_is_printed_once_with_a_count():
     case = Case(SMALL, "fp32")
     gap = lambda variant, mode, reason: harness.gap_of("t", case, variant, mode, reason, "cpu", "1")

@@ -34,8 +34,8 @@ FAULTS = (
           "peft_releases", select="another"),
     Fault("adapters of down_proj are left out of fused experts", H, "up_adapters=of_up, down_adapters=of_down",
           "up_adapters=of_up", "peft", select="outputs_and_gradients"),
-    Fault("adapters of up_proj are left out beside an own gate", H, "gather=routing, adapters=of_up)",
-          "gather=routing)", "peft", select="outputs_and_gradients"),
+    Fault("adapters of up_proj are left out beside an own gate", H, "activation=known, adapters=of_up)",
+          "activation=known)", "peft", select="outputs_and_gradients"),
 )  # fmt: skip
 
 FAULTS_OF_CUMO = (

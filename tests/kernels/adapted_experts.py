@@ -19,11 +19,22 @@ peft = pytest.importorskip("peft")
 
 E, H, I, T, K = 4, 64, 128, 9, 2
 SIZES = {"hidden_size": H, "intermediate_size": I}
+
+
+class OwnGate(GptOssExperts):
+    """A gate function that no table knows, between two products."""
+
+    def _apply_gate(self, z):
+        gate, up = z.chunk(2, dim=-1)
+        return torch.tanh(gate) * up
+
+
 EXPERTS = {  # kinds of experts -> class and config
     "mixtral": (MixtralExperts, MixtralConfig(**SIZES, num_local_experts=E)),
     "qwen2_moe": (Qwen2MoeExperts, Qwen2MoeConfig(**SIZES, moe_intermediate_size=I, num_experts=E)),
-    "gpt_oss": (GptOssExperts, GptOssConfig(**SIZES, num_local_experts=E)),  # own gate, biases, transposed
-    "nemotron_h": (  # plain experts with an activation of their own
+    "own_gate": (OwnGate, GptOssConfig(**SIZES, num_local_experts=E)),
+    "gpt_oss": (GptOssExperts, GptOssConfig(**SIZES, num_local_experts=E)),  # clamps, biases, transposed
+    "nemotron_h": (  # plain experts
         NemotronHExperts,
         NemotronHConfig(
             hidden_size=H, n_routed_experts=E, moe_intermediate_size=I, moe_latent_size=None, mlp_bias=False

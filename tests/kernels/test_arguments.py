@@ -77,11 +77,12 @@ CALLS = {  # function -> good arguments, wrong values of each
     cumo_kernels.expert_mlp: (
         {"x": X, "routing": PLAN, "up_proj": UP, "down_proj": DOWN, "up_bias": UP_BIAS,
          "down_bias": DOWN_BIAS,
-         "activation": "swiglu", "memory": "preact", "up_adapters": [], "down_adapters": []},
+         "activation": "swiglu", "memory": "preact", "up_adapters": [], "down_adapters": [],
+         "interleaved": False},
         {"x": tensors(X), "routing": plans(), "up_proj": tensors(UP), "down_proj": tensors(DOWN),
          "up_bias": tensors(UP_BIAS, none=True), "down_bias": tensors(DOWN_BIAS, none=True),
          "activation": only(), "memory": only(), "up_adapters": adapters(),
-         "down_adapters": adapters()},
+         "down_adapters": adapters(), "interleaved": only(True)},
     ),
     cumo_kernels.explain: (
         {"op": "route", "x": X, "num_experts": E, "with_backward": True},

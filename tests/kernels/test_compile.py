@@ -44,9 +44,11 @@ def make_op_calls():
     ref = "reference"
     yield "route", _route, (leaf(T, E), None, None, 3, K, True, None, ref)
     yield "route-gate", _route, (leaf(T, H), leaf(E, H), groups, 2, K, True, None, ref)
-    scored = (torch.rand(E), groups, 2, K, True, str(Scoring("sigmoid", 2, 1, "top2", 2.5)), ref)
+    scored = (torch.rand(E), groups, 2, K, True, str(Scoring("sigmoid", 2, 1, "top2", 2.5)), None, ref)
     yield "scored-route", scored_route, (leaf(T, E), None, *scored)
     yield "scored-route-gate", scored_route, (leaf(T, H), leaf(E, H), *scored)
+    given = (None, groups, 2, K, True, str(Scoring()), plan.topk_indices, ref)
+    yield "scored-route-given", scored_route, (leaf(T, H), leaf(E, H), *given)
     yield "sort", _sort_by_expert, (plan.topk_indices, E, ref)
     yield "permute", _permute, (leaf(T, H), perm, inverse, K, ref)
     yield "combine", _combine, (leaf(T * K, H), weights, perm, inverse, K, ref)

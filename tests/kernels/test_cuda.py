@@ -123,7 +123,7 @@ def test_every_op_has_a_call_above():
 def test_activations_are_all_there():
     """The table of csrc/bindings.cpp has the rows of activations.py, with the same ones gated."""
     source = (extension.CSRC / "bindings.cpp").read_text()
-    rows = dict(re.findall(r'\{"(\w+)", \{Act::\w+, (true|false)\}\}', source))
+    rows = dict(re.findall(r'\{"(\w+)", \{ActKind::\w+, (true|false)\}\}', source))
     assert rows == {name: str(row.is_gated).lower() for name, row in ACTIVATIONS.items()}
 
 

@@ -310,19 +310,19 @@ def test_more_experts_than_a_backend_routes_to_go_to_another(monkeypatch):
     monkeypatch.setattr(extension, "EMULATE", True)
     rows = [replace(row, needs_proof=False) for row in BACKENDS if row.name != "triton"]
     monkeypatch.setattr(dispatch, "BACKENDS", rows)
-    x = torch.zeros(2, 257)
-    assert dispatch.choose("route", x, 256) == dispatch.choose("expert_mlp", x, 257) == "cuda"
-    assert dispatch.choose("route", x, 257) == dispatch.choose("sort_by_expert", x, 257) == "torch"
-    reason = "it routes to at most 256 experts, got 257"
-    assert f"cuda       refuses: {reason}" in explain("route", x, 257)
+    x = torch.zeros(2, 1025)
+    assert dispatch.choose("route", x, 1024) == dispatch.choose("expert_mlp", x, 1025) == "cuda"
+    assert dispatch.choose("route", x, 1025) == dispatch.choose("sort_by_expert", x, 1025) == "torch"
+    reason = "it routes to at most 1024 experts, got 1025"
+    assert f"cuda       refuses: {reason}" in explain("route", x, 1025)
     indices = torch.zeros(2, 1, dtype=torch.int32)
     cumo_kernels.route(x, 2)
-    cumo_kernels.routing_from_topk(torch.ones(2, 1), indices, 257)
+    cumo_kernels.routing_from_topk(torch.ones(2, 1), indices, 1025)
     with use_backend("cuda"):
         with pytest.raises(RuntimeError, match=reason):
             cumo_kernels.route(x, 2)
         with pytest.raises(RuntimeError, match=reason):
-            cumo_kernels.routing_from_topk(torch.ones(2, 1), indices, 257)
+            cumo_kernels.routing_from_topk(torch.ones(2, 1), indices, 1025)
 
 
 def test_the_measured_table_is_one():

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cumo_kernels import ACTIVATIONS, expert_mlp, route, routing_from_topk, use_backend
+from cumo_kernels.activations import get_activation
 from cumo_kernels.backends import reference
 from cumo_kernels.testing import PATTERNS, assert_as_accurate_as_torch, make_routing
 from cumo_kernels.tiles import tuning
@@ -18,11 +19,17 @@ SHAPES = [  # num_tokens, hidden_size, intermediate_size, output_size, num_exper
     pytest.param((160, 64, 128, 96, 4, 2), marks=pytest.mark.large, id="connector-like-wider-output"),
 ]
 
+SPELLED = [  # limits in reach of random numbers
+    "swiglu_clamped(limit=0.75)",
+    "clamped_swiglu(limit=0.375)",
+    "swiglu_oai(alpha=1.25,limit=0.5,interleaved)",
+]
+
 
 def make_case(shape, activation, bias, dtype, device, pattern="uniform"):
     num_tokens, hidden_size, intermediate_size, output_size, num_experts, top_k = shape
     routing = make_routing(pattern, num_tokens, num_experts, top_k, device)
-    width = 2 * intermediate_size if ACTIVATIONS[activation].is_gated else intermediate_size
+    width = 2 * intermediate_size if get_activation(activation).is_gated else intermediate_size
     draw = lambda *size: torch.randn(*size, device=device, dtype=dtype)
     x = draw(num_tokens, hidden_size)
     up_proj = draw(num_experts, width, hidden_size) / hidden_size**0.5
@@ -45,7 +52,7 @@ def op_and_expected(routing, activation, memory="preact"):
     return op, expected
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, *SPELLED])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_reference_is_the_loop(activation, bias):
     routing, inputs = make_case((11, 6, 8, 5, 3, 2), activation, bias, torch.float64, "cpu")
@@ -55,7 +62,7 @@ def test_reference_is_the_loop(activation, bias):
     for token in range(11):
         for choice in range(2):
             e = int(routing.topk_indices[token, choice])
-            hidden = ACTIVATIONS[activation].forward(up_proj[e] @ x[token] + up_bias[e])
+            hidden = get_activation(activation).forward(up_proj[e] @ x[token] + up_bias[e])
             wanted[token] += weights[token, choice].double() * (down_proj[e] @ hidden + down_bias[e])
     assert_same_formula(op_and_expected(routing, activation)[0](*inputs), wanted)
 
@@ -128,7 +135,7 @@ def test_bias_gradient_in_parts(backend, device, pattern):
         assert_as_accurate_as_torch(*op_and_expected(routing, "quick_gelu"), *inputs)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, *SPELLED])
 def test_every_activation(backend, device, activation):
     routing, inputs = make_case((40, 32, 24, 16, 4, 2), activation, True, torch.float32, device)
     with use_backend(backend):
@@ -273,3 +280,40 @@ def test_names_the_bad_argument():
         ValueError, match=r"up_proj must have the dtype of x, torch.float32, got torch.float16"
     ):
         expert_mlp(x, routing, up_proj.half(), down_proj, activation="gelu")
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4])
+@pytest.mark.parametrize("storage", ["rows", "transposed"])
+def test_interleaved_and_transposed_weights(backend, device, dtype, shape, storage):
+    """gpt-oss' storage: weights transposed, gate and up in turns; gradients in the order of the weights."""
+    activation = "swiglu_oai(alpha=1.25,limit=0.5)"
+    routing, inputs = make_case(shape, activation, True, dtype, device)
+    x, weights, up_proj, down_proj, up_bias, down_bias = inputs
+    if storage == "transposed":
+        up_proj, down_proj = up_proj.transpose(1, 2).contiguous(), down_proj.transpose(1, 2).contiguous()
+    as_rows = lambda weight: weight.transpose(1, 2) if storage == "transposed" else weight
+    apart = lambda rows: torch.cat([rows[:, ::2], rows[:, 1::2]], 1)
+    plan = (routing.permutation, routing.inverse_permutation, routing.expert_offsets)
+
+    def op(x, weights, up_proj, down_proj, up_bias, down_bias):
+        return expert_mlp(
+            x, routing_from_topk(weights, routing.topk_indices, routing.num_experts), as_rows(up_proj),
+            as_rows(down_proj), up_bias, down_bias, activation, interleaved=True,
+        )  # fmt: skip
+
+    def expected(x, weights, up_proj, down_proj, up_bias, down_bias):
+        up, down = apart(as_rows(up_proj)), as_rows(down_proj)
+        return reference.expert_mlp(
+            x, weights, *plan, up, down, apart(up_bias), down_bias, activation, "none"
+        )[0]
+
+    with use_backend(backend):
+        assert_as_accurate_as_torch(op, expected, x, weights, up_proj, down_proj, up_bias, down_bias)
+
+
+def test_interleaved_needs_a_gated_activation():
+    routing, inputs = make_case(SHAPES[1].values[0], "gelu", False, torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"interleaved must be False for gelu, which is not gated, got True"):
+        expert_mlp(inputs[0], routing, *inputs[2:], activation="gelu", interleaved=True)
+    with pytest.raises(ValueError, match=r"interleaved must be True or False, got 1"):
+        expert_mlp(inputs[0], routing, *inputs[2:], activation="gelu", interleaved=1)

@@ -310,9 +310,9 @@ def test_a_graph_uses_a_saved_verdict_or_torch(gpu, monkeypatch):
 def test_more_experts_than_were_tested_are_not_trusted(gpu):
     assert dispatch.choose("expert_mlp", X, dispatch.EXPERTS_TESTED) == "triton"
     assert dispatch.choose("expert_mlp", X, dispatch.EXPERTS_TESTED + 1) == "torch"
-    assert "tested with up to 256 experts, got 257" in explain("expert_mlp", X, 257)
+    assert "tested with up to 1024 experts, got 1025" in explain("expert_mlp", X, 1025)
     with dispatch.use_backend("triton"):
-        assert dispatch.choose("expert_mlp", X, 1000) == "triton"
+        assert dispatch.choose("expert_mlp", X, 2000) == "triton"
 
 
 def test_a_process_of_the_check_sees_one_gpu(monkeypatch):

@@ -6,10 +6,8 @@ import re
 import pytest
 import torch
 
-from cumo_kernels import expert_mlp, route, use_backend
+from cumo_kernels import expert_mlp, noisy_top_k, route, use_backend, with_capacity
 from cumo_kernels.ops.noise import jittered, normal, uniform
-from cumo_kernels.ops.noisy import noisy_top_k
-from cumo_kernels.ops.routing import with_capacity
 from tests.rounding import assert_same_formula, assert_spread
 
 MASK = (1 << 64) - 1
@@ -152,7 +150,10 @@ WRONG = [
     (lambda: with_capacity(3, 2), "routing must be a Routing"),
     (lambda: noisy_top_k(*WEIGHTS, torch.randn(2, 6), seed=1), "noise_weight must be (3, 6), got (2, 6)"),
     (lambda: noisy_top_k(*WEIGHTS, torch.randn(3, 6), seed=1.5), "seed must be an int or a () int64"),
-    (lambda: noisy_top_k(*WEIGHTS, torch.full((3, 6), math.nan), seed=1), "finite maximum in every row"),
+    (
+        lambda: noisy_top_k(*WEIGHTS, torch.full((3, 6), math.nan), seed=1),
+        "noise_weight must be finite, got NaN or infinity for expert 0",
+    ),
     (lambda: route(*WEIGHTS, jitter=1.0, seed=1), "jitter must be at least 0 and below 1, got 1.0"),
     (lambda: route(*WEIGHTS, jitter=0.1), "seed must be an int or a () int64 tensor"),
     (lambda: route(WEIGHTS[0], 2, jitter=0.1, seed=1), "jitter must be 0 without a gate_weight"),

@@ -1,12 +1,10 @@
-"""route: properties of the sort, weights and statistics compared with a plain loop, every gradient."""
+"""route: weights and statistics compared with a plain loop, every gradient."""
 
 import math
 from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from cumo_kernels import dispatch, route, routing_from_topk, use_backend
@@ -22,6 +20,9 @@ SHAPES = [  # num_tokens, num_experts, top_k, groups
     pytest.param(12, 1, 1, 2, id="one-expert"),
     pytest.param(577 * 2, 4, 2, 2, id="two-clip-crops"),
     pytest.param(64, 256, 16, 1, id="many-experts"),
+    pytest.param(18, 384, 8, 2, id="384-experts"),
+    pytest.param(5, 512, 32, 1, id="512-experts"),
+    pytest.param(6, 1000, 32, 3, id="1000-experts"),
 ]
 
 
@@ -113,6 +114,30 @@ GROUPS = [  # offsets for 300 tokens; a tile has 8 to 256 tokens, a power of two
 ]
 
 
+@pytest.mark.parametrize(
+    "num_experts", [384, *(pytest.param(n, marks=pytest.mark.large) for n in (600, 1000))]
+)
+def test_ragged_groups_of_many_experts(backend, device, num_experts):
+    """A tile has 4, 16 or 32 tokens here: groups end inside tiles and at their ends, one is empty."""
+    offsets = torch.tensor([0, 4, 16, 16, 33, 64, 70], dtype=torch.int32, device=device)
+    logits = torch.randn(75, num_experts, device=device)
+    expected = lambda x: reference.route(x, None, offsets, 6, 3, False)
+    with use_backend(backend):
+        op = lambda x: route(x, 3, groups=offsets, renormalize=False)
+        assert_as_accurate_as_torch(lambda x: outputs(op(x)), lambda x: expected(x)[::2], logits)
+        found, wanted = op(logits), expected(logits)
+    assert torch.equal(found.topk_indices, wanted[1])
+    assert_same_shares(found.stats.top1_density, wanted[3])
+
+
+@pytest.mark.large
+def test_every_of_many_experts_is_chosen(backend, device):
+    """K = E at the largest E, which needs the most shared memory; ties go to the lowest index."""
+    logits = torch.randint(-3, 4, (3, 1024), device=device).float()
+    found = dispatch.implementation(backend, "route")(logits, None, None, 1, 1024, True)[1]
+    assert torch.equal(found.long(), logits.sort(dim=-1, descending=True, stable=True).indices)
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["logits", "gate"])
 @pytest.mark.parametrize("offsets", GROUPS)
 def test_ragged_groups_are_slices(offsets, gated):
@@ -152,6 +177,7 @@ GATES = [  # num_tokens, hidden_size, num_experts, top_k
     pytest.param(70, 300, 4, 2, id="several-column-blocks"),
     pytest.param(67, 97, 7, 3, id="odd-tails"),
     pytest.param(40, 64, 40, 2, id="more-experts-than-one-kernel-takes-in-backward"),
+    pytest.param(40, 64, 300, 4, id="more-experts-than-one-kernel-takes"),
 ]
 
 
@@ -319,26 +345,6 @@ def test_backward_under_an_autocast_not_active_in_forward(backend, device, num_e
         assert torch.equal(found, wanted)
 
 
-SORTS = [  # num_tokens, num_experts, top_k; one program sorts 4 blocks of slots, smaller for more experts
-    pytest.param(0, 4, 2, id="no-slot"),
-    pytest.param(1, 1, 1, id="one-slot"),
-    pytest.param(577, 4, 2, id="clip-crop"),
-    pytest.param(9001, 4, 2, id="several-programs"),
-    pytest.param(2500, 7, 3, id="odd-tails"),
-    pytest.param(40, 256, 8, id="256-experts"),
-    pytest.param(30, 200, 1, id="mostly-empty-experts"),
-]
-
-
-@pytest.mark.parametrize("dropping", [False, True], ids=["all", "dropping"])
-@pytest.mark.parametrize("num_tokens, num_experts, top_k", SORTS)
-def test_sort(backend, device, num_tokens, num_experts, top_k, dropping):
-    indices = torch.randint(num_experts + dropping, (num_tokens, top_k), device=device, dtype=torch.int32)
-    found = dispatch.implementation(backend, "sort_by_expert")(indices, num_experts)
-    for got, wanted in zip(found, reference.sort_by_expert(indices, num_experts), strict=True):
-        assert got.dtype == torch.int32 and torch.equal(got, wanted)
-
-
 def test_gradcheck():
     offsets = torch.tensor([0, 2, 7], dtype=torch.int32)
     x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
@@ -346,25 +352,6 @@ def test_gradcheck():
     for groups, renormalize in ((1, True), (4, False), (offsets, True)):
         function = lambda x, w, g=groups, r=renormalize: outputs(route(x, 2, w, groups=g, renormalize=r))
         assert torch.autograd.gradcheck(function, (x, gate))
-
-
-@settings(deadline=None, max_examples=40)
-@given(num_tokens=st.integers(0, 60), num_experts=st.integers(1, 9), data=st.data())
-def test_sort_properties(num_tokens, num_experts, data):
-    top_k = data.draw(st.integers(1, num_experts))
-    seed = data.draw(st.integers(0, 99))
-    generator = torch.Generator().manual_seed(seed)
-    indices = torch.randint(num_experts + 1, (num_tokens, top_k), generator=generator)  # E drops the slot
-    routing = routing_from_topk(torch.ones(num_tokens, top_k), indices, num_experts)
-    flat, end = indices.flatten(), int(routing.expert_offsets[-1])
-    assert routing.tokens_per_expert.tolist() == [int((flat == e).sum()) for e in range(num_experts)]
-    assert routing.expert_offsets[0] == 0
-    assert torch.equal(routing.expert_offsets.diff(), routing.tokens_per_expert)
-    assert sorted(routing.permutation.tolist()) == list(range(num_tokens * top_k))
-    slots = routing.permutation[:end].tolist()
-    assert slots == sorted(slots, key=lambda s: (int(flat[s]), s))  # by expert, stable inside
-    assert torch.equal(routing.inverse_permutation[slots], torch.arange(end, dtype=torch.int32))
-    assert torch.equal(routing.inverse_permutation < 0, flat == num_experts)
 
 
 def test_ties_go_to_the_lowest_index(backend, device, dtype):

@@ -23,7 +23,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
@@ -45,6 +45,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 FUSED, OWN_GATE = "expert_mlp (swiglu)", "grouped_gemm, its own activation, grouped_gemm"
+GPT_OSS = "swiglu_oai(alpha=1.702,limit=7.0,interleaved)"
 MODELS = {
     "mixtral": (MixtralConfig(**SIZES, num_local_experts=4), FUSED),
     "qwen3_moe": (
@@ -89,7 +90,7 @@ MODELS = {
             head_dim=8,
             rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         ),
-        OWN_GATE,
+        f"expert_mlp ({GPT_OSS})",
     ),
 }
 
@@ -166,7 +167,7 @@ def test_experts_are_as_accurate_as_their_own_loop(make, name, dtype):
     assert_as_accurate_as_torch(through("cumo"), through("eager"), *(t.to(dtype) for t in tensors))
 
 
-def test_plain_experts_of_nemotron_run_with_their_own_activation():
+def test_plain_experts_of_nemotron_square_their_relu():
     config = NemotronHConfig(
         hidden_size=16, n_routed_experts=4, moe_intermediate_size=12, moe_latent_size=None, mlp_bias=False
     )
@@ -179,7 +180,7 @@ def test_plain_experts_of_nemotron_run_with_their_own_activation():
     for implementation in ("cumo", "eager"):
         config._experts_implementation_internal = implementation
         outs.append(experts(x, index, weights))
-    assert integration.fused_activation(experts) is None and integration.refusal(experts) is None
+    assert integration.fused_activation(experts) == "relu2" and integration.refusal(experts) is None
     assert_same_formula(*outs)
 
 
@@ -214,10 +215,10 @@ def test_compiles_without_a_break(make, name):
     torch._dynamo.reset()
 
 
-def mixtral_experts(implementation="cumo"):
+def mixtral_experts(implementation="cumo", kind=MixtralExperts):
     config = MixtralConfig(**SIZES, num_local_experts=4)
     config._experts_implementation_internal = implementation
-    experts = MixtralExperts(config)
+    experts = kind(config)
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_()
@@ -316,6 +317,8 @@ def test_the_experts_of_every_model_that_has_the_interface():
         with torch.no_grad():
             for parameter in experts.parameters():
                 parameter.normal_(std=0.3)
+        for limit in {"limit", "swiglu_limit"} & set(vars(experts)):
+            setattr(experts, limit, 0.75)  # a third of all values is beyond it
         H = experts.down_proj.shape[2 if experts.is_transposed else 1]
         x, weights = torch.randn(9, H).double(), torch.rand(9, 2).double()
         index = torch.randint(experts.num_experts, (9, 2))
@@ -331,9 +334,82 @@ def test_the_experts_of_every_model_that_has_the_interface():
         assert integration.refusal(experts) is None, name
         fused[name] = integration.fused_activation(experts)
         assert_same_formula(*({name: values} for values in results))
+        assert integration.explain(experts) == f": expert_mlp ({fused[name]})"
     assert len(fused) > 50
     assert (fused["Lfm2MoeExperts"], fused["Gemma4TextExperts"]) == ("swiglu", "geglu_tanh")
-    assert (fused["GptOssExperts"], fused["NemotronHExperts"]) == (None, None)
+    assert fused["NemotronHExperts"] == "relu2"
+    oai = "swiglu_oai(alpha=1.702,limit=0.75)"
+    assert fused["GptOssExperts"] == oai.replace(")", ",interleaved)")
+    assert fused["OpenAIPrivacyFilterExperts"] == fused["MiniMaxM3VLExperts"] == oai
+    clamped = [fused[name] for name in ("DeepseekV4Experts", "HYV4Experts", "Glm5NextTextExperts")]
+    assert set(clamped) == {"swiglu_clamped(limit=0.75)"}
+    assert set(integration.OWN_GATES) - {f"{name}._apply_gate" for name in fused} == {
+        "Step3p7Experts._apply_gate"  # not in the interface yet: the next test
+    }
+
+
+@pytest.mark.parametrize("limit", [0.75, None])
+def test_the_gate_of_step_is_known_where_its_class_has_the_interface(limit):
+    step = pytest.importorskip("transformers.models.step3p7.modeling_step3p7")
+    kind = type("Step3p7Experts", (step.Step3p7Experts,), {"forward": step.Step3p7Experts.forward})
+    config = MixtralConfig(**SIZES, num_local_experts=4, hidden_act="silu")
+    config.moe_intermediate_size = 24
+    experts = use_experts_implementation(kind)(config, swiglu_limit=limit).double()
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(std=0.3)
+    x, index, weights = torch.randn(9, 32).double(), torch.randint(4, (9, 2)), torch.rand(9, 2).double()
+    wanted = step.Step3p7Experts.forward(experts, x, index, weights)
+    config._experts_implementation_internal = "cumo"
+    assert_same_formula(experts(x, index, weights), wanted)
+    known = "clamped_swiglu(limit=0.75)" if limit else "swiglu"
+    assert integration.explain(experts) == f": expert_mlp ({known})"
+
+
+class OtherGate(MixtralExperts):
+    """A model's own gate function that no table knows."""
+
+    def _apply_gate(self, z):
+        gate, up = z.chunk(2, dim=-1)
+        return torch.tanh(gate) * up
+
+
+def test_a_gate_function_that_is_not_known_runs_between_two_products():
+    experts = mixtral_experts(kind=OtherGate).double()
+    x, index, weights = torch.randn(6, 32).double(), torch.randint(4, (6, 2)), torch.rand(6, 2).double()
+    wanted = torch.zeros(6, 32).double()
+    for k in range(2):
+        for t, e in enumerate(index[:, k]):
+            hidden = experts._apply_gate(experts.gate_up_proj[e] @ x[t])
+            wanted[t] += weights[t, k] * (experts.down_proj[e] @ hidden)
+    assert_same_formula(experts(x, index, weights), wanted)
+    assert integration.explain(experts) == f": {OWN_GATE}"
+
+
+def test_a_gate_of_another_module_is_not_taken_for_that_of_transformers(make):
+    _, experts = experts_of(make("gpt_oss"))[0]
+    assert integration.known_activation(experts) == GPT_OSS
+    own = lambda self, z: z[..., ::2] * z[..., 1::2]
+    own.__qualname__ = "GptOssExperts._apply_gate"  # a copy with another formula, say in code of a checkpoint
+    experts.__class__ = type("GptOssExperts", (type(experts),), {"_apply_gate": own})
+    assert integration.known_activation(experts) is None
+
+
+@pytest.mark.parametrize("limit", [None, "7", 0.0, float("nan"), float("inf")])
+def test_limits_that_cannot_be_read_leave_the_gate_to_the_class(make, limit):
+    _, experts = experts_of(make("gpt_oss"))[0]
+    experts.limit = limit
+    assert integration.known_activation(experts) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_gradients_of_transposed_and_interleaved_weights_have_their_layout(make, dtype):
+    _, experts = experts_of(make("gpt_oss"))[0]
+    experts, x = experts.to(dtype), torch.randn(11, 32, dtype=dtype, requires_grad=True)
+    index, weights = torch.randint(4, (11, 2)), torch.rand(11, 2, dtype=dtype)
+    experts(x, index, weights).sum().backward()
+    for name, parameter in experts.named_parameters():
+        assert parameter.grad.stride() == parameter.stride(), name
 
 
 def test_a_norm_of_each_experts_rows_comes_before_the_weights():
@@ -350,7 +426,7 @@ def test_a_norm_of_each_experts_rows_comes_before_the_weights():
             row = experts.post_expert_norm(experts.down_proj[e] @ (experts.act_fn(gate) * up))
             wanted[t] += weights[t, k] * row
     assert_same_formula(experts(x, index, weights), wanted)
-    assert integration.explain(experts) == f": {OWN_GATE}, its norm"
+    assert integration.explain(experts) == ": grouped_gemm, swiglu, grouped_gemm, its norm"
 
 
 def test_models_without_experts_are_named():

@@ -19,7 +19,8 @@ STEMS = {  # file: minimum number of rows, and in a sweep; guards against a filt
     "grouped_gemm": (55, 100),
     "packed": (95, None),
     "permutation": (50, 70),
-    "routing": (70, 10),
+    "routing": (60, 10),
+    "sorting": (20, None),
     "tuning": (15, None),
 }
 RUNS = [

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.activations import get_activation
 from cumo_kernels.backends.reference.activation import activate
 from cumo_kernels.backends.reference.grouped_gemm import grouped_gemm_weight_grad, linear
 from cumo_kernels.backends.reference.permutation import combine, permute, to_slots
@@ -188,7 +188,7 @@ def backward(
     One that `needs` marks with "0" is empty.
     """
     top_k, dtype, wide = topk_weights.shape[1], x.dtype, accumulate_dtype(x.dtype)
-    act = ACTIVATIONS[activation]
+    act = get_activation(activation)
     need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias, *need_thin = (
         n == "1" for n in needs
     )

@@ -16,7 +16,7 @@ Backward, with g[p] = grad[token(p)] and w[p] its routing weight; y is never nee
 import torch
 from torch import Tensor
 
-from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.activations import get_activation
 from cumo_kernels.backends.reference.activation import activate
 from cumo_kernels.backends.reference.grouped_gemm import grouped_gemm_weight_grad, linear
 from cumo_kernels.backends.reference.permutation import combine, permute, to_slots
@@ -81,7 +81,7 @@ def expert_mlp_backward(
     """-> gradients of x, topk_weights, up_proj, up_bias, down_proj, down_bias; empty where not needed."""
     top_k = topk_weights.shape[1]
     dtype, wide = x.dtype, accumulate_dtype(x.dtype)
-    act = ACTIVATIONS[activation]
+    act = get_activation(activation)
     dx, dup, dup_bias, ddown, ddown_bias = (x.new_empty(0) for _ in range(5))
     dweights = topk_weights.new_empty(0)
 

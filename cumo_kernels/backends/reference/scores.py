@@ -1,17 +1,17 @@
-"""Routing by scores (reference): sigmoid or softplus scores, a selection bias, groups of experts, a scale.
+"""Routing by scores (reference): other scores, a selection bias, groups of experts, a scale, a given choice.
 
     s = softmax(logits), sigmoid(logits) or sqrt(softplus(logits))
     r = logits without a bias and groups, else s + bias; experts outside of the best groups cannot be chosen
-    idx = the K largest r, ties to the lowest index
+    idx = the K largest r, ties to the lowest index; or the given experts, where s[E] is 0
     w = scale * s[idx] / (sum(s[idx]) + tiny)      (or scale * s[idx] when not renormalised)
     mean_probs[g] = mean of s / (sum(s) + tiny) over the tokens of group g; the rest as in routing.py
 
-tiny is 0 for softmax and 1e-20 for the other scores, whose sum may be 0.
+tiny is 1e-20, since scores may all be 0. It changes no bit of the sum of the largest probabilities.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
 from cumo_kernels.backends.reference.routing import group_mean, spread_group_grad
 from cumo_kernels.types import TINY, Scoring, accumulate_dtype
@@ -23,9 +23,13 @@ def _scores(logits: Tensor, score: str) -> Tensor:
     return logits.sigmoid() if score == "sigmoid" else softplus(logits).sqrt()
 
 
-def _total(scores: Tensor, score: str) -> Tensor:
-    total = scores.sum(-1, keepdim=True)
-    return total if score == "softmax" else total + TINY
+def _total(scores: Tensor) -> Tensor:
+    return scores.sum(-1, keepdim=True) + TINY
+
+
+def _scores_at(indices: Tensor, scores: Tensor) -> Tensor:
+    """(T, K): the scores of the chosen experts; 0 for index E, a dropped slot."""
+    return pad(scores, (0, 1)).gather(1, indices)
 
 
 def _slope(logits: Tensor, scores: Tensor, score: str) -> Tensor:
@@ -58,6 +62,7 @@ def scored_route(
     top_k: int,
     renormalize: bool,
     scoring: str,
+    topk_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> topk_weights (T, K), topk_indices (T, K) int32, mean_probs (G, E), top1_density (G, E), z (G,)."""
     how = Scoring.parse(scoring)
@@ -66,12 +71,15 @@ def scored_route(
     logits = logits.to(wide)
     scores = _scores(logits, how.score)
     bias = None if selection_bias is None else selection_bias.to(wide)
-    indices = _choose(logits.detach(), scores.detach(), bias, top_k, how)
-    weights = scores.gather(1, indices)
+    if topk_indices is None:
+        indices = _choose(logits.detach(), scores.detach(), bias, top_k, how)
+    else:
+        indices = topk_indices.long()
+    weights = _scores_at(indices, scores)
     if renormalize:
-        weights = weights / _total(weights, how.score)
+        weights = weights / _total(weights)
     weights = weights * how.scale
-    probs = scores if how.score == "softmax" else scores / _total(scores, how.score)
+    probs = scores if how.score == "softmax" else scores / _total(scores)
     first = (indices[:, :1] == torch.arange(logits.shape[1], device=x.device)).to(wide)
     mean_probs, density = (group_mean(t, group_offsets, num_groups) for t in (probs, first))
     z = group_mean(logits.logsumexp(-1).square(), group_offsets, num_groups)
@@ -105,17 +113,18 @@ def scored_route_backward(
     scores, indices = _scores(logits, how.score), topk_indices.long()
     grad_values = grad_weights.to(wide) * how.scale
     if renormalize:
-        values = scores.gather(1, indices)
-        total = _total(values, how.score)
+        values = _scores_at(indices, scores)
+        total = _total(values)
         grad_values = (grad_values - (grad_values * values / total).sum(-1, keepdim=True)) / total
     grad_probs = spread_group_grad(grad_mean_probs.to(wide), num_tokens, group_offsets)
+    # with a column for dropped slots
+    scattered = lambda grad: pad(grad, (0, 1)).scatter_add(1, indices, grad_values)[:, :-1]
     if how.score == "softmax":
-        grad_scores = grad_probs.scatter_add(1, indices, grad_values)
+        grad_scores = scattered(grad_probs)
         grad_logits = scores * (grad_scores - (grad_scores * scores).sum(-1, keepdim=True))
     else:
-        total = _total(scores, how.score)
-        grad_scores = (grad_probs - (grad_probs * scores / total).sum(-1, keepdim=True)) / total
-        grad_scores = grad_scores.scatter_add(1, indices, grad_values)
+        total = _total(scores)
+        grad_scores = scattered((grad_probs - (grad_probs * scores / total).sum(-1, keepdim=True)) / total)
         grad_logits = grad_scores * _slope(logits, scores, how.score)
     grad_lse = 2 * logits.logsumexp(-1) * spread_group_grad(grad_z.to(wide), num_tokens, group_offsets)
     grad_logits = (grad_logits + logits.softmax(-1) * grad_lse[:, None]).to(dtype)

@@ -5,14 +5,14 @@ Contract: cumo_kernels/ops/activation.py.
 
 from torch import Tensor
 
-from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.activations import get_activation
 from cumo_kernels.backends import reference
 from cumo_kernels.backends.torch.rows import PART, parts
 from cumo_kernels.types import accumulate_dtype
 
 
 def activate(x: Tensor, name: str) -> Tensor:
-    act, wide = ACTIVATIONS[name], accumulate_dtype(x.dtype)
+    act, wide = get_activation(name), accumulate_dtype(x.dtype)
     if x.dtype == wide or x.numel() <= PART:  # nothing is converted, or all of it fits in a cache
         return reference.activate(x, name)
     rows = x.reshape(-1, x.shape[-1])
@@ -23,7 +23,7 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 
 def activate_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
-    act, wide = ACTIVATIONS[name], accumulate_dtype(x.dtype)
+    act, wide = get_activation(name), accumulate_dtype(x.dtype)
     if x.dtype == wide or x.numel() <= PART:
         return reference.activate_backward(grad, x, name)
     grads, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])

@@ -7,7 +7,7 @@ the sum over a token's experts adds both in fp32. Contract: cumo_kernels/ops/exp
 import torch
 from torch import Tensor
 
-from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.activations import get_activation
 from cumo_kernels.backends.reference.permutation import to_slots
 from cumo_kernels.backends.torch.activation import activate
 from cumo_kernels.backends.torch.grouped_gemm import bias_product, product, weight_product
@@ -64,7 +64,7 @@ def expert_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, topk_weights, up_proj, up_bias, down_proj, down_bias; empty where not needed."""
     top_k = topk_weights.shape[1]
-    act, wide = ACTIVATIONS[activation], accumulate_dtype(x.dtype)
+    act, wide = get_activation(activation), accumulate_dtype(x.dtype)
     dx, dup, dup_bias, ddown, ddown_bias = (x.new_empty(0) for _ in range(5))
     dweights = topk_weights.new_empty(0)
 

@@ -14,8 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels.activations import ACTIVATIONS
-from cumo_kernels.backends.triton.common import act, act_and_grad, narrow, tile_of_rows, wait_for_earlier
+from cumo_kernels.activations import get_activation
+from cumo_kernels.backends.triton.common import (
+    act,
+    act_and_grad,
+    gate_offset,
+    linear,
+    linear_backward,
+    narrow,
+    tile_of_rows,
+    up_offset,
+    wait_for_earlier,
+)
 from cumo_kernels.backends.triton.launch import Launch, cdiv, on_device_of_first, planned
 
 
@@ -44,9 +54,9 @@ def _activate_kernel(
     wait_for_earlier()
     s, i, mask = _tile(S, I, BLOCK_S, BLOCK_I)
     if GATED:
-        x_ptrs = x_ptr + s * (2 * I) + i
+        x_ptrs = x_ptr + s * (2 * I) + gate_offset(i, NAME)
         out = act(tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32), NAME)
-        out *= tl.load(x_ptrs + I, mask=mask, other=0.0).to(tl.float32)
+        out *= linear(tl.load(x_ptrs + up_offset(I, NAME), mask=mask, other=0.0).to(tl.float32), NAME)
     else:
         out = act(tl.load(x_ptr + s * I + i, mask=mask, other=0.0).to(tl.float32), NAME)
     tl.store(out_ptr + s * I + i, narrow(out, out_ptr.dtype.element_ty), mask=mask)
@@ -69,12 +79,13 @@ def _activate_backward_kernel(
     DTYPE: tl.constexpr = dx_ptr.dtype.element_ty
     grad = tl.load(grad_ptr + s * I + i, mask=mask, other=0.0).to(tl.float32)
     if GATED:
-        x_ptrs = x_ptr + s * (2 * I) + i
-        dx_ptrs = dx_ptr + s * (2 * I) + i
+        x_ptrs = x_ptr + s * (2 * I) + gate_offset(i, NAME)
+        dx_ptrs = dx_ptr + s * (2 * I) + gate_offset(i, NAME)
         value, slope = act_and_grad(tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32), NAME)
-        up = tl.load(x_ptrs + I, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptrs, narrow(grad * up * slope, DTYPE), mask=mask)
-        tl.store(dx_ptrs + I, narrow(grad * value, DTYPE), mask=mask)
+        up = tl.load(x_ptrs + up_offset(I, NAME), mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptrs, narrow(grad * linear(up, NAME) * slope, DTYPE), mask=mask)
+        through = linear_backward(grad * value, up, NAME)
+        tl.store(dx_ptrs + up_offset(I, NAME), narrow(through, DTYPE), mask=mask)
     else:
         x = tl.load(x_ptr + s * I + i, mask=mask, other=0.0).to(tl.float32)
         _, slope = act_and_grad(x, NAME)
@@ -83,26 +94,29 @@ def _activate_backward_kernel(
 
 @planned
 def _plan(kernel, device: torch.device, name: str, width: int, block: tuple[int, int]) -> Launch:
-    gated = ACTIVATIONS[name].is_gated
-    return Launch(kernel, I=width, NAME=name, GATED=gated, BLOCK_S=block[0], BLOCK_I=block[1])
+    row = get_activation(name)
+    return Launch(kernel, I=width, NAME=row.spelled, GATED=row.is_gated, BLOCK_S=block[0], BLOCK_I=block[1])
 
 
 def _launch(kernel, x: Tensor, name: str, *tensors: Tensor) -> None:
     """Launch over S rows of width I; a plain activation gets one long row if rows are not 16-byte aligned."""
-    gated, width = ACTIVATIONS[name].is_gated, x.shape[-1]
+    width = x.shape[-1]
     rows = x.numel() // width
-    if gated:
+    row = get_activation(name)
+    if row.is_gated:
         width //= 2
     elif width * x.element_size() % 16:  # one plan per number of tokens, but still 16 bytes at a time
         rows, width = 1, x.numel()
     block_s, block_i = tile_of_rows(width, x.element_size(), rows)
+    if row.is_interleaved and block_i > 256:  # each column has an address of its own, and they take registers
+        block_i //= 2
     launch = _plan(kernel, x.device, name, width, (block_s, block_i))
     launch(cdiv(rows, block_s) * cdiv(width, block_i), *tensors, rows)
 
 
 @on_device_of_first
 def activate(x: Tensor, name: str) -> Tensor:
-    is_gated = ACTIVATIONS[name].is_gated
+    is_gated = get_activation(name).is_gated
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2 if is_gated else x.shape[-1])
     if out.numel() == 0:
         return out

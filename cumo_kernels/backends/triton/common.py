@@ -103,27 +103,99 @@ def sigmoid_and_grad(z):
     return tl.where(z >= 0.0, 1.0, t) * inverse, t * inverse * inverse
 
 
+@triton.constexpr_function
+def parameter(NAME, KEY):
+    """The number after `KEY=` in an activation's name as `Activation.spelled` writes it."""
+    return float(NAME.partition("(")[2].partition(KEY + "=")[2].split(",")[0].split(")")[0])
+
+
+@triton.constexpr_function
+def kind_of(NAME):
+    """An activation's name without its parameters."""
+    return NAME.split("(")[0]
+
+
+@triton.constexpr_function
+def is_interleaved(NAME):
+    """Whether gate and up alternate in memory: [g0, u0, g1, u1, ...]."""
+    return "interleaved" in NAME
+
+
+@triton.jit
+def gate_offset(i, NAME: tl.constexpr):
+    """Where column i of the gate is in a row of a gated z."""
+    return i * 2 if is_interleaved(NAME) else i
+
+
+@triton.jit
+def up_offset(N, NAME: tl.constexpr):
+    """How far column i of the up half is behind column i of the gate, of N."""
+    return 1 if is_interleaved(NAME) else N
+
+
+@triton.jit
+def linear(u, NAME: tl.constexpr):
+    """g(u) of a gated activation act(gate) * g(up): u itself, or clamped; u is fp32."""
+    KIND: tl.constexpr = kind_of(NAME)
+    if KIND == "swiglu_clamped" or KIND == "swiglu_oai" or KIND == "clamped_swiglu":
+        LIMIT: tl.constexpr = parameter(NAME, "limit")
+        u = tl.where(u > LIMIT, LIMIT, tl.where(u < -LIMIT, -LIMIT, u))  # NaN stays NaN
+        if KIND == "swiglu_oai":
+            u += 1.0
+    return u
+
+
+@triton.jit
+def linear_backward(grad, u, NAME: tl.constexpr):
+    """grad * g'(u); the slope is 1 at the bounds."""
+    KIND: tl.constexpr = kind_of(NAME)
+    if KIND == "swiglu_clamped" or KIND == "swiglu_oai" or KIND == "clamped_swiglu":
+        LIMIT: tl.constexpr = parameter(NAME, "limit")
+        grad = tl.where((u >= -LIMIT) & (u <= LIMIT), grad, 0.0)
+    return grad
+
+
 @triton.jit
 def act_and_grad(z, NAME: tl.constexpr):
     """-> act(z), act'(z) of the elementwise part of activation NAME (of the gate if gated); z is fp32.
 
     Tensors are the left operands of constants: Triton 3.9's interpreter makes constexpr * tensor a constexpr.
     """
-    if NAME == "quick_gelu":
+    KIND: tl.constexpr = kind_of(NAME)
+    if KIND == "quick_gelu":
         s, ds = sigmoid_and_grad(z * QUICK_GELU_ALPHA)
         return z * s, s + z * QUICK_GELU_ALPHA * ds
-    elif NAME == "gelu" or NAME == "geglu":
+    elif KIND == "gelu" or KIND == "geglu":
         cdf = 0.5 * (1.0 + tl.erf(z * SQRT_HALF))
         return z * cdf, cdf + z * INV_SQRT_2PI * tl.exp(-0.5 * z * z)
-    elif NAME == "gelu_tanh" or NAME == "geglu_tanh":
+    elif KIND == "gelu_tanh" or KIND == "geglu_tanh":
         # (1 + tanh(u)) / 2 is sigmoid(2 u)
         s, ds = sigmoid_and_grad((z + z * GELU_CUBIC * z * z) * SQRT_8_OVER_PI)
         return z * s, s + z * ds * SQRT_8_OVER_PI * (1.0 + z * (3.0 * GELU_CUBIC) * z)
-    elif NAME == "relu":
+    elif KIND == "relu" or KIND == "reglu":
         # not max(z, 0), which would turn NaN into 0
         return tl.where(z <= 0.0, 0.0, z), tl.where(z > 0.0, 1.0, 0.0)
+    elif KIND == "relu2":
+        r = tl.where(z <= 0.0, 0.0, z)
+        return r * r, r * 2.0
+    elif KIND == "swiglu_clamped" or KIND == "swiglu_oai":
+        LIMIT: tl.constexpr = parameter(NAME, "limit")
+        below = tl.where(z > LIMIT, LIMIT, z)  # NaN stays NaN
+        if KIND == "swiglu_oai":
+            ALPHA: tl.constexpr = parameter(NAME, "alpha")
+            s, ds = sigmoid_and_grad(below * ALPHA)
+            slope = s + below * ALPHA * ds
+        else:
+            s, ds = sigmoid_and_grad(below)
+            slope = s + below * ds
+        return below * s, tl.where(z <= LIMIT, slope, 0.0)
+    elif KIND == "clamped_swiglu":
+        LIMIT: tl.constexpr = parameter(NAME, "limit")
+        s, ds = sigmoid_and_grad(z)
+        value = z * s
+        return tl.where(value > LIMIT, LIMIT, value), tl.where(value <= LIMIT, s + z * ds, 0.0)
     else:
-        tl.static_assert(NAME == "silu" or NAME == "swiglu", "unknown activation")
+        tl.static_assert(KIND == "silu" or KIND == "swiglu", "unknown activation")
         s, ds = sigmoid_and_grad(z)
         return z * s, s + z * ds
 

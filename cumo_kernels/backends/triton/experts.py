@@ -20,9 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.activations import get_activation
 from cumo_kernels.backends.triton.bias_grad import launch_bias_grad
-from cumo_kernels.backends.triton.common import act, narrow, only_if, wait_for_earlier
+from cumo_kernels.backends.triton.common import (
+    act,
+    gate_offset,
+    linear,
+    narrow,
+    only_if,
+    up_offset,
+    wait_for_earlier,
+)
 from cumo_kernels.backends.triton.grad_hidden import launch_grad_hidden
 from cumo_kernels.backends.triton.grouped_gemm import launch_gemm
 from cumo_kernels.backends.triton.launch import (
@@ -66,12 +74,14 @@ def _weigh_rows_kernel(
     weights = tl.load(topk_weights_ptr + slots, mask=inside, other=0.0)
     # int64: a row number times its stride exceeds 2**31
     source = (slots // top_k if GATHER else rows).to(tl.int64)
-    ptrs = source_ptr + source[:, None] * stride_source_s + cols.to(tl.int64)[None, :] * stride_source_n
+    at = gate_offset(cols, ACTIVATION) if GATED else cols
+    ptrs = source_ptr + source[:, None] * stride_source_s + at.to(tl.int64)[None, :] * stride_source_n
     value = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     if ACTIVATION is not None:
         value = act(value, ACTIVATION)
     if GATED:
-        value = value * tl.load(ptrs + N, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(ptrs + up_offset(N, ACTIVATION), mask=mask, other=0.0).to(tl.float32)
+        value = value * linear(up, ACTIVATION)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
     tl.store(out_ptrs, narrow(weights[:, None] * value, out_ptr.dtype.element_ty), mask=mask)
 
@@ -93,8 +103,8 @@ def _plan_weigh(
         top_k=top_k,
         stride_source_s=strides[0],
         stride_source_n=strides[1],
-        ACTIVATION=activation,
-        GATED=activation is not None and ACTIVATIONS[activation].is_gated,
+        ACTIVATION=None if activation is None else get_activation(activation).spelled,
+        GATED=activation is not None and get_activation(activation).is_gated,
         GATHER=gather,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -111,8 +121,8 @@ def weigh_rows(
     gather: bool = False,
 ) -> Tensor:
     """(S, N): w[p] * source[p], with `gather` w[p] * source[token(p)], or w[p] * act(z[p]) of z."""
-    gated = activation is not None and ACTIVATIONS[activation].is_gated
-    num_rows, width = permutation.shape[0], source.shape[1] // (1 + gated)
+    is_gated = activation is not None and get_activation(activation).is_gated
+    num_rows, width = permutation.shape[0], source.shape[1] // (1 + is_gated)
     out = source.new_empty(num_rows, width)
     if out.numel():
         launch, block_m, tiles_n = _plan_weigh(

@@ -13,8 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels.activations import ACTIVATIONS
-from cumo_kernels.backends.triton.common import act_and_grad, dot, input_precision, narrow, wait_for_earlier
+from cumo_kernels.activations import get_activation
+from cumo_kernels.backends.triton.common import (
+    act_and_grad,
+    dot,
+    gate_offset,
+    input_precision,
+    linear,
+    linear_backward,
+    narrow,
+    up_offset,
+    wait_for_earlier,
+)
 from cumo_kernels.backends.triton.launch import Launch, can_describe, cdiv, describe, next_power_of_2, planned
 from cumo_kernels.backends.triton.packed import (
     LowRank,
@@ -65,14 +75,21 @@ def _finish_hidden(
         mask = rows < rows_left
         if not EVEN_N:
             mask = mask & (cols < N)
-        offsets = rows * (2 * N if GATED else N) + cols
+        if GATED:
+            offsets = rows * (2 * N) + gate_offset(cols, ACTIVATION)
+        else:
+            offsets = rows * N + cols
         z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         a, slope = act_and_grad(z, ACTIVATION)
         weighted_h = h * weights[:, None]
         if GATED:
-            up = tl.load(z_ptr + N + offsets, mask=mask, other=0.0).to(tl.float32)
+            up_ptrs = z_ptr + up_offset(N, ACTIVATION) + offsets
+            up = tl.load(up_ptrs, mask=mask, other=0.0).to(tl.float32)
             if dz_ptr is not None:
-                tl.store(dz_ptr + N + offsets, narrow(weighted_h * a, dz_ptr.dtype.element_ty), mask=mask)
+                through = linear_backward(weighted_h * a, up, ACTIVATION)
+                up_ptrs = dz_ptr + up_offset(N, ACTIVATION) + offsets
+                tl.store(up_ptrs, narrow(through, dz_ptr.dtype.element_ty), mask=mask)
+            up = linear(up, ACTIVATION)
             a = a * up
             slope = slope * up
         if dz_ptr is not None:
@@ -214,7 +231,8 @@ def _plan(
 ) -> tuple[tuning.Config, Launch, list[int] | None, list[int] | None]:
     """-> config, launch, and the descriptor blocks of grad and of the weight, if they have descriptors."""
     num_experts, out_features, width = weight_shape
-    gated = ACTIVATIONS[activation].is_gated
+    row = get_activation(activation)
+    gated = row.is_gated
     if config is None:
         problem = tuning.Problem(
             "grad_hidden", dtype, rows, width, out_features, num_experts, gated, not is_sorted, False,
@@ -236,7 +254,7 @@ def _plan(
         **packed_constants(packed, config.BLOCK_K if k_inner else config.BLOCK_N),
         TOP_K=top_k,
         SORTED=is_sorted,
-        ACTIVATION=activation,
+        ACTIVATION=row.spelled,
         GATED=gated,
         K_INNER=k_inner,
         EVEN_N=width % config.BLOCK_N == 0,

@@ -16,8 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cumo_kernels.activations import ACTIVATIONS
-from cumo_kernels.backends.triton.common import act, dot, input_precision, narrow, only_if, wait_for_earlier
+from cumo_kernels.activations import get_activation
+from cumo_kernels.backends.triton.activation import activate
+from cumo_kernels.backends.triton.common import (
+    act,
+    dot,
+    input_precision,
+    linear,
+    narrow,
+    only_if,
+    wait_for_earlier,
+)
 from cumo_kernels.backends.triton.launch import (
     Launch,
     can_describe,
@@ -100,7 +109,7 @@ def _finish(
             if ACTIVATION is not None:
                 acc = act(acc, ACTIVATION)
             if GATED:
-                acc = acc * acc_up
+                acc = acc * linear(acc_up, ACTIVATION)
             out_ptrs = out_ptr + (rows * N + cols[None, :])
             tl.store(out_ptrs, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
@@ -281,18 +290,18 @@ def _plan(
     gpu: tuning.Gpu,
 ) -> _Plan:
     num_experts, width, in_features = weight_shape
-    gated = activation is not None and ACTIVATIONS[activation].is_gated
-    out_width = width // (1 + gated)
+    is_gated = activation is not None and get_activation(activation).is_gated
+    out_width = width // (1 + is_gated)
     if config is None:
         problem = tuning.Problem(
-            "gemm", dtype, rows, out_width, in_features, num_experts, gated, gathered, activation is None,
+            "gemm", dtype, rows, out_width, in_features, num_experts, is_gated, gathered, activation is None,
             packed is not None, low_rank is not None,
         )  # fmt: skip
         config = tuning.get_config(problem, gpu)
     k_inner = weight_strides[2] == 1
     weight_block = [1, config.BLOCK_N, config.BLOCK_K] if k_inner else [1, config.BLOCK_K, config.BLOCK_N]
     # the up half of a gated tile could start at a column that is not 16-byte aligned
-    describe_weight = describe_weight and (k_inner or not gated)
+    describe_weight = describe_weight and (k_inner or not is_gated)
     launch = Launch(
         grouped_gemm_kernel,
         N=out_width,
@@ -304,17 +313,17 @@ def _plan(
         stride_w_k=weight_strides[2],
         **low_rank_constants(low_rank, config.BLOCK_N),
         **packed_constants(
-            packed, config.BLOCK_K if k_inner else config.BLOCK_N, 0 if k_inner or not gated else out_width
+            packed, config.BLOCK_K if k_inner else config.BLOCK_N, 0 if k_inner or not is_gated else out_width
         ),
         TOP_K=top_k,
-        ACTIVATION=activation,
-        GATED=gated,
+        ACTIVATION=None if activation is None else get_activation(activation).spelled,
+        GATED=is_gated,
         ZERO_TAIL=zero_tail,
         K_INNER=k_inner,
         EVEN_N=out_width % config.BLOCK_N == 0,
         EVEN_K=in_features % (config.BLOCK_K * config.SPLITS) == 0,
         INPUT_PRECISION=precision,
-        PARTS=config.epilogue_parts(config.BLOCK_M, config.BLOCK_N, tuning.EPILOGUE_SUMS // (1 + gated)),
+        PARTS=config.epilogue_parts(config.BLOCK_M, config.BLOCK_N, tuning.EPILOGUE_SUMS // (1 + is_gated)),
         E=num_experts,
         E_POW2=next_power_of_2(num_experts),
         **config.constants(),
@@ -349,10 +358,19 @@ def launch_gemm(
     With `low_rank` the product is x @ weight.T + u @ v.T, in one sum. Without `zero_tail`, rows past the last
     expert's end are not written.
     """
+    if activation is not None and get_activation(activation).is_interleaved:
+        # one plain product of the weight as it is stored: a tile of every second column is no block that the
+        # copy engine reads
+        z, _ = launch_gemm(
+            x, weight, expert_offsets, bias, permutation, top_k, None,
+            low_rank=low_rank, zero_tail=zero_tail, config=config,
+        )  # fmt: skip
+        z = sum_rows(z, x.dtype) if z.ndim == 3 else z
+        return activate(z, activation) if keep_out else x.new_empty(0), z if keep_pre else x.new_empty(0)
     gathered = permutation is not None
     num_rows = permutation.shape[0] if gathered else x.shape[0]
     num_experts, width, _ = weight.shape
-    out_width = width // 2 if activation is not None and ACTIVATIONS[activation].is_gated else width
+    out_width = width // 2 if activation is not None and get_activation(activation).is_gated else width
     if num_rows * width == 0:
         empty = x.new_empty(0)
         return x.new_empty(num_rows, out_width) if keep_out else empty, (

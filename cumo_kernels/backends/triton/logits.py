@@ -1,10 +1,16 @@
-"""Device functions shared by the router kernels (Triton, routing stem): logits, ranks, groups."""
+"""What the router kernels share (Triton, routing stem): logits, scores, ranks, groups, tile sizes."""
 
+import torch
 import triton
 import triton.language as tl
 
 from cumo_kernels.backends.triton.common import dot, narrow, precise_exp
+from cumo_kernels.backends.triton.launch import next_power_of_2
+from cumo_kernels.tiles import tuning
+from cumo_kernels.tiles.hardware import KIB, Gpu
 from cumo_kernels.types import Scoring
+
+STAGES = 4  # tiles of x and of the gate in flight at a time
 
 TINY: tl.constexpr = tl.constexpr(1e-20)  # TINY of cumo_kernels/types.py
 
@@ -168,3 +174,33 @@ def choice_keys(
             allowed = tl.where(of_group[None, :] == choice[:, None], 1, allowed)
         keys = tl.where(allowed != 0, keys, LOWEST)
     return keys
+
+
+def tokens_of_tile(num_tokens: int, gpu: Gpu) -> int:
+    """Enough programs to fill the chip, then fewer, larger ones (another tile height rounds differently)."""
+    per_program = 0 if tuning.BATCH_INVARIANT else num_tokens // (2 * gpu.sms)
+    return 64 if per_program >= 64 else 32 if per_program >= 32 else 16
+
+
+def router_tiles(
+    dtype: torch.dtype, width: int, num_experts: int, has_gate: bool, block_t: int, gpu: Gpu
+) -> dict[str, int | bool]:
+    """Tile sizes that forward and backward share, so that both compute the same logits."""
+    block_e = next_power_of_2(num_experts)
+    if not has_gate:
+        # 32 values per thread spill registers
+        block_t = 4 if block_e > 256 else max(8, min(128, 1024 // block_e))
+        tile = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_H": 16}
+        # with four warps the assembler spills two registers on sm_120
+        num_warps = max(8 if gpu.capability >= 120 else 4, block_t * block_e // 512)
+        return {"E": num_experts, **tile, "HAS_GATE": False, "num_warps": num_warps}
+    is_fp32 = dtype == torch.float32
+    block_e = max(16, block_e)  # the minimum width of a tensor-core tile
+    # IEEE products run out of registers; Triton 3.6 cannot place a 64 x 16 tile in the tensor memory of
+    # data-centre Blackwell
+    block_t = min(block_t, 16 if is_fp32 else 32 if gpu.capability in (100, 103) else 64)
+    block_h = min(64 if is_fp32 or block_e > 64 else 128, max(16, next_power_of_2(width)))
+    while STAGES * (block_t + block_e) * block_h * dtype.itemsize > gpu.shared_memory - 8 * KIB:
+        block_h //= 2
+    tile = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_H": block_h}
+    return {"E": num_experts, **tile, "HAS_GATE": True, "num_warps": 8 if block_e > 64 else 4}

@@ -1,11 +1,12 @@
-"""Routing by scores (Triton): the kernels of routing.py, with scores, a selection bias and groups of experts.
+"""Routing by scores (Triton): the kernels of routing.py, with other scores or choices.
 
 Contract: cumo_kernels/ops/scores.py. Reference: cumo_kernels/backends/reference/scores.py.
 """
 
 from torch import Tensor
 
-from cumo_kernels.backends.triton.routing import route_by, route_by_backward
+from cumo_kernels.backends.triton.routing import route_by
+from cumo_kernels.backends.triton.routing_backward import route_by_backward
 from cumo_kernels.types import Scoring
 
 
@@ -18,10 +19,13 @@ def scored_route(
     top_k: int,
     renormalize: bool,
     scoring: str,
+    topk_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> topk_weights (T, K), topk_indices (T, K) int32, mean_probs (G, E), top1_density (G, E), z (G,)."""
     how = Scoring.parse(scoring)
-    return route_by(x, gate_weight, group_offsets, num_groups, top_k, renormalize, selection_bias, how)
+    return route_by(
+        x, gate_weight, group_offsets, num_groups, top_k, renormalize, selection_bias, topk_indices, how
+    )
 
 
 def scored_route_backward(
