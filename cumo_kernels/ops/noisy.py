@@ -86,8 +86,7 @@ def noisy_plan(
     wide = accumulate_dtype(clean.dtype)
     clean, spread = clean.to(wide), softplus(raw.to(wide))
     noisy = clean if seed is None else clean + normal(check_seed(seed), clean).to(wide) * spread
-    given = {} if topk_indices is None else {"topk_indices": topk_indices}
-    routing = route(noisy, top_k, groups=groups, **given)
+    routing = route(noisy, top_k, groups=groups, topk_indices=topk_indices)
     num_tokens, num_experts = clean.shape
     kept = lambda values: values if counted is None else values.where(counted[:, None], 0.0)
     importance = noisy.new_zeros(num_experts + 1).index_add(

@@ -282,7 +282,8 @@ class MoELayer(nn.Module):
         self.place, self.layer = place, layer
         self.router = RouterOptions.of(router)
         self.router.check_experts(num_experts, top_k)
-        self.router_arguments = self.router.scoring()
+        # made here, because torch.compile cannot read the fields of a dataclass
+        self.choosing, self.weighing = self.router.choosing(), self.router.weighing()
         if compat is not None and (changed := self.router.changed()):
             raise ValueError(f"router must be None with compat {compat!r}, got {changed}")
         self.gate = Gate(hidden_size, num_experts, bias=False)
@@ -399,11 +400,11 @@ class MoELayer(nn.Module):
             )
             return plan.routing, logits, plan.importance_loss + plan.load_loss
         if indices is not None:
-            how = {"topk_indices": indices, **self.router.weighing()}
+            how = {"topk_indices": indices, **self.weighing}
         elif self.selection_bias is not None:
-            how = {"selection_bias": self.selection_bias, **self.router_arguments}
+            how = {"selection_bias": self.selection_bias, **self.choosing}
         else:
-            how = self.router_arguments
+            how = self.choosing
         if self.compat is not None or not may_be_fused(self.gate, rows):
             logits = self.gate(rows)
             return route(logits, self.top_k, groups=groups, compat=self.compat, **how), logits, None

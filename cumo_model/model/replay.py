@@ -225,7 +225,7 @@ def _given_in_eager(layer: nn.Module, place: str, index: int, is_needed: bool) -
         return None if memo is None or id(layer) not in memo.given else memo.again(layer, frame[1])
     if current != -1 and layer in _replayed:
         raise ValueError(
-            "use_reentrant must be False, with no other hooks of saved tensors and no checkpointing inside, "
+            "use_reentrant must be False, with no checkpointing inside checkpointing, "
             f"where routing is replayed: layer {index} of {place!r} runs again in backward, and its record "
             "is unknown"
         )

@@ -88,13 +88,13 @@ class RouterOptions:
         usual = RouterOptions()
         return {name: value for name, value in asdict(self).items() if value != getattr(usual, name)}
 
-    def scoring(self) -> dict[str, Any]:
+    def choosing(self) -> dict[str, Any]:
         """Keyword arguments of `route`, without the defaults."""
         return {name: value for name, value in self.changed().items() if name in SCORING}
 
     def weighing(self) -> dict[str, Any]:
         """Keyword arguments of `route` for experts that are chosen already."""
-        return {name: value for name, value in self.scoring().items() if name in ("score", "scale")}
+        return {name: value for name, value in self.choosing().items() if name in ("score", "scale")}
 
     def capacity(self, num_tokens: int, top_k: int, num_experts: int) -> int:
         """Slots that an expert keeps (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961), at least one."""

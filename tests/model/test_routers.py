@@ -135,7 +135,7 @@ def test_a_layer_routes_as_the_kernels_with_its_options(router, mode):
         assert records[0].balance is None
         bias = {"selection_bias": layer.selection_bias} if options.selection_bias else {}
         fed = jittered(x, options.jitter, seed) if draws else x
-        wanted = route(fed, K, layer.gate.weight, **options.scoring(), **bias)
+        wanted = route(fed, K, layer.gate.weight, **options.choosing(), **bias)
     if options.capacity_factor is not None and mode == "training":
         assert torch.equal(records[0].topk_indices, wanted.topk_indices)
         wanted = with_capacity(wanted, 5, options.drop)  # ceil(0.45 * 30 * 2 / 6)
