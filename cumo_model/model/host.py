@@ -19,8 +19,6 @@ from cumo_model.model.remote import RemoteCodeMixin, opening_anywhere
 class MoEHostMixin(RemoteCodeMixin, EitherCheckpointing):
     """Overrides for transformers models whose experts are MoELayers."""
 
-    _keep_in_fp32_modules_strict = {"selection_bias"}
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load as transformers does.

@@ -148,6 +148,11 @@ def test_a_layer_routes_as_the_kernels_with_its_options(router, mode):
     assert same(found, wanted)
 
 
+def test_the_capacity_is_a_share_of_the_slots_rounded_up():
+    found = [RouterOptions(capacity_factor=factor).capacity(6, 2, 4) for factor in (1, 1.25, 1.01, 0.01)]
+    assert found == [3, 4, 4, 1] and RouterOptions(capacity_factor=1).capacity(0, 2, 4) == 1
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1])
 @pytest.mark.parametrize("router", EVERY, ids=NAMES)
 def test_few_tokens(router, num_tokens):
