@@ -47,27 +47,31 @@ def _relu2_backward(grad: Tensor, z: Tensor) -> Tensor:
     return grad * (2 * torch.relu(z))
 
 
+def _at_most(z: Tensor, limit: float) -> Tensor:
+    """min(z, limit), with slope 1 at the limit, where that of torch.clamp depends on the release of torch."""
+    return torch.where(z > limit, limit, z)
+
+
 def _clamped_silu(z: Tensor, limit: float) -> Tensor:
-    return torch.nn.functional.silu(z.clamp(max=limit))
+    return torch.nn.functional.silu(_at_most(z, limit))
 
 
 def _clamped_silu_backward(grad: Tensor, z: Tensor, limit: float) -> Tensor:
-    # 1 at the bound, as of torch.clamp in torch 2.11; in later releases that is 0
-    return torch.ops.aten.silu_backward(torch.where(z <= limit, grad, 0), z.clamp(max=limit))
+    return torch.ops.aten.silu_backward(torch.where(z <= limit, grad, 0), _at_most(z, limit))
 
 
 def _oai(z: Tensor, alpha: float, limit: float) -> Tensor:
-    z = z.clamp(max=limit)
+    z = _at_most(z, limit)
     return z * torch.sigmoid(alpha * z)
 
 
 def _oai_backward(grad: Tensor, z: Tensor, alpha: float, limit: float) -> Tensor:
     # z sigmoid(alpha z) = silu(alpha z) / alpha
-    return torch.ops.aten.silu_backward(torch.where(z <= limit, grad, 0), alpha * z.clamp(max=limit))
+    return torch.ops.aten.silu_backward(torch.where(z <= limit, grad, 0), alpha * _at_most(z, limit))
 
 
 def _silu_clamped(z: Tensor, limit: float) -> Tensor:
-    return torch.nn.functional.silu(z).clamp(max=limit)
+    return _at_most(torch.nn.functional.silu(z), limit)
 
 
 def _silu_clamped_backward(grad: Tensor, z: Tensor, limit: float) -> Tensor:
@@ -132,7 +136,7 @@ class Activation:
 
     def _linear(self, up: Tensor) -> Tensor:
         if self.limit is not None:
-            up = up.clamp(min=-self.limit, max=self.limit)
+            up = torch.where(up < -self.limit, -self.limit, _at_most(up, self.limit))
         return up + self.shift if self.shift else up
 
 

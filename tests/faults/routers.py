@@ -7,8 +7,8 @@ OPS = "cumo_kernels/ops/"
 
 FAULTS = (
     Fault("the bias weighs too", REFERENCE,
-          "weights = scores.gather(1, indices)",
-          "weights = (scores if bias is None else scores + bias).gather(1, indices)", "scoring"),
+          "weights = _scores_at(indices, scores)",
+          "weights = _scores_at(indices, scores if bias is None else scores + bias)", "scoring"),
     Fault("gradient without the scale", REFERENCE,
           "grad_values = grad_weights.to(wide) * how.scale", "grad_values = grad_weights.to(wide)", "scoring"),
     Fault("groups by their largest only", REFERENCE,
