@@ -262,10 +262,13 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
     float logits[kPerLane], probs[kPerLane], dprobs[kPerLane] = {};
     load_logits<T, kLanes>(r, block_begin, local, shares, logits);
     const Softmax soft = softmax<kLanes>(logits, probs);
-    float scores[kPerLane];  // if kScored
+    const bool is_elementwise = kScored && r.score != Score::softmax;
+    float scores[kPerLane], slopes[kPerLane];  // slopes: of an elementwise score
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      scores[i] = kScored && r.score != Score::softmax ? score_of(r, logits[i]).score : probs[i];
+    for (int i = 0; i < kPerLane; ++i) {
+      const Scored scored = is_elementwise ? score_of(r, logits[i]) : Scored{probs[i], 0.0f};
+      scores[i] = scored.score, slopes[i] = scored.slope;
+    }
     bool chosen[kPerLane] = {};
     for (int k = 0; k < r.K; ++k) {
       const int expert = indices[token * r.K + k];
@@ -287,18 +290,21 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
         if (chosen[i]) dprobs[i] = (dprobs[i] - along) / kept;
     }
     const int g = group_of_token(r, static_cast<int>(token));
-    const float* means = nullptr;
-    float count = 1.0f, through_lse = 0.0f;
+    float through_lse = 0.0f, count = 0.0f;
     if (g >= 0 && g < r.G) {
       const Range group = tokens_of_group(r, g);
-      means = grad_mean_probs + int64_t{g} * r.E;
       count = static_cast<float>(group.end - group.begin);
       through_lse = 2.0f * (logf(soft.total) + soft.top) * (grad_z[g] / count);
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i)
+        if (lane + i * kLanes < r.E && !is_elementwise)
+          dprobs[i] += grad_mean_probs[int64_t{g} * r.E + lane + i * kLanes] / count;
     }
-    const auto mean_grad = [&](int i) {
-      return means != nullptr && lane + i * kLanes < r.E ? means[lane + i * kLanes] / count : 0.0f;
-    };
-    if (kScored && r.score != Score::softmax) {
+    if (is_elementwise) {
+      const auto mean_grad = [&](int i) {
+        const int expert = lane + i * kLanes;
+        return count > 0.0f && expert < r.E ? grad_mean_probs[int64_t{g} * r.E + expert] / count : 0.0f;
+      };
       float all = 0.0f, along = 0.0f;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) all += scores[i], along += mean_grad(i) * scores[i];
@@ -309,12 +315,10 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
         const float grad = (mean_grad(i) - along) / all + dprobs[i];
         if (block_begin + local < r.T && lane + i * kLanes < r.E)
           dlogits[token * r.E + lane + i * kLanes] =
-              from_float<T>(grad * score_of(r, logits[i]).slope + probs[i] * through_lse);
+              from_float<T>(grad * slopes[i] + probs[i] * through_lse);
       }
       continue;
     }
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) dprobs[i] += mean_grad(i);
     float dot = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) dot += dprobs[i] * probs[i];
