@@ -30,6 +30,7 @@ from cumo_kernels.ops import (
     route,
     routing_from_topk,
     sparsemixer,
+    update_selection_bias,
     with_capacity,
 )
 from cumo_kernels.packing.tensor import PackedWeight, pack
@@ -65,6 +66,7 @@ __all__ = [
     "route",
     "routing_from_topk",
     "sparsemixer",
+    "update_selection_bias",
     "use_backend",
     "with_capacity",
 ]

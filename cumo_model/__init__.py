@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from cumo_model.model.config import CumoConfig, CumoVisionConfig
     from cumo_model.model.cumo import CumoForConditionalGeneration, CumoModel
     from cumo_model.model.losses import load_balancing_loss, router_z_loss
-    from cumo_model.model.moe import MoELayer, RoutingRecord, record_routing
+    from cumo_model.model.moe import MoELayer
     from cumo_model.model.outputs import CumoOutput
     from cumo_model.model.quantize import quantize_experts
     from cumo_model.model.quantizer import CumoQuantizationConfig
+    from cumo_model.model.recording import RoutingRecord, record_routing
+    from cumo_model.model.replay import replay_routing
     from cumo_model.processing.processor import CumoImageProcessor, CumoProcessor, build_processor
 
 # the imports above, at first use; a test compares the two
@@ -47,10 +49,12 @@ _MODULES = {
     "cumo_model.model.config": "CumoConfig CumoVisionConfig",
     "cumo_model.model.cumo": "CumoForConditionalGeneration CumoModel",
     "cumo_model.model.losses": "load_balancing_loss router_z_loss",
-    "cumo_model.model.moe": "MoELayer RoutingRecord record_routing",
+    "cumo_model.model.moe": "MoELayer",
     "cumo_model.model.outputs": "CumoOutput",
     "cumo_model.model.quantize": "quantize_experts",
     "cumo_model.model.quantizer": "CumoQuantizationConfig",
+    "cumo_model.model.recording": "RoutingRecord record_routing",
+    "cumo_model.model.replay": "replay_routing",
     "cumo_model.processing.processor": "CumoImageProcessor CumoProcessor build_processor",
 }
 __getattr__, __dir__ = attributes(__name__, _MODULES, ("checkpoints", "model", "processing"), register)
@@ -78,6 +82,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_experts",
     "record_routing",
+    "replay_routing",
     "router_z_loss",
     "step0_difference",
     "upcycle",

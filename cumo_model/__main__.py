@@ -210,7 +210,7 @@ def _upcycle(args: argparse.Namespace) -> Callable[[], int | None]:
     from cumo_model.checkpoints.upcycle_checkpoint import upcycle_checkpoint
 
     numbers = ("vision_experts", "projector_experts", "text_experts", "top_k", "vision_top_k",
-               "projector_top_k", "text_top_k", "noise", "drop", "seed")  # fmt: skip
+               "projector_top_k", "text_top_k", "noise", "drop", "router", "seed")  # fmt: skip
     options = {name: getattr(args, name) for name in numbers}
 
     def upcycle() -> None:

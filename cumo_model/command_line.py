@@ -1,6 +1,7 @@
 """Parser of the command line. It imports the standard library only, so `--help` is there at once."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -23,6 +24,17 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     if args.command == "serve":
         args.extra = words[at + 1 :]
     return args
+
+
+def _options(text: str) -> dict:
+    """A JSON object on the command line."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be an object in JSON, got {text!r}")
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -134,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     experts.add_argument("--out", type=Path, required=True, help="new folder for the results")
 
     ablate = commands.add_parser(
-        "ablate", help="run the ablations of the paper on the data of the demo and print a table"
+        "ablate", help="run the ablations of the paper, and other routers, on the data of the demo"
     )
     ablate.add_argument(
         "--out", type=Path, help="folder of the runs; existing runs are resumed (default: runs/ablation)"
@@ -235,6 +247,12 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="dtype of the weights (default: that of the files)",
+    )
+    upcycle.add_argument(
+        "--router",
+        type=_options,
+        metavar="JSON",
+        help='options of the routers, such as {"score": "sigmoid", "selection_bias": true}',
     )
     upcycle.add_argument("--seed", type=int, default=0, help="seed of gates, noise and drop (default: 0)")
     return program

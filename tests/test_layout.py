@@ -136,6 +136,7 @@ ARROWS = {
         f"{KERNELS}.ops*",
         f"{KERNELS}.tracing",
     ),
+    "cumo_model.model.routers": ("cumo_model.*", f"{KERNELS}.ops*"),
     "cumo_model.model.indexes": ("cumo_model.*", f"{KERNELS}.files"),
     **{
         f"cumo_model.{module}": ("cumo_model.*", f"{KERNELS}.packing*")

@@ -1,6 +1,7 @@
 """Public ops: one file per stem with its checks, torch.library op, fake, adjoint and public docstring."""
 
 from cumo_kernels.ops.activation import activate
+from cumo_kernels.ops.balancing import update_selection_bias
 from cumo_kernels.ops.experts import expert_mlp
 from cumo_kernels.ops.grouped_gemm import grouped_gemm
 from cumo_kernels.ops.noisy import NoisyRouting, noisy_top_k, sparsemixer
@@ -18,5 +19,6 @@ __all__ = [
     "route",
     "routing_from_topk",
     "sparsemixer",
+    "update_selection_bias",
     "with_capacity",
 ]

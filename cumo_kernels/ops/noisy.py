@@ -59,22 +59,46 @@ def noisy_top_k(
         expert = int((~noise_weight.detach().isfinite()).any(1).nonzero()[0])
         raise ValueError(f"noise_weight must be finite, got NaN or infinity for expert {expert}")
     top_k = check_top_k(top_k, gate_weight.shape[0])
-    wide = accumulate_dtype(x.dtype)
-    clean, raw = ((x @ weight.T).to(wide) for weight in (gate_weight, noise_weight))
-    spread = softplus(raw)
+    return noisy_plan(x @ gate_weight.T, x @ noise_weight.T, top_k, seed)
+
+
+def noisy_plan(
+    clean: Tensor,
+    raw: Tensor,
+    top_k: int,
+    seed: int | Tensor | None,
+    *,
+    groups: int = 1,
+    counted: Tensor | None = None,
+    topk_indices: Tensor | None = None,
+) -> NoisyRouting:
+    """`noisy_top_k` from its two products.
+
+    Args:
+        clean: (T, E) float, x Wg.
+        raw: (T, E) float, x Wn.
+        top_k: experts per token.
+        seed: as there.
+        groups: as in `route`, for the statistics, which are those of the logits with noise.
+        counted: (T,) bool: tokens that count in the losses. None: all tokens.
+        topk_indices: (T, K) experts that are chosen already, as in `route`.
+    """
+    wide = accumulate_dtype(clean.dtype)
+    clean, spread = clean.to(wide), softplus(raw.to(wide))
     noisy = clean if seed is None else clean + normal(check_seed(seed), clean).to(wide) * spread
-    routing = route(noisy, top_k)
-    num_experts = clean.shape[1]
+    routing = route(noisy, top_k, groups=groups, topk_indices=topk_indices)
+    num_tokens, num_experts = clean.shape
+    kept = lambda values: values if counted is None else values.where(counted[:, None], 0.0)
     importance = noisy.new_zeros(num_experts + 1).index_add(
-        0, routing.topk_indices.flatten().long(), routing.topk_weights.flatten()
+        0, routing.topk_indices.flatten().long(), kept(routing.topk_weights).flatten()
     )[:num_experts]
     if top_k < num_experts:
         largest = noisy.topk(top_k + 1).values
-        chosen = torch.zeros_like(noisy, dtype=torch.bool).scatter(1, routing.topk_indices.long(), True)
-        threshold = torch.where(chosen, largest[:, top_k:], largest[:, top_k - 1 : top_k])
-        load = torch.special.ndtr((clean - threshold) / spread).sum(0)
+        is_chosen = noisy >= largest[:, top_k - 1 : top_k]  # of a tie both thresholds are the same
+        threshold = torch.where(is_chosen, largest[:, top_k:], largest[:, top_k - 1 : top_k])
+        load = kept(torch.special.ndtr((clean - threshold) / spread)).sum(0)
     else:
-        load = torch.full_like(importance, x.shape[0])
+        load = torch.full_like(importance, num_tokens)
     return NoisyRouting(routing, _squared_variation(importance), _squared_variation(load))
 
 

@@ -22,8 +22,9 @@ from cumo_model.checkpoints.processors import template_for
 from cumo_model.data.batches import collate
 from cumo_model.data.streamed import StreamedConversations
 from cumo_model.model.cumo import CumoForConditionalGeneration
-from cumo_model.model.moe import MoELayer, record_routing
+from cumo_model.model.moe import MoELayer
 from cumo_model.model.pyramid import crop_counts, merge_chessboard
+from cumo_model.model.recording import record_routing
 from cumo_model.processing.tokenizer_files import no_tokenizer
 
 Load = dict[str, dict[str, list[list[float]]]]  # place -> kind -> layer -> share of each expert

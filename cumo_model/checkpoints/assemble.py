@@ -20,7 +20,7 @@ from cumo_model.checkpoints.configs import check_generation, read_checked
 from cumo_model.checkpoints.layout import own_layout
 from cumo_model.checkpoints.parts import Parts, check_dtype, load_parts, load_whole, read_parts
 from cumo_model.checkpoints.processors import agree, read_processor, with_settings
-from cumo_model.checkpoints.upcycle import scratch_experts, upcycle, upcycled_config
+from cumo_model.checkpoints.upcycle import router_of, scratch_experts, upcycle, upcycled_config
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.model.json_files import read_object
@@ -118,6 +118,8 @@ def assemble(
         new = _new_experts(start.config, checkpoint, experts)
         if new:
             upcycled_config(start.config, **new)  # it refuses before the weights are loaded
+        elif experts.get("router") is not None:
+            router_of(start.config, experts["router"])
         loading = {}
         if quantize is not None and checkpoint is not None and not new:
             loading["quantization_config"] = _quantization(quantize, dtype or start.config.dtype)

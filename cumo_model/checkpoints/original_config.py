@@ -185,7 +185,15 @@ def _tower(values: dict[str, Any], folder: str | os.PathLike | None) -> dict[str
 
 
 def _tower_values(config: dict[str, Any]) -> dict[str, Any]:
-    skipped = ("model_type", "architectures", "num_experts", "num_experts_per_tok", "compat", *RUN_TIME)
+    skipped = (
+        "model_type",
+        "architectures",
+        "num_experts",
+        "num_experts_per_tok",
+        "compat",
+        "router",
+        *RUN_TIME,
+    )
     return {key: value for key, value in config.items() if key not in skipped}
 
 
@@ -229,6 +237,11 @@ def to_original(
 
 def _check_describable(config: CumoConfig) -> None:
     text, vision = config.text_config, config.vision_config
+    if config.router is not None:
+        raise ValueError(
+            "router must be None for the original layout, whose code routes by a softmax without a bias or "
+            f"noise, got {config.router}"
+        )
     if text.model_type not in TEXT_TYPE.values():
         raise ValueError(
             "text_config.model_type must be mistral or mixtral for the original layout, "

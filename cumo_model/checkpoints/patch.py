@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from cumo_kernels import expert_mlp, route
 from cumo_kernels.integrations.transformers import GATED, PLAIN
 from cumo_model.model.losses import load_balancing_loss, router_z_loss
-from cumo_model.model.moe import is_untouched, note_routing
+from cumo_model.model.moe import is_untouched
+from cumo_model.model.recording import RoutingRecord, note_routing
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class _Forward:
         logits = layer.gate(rows)
         top_k = layer.top_k if kind == "MixtralSparseMoeBlock" else layer.num_selected
         routing = route(logits, top_k, groups=groups, compat=self.compat)
-        note_routing(PLACE[kind], self.index, routing, logits)
+        note_routing(RoutingRecord(PLACE[kind], self.index, routing, logits))
         up, up_bias = (self.weights(self.ups, name) for name in ("weight", "bias"))
         down, down_bias = (self.weights((self.down,), name) for name in ("weight", "bias"))
         out = expert_mlp(rows, routing, up, down, up_bias, down_bias, self.activation)

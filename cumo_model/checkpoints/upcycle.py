@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import MixtralConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from cumo_model.model.config import CumoConfig
+from cumo_model.model.config import CumoConfig, check_routers
 from cumo_model.model.cumo import CumoForConditionalGeneration
 from cumo_model.model.moe import MoELayer
+from cumo_model.model.routers import RouterOptions
 
 SOURCE_OF = {  # parameter of the experts -> parameters of the dense MLP, joined on rows
     "up_proj": ("fc1.weight",),
@@ -40,6 +41,7 @@ def upcycle(
     text_top_k: int | None = None,
     noise: float = 0.0,
     drop: float = 0.0,
+    router: dict | None = None,
 ) -> CumoForConditionalGeneration:
     """Make a new model with experts in the requested places; with 0 or 1 experts a place does not change.
 
@@ -56,6 +58,8 @@ def upcycle(
         noise: standard deviation of normal noise added to the weights of each expert, in units of the
             standard deviation of the weight.
         drop: share of inner units that are resampled in each expert, in [0, 1]; biases keep their values.
+        router: options of the routers, as in CumoConfig; None: those of `dense`. Existing experts must have
+            them already.
 
     Returns:
         The new model, with dtype, device and training mode of `dense`.
@@ -66,7 +70,7 @@ def upcycle(
     """
     config = upcycled_config(
         dense.config, vision_experts, projector_experts, text_experts, top_k, seed,
-        vision_top_k, projector_top_k, text_top_k, noise, drop,
+        vision_top_k, projector_top_k, text_top_k, noise, drop, router,
     )  # fmt: skip
     with no_init_weights(), torch.device(dense.device):
         moe = CumoForConditionalGeneration._from_config(config, dtype=dense.dtype)
@@ -88,6 +92,7 @@ def upcycled_config(
     text_top_k: int | None = None,
     noise: float = 0.0,
     drop: float = 0.0,
+    router: dict | None = None,
 ) -> CumoConfig:
     """The config of what `upcycle` makes of a model with the config `dense`, with its arguments and errors.
 
@@ -118,7 +123,24 @@ def upcycled_config(
     if text_experts > 1:
         _check_dense("text_experts", text_experts, config.text_config.model_type == "mixtral")
         config.text_config = _mixtral_config(config.text_config, *chosen["text_experts"])
+    if router is not None:
+        config.router = router_of(dense, router)
+    check_routers(config)
     return config
+
+
+def router_of(dense: CumoConfig, router: dict) -> dict | None:
+    """The options of a model's routers in the form of a config.
+
+    Raises:
+        ValueError: `router` is wrong, or not that of the experts that `dense` has already.
+    """
+    asked = RouterOptions.of(router).changed() or None
+    text, vision = dense.text_config, dense.vision_config
+    there = max(vision.num_experts, dense.projector_num_experts) > 1 or text.model_type == "mixtral"
+    if there and asked != dense.router:
+        raise ValueError(f"router must be {dense.router}, that of the experts that are there, got {asked}")
+    return asked
 
 
 def _check_dense(name: str, num_experts: int, is_moe: bool) -> None:
@@ -164,7 +186,8 @@ def _copy_weights(
                 for weight in (module.experts.up[0], module.experts.down_proj):
                     for expert in weight:
                         expert.add_(_normal(expert.shape, expert.float().std() * noise, generator).to(expert))
-            new.update(f"{name}.{key}" for key, _ in module.named_parameters())
+            module.reset_balance()
+            new.update(f"{name}.{key}" for key, _ in (*module.named_parameters(), *module.named_buffers()))
     for name, tensor in (*moe.named_parameters(), *moe.named_buffers()):
         if name not in new:
             tensor.copy_(source[name])

@@ -1,4 +1,4 @@
-"""The paper's ablations on the demo's data: python -m cumo_model ablate.
+"""The paper's ablations on the demo's data, and routers beyond it: python -m cumo_model ablate.
 
 Stages 0 to 2 are trained once. Every row is a separate stage 3, repeated with several seeds. A seed
 determines the gates, other new weights and the order of the data, so the spread is that of stage 3 only.
@@ -10,8 +10,10 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cumo_model.analysis.experts import load_entropy
 from cumo_model.checkpoints.folders import write_json, write_whole
@@ -41,6 +43,7 @@ class Row:
     scratch: bool = False
     losses: bool = True
     stage2: bool = True
+    router: dict[str, Any] | None = None  # options of the routers that differ from CuMo's
 
 
 ROWS = {
@@ -55,6 +58,15 @@ ROWS = {
     "e8": Row("MLP- and CLIP-MoE, 2 of 8", 8, 8),
     "no-stage2": Row("MLP- and CLIP-MoE, no stage 2", 4, 4, stage2=False),
     "dense-no-stage2": Row("dense, no stage 2", stage2=False),
+    # beyond the paper: other ways to balance the experts of "clip"
+    "noisy": Row("MLP- and CLIP-MoE, noisy top-k with its losses", 4, 4, router={"noisy": True}),
+    "sigmoid": Row(
+        "MLP- and CLIP-MoE, sigmoid with a bias, no balance or z loss",
+        4,
+        4,
+        losses=False,
+        router={"score": "sigmoid", "selection_bias": True},
+    ),
 }
 
 CLAIMS = (  # tables 3 to 6 of the paper: the first row is better than the second
@@ -66,6 +78,15 @@ CLAIMS = (  # tables 3 to 6 of the paper: the first row is better than the secon
     ("8 experts are no better than 4", "clip", "e8"),
     ("stage 2 helps", "clip", "no-stage2"),
     ("an upcycled language model helps on some tasks", "llm", "clip"),
+)
+BEYOND = (  # questions that the paper does not ask: is the first row better than the second
+    ("noisy top-k (arXiv 1701.06538) is better than a softmax with balance and z loss", "noisy", "clip"),
+    ("a sigmoid, balanced without a loss (arXiv 2408.15664), is better than the losses", "sigmoid", "clip"),
+    (
+        "a sigmoid, balanced without a loss, is better than a softmax not balanced",
+        "sigmoid",
+        "no-losses",
+    ),
 )
 
 
@@ -132,6 +153,8 @@ def row_recipe(run: Run, name: str, seed: int) -> Recipe:
         "model__seed": seed,
         "trainer__seed": seed,
     }
+    if row.router is not None:
+        changes["model__router"] = row.router
     if not row.losses:
         changes |= {"stage__balance_loss_coef": 0.0, "stage__router_z_loss_coef": 0.0}
     return run.recipe("sft", output_dir=str(run.folder / "rows" / f"{name}-{seed}"), **changes)
@@ -211,7 +234,7 @@ def verdict(better: list[float], worse: list[float]) -> tuple[float, float, str]
 
 
 def table(result: dict) -> str:
-    """Tables in Markdown: all rows with mean and spread, then the claims of the paper."""
+    """Tables in Markdown: all rows with mean and spread, the claims of the paper, the questions beyond it."""
     base = result.get("dense", next(iter(result.values())))["flops"]
     lines = [
         "| stage 3 | 4-way choice | exact match | loss | FLOPs | parameters | load entropy |",
@@ -226,8 +249,16 @@ def table(result: dict) -> str:
         cells += [f"{row['flops'] / base:.2f}x", f"{row['parameters'] / 1e6:.1f} M"]
         cells.append(", ".join(f"{place} {value:.2f}" for place, value in row["load_entropy"].items()) or "-")
         lines.append(f"| {ROWS[name].title} | {' | '.join(cells)} |")
-    lines += ["", "| claim of the paper | choice here | exact match here | loss here |", "|---|---|---|---|"]
-    for text, better, worse in CLAIMS:
+    lines += _compared("claim of the paper", CLAIMS, result)
+    if set(result) & {row for _, row, _ in BEYOND}:
+        lines += _compared("beyond the paper: is it so that", BEYOND, result)
+    return "\n".join(lines) + "\n"
+
+
+def _compared(head: str, claims: Sequence[tuple[str, str, str]], result: dict) -> list[str]:
+    """Lines of a table with a row for each claim of which both rows have results."""
+    lines = ["", f"| {head} | choice here | exact match here | loss here |", "|---|---|---|---|"]
+    for text, better, worse in claims:
         if better in result and worse in result:
             cells = []
             for key in ("choice", "exact"):
@@ -236,7 +267,7 @@ def table(result: dict) -> str:
             mean, error, word = verdict(result[worse]["loss"], result[better]["loss"])  # lower is better
             cells.append(f"{-mean:+.3f} ± {error:.3f}: {word}")
             lines.append(f"| {text} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def write_table(out: Path, result: dict, seconds: float) -> None:

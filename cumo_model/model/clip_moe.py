@@ -57,6 +57,7 @@ class CumoVisionEncoderLayer(CLIPEncoderLayer):
                 compat=config.compat,
                 place="clip",
                 layer=layer_idx,
+                router=config.router,
             )
 
     def forward(self, hidden_states: Tensor, router_only: bool = False, **kwargs: Any) -> Tensor:

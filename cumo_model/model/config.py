@@ -13,6 +13,7 @@ from cumo_model.model.compat import CACHE_NAMES
 from cumo_model.model.image_tokens import PictureLayout
 from cumo_model.model.layouts import layout_of
 from cumo_model.model.remote import RemoteCodeMixin
+from cumo_model.model.routers import RouterOptions
 
 MISTRAL_7B = {  # values of Mistral-7B-Instruct-v0.2 that differ from the defaults of MistralConfig
     "model_type": "mistral",
@@ -33,6 +34,7 @@ class CumoVisionConfig(RemoteCodeMixin, CLIPVisionConfig):
         num_experts: experts per layer; 1 gives CLIP's dense MLP.
         num_experts_per_tok: experts that each token uses.
         compat: set by CumoConfig.
+        router: set by CumoConfig.
     """
 
     model_type = "cumo_vision_model"
@@ -52,9 +54,11 @@ class CumoVisionConfig(RemoteCodeMixin, CLIPVisionConfig):
     num_experts: int = 4
     num_experts_per_tok: int = 2
     compat: Literal[COMPATS] | None = None
+    router: dict | None = None
 
     def __post_init__(self, **kwargs):
         check_experts("vision_config.num_experts", self.num_experts, self.num_experts_per_tok)
+        RouterOptions.of(self.router)
         super().__post_init__(**kwargs)
 
 
@@ -86,6 +90,8 @@ class CumoConfig(RemoteCodeMixin, PreTrainedConfig):
         output_router_logits: whether `forward` returns router logits by default.
         compat: "cumo" reproduces the rounding of the original code in routers and experts, and counts padding
             in the router losses of the language model, as it does. None is more accurate and faster.
+        router: options of all routers that differ from the paper's, a dict with some of the fields of
+            `RouterOptions` (routers.py): {"score": "sigmoid", "selection_bias": True}. None: the paper's.
         tie_word_embeddings: whether lm_head shares the embedding's weight.
         original: config.json of the released-layout checkpoint this config was read from. It is used when the
             model is converted back to that layout.
@@ -131,6 +137,7 @@ class CumoConfig(RemoteCodeMixin, PreTrainedConfig):
     average_loss_over: Literal[AVERAGES] = "tokens"
     output_router_logits: bool = False
     compat: Literal[COMPATS] | None = None
+    router: dict | None = None
     tie_word_embeddings: bool = False
     original: dict | None = None
 
@@ -158,6 +165,10 @@ class CumoConfig(RemoteCodeMixin, PreTrainedConfig):
                 raise ValueError(f"text_config.model_type must be known to transformers, got {kind!r}")
             self.text_config = CONFIG_MAPPING[kind](**text)
         self.vision_config.compat = self.compat
+        if self.router is None:  # a tower that was trained by itself
+            self.router = self.vision_config.router
+        self.router = RouterOptions.of(self.router).changed() or None
+        self.vision_config.router = self.router
         # lm_head belongs to this model, but the text model's flag also applies
         text_ties = getattr(self.text_config, "tie_word_embeddings", False)
         self.tie_word_embeddings = self.tie_word_embeddings or text_ties
@@ -171,6 +182,7 @@ class CumoConfig(RemoteCodeMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
+        check_routers(self)
         check_experts("projector_num_experts", self.projector_num_experts, self.projector_num_experts_per_tok)
         if not self.scales or any(scale < 1 for scale in self.scales):
             raise ValueError(f"scales must be one or more positive integers, got {list(self.scales)}")
@@ -229,6 +241,29 @@ def check_experts(name: str, num_experts: int, top_k: int) -> None:
         raise ValueError(f"{name} must be at least 1 (1 is dense), got {num_experts}")
     if num_experts > 1 and not 1 <= top_k <= num_experts:
         raise ValueError(f"{name}_per_tok must be between 1 and the {num_experts} experts, got {top_k}")
+
+
+def check_routers(config: CumoConfig) -> None:
+    """
+    Raises:
+        ValueError: the options of the routers do not fit a place with experts, or compat.
+    """
+    options = RouterOptions.of(config.router)
+    if config.compat is not None and options.changed():
+        raise ValueError(
+            f"router must be None with compat {config.compat!r}, which repeats the original's routers, "
+            f"got {config.router}"
+        )
+    text, vision = config.text_config, config.vision_config
+    places = [
+        (vision.num_experts, vision.num_experts_per_tok),
+        (config.projector_num_experts, config.projector_num_experts_per_tok),
+    ]
+    if text.model_type == "mixtral":
+        places.append((text.num_local_experts, text.num_experts_per_tok))
+    for num_experts, top_k in places:
+        if num_experts > 1:
+            options.check_experts(num_experts, top_k)
 
 
 def check_pinpoints(pinpoints: list | None, side: int) -> None:

@@ -38,7 +38,6 @@ from cumo_model.model.image_tokens import (
 from cumo_model.model.llm_moe import CumoMixtralModel, build_language_model, mask_for_meta
 from cumo_model.model.losses import Targets, router_losses, takes_rows
 from cumo_model.model.mlp_moe import CumoProjector
-from cumo_model.model.moe import RoutingRecord, record_routing
 from cumo_model.model.outputs import (
     CumoImageFeatures,
     CumoModelOutput,
@@ -48,6 +47,7 @@ from cumo_model.model.outputs import (
 )
 from cumo_model.model.positions import warn_of_length
 from cumo_model.model.pyramid import crop_counts, image_pyramid, merge_scales
+from cumo_model.model.recording import RoutingRecord, record_routing
 
 
 class CumoModel(CumoPreTrainedModel):
@@ -55,10 +55,11 @@ class CumoModel(CumoPreTrainedModel):
 
     def __init__(self, config: CumoConfig):
         super().__init__(config)
-        config.vision_config.compat = config.compat  # compat may be set after the config was created
+        # both may be set after the config was created
+        config.vision_config.compat, config.vision_config.router = config.compat, config.router
         self.vision_tower = CumoVisionModel(config.vision_config)
         self.multi_modal_projector = CumoProjector(config)
-        self.language_model = build_language_model(config.text_config, config.compat)
+        self.language_model = build_language_model(config.text_config, config.compat, config.router)
         width = config.text_config.hidden_size
         self.image_newline = (
             nn.Parameter(torch.empty(width)) if config.patch_merge_type == "spatial_unpad" else None

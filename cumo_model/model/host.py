@@ -10,13 +10,16 @@ from torch import nn
 
 from cumo_model.model.compat import EitherCheckpointing, enable_checkpointing
 from cumo_model.model.indexes import check_indexes
-from cumo_model.model.moe import IMPLEMENTATIONS, MoELayer, RoutingRecord
+from cumo_model.model.moe import IMPLEMENTATIONS, MoELayer
 from cumo_model.model.quantize import prepare_to_save
+from cumo_model.model.recording import RoutingRecord
 from cumo_model.model.remote import RemoteCodeMixin, opening_anywhere
 
 
 class MoEHostMixin(RemoteCodeMixin, EitherCheckpointing):
     """Overrides for transformers models whose experts are MoELayers."""
+
+    _keep_in_fp32_modules_strict = {"selection_bias"}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -67,13 +70,19 @@ class MoEHostMixin(RemoteCodeMixin, EitherCheckpointing):
             )
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs) -> None:
-        """As in transformers; ValueError if use_reentrant is True and this model has experts."""
+        """As in transformers; ValueError for use_reentrant where there are experts."""
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if options["use_reentrant"] is not False and any(isinstance(m, MoELayer) for m in self.modules()):
             raise ValueError(
                 "activation_checkpointing_kwargs (gradient_checkpointing_kwargs) must have use_reentrant "
                 f"False where there are experts, got {options['use_reentrant']} for "
                 f"{type(self).__name__}: reentrant recomputation loses the gradients of the router losses"
+            )
+        noise = any(isinstance(m, MoELayer) and (m.router.jitter or m.router.noisy) for m in self.modules())
+        if noise and options.get("preserve_rng_state", True) is not True:
+            raise ValueError(
+                "activation_checkpointing_kwargs (gradient_checkpointing_kwargs) must have "
+                f"preserve_rng_state True to repeat router noise, got {options['preserve_rng_state']}"
             )
         enable_checkpointing(self, options, **kwargs)
 

@@ -22,7 +22,8 @@ from transformers.models.mixtral.modeling_mixtral import (
 from cumo_model.model.compat import given_cache
 from cumo_model.model.head import head_of
 from cumo_model.model.host import MoEHostMixin
-from cumo_model.model.moe import MoELayer, is_recording
+from cumo_model.model.moe import MoELayer
+from cumo_model.model.recording import is_recording
 from cumo_model.model.tensor_parallel import ParallelMixin
 
 GATED_ACTIVATION_OF = {
@@ -36,7 +37,7 @@ GATED_ACTIVATION_OF = {
 class CumoMixtralDecoderLayer(MixtralDecoderLayer):
     """Mixtral's decoder layer with an MoELayer as sparse block. Parameter names are those of Mixtral."""
 
-    def __init__(self, config: MixtralConfig, layer_idx: int, compat: str | None):
+    def __init__(self, config: MixtralConfig, layer_idx: int, compat: str | None, router: dict | None):
         super().__init__(config, layer_idx)
         if config.hidden_act not in GATED_ACTIVATION_OF:
             raise ValueError(
@@ -53,6 +54,7 @@ class CumoMixtralDecoderLayer(MixtralDecoderLayer):
             compat=compat,
             place="llm",
             layer=layer_idx,
+            router=router,
         )
 
     def forward(self, hidden_states: Tensor, router_mask: Tensor | None = None, **kwargs) -> Tensor:
@@ -70,7 +72,7 @@ class CumoMixtralModel(ParallelMixin, MoEHostMixin, MixtralModel):
     # transformers finds router logits by its router's class, which is not used here; use record_routing()
     _can_record_outputs = {k: v for k, v in MixtralModel._can_record_outputs.items() if k != "router_logits"}
 
-    def __init__(self, config: MixtralConfig, compat: str | None = None):
+    def __init__(self, config: MixtralConfig, compat: str | None = None, router: dict | None = None):
         MixtralPreTrainedModel.__init__(self, config)
         self.compat = compat
         if config.router_jitter_noise > 0:
@@ -79,7 +81,7 @@ class CumoMixtralModel(ParallelMixin, MoEHostMixin, MixtralModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
-            CumoMixtralDecoderLayer(config, i, compat) for i in range(config.num_hidden_layers)
+            CumoMixtralDecoderLayer(config, i, compat, router) for i in range(config.num_hidden_layers)
         )
         self.norm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MixtralRotaryEmbedding(config=config)
@@ -119,6 +121,7 @@ class CumoMixtralModel(ParallelMixin, MoEHostMixin, MixtralModel):
         if isinstance(module, MoELayer):
             for weight in module.experts.parameters():
                 init.normal_(weight, std=self.config.initializer_range)
+            module.reset_balance()
 
 
 def mask_of_tokens(
@@ -151,12 +154,15 @@ register_checkpoint_conversion_mapping(
 )
 
 
-def build_language_model(text_config: PreTrainedConfig, compat: str | None = None) -> PreTrainedModel:
+def build_language_model(
+    text_config: PreTrainedConfig, compat: str | None = None, router: dict | None = None
+) -> PreTrainedModel:
     """Build the decoder without its head.
 
     Args:
         text_config: configuration of mixtral or of any dense decoder of transformers.
         compat: "cumo" reproduces the rounding of the original code in Mixtral.
+        router: options of Mixtral's routers, as in CumoConfig.
 
     Raises:
         ValueError: `head_of` refuses text_config, such as another sparse model, whose experts cumo_kernels
@@ -164,7 +170,7 @@ def build_language_model(text_config: PreTrainedConfig, compat: str | None = Non
     """
     head_of(text_config)
     if text_config.model_type == "mixtral":
-        return CumoMixtralModel(text_config, compat="cumo_llm" if compat else None)
+        return CumoMixtralModel(text_config, compat="cumo_llm" if compat else None, router=router)
     return MODEL_MAPPING[type(text_config)](text_config)
 
 

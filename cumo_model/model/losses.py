@@ -7,8 +7,9 @@ For one call of one layer, over G groups of tokens (crops, images, or the whole 
 
 density is the share of tokens whose first choice is expert e; it carries no gradient. probs is the mean
 softmax probability. Both are part of every `Routing`. Padding of the language model's rows is in no group,
-except with compat. Sources: the load balancing loss of Switch Transformer (arXiv 2101.03961) and the router
-z-loss of ST-MoE (arXiv 2202.08906), as used by CuMo (arXiv 2405.05949).
+except with compat. With noisy top-k (routers.py) balance is the sum of its importance and load losses over
+all tokens of a call (arXiv 1701.06538). Sources: the load balancing loss of Switch Transformer (arXiv
+2101.03961) and the router z-loss of ST-MoE (arXiv 2202.08906), as used by CuMo (arXiv 2405.05949).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from cumo_kernels import RouterStats
-from cumo_model.model.moe import PLACES, RoutingRecord
+from cumo_model.model.recording import PLACES, RoutingRecord
 
 
 def _balance(mean_probs: Tensor, top1_density: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def place_losses(
 def router_losses(
     records: Sequence[RoutingRecord], clip_scales: Sequence[int] | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """`place_losses` of each place that has run, in the order in which the original code adds them.
+    """Balance loss and z-loss of each place that has run, in the order in which the original code adds them.
 
     Args:
         records: the routing of all layers of one call.
@@ -91,9 +92,12 @@ def router_losses(
     """
     found = {}
     for place in PLACES:
-        layers = [record.routing.stats for record in records if record.place == place]
+        layers = [record for record in records if record.place == place]
         if layers:
-            found[place] = place_losses(layers, clip_scales if place == "clip" else None)
+            stats = [record.routing.stats for record in layers]
+            balance, z = place_losses(stats, clip_scales if place == "clip" else None)
+            own = [record.balance for record in layers if record.balance is not None]
+            found[place] = (torch.stack(own).mean() if own else balance, z)
     return found
 
 

@@ -43,6 +43,7 @@ class CumoProjector(nn.Module):
                 output_size=output_size,
                 compat=config.compat,
                 place="mlp",
+                router=config.router,
             )
         else:
             self.mlp = DenseMLP(self.input_size, output_size)

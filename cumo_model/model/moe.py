@@ -7,10 +7,7 @@ Shape letters are those of cumo_kernels/types.py.
 """
 
 import math
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -39,127 +36,21 @@ from cumo_kernels.ops.checks import (
     check_top_k,
     shown,
 )
-from cumo_kernels.ops.routing import COMPAT
+from cumo_kernels.ops.noise import jittered
+from cumo_kernels.ops.noisy import noisy_plan
+from cumo_kernels.ops.routing import COMPAT, with_capacity
 from cumo_kernels.tracing import is_autocast_on
+from cumo_model.model.recording import (
+    RoutingRecord,
+    active_recorders,
+    note_routing,
+    saved_as_they_are,
+)
+from cumo_model.model.recording import record_routing as record_routing  # where it was before
+from cumo_model.model.replay import given_to
+from cumo_model.model.routers import RouterOptions
 
 IMPLEMENTATIONS = ("cumo", "eager")  # of experts: cumo_kernels, or a loop in plain PyTorch
-PLACES = ("mlp", "clip", "llm")  # the order in which the original code adds their losses
-
-
-@dataclass(frozen=True)
-class RoutingRecord:
-    """The routing of one MoE layer in one forward pass.
-
-    Attributes:
-        place: "clip" (vision tower), "mlp" (connector) or "llm" (language model).
-        layer: index of the layer within its place.
-        routing: the layer's routing plan, which includes padding, and its statistics, which do not.
-        logits: (T, E) router logits if `record_routing` was asked for them, else None.
-        counted: (T,) bool, False on padding, which does not count in the statistics; None: all tokens count.
-    """
-
-    place: str
-    layer: int
-    routing: Routing
-    logits: Tensor | None = None
-    counted: Tensor | None = None
-
-    @property
-    def tokens_per_expert(self) -> Tensor:
-        """(E,) int32: slots of each expert, without those of padding."""
-        if self.counted is None:
-            return self.routing.tokens_per_expert
-        chosen = self.routing.topk_indices.where(self.counted[:, None], self.routing.num_experts)
-        experts = torch.arange(self.routing.num_experts, device=chosen.device)
-        return (chosen[:, :, None] == experts).sum((0, 1), dtype=torch.int32)
-
-    @property
-    def num_slots(self) -> Tensor | int:
-        """Slots without those of padding, dropped ones included; a () tensor if there is padding."""
-        return self.routing.num_slots if self.counted is None else self.counted.sum() * self.routing.top_k
-
-
-@dataclass(frozen=True)
-class _Recorder:
-    records: list[RoutingRecord]
-    logits: bool
-    layers: frozenset[int] | None  # ids of the layers to record; None: all
-    backward: int  # the backward pass in which recording began; -1: none
-
-
-class _Recorders(threading.local):
-    """Recorders that are active in the current thread, outermost first."""
-
-    def __init__(self):
-        # set for each thread: torch.compile does not guard on a class attribute of a threading.local
-        self.active: tuple[_Recorder, ...] = ()
-
-
-_recorders = _Recorders()
-
-
-@contextmanager
-def record_routing(logits: bool = False, of: nn.Module | None = None) -> Iterator[list[RoutingRecord]]:
-    """Record the routing of every MoE layer that this thread runs inside the `with` block, in order.
-
-    Other threads are not recorded, also not those that nn.DataParallel starts. Blocks can be nested: each
-    gets all records. When activation checkpointing recomputes a layer during backward, the layer is not
-    recorded again. Under torch.compile use a new block for each call: the compiled code depends on the
-    number of records that the block already has.
-
-    Args:
-        logits: also record router logits. The routers then write them to memory, which they otherwise do not.
-        of: record only the layers of this module. None, and always under torch.compile: all layers.
-    """
-    layers = None
-    if of is not None and not torch.compiler.is_compiling():
-        layers = frozenset(id(module) for module in of.modules() if isinstance(module, MoELayer))
-    recorder = _Recorder([], logits, layers, _backward_pass())
-    _recorders.active = (*_recorders.active, recorder)
-    try:
-        yield recorder.records
-    finally:  # blocks of generators and tasks may end in another order than they began
-        _recorders.active = tuple(other for other in _recorders.active if other is not recorder)
-
-
-def is_recording() -> bool:
-    """Whether a `record_routing` of this thread is active."""
-    current = _backward_pass()
-    return any(recorder.backward == current for recorder in _recorders.active)
-
-
-def note_routing(
-    place: str,
-    layer: int,
-    routing: Routing,
-    logits: Tensor | None = None,
-    module: nn.Module | None = None,
-    counted: Tensor | None = None,
-) -> None:
-    """Give the routing of `module`, the layer, to every active `record_routing` of this thread."""
-    for recorder in _active_recorders(module):
-        kept = logits if recorder.logits else None
-        recorder.records.append(RoutingRecord(place, layer, routing, kept, counted))
-
-
-def _active_recorders(module: nn.Module | None) -> list[_Recorder]:
-    current = _backward_pass()
-    return [
-        recorder
-        for recorder in _recorders.active
-        if recorder.backward == current and (recorder.layers is None or id(module) in recorder.layers)
-    ]
-
-
-def _saved_as_they_are():
-    """Inside, autograd saves tensors without the hooks of activation checkpointing."""
-    if torch.compiler.is_compiling():
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-
-
-def _backward_pass() -> int:
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -355,6 +246,7 @@ class MoELayer(nn.Module):
             the experts.
         place: name under which `record_routing` records this layer.
         layer: index under which `record_routing` records this layer.
+        router: options of the router that differ from the defaults, as `router` of CumoConfig.
 
     Raises:
         ValueError: an argument is wrong; the message names it.
@@ -372,6 +264,7 @@ class MoELayer(nn.Module):
         compat: str | None = None,
         place: str = "",
         layer: int = 0,
+        router: dict | None = None,
     ):
         super().__init__()
         hidden_size = check_count("hidden_size", hidden_size)
@@ -385,9 +278,18 @@ class MoELayer(nn.Module):
         if not isinstance(place, str):
             raise ValueError(f"place must be a string, got {shown(place)}")
         layer = check_int("layer", layer)
-        self.hidden_size, self.top_k, self.compat = hidden_size, top_k, compat
+        self.hidden_size, self.num_experts, self.top_k, self.compat = hidden_size, num_experts, top_k, compat
         self.place, self.layer = place, layer
+        self.router = RouterOptions.of(router)
+        self.router.check_experts(num_experts, top_k)
+        # made here, because torch.compile cannot read the fields of a dataclass
+        self.choosing, self.weighing = self.router.choosing(), self.router.weighing()
+        if compat is not None and (changed := self.router.changed()):
+            raise ValueError(f"router must be None with compat {compat!r}, got {changed}")
         self.gate = Gate(hidden_size, num_experts, bias=False)
+        self.noise_gate = Gate(hidden_size, num_experts, bias=False) if self.router.noisy else None
+        start = torch.zeros(num_experts, dtype=torch.float32) if self.router.selection_bias else None
+        self.register_buffer("selection_bias", start)
         self.experts = Experts(hidden_size, intermediate_size, output_size, num_experts, activation, bias)
         self.reset_gate()
 
@@ -400,6 +302,22 @@ class MoELayer(nn.Module):
         """Initialise the gate from U(-1/sqrt(H), 1/sqrt(H)), as the original code does, upcycled or not."""
         bound = 1 / math.sqrt(self.hidden_size)
         nn.init.uniform_(self.gate.weight, -bound, bound)
+        self.reset_balance()
+
+    def reset_balance(self) -> None:
+        """Set to zero what balances the experts: the weight of the noise (arXiv 1701.06538), and the bias."""
+        if self.noise_gate is not None:
+            nn.init.zeros_(self.noise_gate.weight)
+        if self.selection_bias is not None:
+            nn.init.zeros_(self.selection_bias)
+
+    def _apply(self, fn, recurse=True):
+        # the bias stays fp32: steps of 0.001 would be lost in a bf16 bias of the size of the scores
+        bias = self.selection_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.selection_bias.dtype != torch.float32:
+            self.selection_bias = bias.to(self.selection_bias.device)
+        return self
 
     def route(self, x: Tensor, groups: int = 1, counted: Tensor | None = None) -> Routing:
         """Route tokens to experts.
@@ -415,6 +333,11 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: the last dimension of `x` is not H, or `counted` has another shape or `groups`.
         """
+        return self._route(x, groups, counted)
+
+    def _route(
+        self, x: Tensor, groups: int = 1, counted: Tensor | None = None, router_only: bool = False
+    ) -> Routing:
         check_float("x", x)
         if x.ndim == 0 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must be (..., {self.hidden_size}), got {tuple(x.shape)}")
@@ -431,21 +354,67 @@ class MoELayer(nn.Module):
                 )
             counted = counted.reshape(-1)
             groups = rows.shape[0] or 1  # statistics of each token
-        logits = None
-        if self.compat is None and may_be_fused(self.gate, rows):
-            check_device("x", x, "the gate", self.gate.weight)
-            routing = route(rows, self.top_k, self.gate.weight, groups=groups)
-            if any(recorder.logits for recorder in _active_recorders(self)):
-                # activation checkpointing must not count these tensors: recomputation does not record
-                with _saved_as_they_are():
-                    logits = self.gate(rows)
-        else:
-            logits = self.gate(rows)
-            routing = route(logits, self.top_k, groups=groups, compat=self.compat)
+        num_experts, options = self.num_experts, self.router
+        sizes = (rows.shape[0], self.top_k)
+        given = given_to(self, self.place, self.layer, sizes, num_experts, not router_only)
+        indices = None if given is None else given.topk_indices.to(rows.device)
+        is_replayed = given is not None and given.seed is not None and self.training
+        seed = given.seed.to(rows.device) if is_replayed else self._seed(rows)
+        if options.jitter and seed is not None:
+            rows = jittered(rows, options.jitter, seed)
+        routing, logits, balance = self._plan(rows, groups, counted, seed, indices)
+        chosen = None
+        if options.capacity_factor is not None and self.training:
+            chosen = routing.topk_indices
+            routing = with_capacity(routing, options.capacity(*sizes, num_experts), options.drop)
         if counted is not None:
             routing = replace(routing, stats=_mean_stats(routing.stats, counted))
-        note_routing(self.place, self.layer, routing, logits, self, counted)
+        record = RoutingRecord(self.place, self.layer, routing, logits, counted, chosen, balance, seed)
+        note_routing(record, self)
         return routing
+
+    def _seed(self, x: Tensor) -> Tensor | None:
+        """A new seed for the noise of one call, in training; None without noise.
+
+        It comes from torch's generator, so that the seed of a run and the state in its checkpoints decide it,
+        and activation checkpointing, which restores that state, repeats it. The noise itself is a function of
+        this seed, the row of the token and the column.
+        """
+        if not self.training or not (self.router.jitter or self.router.noisy):
+            return None
+        return torch.randint(2**62, (), device=x.device)
+
+    def _plan(
+        self,
+        rows: Tensor,
+        groups: int,
+        counted: Tensor | None,
+        seed: Tensor | None,
+        indices: Tensor | None,
+    ) -> tuple[Routing, Tensor | None, Tensor | None]:
+        """Plan with statistics, logits if they are known or recorded, and the balance loss of noisy top-k."""
+        if self.noise_gate is not None:
+            logits, raw = self.gate(rows), self.noise_gate(rows)
+            plan = noisy_plan(
+                logits, raw, self.top_k, seed, groups=groups, counted=counted, topk_indices=indices
+            )
+            return plan.routing, logits, plan.importance_loss + plan.load_loss
+        if indices is not None:
+            how = {"topk_indices": indices, **self.weighing}
+        elif self.selection_bias is not None:
+            how = {"selection_bias": self.selection_bias, **self.choosing}
+        else:
+            how = self.choosing
+        if self.compat is not None or not may_be_fused(self.gate, rows):
+            logits = self.gate(rows)
+            return route(logits, self.top_k, groups=groups, compat=self.compat, **how), logits, None
+        check_device("x", rows, "the gate", self.gate.weight)
+        routing, logits = route(rows, self.top_k, self.gate.weight, groups=groups, **how), None
+        if any(recorder.logits for recorder in active_recorders(self)):
+            # activation checkpointing must not count these tensors: recomputation does not record
+            with saved_as_they_are():
+                logits = self.gate(rows)
+        return routing, logits, None
 
     def _rows(self, x: Tensor) -> Tensor:
         # not -1: of an empty batch of torch.vmap torch cannot tell that size
@@ -460,7 +429,7 @@ class MoELayer(nn.Module):
         `route`, runs hooks, such as those of FSDP and of accelerate's offloading.
         """
         check_bool("router_only", router_only)
-        routing = self.route(x, groups, counted)
+        routing = self._route(x, groups, counted, router_only)
         if router_only:
             return x.view_as(x)  # created after the router: backward visits it, and its hooks, first
         out = self.experts(self._rows(x), routing, self.compat)

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 
-from cumo_model.model.moe import PLACES, RoutingRecord
+from cumo_model.model.recording import PLACES, RoutingRecord
 
 
 @dataclass

@@ -169,8 +169,9 @@ def _settings(identity: dict) -> dict[str, Any]:
             found |= _flat(section, values)
     for free in ("data.skip_bad", "stage.expert_exchange"):
         found.pop(free, None)
-    if found.get("stage.lora", 0) is None:  # with keys it has no value of its own
-        del found["stage.lora"]
+    for section in ("stage.lora", "model.router"):  # with keys they have no value of their own
+        if found.get(section, 0) is None:
+            del found[section]
     if found.get("model.top_k") is None:
         found["model.top_k"] = DEFAULT_TOP_K
     return found

@@ -9,6 +9,7 @@ counted.
 from collections.abc import Collection
 
 from cumo_model.model.config import CumoConfig
+from cumo_model.model.routers import RouterOptions
 
 
 def text_flops(config: CumoConfig, tokens: int, width: int, predicted: int) -> float:
@@ -26,11 +27,16 @@ def text_flops(config: CumoConfig, tokens: int, width: int, predicted: int) -> f
     attention = text.hidden_size * head_dim * (2 * heads + 2 * kv_heads)
     active, gate = 1, 0
     if text.model_type == "mixtral":
-        active, gate = text.num_experts_per_tok, text.num_local_experts * text.hidden_size
+        active, gate = text.num_experts_per_tok, _gates(config) * text.num_local_experts * text.hidden_size
     mlp = active * 3 * text.hidden_size * text.intermediate_size + gate
     scores = 2 * width * heads * head_dim
     layers = text.num_hidden_layers * (attention + mlp + scores)
     return 2.0 * (tokens * layers + predicted * text.hidden_size * text.vocab_size)
+
+
+def _gates(config: CumoConfig) -> int:
+    """Linear layers of a router: noisy top-k has a second one."""
+    return 1 + RouterOptions.of(config.router).noisy
 
 
 def vision_flops(config: CumoConfig, with_routers: bool) -> float:
@@ -40,7 +46,7 @@ def vision_flops(config: CumoConfig, with_routers: bool) -> float:
     hidden, tokens = vision.hidden_size, patches + 1
     moe = vision.num_experts > 1
     attention = tokens * (4 * hidden * hidden + 2 * tokens * hidden)
-    gate = tokens * vision.num_experts * hidden if moe else 0
+    gate = _gates(config) * tokens * vision.num_experts * hidden if moe else 0
     active = vision.num_experts_per_tok if moe else 1
     layer = attention + gate + tokens * active * 2 * hidden * vision.intermediate_size
     states = range(vision.num_hidden_layers + 1)
@@ -57,7 +63,7 @@ def projector_flops(config: CumoConfig) -> float:
     wide, out = config.feature_size, config.text_config.hidden_size
     moe = config.projector_num_experts > 1
     active = config.projector_num_experts_per_tok if moe else 1
-    gate = config.projector_num_experts * wide if moe else 0
+    gate = _gates(config) * config.projector_num_experts * wide if moe else 0
     return 2.0 * config.image_seq_length * (active * (wide * out + out * out) + gate)
 
 

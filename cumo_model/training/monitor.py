@@ -29,7 +29,8 @@ from transformers import ProgressCallback, TrainerCallback
 from cumo_kernels.tiles import hardware
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.losses import load_balancing_loss, router_z_loss
-from cumo_model.model.moe import PLACES, MoELayer, RoutingRecord, record_routing
+from cumo_model.model.moe import MoELayer
+from cumo_model.model.recording import PLACES, RoutingRecord, record_routing
 from cumo_model.training.flops import step_flops
 
 LOSSES = ("language", *(f"{place}_{kind}" for place in PLACES for kind in ("balance", "z")))
@@ -135,7 +136,8 @@ class Monitor:
             self._add(name, "router_entropy", entropy.mean())
             self._add(name, "entropy_calls", 1)
         if routing.stats is not None:
-            self._add(name, "balance", load_balancing_loss(routing.stats).detach())
+            own = record.balance
+            self._add(name, "balance", (load_balancing_loss(routing.stats) if own is None else own).detach())
             self._add(name, "z", router_z_loss(routing.stats).detach())
 
     def add_losses(self, parts: dict[str, Tensor], weight: Tensor | float = 1.0) -> None:

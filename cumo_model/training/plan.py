@@ -11,8 +11,10 @@ from transformers.initialization import no_init_weights
 
 from cumo_model.checkpoints.assemble import config_of, experts_of, is_quantized
 from cumo_model.checkpoints.parts import read_parts
+from cumo_model.checkpoints.upcycle import router_of
 from cumo_model.model.config import CumoConfig
 from cumo_model.model.cumo import CumoForConditionalGeneration
+from cumo_model.model.routers import RouterOptions
 from cumo_model.training.recipe import EXPERTS, PARTS, ModelSection, Recipe
 from cumo_model.training.run_folder import RESULT, checkpoints
 from cumo_model.training.start import DEFAULT_TOP_K
@@ -78,6 +80,30 @@ def check_experts(model: ModelSection, found: dict[str, tuple[int, int]]) -> Non
                 )
 
 
+def check_router(model: ModelSection, config: CumoConfig, experts: dict[str, tuple[int, int]]) -> None:
+    """Check that the routers of a recipe are possible, and those of the experts that the model has already.
+
+    Args:
+        model: section of the recipe.
+        config: from `planned_config`.
+        experts: from `planned_experts`.
+
+    Raises:
+        ValueError: the message names the key.
+    """
+    if model.router is None:
+        return
+    if all(number < 2 for number, _ in experts.values()):
+        raise ValueError(f"model.router must be left out, as the model has no experts, got {model.router}")
+    try:
+        options = router_of(config, model.router)
+        for number, top_k in experts.values():
+            if number > 1:
+                RouterOptions.of(options).check_experts(number, top_k)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from None
+
+
 def check_plan(recipe: Recipe, args: TrainingArguments) -> CumoConfig:
     """Check all that is known of a stage before its model is loaded -> the config, as `planned_config`.
 
@@ -97,6 +123,7 @@ def check_plan(recipe: Recipe, args: TrainingArguments) -> CumoConfig:
         )
     experts = planned_experts(model, config)
     check_experts(model, experts)
+    check_router(model, config, experts)
     _check_packed(recipe, args, experts)
     number = stage.expert_parallel
     if number > 1:

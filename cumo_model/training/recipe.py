@@ -79,6 +79,7 @@ STAGE_RANGES = {
     "projector_learning_rate": NOT_NEGATIVE,
     "balance_loss_coef": NOT_NEGATIVE,
     "router_z_loss_coef": NOT_NEGATIVE,
+    "selection_bias_rate": NOT_NEGATIVE,
     "average_loss_over": one_of(*AVERAGES),
     "expert_parallel": at_least(1),
     "expert_exchange": one_of(*EXCHANGES),
@@ -104,6 +105,7 @@ class ModelSection:
     projector_experts: int = 0
     text_experts: int = 0
     top_k: int | None = None  # experts per token; by default 2 for new experts, and existing ones keep theirs
+    router: dict | None = None  # options of the routers (docs/model.md); existing experts keep theirs
     scratch: bool = False  # new experts have random weights instead of copies
     seed: int = 0  # seed of new gates and of a new connector
     compat: str | None = None
@@ -180,6 +182,7 @@ class StageSection:
     projector_learning_rate: float | None = None
     balance_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
+    selection_bias_rate: float | None = None  # of routers with a selection bias; by default 0.001
     average_loss_over: str = "tokens"  # of a step; "micro_batches" as in the original code
     expert_parallel: int = 1  # processes that share the experts of a layer
     expert_exchange: str = "exact"  # "padded" needs more memory but no host synchronisation

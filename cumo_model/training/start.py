@@ -48,6 +48,7 @@ def start_model(model: ModelSection, data: DataSection) -> tuple[CumoForConditio
         "projector_experts": model.projector_experts,
         "text_experts": model.text_experts,
         "top_k": DEFAULT_TOP_K if model.top_k is None else model.top_k,
+        "router": model.router,
     }
     try:
         built, processor = assemble(

@@ -30,6 +30,7 @@ from cumo_model.training.arguments import (
     make_arguments,
     typed_fields,
 )
+from cumo_model.training.balancing import RATE, SelectionBiasCallback
 from cumo_model.training.claims import claim, sizes_of
 from cumo_model.training.deepspeed import (
     begin,
@@ -250,6 +251,14 @@ def build_trainer(recipe: Recipe, callbacks: Sequence = ()) -> CumoTrainer:
             "stage.balance_loss_coef and stage.router_z_loss_coef have no effect, as neither tower nor "
             "connector has experts",
             stacklevel=2,
+        )
+    if (model.config.router or {}).get("selection_bias"):
+        rate = RATE if stage.selection_bias_rate is None else stage.selection_bias_rate
+        callbacks = [SelectionBiasCallback(rate), *callbacks]
+    elif stage.selection_bias_rate is not None:
+        raise ValueError(
+            "stage.selection_bias_rate must be left out for a model without selection biases (model.router), "
+            f"got {stage.selection_bias_rate}"
         )
     model.config.balance_loss_coef = float(stage.balance_loss_coef)
     model.config.router_z_loss_coef = float(stage.router_z_loss_coef)

@@ -119,6 +119,13 @@ CALLS = {  # function -> good arguments, wrong values of each
         {"topk_weights": tensors(PLAN.topk_weights), "topk_indices": tensors(PLAN.topk_indices),
          "num_experts": [*only(), 0]},
     ),
+    cumo_kernels.update_selection_bias: (
+        {"bias": torch.zeros(E), "tokens_per_expert": PLAN.tokens_per_expert, "rate": 0.1},
+        {"bias": [*tensors(torch.zeros(E))],
+         "tokens_per_expert": [*ANYTHING, torch.zeros(E), PLAN.tokens_per_expert[0],
+                               PLAN.tokens_per_expert[None, None], PLAN.tokens_per_expert.to("meta")],
+         "rate": [None, True, "word", [1], {}, object(), -0.1, float("inf")]},
+    ),
     cumo_kernels.use_backend: ({"name": "reference"}, {"name": only(None)}),
 }  # fmt: skip
 

@@ -122,7 +122,9 @@ WAYS = [by_jvp, by_jacfwd, by_jvp_of_vmap, by_jvp_below_grad, by_dual_level, by_
 
 def test_every_op_is_called_here():
     ops = {name for name in cumo_kernels.__all__ if inspect.isfunction(getattr(cumo_kernels, name))}
-    assert ops - {"explain", "pack", "use_backend"} <= {name.split("-")[0] for name in CALLS}
+    assert ops - {"explain", "pack", "update_selection_bias", "use_backend"} <= {
+        name.split("-")[0] for name in CALLS
+    }
 
 
 @pytest.mark.parametrize("way", WAYS)

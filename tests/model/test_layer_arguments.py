@@ -26,10 +26,11 @@ LAYER = MoELayer(H, I, E, K, "gelu")
 CALLS = {  # function -> good arguments, wrong values of each
     MoELayer: (
         {"hidden_size": H, "intermediate_size": I, "num_experts": E, "top_k": K, "activation": "gelu",
-         "output_size": O, "bias": True, "compat": None, "place": "", "layer": 0},
+         "output_size": O, "bias": True, "compat": None, "place": "", "layer": 0, "router": None},
         {"hidden_size": only(), "intermediate_size": only(), "num_experts": [*only(), 0],
          "top_k": [*only(), 0, 5], "activation": only(), "output_size": [*only(None), 0], "bias": only(True),
-         "compat": only(None), "place": [None, 1, torch.ones(1)], "layer": [None, "a", 1.5, True]},
+         "compat": only(None), "place": [None, 1, torch.ones(1)], "layer": [None, "a", 1.5, True],
+         "router": [*ANYTHING[1:5], {"K": 2}, {"score": 1}]},
     ),
     LAYER.forward: (
         {"x": X, "groups": 1, "router_only": False, "counted": torch.ones(T, dtype=torch.bool)},

@@ -13,6 +13,8 @@ def check_config(config: CumoConfig) -> None:
     text = config.text_config
     if config.compat is not None:
         raise ValueError(f"compat must be None, vLLM does not repeat that rounding, got {config.compat!r}")
+    if config.router is not None:
+        raise ValueError(f"router must be None, vLLM routes by a softmax without a bias, got {config.router}")
     if text.model_type == "mixtral" and text.hidden_act not in FUSED:
         raise ValueError(
             f"text_config.hidden_act must be one of {', '.join(FUSED)} for Mixtral in vLLM, "

@@ -5,6 +5,7 @@ import math
 import shutil
 
 import pytest
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor
 
@@ -12,6 +13,7 @@ from cumo_model import CumoConfig
 from cumo_model.checkpoints.folders import write_json
 from cumo_model.demo import ablation
 from cumo_model.demo.ablation import (
+    BEYOND,
     CLAIMS,
     ROWS,
     row_recipe,
@@ -42,7 +44,11 @@ def _row(choice, exact, flops=100, loss=0.5):
 
 
 def test_rows_are_the_papers_ablations():
-    assert {name for claim in CLAIMS for name in claim[1:]} <= set(ROWS)
+    assert {name for claim in (*CLAIMS, *BEYOND) for name in claim[1:]} <= set(ROWS)
+    assert not any(ROWS[name].router for claim in CLAIMS for name in claim[1:])
+    assert ROWS["noisy"].router == {"noisy": True} and ROWS["noisy"].losses
+    assert ROWS["sigmoid"].router == {"score": "sigmoid", "selection_bias": True}
+    assert not ROWS["sigmoid"].losses
     assert ROWS["clip"].vision == ROWS["clip"].projector == 4 and ROWS["clip"].top_k == 2
     assert ROWS["top1"].top_k == 1 and ROWS["e8"].vision == 8 and not ROWS["no-stage2"].stage2
     assert ROWS["clip-scratch"].scratch and not ROWS["no-losses"].losses
@@ -67,6 +73,18 @@ def test_the_table_has_mean_spread_cost_and_claims():
     assert "| + MLP-MoE, 2 of 4 | 70.0 ± 14.1 |" in text and "1.20x" in text and "clip 0.90" in text
     assert "+10.0 ± 0.0: confirmed" in text and "-0.100 ± 0.000: confirmed" in text
     assert len([line for line in text.splitlines() if "confirmed" in line]) == 1
+
+
+def test_routers_beyond_the_paper_have_a_table_of_their_own():
+    """The question about no balancing has no row to compare with."""
+    rows = {"clip": _row([0.5, 0.5], [0.5, 0.5]), "noisy": _row([0.5, 0.6], [0.5, 0.5])}
+    assert "beyond the paper" not in table({"dense": rows["clip"], "clip": rows["clip"]})
+    rows["sigmoid"] = _row([0.25, 0.25], [0.5, 0.5], loss=0.75)
+    claims, beyond = table(rows).split("| beyond the paper: is it so that |")
+    assert "| claim of the paper |" in claims and "noisy top-k (" not in claims
+    assert "| noisy top-k (arXiv 1701.06538)" in beyond and "+5.0 ± 5.0: not significant" in beyond
+    assert "-25.0 ± 0.0: opposite result" in beyond and "+0.250 ± 0.000: opposite result" in beyond
+    assert "not balanced" not in beyond
 
 
 def test_the_summary_adds_up_kinds_of_questions(tmp_path):
@@ -171,7 +189,7 @@ def test_a_row_is_the_demos_recipe_with_what_it_changes(run):
         model, stage = recipe.model, recipe.stage
         experts = (model.vision_experts, model.projector_experts, model.text_experts)
         assert experts == (row.vision, row.projector, row.text)
-        assert (model.top_k, model.scratch) == (row.top_k, row.scratch)
+        assert (model.top_k, model.scratch, model.router) == (row.top_k, row.scratch, row.router)
         assert (model.seed, recipe.trainer["seed"]) == (7, 7)
         assert (stage.balance_loss_coef, stage.router_z_loss_coef) == ((0.1, 0.01) if row.losses else (0, 0))
         assert model.start == str(run.result("pft" if row.stage2 else "pretrain"))
@@ -202,6 +220,21 @@ def test_a_row_killed_between_its_model_and_its_scores_gets_the_same_scores(run,
     run_row(run, "clip", 1)
     found = json.loads(path.read_text())
     assert (found["language_loss"], found["cpu_seconds"]) == (sum(range(30, 50)) / 20, 2.0)
+
+
+@pytest.mark.parametrize("name", ["noisy", "sigmoid"])
+def test_a_row_beyond_the_paper_trains_its_routers(run, name):
+    run_row(run, name, 0)
+    result = run.folder / "rows" / f"{name}-0" / "model"
+    state, part = (
+        load_file(result / "model.safetensors"),
+        {"noisy": "noise_gate", "sigmoid": "selection_bias"},
+    )
+    found = [value for key, value in state.items() if part[name] in key]
+    assert CumoConfig.from_pretrained(result).router == ROWS[name].router
+    assert len(found) == 4 and all(value.any() for value in found)
+    scores = json.loads(scores_path(run.folder, name, 0).read_text())
+    assert scores["load_entropy"].keys() == {"clip", "mlp"}
 
 
 def test_stage_3_is_scored_and_reloads_to_the_logits_of_what_was_trained(run):
