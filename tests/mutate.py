@@ -39,6 +39,8 @@ from tests.faults.packing_lora import FAULTS as LORA
 from tests.faults.packing_lora import FAULTS_OF_CUMO as LORA_OF_CUMO
 from tests.faults.packing_model import FAULTS as PACKING_MODEL
 from tests.faults.routers import FAULTS as ROUTERS
+from tests.faults.routers_model import FAULTS as ROUTERS_MODEL
+from tests.faults.routers_model import FAULTS_OF_KERNELS as BALANCING
 from tests.faults.serving import FAULTS as SERVING
 from tests.faults.serving_answer import FAULTS as SERVING_ANSWER
 from tests.faults.serving_vllm import FAULTS as SERVING_VLLM
@@ -46,11 +48,11 @@ from tests.faults.serving_web import FAULTS as SERVING_WEB
 from tests.faults.training import FAULTS as TRAINING
 
 ROOT = Path(__file__).parents[1]
-ALL_MODEL = MODEL + PACKING_MODEL + LORA_OF_CUMO
+ALL_MODEL = MODEL + PACKING_MODEL + LORA_OF_CUMO + ROUTERS_MODEL
 ALL_SERVING = SERVING + SERVING_ANSWER + SERVING_VLLM + SERVING_WEB
 ALL_EVALUATION = EVALUATION + EVALUATION_CHOICE + EVALUATION_LMMS + EVALUATION_VQA
 FAULTS = {
-    "cumo_kernels": KERNELS + ACTIVATIONS + ROUTERS + PACKING + PACKING_KERNELS + LORA,
+    "cumo_kernels": KERNELS + ACTIVATIONS + ROUTERS + BALANCING + PACKING + PACKING_KERNELS + LORA,
     "cumo_model": ALL_MODEL + DATA + CHECKPOINTS + TRAINING + ALL_SERVING + ALL_EVALUATION + DEMO,
 }
 TIMEOUT_S = 1800  # a fault may make a loop endless, which counts as caught
