@@ -104,7 +104,8 @@ CALLS = {  # function -> good arguments, wrong values of each
     cumo_kernels.route: (
         {"x": X, "top_k": K, "gate_weight": GATE, "groups": 2, "renormalize": True, "compat": None,
          "score": "sigmoid", "selection_bias": BIAS, "expert_groups": 2, "top_groups": 1,
-         "group_score": "top2", "scale": 2.5, "capacity": 3, "drop": "weight", "jitter": 0.1, "seed": 3},
+         "group_score": "top2", "scale": 2.5, "capacity": 3, "drop": "weight", "jitter": 0.1, "seed": 3,
+         "topk_indices": None},
         {"x": tensors(X), "top_k": [*only(), 0, E + 1, 2.0, "2"], "gate_weight": tensors(GATE, none=True),
          "groups": [*only(), 0, 4, torch.ones(2), torch.tensor(1)], "renormalize": only(True),
          "compat": [*only(None), "cumo"], "score": only(),
@@ -112,7 +113,8 @@ CALLS = {  # function -> good arguments, wrong values of each
          "expert_groups": [*only(), 0, 3, 2.0], "top_groups": [*only(None), 0, 3],
          "group_score": only(), "scale": [*only(ANYTHING[1]), 0, torch.inf, torch.nan],
          "capacity": [*only(None), 0], "drop": only(), "jitter": [*ANYTHING, -1, 1, torch.nan],
-         "seed": [*ANYTHING, 2**63, torch.tensor(1.0)]},
+         "seed": [*ANYTHING, 2**63, torch.tensor(1.0)],
+         "topk_indices": [*tensors(PLAN.topk_indices, none=True), PLAN.topk_indices + E]},
     ),
     cumo_kernels.routing_from_topk: (
         {"topk_weights": PLAN.topk_weights, "topk_indices": PLAN.topk_indices, "num_experts": E},
