@@ -120,7 +120,7 @@ CALLS = {  # function -> good arguments, wrong values of each
          "group_score": only(), "scale": [*only(ANYTHING[1]), 0, torch.inf, torch.nan],
          "capacity": [*only(None), 0], "drop": only(), "jitter": [*ANYTHING, -1, 1, torch.nan],
          "seed": [*ANYTHING, 2**63, torch.tensor(1.0)],
-         "topk_indices": [*tensors(PLAN.topk_indices, none=True)]},
+         "topk_indices": [*tensors(PLAN.topk_indices, none=True), PLAN.topk_indices + E]},
     ),
     cumo_kernels.routing_from_topk: (
         {"topk_weights": PLAN.topk_weights, "topk_indices": PLAN.topk_indices, "num_experts": E},
