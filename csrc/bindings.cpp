@@ -2,7 +2,7 @@
 //
 // The only file that depends on torch and Python. A launcher checks what would cause out-of-bounds reads in a kernel,
 // allocates its outputs from torch's caching allocator, and launches on the current stream of its first tensor's device;
-// nothing synchronises with the GPU. Memory plans and the order of kernels: experts_layer.h.
+// nothing synchronises with the GPU. Memory plans and the order of kernels: experts_layer.h. Routing: routing_launchers.h.
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -12,8 +12,10 @@
 #include <torch/version.h>
 
 #include <cstdlib>
+#include <locale>
 #include <map>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -280,121 +282,10 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad, const Tensor& ro
   return {drows, dweights};
 }
 
-// ---- routing
-
-struct RouteTensors {  // owns the tensors that a Route points to
-  Tensor x, gate;
-  Route r{};
-};
-
-RouteTensors describe_route(const Tensor& x, const MaybeTensor& gate_weight, const MaybeTensor& group_offsets,
-                            int64_t num_groups, int64_t top_k, bool renormalize) {
-  CHECK_DEVICE(x);
-  CHECK_DIM(x, 2);
-  RouteTensors t;
-  t.x = rows_of(x);
-  if (gate_weight) {
-    CHECK_SAME_DEVICE(*gate_weight, x);
-    CHECK_DTYPE(*gate_weight, x.scalar_type());
-    CHECK_SHAPE(*gate_weight, gate_weight->size(0), x.size(1));
-    t.gate = rows_of(*gate_weight);
-    if (gate_weight->size(0) > kMaxFusedExperts) t.x = at::mm(x, gate_weight->t()), t.gate = Tensor();
-  }
-  if (group_offsets) CHECK_INDEX(*group_offsets, x, num_groups + 1);
-  const int64_t num_experts = t.gate.defined() ? t.gate.size(0) : t.x.size(1);
-  TORCH_CHECK_VALUE(num_experts <= kMaxExperts, "x must have at most ", kMaxExperts, " experts, got ", num_experts);
-  t.r.x = data(t.x);
-  t.r.gate = t.gate.defined() ? data(t.gate) : nullptr;
-  t.r.group_offsets = group_offsets ? ints(*group_offsets) : nullptr;
-  t.r.stride_x_t = t.x.stride(0);
-  t.r.stride_gate_e = t.gate.defined() ? t.gate.stride(0) : 0;
-  t.r.T = narrow("T", x.size(0));
-  t.r.H = narrow("H", x.size(1));
-  t.r.E = static_cast<int>(num_experts);
-  t.r.K = narrow("top_k", top_k);
-  t.r.G = narrow("num_groups", num_groups);
-  t.r.renormalize = renormalize;
-  return t;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& x, const MaybeTensor& gate_weight,
-                                                         const MaybeTensor& group_offsets, int64_t num_groups,
-                                                         int64_t top_k, bool renormalize) {
-  const Dtype dtype = dtype_of("x", x);
-  RouteTensors t = describe_route(x, gate_weight, group_offsets, num_groups, top_k, renormalize);
-  Route& r = t.r;
-  Tensor weights = make(x, {r.T, r.K}, at::kFloat), indices = make(x, {r.T, r.K}, at::kInt);
-  const auto stats = [&](at::IntArrayRef sizes) { return r.T ? make(x, sizes, at::kFloat) : zeros(x, sizes, at::kFloat); };
-  Tensor mean_probs = stats({r.G, r.E}), density = stats({r.G, r.E}), z = stats({r.G});
-  if (r.T) {
-    const On on(x);
-    Tensor scratch = make(x, {route_scratch(r)}, at::kFloat);
-    route(on.device, dtype, r, weights.mutable_data_ptr<float>(), indices.mutable_data_ptr<int>(),
-          mean_probs.mutable_data_ptr<float>(), density.mutable_data_ptr<float>(), z.mutable_data_ptr<float>(),
-          scratch.mutable_data_ptr<float>());
-  }
-  return {weights, indices, mean_probs, density, z};
-}
-
-std::tuple<Tensor, Tensor> route_backward(const Tensor& grad_weights, const Tensor& grad_mean_probs,
-                                          const Tensor& grad_z, const Tensor& x, const MaybeTensor& gate_weight,
-                                          const Tensor& topk_indices, const MaybeTensor& group_offsets,
-                                          bool renormalize, bool need_x, bool need_gate) {
-  const Dtype dtype = dtype_of("x", x);
-  const int64_t G = grad_mean_probs.size(0);
-  RouteTensors t = describe_route(x, gate_weight, group_offsets, G, topk_indices.size(1), renormalize);
-  Route& r = t.r;
-  CHECK_SHAPE(topk_indices, r.T, r.K);
-  CHECK_SHAPE(grad_weights, r.T, r.K);
-  CHECK_SHAPE(grad_mean_probs, G, r.E);
-  CHECK_SHAPE(grad_z, G);
-  CHECK_DTYPE(topk_indices, at::kInt);
-  CHECK_SAME_DEVICE(topk_indices, x);
-  CHECK_SAME_DEVICE(grad_weights, x);
-  CHECK_SAME_DEVICE(grad_mean_probs, x);
-  CHECK_SAME_DEVICE(grad_z, x);
-  Tensor dlogits = make(x, {r.T, r.E});
-  const Tensor nothing = make(x, {0});
-  if (r.T == 0)
-    return {need_x ? make(x, x.sizes()) : nothing,
-            need_gate ? zeros(x, gate_weight->sizes(), x.scalar_type()) : nothing};
-  const On on(x);
-  const Tensor dweights = grad_weights.contiguous().to(at::kFloat), dmeans = grad_mean_probs.contiguous().to(at::kFloat);
-  const Tensor dz = grad_z.contiguous().to(at::kFloat), indices = topk_indices.contiguous();
-  route_backward(on.device, dtype, r, floats(dweights), floats(dmeans), floats(dz), ints(indices),
-                 dlogits.mutable_data_ptr());
-  if (!gate_weight) return {need_x ? dlogits : nothing, nothing};
-  if (!t.gate.defined())
-    return {need_x ? at::mm(dlogits, *gate_weight) : nothing, need_gate ? at::mm(dlogits.t(), x) : nothing};
-  Tensor dx = need_x ? make(x, x.sizes()) : nothing, dgate = need_gate ? make(x, gate_weight->sizes()) : nothing;
-  Tensor sums = need_gate ? make(x, {gate_backward_blocks(on.device, r), r.E, r.H}, at::kFloat) : nothing;
-  if (need_x || need_gate)
-    gate_backward(on.device, dtype, r, data(dlogits), need_x ? dx.mutable_data_ptr() : nullptr,
-                  need_gate ? dgate.mutable_data_ptr() : nullptr,
-                  need_gate ? sums.mutable_data_ptr<float>() : nullptr);
-  return {dx, dgate};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& topk_indices, int64_t num_experts) {
-  CHECK_DEVICE(topk_indices);
-  CHECK_DTYPE(topk_indices, at::kInt);
-  TORCH_CHECK_VALUE(num_experts <= kMaxExperts, "num_experts must be at most ", kMaxExperts, ", got ", num_experts);
-  const Tensor indices = topk_indices.contiguous();
-  const int64_t S = indices.numel();
-  narrow("the number of slots", S);
-  const On on(indices);
-  Tensor tokens_per_expert = make(indices, {num_experts}), expert_offsets = make(indices, {num_experts + 1});
-  Tensor permutation = make(indices, {S}), inverse = make(indices, {S});
-  Tensor scratch = make(indices, {sort_scratch(S, static_cast<int>(num_experts))});
-  sort_by_expert(on.device, ints(indices), S, static_cast<int>(num_experts), tokens_per_expert.mutable_data_ptr<int>(),
-                 expert_offsets.mutable_data_ptr<int>(), permutation.mutable_data_ptr<int>(),
-                 inverse.mutable_data_ptr<int>(), scratch.mutable_data_ptr<int>());
-  return {tokens_per_expert, expert_offsets, permutation, inverse};
-}
-
 }  // namespace cumo
 
 #include "experts_layer.h"
+#include "routing_launchers.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace cumo;
@@ -427,6 +318,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                           const MaybeTensor&, bool, bool, bool>(&route_backward),
         arg("grad_weights"), arg("grad_mean_probs"), arg("grad_z"), arg("x"), arg("gate_weight"), arg("topk_indices"),
         arg("group_offsets"), arg("renormalize"), arg("need_x"), arg("need_gate"));
+  m.def("scored_route", &scored_route, arg("x"), arg("gate_weight"), arg("selection_bias"), arg("group_offsets"),
+        arg("num_groups"), arg("top_k"), arg("renormalize"), arg("scoring"), arg("topk_indices") = py::none());
+  m.def("scored_route_backward", &scored_route_backward, arg("grad_weights"), arg("grad_mean_probs"), arg("grad_z"),
+        arg("x"), arg("gate_weight"), arg("topk_indices"), arg("group_offsets"), arg("renormalize"), arg("need_x"),
+        arg("need_gate"), arg("scoring"));
   m.def("sort_by_expert", py::overload_cast<const Tensor&, int64_t>(&sort_by_expert), arg("topk_indices"),
         arg("num_experts"));
   m.def("grouped_gemm",

@@ -31,6 +31,7 @@ struct Device {
   bool overlap;       // launch with programmatic dependence: launch.cuh
 };
 
+enum class Score { softmax, sigmoid, sqrtsoftplus };
 struct Route {
   const void* x;            // (T, E), or (T, H) with a gate
   const void* gate;         // (E, H) or null
@@ -38,6 +39,13 @@ struct Route {
   int64_t stride_x_t, stride_gate_e;
   int T, H, E, K, G;
   bool renormalize;
+  bool is_scored;  // not the plain softmax of `route`; the rest has then a meaning
+  Score score;
+  const float* bias;  // (E,), added to the scores that choose, or null
+  const int* choice;  // (T, K) in [0, E], or null: the experts are chosen
+  int expert_groups, top_groups;
+  bool by_two;  // a group's value is the sum of its two largest
+  float scale;
 };
 int64_t route_scratch(const Route&);  // floats
 // weights (T, K) and the statistics fp32.

@@ -8,37 +8,15 @@
 // route_kernel: a block per 32 tokens, 16 with more than 512 experts, whose logits come from gate_logits.cuh. kLanes lanes
 // have a token, and lane e % kLanes has expert e; the top-k is a tournament between lanes. Every overlapping (block, group)
 // pair writes one row of sums, at block + group, so that a group's rows are adjacent, and the last block to finish a group
-// adds them in order. Reads x once: T * H elements. sort_by_expert is in sorting.cu.
+// adds them in order. Reads x once: T * H elements. sort_by_expert is in sorting.cu. Kernels with kScored have the scores,
+// the choice and the scale of scores.cuh; they are separate kernels, so that a plain softmax takes no more registers.
 // Contract: cumo_kernels/ops/routing.py. Reference: cumo_kernels/backends/reference/routing.py.
-#include "gate_logits.cuh"
+#include "scores.cuh"
 
 namespace cumo {
 
-constexpr int kNoKey = -2147483647 - 1;
-
 // A block's probabilities are in shared memory, at most 64 KiB: every GPU has 99.
 __host__ __device__ constexpr int tokens_per_warp(int per_lane) { return per_lane > 16 ? 2 : kTokensPerWarp; }
-
-// Over the lanes of a token.
-template <int kLanes>
-__device__ __forceinline__ float max_of_lanes(float value) {
-#pragma unroll
-  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) value = fmaxf(value, shuffle_xor(value, lanes));
-  return value;
-}
-template <int kLanes>
-__device__ __forceinline__ float sum_of_lanes(float value) {
-#pragma unroll
-  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
-  return value;
-}
-
-// An integer in the order of `value`; -0 equals 0, NaN ranks highest.
-__device__ __forceinline__ int rank_key(float value) {
-  if (value != value) return 2147483647;
-  const int bits = bits_of(value == 0.0f ? 0.0f : value);
-  return bits < 0 ? bits ^ 0x7fffffff : bits;
-}
 
 struct Softmax {
   float top, total;
@@ -141,7 +119,7 @@ struct Places {
         end(shares + (r.gate != nullptr ? Shares<T, kLanes>::kFloats : 0)) {}
 };
 
-template <class T, int kLanes, int kPerLane>
+template <class T, int kLanes, int kPerLane, bool kScored>
 __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
     route_kernel(Route r, bool wide, float* weights, int* indices, Stats stats) {
   begin_kernel();
@@ -163,43 +141,71 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
     if (block_begin + of_warp >= r.T) break;
     const int64_t token = block_begin + local;
     const bool inside = token < r.T;  // lanes without a token take part
-    float row[kPerLane], probs[kPerLane];
+    float row[kPerLane], probs[kPerLane];  // in probs: scores
     load_logits<T, kLanes>(r, block_begin, local, shares, row);
     const Softmax soft = softmax<kLanes>(row, probs);
     const float lse = logf(soft.total) + soft.top;
+    float norm = 1.0f;
+    bool by_scores = false;
+    if constexpr (kScored) {
+      by_scores = r.bias != nullptr || r.expert_groups > 1;
+      if (r.score != Score::softmax) {
+        norm = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) norm += probs[i] = score_of(r, row[i]).score;
+        norm = sum_of_lanes<kLanes>(norm) + kTiny;
+      }
+    }
     int keys[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int expert = lane + i * kLanes;
-      keys[i] = expert < r.E ? rank_key(row[i]) : kNoKey;
-      if (expert < r.E) token_probs[local * r.E + expert] = probs[i];
+      const float rank = by_scores ? probs[i] + (r.bias != nullptr && expert < r.E ? r.bias[expert] : 0.0f) : row[i];
+      keys[i] = expert < r.E ? rank_key(rank) : kNoKey;
+    }
+    if constexpr (kScored)
+      if (r.expert_groups > 1)
+        keep_best_groups<kLanes>(r, reinterpret_cast<int*>(token_probs + local * r.E), keys);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int expert = lane + i * kLanes;
+      const bool divides = kScored && r.score != Score::softmax;
+      if (expert < r.E) token_probs[local * r.E + expert] = divides ? divide(probs[i], norm) : probs[i];
     }
     float kept = 0.0f;
     int first = 0;
     for (int k = 0; k < r.K; ++k) {
       int key = kNoKey, expert = 2147483647;
       float value = 0.0f;
+      if (kScored && r.choice != nullptr) {
+        expert = inside ? r.choice[token * r.K + k] : r.E;
+        value = score_at<kLanes>(r, expert, probs);
+      } else {
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i)
-        if (keys[i] > key) key = keys[i], expert = lane + i * kLanes, value = probs[i];
+        for (int i = 0; i < kPerLane; ++i)
+          if (keys[i] > key) key = keys[i], expert = lane + i * kLanes, value = probs[i];
 #pragma unroll
-      for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
-        const int other_key = shuffle_xor(key, lanes), other_expert = shuffle_xor(expert, lanes);
-        const float other_value = shuffle_xor(value, lanes);
-        if (other_key > key || (other_key == key && other_expert < expert))
-          key = other_key, expert = other_expert, value = other_value;
+        for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+          const int other_key = shuffle_xor(key, lanes), other_expert = shuffle_xor(expert, lanes);
+          const float other_value = shuffle_xor(value, lanes);
+          if (other_key > key || (other_key == key && other_expert < expert))
+            key = other_key, expert = other_expert, value = other_value;
+        }
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i)
+          if (expert == lane + i * kLanes) keys[i] = kNoKey;
       }
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i)
-        if (expert == lane + i * kLanes) keys[i] = kNoKey;
       if (k == 0) first = expert;
       kept += value;
       if (lane == 0) chosen[k] = value;
       if (lane == 0 && inside) indices[token * r.K + k] = expert;
     }
+    if (kScored) kept += kTiny;
     sync_warp();
-    for (int k = lane; k < r.K && inside; k += kLanes)
-      weights[token * r.K + k] = r.renormalize ? divide(chosen[k], kept) : chosen[k];
+    for (int k = lane; k < r.K && inside; k += kLanes) {
+      const float weight = r.renormalize ? divide(chosen[k], kept) : chosen[k];
+      weights[token * r.K + k] = kScored ? weight * r.scale : weight;
+    }
     if (lane == 0) token_squares[local] = lse * lse, token_first[local] = first;
     sync_warp();
   }
@@ -237,8 +243,8 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
 }
 
 // With v = p[idx] and s = sum(v): dv = (dw - <dw, w>) / s; dp sums dv and the group's share, and
-// dlogits = p * (dp - <dp, p> + 2 * lse * the group's share of dz).
-template <class T, int kLanes, int kPerLane>
+// dlogits = p * (dp - <dp, p> + 2 * lse * the group's share of dz). Other scores: as in the reference's scores.py.
+template <class T, int kLanes, int kPerLane, bool kScored>
 __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
     route_backward_kernel(Route r, bool wide, const float* grad_weights, const float* grad_mean_probs,
                           const float* grad_z, const int* indices, T* dlogits) {
@@ -256,34 +262,62 @@ __global__ void __launch_bounds__(kThreads, kLanes == 8 ? 2 : 1)
     float logits[kPerLane], probs[kPerLane], dprobs[kPerLane] = {};
     load_logits<T, kLanes>(r, block_begin, local, shares, logits);
     const Softmax soft = softmax<kLanes>(logits, probs);
+    const bool is_elementwise = kScored && r.score != Score::softmax;
+    float scores[kPerLane], slopes[kPerLane];  // slopes: of an elementwise score
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const Scored scored = is_elementwise ? score_of(r, logits[i]) : Scored{probs[i], 0.0f};
+      scores[i] = scored.score, slopes[i] = scored.slope;
+    }
     bool chosen[kPerLane] = {};
     for (int k = 0; k < r.K; ++k) {
       const int expert = indices[token * r.K + k];
-      const float grad = grad_weights[token * r.K + k];
+      const float grad = kScored ? grad_weights[token * r.K + k] * r.scale : grad_weights[token * r.K + k];
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
-        if (expert == lane + i * kLanes) dprobs[i] = grad, chosen[i] = true;
+        if (expert == lane + i * kLanes && (!kScored || expert < r.E)) dprobs[i] = grad, chosen[i] = true;
     }
     if (r.renormalize) {
       float kept = 0.0f, along = 0.0f;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
-        if (chosen[i]) kept += probs[i], along += dprobs[i] * probs[i];
+        if (chosen[i]) kept += scores[i], along += dprobs[i] * scores[i];
       kept = sum_of_lanes<kLanes>(kept);
+      if (kScored) kept += kTiny;
       along = sum_of_lanes<kLanes>(along) / kept;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
         if (chosen[i]) dprobs[i] = (dprobs[i] - along) / kept;
     }
     const int g = group_of_token(r, static_cast<int>(token));
-    float through_lse = 0.0f;
+    float through_lse = 0.0f, count = 0.0f;
     if (g >= 0 && g < r.G) {
       const Range group = tokens_of_group(r, g);
-      const float count = static_cast<float>(group.end - group.begin);
+      count = static_cast<float>(group.end - group.begin);
       through_lse = 2.0f * (logf(soft.total) + soft.top) * (grad_z[g] / count);
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
-        if (lane + i * kLanes < r.E) dprobs[i] += grad_mean_probs[int64_t{g} * r.E + lane + i * kLanes] / count;
+        if (lane + i * kLanes < r.E && !is_elementwise)
+          dprobs[i] += grad_mean_probs[int64_t{g} * r.E + lane + i * kLanes] / count;
+    }
+    if (is_elementwise) {
+      const auto mean_grad = [&](int i) {
+        const int expert = lane + i * kLanes;
+        return count > 0.0f && expert < r.E ? grad_mean_probs[int64_t{g} * r.E + expert] / count : 0.0f;
+      };
+      float all = 0.0f, along = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) all += scores[i], along += mean_grad(i) * scores[i];
+      all = sum_of_lanes<kLanes>(all) + kTiny;
+      along = sum_of_lanes<kLanes>(along) / all;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const float grad = (mean_grad(i) - along) / all + dprobs[i];
+        if (block_begin + local < r.T && lane + i * kLanes < r.E)
+          dlogits[token * r.E + lane + i * kLanes] =
+              from_float<T>(grad * slopes[i] + probs[i] * through_lse);
+      }
+      continue;
     }
     float dot = 0.0f;
 #pragma unroll
@@ -375,8 +409,9 @@ void route(const Device& device, Dtype dtype, const Route& r, float* weights, in
     with_lanes(r.E, [&](auto lanes, auto per_lane) {
       constexpr int kLanes = decltype(lanes)::value, kPerLane = decltype(per_lane)::value;
       constexpr int kTokens = kWarps * tokens_per_warp(kPerLane);
-      launch(device, route_kernel<T, kLanes, kPerLane>, route_blocks(r), kThreads, 4 * Places<T, kLanes, kTokens>(r).end, r,
-             packs(r, sizeof(T)), weights, indices, stats);
+      const auto kernel = r.is_scored ? route_kernel<T, kLanes, kPerLane, true> : route_kernel<T, kLanes, kPerLane, false>;
+      launch(device, kernel, route_blocks(r), kThreads, 4 * Places<T, kLanes, kTokens>(r).end, r, packs(r, sizeof(T)),
+             weights, indices, stats);
     });
   });
 }
@@ -386,8 +421,10 @@ void route_backward(const Device& device, Dtype dtype, const Route& r, const flo
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     with_lanes(r.E, [&](auto lanes, auto per_lane) {
-      constexpr int kLanes = decltype(lanes)::value;
-      launch(device, route_backward_kernel<T, kLanes, decltype(per_lane)::value>, route_blocks(r), kThreads,
+      constexpr int kLanes = decltype(lanes)::value, kPerLane = decltype(per_lane)::value;
+      const auto kernel =
+          r.is_scored ? route_backward_kernel<T, kLanes, kPerLane, true> : route_backward_kernel<T, kLanes, kPerLane, false>;
+      launch(device, kernel, route_blocks(r), kThreads,
              r.gate != nullptr ? 4 * Shares<T, kLanes>::kFloats : 0, r, packs(r, sizeof(T)), grad_weights,
              grad_mean_probs, grad_z, indices, static_cast<T*>(dlogits));
     });

@@ -47,27 +47,35 @@ def _relu2_backward(grad: Tensor, z: Tensor) -> Tensor:
     return grad * (2 * torch.relu(z))
 
 
+def _below(z: Tensor, limit: float) -> Tensor:
+    # not torch.clamp, whose slope at the bound is 1 in torch 2.11 and 0 in 2.15
+    return torch.where(z > limit, limit, z)
+
+
+def _within(z: Tensor, limit: float) -> Tensor:
+    return torch.where(z < -limit, -limit, _below(z, limit))
+
+
 def _clamped_silu(z: Tensor, limit: float) -> Tensor:
-    return torch.nn.functional.silu(z.clamp(max=limit))
+    return torch.nn.functional.silu(_below(z, limit))
 
 
 def _clamped_silu_backward(grad: Tensor, z: Tensor, limit: float) -> Tensor:
-    # 1 at the bound, as of torch.clamp in torch 2.11; in later releases that is 0
-    return torch.ops.aten.silu_backward(torch.where(z <= limit, grad, 0), z.clamp(max=limit))
+    return torch.ops.aten.silu_backward(torch.where(z <= limit, grad, 0), _below(z, limit))
 
 
 def _oai(z: Tensor, alpha: float, limit: float) -> Tensor:
-    z = z.clamp(max=limit)
+    z = _below(z, limit)
     return z * torch.sigmoid(alpha * z)
 
 
 def _oai_backward(grad: Tensor, z: Tensor, alpha: float, limit: float) -> Tensor:
     # z sigmoid(alpha z) = silu(alpha z) / alpha
-    return torch.ops.aten.silu_backward(torch.where(z <= limit, grad, 0), alpha * z.clamp(max=limit))
+    return torch.ops.aten.silu_backward(torch.where(z <= limit, grad, 0), alpha * _below(z, limit))
 
 
 def _silu_clamped(z: Tensor, limit: float) -> Tensor:
-    return torch.nn.functional.silu(z).clamp(max=limit)
+    return _below(torch.nn.functional.silu(z), limit)
 
 
 def _silu_clamped_backward(grad: Tensor, z: Tensor, limit: float) -> Tensor:
@@ -81,7 +89,7 @@ class Activation:
     vjp: Callable[..., Tensor]  # (grad, z) -> grad * act'(z)
     is_gated: bool = False
     alpha: float | None = None  # a parameter of the row if not None
-    limit: float | None = None  # the same; gated: up is clamped to +-limit
+    limit: float | None = None  # the same; up is clamped to +-limit, with slope 1 at the bounds
     shift: float = 0.0  # added to the clamped up
     is_interleaved: bool = False  # gate and up alternate
 
@@ -132,7 +140,7 @@ class Activation:
 
     def _linear(self, up: Tensor) -> Tensor:
         if self.limit is not None:
-            up = up.clamp(min=-self.limit, max=self.limit)
+            up = _within(up, self.limit)
         return up + self.shift if self.shift else up
 
 

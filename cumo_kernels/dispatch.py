@@ -110,8 +110,8 @@ def _refuse_cuda(op: str, device: Device, dtype: torch.dtype, num_experts: int =
         return f"it needs CUDA tensors or CUMO_EMULATE=1, got {device.type}"
     if dtype not in _FLOATS:
         return f"it computes in fp32, fp16 and bf16, got {dtype}"
-    if op in MODULES:
-        return "it has no kernels for packed weights, adapters, or routers other than a plain softmax"
+    if MODULES.get(op) == "adapted":
+        return "it has no kernels for packed weights and adapters"
     if OPS[op] == "routing" and num_experts > CUDA_EXPERTS:
         return f"it routes to at most {CUDA_EXPERTS} experts, got {num_experts}"
     return _cuda_unfit(device)

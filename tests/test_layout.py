@@ -116,6 +116,7 @@ ARROWS = {
         f"{KERNELS}.ops*",
         f"{KERNELS}.packing.*",
         f"{KERNELS}.types",
+        f"{KERNELS}.versions",
     ),
     KERNELS: (
         f"{KERNELS}.activations",

@@ -50,6 +50,19 @@ def _softmax(self: nn.Module, hidden_states: Tensor) -> Returned:
     return _returned(logits, routing, logits.dtype)
 
 
+def _softmax_of_all(self: nn.Module, hidden_states: Tensor) -> Returned:
+    """Jamba, whose weights do not sum to 1."""
+    logits = linear(_flat(hidden_states), self.weight)
+    return _returned(logits, route(logits, self.top_k, renormalize=False), hidden_states.dtype)
+
+
+def _softmax_of_fp32(self: nn.Module, hidden_states: Tensor) -> Returned:
+    """Lara Mini."""
+    logits = _in_fp32(self, hidden_states)
+    routing = route(logits, self.top_k, renormalize=bool(self.norm_topk_prob))
+    return _returned(logits, routing, hidden_states.dtype)
+
+
 def _softmax_in_fp32(self: nn.Module, hidden_states: Tensor) -> Returned:
     logits = linear(_flat(hidden_states), self.weight)
     return _returned(logits, route(logits, self.top_k), torch.float32)
@@ -121,6 +134,12 @@ def _softmax_groups(self: nn.Module, hidden_states: Tensor) -> Returned:
     return _returned(logits, _in_groups(self, logits, "softmax", None), logits.dtype)
 
 
+def _softmax_groups_in_fp32(self: nn.Module, hidden_states: Tensor) -> Returned:
+    """Mistral Large 4."""
+    logits = _in_fp32(self, hidden_states)
+    return _returned(logits, _in_groups(self, logits, "softmax", None), torch.float32)
+
+
 def _sigmoid_groups(self: nn.Module, hidden_states: Tensor) -> Returned:
     logits = _in_fp32(self, hidden_states)
     routing = _in_groups(self, logits, "sigmoid", self.e_score_correction_bias)
@@ -136,8 +155,8 @@ def _in_groups(self: nn.Module, logits: Tensor, score: str, bias: Tensor | None)
         expert_groups=self.num_group,
         top_groups=self.topk_group,
         group_score="top2",
-        renormalize=bool(self.norm_topk_prob),
-        scale=self.routed_scaling_factor,
+        renormalize=bool(getattr(self, "norm_topk_prob", True)),
+        scale=getattr(self, "routed_scaling_factor", 1),
     )
 
 
@@ -196,6 +215,31 @@ def _sigmoid_capped(self: nn.Module, hidden_states: Tensor) -> Returned:
     return _returned(logits, routing, hidden_states.dtype)
 
 
+def _sigmoid_multiplied(self: nn.Module, hidden_states: Tensor) -> Returned:
+    """Muse Spark."""
+    logits = _in_fp32(self, hidden_states) * self.output_multiplier
+    bias, scale = self.e_score_correction_bias, self.routed_scaling_factor
+    routing = route(logits, self.top_k, score="sigmoid", selection_bias=bias, scale=scale)
+    return _returned(logits, routing, torch.float32)
+
+
+def _sigmoid_in_fp32(self: nn.Module, hidden_states: Tensor) -> Returned:
+    """Flint."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        logits = _in_fp32(self, hidden_states)
+    routing = route(logits, self.top_k, score="sigmoid", renormalize=bool(self.norm_topk_prob))
+    return _returned(logits, routing, torch.float32)
+
+
+def _logits_with_bias(self: nn.Module, hidden_states: Tensor) -> Returned:
+    """Kolibri: the bias is added to the logits, not to their scores."""
+    logits = _in_fp32(self, hidden_states)
+    chosen = route((logits + self.e_score_correction_bias).detach(), self.top_k).topk_indices
+    renormalize = bool(self.norm_topk_prob)
+    routing = route(logits, self.top_k, score="sigmoid", topk_indices=chosen, renormalize=renormalize)
+    return _returned(logits, routing, torch.float32)
+
+
 def _lfm2(self: nn.Module, hidden_states: Tensor, bias: Tensor | None = None) -> Returned:
     """The sum of weights has 1e-6 added."""
     logits = linear(hidden_states, self.weight)
@@ -205,6 +249,10 @@ def _lfm2(self: nn.Module, hidden_states: Tensor, bias: Tensor | None = None) ->
     if self.norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)
     return logits, (weights * self.routed_scaling_factor).to(logits.dtype), routing.topk_indices.long()
+
+
+def _inkling2(self: nn.Module, hidden_states: Tensor) -> Returned:
+    return _deepseek_v4(self, hidden_states.float())
 
 
 def _deepseek_v4(self: nn.Module, hidden_states: Tensor) -> Returned:
@@ -252,9 +300,11 @@ def _sparsemixer(self: nn.Module, hidden_states: Tensor) -> Returned:
 
 
 FAMILIES: dict[Callable, str] = {  # forward -> the classes of transformers that compute it
-    _softmax: "FlexOlmoTopKRouter MellumTopKRouter OlmoeTopKRouter Qwen2MoeTopKRouter Qwen3MoeTopKRouter "
-    "Qwen3NextTopKRouter Qwen3OmniMoeTalkerTextTopKRouter Qwen3OmniMoeTextTopKRouter "
+    _softmax: "AriaTextTopKRouter FlexOlmoTopKRouter MellumTopKRouter OlmoeTopKRouter Qwen2MoeTopKRouter "
+    "Qwen3MoeTopKRouter Qwen3NextTopKRouter Qwen3OmniMoeTalkerTextTopKRouter Qwen3OmniMoeTextTopKRouter "
     "Qwen3OmniMoeThinkerTextTopKRouter Qwen3VLMoeTextTopKRouter Qwen3_5MoeTopKRouter Qwen4ExpTextTopKRouter",
+    _softmax_of_all: "JambaTopKRouter",
+    _softmax_of_fp32: "LaraMiniTopKRouter",
     _softmax_in_fp32: "MiniMaxTopKRouter MixtralTopKRouter",
     _softmax_of_chosen: "GptOssTopKRouter",
     _softmax_over_top_k: "OpenAIPrivacyFilterTopKRouter",
@@ -265,18 +315,23 @@ FAMILIES: dict[Callable, str] = {  # forward -> the classes of transformers that
     _cohere2: "Cohere2MoeTopKRouter",
     _ernie: "Ernie4_5_MoeTopKRouter Ernie4_5_VLMoeMoeTopKRouter",
     _softmax_groups: "Mistral4TopkRouter",
-    _sigmoid_groups: "AXK1TopkRouter DeepseekV32TopkRouter DeepseekV3TopkRouter Dots1TopkRouter "
-    "ExaoneMoeTopkRouter Glm4MoeLiteTopkRouter Glm4MoeTopkRouter Glm4vMoeTextTopkRouter "
-    "Glm5NextTextTopkRouter GlmMoeDsaTopkRouter HYV4TopkRouter KimiLinearTopkRouter MiMoV2FlashTopkRouter "
-    "NemotronHTopkRouter SolarOpenTopkRouter",
-    _softmax_best_groups: "DeepseekOcr2TextTopkRouter DeepseekV2TopkRouter",
+    _softmax_groups_in_fp32: "MistralLarge4TextTopkRouter",
+    _sigmoid_groups: "AXK1TopkRouter BailingHybridTopkRouter BeamTopKRouter DeepseekV32TopkRouter "
+    "DeepseekV3TopkRouter Dots1TopkRouter Dots3NoteTextTopkRouter ExaoneMoeTopkRouter Glm4MoeLiteTopkRouter "
+    "Glm4MoeTopkRouter Glm4vMoeTextTopkRouter Glm5NextTextTopkRouter GlmMoeDsaTopkRouter HYV4TopkRouter "
+    "HYV4VLTopkRouter KimiLinearTopkRouter MiMoV2FlashTopkRouter NemotronHTopkRouter SolarOpenTopkRouter",
+    _softmax_best_groups: "DeepseekOcr2TextTopkRouter DeepseekV2TopkRouter UnlimitedOcrTextTopkRouter",
     _softmax_bias: "LongcatFlashTopkRouter",
     _sigmoid_bias: "MiniMaxM2TopKRouter MiniMaxM3VLTopKRouter Step3p7TopKRouter",
-    _sigmoid_bias_scaled: "AfmoeTokenChoiceRouter HYV3TopKRouter",
+    _sigmoid_bias_scaled: "AfmoeTokenChoiceRouter Dots3NoteVisionTopKRouter HYV3TopKRouter",
     _sigmoid_capped: "LagunaTopKRouter",
+    _sigmoid_multiplied: "MuseSparkTopkRouter",
+    _sigmoid_in_fp32: "FlintTopKRouter",
+    _logits_with_bias: "Kolibri1TopKRouter",
     _lfm2: "Lfm2MoeTopKRouter",
     _deepseek_v4: "DeepseekV4TopKRouter",
     _deepseek_v4_by_token: "DeepseekV4HashRouter",
+    _inkling2: "Inkling2LoopTopKRouter Inkling2TopKRouter",
     _dense_sigmoid: "Llama4Router",
     _sparsemixer: "PhimoeTopKRouter",
 }

@@ -41,11 +41,13 @@ PLAIN = {  # class of a model's act_fn -> our name for the same function
 FUNCTIONS = {nn.functional.silu: "silu", nn.functional.gelu: "gelu", nn.functional.relu: "relu"}
 GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 OWN_GATES = {  # the method of a class of transformers -> our name, the attributes with limit and alpha
+    "BeamExperts._apply_gate": ("swiglu", None, None),  # in fp32, as our kernels compute every gate
     "GptOssExperts._apply_gate": ("swiglu_oai", "limit", "alpha"),
     "OpenAIPrivacyFilterExperts._apply_gate": ("swiglu_oai", "limit", "alpha"),
     "MiniMaxM3VLExperts._apply_gate": ("swiglu_oai", "swiglu_limit", "swiglu_alpha"),
     "DeepseekV4Experts._apply_gate": ("swiglu_clamped", "limit", None),
     "HYV4Experts._apply_gate": ("swiglu_clamped", "swiglu_limit", None),
+    "HYV4VLExperts._apply_gate": ("swiglu_clamped", "swiglu_limit", None),
     "Glm5NextTextExperts._apply_gate": ("swiglu_clamped", "swiglu_limit", None),
     "Step3p7Experts._apply_gate": ("clamped_swiglu", "limit", None),
 }
@@ -86,6 +88,8 @@ def _own_gate(experts: nn.Module, plain: str | None) -> str | None:
     """Name of the activation that a class of transformers computes with a gate method of its own, or None."""
     name, limit_name, alpha_name, is_interleaved = _row_of_gate(type(experts))
     has_silu = plain == "silu" if hasattr(experts, "act_fn") else True
+    if limit_name is None:
+        return name if has_silu else None
     limit = getattr(experts, limit_name or "", None)
     alpha = getattr(experts, alpha_name, None) if alpha_name else 1.0
     if name is None or not has_silu or not (_is_above_zero(limit) and _is_above_zero(alpha)):

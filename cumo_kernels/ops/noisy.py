@@ -120,7 +120,8 @@ def sparsemixer(logits: Tensor, *, jitter: float = 0.01, seed: int | Tensor | No
     """
     check_float("logits", logits)
     check_shape("logits", logits, "T", "E")
-    check_top_k(2, logits.shape[1])
+    if logits.shape[1] < 2:
+        raise ValueError(f"logits must have at least two experts, got {tuple(logits.shape)}")
     check_share("jitter", jitter)
     seed = None if seed is None else check_seed(seed)
     scores = logits.to(accumulate_dtype(logits.dtype))

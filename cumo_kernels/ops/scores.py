@@ -185,11 +185,6 @@ def check_given(
     expert_groups: int,
 ) -> Tensor:
     """The given choice (T, K) as the backends read it: contiguous int32; and nothing else chooses."""
-    if expert_groups != 1:
-        raise ValueError(f"expert_groups must be 1 where topk_indices choose, got {expert_groups}")
-    for name, value in (("compat", compat), ("selection_bias", selection_bias)):
-        if value is not None:
-            raise ValueError(f"{name} must be None where topk_indices choose, got {shown(value)}")
     check_shape("topk_indices", topk_indices, x.shape[0], top_k)
     check_topk_indices(topk_indices, num_experts, "x", x)
     if top_k > 1 and values_at_hand(topk_indices):
@@ -201,4 +196,9 @@ def check_given(
                 f"topk_indices must name an expert once in a row, got {topk_indices[token].tolist()} "
                 f"for token {token}"
             )
+    if expert_groups != 1:
+        raise ValueError(f"expert_groups must be 1 where topk_indices choose, got {expert_groups}")
+    for name, value in (("compat", compat), ("selection_bias", selection_bias)):
+        if value is not None:
+            raise ValueError(f"{name} must be None where topk_indices choose, got {shown(value)}")
     return topk_indices.int().contiguous()

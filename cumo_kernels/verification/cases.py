@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cumo_kernels import ops
-from cumo_kernels.activations import ACTIVATIONS, get_activation
+from cumo_kernels.activations import get_activation
 from cumo_kernels.backends import reference
 from cumo_kernels.tiles.problems import DTYPES
 from cumo_kernels.types import Routing
@@ -70,7 +70,6 @@ class Case:
         """Why this is not a valid call, or None."""
         for name, known in (
             ("op", OPS),
-            ("activation", ACTIVATIONS),
             ("memory", ops.experts.MEMORY_PLANS),
             ("pattern", (*PATTERNS, "dropped")),
             ("layout", LAYOUTS),
@@ -80,6 +79,10 @@ class Case:
         ):
             if getattr(self, name) not in known:
                 return f"{name} must be one of {list(known)}, got {getattr(self, name)!r}"
+        try:
+            get_activation(self.activation)
+        except ValueError as e:
+            return str(e)
         for name in ("H", "I", "O", "E", "K", "groups"):
             if getattr(self, name) < 1:
                 return f"{name} must be at least 1, got {getattr(self, name)}"
@@ -317,6 +320,12 @@ ROUTES = ("route", scored_cases.OP)
 MATMULS = ("expert_mlp", "grouped_gemm", *packed_cases.OPS)
 LAYERS = ("expert_mlp", "adapted_expert_mlp")
 ACTIVATED = (*MATMULS, "activate")
+SPELLED = (  # limits in reach of random numbers, and an order of columns
+    "swiglu_clamped(limit=0.75)",
+    "swiglu_oai(alpha=1.25,limit=0.5)",
+    "clamped_swiglu(limit=0.375)",
+    "geglu(interleaved)",
+)
 # every family is used with every op, or with its "ops"; any other value replaces the default of `Case`
 FAMILIES: dict[str, dict] = {
     "plain": {},
@@ -342,6 +351,9 @@ FAMILIES: dict[str, dict] = {
     "silu": {"ops": ACTIVATED, "activation": "silu"},
     "gelu-tanh": {"ops": ACTIVATED, "activation": "gelu_tanh"},
     "geglu-tanh": {"ops": ACTIVATED, "activation": "geglu_tanh"},
+    "relu2": {"ops": ACTIVATED, "activation": "relu2"},
+    "reglu": {"ops": ACTIVATED, "activation": "reglu"},
+    **{f"parameters-{number}": {"ops": ACTIVATED, "activation": name} for number, name in enumerate(SPELLED)},
 }
 ROUTER = {"ops": ROUTES, "gated": True, "exact": True, "T": 300, "H": 1024}
 SORTED = {"T": 2308, "H": 512, "I": 640, "O": 384}  # both backends copy rows into expert order

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 
+from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.verification import cases, packed_cases, scored_cases
 from cumo_kernels.verification.cases import Case
 
@@ -30,7 +31,7 @@ def draw(
         O=size(300 if big else 100),
         E=experts,
         K=rand(1, min(experts, 8)),
-        activation=choice(sorted(cases.ACTIVATIONS)),
+        activation=choice([*sorted(ACTIVATIONS), *cases.SPELLED]),
         bias=choice((True, False)),
         gated=choice((True, False)) and not (op == "route" and dtype != "fp32"),
         memory=choice(("x", "preact", "all")),

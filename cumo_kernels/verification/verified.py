@@ -50,7 +50,7 @@ COVERS = {  # op of a case -> the calls in dispatch.OPS that it makes
     "adapted_expert_mlp": ("adapted_expert_mlp", "adapted_expert_mlp_backward"),
 }
 LACKS = {
-    "cuda": ("packed_grouped_gemm", "adapted_expert_mlp", "scored_route")
+    "cuda": ("packed_grouped_gemm", "adapted_expert_mlp"),
 }  # backend -> ops of cases that it refuses
 SOURCES = {  # backend -> the files that decide what it computes
     "triton": (

@@ -3,12 +3,13 @@
 from tests.faults import Fault
 
 REFERENCE, TRITON = "cumo_kernels/backends/reference/scores.py", "cumo_kernels/backends/triton/"
+ROUTING, SCORES = "csrc/routing.cu", "csrc/scores.cuh"
 OPS = "cumo_kernels/ops/"
 
 FAULTS = (
     Fault("the bias weighs too", REFERENCE,
-          "weights = scores.gather(1, indices)",
-          "weights = (scores if bias is None else scores + bias).gather(1, indices)", "scoring"),
+          "weights = _scores_at(indices, scores)",
+          "weights = _scores_at(indices, scores if bias is None else scores + bias)", "scoring"),
     Fault("gradient without the scale", REFERENCE,
           "grad_values = grad_weights.to(wide) * how.scale", "grad_values = grad_weights.to(wide)", "scoring"),
     Fault("groups by their largest only", REFERENCE,
@@ -29,4 +30,38 @@ FAULTS = (
           "rows[:, None] ^ count(like.shape[1])", "rows[:, None] ^ 0 * count(like.shape[1])", "router_noise"),
     Fault("Llama-4 renormalised", "cumo_kernels/integrations/routers.py",
           'score="sigmoid", renormalize=False', 'score="sigmoid", renormalize=True', "routers"),
+    # a given choice
+    Fault("dropped slots take the last expert", REFERENCE,
+          "return pad(scores, (0, 1)).gather(1, indices)",
+          "return scores.gather(1, indices.clamp(max=scores.shape[1] - 1))", "given_choice"),
+    Fault("gradient of a dropped slot", REFERENCE,
+          "pad(grad, (0, 1)).scatter_add(1, indices, grad_values)[:, :-1]",
+          "grad.scatter_add(1, indices.clamp(max=grad.shape[1] - 1), grad_values)", "given_choice"),
+    Fault("sum of no scores", REFERENCE,
+          "return scores.sum(-1, keepdim=True) + TINY", "return scores.sum(-1, keepdim=True)", "given_choice"),
+    Fault("an expert twice", OPS + "scores.py",
+          "ordered[:, 1:] == ordered[:, :-1]", "ordered[:, 1:] < ordered[:, :-1]", "given_choice"),
+    Fault("the choice is ignored", TRITON + "scores.py",
+          "renormalize, selection_bias, topk_indices, how", "renormalize, selection_bias, None, how",
+          "given_choice"),
+    # CUDA
+    Fault("slope of the sigmoid is the score", SCORES,
+          "e * inverse * inverse}", "e * inverse}", "scoring"),
+    Fault("a group's second is its first", SCORES,
+          "second = less > most ? less : most;", "second = best;", "scoring"),
+    Fault("the same group again", SCORES,
+          "if (group % kLanes == lane) group_keys[group] = kNoKey;", "if (lane == 0) group_keys[group] = kNoKey;",
+          "scoring"),
+    Fault("the bias weighs in CUDA", ROUTING,
+          "norm += probs[i] = score_of(r, row[i]).score;",
+          "norm += probs[i] = score_of(r, row[i]).score + (r.bias != nullptr ? r.bias[0] : 0.0f);", "scoring"),
+    Fault("means of scores that are not divided", ROUTING,
+          "divides ? divide(probs[i], norm) : probs[i];", "probs[i];", "scoring"),
+    Fault("weights without the scale in CUDA", ROUTING,
+          "kScored ? weight * r.scale : weight", "weight", "scoring"),
+    Fault("gradient of a dropped slot in CUDA", ROUTING,
+          "if (expert == lane + i * kLanes && (!kScored || expert < r.E))",
+          "if ((expert < r.E ? expert : r.E - 1) == lane + i * kLanes)", "given_choice"),
+    Fault("scores of all experts instead of those chosen", ROUTING,
+          "if (chosen[i]) kept += scores[i], along", "kept += scores[i], along", "given_choice"),
 )  # fmt: skip

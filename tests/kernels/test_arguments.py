@@ -64,7 +64,7 @@ UP, DOWN, UP_BIAS, DOWN_BIAS = (
     torch.rand(E, 2 * I),
     torch.rand(E, O),
 )
-WIDE = torch.rand(E, O, 64)
+WIDE, BIAS = torch.rand(E, O, 64), torch.rand(E)
 CALLS = {  # function -> good arguments, wrong values of each
     cumo_kernels.activate: (
         {"x": X[:, :4], "name": "swiglu"},
@@ -95,6 +95,12 @@ CALLS = {  # function -> good arguments, wrong values of each
          "bias": tensors(UP_BIAS, none=True), "gather": plans(none=True), "activation": only(None),
          "adapters": adapters()},
     ),
+    cumo_kernels.noisy_top_k: (
+        {"x": X, "top_k": K, "gate_weight": GATE, "noise_weight": GATE, "seed": 3},
+        {"x": tensors(X), "top_k": [*only(), 0, E + 1], "gate_weight": tensors(GATE),
+         "noise_weight": [*tensors(GATE), GATE[:2], GATE * torch.nan],
+         "seed": [*ANYTHING[1:], 2**63, torch.tensor(1.0)]},
+    ),
     cumo_kernels.pack: (
         {"weight": WIDE, "format": "int4", "group": 32, "symmetric": True, "scale_dtype": None},
         {"weight": on_cpu(WIDE), "format": only(), "group": [*only(None), 0, 48],
@@ -102,15 +108,29 @@ CALLS = {  # function -> good arguments, wrong values of each
     ),
     cumo_kernels.permute: ({"x": X, "routing": PLAN}, {"x": tensors(X), "routing": plans()}),
     cumo_kernels.route: (
-        {"x": X, "top_k": K, "gate_weight": GATE, "groups": 2, "renormalize": True, "compat": None},
+        {"x": X, "top_k": K, "gate_weight": GATE, "groups": 2, "renormalize": True, "compat": None,
+         "score": "sigmoid", "selection_bias": BIAS, "expert_groups": 2, "top_groups": 1,
+         "group_score": "top2", "scale": 2.5, "capacity": 3, "drop": "weight", "jitter": 0.1, "seed": 3,
+         "topk_indices": None},
         {"x": tensors(X), "top_k": [*only(), 0, E + 1, 2.0, "2"], "gate_weight": tensors(GATE, none=True),
          "groups": [*only(), 0, 4, torch.ones(2), torch.tensor(1)], "renormalize": only(True),
-         "compat": only(None)},
+         "compat": [*only(None), "cumo"], "score": only(),
+         "selection_bias": [*tensors(BIAS, none=True), BIAS[:3], BIAS * torch.nan],
+         "expert_groups": [*only(), 0, 3, 2.0], "top_groups": [*only(None), 0, 3],
+         "group_score": only(), "scale": [*only(ANYTHING[1]), 0, torch.inf, torch.nan],
+         "capacity": [*only(None), 0], "drop": only(), "jitter": [*ANYTHING, -1, 1, torch.nan],
+         "seed": [*ANYTHING, 2**63, torch.tensor(1.0)],
+         "topk_indices": [*tensors(PLAN.topk_indices, none=True), PLAN.topk_indices + E]},
     ),
     cumo_kernels.routing_from_topk: (
         {"topk_weights": PLAN.topk_weights, "topk_indices": PLAN.topk_indices, "num_experts": E},
         {"topk_weights": tensors(PLAN.topk_weights), "topk_indices": tensors(PLAN.topk_indices),
          "num_experts": [*only(), 0]},
+    ),
+    cumo_kernels.sparsemixer: (
+        {"logits": ROWS, "jitter": 0.1, "seed": 3},
+        {"logits": [*on_cpu(ROWS), ROWS[:, :1]], "jitter": [*only(), -1, 1, torch.nan],
+         "seed": [*ANYTHING[1:], 2**63, torch.tensor(1.0)]},
     ),
     cumo_kernels.update_selection_bias: (
         {"bias": torch.zeros(E), "tokens_per_expert": PLAN.tokens_per_expert, "rate": 0.1},
@@ -120,6 +140,11 @@ CALLS = {  # function -> good arguments, wrong values of each
          "rate": [None, True, "word", [1], {}, object(), -0.1, float("inf")]},
     ),
     cumo_kernels.use_backend: ({"name": "reference"}, {"name": only(None)}),
+    cumo_kernels.with_capacity: (
+        {"routing": PLAN, "capacity": 2, "drop": "weight"},
+        {"routing": [plan for plan in plans() if plan is not META_PLAN],
+         "capacity": [*only(), 0], "drop": only()},
+    ),
 }  # fmt: skip
 
 
@@ -148,7 +173,7 @@ def check_signatures(calls):
 
 
 def test_every_public_function_and_argument_is_here():
-    data = ("ACTIVATIONS", "Adapter", "PackedWeight", "Routing", "RouterStats")
+    data = ("ACTIVATIONS", "Adapter", "NoisyRouting", "PackedWeight", "Routing", "RouterStats")
     functions = {getattr(cumo_kernels, name) for name in cumo_kernels.__all__ if name not in data}
     assert functions <= set(CALLS)
     check_signatures(CALLS)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from cumo_kernels import ACTIVATIONS, dispatch, extension
 
-# the extension has no kernels for packed weights, adapters and routers other than a plain softmax
-OPS = [op for op in dispatch.OPS if op not in dispatch.MODULES]
+# the extension has no kernels for packed weights and adapters
+OPS = [op for op in dispatch.OPS if dispatch.MODULES.get(op) != "adapted"]
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 
 
@@ -78,6 +78,13 @@ def calls(device, full=False):
     yield (
         "route_backward",
         (weights, new(1, experts), new(1), x, gate, slots.view(2, 2), groups, True, True, full),
+    )
+    how = "sigmoid 1 1 max 2.5"
+    bias, chosen = given(new(experts)), given(slots.view(2, 2))
+    yield "scored_route", (x, gate, bias, groups, 1, 2, True, how, chosen)
+    yield (
+        "scored_route_backward",
+        (weights, new(1, experts), new(1), x, gate, slots.view(2, 2), groups, True, True, full, how),
     )
     yield "sort_by_expert", (slots, 2)
     bias = given(new(2, 8))

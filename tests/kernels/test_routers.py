@@ -35,8 +35,8 @@ EVERY = {  # what the other routers read from their configs
     "top_k_experts": 4, "n_routed_experts": 12, "zero_expert_num": 4, "n_group": 4, "topk_group": 2,
     "norm_topk_prob": True, "routed_scaling_factor": 2.5, "router_scaling_factor": 1.5, "route_scale": 0.7,
     "topk_method": "group_limited_greedy", "rms_norm_eps": 1e-6, "moe_norm_min": 0.4, "use_expert_bias": True,
-    "moe_router_logit_softcapping": 3.0, "scoring_func": "sqrtsoftplus", "expert_selection_fn": "sigmoid",
-    "vocab_size": 50,
+    "moe_router_logit_softcapping": 3.0, "moe_num_experts": 16, "output_multiplier": 1.5,
+    "scoring_func": "sqrtsoftplus", "expert_selection_fn": "sigmoid", "vocab_size": 50,
 }  # fmt: skip
 OTHERS = {  # class -> the same with other choices, tested too
     "Cohere2MoeTopKRouter": {"expert_selection_fn": "softmax"},
@@ -48,7 +48,13 @@ OTHERS = {  # class -> the same with other choices, tested too
     "Mistral4TopkRouter": {"norm_topk_prob": False, "n_group": 1, "topk_group": 1},
     "Qwen2MoeTopKRouter": {"norm_topk_prob": False},
 }
-TAKE_A_BIAS = ("AfmoeTokenChoiceRouter", "HYV3TopKRouter", "Lfm2MoeTopKRouter", "MiniMaxM2TopKRouter")
+TAKE_A_BIAS = (
+    "AfmoeTokenChoiceRouter",
+    "Dots3NoteVisionTopKRouter",
+    "HYV3TopKRouter",
+    "Lfm2MoeTopKRouter",
+    "MiniMaxM2TopKRouter",
+)
 ROWS = [pytest.param(name, {}, id=name) for name in FORWARDS]
 ROWS += [pytest.param(name, other, id=f"{name}-other") for name, other in OTHERS.items()]
 
@@ -108,8 +114,7 @@ def in_order(returned):
 
 def test_every_router_of_transformers_is_known():
     assert not set(FORWARDS) & set(REFUSED)
-    if transformers.__version__.startswith("5.17."):
-        assert MODULES.keys() == FORWARDS.keys() | REFUSED.keys()
+    assert not MODULES.keys() - FORWARDS.keys() - REFUSED.keys() - {"GraniteDoclingDensityRouter"}  # of tiles
 
 
 @pytest.mark.parametrize("name, other", ROWS)
@@ -133,7 +138,8 @@ def test_the_same_experts_and_weights(name, other):
 @pytest.mark.parametrize("name, other", ROWS)
 def test_in_bf16(name, other):
     """Rounded logits tie, torch.topk has no rule for ties: rows with the same experts are compared."""
-    router = build(name, other).bfloat16()
+    router = build(name, other)
+    router = router if name.startswith("Inkling2") else router.bfloat16()  # theirs must stay in fp32
     ours = copy.deepcopy(router)
     set_router_implementation(ours, "cumo")
     inputs = inputs_of(name, torch.bfloat16)
@@ -251,7 +257,7 @@ def test_wrong_arguments():
         set_router_implementation(torch.nn.Linear(2, 2), "triton")
     with pytest.raises(ValueError, match="model must have a router that is known here, got Linear"):
         set_router_implementation(torch.nn.Linear(2, 2), "cumo")
-    with pytest.raises(ValueError, match="top_k must be between 1 and the 1 experts"):
+    with pytest.raises(ValueError, match="logits must have at least two experts"):
         sparsemixer(torch.randn(3, 1))
 
 

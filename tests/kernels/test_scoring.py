@@ -96,8 +96,6 @@ def test_backends(backend, device, dtype, num_tokens, num_experts, top_k, groups
     bias = torch.randperm(num_experts) / 64 / num_experts**0.5 if biased else None
     logits = apart(logits, bias, how).to(device)
     bias = None if bias is None else bias.to(device)
-    if backend == "cuda":
-        pytest.skip("refused, as test_refusal checks")
     top_k = min(top_k, how.top_groups * num_experts // how.expert_groups)
     expected = lambda x: reference.scored_route(x, None, bias, None, groups, top_k, renormalize, str(how))
     op = lambda x: route(
@@ -119,8 +117,6 @@ def test_backends(backend, device, dtype, num_tokens, num_experts, top_k, groups
 @pytest.mark.parametrize("how, renormalize, biased", HOW)
 def test_gate(backend, device, dtype, num_tokens, hidden_size, num_experts, how, renormalize, biased):
     """Logits are integers over 8, the same in any order of summation."""
-    if backend == "cuda":
-        pytest.skip("refused, as test_refusal checks")
     if how.group_score == "top2" and num_experts // how.expert_groups < 2:
         how = Scoring(how.score, how.expert_groups, how.top_groups, "max", how.scale)
     x = torch.randint(-1, 2, (num_tokens, hidden_size), device=device).to(dtype)
@@ -155,8 +151,6 @@ def test_gate(backend, device, dtype, num_tokens, hidden_size, num_experts, how,
 @pytest.mark.parametrize("score", ["sigmoid", "sqrtsoftplus"])
 def test_saturated_scores(backend, device, score):
     """Logits of every size: no NaN in a weight or a gradient, and the rule holds far from zero."""
-    if backend == "cuda":
-        pytest.skip("refused, as test_refusal checks")
     spread = torch.tensor([0.0, -1e-3, 1e-3, 9, -9, 17, -17, 30, -30, 88, -88, 200, -200, 1e4, -1e4, -3])
     logits = torch.stack([spread[torch.randperm(16)] for _ in range(40)])[:, :11].to(device)
     expected = lambda x: reference.scored_route(x, None, None, None, 1, 11, False, str(Scoring(score)))[:1]
@@ -171,8 +165,6 @@ def test_saturated_scores(backend, device, score):
 
 
 def test_rows_without_a_maximum_stay_in_range(backend, device):
-    if backend == "cuda":
-        pytest.skip("refused, as test_refusal checks")
     how, bias = Scoring("sigmoid", 4, 2, "top2"), torch.zeros(8, device=device)
     logits = torch.randn(40, 8, device=device)
     bad = logits.clone()
@@ -253,8 +245,3 @@ def test_nan_logits_are_named():
     bad[4, 1] = math.nan
     with pytest.raises(ValueError, match=r"finite maximum in every row, got .*nan.* for token 4"):
         route(bad, 3, score="sigmoid")
-
-
-def test_refusal():
-    reason = dispatch._refuse_cuda("scored_route", "cpu", torch.float32)
-    assert dispatch._CUDA_MISSING or "EMULATE" in reason or "routers other than a plain softmax" in reason

@@ -16,10 +16,13 @@ import pytest
 STEMS = {  # file: minimum number of rows, and in a sweep; guards against a filter that matches nothing
     "activation": (40, 70),
     "experts": (50, 80),
+    "given_choice": (40, 130),
     "grouped_gemm": (55, 100),
     "packed": (95, None),
     "permutation": (50, 70),
+    "router_noise": (8, 8),
     "routing": (60, 10),
+    "scoring": (55, 100),
     "sorting": (20, None),
     "tuning": (15, None),
 }
