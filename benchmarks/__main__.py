@@ -16,8 +16,8 @@ from benchmarks import harness, plot
 
 # in order of value: one case of each file in turn, so that an interrupted run has measured the layer first
 FILES = (
-    "experts", "layer", "packed", "lora", "model", "overhead", "grouped_gemm", "routing", "permutation",
-    "activation", "scaling",
+    "experts", "layer", "packed", "lora", "model", "overhead", "grouped_gemm", "routing", "routers",
+    "permutation", "activation", "scaling",
 )  # fmt: skip
 
 
