@@ -167,3 +167,32 @@ WRONG = [
 def test_wrong_arguments(more, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         route(X, 3, **more)
+
+
+def test_in_a_compiled_graph():
+    """One graph for every choice and for int64; x without values gets shapes."""
+    x, gate = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (12, 4))
+
+    def run(given):
+        found = route(x, 2, gate, topk_indices=given, score="sigmoid", groups=3)
+        return found.topk_weights, found.topk_indices, found.stats.top1_density, found.permutation
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    compiled(any_choice(12, 4, 2))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(3):
+            given = any_choice(12, 4, 2)
+            upstream = torch.randn(12, 2, dtype=torch.float64)
+            assert all(map(torch.equal, compiled(given), run(given)))
+            grads = [torch.autograd.grad(f(given)[0], (x, gate), upstream) for f in (compiled, run)]
+            assert_same_formula(*grads)
+    empty = route(x.to("meta"), 2, gate.to("meta"), topk_indices=given.to("meta"))
+    assert empty.topk_weights.shape == (12, 2) and empty.topk_indices.dtype is torch.int32
+
+
+def test_a_batch_of_choices():
+    """Under vmap each element has its own."""
+    x, given = torch.randn(3, 5, 4), torch.stack([any_choice(5, 4, 2) for _ in range(3)])
+    weights = lambda x, given: route(x, 2, topk_indices=given, renormalize=False).topk_weights
+    found = torch.func.vmap(weights)(x, given)
+    assert torch.equal(found, torch.stack([weights(*pair) for pair in zip(x, given, strict=True)]))

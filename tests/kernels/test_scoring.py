@@ -28,6 +28,9 @@ SHAPES = [  # num_tokens, num_experts, top_k, groups; experts divisible by 4
     pytest.param(54, 12, 3, 6, id="odd-groups"),
     pytest.param(33, 8, 4, 3, id="as-many-as-the-groups-hold"),
     pytest.param(64, 256, 8, 1, id="many-experts"),
+    # 16 and 32 experts per lane in csrc/
+    pytest.param(20, 384, 8, 1, marks=pytest.mark.large, id="384-experts"),
+    pytest.param(19, 1000, 32, 1, marks=pytest.mark.large, id="1000-experts"),
 ]
 
 
