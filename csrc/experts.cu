@@ -44,8 +44,12 @@ __global__ void __launch_bounds__(kThreads)
   if (position >= 0) {
     for (int tile = lane; tile < tiles; tile += kWarp) sum += dots[int64_t{position} * tiles + tile];
     if (bias) {
-      int expert = 0;
-      while (expert < E - 1 && expert_offsets[expert + 1] <= position) ++expert;
+      int expert = 0;  // the first whose rows end behind the position
+      for (int end = E - 1; expert < end;) {
+        const int middle = (expert + end) / 2;
+        if (expert_offsets[middle + 1] <= position) expert = middle + 1;
+        else end = middle;
+      }
       const T* row = grad + (slot / top_k) * stride_grad;
       for (int col = lane; col < O; col += kWarp) sum += to_float(row[col]) * to_float(bias[int64_t{expert} * O + col]);
     }

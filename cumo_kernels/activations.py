@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cumo_kernels.tracing import constant
+
 QUICK_GELU_ALPHA = 1.702  # the sigmoid approximation of Hendrycks & Gimpel 2016 that CLIP was trained with
 INTERLEAVED = "interleaved"
 
@@ -224,7 +226,7 @@ def _resolved(name: str, argument: str, interleaved: bool) -> tuple[str, bool]:
     return replace(row, is_interleaved=interleaved or row.is_interleaved).spelled, row.is_gated
 
 
-@torch.compiler.assume_constant_result  # a graph holds strings, and cannot trace how they are read
+@constant  # a graph holds strings, and cannot trace how they are read
 def resolve(name: str, argument: str = "activation", interleaved: bool = False) -> tuple[str, bool]:
     """-> the name with all its parameters, as ops and kernels get it, and whether it is gated.
 

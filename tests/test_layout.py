@@ -37,6 +37,7 @@ ARROWS = {
     f"{KERNELS}.extension": (f"{KERNELS}._C",),
     f"{KERNELS}.packing*": (f"{KERNELS}.packing.*",),
     f"{KERNELS}.tracing": (),
+    f"{KERNELS}.activations": (f"{KERNELS}.tracing",),
     f"{KERNELS}.hostsync": (f"{KERNELS}.tracing",),
     # tiles: properties of GPUs, their tile sizes, and measured choices
     TILES: (),
@@ -133,6 +134,7 @@ ARROWS = {
     "cumo_model.model.moe": (
         "cumo_model.*",
         KERNELS,
+        f"{KERNELS}.activations",
         f"{KERNELS}.integrations.peft",
         f"{KERNELS}.ops*",
         f"{KERNELS}.tracing",
@@ -160,6 +162,7 @@ ARROWS = {
         "cumo_model",
         "cumo_model.*",
         KERNELS,
+        f"{KERNELS}.activations",
         f"{KERNELS}.integrations.*",
         f"{KERNELS}.packing.*",
         f"{KERNELS}.types",

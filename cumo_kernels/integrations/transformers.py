@@ -17,6 +17,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 from transformers import activations as hf
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.utils import logging
@@ -90,8 +91,8 @@ def _own_gate(experts: nn.Module, plain: str | None) -> str | None:
     has_silu = plain == "silu" if hasattr(experts, "act_fn") else True
     if limit_name is None:
         return name if has_silu else None
-    limit = getattr(experts, limit_name or "", None)
-    alpha = getattr(experts, alpha_name, None) if alpha_name else 1.0
+    limit = _constant(getattr(experts, limit_name or "", None))
+    alpha = _constant(getattr(experts, alpha_name, None)) if alpha_name else 1.0
     if name is None or not has_silu or not (_is_above_zero(limit) and _is_above_zero(alpha)):
         return None
     if math.isinf(limit):
@@ -100,6 +101,11 @@ def _own_gate(experts: nn.Module, plain: str | None) -> str | None:
     words += [f"limit={float(limit)!r}"]
     words += ["interleaved"] if is_interleaved else []
     return f"{name}({','.join(words)})"
+
+
+def _constant(value: object) -> object:
+    """The value, as a constant also to a compiler, to which a number that differs is a variable."""
+    return guard_scalar(value) if isinstance(value, int | float) else value
 
 
 def _is_above_zero(value: object) -> bool:

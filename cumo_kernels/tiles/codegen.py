@@ -28,14 +28,22 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from cumo_kernels.activations import get_activation
 from cumo_kernels.tiles import hardware, packed_layers, problems
 from cumo_kernels.tiles.hardware import Gpu
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 TARGETS = ("nvidia_a100", "nvidia_h100", "nvidia_b200", "nvidia_rtx_pro_6000")  # sm_80, 90, 100, 120
-# CuMo's layers, and one with the largest number of experts, which no file in configs/ has
-SHAPES = {**problems.SHAPES, "many": (1024, 512, 1024, 256, 8, True, (4096,)), **packed_layers.SHAPES}
-ACTIVATION = {"clip": "quick_gelu", "mlp": "gelu", "llm": "swiglu", "many": "geglu"}
+# CuMo's layers, and those that no file in configs/ has
+MANY = {E: (1024, 512, 1024, E, K, True, (4096,)) for E, K in ((256, 8), (384, 8), (512, 10), (1024, 32))}
+ROUTERS = {f"experts-{E}": MANY[E] for E in (384, 512, 1024)}
+GATES = ["relu2", "reglu", "swiglu_clamped(limit=10.0)", "clamped_swiglu(limit=10.0)"]
+GATES += [f"swiglu_oai(alpha=1.702,limit=7.0{order})" for order in ("", ",interleaved")]
+PARTS = dict.fromkeys(ROUTERS, ("route", "sort"))  # the calls of a layer that is not compiled as a whole
+PARTS |= dict.fromkeys(GATES, ("activate", "expert_mlp, preact", "expert_mlp backward, preact"))
+SHAPES = {**problems.SHAPES, "many": MANY[256], **ROUTERS, **packed_layers.SHAPES}
+SHAPES |= {name: (1024, 512, 1024, 8, 2, get_activation(name).is_gated, (4096,)) for name in GATES}
+ACTIVATION = {"clip": "quick_gelu", "mlp": "gelu", "llm": "swiglu"} | {name: name for name in GATES}
 DTYPES = {**problems.DTYPES, "tf32": torch.float32}
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "OMMA")
 ASYNC_COPY = ("LDGSTS", "UTMALDG", "UBLKCP")
@@ -290,7 +298,7 @@ def calls(shape: str, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[str
     from cumo_kernels.backends.triton import activation, experts, grouped_gemm, permutation, routing, scores
 
     H, I, O, E, K, gated, _ = SHAPES[shape]
-    T, S, W, name = num_tokens, num_tokens * K, I * (1 + gated), ACTIVATION[shape]
+    T, S, W, name = num_tokens, num_tokens * K, I * (1 + gated), ACTIVATION.get(shape, "geglu")
     meta = lambda *size, dtype=dtype: torch.empty(size, dtype=dtype, device="meta")
     ints = lambda *size: meta(*size, dtype=torch.int32)
     wide = lambda *size: meta(*size, dtype=torch.float32)
@@ -362,6 +370,8 @@ def _tokens(shape: str, dtype: str) -> Iterable[int]:
     Of the layers with packed weights one has all dtypes, since dequantising is the same in each format.
     """
     known = SHAPES[shape][6]
+    if shape in PARTS:
+        return known if dtype == "bf16" or (shape in ROUTERS and dtype == "fp32") else ()
     if shape in packed_layers.SHAPES and dtype != "bf16":
         return known[-1:] if shape == packed_layers.EVERY_DTYPE else ()
     return known[:2][-1:] if dtype in ("fp16", "tf32") else known
@@ -391,6 +401,8 @@ def survey(
             for dtype in dtypes:
                 for num_tokens in tokens(shape, dtype):
                     for name, call in calls(shape, num_tokens, DTYPES[dtype]):
+                        if not name.startswith(PARTS.get(shape, "")):
+                            continue
                         launched.clear()
                         with _switch(dtype):
                             call()

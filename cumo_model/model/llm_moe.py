@@ -31,6 +31,7 @@ GATED_ACTIVATION_OF = {
     "swish": "swiglu",
     "gelu": "geglu",
     "gelu_pytorch_tanh": "geglu_tanh",
+    "relu": "reglu",
 }
 
 

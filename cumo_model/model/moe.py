@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cumo_kernels import (
-    ACTIVATIONS,
     Adapter,
     PackedWeight,
     RouterStats,
@@ -23,6 +22,7 @@ from cumo_kernels import (
     grouped_gemm,
     route,
 )
+from cumo_kernels.activations import get_activation
 from cumo_kernels.integrations.peft import adapters_of, takes_adapters
 from cumo_kernels.ops.checks import (
     check_bool,
@@ -132,7 +132,7 @@ class Experts(nn.Module):
     ):
         super().__init__()
         self.activation, self.fan_in = activation, (hidden_size, intermediate_size)
-        is_gated = ACTIVATIONS[activation].is_gated
+        is_gated = get_activation(activation).is_gated
         self.up_name = "gate_up_proj" if is_gated else "up_proj"
         width = 2 * intermediate_size if is_gated else intermediate_size
         self.register_parameter(self.up_name, nn.Parameter(torch.empty(num_experts, width, hidden_size)))
@@ -176,7 +176,7 @@ class Experts(nn.Module):
         if compat is not None:
             offsets = routing.expert_offsets
             z = grouped_gemm(x, up_proj, offsets, bias=up_bias, gather=routing, adapters=of_up)
-            a = ACTIVATIONS[self.activation].forward(z)
+            a = get_activation(self.activation).forward(z)
             rows = grouped_gemm(a, down_proj, offsets, bias=down_bias, adapters=of_down)
             slots = rows[routing.inverse_permutation].view(*routing.topk_indices.shape, rows.shape[1])
             slots = slots * routing.topk_weights.to(rows.dtype)[:, :, None]
@@ -208,7 +208,7 @@ class Experts(nn.Module):
         out = x.new_zeros(x.shape[0], down[0].shape[1], dtype=dtype)
         for e in range(up[0].shape[0]):
             token, slot = (routing.topk_indices == e).nonzero(as_tuple=True)
-            a = ACTIVATIONS[self.activation].forward(_linear(x[token], e, *up))
+            a = get_activation(self.activation).forward(_linear(x[token], e, *up))
             rows = _linear(a, e, *down)
             weights = routing.topk_weights[token, slot, None].to(dtype)
             out = out.index_add(0, token, rows.to(dtype) * weights)
@@ -239,7 +239,8 @@ class MoELayer(nn.Module):
         intermediate_size: I, features between the two layers of an expert.
         num_experts: E.
         top_k: K, experts per token.
-        activation: a name in `cumo_kernels.ACTIVATIONS`. A gated activation gives gated experts.
+        activation: a name as in `cumo_kernels.activate`, with parameters or without. A gated activation
+            gives gated experts.
         output_size: O, output features; H by default.
         bias: whether the experts have biases. The gate has none.
         compat: reproduce the rounding of the original code in the router (see `cumo_kernels.route`) and in
@@ -272,7 +273,7 @@ class MoELayer(nn.Module):
         output_size = hidden_size if output_size is None else check_count("output_size", output_size)
         num_experts = check_count("num_experts", num_experts)
         top_k = check_top_k(top_k, num_experts)
-        check_choice("activation", activation, sorted(ACTIVATIONS))
+        activation = get_activation(activation).name
         check_bool("bias", bias)
         check_choice("compat", compat, COMPAT)
         if not isinstance(place, str):

@@ -24,7 +24,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 
-from cumo_kernels import ACTIVATIONS, Routing
+from cumo_kernels import Routing
+from cumo_kernels.activations import get_activation
 from cumo_model.model.mlp_moe import DenseMLP
 from cumo_model.model.moe import Experts, MoELayer
 
@@ -75,11 +76,12 @@ class ExpertsParallel(TensorParallelLayer):
         value = module._parameters[param]
         if value is None:
             return
+        activation = get_activation(module.activation)
         if param == "down_proj":
             placement = Shard(2)
         elif param == "down_proj_bias":
             placement = Replicate()
-        elif ACTIVATIONS[module.activation].is_gated:  # the same rows of gate and up
+        elif activation.is_gated and not activation.is_interleaved:  # the same rows of gate and up
             placement = _StridedShard(dim=1, split_factor=2)
         else:
             placement = Shard(1)

@@ -23,6 +23,7 @@ from cumo_kernels.backends.triton import (
     grouped_gemm,
     permutation,
     routing,
+    routing_backward,
     sorting,
     tiles,
     weight_grad,
@@ -32,7 +33,8 @@ from cumo_kernels.backends.triton.grouped_gemm import launch_gemm
 from cumo_kernels.tiles import codegen, hardware, problems, tuning
 
 MODULES = (
-    activation, bias_grad, experts, grad_hidden, grouped_gemm, permutation, routing, sorting, tiles,
+    activation, bias_grad, experts, grad_hidden, grouped_gemm, permutation, routing, routing_backward, sorting,
+    tiles,
     weight_grad,
 )  # fmt: skip
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "codegen.md"
@@ -53,6 +55,7 @@ def test_every_kernel_compiles_for_hopper_and_none_has_a_problem():
     tokens = {
         "clip": (577, 4616),
         "llm": (64,),
+        **dict.fromkeys(codegen.PARTS, (4096,)),
     }  # split sums, plain sums and one sort of each kind; no biases
     reports = codegen.survey(HOPPER, tokens, ["bf16"], lambda shape, dtype: tokens[shape])
     assert {report.kernel for report in reports} == KERNELS

@@ -135,6 +135,30 @@ def test_fullgraph_compile_equals_eager(function, dtype):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_layers_with_different_limits_are_graphs_of_their_own():
+    torch._dynamo.reset()
+    plan, x = make_routing("uniform", T, E, K), torch.randn(T, H)
+    up, down = 9 * torch.randn(E, 2 * I, H), torch.randn(E, H, I)
+
+    class Clamped(torch.nn.Module):
+        def __init__(self, limit):
+            super().__init__()
+            self.activation = f"swiglu_clamped(limit={limit!r})"
+
+        def forward(self, x):
+            return expert_mlp(x, plan, up, down, activation=self.activation)
+
+    layers = [Clamped(limit) for limit in (10.0, 7.0, 1.0)]
+    counter = CompileCounterWithBackend("aot_eager")
+    for _ in range(2):
+        outs = [torch.compile(layer, fullgraph=True, backend=counter)(x) for layer in layers]
+        assert counter.frame_count == 3
+    assert all(torch.equal(out, layer(x)) for out, layer in zip(outs, layers, strict=True))
+    assert len({out.sum().item() for out in outs}) == 3
+    both = torch.compile(torch.nn.Sequential(*layers), fullgraph=True, backend=counter)
+    assert torch.equal(both(x), layers[2](layers[1](layers[0](x)))) and counter.frame_count == 4
+
+
 class _Watch(TorchDispatchMode):
     """Records every op that goes through the dispatcher."""
 

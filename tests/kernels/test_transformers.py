@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from transformers import (
     AutoModelForCausalLM,
@@ -412,6 +413,21 @@ def test_limits_that_cannot_be_read_leave_the_gate_to_the_class(make, limit):
     _, experts = experts_of(make("gpt_oss"))[0]
     experts.limit = limit
     assert integration.known_activation(experts) is None
+
+
+def test_experts_with_different_limits_compile_to_graphs_of_their_own(make):
+    torch._dynamo.reset()
+    _, experts = experts_of(make("gpt_oss"))[0]
+    x, index, weights = torch.randn(11, 32), torch.randint(4, (11, 2)), torch.rand(11, 2)
+    counter, layers = CompileCounterWithBackend("aot_eager"), []
+    for limit in (7.0, 0.75, 0.25):
+        layers.append(copy.deepcopy(experts))
+        layers[-1].limit = limit
+    for _ in range(2):
+        outs = [torch.compile(e, fullgraph=True, backend=counter)(x, index, weights) for e in layers]
+        assert counter.frame_count <= 4  # dynamo begins anew once, when it has taken a limit for a variable
+    assert all(torch.equal(out, e(x, index, weights)) for out, e in zip(outs, layers, strict=True))
+    assert not torch.equal(outs[1], outs[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

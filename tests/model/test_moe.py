@@ -204,6 +204,29 @@ def test_recomputation_is_not_recorded_twice():
     assert torch.equal(checkpointed[0], layer.gate.weight.grad) and torch.equal(checkpointed[1], x.grad)
 
 
+@pytest.mark.parametrize("implementation", ["cumo", "eager"])
+@pytest.mark.parametrize("compat", [None, "cumo_llm"])
+@pytest.mark.parametrize("order", ["", ",interleaved"])
+def test_activations_with_parameters(implementation, compat, order):
+    name = f"swiglu_oai(limit=0.5{order})"
+    layer = MoELayer(6, 9, 4, 2, name, bias=False, compat=compat).double()
+    assert layer.experts.activation == f"swiglu_oai(alpha=1.702,limit=0.5{order})"
+    layer.experts.implementation = implementation
+
+    def oai_expert(x, e, up, down):
+        z = 3 * up[e] @ x  # beyond the limit on both sides
+        gate, up = (z[::2], z[1::2]) if order else z.chunk(2)
+        gate, up = gate.clamp(max=0.5), up.clamp(-0.5, 0.5)
+        return down[e] @ (gate * torch.sigmoid(1.702 * gate) * (up + 1))
+
+    weights = tuple(layer.experts.parameters())
+    x = torch.randn(2, 7, 6, dtype=torch.float64)
+    wanted = loop(x, layer.gate.weight, weights, oai_expert, 2)[0]
+    with torch.no_grad():
+        weights[0].mul_(3)
+    assert_same_formula(layer(x), wanted)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
