@@ -394,14 +394,22 @@ REACHES = {  # command -> the function that it calls, and the arguments that are
     ),
     "upcycle --out o --vision v --clip c --text t --projector p --tokenizer k --vision-experts 2 "
     "--vision-top-k 1 --projector-experts 3 --projector-top-k 4 --text-experts 5 --text-top-k 6 --top-k 7 "
-    "--noise 0.5 --drop 0.25 --dtype float16 --seed 8": (
+    '--noise 0.5 --drop 0.25 --dtype float16 --seed 8 --router {"noisy":true}': (
         "checkpoints.upcycle_checkpoint.upcycle_checkpoint",
         {"out": "o", "vision": "v", "clip": "c", "text": "t", "projector": "p", "tokenizer": "k",
          "dtype": "float16",
          "options": {"vision_experts": 2, "vision_top_k": 1, "projector_experts": 3, "projector_top_k": 4,
-                     "text_experts": 5, "text_top_k": 6, "top_k": 7, "noise": 0.5, "drop": 0.25, "seed": 8}},
+                     "text_experts": 5, "text_top_k": 6, "top_k": 7, "noise": 0.5, "drop": 0.25, "seed": 8,
+                     "router": {"noisy": True}}},
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["noisy", "[1]", "3"])
+def test_options_of_routers_are_an_object(text, capsys):
+    with pytest.raises(SystemExit):
+        parsed(["upcycle", "--out", "o", "--router", text])
+    assert f"argument --router: must be an object in JSON, got '{text}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", REACHES)
