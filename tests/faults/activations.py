@@ -3,6 +3,7 @@
 from tests.faults import Fault
 
 TABLE, TRITON = "cumo_kernels/activations.py", "cumo_kernels/backends/triton/"
+CUDA = "csrc/"
 H = "cumo_kernels/integrations/transformers.py"
 
 FAULTS = (
@@ -34,6 +35,12 @@ FAULTS = (
     Fault("a gate that is not of transformers is taken for one of its own", H,
           'is_theirs = getattr(method, "__module__", "").startswith("transformers.models.")', "is_theirs = True",
           "transformers", "of_another_module"),
+    Fault("slope 0 at the limit as torch.clamp has it from 2.15", TABLE, "torch.where(z > limit, limit, z)",
+          "torch.where(z >= limit, limit, z)", "activation", "slope"),
+    Fault("limits of layers traced as variables", H, "return guard_scalar(value) if isinstance(value, int | float) else value",
+          "return value", "transformers", "different_limits"),
+    Fault("an expert's last row searched in the next expert", CUDA + "experts.cu",
+          "if (expert_offsets[middle + 1] <= position)", "if (expert_offsets[middle + 1] < position)", "experts", "bias"),
     Fault("limits of strings taken", H, "return isinstance(value, int | float) and value > 0", "return bool(value)",
           "transformers", "cannot_be_read"),
 )  # fmt: skip

@@ -33,9 +33,8 @@ from cumo_kernels.backends.triton.grouped_gemm import launch_gemm
 from cumo_kernels.tiles import codegen, hardware, problems, tuning
 
 MODULES = (
-    activation, bias_grad, experts, grad_hidden, grouped_gemm, permutation, routing, routing_backward, sorting,
-    tiles,
-    weight_grad,
+    activation, bias_grad, experts, grad_hidden, grouped_gemm, permutation, routing, routing_backward,
+    sorting, tiles, weight_grad,
 )  # fmt: skip
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "codegen.md"
 HOPPER = hardware.find("nvidia_h100")
