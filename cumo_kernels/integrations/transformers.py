@@ -91,7 +91,7 @@ def _own_gate(experts: nn.Module, plain: str | None) -> str | None:
     has_silu = plain == "silu" if hasattr(experts, "act_fn") else True
     if limit_name is None:
         return name if has_silu else None
-    limit = _constant(getattr(experts, limit_name or "", None))
+    limit = _constant(getattr(experts, limit_name, None))
     alpha = _constant(getattr(experts, alpha_name, None)) if alpha_name else 1.0
     if name is None or not has_silu or not (_is_above_zero(limit) and _is_above_zero(alpha)):
         return None
