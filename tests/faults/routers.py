@@ -64,4 +64,7 @@ FAULTS = (
           "if ((expert < r.E ? expert : r.E - 1) == lane + i * kLanes)", "given_choice"),
     Fault("scores of all experts instead of those chosen", ROUTING,
           "if (chosen[i]) kept += scores[i], along", "kept += scores[i], along", "given_choice"),
+    Fault("the second kernel leaves out a group's last tile", TRITON + "routing.py",
+          "mask = (tiles <= last_tile)[:, None] & (cols < WIDTH)",
+          "mask = (tiles < last_tile)[:, None] & (cols < WIDTH)", "routing", "many_tiles"),
 )  # fmt: skip

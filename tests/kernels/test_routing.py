@@ -155,6 +155,25 @@ def test_ragged_groups_are_slices(offsets, gated):
     assert_same_formula(*results)
 
 
+@pytest.mark.parametrize("offsets", [None, *GROUPS])
+def test_groups_of_many_tiles(backend, device, offsets, monkeypatch):
+    """In Triton another kernel adds the sums of a group with many tiles; here it adds all of them."""
+    if backend == "triton":
+        monkeypatch.setattr("cumo_kernels.backends.triton.routing.CLOSED_STEPS", 0)
+    logits = torch.randn(300, 37, device=device)
+    groups = None if offsets is None else torch.tensor(offsets, dtype=torch.int32, device=device)
+    number = 3 if offsets is None else len(offsets) - 1
+    expected = lambda x: reference.route(x, None, groups, number, 2, True)
+    with use_backend(backend):
+        found = route(logits, 2, groups=number if groups is None else groups)
+        rows = Yardstick(lambda x: expected(x)[::2], (logits,), pool=False).measure(
+            lambda x: outputs(route(x, 2, groups=number if groups is None else groups))
+        )
+    for row in rows:
+        assert row.reason is None, row.reason
+    assert_same_shares(found.stats.top1_density, expected(logits)[3])
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["logits", "gate"])
 @pytest.mark.parametrize("offsets", GROUPS)
 def test_ragged_groups_at_tile_ends(backend, device, offsets, gated):

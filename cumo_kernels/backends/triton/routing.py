@@ -10,6 +10,8 @@ With another Scoring, a selection bias or a given choice, as in the reference's 
 _route_kernel: grid (cdiv(T, BLOCK_T)). A program writes one row of sums for each group that its tokens belong
 to. Rows of a group are adjacent, and the last program to finish a group adds them in row order. Memory bound:
 reads x once, T * H elements (T * E without a gate). With more than FUSED_EXPERTS the logits come from a GEMM.
+_group_means_kernel: grid (cdiv(2 * E + 1, BLOCK_C) * G). It adds the rows where a group has so many that one
+program would need longer for them than a second launch takes.
 The gradients are in routing_backward.py, sort_by_expert in sorting.py, what the kernels share in logits.py.
 
 Contract: cumo_kernels/ops/routing.py. Reference: cumo_kernels/backends/reference/routing.py.
@@ -50,10 +52,11 @@ from cumo_kernels.types import Scoring
 __all__ = ["route", "route_backward", "route_by", "sort_by_expert"]
 
 PLAIN = Scoring()
+CLOSED_STEPS = 16  # loads, one after the other, in which a group's last program adds its sums
 FUSED_EXPERTS = 256  # a tile of the gate's product with more does not fit into registers
 
 
-@triton.jit(do_not_specialize=["T", "G", "group_size", "steps"])
+@triton.jit(do_not_specialize=["T", "G", "group_size", "steps", "closes"])
 def _route_kernel(
     x_ptr,  # (T, E), or (T, H) with a gate
     gate_ptr,  # (E, H)
@@ -74,6 +77,7 @@ def _route_kernel(
     G,
     group_size,
     steps,
+    closes,  # 0: _group_means_kernel adds the sums
     E: tl.constexpr,
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -174,12 +178,11 @@ def _route_kernel(
         tl.store(row_ptr + E + experts, first_sum, mask=expert_mask)
         tl.store(row_ptr + 2 * E, tl.sum(tl.where(mine, squared, 0.0), 0))
 
-        first_tile = tl.minimum(begin // BLOCK_T, num_tiles - 1)
-        last_tile = tl.maximum(tl.minimum((end - 1) // BLOCK_T, num_tiles - 1), first_tile)
+        first_tile, last_tile = _tiles_of_group(begin, end, num_tiles, BLOCK_T)
         # all threads write their sums before the arrival is counted, and read sums only after it
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals_ptr + g, 1, sem="acq_rel")
-        if arrived == last_tile - first_tile:
+        if (arrived == last_tile - first_tile) & (closes != 0):
             tl.debug_barrier()
             prob_acc = tl.zeros((BLOCK_R, BLOCK_E), dtype=tl.float32)
             first_acc = tl.zeros((BLOCK_R, BLOCK_E), dtype=tl.float32)
@@ -201,6 +204,65 @@ def _route_kernel(
             tl.store(z_ptr + g, tl.sum(z_acc, 0) / count)
 
 
+@triton.jit
+def _tiles_of_group(begin, end, num_tiles, BLOCK_T: tl.constexpr):
+    """First and last tile of the tokens [begin, end); of no token, the tile that writes zeros for them."""
+    first = tl.minimum(begin // BLOCK_T, num_tiles - 1)
+    return first, tl.maximum(tl.minimum((end - 1) // BLOCK_T, num_tiles - 1), first)
+
+
+@triton.jit(do_not_specialize=["T", "group_size", "num_tiles"])
+def _group_means_kernel(
+    sums_ptr,  # (num_tiles + G, 2 * E + 1) fp32
+    group_offsets_ptr,  # (G + 1,) int32
+    mean_probs_ptr,  # (G, E) fp32
+    density_ptr,  # (G, E) fp32
+    z_ptr,  # (G,) fp32
+    T,
+    group_size,
+    num_tiles,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    wait_for_earlier()
+    WIDTH: tl.constexpr = 2 * E + 1
+    blocks: tl.constexpr = (WIDTH + BLOCK_C - 1) // BLOCK_C
+    g = tl.program_id(0) // blocks
+    cols = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    begin, end = group_bounds(group_offsets_ptr, g, group_size, T, RAGGED)
+    first_tile, last_tile = _tiles_of_group(begin, end, num_tiles, BLOCK_T)
+    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    for start in range(first_tile, last_tile + 1, BLOCK_R):
+        tiles = start + tl.arange(0, BLOCK_R)
+        mask = (tiles <= last_tile)[:, None] & (cols < WIDTH)[None, :]
+        acc += tl.load(
+            sums_ptr + (tiles + g).to(tl.int64)[:, None] * WIDTH + cols[None, :], mask=mask, other=0.0
+        )
+    mean = tl.sum(acc, 0) / tl.maximum(end - begin, 1).to(tl.float32)
+    row = g.to(tl.int64) * E
+    tl.store(mean_probs_ptr + row + cols, mean, mask=cols < E)
+    tl.store(density_ptr + row + cols - E, mean, mask=(cols >= E) & (cols < 2 * E))
+    tl.store(z_ptr + g + cols - 2 * E, mean, mask=cols == 2 * E)
+
+
+def _rows_at_a_time(num_experts: int) -> int:
+    """Rows of sums that a group's last program loads in one step."""
+    return max(4, min(64, 1024 // next_power_of_2(num_experts)))
+
+
+@planned
+def _plan_means(device: torch.device, num_experts: int, block_t: int, ragged: bool) -> tuple[Launch, int]:
+    """-> launch, programs per group."""
+    launch = Launch(
+        _group_means_kernel, E=num_experts, BLOCK_T=block_t, BLOCK_R=64, BLOCK_C=32, RAGGED=ragged,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return launch, cdiv(2 * num_experts + 1, 32)
+
+
 @planned
 def _plan(
     device: torch.device, dtype: torch.dtype, width: int, strides: tuple[int, int], num_experts: int,
@@ -211,7 +273,7 @@ def _plan(
     tiles = router_tiles(dtype, width, num_experts, has_gate, block_t, gpu)
     launch = Launch(
         _route_kernel, stride_x_t=strides[0], stride_gate_e=strides[1], H=width, K=top_k,
-        BLOCK_K=next_power_of_2(top_k), BLOCK_R=max(4, min(64, 1024 // tiles["BLOCK_E"])), RAGGED=ragged,
+        BLOCK_K=next_power_of_2(top_k), BLOCK_R=_rows_at_a_time(num_experts), RAGGED=ragged,
         RENORMALIZE=renormalize, SCORE=scoring.score, SCALE=scoring.scale, HAS_BIAS=has_bias,
         HAS_CHOICE=has_choice, INPUT_PRECISION=precision, num_stages=STAGES, **groups_of(scoring), **tiles,
     )  # fmt: skip
@@ -267,8 +329,23 @@ def route_by(
     sums = torch.empty(programs + num_groups, 2 * num_experts + 1, **wide)
     # allocated at each call: a persistent buffer would break CUDA-graph trees and stay wrong after an abort
     arrivals = torch.zeros(num_groups, dtype=torch.int32, device=x.device)
+    group_size = num_tokens // num_groups
+    closes = programs <= CLOSED_STEPS * _rows_at_a_time(num_experts) * num_groups
     launch(
         programs, x, gate, selection_bias, topk_indices, group_offsets, weights, indices, mean_probs, density,
-        z, sums, arrivals, num_tokens, num_groups, num_tokens // num_groups, (num_groups + 1).bit_length(),
+        z, sums, arrivals, num_tokens, num_groups, group_size, (num_groups + 1).bit_length(), int(closes),
     )  # fmt: skip
+    if not closes:
+        launch, per_group = _plan_means(x.device, num_experts, block_t, ragged)
+        launch(
+            per_group * num_groups,
+            sums,
+            group_offsets,
+            mean_probs,
+            density,
+            z,
+            num_tokens,
+            group_size,
+            programs,
+        )
     return weights, indices, mean_probs, density, z
