@@ -183,7 +183,11 @@ def _parsed(name: str, argument: str) -> Activation:
     if row is None or (opened and not rest.endswith(")")):
         _fail(argument, f"one of {sorted(ACTIVATIONS)}", name)
     values, is_interleaved = row.parameters, False
-    for word in filter(None, (word.strip() for word in rest.removesuffix(")").split(","))):
+    words = [word.strip() for word in rest.removesuffix(")").split(",")] if rest.strip(" )") else []
+    keys = [word.partition("=")[0].strip() for word in words]
+    if len(set(keys)) < len(keys):
+        _fail(argument, f"{kind} with each of its parameters once", name)
+    for word in words:
         key, equals, value = (part.strip() for part in word.partition("="))
         if word == INTERLEAVED and row.is_gated:
             is_interleaved = True

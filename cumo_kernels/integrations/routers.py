@@ -9,6 +9,7 @@ weighs. Experts are the same, except where scores of two differ by rounding only
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -293,7 +294,7 @@ def _dense_sigmoid(self: nn.Module, hidden_states: Tensor) -> Returned:
 
 def _sparsemixer(self: nn.Module, hidden_states: Tensor) -> Returned:
     if self.training:  # the model samples with the generator of torch
-        return super(type(self), self).forward(hidden_states)
+        return self.taken_over.forward(self, hidden_states)
     logits = nn.Linear.forward(self, hidden_states)
     routing = sparsemixer(logits, jitter=self.router_jitter_noise)
     return _returned(logits, routing, logits.dtype)
@@ -350,33 +351,64 @@ REFUSED = {  # class -> why its own code runs
 @cache
 def _taken_over(kind: type) -> type:
     """A subclass with our forward, and the name of its base, by which transformers may know it."""
-    members = {"forward": FORWARDS[kind.__name__], "__module__": kind.__module__, "taken_over": kind}
+    members = {
+        "forward": FORWARDS[kind.__name__],
+        "__module__": kind.__module__,
+        "taken_over": kind,
+        "__reduce_ex__": lambda self, protocol: (_again, (kind,), self.__getstate__()),
+    }
     return type(kind.__name__, (kind,), members)
 
 
-def _routers(model: nn.Module) -> list[tuple[str, nn.Module, type]]:
-    """Name, module and original class of every router of transformers that is in one of the tables."""
+def _again(kind: type) -> nn.Module:
+    """For pickle and copies, which cannot find the subclass by its name."""
+    return object.__new__(_taken_over(kind))
+
+
+@dataclass(frozen=True)
+class _Router:
+    name: str
+    module: nn.Module
+    kind: type  # the class of transformers
+
+    @property
+    def is_ours(self) -> bool:
+        return self.kind.__name__ in FORWARDS and issubclass(type(self.module), _taken_over(self.kind))
+
+    @property
+    def reason(self) -> str | None:
+        """Why the code that runs now cannot be exchanged, or None."""
+        if self.kind.__name__ in REFUSED:
+            return REFUSED[self.kind.__name__]
+        if "forward" in vars(self.module):
+            return "its forward is replaced, as by accelerate's offloading; take it over before that"
+        if type(self.module) not in (self.kind, _taken_over(self.kind)):
+            return f"its class was changed to {type(self.module).__name__}, as by torch's parametrizations"
+        return None
+
+
+def _routers(model: nn.Module) -> list[_Router]:
+    """Every router of transformers in `model` that is in one of the tables."""
     found = []
     for name, module in model.named_modules():
-        kind = getattr(type(module), "taken_over", type(module))
-        known = kind.__name__ in FORWARDS or kind.__name__ in REFUSED
-        if known and kind.__module__.startswith("transformers.models."):
-            found.append((name, module, kind))
+        for kind in reversed(type(module).__mro__):  # from the base: also where a subclass was made of it
+            known = kind.__name__ in FORWARDS or kind.__name__ in REFUSED
+            if known and kind.__module__.startswith("transformers.models."):
+                found.append(_Router(name or "model", module, kind))
+                break
     return found
 
 
 def explain(model: nn.Module) -> str:
     """One line per known router of a transformers model: which code runs, and why where it cannot be ours."""
     lines = []
-    for name, module, kind in _routers(model):
-        if kind.__name__ in REFUSED:
-            how = f"eager: {REFUSED[kind.__name__]}"
-        elif type(module) is kind:
-            how = "eager; can be cumo"
+    for router in _routers(model):
+        if router.is_ours:
+            samples = FORWARDS[router.kind.__name__] is _sparsemixer
+            how = "cumo; in training eager, which samples with torch's generator" if samples else "cumo"
         else:
-            own = FORWARDS[kind.__name__] is _sparsemixer
-            how = "cumo; in training eager, which samples with torch's generator" if own else "cumo"
-        lines.append(f"{name or 'model'}: {kind.__name__}: {how}")
+            how = "eager; can be cumo" if router.reason is None else f"eager: {router.reason}"
+        lines.append(f"{router.name}: {router.kind.__name__}: {how}")
     return "\n".join(lines) or f"{type(model).__name__} has no router that is known here"
 
 
@@ -388,22 +420,43 @@ def set_router_implementation(model: nn.Module, implementation: str) -> int:
         implementation: "cumo", or "eager" for the model's own code.
 
     Returns:
-        Number of routers that run so now. `explain` names the others.
+        Number of routers that run so now. `explain` names the others, and why.
 
     Raises:
-        ValueError: `implementation` is another word, or for "cumo" no router of the model is known, or one
-            has a score that is not.
+        ValueError: `implementation` is another word; for "cumo" no router of the model can be taken over, or
+            one has a score that is unknown or a table of tokens that names an expert twice; for "eager" one
+            that was taken over has changed since, so that it cannot be given back.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
-    routers = [(module, kind) for _, module, kind in _routers(model) if kind.__name__ in FORWARDS]
-    if not routers and implementation == "cumo":
+    to_cumo = implementation == "cumo"
+    routers = _routers(model)
+    free = [router for router in routers if router.reason is None]
+    if to_cumo and not free and not any(router.is_ours for router in routers):
         raise ValueError(
-            f"model must have a router that is known here, got {type(model).__name__}: {explain(model)}"
+            f"model must have a router that can be taken over, got {type(model).__name__}: {explain(model)}"
         )
-    for module, _ in routers:
-        if implementation == "cumo" and hasattr(module, "score_fn"):
-            _score(module)
-    for module, kind in routers:
-        module.__class__ = _taken_over(kind) if implementation == "cumo" else kind
-    return len(routers)
+    for router in routers:
+        if not to_cumo and router.is_ours and router.reason is not None:
+            raise ValueError(f"model must be as it was taken over, got {router.name}: {router.reason}")
+    for router in free:
+        if to_cumo:
+            _check(router)
+    for router in free:
+        router.module.__class__ = _taken_over(router.kind) if to_cumo else router.kind
+    return sum(router.kind.__name__ in FORWARDS and router.is_ours == to_cumo for router in routers)
+
+
+def _check(router: _Router) -> None:
+    """
+    Raises:
+        ValueError: the router has a score or a table of experts that `route` does not take.
+    """
+    if hasattr(router.module, "score_fn"):
+        _score(router.module)
+    table = getattr(router.module, "tid2eid", None)
+    if table is not None and not table.is_meta and (table.sort(-1).values.diff(dim=-1) == 0).any():
+        raise ValueError(
+            f"tid2eid must name each expert once in a row, got others in {router.name}: the table of a new "
+            "model is empty, and that of a checkpoint must be loaded first"
+        )

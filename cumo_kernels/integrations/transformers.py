@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from cumo_kernels import PackedWeight, combine, expert_mlp, grouped_gemm, routing_from_topk
 from cumo_kernels.integrations.peft import adapters_of, takes_adapters
+from cumo_kernels.integrations.routers import set_router_implementation as set_router_implementation
 
 NAME = "cumo"
 FALLBACK = "grouped_mm"

@@ -21,14 +21,14 @@ _STEP = (
 
 def _shifted(x: Tensor, by: int) -> Tensor:
     """Logical shift right of int64."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
+    return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def _mixed(x: Tensor) -> Tensor:
     x = x + _GOLDEN
-    x = (x ^ _shifted(x, 30)) * _FIRST
-    x = (x ^ _shifted(x, 27)) * _SECOND
-    return x ^ _shifted(x, 31)
+    for by, factor in ((30, _FIRST), (27, _SECOND)):  # in place: these tensors are as large as the noise
+        x.bitwise_xor_(_shifted(x, by)).mul_(factor)
+    return x.bitwise_xor_(_shifted(x, 31))
 
 
 def check_seed(seed: int | Tensor | None) -> int | Tensor:
@@ -78,4 +78,4 @@ def normal(seed: int | Tensor, like: Tensor, stream: int = 0) -> Tensor:
 def jittered(x: Tensor, jitter: float, seed: int | Tensor) -> Tensor:
     """`x` (T, N) with each element times a number in (1 - jitter, 1 + jitter) (arXiv 2101.03961, 2.4)."""
     factor = 1 + jitter * (2 * uniform(seed, x) - 1)
-    return x * factor.to(x.dtype)
+    return (x * factor).to(x.dtype)

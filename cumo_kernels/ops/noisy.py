@@ -12,6 +12,8 @@ from cumo_kernels.ops.noise import check_seed, check_share, normal, uniform
 from cumo_kernels.ops.routing import route, routing_from_topk
 from cumo_kernels.types import Routing, accumulate_dtype
 
+SPREAD = 1e-10  # the smallest standard deviation of the noise in the load loss
+
 
 @dataclass(frozen=True)
 class NoisyRouting:
@@ -43,7 +45,7 @@ def noisy_top_k(
         gate_weight: (E, H), dtype of x.
         noise_weight: (E, H), dtype of x.
         seed: int or () int64 tensor; the noise depends on it, on the token's row and on the expert only. None
-            adds no noise, for evaluation; `load_loss` is that without noise in the choice too.
+            adds no noise, for evaluation; `load_loss` then compares logits without noise.
 
     Raises:
         ValueError: an argument is wrong; on the CPU also if `noise_weight` or logits are not finite.
@@ -54,6 +56,8 @@ def noisy_top_k(
         check_shape(name, weight, "E", x.shape[1])
         check_float(name, weight)
         check_device(name, weight, "x", x)
+        if weight.dtype != x.dtype:
+            raise ValueError(f"{name} must be {x.dtype} like x, got {weight.dtype}")
     check_shape("noise_weight", noise_weight, *gate_weight.shape)
     if values_at_hand(noise_weight) and not noise_weight.isfinite().all():
         expert = int((~noise_weight.detach().isfinite()).any(1).nonzero()[0])
@@ -96,7 +100,8 @@ def noisy_plan(
         largest = noisy.topk(top_k + 1).values
         is_chosen = noisy >= largest[:, top_k - 1 : top_k]  # of a tie both thresholds are the same
         threshold = torch.where(is_chosen, largest[:, top_k:], largest[:, top_k - 1 : top_k])
-        load = kept(torch.special.ndtr((clean - threshold) / spread)).sum(0)
+        # a spread that underflows would give 0 * inf as gradient
+        load = kept(torch.special.ndtr((clean - threshold) / spread.clamp(min=SPREAD))).sum(0)
     else:
         load = torch.full_like(importance, num_tokens)
     return NoisyRouting(routing, _squared_variation(importance), _squared_variation(load))
@@ -116,7 +121,7 @@ def sparsemixer(logits: Tensor, *, jitter: float = 0.01, seed: int | Tensor | No
         seed: int or () int64 tensor, for training; None takes the largest, for evaluation.
 
     Raises:
-        ValueError: an argument is wrong.
+        ValueError: an argument is wrong; on the CPU also if logits are not finite.
     """
     check_float("logits", logits)
     check_shape("logits", logits, "T", "E")
@@ -145,4 +150,8 @@ def sparsemixer(logits: Tensor, *, jitter: float = 0.01, seed: int | Tensor | No
         weights.append(weight)
         chosen.append(expert)
         left = left.scatter(1, expert, -torch.inf)
-    return routing_from_topk(torch.cat(weights, 1), torch.cat(chosen, 1), logits.shape[1])
+    joined = torch.cat(weights, 1)
+    if values_at_hand(joined) and not joined.isfinite().all():
+        token = int((~joined.detach().isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"logits must be finite, got {logits[token].tolist()} for token {token}")
+    return routing_from_topk(joined, torch.cat(chosen, 1), logits.shape[1])

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -24,6 +25,7 @@ from cumo_kernels.ops.checks import (
     check_shape,
     check_top_k,
     check_topk_indices,
+    shown,
 )
 from cumo_kernels.ops.define import define
 from cumo_kernels.ops.forward_mode import refuse_forward_mode
@@ -193,10 +195,11 @@ def route(
     seed: int | Tensor | None = None,
     topk_indices: Tensor | None = None,
 ) -> Routing:
-    """Softmax, top-k, renormalised weights, loss statistics, and the stable sort of slots by expert.
+    """Scores, top-k, weights, loss statistics, and the stable sort of slots by expert.
 
-    CuMo section 3.1 (arXiv 2405.05949) as its code computes it: weights are divided by their sum. Ties go to
-    the lowest expert index; with `compat`, to the one that torch.topk chooses on this device.
+    By default softmax and weights that sum to 1, as the code of CuMo computes section 3.1 of its paper (arXiv
+    2405.05949). Ties go to the lowest expert index; with `compat`, to the one that torch.topk chooses on this
+    device.
 
     Args:
         x: (T, E) router logits, or (T, H) hidden states when `gate_weight` is given.
@@ -222,11 +225,12 @@ def route(
         top_groups: groups from which a token's experts are chosen, by their score + bias; ties to the lowest
             group. None: all of them.
         group_score: of a group's score + bias: "max", or "top2" for the sum of the two largest.
-        scale: a factor of the weights, after `renormalize`.
+        scale: a factor of the weights, after `renormalize`, between 1e-30 and 1e30.
         capacity: slots that an expert keeps, and `drop` which go first, as in `with_capacity`.
         drop: "position" or "weight".
-        jitter: in training, each element of `x` is multiplied by a number in (1 - jitter, 1 + jitter) before
-            the gate (Switch Transformers, arXiv 2101.03961).
+        jitter: each element of `x` is multiplied by a number in (1 - jitter, 1 + jitter) before the gate
+            (Switch Transformers, arXiv 2101.03961); pass 0 outside of training. The product is rounded to the
+            dtype of `x`, so that in bf16 a jitter below 2^-9 has no effect.
         seed: of the jitter, an int or a () int64 tensor; the noise depends on it, the token's row and the
             column only.
         topk_indices: (T, K) int32 or int64 in [0, E]: the experts of each token, each at most once, where
@@ -245,6 +249,13 @@ def route(
     check_optional("gate_weight", gate_weight)
     check_bool("renormalize", renormalize)
     check_choice("compat", compat, COMPAT)
+    check_choice("drop", drop, DROPS)
+    if seed is not None:
+        check_seed(seed)
+    numbers = {"scale": scale, "jitter": jitter, "expert_groups": expert_groups, "top_groups": top_groups}
+    for name, value in numbers.items():  # before any comparison, which of an array is one
+        if isinstance(value, Tensor | np.ndarray):
+            raise ValueError(f"{name} must be a number, got {shown(value)}")
     trains = dispatch.trains(x, gate_weight)
     if jitter != 0:
         check_share("jitter", jitter)

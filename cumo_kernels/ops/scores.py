@@ -24,6 +24,8 @@ from cumo_kernels.ops.checks import (
 from cumo_kernels.ops.define import define
 from cumo_kernels.types import GROUP_SCORES, SCORES, Scoring, accumulate_dtype
 
+LIMITS = 1e-30, 1e30  # of `scale`
+
 
 @define("cumo::scored_route")
 def scored_route(
@@ -157,8 +159,8 @@ def check_scoring(
         )
     if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
         raise ValueError(f"scale must be a number, got {shown(scale)}")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be finite and above 0, got {scale}")
+    if not LIMITS[0] <= scale <= LIMITS[1]:  # else weights overflow or vanish in fp32
+        raise ValueError(f"scale must be between {LIMITS[0]} and {LIMITS[1]}, got {scale}")
     if top_groups == expert_groups:
         return Scoring(score, scale=float(scale))
     return Scoring(score, expert_groups, top_groups, group_score, float(scale))
@@ -169,9 +171,10 @@ def check_selection_bias(bias: Tensor, num_experts: int, x: Tensor) -> Tensor:
     check_shape("selection_bias", bias, num_experts)
     check_float("selection_bias", bias)
     check_device("selection_bias", bias, "x", x)
-    if values_at_hand(bias) and not bias.isfinite().all():
-        raise ValueError(f"selection_bias must be finite, got {bias.tolist()}")
-    return bias.detach().to(accumulate_dtype(x.dtype)).contiguous()
+    used = bias.detach().to(accumulate_dtype(x.dtype)).contiguous()
+    if values_at_hand(used) and not used.isfinite().all():
+        raise ValueError(f"selection_bias must be finite in {used.dtype}, got {bias.tolist()}")
+    return used
 
 
 def check_given(

@@ -118,7 +118,7 @@ CALLS = {  # function -> good arguments, wrong values of each
          "selection_bias": [*tensors(BIAS, none=True), BIAS[:3], BIAS * torch.nan],
          "expert_groups": [*only(), 0, 3, 2.0], "top_groups": [*only(None), 0, 3],
          "group_score": only(), "scale": [*only(ANYTHING[1]), 0, torch.inf, torch.nan],
-         "capacity": [*only(None), 0], "drop": only(), "jitter": [*ANYTHING, -1, 1, torch.nan],
+         "capacity": [*only(None), 0], "drop": only(), "jitter": [*only(), -1, 1, torch.nan],
          "seed": [*ANYTHING, 2**63, torch.tensor(1.0)],
          "topk_indices": [*tensors(PLAN.topk_indices, none=True), PLAN.topk_indices + E]},
     ),

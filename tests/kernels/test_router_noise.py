@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from cumo_kernels import expert_mlp, noisy_top_k, route, use_backend, with_capacity
+from cumo_kernels import expert_mlp, noisy_top_k, route, sparsemixer, use_backend, with_capacity
 from cumo_kernels.ops.noise import jittered, normal, uniform
 from tests.rounding import assert_same_formula, assert_spread
 
@@ -42,6 +42,11 @@ def test_noise_is_normal():
     a, b = drawn[:, :-1].flatten(), drawn[:, 1:].flatten()
     assert abs(float((a * b).mean())) < 4 / 120000**0.5  # neighbours are independent
     assert torch.equal(drawn * 2**20, (drawn * 2**20).round())
+
+
+def test_jitter_is_rounded_once():
+    x = torch.randn(40, 30).bfloat16()
+    assert torch.equal(jittered(x, 0.1, 5), jittered(x.float(), 0.1, 5).bfloat16())
 
 
 def test_jitter():
@@ -132,6 +137,15 @@ def test_noisy_top_k_gradcheck():
     assert torch.autograd.gradcheck(run, (draw(7, 3), draw(4, 3), draw(4, 3)))
 
 
+@pytest.mark.parametrize("raw", [-44.0, -110.0])
+def test_a_noise_that_vanishes_has_finite_gradients(raw):
+    x = torch.ones(6, 8)
+    gate, noise = torch.randn(4, 8).requires_grad_(), torch.full((4, 8), raw / 8).requires_grad_()
+    found = noisy_top_k(x, 2, gate, noise, seed=1)
+    grads = torch.autograd.grad(found.load_loss + found.importance_loss, (gate, noise))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 def test_noisy_top_k_without_noise_and_of_all_experts():
     x, gate, noise = torch.randn(9, 6), torch.randn(4, 6), torch.randn(4, 6)
     plain, found = route(x @ gate.T, 2), noisy_top_k(x, 2, gate, noise, seed=None)
@@ -148,6 +162,20 @@ WRONG = [
     (lambda: with_capacity(PLAN, 2, "random"), "drop must be one of ('position', 'weight'), got 'random'"),
     (lambda: route(WEIGHTS[0], 2, capacity=-1), "capacity must be at least 1, got -1"),
     (lambda: with_capacity(3, 2), "routing must be a Routing"),
+    (lambda: noisy_top_k(*WEIGHTS, torch.randn(3, 6).double(), seed=1), "noise_weight must be torch.float32"),
+    (lambda: route(WEIGHTS[0], 2, drop="last"), "drop must be one of ('position', 'weight'), got 'last'"),
+    (lambda: route(WEIGHTS[0], 2, seed="now"), "seed must be an int or a () int64 tensor"),
+    (lambda: route(WEIGHTS[0], 2, scale=1e39), "scale must be between 1e-30 and 1e+30, got 1e+39"),
+    (lambda: route(WEIGHTS[0], 2, scale=torch.tensor(1.0)), "scale must be a number, got"),
+    (lambda: route(WEIGHTS[0], 2, jitter=torch.ones(2)), "jitter must be a number, got"),
+    (
+        lambda: route(WEIGHTS[0], 2, selection_bias=torch.full((6,), 1e300, dtype=torch.float64)),
+        "selection_bias must be finite in torch.float32",
+    ),
+    (
+        lambda: sparsemixer(torch.full((2, 3), math.nan)),
+        "logits must be finite, got [nan, nan, nan] for token 0",
+    ),
     (lambda: noisy_top_k(*WEIGHTS, torch.randn(2, 6), seed=1), "noise_weight must be (3, 6), got (2, 6)"),
     (lambda: noisy_top_k(*WEIGHTS, torch.randn(3, 6), seed=1.5), "seed must be an int or a () int64"),
     (

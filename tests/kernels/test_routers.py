@@ -3,6 +3,7 @@
 import ast
 import copy
 import importlib
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,11 +204,67 @@ def test_what_runs_is_explained():
         set_router_implementation(refused, "cumo")
 
 
+def counted(monkeypatch):
+    calls = []
+    monkeypatch.setattr(routers, "route", lambda *args, **more: calls.append(1) or route(*args, **more))
+    return calls
+
+
+def test_a_router_with_hooks_of_accelerate_is_not_said_to_be_ours(monkeypatch):
+    accelerate, calls = pytest.importorskip("accelerate"), counted(monkeypatch)
+    model = torch.nn.ModuleDict({"gate": build("MixtralTopKRouter")})
+    accelerate.hooks.add_hook_to_module(model["gate"], accelerate.hooks.ModelHook())
+    with pytest.raises(ValueError, match="its forward is replaced, as by accelerate's offloading"):
+        set_router_implementation(model, "cumo")
+    assert "eager: its forward is replaced" in explain(model)
+    later = torch.nn.ModuleDict({"gate": build("MixtralTopKRouter")})
+    assert set_router_implementation(later, "cumo") == 1
+    accelerate.hooks.add_hook_to_module(later["gate"], accelerate.hooks.ModelHook())
+    assert explain(later) == "gate: MixtralTopKRouter: cumo"
+    later["gate"](torch.randn(3, 32))
+    assert len(calls) == 1 and set_router_implementation(later, "cumo") == 1
+    with pytest.raises(ValueError, match="model must be as it was taken over, got gate: its forward"):
+        set_router_implementation(later, "eager")
+
+
+def test_a_parametrized_router_keeps_its_parametrization():
+    router = build("MixtralTopKRouter")
+    set_router_implementation(router, "cumo")
+    torch.nn.utils.parametrize.register_parametrization(router, "weight", torch.nn.Tanh())
+    x = torch.randn(5, 32)
+    before = router(x)
+    assert set_router_implementation(router, "cumo") == 1
+    with pytest.raises(ValueError, match="its class was changed to ParametrizedMixtralTopKRouter"):
+        set_router_implementation(router, "eager")
+    assert all(torch.equal(a, b) for a, b in zip(router(x), before, strict=True))
+    other = build("MixtralTopKRouter")
+    torch.nn.utils.parametrize.register_parametrization(other, "weight", torch.nn.Tanh())
+    with pytest.raises(ValueError, match="its class was changed"):
+        set_router_implementation(other, "cumo")
+    other(x)
+
+
+def test_a_router_that_is_ours_is_pickled():
+    router, x = build("MixtralTopKRouter"), torch.randn(5, 32)
+    set_router_implementation(router, "cumo")
+    again = pickle.loads(pickle.dumps(router))
+    assert type(again) is type(router)
+    assert all(torch.equal(a, b) for a, b in zip(again(x), router(x), strict=True))
+    assert set_router_implementation(again, "eager") == 1 and type(again) is not type(router)
+
+
+def test_an_empty_table_of_tokens_is_named():
+    router = build("DeepseekV4HashRouter")
+    router.tid2eid.zero_()
+    with pytest.raises(ValueError, match="tid2eid must name each expert once in a row, got others in model"):
+        set_router_implementation(router, "cumo")
+
+
 def test_a_score_that_is_unknown_is_named():
     router = build("DeepseekV4TopKRouter", {"scoring_func": "tanh"})
     with pytest.raises(ValueError, match=r"scoring_func must be one of .*, got Tanh"):
         set_router_implementation(router, "cumo")
-    assert not hasattr(type(router), "taken_over")
+    assert "eager; can be cumo" in explain(router)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -255,7 +312,7 @@ def test_training_of_phimoe_samples_like_the_model():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="implementation must be one of"):
         set_router_implementation(torch.nn.Linear(2, 2), "triton")
-    with pytest.raises(ValueError, match="model must have a router that is known here, got Linear"):
+    with pytest.raises(ValueError, match="model must have a router that can be taken over, got Linear"):
         set_router_implementation(torch.nn.Linear(2, 2), "cumo")
     with pytest.raises(ValueError, match="logits must have at least two experts"):
         sparsemixer(torch.randn(3, 1))

@@ -29,6 +29,7 @@ SHAPES = [  # num_tokens, num_experts, top_k, groups; experts divisible by 4
     pytest.param(33, 8, 4, 3, id="as-many-as-the-groups-hold"),
     pytest.param(64, 256, 8, 1, id="many-experts"),
     # 16 and 32 experts per lane in csrc/
+    pytest.param(5, 512, 32, 1, id="512-experts"),
     pytest.param(20, 384, 8, 1, marks=pytest.mark.large, id="384-experts"),
     pytest.param(19, 1000, 32, 1, marks=pytest.mark.large, id="1000-experts"),
 ]
@@ -227,11 +228,11 @@ WRONG = [
         "top_groups must hold the 3 experts of a token, got 1 groups of 2",
     ),
     ({"expert_groups": 8, "group_score": "top2"}, "group_score must be 'max' for groups of one expert, got"),
-    ({"scale": math.nan}, "scale must be finite and above 0, got nan"),
+    ({"scale": math.nan}, "scale must be between 1e-30 and 1e+30, got nan"),
     ({"scale": "2"}, "scale must be a number, got '2'"),
     ({"selection_bias": torch.zeros(7)}, "selection_bias must be (8,), got (7,)"),
     ({"selection_bias": torch.zeros(8, dtype=torch.int32)}, "selection_bias must be float32"),
-    ({"selection_bias": torch.full((8,), math.nan)}, "selection_bias must be finite, got [nan"),
+    ({"selection_bias": torch.full((8,), math.nan)}, "selection_bias must be finite in torch.float32, got [nan"),
     ({"selection_bias": 0.5}, "selection_bias must be a tensor or None, got float"),
     ({"score": "sigmoid", "compat": "cumo"}, "compat must be None unless a plain softmax chooses and weighs"),
 ]
