@@ -4,6 +4,7 @@ Reinforcement learning needs it: an engine for inference chooses other experts t
 logits differ by rounding, and the ratio of their probabilities is then that of other networks.
 """
 
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from cumo_model.model.recording import RoutingRecord, backward_pass
@@ -82,7 +84,8 @@ def replay_routing(
     The n-th call of a layer takes the n-th record of that layer. A layer of which only the router runs, for
     its losses, may have none. Blocks can be nested: the innermost counts. Recomputation by activation
     checkpointing, also after the block, takes the record of the call that it repeats, if the checkpointing
-    is not reentrant. Under torch.compile use a new block for each call.
+    is not reentrant. Under torch.compile use a new block for each call. Compile what contains the
+    checkpointing, such as the whole model: compiled code inside of checkpointing is refused.
 
     Args:
         records: of `record_routing`; or of another engine: dicts with "place" ("clip", "mlp" or "llm"),
@@ -92,7 +95,7 @@ def replay_routing(
 
     Raises:
         ValueError: `records` is wrong, a call has no record or one of another T, K or E, or a record is left
-            at the end of the block.
+            at the end of the block; or compiled layers run inside of activation checkpointing.
     """
     replay = _Replay(_read(records), backward_pass())
     _replays.active = (*_replays.active, replay)
@@ -171,6 +174,29 @@ def _frame() -> tuple[Any, Any] | None:
     return (names["frame"], None) if "frame" in names else None
 
 
+# Compiled code does not know which call it repeats: it cannot read the frame, and what it has read of Python is
+# constant in it. So it asks at run time whether checkpointing will repeat it. Dynamo does not compile what
+# checkpointing inside a compiled function runs, so that is recomputed in eager mode, as above.
+@torch.library.custom_op("cumo::replayed", mutates_args=())
+def _replayed_once(indices: Tensor, place: str, layer: int) -> Tensor:
+    """A copy of `indices`. ValueError if activation checkpointing runs this compiled code."""
+    caller = sys._getframe()
+    while caller is not None:
+        if caller.f_code.co_filename == torch.utils.checkpoint.__file__:
+            raise ValueError(
+                "torch.compile must be around activation checkpointing, not inside of it, where routing is "
+                f"replayed: got a compiled layer {layer} of {place!r} that checkpointing will run again, "
+                "without its record"
+            )
+        caller = caller.f_back
+    return indices.clone()
+
+
+@_replayed_once.register_fake
+def _(indices: Tensor, place: str, layer: int) -> Tensor:
+    return torch.empty_like(indices)
+
+
 def given_to(
     layer: nn.Module, place: str, index: int, shape: tuple[int, int], num_experts: int, is_needed: bool
 ) -> Given | None:
@@ -208,6 +234,8 @@ def given_to(
             f"records must be of {num_experts} experts for layer {index} of {place!r}, "
             f"got {found.num_experts}"
         )
+    if torch.compiler.is_compiling():
+        return Given(_replayed_once(found.topk_indices, place, index), found.seed, found.num_experts)
     return found
 
 

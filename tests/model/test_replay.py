@@ -345,6 +345,45 @@ def test_a_compiled_layer_replays_in_one_graph(router):
     assert torch.equal(again[0].topk_indices, others[0].int())
 
 
+def test_checkpointing_inside_a_compiled_function_replays_also_after_the_block():
+    layers, x = torch.nn.ModuleList([make(layer=i) for i in range(2)]), torch.randn(T, H)
+    given = [torch.stack([torch.randperm(E)[:K] for _ in range(T)]) for _ in layers]
+
+    def whole(x, run):
+        for layer in layers:
+            x = run(layer)(x)
+        return x
+
+    def gradients(run):
+        layers.zero_grad()
+        with replay_routing(given):
+            out = run(y := x.clone().requires_grad_())
+        out.square().sum().backward()
+        return [out, y.grad, *(p.grad for p in layers.parameters())]
+
+    wanted = gradients(lambda x: whole(x, lambda layer: layer))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: whole(x, rematerialised), backend="aot_eager")
+    for _ in range(2):
+        equal(gradients(compiled), wanted)
+
+
+@pytest.mark.parametrize("way", [True, False], ids=["reentrant", "frame"])
+@pytest.mark.parametrize("was_compiled_before", [False, True])
+def test_a_compiled_layer_inside_checkpointing_is_refused(way, was_compiled_before):
+    """Its recomputation would choose experts by itself, without an error."""
+    layer, x = make(layer=3), torch.randn(T, H, requires_grad=True)
+    torch._dynamo.reset()
+    compiled, given = torch.compile(layer, backend="aot_eager"), [torch.tensor([[0, 1]] * T)]
+    if was_compiled_before:
+        with replay_routing(given):
+            compiled(x).sum().backward()
+    message = r"torch.compile must be around activation checkpointing.*: got a compiled layer 3 of 'llm' that"
+    with pytest.raises(ValueError, match=message), replay_routing(given):
+        checkpoint(compiled, x, use_reentrant=way)
+    checkpoint(compiled, x, use_reentrant=way).sum().backward()  # without a replay there is nothing to lose
+
+
 # errors
 
 
