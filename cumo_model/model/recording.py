@@ -118,9 +118,7 @@ class _Sink:
 
 
 @contextmanager
-def watch_routing(
-    take: Callable[[RoutingRecord, nn.Module | None], None], of: nn.Module
-) -> Iterator[None]:
+def watch_routing(take: Callable[[RoutingRecord, nn.Module | None], None], of: nn.Module) -> Iterator[None]:
     """As `record_routing(of=of)`, for a function that is called with each record and its layer."""
     with record_routing(of=of) as records:
         recorder = next(other for other in _recorders.active if other.records is records)

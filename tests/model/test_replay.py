@@ -124,7 +124,7 @@ def test_the_choices_of_another_engine(tiny_model, tiny_batch):
             assert torch.equal(one.topk_indices, (other.topk_indices + 1) % 4)
 
 
-@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64, torch.int8, torch.uint8, torch.int16])
 def test_tensors_are_taken_in_the_order_of_the_calls(kind):
     layers, x = [make(layer=i) for i in range(2)], torch.randn(3, H)
     given = [torch.tensor([[0, 1], [2, 3], [4, E]], dtype=kind), torch.tensor([[5, 4]] * 3, dtype=kind)]
@@ -435,10 +435,20 @@ def test_records_of_other_sizes_are_named():
     ):
         with pytest.raises(ValueError, match=message), replay_routing(records):
             call()
-    with pytest.raises(ValueError, match=r"topk_indices must"), replay_routing([torch.full((T, K), E + 1)]):
-        layer(x)
+    for wrong, message in (
+        (torch.full((T, K), E + 1), r"lie in \[0, 6\] in records\[1\], of layer 0 of 'llm', got .* 7 to 7"),
+        (torch.full((T, K), -1), r"lie in \[0, 6\] in records\[1\], of layer 0 of 'llm', got .* -1 to -1"),
+        (torch.tensor([[0, 1]] * 3 + [[2, 2]] * (T - 3)),
+         r"once in a row in records\[1\], of layer 0 of 'llm', got \[2, 2\] for token 3"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"topk_indices must .*{message}"):
+            with replay_routing([torch.full((T, K), E), wrong]):  # all slots of the first are dropped
+                layer(x), layer(x)
     with pytest.raises(ValueError, match=r"compat must be None"), replay_routing([records[0].topk_indices]):
         MoELayer(H, 5, E, K, "gelu", compat="cumo", place="llm")(x)
+
+
+NAMED = {"place": "llm", "layer": 0, "topk_indices": torch.zeros(2, 2).int()}
 
 
 @pytest.mark.parametrize(
@@ -453,6 +463,9 @@ def test_records_of_other_sizes_are_named():
         ),
         ([torch.zeros(2, dtype=torch.int32)], r"records must have \(T, K\) int32 or int64 .*, got \(2,\)"),
         ([{"place": "llm", "layer": 0}], r"records must be dicts with place, layer, topk_indices, got keys"),
+        ([{"place": "llm", 0: 0}], r"records must be dicts with .*, got keys \['place', 0\]"),
+        ([{**NAMED, "place": ["llm"]}], r"records\[0\] must have a string as place, got list"),
+        ([NAMED, {**NAMED, "layer": 0.0}], r"layer of records\[1\] must be an int, got 0.0"),
         (
             [torch.zeros(2, 2).int(), {"place": "llm", "layer": 0, "topk_indices": torch.zeros(2, 2).int()}],
             r"records must all name their layers or none of them, got both",

@@ -19,6 +19,7 @@ from tests.model.training.small_runs import write_recipe
 from tests.model.training.test_recover import StopAt, same_result
 
 LOSS_FREE = {"score": "sigmoid", "selection_bias": True}
+RATE = 2**-10  # exact; a large step is taken back by the next one, and a bias is 0 after two
 EVENTS = (SimpleNamespace(), SimpleNamespace(), SimpleNamespace())  # args, state, control: not read
 
 
@@ -159,7 +160,9 @@ def test_a_step_that_data_parallel_ran_is_refused_and_one_without_pictures_is_no
         if made is wrapped:
             wrapped["d"].device_ids = [0, 1]  # of two GPUs
         callback.on_step_begin(*events, model=made)
-        with pytest.raises(ValueError, match=r"torch.nn.DataParallel, whose .* torchrun.*, got no .* layers "):
+        with pytest.raises(
+            ValueError, match=r"torch.nn.DataParallel, whose .* torchrun.*, got no .* layers "
+        ):
             callback.on_optimizer_step(*events, model=made)
     callback.on_step_begin(*EVENTS, model=model)
     callback.on_optimizer_step(*EVENTS, model=model)
@@ -191,7 +194,7 @@ def test_a_wrong_rate_is_named(rate):
 def test_a_resumed_run_has_the_bits_of_a_whole_one(folder, router):
     changes = {"model__router": router, "trainer__save_total_limit": 9}
     if router is LOSS_FREE:
-        changes |= {"stage__selection_bias_rate": 0.25, "stage__balance_loss_coef": 0.0}
+        changes |= {"stage__selection_bias_rate": RATE, "stage__balance_loss_coef": 0.0}
     whole = run_recipe(load_recipe(write_recipe(folder, "whole", **changes)))
     recipe = load_recipe(write_recipe(folder, "cut", **changes))
     with pytest.raises(Interrupted):
@@ -205,7 +208,7 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(folder, router):
     assert all(any(state[key].any() for state in states) for key in own)
     if router is LOSS_FREE:
         moved = torch.cat([states[0][key] for key in own]).abs()
-        assert set(moved.tolist()) <= {0.0, 0.25, 0.5}  # after two steps
+        assert set(moved.tolist()) <= {0.0, RATE, 2 * RATE}  # after two steps
 
 
 @pytest.mark.slow
@@ -213,7 +216,7 @@ def test_a_lora_stage_keeps_the_biases_of_the_gates_that_it_trains(folder):
     """In checkpoints, in a resumed run and in the merged result; the frozen gates' stay zero."""
     pytest.importorskip("peft")
     lora = {"r": 2, "alpha": 4, "dropout": 0.1, "target_parameters": ["experts.down_proj"]}
-    changes = {"model__router": LOSS_FREE, "trainer__save_total_limit": 9, "stage__selection_bias_rate": 0.25,
+    changes = {"model__router": LOSS_FREE, "trainer__save_total_limit": 9, "stage__selection_bias_rate": RATE,
                "stage__lora": lora, "stage__trains": ["projector", "language"]}  # fmt: skip
     whole = run_recipe(load_recipe(write_recipe(folder, "whole", **changes)))
     recipe = load_recipe(write_recipe(folder, "cut", **changes))
