@@ -183,8 +183,8 @@ def _frame() -> tuple[Any, Any] | None:
     return (names["frame"], None) if "frame" in names else None
 
 
-# Compiled code does not know which call it repeats: it cannot read the frame, and what it has read of Python is
-# constant in it. So it asks at run time whether checkpointing will repeat it. Dynamo does not compile what
+# Compiled code does not know which call it repeats: it cannot read the frame, and what it has read of Python
+# is constant in it. So it asks at run time whether checkpointing will repeat it. Dynamo does not compile what
 # checkpointing inside a compiled function runs, so that is recomputed in eager mode, as above.
 @torch.library.custom_op("cumo::replayed", mutates_args=())
 def _replayed_once(indices: Tensor, place: str, layer: int) -> Tensor:

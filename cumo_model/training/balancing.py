@@ -86,8 +86,8 @@ class SelectionBiasCallback(TrainerCallback):
         is_split |= any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in model.modules())
         if is_split:
             raise ValueError(
-                "model must not be run by torch.nn.DataParallel, whose threads are not counted, with selection "
-                "biases (use torchrun, one process for each GPU), got no record of the layers "
+                "model must not be run by torch.nn.DataParallel, whose threads are not counted, with "
+                "selection biases (use torchrun, one process for each GPU), got no record of the layers "
                 f"{', '.join(layers)}"
             )
 

@@ -124,6 +124,25 @@ def test_the_choices_of_another_engine(tiny_model, tiny_batch):
             assert torch.equal(one.topk_indices, (other.topk_indices + 1) % 4)
 
 
+def test_the_records_of_generate_joined_are_those_of_one_pass(tiny_model, tiny_batch):
+    model, batch, parts = tiny_model(text="mixtral").eval(), tiny_batch(), {}
+    row = {"input_ids": batch["input_ids"][:1], "pixel_values": batch["pixel_values"][:1]}
+    with record_routing() as records:
+        ids = model.generate(**row, max_new_tokens=4, min_new_tokens=4, do_sample=True)
+    for record in records:
+        parts.setdefault((record.place, record.layer), []).append(record.topk_indices)
+    assert [len(calls) for (place, _), calls in parts.items() if place == "llm"] == [4, 4]
+    joined = [
+        {"place": place, "layer": layer, "topk_indices": torch.cat(calls)}
+        for (place, layer), calls in parts.items()
+    ]
+    change(model)
+    with replay_routing(joined), record_routing() as again:
+        model.train()(input_ids=ids[:, :-1], pixel_values=row["pixel_values"])
+    found = {(record.place, record.layer): record.topk_indices for record in again}
+    assert all(torch.equal(found[one["place"], one["layer"]], one["topk_indices"]) for one in joined)
+
+
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64, torch.int8, torch.uint8, torch.int16])
 def test_tensors_are_taken_in_the_order_of_the_calls(kind):
     layers, x = [make(layer=i) for i in range(2)], torch.randn(3, H)
