@@ -6,7 +6,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from cumo_kernels.ops.checks import check_device, check_float, check_shape, check_tensor, shown
+from cumo_kernels.ops.checks import check_device, check_shape, check_tensor, shown
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def update_selection_bias(bias: Tensor, tokens_per_expert: Tensor, rate: float =
     optimizer step, with the load of all tokens of the step, on all processes.
 
     Args:
-        bias: (E,) float, the `selection_bias` of `route`. fp32, since a bf16 bias near 1 would not change.
+        bias: (E,) fp32 or fp64, the `selection_bias` of `route`. A bf16 bias near 1 would not change.
         tokens_per_expert: (E,) or (G, E) integers, the slots of each expert; rows are added up. Signs are
             computed in integers, so that an expert at the mean keeps its bias exactly.
         rate: the step, finite and not negative.
@@ -28,7 +28,8 @@ def update_selection_bias(bias: Tensor, tokens_per_expert: Tensor, rate: float =
     """
     check_tensor("bias", bias)
     check_shape("bias", bias, "E")
-    check_float("bias", bias)
+    if bias.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"bias must be float32 or float64, which hold small steps, got {bias.dtype}")
     check_tensor("tokens_per_expert", tokens_per_expert)
     num_experts = bias.shape[0]
     if tokens_per_expert.ndim not in (1, 2) or tokens_per_expert.shape[-1] != num_experts:

@@ -86,7 +86,15 @@ def noisy_plan(
         groups: as in `route`, for the statistics, which are those of the logits with noise.
         counted: (T,) bool: tokens that count in the losses. None: all tokens.
         topk_indices: (T, K) experts that are chosen already, as in `route`.
+
+    Raises:
+        ValueError: on the CPU, if `raw` is not finite where `clean` is.
     """
+    if values_at_hand(raw) and (wrong := (clean.isfinite() & ~raw.isfinite()).any(0)).any():
+        raise ValueError(
+            "noise_weight must be finite and give finite products, "
+            f"got NaN or infinity for expert {int(wrong.nonzero()[0])}"
+        )
     wide = accumulate_dtype(clean.dtype)
     clean, spread = clean.to(wide), softplus(raw.to(wide))
     noisy = clean if seed is None else clean + normal(check_seed(seed), clean).to(wide) * spread

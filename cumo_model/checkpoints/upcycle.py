@@ -124,7 +124,7 @@ def upcycled_config(
         _check_dense("text_experts", text_experts, config.text_config.model_type == "mixtral")
         config.text_config = _mixtral_config(config.text_config, *chosen["text_experts"])
     if router is not None:
-        config.router = router_of(dense, router)
+        config.router = config.vision_config.router = router_of(dense, router)
     check_routers(config)
     return config
 

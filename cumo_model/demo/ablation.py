@@ -59,7 +59,7 @@ ROWS = {
     "no-stage2": Row("MLP- and CLIP-MoE, no stage 2", 4, 4, stage2=False),
     "dense-no-stage2": Row("dense, no stage 2", stage2=False),
     # beyond the paper: other ways to balance the experts of "clip"
-    "noisy": Row("MLP- and CLIP-MoE, noisy top-k with its losses", 4, 4, router={"noisy": True}),
+    "noisy": Row("MLP- and CLIP-MoE, noisy top-k, its losses and the z loss", 4, 4, router={"noisy": True}),
     "sigmoid": Row(
         "MLP- and CLIP-MoE, sigmoid with a bias, no balance or z loss",
         4,

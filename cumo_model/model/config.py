@@ -91,7 +91,8 @@ class CumoConfig(RemoteCodeMixin, PreTrainedConfig):
         compat: "cumo" reproduces the rounding of the original code in routers and experts, and counts padding
             in the router losses of the language model, as it does. None is more accurate and faster.
         router: options of all routers that differ from the paper's, a dict with some of the fields of
-            `RouterOptions` (routers.py): {"score": "sigmoid", "selection_bias": True}. None: the paper's.
+            `RouterOptions` (routers.py): {"score": "sigmoid", "selection_bias": True}. None: those of
+            vision_config, or else the paper's, which {} demands. vision_config can have no others.
         tie_word_embeddings: whether lm_head shares the embedding's weight.
         original: config.json of the released-layout checkpoint this config was read from. It is used when the
             model is converted back to that layout.
@@ -167,6 +168,12 @@ class CumoConfig(RemoteCodeMixin, PreTrainedConfig):
         self.vision_config.compat = self.compat
         if self.router is None:  # a tower that was trained by itself
             self.router = self.vision_config.router
+        of_tower = self.vision_config.router
+        if of_tower is not None and RouterOptions.of(of_tower) != RouterOptions.of(self.router):
+            raise ValueError(
+                "router must be that of vision_config, as all places have the same, "
+                f"got router={self.router} and vision_config.router={of_tower}"
+            )
         self.router = RouterOptions.of(self.router).changed() or None
         self.vision_config.router = self.router
         # lm_head belongs to this model, but the text model's flag also applies

@@ -69,7 +69,7 @@ class RoutingRecord:
 
 @dataclass(eq=False)
 class _Recorder:
-    records: list[RoutingRecord]  # or another object with `append`
+    records: "list[RoutingRecord] | _Sink"
     logits: bool
     layers: frozenset[int] | None  # ids of the modules to record; None: all
     backward: int  # the backward pass in which recording began; -1: none
@@ -113,13 +113,13 @@ def record_routing(logits: bool = False, of: nn.Module | None = None) -> Iterato
 class _Sink:
     """Takes the place of a list of records, which would keep their tensors until the end of the block."""
 
-    def __init__(self, take: Callable[[RoutingRecord], None]):
-        self.append = take
+    def __init__(self, take: Callable[[RoutingRecord, nn.Module | None], None]):
+        self.take = take
 
 
 @contextmanager
-def watch_routing(take: Callable[[RoutingRecord], None], of: nn.Module) -> Iterator[None]:
-    """As `record_routing(of=of)`, for a function that is called with each record."""
+def watch_routing(take: Callable[[RoutingRecord, nn.Module | None], None], of: nn.Module) -> Iterator[None]:
+    """As `record_routing(of=of)`, for a function that is called with each record and its layer."""
     with record_routing(of=of) as records:
         recorder = next(other for other in _recorders.active if other.records is records)
         recorder.records = _Sink(take)
@@ -136,7 +136,10 @@ def note_routing(record: RoutingRecord, module: nn.Module | None = None) -> None
     """Give the record of `module`, the layer, to every active `record_routing` of this thread."""
     for recorder in active_recorders(module):
         kept = record if recorder.logits or record.logits is None else replace(record, logits=None)
-        recorder.records.append(kept)
+        if isinstance(recorder.records, _Sink):
+            recorder.records.take(kept, module)
+        else:
+            recorder.records.append(kept)
 
 
 def active_recorders(module: nn.Module | None) -> list[_Recorder]:

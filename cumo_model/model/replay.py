@@ -4,6 +4,7 @@ Reinforcement learning needs it: an engine for inference chooses other experts t
 logits differ by rounding, and the ratio of their probabilities is then that of other networks.
 """
 
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from cumo_kernels.hostsync import values_at_hand
+from cumo_kernels.ops.checks import check_int, shown
 from cumo_model.model.recording import RoutingRecord, backward_pass
 
 _KEYS = ("place", "layer", "topk_indices")
+_NARROW = (torch.int8, torch.uint8, torch.int16)  # as engines send them
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Given:
     """What one call of a layer must repeat."""
 
     topk_indices: Tensor  # (T, K) integers
+    number: int  # of the record in the list
     seed: Tensor | None = None  # of the noise; None: new noise
     num_experts: int | None = None  # where it is known
 
@@ -82,17 +88,18 @@ def replay_routing(
     The n-th call of a layer takes the n-th record of that layer. A layer of which only the router runs, for
     its losses, may have none. Blocks can be nested: the innermost counts. Recomputation by activation
     checkpointing, also after the block, takes the record of the call that it repeats, if the checkpointing
-    is not reentrant. Under torch.compile use a new block for each call.
+    is not reentrant. Under torch.compile use a new block for each call. Compile what contains the
+    checkpointing, such as the whole model: compiled code inside of checkpointing is refused.
 
     Args:
         records: of `record_routing`; or of another engine: dicts with "place" ("clip", "mlp" or "llm"),
             "layer" (its index within the place) and "topk_indices", (T, K) int32 or int64, for all tokens in
             order, padding included; or such tensors alone, one for each call in the order of the calls.
-            Expert E drops a slot.
+            int8, uint8 and int16 are widened. Expert E drops a slot.
 
     Raises:
         ValueError: `records` is wrong, a call has no record or one of another T, K or E, or a record is left
-            at the end of the block.
+            at the end of the block; or compiled layers run inside of activation checkpointing.
     """
     replay = _Replay(_read(records), backward_pass())
     _replays.active = (*_replays.active, replay)
@@ -107,28 +114,33 @@ def _read(records: Sequence[RoutingRecord | Mapping[str, Any] | Tensor]) -> dict
     if isinstance(records, Tensor | Mapping | str) or not isinstance(records, Sequence):
         raise ValueError(f"records must be a list of records, got {type(records).__name__}")
     given: dict[tuple[str, int] | None, list[Given]] = {}
-    for record in records:
+    for number, record in enumerate(records):
+        key, seed, num_experts = None, None, None
         if isinstance(record, RoutingRecord):
-            key = record.place, record.layer
-            one = Given(record.topk_indices, record.seed, record.routing.num_experts)
+            key, indices = (record.place, record.layer), record.topk_indices
+            seed, num_experts = record.seed, record.routing.num_experts
         elif isinstance(record, Mapping):
             if set(record) != set(_KEYS):
-                raise ValueError(f"records must be dicts with {', '.join(_KEYS)}, got keys {sorted(record)}")
-            key, one = (record["place"], record["layer"]), Given(record["topk_indices"])
+                raise ValueError(f"records must be dicts with {', '.join(_KEYS)}, got keys {list(record)}")
+            place, layer, indices = (record[name] for name in _KEYS)
+            if not isinstance(place, str):
+                raise ValueError(f"records[{number}] must have a string as place, got {shown(place)}")
+            key = place, check_int(f"layer of records[{number}]", layer)
         else:
-            key, one = None, Given(record)
-        indices = one.topk_indices
+            indices = record
         if not isinstance(indices, Tensor):
             raise ValueError(
                 "records must be RoutingRecords, dicts or tensors of expert indices, "
                 f"got {type(indices).__name__}"
             )
+        if indices.dtype in _NARROW:
+            indices = indices.int()
         if indices.ndim != 2 or indices.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 "records must have (T, K) int32 or int64 topk_indices, "
                 f"got {tuple(indices.shape)} {indices.dtype}"
             )
-        given.setdefault(key, []).append(one)
+        given.setdefault(key, []).append(Given(indices, number, seed, num_experts))
     if None in given and len(given) > 1:
         raise ValueError("records must all name their layers or none of them, got both")
     return given
@@ -171,6 +183,29 @@ def _frame() -> tuple[Any, Any] | None:
     return (names["frame"], None) if "frame" in names else None
 
 
+# Compiled code does not know which call it repeats: it cannot read the frame, and what it has read of Python
+# is constant in it. So it asks at run time whether checkpointing will repeat it. Dynamo does not compile what
+# checkpointing inside a compiled function runs, so that is recomputed in eager mode, as above.
+@torch.library.custom_op("cumo::replayed", mutates_args=())
+def _replayed_once(indices: Tensor, place: str, layer: int) -> Tensor:
+    """A copy of `indices`. ValueError if activation checkpointing runs this compiled code."""
+    caller = sys._getframe()
+    while caller is not None:
+        if caller.f_code.co_filename == torch.utils.checkpoint.__file__:
+            raise ValueError(
+                "torch.compile must be around activation checkpointing, not inside of it, where routing is "
+                f"replayed: got a compiled layer {layer} of {place!r} that checkpointing will run again, "
+                "without its record"
+            )
+        caller = caller.f_back
+    return indices.clone()
+
+
+@_replayed_once.register_fake
+def _(indices: Tensor, place: str, layer: int) -> Tensor:
+    return torch.empty_like(indices)
+
+
 def given_to(
     layer: nn.Module, place: str, index: int, shape: tuple[int, int], num_experts: int, is_needed: bool
 ) -> Given | None:
@@ -208,7 +243,32 @@ def given_to(
             f"records must be of {num_experts} experts for layer {index} of {place!r}, "
             f"got {found.num_experts}"
         )
+    if torch.compiler.is_compiling():
+        indices = _replayed_once(found.topk_indices, place, index)
+        return Given(indices, found.number, found.seed, found.num_experts)
+    _check_indices(found, num_experts, place, index)
     return found
+
+
+def _check_indices(given: Given, num_experts: int, place: str, index: int) -> None:
+    """On the CPU; what `route` would refuse too, which does not know the record."""
+    indices = given.topk_indices
+    if not indices.numel() or not values_at_hand(indices):
+        return
+    of = f"records[{given.number}], of layer {index} of {place!r},"
+    low, high = (int(value) for value in indices.aminmax())
+    if low < 0 or high > num_experts:
+        raise ValueError(
+            f"topk_indices must lie in [0, {num_experts}] in {of} got values from {low} to {high}"
+        )
+    ordered = indices.sort(-1).values
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] < num_experts)).any(1)
+    if twice.any():
+        token = int(twice.nonzero()[0])
+        raise ValueError(
+            f"topk_indices must name an expert once in a row in {of} got {indices[token].tolist()} "
+            f"for token {token}"
+        )
 
 
 def _given_in_eager(layer: nn.Module, place: str, index: int, is_needed: bool) -> Given | None:

@@ -19,11 +19,11 @@ from cumo_model.model.recording import RoutingRecord, watch_routing
 RATE = 0.001  # of DeepSeek-V3 (arXiv 2412.19437, section 4.2)
 
 
-def biased_layers(model: nn.Module) -> dict[tuple[str, int], MoELayer]:
-    """The layers with a selection bias, by place and index, of which the gate is trained."""
+def biased_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """The layers with a selection bias of which the gate is trained, by their names in `model`."""
     return {
-        (module.place, module.layer): module
-        for module in model.modules()
+        name: module
+        for name, module in model.named_modules()
         if isinstance(module, MoELayer)
         and module.selection_bias is not None
         and any(parameter.requires_grad for parameter in module.gate.parameters())
@@ -49,13 +49,13 @@ class SelectionBiasCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self._block.close()  # of a step that failed
-        self._loads: dict[tuple[str, int], Tensor] = {}
+        self._loads: dict[int, Tensor] = {}  # by id of the layer, as several may have one place and index
         self._block = ExitStack()
         self._block.enter_context(watch_routing(self._add, of=model))
 
     @torch.no_grad()
-    def _add(self, record: RoutingRecord) -> None:
-        key = record.place, record.layer
+    def _add(self, record: RoutingRecord, layer: nn.Module) -> None:
+        key = id(layer)
         self._loads[key] = self._loads.get(key, 0) + record.chosen_per_expert.to(torch.int64)
 
     @torch.no_grad()
@@ -64,8 +64,9 @@ class SelectionBiasCallback(TrainerCallback):
         layers = biased_layers(model)
         if not layers:
             return
-        loads = [self._loads.get(key, torch.zeros_like(layer.selection_bias, dtype=torch.int64))
-                 for key, layer in layers.items()]  # fmt: skip
+        self._check_threads(args, model, layers)
+        loads = [self._loads.get(id(layer), torch.zeros_like(layer.selection_bias, dtype=torch.int64))
+                 for layer in layers.values()]  # fmt: skip
         device = next(iter(layers.values())).selection_bias.device
         whole = torch.cat([load.to(device) for load in loads])
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -73,6 +74,22 @@ class SelectionBiasCallback(TrainerCallback):
         parts = whole.split([load.shape[0] for load in loads])
         for layer, load in zip(layers.values(), parts, strict=True):
             update_selection_bias(layer.selection_bias, load.to(layer.selection_bias.device), self.rate)
+
+    def _check_threads(self, args, model: nn.Module, layers: dict[str, MoELayer]) -> None:
+        """Without records of any layer, nn.DataParallel has run them in threads that are not recorded.
+
+        Without nn.DataParallel that is a step in which no layer ran, such as one without pictures.
+        """
+        if any(id(layer) in self._loads for layer in layers.values()):
+            return
+        is_split = getattr(args, "n_gpu", 1) > 1  # so decides transformers' Trainer
+        is_split |= any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in model.modules())
+        if is_split:
+            raise ValueError(
+                "model must not be run by torch.nn.DataParallel, whose threads are not counted, with "
+                "selection biases (use torchrun, one process for each GPU), got no record of the layers "
+                f"{', '.join(layers)}"
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
         self._block.close()

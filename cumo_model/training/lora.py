@@ -1,8 +1,8 @@
 """LoRA stages: adapters of peft, parts that are trained without adapters, and the merged model.
 
 Connector and tower may be trained fully together with the adapters, as in LLaVA. peft saves adapters only,
-so a checkpoint has an additional file with these parameters. A finished stage saves one model with the
-adapters merged into its weights, from which the next stage can start.
+so a checkpoint has an additional file with these parameters and with the selection biases that move. A
+finished stage saves one model with the adapters merged into its weights, from which the next stage can start.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cumo_kernels import PackedWeight
 from cumo_model.model.moe import reads_adapters
 from cumo_model.model.quantizer import CumoQuantizer, packed_weights
+from cumo_model.training.balancing import biased_layers
 from cumo_model.training.recipe import LoraSection, ModelSection, Recipe, StageSection
 from cumo_model.training.start import start_model
 
@@ -78,11 +79,17 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def save_beside(model: nn.Module, state: dict[str, Tensor] | None, folder: str | os.PathLike) -> None:
-    """Save trained parameters that are no adapters; `state` is the full state dict if weights are sharded."""
+    """Save trained parameters that are no adapters, and the selection biases of layers whose gate is trained.
+
+    `state` is the full state dict if weights are sharded; biases, which are buffers, never are.
+    """
     names = [name for name, p in model.named_parameters() if p.requires_grad and ADAPTER not in name]
     state = model.state_dict() if state is None else state
-    if names:
-        save_file({name: state[name].detach().cpu().contiguous() for name in names}, Path(folder, BESIDE))
+    saved = {name: state[name] for name in names}
+    saved |= {f"{name}.selection_bias": layer.selection_bias for name, layer in biased_layers(model).items()}
+    if saved:
+        saved = {name: value.detach().cpu().contiguous() for name, value in saved.items()}
+        save_file(saved, Path(folder, BESIDE))
 
 
 @torch.no_grad()
@@ -90,9 +97,9 @@ def load_beside(model: nn.Module, folder: str | os.PathLike) -> None:
     """Load the file of `save_beside`, if there is one."""
     if not Path(folder, BESIDE).is_file():
         return
-    parameters = dict(model.named_parameters())
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in load_file(Path(folder, BESIDE)).items():
-        parameters[name].copy_(value)
+        own[name].copy_(value)
 
 
 def merged(recipe: Recipe, begin_with: ModelSection, folder: str | os.PathLike) -> nn.Module:

@@ -71,7 +71,9 @@ COUNTS = torch.zeros(4, dtype=torch.int32)
     [
         (([0.0] * 4, COUNTS), "bias must be a tensor, got list"),
         ((torch.zeros(2, 2), COUNTS), r"bias must be \(E,\), got \(2, 2\)"),
-        ((COUNTS, COUNTS), "bias must be float32, bfloat16, float16 or float64, got torch.int32"),
+        ((COUNTS, COUNTS), "bias must be float32 or float64, which hold small steps, got torch.int32"),
+        ((torch.zeros(4).bfloat16(), COUNTS), "bias must be float32 or float64, .*, got torch.bfloat16"),
+        ((torch.zeros(4).half(), COUNTS), "bias must be float32 or float64, .*, got torch.float16"),
         ((torch.zeros(4), [1, 2, 3, 4]), "tokens_per_expert must be a tensor, got list"),
         ((torch.zeros(3), COUNTS), r"tokens_per_expert must be \(3,\) or \(G, 3\) like bias, got \(4,\)"),
         ((torch.zeros(4), COUNTS[None, None]), r"tokens_per_expert must be \(4,\) or \(G, 4\) like bias"),

@@ -124,7 +124,26 @@ def test_the_choices_of_another_engine(tiny_model, tiny_batch):
             assert torch.equal(one.topk_indices, (other.topk_indices + 1) % 4)
 
 
-@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_the_records_of_generate_joined_are_those_of_one_pass(tiny_model, tiny_batch):
+    model, batch, parts = tiny_model(text="mixtral").eval(), tiny_batch(), {}
+    row = {"input_ids": batch["input_ids"][:1], "pixel_values": batch["pixel_values"][:1]}
+    with record_routing() as records:
+        ids = model.generate(**row, max_new_tokens=4, min_new_tokens=4, do_sample=True)
+    for record in records:
+        parts.setdefault((record.place, record.layer), []).append(record.topk_indices)
+    assert [len(calls) for (place, _), calls in parts.items() if place == "llm"] == [4, 4]
+    joined = [
+        {"place": place, "layer": layer, "topk_indices": torch.cat(calls)}
+        for (place, layer), calls in parts.items()
+    ]
+    change(model)
+    with replay_routing(joined), record_routing() as again:
+        model.train()(input_ids=ids[:, :-1], pixel_values=row["pixel_values"])
+    found = {(record.place, record.layer): record.topk_indices for record in again}
+    assert all(torch.equal(found[one["place"], one["layer"]], one["topk_indices"]) for one in joined)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64, torch.int8, torch.uint8, torch.int16])
 def test_tensors_are_taken_in_the_order_of_the_calls(kind):
     layers, x = [make(layer=i) for i in range(2)], torch.randn(3, H)
     given = [torch.tensor([[0, 1], [2, 3], [4, E]], dtype=kind), torch.tensor([[5, 4]] * 3, dtype=kind)]
@@ -345,6 +364,45 @@ def test_a_compiled_layer_replays_in_one_graph(router):
     assert torch.equal(again[0].topk_indices, others[0].int())
 
 
+def test_checkpointing_inside_a_compiled_function_replays_also_after_the_block():
+    layers, x = torch.nn.ModuleList([make(layer=i) for i in range(2)]), torch.randn(T, H)
+    given = [torch.stack([torch.randperm(E)[:K] for _ in range(T)]) for _ in layers]
+
+    def whole(x, run):
+        for layer in layers:
+            x = run(layer)(x)
+        return x
+
+    def gradients(run):
+        layers.zero_grad()
+        with replay_routing(given):
+            out = run(y := x.clone().requires_grad_())
+        out.square().sum().backward()
+        return [out, y.grad, *(p.grad for p in layers.parameters())]
+
+    wanted = gradients(lambda x: whole(x, lambda layer: layer))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: whole(x, rematerialised), backend="aot_eager")
+    for _ in range(2):
+        equal(gradients(compiled), wanted)
+
+
+@pytest.mark.parametrize("way", [True, False], ids=["reentrant", "frame"])
+@pytest.mark.parametrize("was_compiled_before", [False, True])
+def test_a_compiled_layer_inside_checkpointing_is_refused(way, was_compiled_before):
+    """Its recomputation would choose experts by itself, without an error."""
+    layer, x = make(layer=3), torch.randn(T, H, requires_grad=True)
+    torch._dynamo.reset()
+    compiled, given = torch.compile(layer, backend="aot_eager"), [torch.tensor([[0, 1]] * T)]
+    if was_compiled_before:
+        with replay_routing(given):
+            compiled(x).sum().backward()
+    message = r"torch.compile must be around activation checkpointing.*: got a compiled layer 3 of 'llm' that"
+    with pytest.raises(ValueError, match=message), replay_routing(given):
+        checkpoint(compiled, x, use_reentrant=way)
+    checkpoint(compiled, x, use_reentrant=way).sum().backward()  # without a replay there is nothing to lose
+
+
 # errors
 
 
@@ -396,10 +454,20 @@ def test_records_of_other_sizes_are_named():
     ):
         with pytest.raises(ValueError, match=message), replay_routing(records):
             call()
-    with pytest.raises(ValueError, match=r"topk_indices must"), replay_routing([torch.full((T, K), E + 1)]):
-        layer(x)
+    for wrong, message in (
+        (torch.full((T, K), E + 1), r"lie in \[0, 6\] in records\[1\], of layer 0 of 'llm', got .* 7 to 7"),
+        (torch.full((T, K), -1), r"lie in \[0, 6\] in records\[1\], of layer 0 of 'llm', got .* -1 to -1"),
+        (torch.tensor([[0, 1]] * 3 + [[2, 2]] * (T - 3)),
+         r"once in a row in records\[1\], of layer 0 of 'llm', got \[2, 2\] for token 3"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"topk_indices must .*{message}"):
+            with replay_routing([torch.full((T, K), E), wrong]):  # all slots of the first are dropped
+                layer(x), layer(x)
     with pytest.raises(ValueError, match=r"compat must be None"), replay_routing([records[0].topk_indices]):
         MoELayer(H, 5, E, K, "gelu", compat="cumo", place="llm")(x)
+
+
+NAMED = {"place": "llm", "layer": 0, "topk_indices": torch.zeros(2, 2).int()}
 
 
 @pytest.mark.parametrize(
@@ -414,6 +482,9 @@ def test_records_of_other_sizes_are_named():
         ),
         ([torch.zeros(2, dtype=torch.int32)], r"records must have \(T, K\) int32 or int64 .*, got \(2,\)"),
         ([{"place": "llm", "layer": 0}], r"records must be dicts with place, layer, topk_indices, got keys"),
+        ([{"place": "llm", 0: 0}], r"records must be dicts with .*, got keys \['place', 0\]"),
+        ([{**NAMED, "place": ["llm"]}], r"records\[0\] must have a string as place, got list"),
+        ([NAMED, {**NAMED, "layer": 0.0}], r"layer of records\[1\] must be an int, got 0.0"),
         (
             [torch.zeros(2, 2).int(), {"place": "llm", "layer": 0, "topk_indices": torch.zeros(2, 2).int()}],
             r"records must all name their layers or none of them, got both",

@@ -114,6 +114,31 @@ def test_compat_refuses_all_but_the_defaults(tiny_config):
     assert tiny_config(compat="cumo", router={}).router is None
 
 
+def test_a_tower_with_other_routers_is_refused(tiny_config):
+    """Neither may be dropped; {} are the defaults, asked for."""
+    tower = tiny_config().vision_config.to_dict()
+    for own, of_tower in ((LOSS_FREE, NOISY), ({}, NOISY), (LOSS_FREE, {})):
+        with pytest.raises(ValueError, match=r"router must be that of vision_config, .*router=.*{") as error:
+            CumoConfig(router=own, vision_config={**tower, "router": of_tower})
+        assert str(own) in str(error.value) and f"vision_config.router={of_tower}" in str(error.value)
+    config = CumoConfig(router=LOSS_FREE, vision_config={**tower, "router": {**LOSS_FREE, "scale": 1}})
+    assert config.router == config.vision_config.router == LOSS_FREE
+    again = CumoConfig.from_dict(config.to_dict())
+    assert again.router == again.vision_config.router == LOSS_FREE
+
+
+def test_a_noise_weight_that_is_not_finite_is_named():
+    layer = MoELayer(H, 5, E, K, "gelu", router=NOISY)
+    with torch.no_grad():
+        layer.noise_gate.weight[1] = torch.nan
+    for mode in (True, False):
+        with pytest.raises(ValueError, match=r"noise_weight must be finite .*, got NaN .* for expert 1"):
+            layer.train(mode)(torch.randn(3, H))
+    layer = MoELayer(H, 5, E, K, "gelu", router=NOISY)
+    with pytest.raises(ValueError, match=r"logits must"):  # not those of the noise
+        layer(torch.full((3, H), torch.nan))
+
+
 # layer
 
 
@@ -350,6 +375,13 @@ def test_upcycling_keeps_the_routers_that_are_there(tiny_model):
     assert upcycle(model, 0, 4, router=LOSS_FREE).config.router == LOSS_FREE
     with pytest.raises(ValueError, match=r"router must be .*sigmoid.*, that of the experts that are there"):
         upcycle(model, 0, 4, router=NOISY)
+
+
+def test_upcycling_gives_a_dense_model_other_routers_than_its_config_has(tiny_model):
+    dense = tiny_model(vision_experts=1, projector_num_experts=1, router=LOSS_FREE)
+    for router in (NOISY, {}):
+        made = upcycle(dense, router=router).config
+        assert CumoConfig.from_dict(made.to_dict()).router == (router or None) == made.vision_config.router
 
 
 def test_upcycling_refuses_options_that_do_not_fit(tiny_model):

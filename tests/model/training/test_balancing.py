@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 from cumo_model import MoELayer, record_routing
 from cumo_model.training import balancing
 from cumo_model.training.balancing import SelectionBiasCallback, biased_layers
+from cumo_model.training.lora import BESIDE
 from cumo_model.training.recipe import load_recipe
 from cumo_model.training.recover import Interrupted
 from cumo_model.training.run_folder import checkpoints
@@ -18,6 +19,7 @@ from tests.model.training.small_runs import write_recipe
 from tests.model.training.test_recover import StopAt, same_result
 
 LOSS_FREE = {"score": "sigmoid", "selection_bias": True}
+RATE = 2**-10  # exact; a large step is taken back by the next one, and a bias is 0 after two
 EVENTS = (SimpleNamespace(), SimpleNamespace(), SimpleNamespace())  # args, state, control: not read
 
 
@@ -61,7 +63,8 @@ def test_any_trainer_moves_the_biases_by_the_load_of_each_whole_step(
     trainer.train()
     assert len(trainer.loads) == 4 and len(biased_layers(model)) == 6
     moved = 0
-    for key, layer in biased_layers(model).items():
+    for layer in biased_layers(model).values():
+        key = layer.place, layer.layer
         wanted = torch.zeros(4)
         for step in (0, 2):
             load = trainer.loads[step][key] + trainer.loads[step + 1][key]
@@ -131,6 +134,44 @@ def test_a_step_that_failed_leaves_nothing_to_the_next():
     assert not layer.selection_bias.any()
 
 
+def test_layers_of_one_place_and_index_have_each_its_own_load():
+    """Those that a model of somebody else makes without naming them; one is frozen."""
+    model = torch.nn.ModuleList(MoELayer(8, 6, 4, 1, "gelu", router=LOSS_FREE) for _ in range(3))
+    model[1].gate.requires_grad_(False)
+    callback, inputs = SelectionBiasCallback(1.0), [torch.randn(n, 8) for n in (9, 40, 7)]
+    callback.on_step_begin(*EVENTS, model=model)
+    with record_routing() as records:
+        for layer, x in zip(model, inputs, strict=True):
+            layer(x)
+    callback.on_optimizer_step(*EVENTS, model=model)
+    for i in (0, 2):
+        load = records[i].tokens_per_expert
+        assert torch.equal(model[i].selection_bias, (load.float().mean() - load).sign())
+    assert not model[1].selection_bias.any()
+
+
+def test_a_step_that_data_parallel_ran_is_refused_and_one_without_pictures_is_not():
+    """The threads of nn.DataParallel record nothing; without it, nothing ran."""
+    model = torch.nn.ModuleDict({"a": MoELayer(8, 6, 4, 1, "gelu", router=LOSS_FREE)})
+    callback = SelectionBiasCallback(1.0)
+    split = SimpleNamespace(n_gpu=2), *EVENTS[1:]
+    wrapped = torch.nn.ModuleDict({"d": torch.nn.DataParallel(model["a"])})
+    for events, made in ((split, model), (EVENTS, wrapped)):
+        if made is wrapped:
+            wrapped["d"].device_ids = [0, 1]  # of two GPUs
+        callback.on_step_begin(*events, model=made)
+        with pytest.raises(
+            ValueError, match=r"torch.nn.DataParallel, whose .* torchrun.*, got no .* layers "
+        ):
+            callback.on_optimizer_step(*events, model=made)
+    callback.on_step_begin(*EVENTS, model=model)
+    callback.on_optimizer_step(*EVENTS, model=model)
+    model["a"].gate.requires_grad_(False)  # nothing to move
+    callback.on_step_begin(*split, model=model)
+    callback.on_optimizer_step(*split, model=model)
+    assert not model["a"].selection_bias.any()
+
+
 def test_the_host_reads_no_value():
     """A meta tensor has none."""
     layer, callback = MoELayer(8, 6, 4, 2, "gelu", router=LOSS_FREE).to("meta"), SelectionBiasCallback()
@@ -153,7 +194,7 @@ def test_a_wrong_rate_is_named(rate):
 def test_a_resumed_run_has_the_bits_of_a_whole_one(folder, router):
     changes = {"model__router": router, "trainer__save_total_limit": 9}
     if router is LOSS_FREE:
-        changes |= {"stage__selection_bias_rate": 0.25, "stage__balance_loss_coef": 0.0}
+        changes |= {"stage__selection_bias_rate": RATE, "stage__balance_loss_coef": 0.0}
     whole = run_recipe(load_recipe(write_recipe(folder, "whole", **changes)))
     recipe = load_recipe(write_recipe(folder, "cut", **changes))
     with pytest.raises(Interrupted):
@@ -167,7 +208,29 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(folder, router):
     assert all(any(state[key].any() for state in states) for key in own)
     if router is LOSS_FREE:
         moved = torch.cat([states[0][key] for key in own]).abs()
-        assert set(moved.tolist()) <= {0.0, 0.25, 0.5}  # after two steps
+        assert set(moved.tolist()) <= {0.0, RATE, 2 * RATE}  # after two steps
+
+
+@pytest.mark.slow
+def test_a_lora_stage_keeps_the_biases_of_the_gates_that_it_trains(folder):
+    """In checkpoints, in a resumed run and in the merged result; the frozen gates' stay zero."""
+    pytest.importorskip("peft")
+    lora = {"r": 2, "alpha": 4, "dropout": 0.1, "target_parameters": ["experts.down_proj"]}
+    changes = {"model__router": LOSS_FREE, "trainer__save_total_limit": 9, "stage__selection_bias_rate": RATE,
+               "stage__lora": lora, "stage__trains": ["projector", "language"]}  # fmt: skip
+    whole = run_recipe(load_recipe(write_recipe(folder, "whole", **changes)))
+    recipe = load_recipe(write_recipe(folder, "cut", **changes))
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, [StopAt(3).callback])
+    run_recipe(recipe)
+    same_result(whole.parent, folder / "cut")
+    last = load_file(checkpoints(whole.parent)[-1] / BESIDE)
+    (name,) = (key for key in last if key.endswith("selection_bias"))
+    state = load_file(whole / "model.safetensors")
+    found = {key: bias for key, bias in state.items() if key.endswith("selection_bias")}
+    own = name.removeprefix("base_model.model.")
+    assert "projector" in own and last[name].any() and torch.equal(found.pop(own), last[name])
+    assert len(found) == 5 and not any(bias.any() for bias in found.values())
 
 
 def test_a_recipe_gives_the_rate_and_the_usual_one_is_a_thousandth(folder):
