@@ -232,7 +232,10 @@ WRONG = [
     ({"scale": "2"}, "scale must be a number, got '2'"),
     ({"selection_bias": torch.zeros(7)}, "selection_bias must be (8,), got (7,)"),
     ({"selection_bias": torch.zeros(8, dtype=torch.int32)}, "selection_bias must be float32"),
-    ({"selection_bias": torch.full((8,), math.nan)}, "selection_bias must be finite in torch.float32, got [nan"),
+    (
+        {"selection_bias": torch.full((8,), math.nan)},
+        "selection_bias must be finite in torch.float32, got [nan",
+    ),
     ({"selection_bias": 0.5}, "selection_bias must be a tensor or None, got float"),
     ({"score": "sigmoid", "compat": "cumo"}, "compat must be None unless a plain softmax chooses and weighs"),
 ]
