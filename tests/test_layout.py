@@ -139,6 +139,7 @@ ARROWS = {
         f"{KERNELS}.ops*",
         f"{KERNELS}.tracing",
     ),
+    "cumo_model.model.replay": ("cumo_model.*", KERNELS, f"{KERNELS}.hostsync", f"{KERNELS}.ops*"),
     "cumo_model.model.routers": ("cumo_model.*", f"{KERNELS}.ops*"),
     "cumo_model.model.indexes": ("cumo_model.*", f"{KERNELS}.files"),
     **{
