@@ -51,6 +51,7 @@ ARROWS = {
     ),
     f"{TILES}.*": (
         f"{TILES}.*",
+        f"{KERNELS}.activations",
         f"{KERNELS}.backends.triton*",
         f"{KERNELS}.packing.formats",
     ),  # tools: tune, codegen
@@ -139,6 +140,7 @@ ARROWS = {
         f"{KERNELS}.ops*",
         f"{KERNELS}.tracing",
     ),
+    "cumo_model.model.replay": ("cumo_model.*", KERNELS, f"{KERNELS}.hostsync", f"{KERNELS}.ops*"),
     "cumo_model.model.routers": ("cumo_model.*", f"{KERNELS}.ops*"),
     "cumo_model.model.indexes": ("cumo_model.*", f"{KERNELS}.files"),
     **{

@@ -103,6 +103,8 @@ def upcycled_config(
             f"noise must be finite and not negative and drop must lie in [0, 1], got {noise} and {drop}"
         )
     config = copy.deepcopy(dense)
+    if router is not None:
+        config.router = config.vision_config.router = router_of(dense, router)
     chosen = {
         "vision_experts": (vision_experts, top_k if vision_top_k is None else vision_top_k),
         "projector_experts": (projector_experts, top_k if projector_top_k is None else projector_top_k),
@@ -123,8 +125,6 @@ def upcycled_config(
     if text_experts > 1:
         _check_dense("text_experts", text_experts, config.text_config.model_type == "mixtral")
         config.text_config = _mixtral_config(config.text_config, *chosen["text_experts"])
-    if router is not None:
-        config.router = config.vision_config.router = router_of(dense, router)
     check_routers(config)
     return config
 

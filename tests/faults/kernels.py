@@ -81,7 +81,7 @@ FAULTS = (
           "row_mask = tiles <= last_tile", "row_mask = tiles < tl.maximum(last_tile, first_tile + 1)", "routing",
           "ragged"),
     Fault("a group closed by the program before its last", TRITON + "routing.py",
-          "if arrived == last_tile - first_tile:", "if arrived == tl.maximum(last_tile - first_tile - 1, 0):",
+          "if (arrived == last_tile - first_tile) &", "if (arrived == tl.maximum(last_tile - first_tile - 1, 0)) &",
           "routing", "ragged"),
     Fault("group found one token late", TRITON + "routing_backward.py",
           "group = count_below(group_offsets_ptr, tokens + 1, G + 1, steps) - 1",

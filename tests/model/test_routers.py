@@ -375,6 +375,8 @@ def test_upcycling_keeps_the_routers_that_are_there(tiny_model):
     assert upcycle(model, 0, 4, router=LOSS_FREE).config.router == LOSS_FREE
     with pytest.raises(ValueError, match=r"router must be .*sigmoid.*, that of the experts that are there"):
         upcycle(model, 0, 4, router=NOISY)
+    with pytest.raises(ValueError, match=r"router must be .*sigmoid"):  # before the number of experts
+        upcycle(model, router=NOISY)
 
 
 def test_upcycling_gives_a_dense_model_other_routers_than_its_config_has(tiny_model):

@@ -118,7 +118,6 @@ def test_only_the_step_counts_and_only_the_layers_of_the_model_with_a_trained_ga
         layer(torch.cat([x, x + 3]))
     callback.on_optimizer_step(*EVENTS, model=model)
     first = model[0].selection_bias.clone()
-    load = model[0].route(torch.cat([x, x + 3])).tokens_per_expert
     model[0].selection_bias.zero_()
     load = model[0].route(torch.cat([x, x + 3])).tokens_per_expert
     assert torch.equal(first, (load.float().mean() - load).sign()) and first.any()
