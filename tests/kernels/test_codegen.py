@@ -110,7 +110,6 @@ def test_a_tile_too_large_for_its_warps_is_reported():
     assert any("spills" in problem for problem in report.problems), report
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "dtype"), [("experts-384", "bf16"), ("many", "fp32")])
 def test_scores_of_hundreds_of_experts_do_not_spill_on_ampere(shape, dtype):
     """The widest tiles of `router_tiles`, of which four warps spilled two registers on sm_80."""
