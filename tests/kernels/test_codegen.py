@@ -110,6 +110,17 @@ def test_a_tile_too_large_for_its_warps_is_reported():
     assert any("spills" in problem for problem in report.problems), report
 
 
+@pytest.mark.parametrize(("shape", "dtype"), [("experts-384", "bf16"), ("many", "fp32")])
+def test_scores_of_hundreds_of_experts_do_not_spill_on_ampere(shape, dtype):
+    """The widest tiles of `router_tiles`, of which four warps spilled two registers on sm_80."""
+    with codegen.compiling(hardware.find("nvidia_a100")) as launched:
+        for name, call in codegen.calls(shape, 4096, codegen.DTYPES[dtype]):
+            if name == "route by scores":
+                call()
+    routes = [report for report, _ in launched if report.kernel == "_route_kernel"]
+    assert [report.problems for report in routes] == [[]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "sorted_rows"), [(4104, True), (4104, False), (4100, False)])
 def test_a_width_with_a_partial_tile_does_not_spill(width, sorted_rows):

@@ -191,8 +191,9 @@ def router_tiles(
         # 32 values per thread spill registers
         block_t = 4 if block_e > 256 else max(8, min(128, 1024 // block_e))
         tile = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_H": 16}
-        # with four warps the assembler spills two registers on sm_120
-        num_warps = max(8 if gpu.capability >= 120 else 4, block_t * block_e // 512)
+        # with four warps the assembler spills two registers on sm_120, and on sm_80 from 256 experts on
+        wide = gpu.capability >= 120 or (gpu.capability < 90 and block_e >= 256)
+        num_warps = max(8 if wide else 4, block_t * block_e // 512)
         return {"E": num_experts, **tile, "HAS_GATE": False, "num_warps": num_warps}
     is_fp32 = dtype == torch.float32
     block_e = max(16, block_e)  # the minimum width of a tensor-core tile
