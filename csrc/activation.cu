@@ -38,6 +38,7 @@ __device__ __forceinline__ Vec<T, kVec> load_halves(const T* x, int64_t row, int
   if (gated && activation.interleaved) {
     const T* pairs = x + 2 * (row * I + col);
     Vec<T, kVec> gate;
+#pragma unroll
     for (int i = 0; i < kVec; ++i) gate.item[i] = pairs[2 * i], up.item[i] = pairs[2 * i + 1];
     return gate;
   }
@@ -53,6 +54,7 @@ __global__ void activate_kernel(const T* x, int64_t rows, int64_t I, Act activat
   if (!place<kVec>(rows, I, row, col)) return;
   Vec<T, kVec> up{};
   auto z = load_halves<T, kVec>(x, row, col, I, activation, gated, up);
+#pragma unroll
   for (int i = 0; i < kVec; ++i) {
     const float value = act(to_float(z.item[i]), activation);
     z.item[i] = from_float<T>(gated ? value * up_and_grad(to_float(up.item[i]), activation).value : value);
@@ -69,7 +71,8 @@ __global__ void activate_backward_kernel(const T* grad, const T* x, int64_t rows
   const auto g = load<T, kVec>(grad + row * I + col);
   Vec<T, kVec> up{};
   auto z = load_halves<T, kVec>(x, row, col, I, activation, gated, up);
-  for (int i = 0; i < kVec; ++i) {
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {  // as a loop its items would lie on the stack
     const ActAndGrad a = act_and_grad(to_float(z.item[i]), activation);
     const float upstream = to_float(g.item[i]);
     const ActAndGrad linear = gated ? up_and_grad(to_float(up.item[i]), activation) : ActAndGrad{1.0f, 1.0f};
@@ -78,6 +81,7 @@ __global__ void activate_backward_kernel(const T* grad, const T* x, int64_t rows
   }
   if (gated && activation.interleaved) {
     T* pairs = dx + 2 * (row * I + col);
+#pragma unroll
     for (int i = 0; i < kVec; ++i) pairs[2 * i] = z.item[i], pairs[2 * i + 1] = up.item[i];
     return;
   }
