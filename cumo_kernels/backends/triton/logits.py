@@ -190,6 +190,8 @@ def router_tiles(
     if not has_gate:
         # 32 values per thread spill registers
         block_t = 4 if block_e > 256 else max(8, min(128, 1024 // block_e))
+        if gpu.capability >= 120 and 256 <= block_e <= 512:  # nor has the assembler room for 16 there
+            block_t //= 2
         tile = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_H": 16}
         # with four warps the assembler spills two registers on sm_120, and on sm_80 from 256 experts on
         wide = gpu.capability >= 120 or (gpu.capability < 90 and block_e >= 256)
