@@ -186,10 +186,10 @@ class CumoConfig(RemoteCodeMixin, PreTrainedConfig):
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
             setattr(self, name, value)
         self._check()
+        check_routers(self)
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
-        check_routers(self)
         check_experts("projector_num_experts", self.projector_num_experts, self.projector_num_experts_per_tok)
         if not self.scales or any(scale < 1 for scale in self.scales):
             raise ValueError(f"scales must be one or more positive integers, got {list(self.scales)}")

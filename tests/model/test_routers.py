@@ -91,7 +91,7 @@ def test_options_come_to_the_tower_and_back(tiny_config, tmp_path):
         ),
         ({"top_groups": 2}, "router.top_groups must be at most the 1 expert_groups, got 2"),
         ({"group_score": "sum"}, "router.group_score must be one of .*, got 'sum'"),
-        ({"scale": 0}, "router.scale must be between 1e-30 and 1e+30, got 0"),
+        ({"scale": 0}, "router.scale must be between 1e-30 and 1e.30, got 0"),
         ({"capacity_factor": 0}, "router.capacity_factor must be finite and above 0, got 0"),
         ({"capacity_factor": "1"}, "router.capacity_factor must be a number or None, got '1'"),
         ({"drop": "weight"}, "router.drop must be left out without router.capacity_factor, got 'weight'"),
