@@ -14,9 +14,8 @@ _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as int64
 _FIRST = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _SECOND = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 _BITS = 23  # of a number: (k + 1/2) / 2**23 is exact in fp32
-_STEP = (
-    2.0**20
-)  # normal numbers are multiples of 1 / _STEP, so that the last digits of a device are rounded off
+# normal numbers are multiples of 1 / _STEP, so that the last digits of a device are rounded off
+_STEP = 2.0**20
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:

@@ -1,7 +1,5 @@
 """route: from router logits to a routing plan with the statistics the auxiliary losses need."""
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,6 +27,7 @@ from cumo_kernels.ops.checks import (
 )
 from cumo_kernels.ops.define import define
 from cumo_kernels.ops.forward_mode import refuse_forward_mode
+from cumo_kernels.ops.gate import backward_flops, empty_gradients, empty_plan, flops
 from cumo_kernels.ops.noise import check_seed, check_share, jittered
 from cumo_kernels.ops.scores import check_given, check_scoring, check_selection_bias, scored_route
 from cumo_kernels.types import RouterStats, Routing, Scoring, accumulate_dtype
@@ -56,15 +55,7 @@ def _route(
 
 @_route.register_fake
 def _(x, gate_weight, group_offsets, num_groups, top_k, renormalize, compat, backend):
-    num_tokens, num_experts = x.shape[0], (x.shape[1] if gate_weight is None else gate_weight.shape[0])
-    wide = accumulate_dtype(x.dtype)
-    return (
-        x.new_empty(num_tokens, top_k, dtype=wide),
-        x.new_empty(num_tokens, top_k, dtype=torch.int32),
-        x.new_empty(num_groups, num_experts, dtype=wide),
-        x.new_empty(num_groups, num_experts, dtype=wide),
-        x.new_empty(num_groups, dtype=wide),
-    )
+    return empty_plan(x, gate_weight, num_groups, top_k)
 
 
 @define("cumo::route_backward")
@@ -100,7 +91,7 @@ def _(
     grad_weights, grad_mean_probs, grad_z, x, gate_weight, topk_indices, group_offsets, renormalize, need_x,
     need_gate, backend,
 ):  # fmt: skip
-    return x.new_empty(x.shape if need_x else 0), x.new_empty(gate_weight.shape if need_gate else 0)
+    return empty_gradients(x, gate_weight, need_x, need_gate)
 
 
 def _save(ctx, inputs, output):
@@ -132,17 +123,8 @@ def _backward(ctx, grad_weights, _indices, grad_mean_probs, _density, grad_z):
 _route.register_autograd(_backward, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.cumo.route)
-def _flops(x, gate_weight, *shapes, out_shape=None, **kwargs):
-    """2 * T * E * H for the gate; the rest is not a GEMM."""
-    return 2 * math.prod(x) * gate_weight[0] if gate_weight is not None else 0
-
-
-@register_flop_formula(torch.ops.cumo.route_backward)
-def _flops_backward(*shapes, out_shape=None, **kwargs):
-    """The needed gradients of the gate's GEMM; the recomputed logits are not counted."""
-    need_x, need_gate = shapes[8:10]
-    return (need_x + need_gate) * _flops(*shapes[3:5])
+register_flop_formula(torch.ops.cumo.route)(flops)
+register_flop_formula(torch.ops.cumo.route_backward)(backward_flops)
 
 
 @define("cumo::sort_by_expert")

@@ -3,7 +3,6 @@
 An op of its own, so that a backend without it refuses these calls only, and is verified for them apart.
 """
 
-import math
 import numbers
 
 import torch
@@ -22,6 +21,7 @@ from cumo_kernels.ops.checks import (
     shown,
 )
 from cumo_kernels.ops.define import define
+from cumo_kernels.ops.gate import backward_flops, empty_gradients, empty_plan, flops
 from cumo_kernels.types import GROUP_SCORES, SCORES, Scoring, accumulate_dtype
 
 LIMITS = 1e-30, 1e30  # of `scale`
@@ -50,15 +50,7 @@ def _(
     x, gate_weight, selection_bias, group_offsets, num_groups, top_k, renormalize, scoring, topk_indices,
     backend,
 ):  # fmt: skip
-    num_tokens, num_experts = x.shape[0], (x.shape[1] if gate_weight is None else gate_weight.shape[0])
-    wide = accumulate_dtype(x.dtype)
-    return (
-        x.new_empty(num_tokens, top_k, dtype=wide),
-        x.new_empty(num_tokens, top_k, dtype=torch.int32),
-        x.new_empty(num_groups, num_experts, dtype=wide),
-        x.new_empty(num_groups, num_experts, dtype=wide),
-        x.new_empty(num_groups, dtype=wide),
-    )
+    return empty_plan(x, gate_weight, num_groups, top_k)
 
 
 @define("cumo::scored_route_backward")
@@ -96,7 +88,7 @@ def _(
     grad_weights, grad_mean_probs, grad_z, x, gate_weight, topk_indices, group_offsets, renormalize, need_x,
     need_gate, scoring, backend,
 ):  # fmt: skip
-    return x.new_empty(x.shape if need_x else 0), x.new_empty(gate_weight.shape if need_gate else 0)
+    return empty_gradients(x, gate_weight, need_x, need_gate)
 
 
 def _save(ctx, inputs, output):
@@ -119,17 +111,8 @@ def _backward(ctx, grad_weights, _indices, grad_mean_probs, _density, grad_z):
 scored_route.register_autograd(_backward, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.cumo.scored_route)
-def _flops(x, gate_weight, *shapes, out_shape=None, **kwargs):
-    """2 * T * E * H for the gate; the rest is not a GEMM."""
-    return 2 * math.prod(x) * gate_weight[0] if gate_weight is not None else 0
-
-
-@register_flop_formula(torch.ops.cumo.scored_route_backward)
-def _flops_backward(*shapes, out_shape=None, **kwargs):
-    """The needed gradients of the gate's GEMM; the recomputed logits are not counted."""
-    need_x, need_gate = shapes[8:10]
-    return (need_x + need_gate) * _flops(*shapes[3:5])
+register_flop_formula(torch.ops.cumo.scored_route)(flops)
+register_flop_formula(torch.ops.cumo.scored_route_backward)(backward_flops)
 
 
 def check_scoring(

@@ -116,6 +116,8 @@ def in_order(returned):
 def test_every_router_of_transformers_is_known():
     assert not set(FORWARDS) & set(REFUSED)
     assert not MODULES.keys() - FORWARDS.keys() - REFUSED.keys() - {"GraniteDoclingDensityRouter"}  # of tiles
+    if transformers.__version__.startswith("5.24."):  # the newest: no name is wrong, which others would skip
+        assert FORWARDS.keys() | REFUSED.keys() <= MODULES.keys()
 
 
 @pytest.mark.parametrize("name, other", ROWS)
