@@ -8,6 +8,7 @@ from torch.nn.functional import softplus
 
 from cumo_kernels.hostsync import values_at_hand
 from cumo_kernels.ops.checks import check_device, check_float, check_shape, check_top_k
+from cumo_kernels.ops.forward_mode import refuse_forward_mode
 from cumo_kernels.ops.noise import check_seed, check_share, normal, uniform
 from cumo_kernels.ops.routing import route, routing_from_topk
 from cumo_kernels.types import Routing, accumulate_dtype
@@ -59,6 +60,7 @@ def noisy_top_k(
         if weight.dtype != x.dtype:
             raise ValueError(f"{name} must be {x.dtype} like x, got {weight.dtype}")
     check_shape("noise_weight", noise_weight, *gate_weight.shape)
+    refuse_forward_mode("noisy_top_k", x, gate_weight, noise_weight)
     if values_at_hand(noise_weight) and not noise_weight.isfinite().all():
         expert = int((~noise_weight.detach().isfinite()).any(1).nonzero()[0])
         raise ValueError(f"noise_weight must be finite, got NaN or infinity for expert {expert}")
@@ -136,6 +138,7 @@ def sparsemixer(logits: Tensor, *, jitter: float = 0.01, seed: int | Tensor | No
     if logits.shape[1] < 2:
         raise ValueError(f"logits must have at least two experts, got {tuple(logits.shape)}")
     check_share("jitter", jitter)
+    refuse_forward_mode("sparsemixer", logits)
     seed = None if seed is None else check_seed(seed)
     scores = logits.to(accumulate_dtype(logits.dtype))
     left, weights, chosen = scores, [], []

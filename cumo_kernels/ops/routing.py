@@ -313,6 +313,7 @@ def with_capacity(routing: Routing, capacity: int, drop: str = "position") -> Ro
     check_routing("routing", routing)
     capacity = check_count("capacity", capacity)
     check_choice("drop", drop, DROPS)
+    refuse_forward_mode("with_capacity", routing.topk_weights)
     kept = within(routing, capacity, drop)
     indices = torch.where(kept, routing.topk_indices, routing.num_experts)
     weights = torch.where(kept, routing.topk_weights, 0.0)

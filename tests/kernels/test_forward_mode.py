@@ -17,11 +17,14 @@ from cumo_kernels import (
     combine,
     expert_mlp,
     grouped_gemm,
+    noisy_top_k,
     pack,
     permute,
     route,
     routing_from_topk,
+    sparsemixer,
     use_backend,
+    with_capacity,
 )
 from cumo_kernels.testing import make_routing
 
@@ -42,6 +45,11 @@ def statistics(x, gate):
     return routing.topk_weights.sum() + routing.stats.mean_squared_logsumexp.sum()
 
 
+def noisy(x, gate, noise):
+    found = noisy_top_k(x, K, gate, noise, seed=1)
+    return found.routing.topk_weights.sum() + found.importance_loss + found.load_loss
+
+
 def with_weights(weights):
     """PLAN with other weights; routing_from_topk would refuse a tangent itself."""
     return replace(PLAN, topk_weights=weights)
@@ -51,6 +59,13 @@ CALLS = {  # the op named in the error -> its function of differentiable argumen
     "route": (lambda x: route(x, K).topk_weights, [(T, E)]),
     "route-gate": (statistics, [(T, H), (E, H)]),
     "route-compat": (lambda x: route(x, K, compat="cumo").topk_weights, [(T, E)]),
+    "scored_route": (
+        lambda x, gate: route(x, K, gate, score="sigmoid", selection_bias=torch.ones(E)).topk_weights,
+        [(T, H), (E, H)],
+    ),
+    "noisy_top_k": (noisy, [(T, H), (E, H), (E, H)]),
+    "sparsemixer": (lambda x: sparsemixer(x, seed=1).topk_weights, [(T, E)]),
+    "with_capacity": (lambda w: with_capacity(with_weights(w), 2, "weight").topk_weights, [(T, K)]),
     "routing_from_topk": (lambda w: routing_from_topk(w, PLAN.topk_indices, E).topk_weights, [(T, K)]),
     "permute": (lambda x: permute(x, PLAN), [(T, H)]),
     "combine": (lambda rows, w: combine(rows, with_weights(w)), [(T * K, H), (T, K)]),

@@ -74,7 +74,7 @@ def is_text(line: ast.Expr) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_kernel_waits_before_it_touches_memory_and_then_lets_the_next_one_start():
-    found = compiled("1", "nvidia_h100", [], {"clip": [577, 4616], "llm": [64]})
+    found = compiled("1", "nvidia_h100", [], {"clip": [577, 4616], "llm": [64], "many": [4096]})
     assert {name for name, *_ in found} == KERNELS.keys()
     assert {tuple(rest) for _, *rest in found} == {(1, 1, "griddepcontrol.wait", True)}
 
