@@ -174,7 +174,8 @@ def act_and_grad(z, NAME: tl.constexpr):
         return z * s, s + z * ds * SQRT_8_OVER_PI * (1.0 + z * (3.0 * GELU_CUBIC) * z)
     elif KIND == "relu" or KIND == "reglu":
         # not max(z, 0), which would turn NaN into 0
-        return tl.where(z <= 0.0, 0.0, z), tl.where(z > 0.0, 1.0, 0.0)
+        value = tl.where(z <= 0.0, 0.0, z)
+        return value, tl.where(value > 0.0, 1.0, 0.0)
     elif KIND == "relu2":
         r = tl.where(z <= 0.0, 0.0, z)
         return r * r, r * 2.0
