@@ -7,6 +7,7 @@ once. torchrun starts Python itself, so tests of torchrun use torchrun (tests/mo
 
 import atexit
 import contextlib
+import faulthandler
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -17,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -38,6 +39,7 @@ def _become(argv: Sequence[str], environment: dict[str, str], out: str) -> None:
     for standard in (1, 2):
         os.dup2(stream, standard)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.enable(stream)  # for `wait_until`
     import torch
 
     torch.set_num_threads(1)
@@ -131,6 +133,29 @@ def kill(process: subprocess.Popen | Forked) -> None:
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
+
+
+def wait_until(
+    process: subprocess.Popen | Forked, holds: Callable[[], bool], out: Path, seconds: float = 200
+) -> None:
+    """Wait until `holds`, while the process runs; else fail with what it printed to `out`.
+
+    A process that is late is aborted, so that its stacks are part of the message if it prints them
+    (PYTHONFAULTHANDLER=1).
+    """
+    end = time.monotonic() + seconds
+    while not holds():
+        code = process.poll()
+        if code is None and time.monotonic() < end:
+            time.sleep(0.005)
+            continue
+        if code is None:
+            process.send_signal(signal.SIGABRT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=10)
+            kill(process)
+        why = f"it is not so after {seconds} s" if code is None else f"it ended with code {code} before"
+        raise AssertionError(f"{why}: {out.read_text(errors='replace')[-3000:]}")
 
 
 def finish(process: subprocess.Popen | Forked, code: int = 0, seconds: float = 110) -> str:

@@ -1,7 +1,6 @@
 """The command `eval`: all benchmarks in one run, resumed, in processes, over an endpoint, and bad input."""
 
 import json
-import time
 
 import pytest
 
@@ -17,7 +16,7 @@ from tests.model.evaluation import official_data as official
 from tests.model.evaluation.judge_server import judging, text_of
 from tests.model.serving.conftest import write_checkpoint
 from tests.model.serving.endpoint_server import serving
-from tests.processes import Forked, kill
+from tests.processes import Forked, kill, wait_until
 
 SHORT = ("scienceqa", "textvqa", "gqa", "pope", "mme", "seed")
 
@@ -137,10 +136,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_answers(folder, data, tmp_path)
     ]
     process = Forked([*words, tmp_path / "killed"], tmp_path / "log")
     part = tmp_path / "killed" / "mme" / "answers.jsonl.part-0"
-    end = time.monotonic() + 200
-    while not (part.exists() and part.read_bytes().count(b"\n") > 2):
-        assert time.monotonic() < end, (tmp_path / "log").read_text()
-        time.sleep(0.02)
+    few = lambda: part.exists() and part.read_bytes().count(b"\n") > 2
+    wait_until(process, few, tmp_path / "log")
     kill(process)
     assert not (tmp_path / "killed" / "mme" / "answers.jsonl").exists()
     for out in ("killed", "whole"):

@@ -3,7 +3,6 @@
 import json
 import os
 import struct
-import time
 import zlib
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from cumo_model.serving.messages import user_message
 from cumo_model.serving.questions import Question, read_questions
 from cumo_model.serving.sampling import Sampling
 from tests.model.serving.endpoint_server import serving
-from tests.processes import Forked, finish, kill
+from tests.processes import Forked, finish, kill, wait_until
 
 SHORT = Sampling(6)
 COLOURS = ("red", "green", "blue")
@@ -143,10 +142,8 @@ def interrupted(words, out: Path, log: Path, ranks: int = 1) -> list[Path]:
     """Start the command, kill it with SIGKILL after a few answers, and return the parts it has left."""
     process = Forked(["-m", "cumo_model", "answer", *map(str, words)], log, ranks)
     parts = [out.with_name(f"{out.name}.part-{rank}") for rank in range(ranks)]
-    end = time.monotonic() + 100
-    while not all(part.exists() and part.read_bytes().count(b"\n") > 2 for part in parts):
-        assert process.poll() is None and time.monotonic() < end, log.read_text()
-        time.sleep(0.005)
+    few = lambda: all(part.exists() and part.read_bytes().count(b"\n") > 2 for part in parts)
+    wait_until(process, few, log, 100)
     kill(process)
     process.communicate(timeout=90)
     return parts
@@ -315,9 +312,7 @@ def test_a_run_that_writes_the_same_file_is_noticed(talker, questions, images, t
     process = Forked(["-c", "import fcntl, sys, time; file = open(sys.argv[1], 'ab'); "
                       "fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(100)",
                       f"{out}.part-0"], tmp_path / "log")  # fmt: skip
-    while "held" not in (tmp_path / "log").read_text():
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(process, lambda: "held" in (tmp_path / "log").read_text(), tmp_path / "log", 100)
     with pytest.raises(ValueError, match="is being written by another run"):
         answer_questions(talker, read_questions(questions), images, out, SHORT)
     kill(process)

@@ -221,6 +221,7 @@ class Terminal:
             os.close(self.end)
 
 
+@pytest.mark.timeout(400)
 def test_in_a_terminal_ctrl_c_ends_the_answer_and_not_the_program(talker_folder, talker, picture, tmp_path):
     endless = tmp_path / "endless"
     shutil.copytree(talker_folder, endless)
@@ -231,7 +232,7 @@ def test_in_a_terminal_ctrl_c_ends_the_answer_and_not_the_program(talker_folder,
     (endless / "config.json").write_text(json.dumps(limits))
     terminal = Terminal(endless, "--max-new-tokens", 100_000)
     try:
-        terminal.wait_for("/help; an empty line ends the conversation")
+        terminal.wait_for("/help; an empty line ends the conversation", 200)  # all imports
         terminal.wait_for("> ")
         terminal.type(f"/image {picture}\n")
         terminal.wait_for("1 with the next question")
@@ -264,6 +265,7 @@ def test_in_a_terminal_ctrl_c_ends_the_answer_and_not_the_program(talker_folder,
     assert question["images"] == [str(picture)] and len(answer["text"]) > 10
 
 
+@pytest.mark.timeout(400)
 def test_in_a_terminal_an_empty_line_ends_the_conversation(talker_folder, talker):
     terminal = Terminal(talker_folder, "--max-new-tokens", 6)
     try:

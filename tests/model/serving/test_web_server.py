@@ -24,6 +24,7 @@ from cumo_model.serving.web import uploads
 from cumo_model.serving.web.server import served
 from cumo_model.serving.web.talk import Talk
 from tests.model.serving.conftest import write_checkpoint
+from tests.processes import wait_until
 
 PICTURE = b"\x89PNG\r\n--x--\r\n\r\nfilename=\r\n--x"
 
@@ -150,17 +151,15 @@ def test_what_cannot_be_served_is_named(talker, site, monkeypatch):
     sys.modules["cumo_model.serving.web.page"] = page
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_server_and_deletes_its_files(talker_folder, tmp_path, number):
     pytest.importorskip("gradio")
     words = [sys.executable, "-m", "cumo_model", "chat", "--web", str(talker_folder), "--port", "0"]
     with open(tmp_path / "out.txt", "w") as out:
-        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONFAULTHANDLER": "1"}
         process = subprocess.Popen(words, stdout=out, stderr=out, env=environment)
-    end = time.monotonic() + 60
-    while "open http" not in (tmp_path / "out.txt").read_text():
-        assert time.monotonic() < end and process.poll() is None, (tmp_path / "out.txt").read_text()
-        time.sleep(0.1)
+    wait_until(process, lambda: "open http" in (tmp_path / "out.txt").read_text(), tmp_path / "out.txt")
     try:
         assert len(list(tmp_path.glob("cumo-web-*"))) == 1
         process.send_signal(number)
