@@ -67,4 +67,10 @@ FAULTS = (
     Fault("the second kernel leaves out a group's last tile", TRITON + "routing.py",
           "mask = (tiles <= last_tile)[:, None] & (cols < WIDTH)",
           "mask = (tiles < last_tile)[:, None] & (cols < WIDTH)", "routing", "many_tiles"),
+    Fault("a capacity takes a tangent", OPS + "routing.py",
+          'refuse_forward_mode("with_capacity", routing.topk_weights)', "pass", "forward_mode"),
+    Fault("noisy top-k takes a tangent of its noise", OPS + "noisy.py",
+          'refuse_forward_mode("noisy_top_k", x, gate_weight, noise_weight)', "pass", "forward_mode"),
+    Fault("SparseMixer takes a tangent", OPS + "noisy.py",
+          'refuse_forward_mode("sparsemixer", logits)', "pass", "forward_mode"),
 )  # fmt: skip
