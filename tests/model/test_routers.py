@@ -21,6 +21,7 @@ from cumo_model import (
     upcycle,
 )
 from cumo_model.checkpoints.original_config import to_original
+from cumo_model.checkpoints.upcycle import upcycled_config
 from cumo_model.model.routers import RouterOptions
 from cumo_model.serving.vllm.limits import check_config
 from tests.rounding import assert_same_formula
@@ -382,8 +383,9 @@ def test_upcycling_keeps_the_routers_that_are_there(tiny_model):
 def test_upcycling_gives_a_dense_model_other_routers_than_its_config_has(tiny_model):
     dense = tiny_model(vision_experts=1, projector_num_experts=1, router=LOSS_FREE)
     for router in (NOISY, {}):
-        made = upcycle(dense, router=router).config
-        assert CumoConfig.from_dict(made.to_dict()).router == (router or None) == made.vision_config.router
+        for made in (upcycled_config(dense.config, router=router), upcycle(dense, router=router).config):
+            assert CumoConfig.from_dict(made.to_dict()).router == (router or None)
+            assert made.vision_config.router == (router or None)
 
 
 def test_upcycling_refuses_options_that_do_not_fit(tiny_model):
