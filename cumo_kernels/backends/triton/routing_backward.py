@@ -172,6 +172,8 @@ def _plan(
 ) -> tuple[Launch, int]:  # fmt: skip
     """-> launch, tokens per tile."""
     tiles = router_tiles(dtype, width, num_experts, has_gate, block_t, gpu)
+    if not has_gate and tiles["BLOCK_E"] > 256:  # with four warps Triton 3.9 spills two registers
+        tiles["num_warps"] = max(8, tiles["num_warps"])
     launch = Launch(
         _route_backward_kernel, stride_x_t=strides[0], stride_gate_e=strides[1], H=width, K=top_k,
         RAGGED=ragged, RENORMALIZE=renormalize, SCORE=scoring.score, SCALE=scoring.scale, NEED_X=need_x,
