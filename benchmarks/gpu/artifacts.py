@@ -6,15 +6,15 @@
     python -m benchmarks.gpu.artifacts prove                            launch everything with a stub driver
     python -m benchmarks.gpu.artifacts try --cache DIR --folder DIR     pack, take and prove a few kernels
 
-Launches are those of verify's cases and of CuMo's layers, made by the same code on CPU tensors: a kernel's
-cache key has dtypes, alignments and constants, not the device. Triton compiles missing kernels at the first
-launch, so a stale or incomplete package costs time but never gives a wrong result.
+Launches are those of verify's cases and of CuMo's layers (launches.py). Triton compiles missing kernels at
+the first launch, so a stale or incomplete package costs time but never gives a wrong result.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
+import lzma
+import math
 import os
 import shutil
 import subprocess
@@ -25,7 +25,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,52 +38,22 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build as triton_build
 from triton.runtime import cache as triton_cache
 
-from benchmarks.gpu import libraries
-from cumo_kernels import dispatch
-from cumo_kernels.ops import checks, routing
+from benchmarks.gpu import launches, libraries
+from benchmarks.gpu.launches import Job, jobs, on_the_cpu
 from cumo_kernels.tiles import codegen, hardware
 from cumo_kernels.tiles.hardware import Gpu
 from cumo_kernels.tiles.problems import DTYPES
-from cumo_kernels.verification import cases, verified
+from cumo_kernels.verification import verified
 from cumo_kernels.verification.verified import ROOT
 
 FOLDER = ROOT / "build" / "gpu-artifacts"
 GPU, ARCHITECTURE = "nvidia_h100", "9.0a"
-LIMIT = 60 * 2**20  # the largest package, in bytes
-# FIRST["cuda"] of cases/shapes.py, a batch of crops, four images, a decode step of one token
-LAYERS = (
-    ("clip", 5770), ("clip", 577), ("llm", 8192), ("mlp", 4608), ("llm", 16),
-    ("clip", 23080), ("mlp", 2304), ("llm", 1),
-)  # fmt: skip
+LIMIT = 50 * 2**20  # the largest package, in bytes; a lent machine may take 64 MiB with the tree
+KERNELS = "triton-cache.tar.xz"
 KEPT = (".cubin", ".json", ".so")  # of a kernel's folder; a launch does not read the rest
 MADE = "made.json"  # in a cache: lists the folders that `compile` needed
 KEPT_CACHE = ROOT / "build" / "gpu-cache"
 CRASHES = 3  # allowed crashes of workers; each loses the kernel being compiled
-
-
-@dataclass(frozen=True)
-class Job:
-    """A unit of work: a case of verify, or one op of a layer in bf16."""
-
-    case: cases.Case | None = None
-    layer: tuple[str, int] = ("", 0)
-    op: str = ""
-
-    def __str__(self) -> str:
-        return str(self.case) if self.case else f"{self.layer[0]} T={self.layer[1]}: {self.op}"
-
-    def run(self) -> None:
-        """Make the launches, inside `on_the_cpu`."""
-        if self.case is None:
-            dict(codegen.calls(*self.layer, torch.bfloat16))[self.op]()
-            return
-        call = cases.build(self.case)
-        leaves = [t.detach().requires_grad_() for t in call.inputs]
-        outs = call.run(*leaves)
-        outs = (outs,) if isinstance(outs, torch.Tensor) else outs
-        torch.autograd.grad(outs, leaves, [torch.zeros_like(o) for o in outs], allow_unused=True)
-        if call.integers is not None:
-            call.integers(*call.inputs)
 
 
 @dataclass
@@ -98,35 +68,6 @@ class Made:
         self.kernels |= other.kernels
         self.launchers |= other.launchers
         self.failures += other.failures
-
-
-def jobs(few: bool = False, dtypes: tuple[str, ...] = tuple(DTYPES)) -> list[Job]:
-    """All launches of the gate, in its order; `few`: only a few, to test the procedure."""
-    if few:
-        kinds = cases.all_cases(cases.ALIGNED, ("bf16",), ("permute", "activate"))
-        return [Job(case) for _, case in kinds]
-    survey = cases.survey("cuda", False, dtypes, cases.OPS)
-    first = [Job(case) for family, case in survey if family in cases.ALIGNED and case.dtype == "bf16"]
-    layers = [Job(None, layer, op) for layer in LAYERS for op, _ in codegen.calls(*layer, torch.bfloat16)]
-    rest = [Job(case) for _, case in survey]
-    return [*first, *(layers if "bf16" in dtypes else ()), *(job for job in rest if job not in first)]
-
-
-@contextlib.contextmanager
-def on_the_cpu() -> Iterator[None]:
-    """Inside, public ops launch Triton's kernels on CPU tensors, and inputs are zeros that use no memory.
-
-    For launches that are only compiled or go to a stub: outputs hold anything and are not read.
-    """
-    before = dispatch.BACKENDS, checks.values_at_hand, routing.values_at_hand, torch.randn
-    dispatch.BACKENDS = (dispatch.Backend("triton", lambda *_: None),)
-    checks.values_at_hand = routing.values_at_hand = lambda tensor: False
-    torch.randn = lambda *size, generator=None: torch.zeros(*size)
-    try:
-        with dispatch.use_backend("triton"):
-            yield
-    finally:
-        dispatch.BACKENDS, checks.values_at_hand, routing.values_at_hand, torch.randn = before
 
 
 class _Worker:
@@ -186,19 +127,29 @@ def _work(job: Job) -> Made:
     return _worker.work(job)
 
 
-def compile_all(todo: list[Job], gpu: Gpu, workers: int, log: Callable[[str], None] = print) -> Made:
-    """Compile the kernels that `todo` launches on `gpu`, each once, into this environment's Triton cache."""
-    made, waiting, begin, said = Made(), list(todo), time.monotonic(), 0.0
+def compile_all(
+    todo: list[Job], gpu: Gpu, workers: int, log: Callable[[str], None] = print, seconds: float = math.inf
+) -> Made:
+    """Compile the kernels that `todo` launches on `gpu`, each once, into this environment's Triton cache.
+
+    After `seconds` no call starts; kernels of the others will be compiled at their first launch.
+    """
+    made, waiting, begin, said = Made(), dict.fromkeys(todo), time.monotonic(), 0.0
+    over = lambda: time.monotonic() - begin > seconds
     with tempfile.TemporaryDirectory(prefix="cumo-claims-") as claims:
         for _ in range(CRASHES + 1):
-            with ProcessPoolExecutor(
-                max(1, min(workers, len(waiting))), get_context("spawn"), _start, (gpu, claims)
-            ) as pool:
-                tasks = {pool.submit(_work, job): job for job in waiting}
+            number = max(1, min(workers, len(waiting)))
+            queue, tasks = iter([*waiting]), {}
+            with ProcessPoolExecutor(number, get_context("spawn"), _start, (gpu, claims)) as pool:
                 try:
-                    for task in as_completed(tasks):
-                        made.add(task.result())
-                        waiting.remove(tasks[task])
+                    while True:
+                        while len(tasks) < number and not over() and (job := next(queue, None)):
+                            tasks[pool.submit(_work, job)] = job
+                        if not tasks:
+                            break
+                        for task in wait(tasks, return_when=FIRST_COMPLETED).done:
+                            made.add(task.result())
+                            del waiting[tasks.pop(task)]
                         spent, done = time.monotonic() - begin, len(todo) - len(waiting)
                         if spent - said > 10 or not waiting:
                             said, left = spent, spent / done * len(waiting)
@@ -206,10 +157,14 @@ def compile_all(todo: list[Job], gpu: Gpu, workers: int, log: Callable[[str], No
                             log(f"{words}, {spent:.0f} s, about {left:.0f} s left")
                 except BrokenProcessPool:
                     made.failures.append("a worker crashed; its kernel will be compiled at the first launch")
-            if not waiting:
+            if not waiting or over():
                 break
-    if waiting:
-        made.failures.append(f"workers crashed too often: {len(waiting)} calls are left, first {waiting[0]}")
+    if waiting and over():
+        log(f"{seconds:.0f} s are over: {len(waiting)} of {len(todo)} calls compile at their first launch")
+    elif waiting:
+        made.failures.append(
+            f"workers crashed too often: {len(waiting)} calls are left, first {next(iter(waiting))}"
+        )
     return made
 
 
@@ -240,14 +195,15 @@ def pack(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     sizes: dict[str, int] = {}
-    with tarfile.open(folder / "triton-cache.tgz", "w:gz", compresslevel=9) as tar:
-        for name in sorted(made.kernels | made.launchers):
-            for file in sorted((cache / name).iterdir()):
-                if file.suffix in KEPT:
-                    tar.add(file, f"{name}/{file.name}")
-                    sizes[file.name] = sizes.get(file.name, 0) + file.stat().st_size
+    found = [file for name in made.kernels | made.launchers for file in (cache / name).iterdir()]
+    with tarfile.open(folder / KERNELS, "w:xz", preset=6) as tar:
+        # variants of one kernel in a row: they have much in common
+        for file in sorted(found, key=lambda file: (file.suffix, file.name, file.parent.name)):
+            if file.suffix in KEPT:
+                tar.add(file, f"{file.parent.name}/{file.name}")
+                sizes[file.name] = sizes.get(file.name, 0) + file.stat().st_size
     if extension_file is not None:
-        shutil.copy(extension_file, folder / extension_file.name)
+        (folder / f"{extension_file.name}.xz").write_bytes(lzma.compress(extension_file.read_bytes()))
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     manifest = {**_manifest(made, gpu, extension_file), "bytes": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -275,9 +231,9 @@ def _build_extension() -> Path:
 
 def _asked(gpu: Gpu) -> str:
     """Hash of what decides which kernels are needed, besides their sources: tile sizes and cases."""
-    files = (
-        ROOT / "cumo_kernels" / name for name in (f"tiles/configs/{gpu.name}.json", "verification/cases.py")
-    )
+    config = ROOT / "cumo_kernels" / "tiles" / "configs" / f"{gpu.name}.json"
+    cases = sorted((ROOT / "cumo_kernels" / "verification").glob("*cases.py"))
+    files = (config, *cases, Path(launches.__file__))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
@@ -327,16 +283,16 @@ def _unpack(archive: Path, cache: Path) -> int:
 
 
 def _place_extension(packed: Path, built: float, package: Path) -> str:
-    target = package / packed.name
+    target, data = package / packed.stem, lzma.decompress(packed.read_bytes())
     if target.exists():
-        if target.read_bytes() == packed.read_bytes():
-            return f"{packed.name} is in place already"
+        if target.read_bytes() == data:
+            return f"{target.name} is in place already"
         if target.stat().st_mtime > built:
-            return f"not taken: {packed.name}, a newer one is in {package}"
-    part = package / f".{packed.name}.{os.getpid()}"
-    shutil.copyfile(packed, part)  # with the time of now, so that setup.py finds nothing older than csrc/
+            return f"not taken: {target.name}, a newer one is in {package}"
+    part = package / f".{target.name}.{os.getpid()}"
+    part.write_bytes(data)  # with the time of now, so that setup.py finds nothing older than csrc/
     part.replace(target)
-    return f"taken: {packed.name}, {target.stat().st_size / 2**20:.1f} MiB"
+    return f"taken: {target.name}, {len(data) / 2**20:.1f} MiB"
 
 
 def take(folder: Path, cache_dir: Path, package: Path = ROOT / "cumo_kernels") -> list[str]:
@@ -351,7 +307,7 @@ def take(folder: Path, cache_dir: Path, package: Path = ROOT / "cumo_kernels") -
         if reasons := list(_differences(manifest, "triton")):
             words.append(f"not taken: the compiled kernels, {'; '.join(reasons)}")
         else:
-            number = _unpack(folder / "triton-cache.tgz", cache_dir)
+            number = _unpack(folder / KERNELS, cache_dir)
             words.append(
                 f"taken: {manifest['kernels']} kernels of {manifest['commit']}, {number} new folders "
                 f"in {cache_dir}"
@@ -361,7 +317,7 @@ def take(folder: Path, cache_dir: Path, package: Path = ROOT / "cumo_kernels") -
         elif reasons := list(_differences(manifest, "cuda")):
             words.append(f"not taken: {manifest['extension']}, {'; '.join(reasons)}")
         else:
-            words.append(_place_extension(folder / manifest["extension"], manifest["built"], package))
+            words.append(_place_extension(folder / f"{manifest['extension']}.xz", manifest["built"], package))
         if manifest["asked"] != _asked(hardware.find(GPU)):
             words.append(
                 "not taken whole: tile sizes or cases have changed since, so some kernels are missing"
@@ -371,7 +327,7 @@ def take(folder: Path, cache_dir: Path, package: Path = ROOT / "cumo_kernels") -
         return words
     except FileNotFoundError as error:
         return [f"nothing taken: there is no {error.filename}"]
-    except (OSError, ValueError, KeyError, TypeError, tarfile.TarError) as error:
+    except (OSError, ValueError, KeyError, TypeError, tarfile.TarError, lzma.LZMAError) as error:
         return [f"not taken: {folder} cannot be read ({type(error).__name__}: {error})"]
 
 
@@ -436,6 +392,9 @@ def _parser() -> argparse.ArgumentParser:
         if name not in ("take", "try"):
             command.add_argument("--few", action="store_true", help="a few kernels, to test the procedure")
             command.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="default: all")
+        if name == "compile":
+            words = "after which no call starts; the others compile at their first launch"
+            command.add_argument("--seconds", type=float, default=math.inf, help=words)
     return parser
 
 
@@ -461,7 +420,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "build":
         library = None if args.few else _build_extension()
         print(f"extension: {time.monotonic() - begin:.0f} s", flush=True)
-    made = compile_all(todo, gpu, args.workers, lambda line: print(line, flush=True))
+    seconds = args.seconds if args.command == "compile" else math.inf
+    made = compile_all(todo, gpu, args.workers, lambda line: print(line, flush=True), seconds)
     (cache / MADE).write_text(
         json.dumps({name: sorted(getattr(made, name)) for name in ("kernels", "launchers")})
     )

@@ -121,7 +121,8 @@ def _prepare(part: str, place: Place) -> list[Step]:
                              "--cache", f"{folder}/made"), 120, 30),
             Step("take", (*artifacts, "try", "--cache", f"{folder}/made", "--folder", folder), 60, 10),
         ]  # fmt: skip
-    kernels = (*artifacts, "compile", "--gpu", "this", "--workers", cores)
+    # as long as nvcc takes; smoke, layers and bf16 come first, verify compiles the rest
+    kernels = (*artifacts, "compile", "--gpu", "this", "--workers", cores, "--seconds", "45")
     parallel: list[bool] = []  # whether the extension was built, and Triton's kernels compiled with it
 
     def built() -> str | None:

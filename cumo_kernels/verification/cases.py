@@ -449,14 +449,14 @@ def all_cases(families: dict[str, dict], dtypes: tuple[str, ...], names: tuple[s
 def survey(
     device: str, few: bool, dtypes: tuple[str, ...], names: tuple[str, ...], tiny: bool = False
 ) -> list[tuple[str, Case]]:
-    """All (family, case) for a device; on a GPU the most important come first: aligned sizes, and bf16."""
+    """All (family, case) for a device; on a GPU bf16 first, then aligned sizes, then plain weights."""
     if tiny:
         return list(all_cases(TINY, dtypes, names))
     if device != "cuda":
         return list(all_cases(FEW if few else FAMILIES, dtypes, names))
     if few:
         return list(all_cases(ALIGNED | FEW, dtypes, names))
-    rank = lambda entry: (entry[0] not in ALIGNED) + (entry[1].dtype != "bf16")
+    rank = lambda entry: (entry[1].dtype != "bf16", entry[0] not in ALIGNED, entry[1].op not in PLAIN)
     return sorted(all_cases(ALIGNED | FAMILIES | GPU_FAMILIES, dtypes, names), key=rank)
 
 

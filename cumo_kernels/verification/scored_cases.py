@@ -12,6 +12,7 @@ from cumo_kernels.types import Routing, Scoring
 
 OP = "scored_route"
 MARGIN = 1e-6  # of the largest rank; scores of two backends differ by less
+TRIES = 100  # rows of logits
 
 
 def _grouped(num_experts: int, top_k: int) -> tuple[int, int]:
@@ -65,12 +66,19 @@ def near_ties(logits: Tensor, bias: Tensor | None, how: Scoring) -> Tensor:
 
 
 def apart(logits: Tensor, bias: Tensor | None, how: Scoring) -> Tensor:
-    """`logits` (T, E) with the rows that nearly tie replaced by one that does not."""
+    """`logits` (T, E) with the rows that nearly tie replaced by one that does not.
+
+    Raises:
+        ValueError: none of many rows is without near ties.
+    """
     generator = torch.Generator().manual_seed(0)
-    while True:
-        row = torch.randn(1, logits.shape[1], generator=generator).to(logits)
+    steps = 4.0 / logits.shape[1]  # different logits from -2 to 2, in another order each time
+    for _ in range(TRIES):
+        row = torch.randperm(logits.shape[1], generator=generator)[None] * steps - 2.0
+        row = row.to(logits)
         if not near_ties(row, bias, how).any():
             return torch.where(near_ties(logits, bias, how)[:, None], row, logits)
+    raise ValueError(f"{how}: none of {TRIES} rows of {logits.shape[1]} logits is without near ties")
 
 
 def given_choice(case, generator: torch.Generator) -> Tensor:

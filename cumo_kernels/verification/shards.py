@@ -24,7 +24,8 @@ import torch
 
 from cumo_kernels.activations import get_activation
 from cumo_kernels.verification.accuracy import ROUNDS, SMALL
-from cumo_kernels.verification.cases import Case, parse
+from cumo_kernels.verification.cases import LAYERS, MATMULS, ROUTES, Case, parse
+from cumo_kernels.verification.packed_cases import OPS as PACKED
 from cumo_kernels.verification.proofs import command
 
 START = 180.0  # seconds until a worker must have imported what it needs
@@ -60,23 +61,31 @@ def of_the_machine(failures: Iterable[str]) -> bool:
 def bytes_of(case: Case) -> int:
     """Estimated peak memory of checking `case`: fp64 copies of inputs, gradients and intermediate values.
 
-    Two copies for each of the yardstick's draws are kept.
+    Two copies for each of the yardstick's draws are kept. Packed weights have no gradients, and no draws.
     """
     width = case.I * (1 + get_activation(case.activation).is_gated)
-    slots = case.T * case.K
-    rows = {
-        "expert_mlp": case.T * (case.H + case.O) + slots * (case.H + 2 * width + case.O),
-        "grouped_gemm": slots * (case.H + 2 * width),
-        "route": case.T * (case.H * case.gated + 2 * case.E),
-        "activate": 2 * case.T * width,
-    }.get(case.op, 2 * slots * case.H)
-    weights = {
-        "expert_mlp": case.E * (width * case.H + case.O * case.I),
-        "grouped_gemm": case.E * width * case.H,
-    }.get(case.op, 0)
-    smallest = {"expert_mlp": slots, "combine": slots, "route": case.E}.get(case.op, SMALL)
+    slots, smallest, weights, packed = case.T * case.K, SMALL, 0, 0
+    if case.op in LAYERS:
+        rows = case.T * (case.H + case.O) + slots * (case.H + 2 * width + case.O)
+        weights = case.E * (width * case.H + case.O * case.I)
+        smallest = slots
+    elif case.op in MATMULS:
+        rows = slots * (case.H + 2 * width)
+        weights = case.E * width * case.H
+    elif case.op in ROUTES:  # scores, ranks and their gradients; small, but many at once
+        rows = case.T * (case.H * case.gated + 12 * case.E)
+        smallest = case.E
+    elif case.op == "activate":
+        rows = 2 * case.T * width
+    else:
+        rows = 2 * slots * case.H
+        smallest = slots if case.op == "combine" else SMALL
+    if case.op in PACKED and case.weights != "plain":
+        weights, packed = 0, weights
+    if case.op == "adapted_expert_mlp":
+        weights += case.E * case.rank * (case.H + width + case.I + case.O)
     draws = ROUNDS if smallest < SMALL else 1
-    return 8 * (weights + rows) * (6 + 2 * draws)
+    return 8 * (4 * packed + (weights + rows) * (6 + 2 * draws))
 
 
 def room(workers: int, device: str) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import artifacts as artifacts
+from benchmarks.gpu import artifacts, launches
 from cumo_kernels.tiles import hardware
-from cumo_kernels.verification import verified
+from cumo_kernels.tiles.problems import DTYPES
+from cumo_kernels.verification import cases, verified
 
 ROOT = Path(__file__).parents[2]
 HOPPER = hardware.find(artifacts.GPU)
@@ -119,7 +121,7 @@ def test_a_newer_extension_stays(package):
 
 def test_an_unreadable_package_is_reported(package, tmp_path):
     assert "nothing taken: there is no" in artifacts.take(tmp_path / "nowhere", tmp_path / "taken")[0]
-    (package / "triton-cache.tgz").write_bytes(b"cut off")
+    (package / artifacts.KERNELS).write_bytes(b"cut off")
     assert "cannot be read" in take(package)[0]
 
 
@@ -139,10 +141,70 @@ def test_a_key_does_not_depend_on_the_order_of_launches():
 
 
 def test_jobs_are_those_of_the_gate():
-    todo = artifacts.jobs()
+    todo = launches.jobs()
     assert len(set(todo)) == len(todo)
-    assert {job.layer for job in todo if job.case is None} == set(artifacts.LAYERS)
+    assert {job.layer for job in todo if job.case is None} == set(launches.LAYERS)
     assert {job.case.dtype for job in todo if job.case} == {"bf16", "fp16", "fp32"}
+    smoke = [case for _, case in cases.survey("cuda", True, ("bf16",), cases.OPS)]
+    verify = {case for _, case in cases.survey("cuda", False, tuple(DTYPES), cases.OPS)}
+    assert [job.case for job in todo[: len(smoke)]] == smoke
+    assert {job.case for job in todo if job.case} == verify | set(smoke)
+
+
+EVERY = """
+import triton
+from benchmarks.gpu import launches
+from benchmarks.host import load_stub
+from cumo_kernels.tiles import codegen, hardware
+from cumo_kernels.verification.shards import bytes_of
+
+load_stub()
+asked = set()
+
+def note(*, fn, compile, **_):
+    asked.add((fn.name, compile["specialization_data"]))
+    return True  # as if another process compiled it
+
+triton.knobs.runtime.jit_cache_hook = note
+small = [job for job in launches.jobs(dtypes=("bf16",)) if job.case and bytes_of(job.case) < 2**30]
+for job in small:
+    with launches.on_the_cpu(), codegen.compiling(hardware.find("nvidia_h100"), describe=lambda *_: None):
+        job.run()
+print(len(small), len(asked))
+"""
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not shutil.which("cc"), reason="for machines with cc, no GPU"
+)
+@pytest.mark.timeout(200)
+def test_every_call_of_the_gate_can_be_made_on_a_cpu():
+    """Where the values of inputs are zeros, so that nothing may search for other values without end."""
+    done = run("-c", EVERY)
+    assert done.returncode == 0, done.stderr
+    calls, kernels = map(int, done.stdout.split())
+    assert calls > 300 and kernels > 2 * calls
+
+
+def test_compiling_ends_in_time_and_says_what_is_left(tmp_path):
+    words = ("compile", "--dtype", "bf16", "--workers", "1", "--seconds", "1", "--cache", str(tmp_path))
+    done = run("-m", artifacts.__name__, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    left = re.search(r"1 s are over: (\d+) of (\d+) calls compile at their first launch", done.stdout)
+    assert 0 < int(left[2]) - int(left[1]) < 20
+
+
+def test_other_cases_and_launches_are_another_package(monkeypatch, tmp_path):
+    """A package of other cases is not whole, whichever of the files changed."""
+    for name in ("cases.py", "packed_cases.py", "scored_cases.py"):
+        tree = tmp_path / name
+        for part in ("cumo_kernels/tiles/configs", "cumo_kernels/verification"):
+            shutil.copytree(ROOT / part, tree / part)
+        monkeypatch.setattr(artifacts, "ROOT", tree)
+        before = artifacts._asked(HOPPER)
+        with open(tree / "cumo_kernels/verification" / name, "a") as file:
+            file.write("# changed")
+        assert artifacts._asked(HOPPER) != before
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """verify --workers: a case that kills its process fails alone; the others give the same results."""
 
+import itertools
 import json
 import math
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity
 
 from cumo_kernels.__main__ import main
-from cumo_kernels.verification import cases, shards, verify
+from cumo_kernels.verification import cases, packed_cases, shards, verify
 from cumo_kernels.verification.cases import Case
 from cumo_kernels.verification.shards import Job, Shards, bytes_of, last_output
 
@@ -217,11 +219,38 @@ def test_the_large_families_fit_a_gpu_one_at_a_time(monkeypatch):
     assert sum(size * 16 < room for size in sizes) > 0.9 * len(sizes)
 
 
+WIDE = {"T": 16, "H": 256, "I": 256, "O": 256, "E": 8, "activation": "swiglu"}
+LONG = {"T": 512, "H": 64, "I": 64, "O": 64}
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_memory_is_estimated_from_above(op):
+    """Compared with the largest sum of allocations and releases that torch's profiler records."""
+    packings = [{}]
+    if op in packed_cases.OPS:
+        packings = [
+            {"weights": "nf4", "rank": 0},
+            {"weights": "int4z", "rank": 16},
+            {"weights": "plain", "rank": 33},
+        ]
+    many = {"T": 512, "H": 128, "E": 64, "K": 8, "I": 32, "O": 32}
+    for size in (WIDE, LONG, many):
+        for case in {cases.used(Case(op, **size, **packing, dtype="bf16")) for packing in packings}:
+            with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+                result = verify.check(case, "torch", "cpu")
+            assert result.repeats  # all checks were made
+            events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+            events.sort(key=lambda event: event.start_ns())
+            peak = max(itertools.accumulate(event.nbytes() for event in events))
+            assert peak <= bytes_of(case) <= 8 * peak, case
+
+
 def test_important_cases_come_first_on_a_gpu():
     todo = cases.survey("cuda", False, ("fp32", "bf16"), cases.OPS)
-    aligned = len(list(cases.all_cases(cases.ALIGNED, ("bf16",))))
-    first = {(family, case.dtype) for family, case in todo[:aligned]}
-    assert first == {(name, "bf16") for name in cases.ALIGNED} and todo[aligned][1].dtype == "fp32"
+    ranks = [
+        (case.dtype != "bf16", name not in cases.ALIGNED, case.op not in cases.PLAIN) for name, case in todo
+    ]
+    assert ranks == sorted(ranks) and len(set(ranks)) == 8
     few = {family for family, _ in cases.survey("cuda", True, ("bf16",), cases.OPS)}
     assert few == {*cases.ALIGNED, *cases.FEW}
     families = {family for family, _ in todo}
