@@ -196,7 +196,8 @@ def pack(
     folder.mkdir(parents=True)
     sizes: dict[str, int] = {}
     found = [file for name in made.kernels | made.launchers for file in (cache / name).iterdir()]
-    with tarfile.open(folder / KERNELS, "w:xz", preset=6) as tar:
+    # without links, for which reading would go back to the start
+    with tarfile.open(folder / KERNELS, "w:xz", preset=6, dereference=True) as tar:
         # variants of one kernel in a row: they have much in common
         for file in sorted(found, key=lambda file: (file.suffix, file.name, file.parent.name)):
             if file.suffix in KEPT:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -59,9 +60,11 @@ def package(tmp_path) -> Path:
         (cache / name).mkdir(parents=True)
         for file, data in files.items():
             (cache / name / file).write_bytes(data)
+    (cache / "LINKED").mkdir()  # for another platform's key
+    os.link(cache / "LAUNCHER" / "__triton_launcher.so", cache / "LINKED" / "__triton_launcher.so")
     library = tmp_path / "_C.cpython-999.so"
     library.write_bytes(b"extension")
-    made = artifacts.Made({"KERNEL"}, {"LAUNCHER"})
+    made = artifacts.Made({"KERNEL"}, {"LAUNCHER", "LINKED"})
     artifacts.pack(made, cache, library, tmp_path / "package", HOPPER)
     return tmp_path / "package"
 
@@ -80,7 +83,9 @@ def test_everything_is_taken_if_everything_fits(package):
     words = take(package)
     assert [line.split(":")[0] for line in words] == ["taken", "taken"]
     taken = package.parent / "taken"
-    assert sorted(path.name for path in taken.iterdir()) == ["KERNEL", "LAUNCHER"]
+    assert sorted(path.name for path in taken.iterdir()) == ["KERNEL", "LAUNCHER", "LINKED"]
+    with tarfile.open(package / artifacts.KERNELS) as tar:
+        assert not any(member.islnk() or member.issym() for member in tar)  # slow to read
     group = json.loads((taken / "KERNEL" / "__grp__k.json").read_text())["child_paths"]
     assert group == {name: str(taken / "KERNEL" / name) for name in ("k.cubin", "k.json")}
     assert (package.parent / "cumo_kernels" / "_C.cpython-999.so").read_bytes() == b"extension"
