@@ -171,7 +171,7 @@ def note(*, fn, compile, **_):
     return True  # as if another process compiled it
 
 triton.knobs.runtime.jit_cache_hook = note
-small = [job for job in launches.jobs(dtypes=("bf16",)) if job.case and bytes_of(job.case) < 2**30]
+small = [job for job in launches.jobs() if job.case and bytes_of(job.case) < 2**28]
 for job in small:
     with launches.on_the_cpu(), codegen.compiling(hardware.find("nvidia_h100"), describe=lambda *_: None):
         job.run()
@@ -188,7 +188,7 @@ def test_every_call_of_the_gate_can_be_made_on_a_cpu():
     done = run("-c", EVERY)
     assert done.returncode == 0, done.stderr
     calls, kernels = map(int, done.stdout.split())
-    assert calls > 300 and kernels > 2 * calls
+    assert calls > 800 and kernels > 1.5 * calls
 
 
 def test_compiling_ends_in_time_and_says_what_is_left(tmp_path):
