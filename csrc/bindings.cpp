@@ -116,7 +116,12 @@ const std::map<std::string, Row> kActivations = {
 // The number after `key` in a name, or 0.
 float parameter(const std::string& name, const std::string& key) {
   const size_t at = name.find(key);
-  return at == std::string::npos ? 0.0f : std::strtof(name.c_str() + at + key.size(), nullptr);
+  if (at == std::string::npos) return 0.0f;
+  std::istringstream words(name.substr(at + key.size()));
+  words.imbue(std::locale::classic());  // whatever locale the process has set
+  float value = 0;
+  words >> value;
+  return value;
 }
 
 // A name as Activation.spelled of cumo_kernels/activations.py writes it, with all parameters.

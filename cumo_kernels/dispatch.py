@@ -73,6 +73,7 @@ _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CUDA_EXPERTS = 1024  # kMaxExperts of csrc/kernels.h
 EXPERTS_TESTED = 1024  # the largest number in verify's cases
+MOST_GROUPS = 1023  # of the kernel of grouped_mm
 Device = torch.device | str
 
 
@@ -128,12 +129,27 @@ def _refuse_triton(op: str, device: Device, dtype: torch.dtype, num_experts: int
     return None if device.type != "cuda" else _triton_unfit(device)
 
 
+@constant
+def _has_grouped_mm(device: Device, dtype: torch.dtype) -> bool:
+    """Whether torch computes all groups in one kernel, and not in a loop."""
+    device = torch.device(device)
+    if dtype != torch.bfloat16 or device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return gpu_of(device).capability // 10 in (9, 10) and torch.version.hip is None
+
+
 def _refuse_torch(op: str, device: Device, dtype: torch.dtype, num_experts: int = 0) -> str | None:
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         return f"it needs CPU or CUDA tensors, got {device.type}"
     if dtype not in _FLOATS:
         return f"grouped_mm computes in fp32, fp16 and bf16, got {dtype}"
+    is_product = OPS[op] in ("grouped_gemm", "experts")
+    if num_experts > MOST_GROUPS and is_product and _has_grouped_mm(device, dtype):
+        return (
+            f"grouped_mm takes at most {MOST_GROUPS} experts in bf16 on compute capability 9.x and 10.x, "
+            f"got {num_experts}"
+        )
     return _while_capturing("torch", op, device, dtype)
 
 
@@ -150,8 +166,7 @@ def asks_host(backend: str, op: str, device: torch.device, dtype: torch.dtype) -
         return "it reads the expert offsets on the host"
     if OPS[op] not in ("grouped_gemm", "experts") or not torch.cuda.is_available():
         return None
-    generation = gpu_of(device).capability // 10
-    if dtype == torch.bfloat16 and generation in (9, 10) and torch.version.hip is None:
+    if _has_grouped_mm(device, dtype):
         return None
     return "grouped_mm reads the offsets on the host, except in bf16 on compute capability 9.x and 10.x"
 

@@ -68,8 +68,11 @@ def _why(op, args: tuple, kwargs: dict) -> str | None:
     if op in _COPIES:
         source = args[1] if op is not _ATEN._to_copy else args[0]
         target = kwargs.get("device") if op is _ATEN._to_copy else args[0].device
-        if source.device.type == "cuda" and target is not None and torch.device(target).type == "cpu":
+        kinds = source.device.type, target and torch.device(target).type
+        if kinds == ("cuda", "cpu"):
             return "it copies from the GPU to the host"
+        if kinds == ("cpu", "cuda") and not source.is_pinned():
+            return "it copies from the host's pageable memory, for which torch waits"
     return None
 
 

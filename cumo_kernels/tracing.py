@@ -57,6 +57,11 @@ def may_read(tensor: Tensor) -> bool:
     )
 
 
+def is_eager(tensor: Tensor) -> bool:
+    """Whether it has values and new tensors have, too: nothing is traced, and no mode fakes tensors."""
+    return may_read(tensor) and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+
+
 def is_autocast_on(device_type: str) -> bool:
     """torch.is_autocast_enabled, which raises for meta tensors; torch's own operators do not cast these."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)

@@ -3,12 +3,13 @@
 A counter goes through the finaliser of SplitMix64 (Steele, Lea, Flood 2014), once for each of its parts.
 """
 
+import math
 import numbers
 
 import torch
 from torch import Tensor
 
-from cumo_kernels.ops.checks import check_int, shown
+from cumo_kernels.ops.checks import check_device, check_int, shown
 
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as int64
 _FIRST = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
@@ -16,6 +17,7 @@ _SECOND = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 _BITS = 23  # of a number: (k + 1/2) / 2**23 is exact in fp32
 # normal numbers are multiples of 1 / _STEP, so that the last digits of a device are rounded off
 _STEP = 2.0**20
+_ANGLE = 1 << 32  # added to the stream of the second number of `normal`
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
@@ -55,7 +57,11 @@ def check_share(name: str, value: float) -> float:
 def _integers(seed: int | Tensor, like: Tensor, stream: int) -> Tensor:
     """(T, N) int64 in [0, 2**23) for `like` (T, N)."""
     count = lambda n: torch.arange(n, dtype=torch.int64, device=like.device)
-    key = _mixed(_mixed(torch.as_tensor(seed, dtype=torch.int64, device=like.device)) + stream)
+    if isinstance(seed, Tensor):
+        check_device("seed", seed, "the tokens", like)
+    else:  # no copy from the host
+        seed = torch.full((), seed, dtype=torch.int64, device=like.device)
+    key = _mixed(_mixed(seed) + stream)
     rows = _mixed(count(like.shape[0]) ^ key)
     return _shifted(_mixed(rows[:, None] ^ count(like.shape[1])), 64 - _BITS)
 
@@ -69,9 +75,15 @@ def uniform(seed: int | Tensor, like: Tensor, stream: int = 0) -> Tensor:
 
 
 def normal(seed: int | Tensor, like: Tensor, stream: int = 0) -> Tensor:
-    """(T, N) fp32, standard normal, as `uniform`; a multiple of 2**-20."""
-    wide = (_integers(seed, like, stream).double() + 0.5) * 2.0**-_BITS
-    return ((torch.special.ndtri(wide) * _STEP).round() / _STEP).float()
+    """(T, N) fp32, standard normal, as `uniform`; a multiple of 2**-20.
+
+    By the formula of Box and Muller (1958), whose functions torch has compiled, so that a graph may capture
+    them.
+    """
+    radius, angle = (_integers(seed, like, part).double() for part in (stream, stream + _ANGLE))
+    radius, angle = ((part + 0.5) * 2.0**-_BITS for part in (radius, angle))
+    found = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
+    return ((found * _STEP).round() / _STEP).float()
 
 
 def jittered(x: Tensor, jitter: float, seed: int | Tensor) -> Tensor:

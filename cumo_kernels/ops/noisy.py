@@ -103,9 +103,10 @@ def noisy_plan(
     routing = route(noisy, top_k, groups=groups, topk_indices=topk_indices)
     num_tokens, num_experts = clean.shape
     kept = lambda values: values if counted is None else values.where(counted[:, None], 0.0)
-    importance = noisy.new_zeros(num_experts + 1).index_add(
-        0, routing.topk_indices.flatten().long(), kept(routing.topk_weights).flatten()
-    )[:num_experts]
+    # by token, as index_add into the experts has no fixed order on a GPU
+    by_token = noisy.new_zeros(num_tokens, num_experts + 1)
+    by_token = by_token.scatter(1, routing.topk_indices.long(), kept(routing.topk_weights))
+    importance = by_token[:, :num_experts].sum(0)
     if top_k < num_experts:
         largest = noisy.topk(top_k + 1).values
         is_chosen = noisy >= largest[:, top_k - 1 : top_k]  # of a tie both thresholds are the same

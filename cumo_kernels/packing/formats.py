@@ -12,11 +12,14 @@ the OCP specification 1.0 (elements E2M1, scales E8M0, section 6.3 for the conve
 quantisation of compressed-tensors.
 """
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
+
+from cumo_kernels.tracing import is_eager
 
 # fmt: off
 NF4 = (
@@ -79,25 +82,44 @@ def power_of_two(exponents: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
-def _make_codes(name: str, device: torch.device) -> Tensor:
-    codes = FORMATS[name].codes or range(16)
-    if device.type != "cuda":
-        return torch.tensor(codes, dtype=torch.float32, device=device)
-    table = torch.empty(16, dtype=torch.float32, device=device)
-    for i, code in enumerate(codes):
+def _fill(table: Tensor, name: str) -> Tensor:
+    for i, code in enumerate(FORMATS[name].codes or range(16)):
         table[i].fill_(code)  # no copy from the host, for which a stream would wait
     return table
 
 
-_kept_codes = cache(_make_codes)
+def _lasting(name: str, device: torch.device) -> Tensor:
+    """A table whose values are in place, for any stream, made in no mode and in no memory pool of a graph."""
+
+    def make() -> Tensor:
+        table = _fill(torch.empty(16, dtype=torch.float32, device=device), name)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                done = torch.cuda.Event()
+                done.record()
+                while not done.query():  # once in a process
+                    time.sleep(0)
+        return table
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
-def codes_of(name: str, device: torch.device) -> Tensor:
-    """(16,) fp32: what each number of a format stands for, before scale and zero point."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if device.type != "cuda" or capturing or torch.compiler.is_compiling():
-        return _make_codes(name, device)  # in a capture its memory is the graph's: not for other calls
-    return _kept_codes(name, device)
+_LASTING: dict[tuple[str, torch.device], Tensor] = {}
+
+
+def codes_of(name: str, like: Tensor) -> Tensor:
+    """(16,) fp32 on the device of `like`: each number of a format before scale and zero point."""
+    device = like.device
+    if device.type != "cuda":
+        return torch.tensor(FORMATS[name].codes or range(16), dtype=torch.float32, device=device)
+    if not is_eager(like):
+        return _fill(like.new_empty(16, dtype=torch.float32), name)
+    if (found := _LASTING.get((name, device))) is not None:
+        return found
+    if torch.cuda.is_current_stream_capturing():  # its memory is the graph's: not for other calls
+        return _fill(torch.empty(16, dtype=torch.float32, device=device), name)
+    return _LASTING.setdefault((name, device), _lasting(name, device))
 
 
 def unpack(packed: Tensor, scales: Tensor, zeros: Tensor | None, name: str, dtype: torch.dtype) -> Tensor:
@@ -114,7 +136,7 @@ def unpack(packed: Tensor, scales: Tensor, zeros: Tensor | None, name: str, dtyp
         (E, N, K).
     """
     experts, rows, half = packed.shape
-    codes, q = codes_of(name, packed.device), torch.arange(256, device=packed.device)
+    codes, q = codes_of(name, packed), torch.arange(256, device=packed.device)
     # both numbers of a byte at once, as one element of 8 bytes
     pairs = torch.stack((codes[q & 15], codes[q >> 4]), -1).view(torch.int64).flatten()
     out = torch.empty(experts * rows, 2 * half, dtype=dtype, device=packed.device)

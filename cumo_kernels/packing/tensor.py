@@ -240,6 +240,12 @@ def _copy_(weight, source, non_blocking=False):
     return weight._overwrite(_plain(source).to(weight.device, torch.float32))
 
 
+def _record_stream(weight, stream):
+    for part in weight.parts():
+        if part is not None:
+            part.record_stream(stream)
+
+
 def _kind(weight: PackedWeight) -> tuple:
     return (
         weight.format,
@@ -268,6 +274,9 @@ _RULES = {
     aten.add_.Tensor: _add_,
     aten.sub_.Tensor: lambda weight, other, *, alpha=1: _add_(weight, other, alpha=-alpha),
     aten.copy_.default: _copy_,
+    aten.record_stream.default: _record_stream,
+    aten.is_pinned.default: lambda weight, device=None: weight.packed.is_pinned(),
+    aten._pin_memory.default: lambda weight, device=None: weight._with(Tensor.pin_memory),
 }
 
 

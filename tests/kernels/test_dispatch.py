@@ -56,6 +56,29 @@ def test_binaries_run_within_their_generation_and_ptx_later(capability, architec
 
 
 @pytest.mark.parametrize(
+    ("op", "gpu", "dtype", "experts", "fits"),
+    [
+        ("expert_mlp", "nvidia_h200", torch.bfloat16, 1023, True),
+        ("expert_mlp", "nvidia_h200", torch.bfloat16, 1024, False),
+        ("grouped_gemm_weight_grad", "nvidia_b200", torch.bfloat16, 1500, False),
+        ("combine", "nvidia_h200", torch.bfloat16, 1500, True),
+        ("expert_mlp", "nvidia_h200", torch.float16, 1500, True),
+        ("expert_mlp", "nvidia_a100", torch.bfloat16, 1500, True),
+    ],
+)
+def test_grouped_mm_is_refused_beyond_its_groups(monkeypatch, op, gpu, dtype, experts, fits):
+    monkeypatch.setattr(dispatch, "gpu_of", lambda device: hardware.find(gpu))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = dispatch._refuse_torch(op, "cuda", dtype, experts)
+    assert (
+        reason is None
+        if fits
+        else f"at most 1023 experts in bf16 on compute capability 9.x and 10.x, got {experts}" in reason
+    )
+    assert dispatch._refuse_torch(op, "cpu", dtype, experts) is None
+
+
+@pytest.mark.parametrize(
     ("name", "op", "gpu", "dtype", "asks"),
     [
         ("torch", "expert_mlp", "nvidia_h100", torch.bfloat16, False),

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cumo_kernels import (
     Adapter,
@@ -10,11 +12,15 @@ from cumo_kernels import (
     expert_mlp,
     grouped_gemm,
     hostsync,
+    noisy_top_k,
     pack,
     permute,
     route,
     routing_from_topk,
+    sparsemixer,
+    update_selection_bias,
     use_backend,
+    with_capacity,
 )
 from cumo_kernels.backends import reference
 from cumo_kernels.hostsync import HostSync, no_host_sync
@@ -151,3 +157,53 @@ def test_the_reference_is_detected_to_synchronise():
     with use_backend("reference"), pytest.raises(HostSync), no_host_sync():
         for _, op, _ in every_op(torch.float32, "cpu"):
             op()
+
+
+ROUTERS = {
+    "jitter": lambda x, gate, seed: route(x, 2, gate, jitter=0.1, seed=seed),
+    "scores": lambda x, gate, seed: route(x, 2, gate, score="sigmoid", capacity=3),
+    "noisy": lambda x, gate, seed: noisy_top_k(x, 2, gate, gate, seed=seed),
+    "sparsemixer": lambda x, gate, seed: sparsemixer(x[:, :4], seed=seed),
+    "capacity": lambda x, gate, seed: with_capacity(route(x[:, :4], 2), 3, "weight"),
+    "bias": lambda x, gate, seed: update_selection_bias(gate[:, 0], gate[:, 1].int(), 1e-3),
+}
+# without a fixed order on a GPU, or compiled by torch at the first call, which a capture forbids
+AVOIDED = ("index_add", "scatter_add", "special_ndtri")
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("seed", ["number", "tensor"])
+def test_routers_in_plain_torch_on_a_gpu(name, seed):
+    """On CUDA tensors without values: nothing is copied between host and GPU, and every result repeats."""
+    with FakeTensorMode(), torch.device("cuda"), Operators() as seen, no_host_sync():
+        x, gate = torch.empty(16, 8), torch.empty(4, 8)
+        ROUTERS[name](x, gate, 7 if seed == "number" else torch.empty((), dtype=torch.int64))
+    assert seen.names and not seen.names & set(AVOIDED)
+
+
+def test_a_copy_from_pageable_memory_waits():
+    with FakeTensorMode(), no_host_sync():
+        for copy in (
+            lambda: torch.empty(3).to("cuda"),
+            lambda: torch.empty(3, device="cuda").copy_(torch.empty(3)),
+        ):
+            with pytest.raises(HostSync, match="pageable"):
+                copy()
+
+
+def test_a_seed_must_be_on_the_device_of_the_tokens():
+    with (
+        FakeTensorMode(),
+        pytest.raises(ValueError, match="seed must be on the device of the tokens, cuda:0, got cpu"),
+    ):
+        sparsemixer(torch.empty(5, 4, device="cuda"), seed=torch.empty((), dtype=torch.int64, device="cpu"))

@@ -12,7 +12,6 @@ in fp32, rounded once to the dtype of the rows. The low-rank term adds u[p] @ v[
 import math
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -242,7 +241,7 @@ class Packed(NamedTuple):
 
     def pointers(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Scales, zero points and table of codes, as the kernels take them."""
-        return self.scales, self.zeros, _table_of(self.format, self.data.device)
+        return self.scales, self.zeros, _table_of(self.format, self.data)
 
 
 def packed_or_plain(
@@ -252,9 +251,9 @@ def packed_or_plain(
     return weight if format is None else Packed(weight, scales, zeros, format).contiguous()
 
 
-def _table_of(format: str, device: torch.device) -> Tensor | None:
+def _table_of(format: str, like: Tensor) -> Tensor | None:
     """(16,) fp32: the codes of a format, if its kernel reads them."""
-    return None if format in ("mxfp4", "int4") else codes_of(format, device)
+    return None if format in ("mxfp4", "int4") else codes_of(format, like)
 
 
 def packed_constants(
