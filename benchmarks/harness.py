@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import record, timing
 from benchmarks.cases.shapes import Shape
-from benchmarks.record import Gap, Row, is_fault
+from benchmarks.record import Gap, Row, is_fault, is_ours
 from benchmarks.selection import add_arguments, in_turns
 from benchmarks.steps import captured, peak_bytes, room, said, saved_bytes, steps_of, watching
 from cumo_kernels import dispatch, use_backend
@@ -421,7 +421,7 @@ def run_all(
                 file.OP, file.setup, case, device, run_id, seconds, args.backend,
                 without=args.without or (), watch=watching(args.variant_seconds, hung), log_gaps=False,
             )  # fmt: skip
-            ours_refused += sum(gap.variant.startswith("cumo/") and is_fault(gap) for gap in gaps)
+            ours_refused += sum(is_ours(gap.variant) and is_fault(gap) for gap in gaps)
             keep(rows, gaps)
             done += bool(rows)
             if is_lost(device):

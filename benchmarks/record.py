@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 
+from cumo_kernels import dispatch
 from cumo_kernels.files import write_whole
 from cumo_kernels.tiles import hardware
 from cumo_kernels.verification import verified
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+OURS = tuple(backend.name for backend in dispatch.BACKENDS)
 LOCAL = ROOT / "build" / "benchmarks" / "results"
 
 
@@ -85,6 +87,11 @@ def ours(backend: str) -> str:
 
 
 FAULTS = ("the gate refuses it", "it cannot run", "it hung", "it broke the device")  # their prefixes
+
+
+def is_ours(variant: str) -> bool:
+    """Whether a variant runs our code: "cumo/triton", or "triton (int4)" beside other implementations."""
+    return variant.startswith("cumo/") or re.split(r"[ +]", variant)[0] in OURS
 
 
 def is_fault(gap: Gap) -> bool:

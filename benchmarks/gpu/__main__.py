@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tarfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,19 +21,32 @@ from cumo_kernels.verification import verified
 REHEARSAL = 600.0  # seconds; it should take under 360 on two cores
 
 
-def pack(place: Place) -> None:
-    """Write results.tgz: all that benchmarks, tuning and verify have written so far."""
+RESULTS = (
+    "benchmarks/results",
+    "benchmarks/REPORT.md",
+    "cumo_kernels/tiles/configs",
+    "cumo_kernels/tiles/measured.json",
+    "cumo_kernels/verification/verified.json",
+)
+
+
+def files(tree: Path) -> dict[str, tuple[int, int]]:
+    """Path in `tree` -> time and size, of every file that benchmarks, tuning and verify may write."""
+    found = [
+        path for name in RESULTS for path in ((tree / name), *(tree / name).rglob("*")) if path.is_file()
+    ]
+    return {str(path.relative_to(tree)): (path.stat().st_mtime_ns, path.stat().st_size) for path in found}
+
+
+def pack(place: Place, before: Mapping[str, tuple[int, int]]) -> None:
+    """Write results.tgz: the files that were written so far, and none that is as in `before`.
+
+    So it can be unpacked into a tree that has results of another run.
+    """
     part = place.out / ".results.tgz.part"
-    names = (
-        "benchmarks/results",
-        "benchmarks/REPORT.md",
-        "cumo_kernels/tiles/configs",
-        "cumo_kernels/tiles/measured.json",
-        "cumo_kernels/verification/verified.json",
-    )
     with tarfile.open(part, "w:gz") as tar:
-        for name in names:
-            if (place.tree / name).exists():
+        for name, state in files(place.tree).items():
+            if before.get(name) != state:
                 tar.add(place.tree / name, name)
     part.replace(place.out / "results.tgz")
 
@@ -56,13 +70,13 @@ def _carried_commit(folder: Path = FOLDER) -> str | None:
 
 def _run(part: str, steps: list[Step], place: Place, budget: float, head: str) -> int:
     place.out.mkdir(parents=True, exist_ok=True)
-    before, shown = record.runs(place.results), ""
+    before, held, shown = record.runs(place.results), files(place.tree), ""
 
     def note(outcomes: list) -> None:
         nonlocal shown
         new = record.runs(place.results) - before
         shown = summary.write(head, outcomes, place.out, place.results, new)
-        pack(place)
+        pack(place, held)
 
     outcomes = run(steps, budget, place.out / "log.txt", note)
     if place.rehearses:

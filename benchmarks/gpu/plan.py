@@ -205,19 +205,20 @@ def _prove(place: Place) -> list[Step]:
     small = "--tiny" if place.rehearses else "--few"
     memcheck = (
         *(() if place.rehearses else tool), python, "-m", "cumo_kernels", "verify", "--device", place.device,
-        small, "--dtype", "bf16", "--op", "expert_mlp", "--backend", "triton", "--backend", "cuda",
+        small, "--dtype", "bf16", "--op", "expert_mlp", "--op", "adapted_expert_mlp", "--op", "scored_route",
+        "--backend", "triton", "--backend", "cuda",
     )  # fmt: skip
     return [
         _smoke(place),
         *_layers(place, "layer", TINY if place.rehearses else LAYERS, ("uniform",), "0.3"),
         Step("kernels", kernels, 75, 35, environment=switches),
         # if the budget ends first, incomplete groups are not recorded
-        Step("verify", (*_verify(place, "verify", few=False), *record), 170, 110,
-             environment=switches, must_pass=True, margin=15),
+        Step("verify", (*_verify(place, "verify", few=False), *record), 200, 110,
+             environment=switches, must_pass=True, margin=30),
         Step("router", _bench(place, "--only", "layer", "--only", "routing", "--only", "permutation",
                               *(("--shape", "clip-1-crop") if place.rehearses else ()), "--seconds", "0.2"),
              60, 45, environment=switches, margin=15),
-        Step("memcheck", memcheck, 60, 45, need,
+        Step("memcheck", memcheck, 60, 45, need, margin=10,
              environment={**switches, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
     ]  # fmt: skip
 
@@ -275,7 +276,10 @@ def _close(place: Place) -> list[Step]:
     choose = (python, "-m", "benchmarks.choose", "--results", str(place.results), "--out", str(table))
     choose += ("--rehearse",) if place.rehearses else ()
     report = (python, "-m", "benchmarks.plot", "--results", str(place.results))
-    return [Step("choose", choose, 8, 3, always=True), Step("report", report, 12, 6, always=True)]
+    steps = [Step("choose", choose, 8, 3, always=True)]
+    if "OUT" not in os.environ:  # pictures of a lent machine's results are made elsewhere
+        steps.append(Step("report", report, 12, 6, always=True))
+    return steps
 
 
 def plan(part: str, place: Place) -> list[Step]:

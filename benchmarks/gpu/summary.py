@@ -6,13 +6,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import record
+from benchmarks.cases.shapes import SHAPES
 from benchmarks.gpu.engine import Outcome
 
 MOST = 10_000  # characters; a lent machine's reply shows the last 12,000, and `main` adds some
 MIDDLE = 2_500  # of these, reserved for failures and kernels after the table of times
 FILES = {  # op of a benchmark -> its file
     "expert_mlp": "experts", "moe_layer": "layer", "route": "routing", "permute_combine": "permutation",
+    "packed_expert_mlp": "packed", "lora_expert_mlp": "lora", "scored_route": "routers",
+    "activate": "activation", "grouped_gemm": "grouped_gemm",
 }  # fmt: skip
+LAYERS = ("expert_mlp", "moe_layer", "packed_expert_mlp", "lora_expert_mlp")  # in the table of times
 REASON = 150  # characters of a failure's reason
 
 
@@ -64,13 +68,14 @@ def refusals(results: Path, runs: set[str] | None) -> list[str]:
     """Our variants that a benchmark's gate refused, or that broke or hung there, with the command."""
     lines = []
     for gap in record.read_gaps(results):
-        if (runs is None or gap.run in runs) and gap.variant.startswith("cumo/") and record.is_fault(gap):
+        if (runs is None or gap.run in runs) and record.is_ours(gap.variant) and record.is_fault(gap):
             file = FILES.get(gap.op, gap.op)
             lines.append(f"FAILED bench {gap.variant} {gap.mode}: {_reason(gap.reason)}")
             backend, _, pdl = gap.variant.removeprefix("cumo/").partition("+")
+            shape = f"--shape {gap.shape} " if gap.shape in SHAPES else ""
             lines.append(
-                f"    {'CUMO_PDL=1 ' if pdl else ''}python -m benchmarks --only {file} --shape {gap.shape} "
-                f"--pattern {gap.pattern} --dtype {gap.dtype} --backend {backend}"
+                f"    {'CUMO_PDL=1 ' if pdl else ''}python -m benchmarks --only {file} {shape}"
+                f"--pattern {gap.pattern} --dtype {gap.dtype} --backend {backend.split()[0]}"
             )
     return lines
 
@@ -85,7 +90,7 @@ def _best(rows: list[record.Row], mode: str) -> record.Row | None:
 def times(results: Path, runs: set[str] | None) -> list[str]:
     """A line per case and variant of the layers: milliseconds, TFLOP/s, shares and ratios."""
     rows = [row for row in record.read(results) if runs is None or row.run in runs]
-    rows = [row for row in rows if row.op in ("expert_mlp", "moe_layer")]
+    rows = [row for row in rows if row.op in LAYERS]
     lines, cases = [], {}
     for row in record.latest(rows):
         cases.setdefault((row.op, row.shape, row.tokens, row.pattern, row.dtype), {}).setdefault(

@@ -85,7 +85,7 @@ def verdicts(
         wrong = [result for result in bad if not excused(result.failures)]
         if wrong:
             reason = wrong[0].failures[0]
-            kept = proofs.DAY if shards.LATE in reason or "Timeout (" in reason else 0
+            kept = proofs.DAY if shards.is_late([reason]) else 0
             row |= {"passed": False, "reason": reason, "command": wrong[0].command, "kept": kept}
         elif bad or len(found) < sum((job.backend, job.case.op) == (backend, op) for job in jobs):
             row |= {"passed": None, "reason": bad[0].failures[0] if bad else why, "kept": proofs.SOON}

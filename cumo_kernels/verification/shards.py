@@ -35,7 +35,9 @@ LINGER = 5.0  # seconds to wait for a killed worker: one that waits inside a dri
 TRIES = 3  # consecutive workers of a backend that may end before their first case
 CONTEXT = 3 << 28  # bytes of GPU memory that a process uses before its first tensor
 SHARE = 0.8  # share of the GPU's memory that is used
-OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED", "signal SIGKILL")
+OUT_OF_MEMORY = (
+    "OutOfMemoryError", "out of memory", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "signal SIGKILL",
+)  # fmt: skip
 NO_PROCESS = "no process for"
 LATE = "killed after its time"
 LACKING = ("Failed to find C compiler", "No space left on device", "Read-only file system")
@@ -52,6 +54,11 @@ def _out_of_memory(failures: Iterable[str]) -> bool:
     return any(word in reason for reason in failures for word in OUT_OF_MEMORY)
 
 
+def is_late(failures: Iterable[str]) -> bool:
+    """Whether a case did not end in its time: it may hang, or the machine was slow."""
+    return any(LATE in reason or "Timeout (" in reason for reason in failures)
+
+
 def of_the_machine(failures: Iterable[str]) -> bool:
     """Whether a case failed because this machine lacks something, not because of the backend."""
     lacks = lambda reason: reason.startswith(NO_PROCESS) or any(word in reason for word in LACKING)
@@ -61,7 +68,7 @@ def of_the_machine(failures: Iterable[str]) -> bool:
 def bytes_of(case: Case) -> int:
     """Estimated peak memory of checking `case`: fp64 copies of inputs, gradients and intermediate values.
 
-    Two copies for each of the yardstick's draws are kept. Packed weights have no gradients, and no draws.
+    Packed weights have no gradients, and no draws.
     """
     width = case.I * (1 + get_activation(case.activation).is_gated)
     slots, smallest, weights, packed = case.T * case.K, SMALL, 0, 0
@@ -72,9 +79,9 @@ def bytes_of(case: Case) -> int:
     elif case.op in MATMULS:
         rows = slots * (case.H + 2 * width)
         weights = case.E * width * case.H
-    elif case.op in ROUTES:  # scores, ranks and their gradients; small, but many at once
-        rows = case.T * (case.H * case.gated + 12 * case.E)
-        smallest = case.E
+    elif case.op in ROUTES:
+        rows = case.T * (case.H * case.gated + 2 * case.E)
+        smallest = case.groups  # of the mean squared logsumexp
     elif case.op == "activate":
         rows = 2 * case.T * width
     else:
@@ -84,8 +91,9 @@ def bytes_of(case: Case) -> int:
         weights, packed = 0, weights
     if case.op == "adapted_expert_mlp":
         weights += case.E * case.rank * (case.H + width + case.I + case.O)
-    draws = ROUNDS if smallest < SMALL else 1
-    return 8 * (4 * packed + (weights + rows) * (6 + 2 * draws))
+    draws = min(ROUNDS, -(-SMALL // max(smallest, 1)))
+    # of several draws the results are kept and stacked
+    return 8 * (4 * packed + (weights + rows) * (5 + 7 * draws if draws > 1 else 8))
 
 
 def room(workers: int, device: str) -> float:
@@ -128,6 +136,7 @@ class Worker:
     begun: bool = False
     ready: bool = False
     late: bool = False
+    released: bool = False  # it has no more cases, and ends
     deadline: float = field(default_factory=lambda: time.monotonic() + START)
     text: bytes = b""
 
@@ -154,6 +163,12 @@ class Worker:
         part = os.read(self.process.stdout.fileno(), 1 << 16)
         *lines, self.text = (self.text + part).split(b"\n")
         return [json.loads(line) for line in lines] if part else None
+
+    def release(self) -> None:
+        """Let it end, without waiting for that."""
+        self.released, self.deadline = True, time.monotonic() + LINGER
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
 
     def kill(self) -> None:
         self.process.kill()
@@ -245,6 +260,8 @@ class Shards:
         while True:
             over = time.monotonic() > self.stop
             for worker in list(self.running):
+                if worker.released:
+                    continue
                 if worker.ready and worker.job is None:
                     self._assign(worker, over)
                 elif over and not worker.ready:
@@ -280,7 +297,7 @@ class Shards:
     def _assign(self, worker: Worker, over: bool) -> None:
         mine = [job for job in self.left if job.backend == worker.backend]
         if over or not mine:
-            self._stop(worker)
+            worker.release()
             return
         taken = [bytes_of(w.job.case) for w in self.running if w.job is not None]
         fits = lambda job: not taken or sum(taken) + bytes_of(job.case) <= self.room
@@ -314,7 +331,7 @@ class Shards:
             self._finish(worker.job, self._failure(worker.job, reason), total, retry)
         elif worker.job is not None:
             self.left.insert(0, worker.job)
-        if not worker.begun:
+        if not worker.begun and not worker.released:
             self._count_failed_start(worker.backend, words)
 
     def _count_failed_start(self, backend: str, words: str) -> None:

@@ -14,7 +14,7 @@ from cumo_kernels.tiles.hardware import gpu_of
 from cumo_kernels.tiles.problems import DTYPES
 from cumo_kernels.verification import cases, verified
 from cumo_kernels.verification.cases import parse
-from cumo_kernels.verification.shards import of_the_machine
+from cumo_kernels.verification.shards import is_late, of_the_machine
 
 SWITCHES = (  # environment variables that change which code a case runs
     "TRITON_INTERPRET", "CUMO_EMULATE", "CUMO_EMULATE_CAPABILITY", "CUMO_EMULATE_SMS",
@@ -112,7 +112,7 @@ def record(results: list[Result], args: argparse.Namespace, log: Callable[[str],
         wanted[case.op, name(case.dtype)] = wanted.get((case.op, name(case.dtype)), 0) + 1
     ran, failed = {}, {}
     for group, rows in groups.items():
-        rows = [row for row in rows if not of_the_machine(row.failures)]
+        rows = [row for row in rows if not of_the_machine(row.failures) and not is_late(row.failures)]
         ran[group] = len(rows)
         if number := sum(bool(row.failures) for row in rows):
             failed[group] = number, len(rows)

@@ -16,7 +16,7 @@ from benchmarks import record
 from benchmarks.gpu import __main__ as gate
 from benchmarks.gpu import engine
 from benchmarks.gpu.engine import Outcome, Step
-from benchmarks.gpu.plan import Place
+from benchmarks.gpu.plan import Place, plan
 from cumo_kernels.verification import verified
 
 
@@ -32,7 +32,7 @@ def run(steps, tmp_path, budget=600.0, note=lambda outcomes: None):
 def main(steps, tmp_path, monkeypatch, *words):
     """Run the gate with these steps as its plan -> its exit code."""
     monkeypatch.setattr(gate, "plan", lambda part, place: steps)
-    monkeypatch.setattr(gate, "pack", lambda place: None)
+    monkeypatch.setattr(gate, "pack", lambda place, before: None)
     return gate.main(["--rehearse", "--out", str(tmp_path), *words])
 
 
@@ -157,6 +157,32 @@ def test_a_required_step_must_have_run_to_its_end(tmp_path, monkeypatch, capsys)
     assert main(steps, tmp_path, monkeypatch, *few) == 0
     outcomes = [Outcome("fine", "skipped", 0, "the budget is spent")]
     assert engine.unproven(outcomes, steps) == outcomes
+
+
+def test_results_of_an_earlier_run_are_not_in_the_archive(tmp_path):
+    """Unpacked after it, the second part's archive must not undo the first part's."""
+    place = Place("cpu", tmp_path / "out")
+    held = {"benchmarks/results/gpu/expert_mlp.csv": "first", "cumo_kernels/verification/verified.json": "{}"}
+    for name, text in held.items():
+        (place.tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (place.tree / name).write_text(text)
+    before = gate.files(place.tree)
+    assert set(before) == set(held)
+    new = {"benchmarks/results/gpu/lora_expert_mlp.csv": "new", "cumo_kernels/tiles/measured.json": "{}"}
+    for name, text in (new | {"benchmarks/results/gpu/expert_mlp.csv": "first and second"}).items():
+        (place.tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (place.tree / name).write_text(text)
+    gate.pack(place, before)
+    with tarfile.open(place.out / "results.tgz") as tar:
+        assert set(tar.getnames()) == {*new, "benchmarks/results/gpu/expert_mlp.csv"}
+
+
+def test_a_lent_machine_makes_no_pictures(monkeypatch, tmp_path):
+    names = lambda: [step.name for step in plan("prove", Place("cuda", tmp_path, (9, 0)))]
+    monkeypatch.delenv("OUT", raising=False)
+    assert names()[-1] == "report"
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert names()[-1] == "choose" and "report" not in names()
 
 
 def test_unknown_steps_and_a_missing_device_are_reported(tmp_path, monkeypatch, capsys):

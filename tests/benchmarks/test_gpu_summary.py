@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import record
+from benchmarks.__main__ import FILES, load
 from benchmarks.gpu import summary
 from benchmarks.gpu.engine import Outcome
 from benchmarks.gpu.plan import LAYERS, PARTS, Place, plan
@@ -135,6 +136,15 @@ def test_a_refused_variant_of_ours_is_a_failure_with_its_command(tmp_path):
     assert "FAILED bench cumo/triton all: the gate refuses it: output 0 is off" in text
     command = "--only experts --shape clip-batch4 --pattern skewed --dtype bf16 --backend triton"
     assert f"    python -m benchmarks {command}" in text
+
+
+def test_every_benchmark_has_its_file_and_our_variants_are_known():
+    found = {load(name).OP: name for name in FILES if hasattr(load(name), "OP")}
+    assert summary.FILES == {op: found[op] for op in summary.FILES}
+    assert {"packed_expert_mlp", "lora_expert_mlp", "scored_route"} <= set(summary.FILES)
+    ours = ("cumo/triton+pdl", "triton (int4)", "cuda", "torch (nf4)")
+    assert all(map(record.is_ours, ours))
+    assert not any(map(record.is_ours, ("torch-grouped_mm", "dense", "bitsandbytes (nf4)", "peft on triton")))
 
 
 def test_times_are_ratios_within_a_case_and_of_graphs_if_measured(tmp_path):
