@@ -35,7 +35,7 @@ LEAVES = (
 ARROWS = {
     **{f"{KERNELS}.{leaf}": () for leaf in LEAVES},
     f"{KERNELS}.extension": (f"{KERNELS}._C",),
-    f"{KERNELS}.packing*": (f"{KERNELS}.packing.*",),
+    f"{KERNELS}.packing*": (f"{KERNELS}.packing.*", f"{KERNELS}.tracing"),
     f"{KERNELS}.tracing": (),
     f"{KERNELS}.activations": (f"{KERNELS}.tracing",),
     f"{KERNELS}.hostsync": (f"{KERNELS}.tracing",),
