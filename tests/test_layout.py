@@ -28,7 +28,6 @@ LEAVES = (
     "files",
     "interrupts",
     "moved",
-    "packing.formats",
     "types",
     "versions",
 )
