@@ -60,7 +60,7 @@ def hangs(mark: Path) -> str:
     child = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
     return (
         "import subprocess, sys, time\n"
-        "print('begun', flush=True)\n"
+        "sys.stdout.write('begun\\n')\n"  # in one piece: two of these share a log
         f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
     )
 
