@@ -158,7 +158,8 @@ class CumoModel(CumoPreTrainedModel):
                 "input_ids must be given with inputs_embeds and pixel_values, to mark the image tokens: "
                 f"their id {token} has no embedding in a vocabulary of {words}"
             )
-        marker = self.get_input_embeddings()(torch.tensor([token], device=inputs_embeds.device))
+        ids = torch.full((1,), token, device=inputs_embeds.device)  # no copy from the host
+        marker = self.get_input_embeddings()(ids)
         return (inputs_embeds == marker.to(inputs_embeds)).all(-1)
 
     def embed(
