@@ -127,6 +127,20 @@ def _work(job: Job) -> Made:
     return _worker.work(job)
 
 
+def _in_turn(
+    pool: ProcessPoolExecutor, todo: list[Job], number: int, over: Callable[[], bool]
+) -> Iterator[tuple[Job, Made]]:
+    """Run `number` calls at a time -> each with its result, as it ends; none starts once `over()`."""
+    queue, tasks = iter(todo), {}
+    while True:
+        while len(tasks) < number and not over() and (job := next(queue, None)):
+            tasks[pool.submit(_work, job)] = job
+        if not tasks:
+            return
+        for task in wait(tasks, return_when=FIRST_COMPLETED).done:
+            yield tasks.pop(task), task.result()
+
+
 def compile_all(
     todo: list[Job], gpu: Gpu, workers: int, log: Callable[[str], None] = print, seconds: float = math.inf
 ) -> Made:
@@ -139,17 +153,11 @@ def compile_all(
     with tempfile.TemporaryDirectory(prefix="cumo-claims-") as claims:
         for _ in range(CRASHES + 1):
             number = max(1, min(workers, len(waiting)))
-            queue, tasks = iter([*waiting]), {}
             with ProcessPoolExecutor(number, get_context("spawn"), _start, (gpu, claims)) as pool:
                 try:
-                    while True:
-                        while len(tasks) < number and not over() and (job := next(queue, None)):
-                            tasks[pool.submit(_work, job)] = job
-                        if not tasks:
-                            break
-                        for task in wait(tasks, return_when=FIRST_COMPLETED).done:
-                            made.add(task.result())
-                            del waiting[tasks.pop(task)]
+                    for job, found in _in_turn(pool, [*waiting], number, over):
+                        made.add(found)
+                        del waiting[job]
                         spent, done = time.monotonic() - begin, len(todo) - len(waiting)
                         if spent - said > 10 or not waiting:
                             said, left = spent, spent / done * len(waiting)

@@ -116,7 +116,7 @@ def times(results: Path, runs: set[str] | None) -> list[str]:
         label = f"{op} {shape} T={tokens}{'' if pattern == 'uniform' else ' ' + pattern}"
         label += "" if dtype == "bf16" else f" {dtype}"
         rival = next((name for name in variants if "grouped_mm" in name), "")
-        for name in sorted(variants, key=lambda name: (not name.startswith("cumo/"), name)):
+        for name in sorted(variants, key=lambda name: (not record.is_ours(name), name)):
             roof = forward[name].share_of_floor if forward[name] is not None else None
             cells = (
                 label, name, *show(forward[name]), "-" if roof is None else f"{roof:.0%}",

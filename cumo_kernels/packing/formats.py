@@ -113,13 +113,13 @@ def codes_of(name: str, like: Tensor) -> Tensor:
     device = like.device
     if device.type != "cuda":
         return torch.tensor(FORMATS[name].codes or range(16), dtype=torch.float32, device=device)
-    if not is_eager(like):
-        return _fill(like.new_empty(16, dtype=torch.float32), name)
-    if (found := _LASTING.get((name, device))) is not None:
-        return found
-    if torch.cuda.is_current_stream_capturing():  # its memory is the graph's: not for other calls
-        return _fill(torch.empty(16, dtype=torch.float32, device=device), name)
-    return _LASTING.setdefault((name, device), _lasting(name, device))
+    key = name, device
+    is_kept = key in _LASTING
+    if not is_eager(like) or (not is_kept and torch.cuda.is_current_stream_capturing()):
+        return _fill(like.new_empty(16, dtype=torch.float32), name)  # of the trace or the graph alone
+    if not is_kept:
+        _LASTING[key] = _lasting(name, device)
+    return _LASTING[key]
 
 
 def unpack(packed: Tensor, scales: Tensor, zeros: Tensor | None, name: str, dtype: torch.dtype) -> Tensor:

@@ -72,9 +72,9 @@ def apart(logits: Tensor, bias: Tensor | None, how: Scoring) -> Tensor:
         ValueError: none of many rows is without near ties.
     """
     generator = torch.Generator().manual_seed(0)
-    steps = 4.0 / logits.shape[1]  # different logits from -2 to 2, in another order each time
+    step = 4.0 / logits.shape[1]  # different logits from -2 to 2, in another order each time
     for _ in range(TRIES):
-        row = torch.randperm(logits.shape[1], generator=generator)[None] * steps - 2.0
+        row = torch.randperm(logits.shape[1], generator=generator)[None] * step - 2.0
         row = row.to(logits)
         if not near_ties(row, bias, how).any():
             return torch.where(near_ties(logits, bias, how)[:, None], row, logits)

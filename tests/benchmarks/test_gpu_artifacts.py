@@ -21,6 +21,9 @@ from cumo_kernels.tiles.problems import DTYPES
 from cumo_kernels.verification import cases, verified
 
 ROOT = Path(__file__).parents[2]
+without_gpu = pytest.mark.skipif(
+    torch.cuda.is_available() or not shutil.which("cc"), reason="for machines with cc, no GPU"
+)
 HOPPER = hardware.find(artifacts.GPU)
 ORDER = """
 import importlib, sys
@@ -179,9 +182,7 @@ print(len(small), len(asked))
 """
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() or not shutil.which("cc"), reason="for machines with cc, no GPU"
-)
+@without_gpu
 @pytest.mark.timeout(200)
 def test_every_call_of_the_gate_can_be_made_on_a_cpu():
     """Where the values of inputs are zeros, so that nothing may search for other values without end."""
@@ -191,6 +192,7 @@ def test_every_call_of_the_gate_can_be_made_on_a_cpu():
     assert calls > 800 and kernels > 1.5 * calls
 
 
+@without_gpu
 def test_compiling_ends_in_time_and_says_what_is_left(tmp_path):
     words = ("compile", "--dtype", "bf16", "--workers", "1", "--seconds", "1", "--cache", str(tmp_path))
     done = run("-m", artifacts.__name__, *words)
@@ -214,9 +216,7 @@ def test_other_cases_and_launches_are_another_package(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.skipif(
-    torch.cuda.is_available() or not shutil.which("cc"), reason="for machines with cc, no GPU"
-)
+@without_gpu
 def test_a_launch_finds_kernels_that_were_compiled_packed_and_taken(tmp_path):
     program, made = ("-m", artifacts.__name__), str(tmp_path / "made")
     # the compiling machine has its driver in another folder
